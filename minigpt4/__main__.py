@@ -1,0 +1,231 @@
+"""python -m minigpt4 ask | chat | train | evaluate | convert | download"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from minigpt4 import start
+from minigpt4.config import MODELS, get_model
+from minigpt4.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"minigpt4: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m minigpt4", description="Chat about pictures, and train the model that does."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ask = commands.add_parser("ask", help="answer a question about one photo, or about many")
+    ask.add_argument("photos", nargs="+", help="picture files or folders, then the question")
+    ask.add_argument("--out", metavar="FILE", help="write answers as JSON lines, one a photo")
+    start.add_model_options(ask)
+    start.add_sampling_options(ask)
+    ask.set_defaults(run=_ask)
+
+    chat = commands.add_parser("chat", help="talk about a photo in the terminal")
+    chat.add_argument("photos", nargs="*", metavar="photo")
+    start.add_model_options(chat)
+    start.add_sampling_options(chat)
+    chat.set_defaults(run=_chat)
+
+    train = commands.add_parser("train", help="train the projection (stage 1 or 2)")
+    train.add_argument("--stage", type=int, choices=[1, 2], required=True)
+    train.add_argument(
+        "--data",
+        required=True,
+        help="stage 1: shards (a path, a glob, {00000..00007}); stage 2: filter_cap.json + image/",
+    )
+    train.add_argument("--out", default="runs/train", help="folder of the run (it resumes there)")
+    train.add_argument(
+        "--init", metavar="FILE", help="projection to start from (stage 2: stage 1's)"
+    )
+    train.add_argument(
+        "--instructions", metavar="FILE", help="stage 2: JSON lines of question pairs"
+    )
+    train.add_argument(
+        "--replay", metavar="SHARDS", help="stage 2: shards of captions to mix in, unforgotten"
+    )
+    train.add_argument("--replay-share", type=float, default=0.33, help="their share of a batch")
+    train.add_argument("--steps", type=int)
+    train.add_argument("--batch-size", type=int, help="pictures a step, over all processes")
+    train.add_argument("--peak-lr", type=float)
+    train.add_argument("--seed", type=int, default=42)
+    train.add_argument("--limit", type=int, help="use the first N pictures only")
+    train.add_argument(
+        "--cache", metavar="DIR", help="keep the frozen encoder's features here (small data sets)"
+    )
+    start.add_model_options(train, default="nano")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score answers on captioned pictures")
+    evaluate.add_argument("shard", help="SHARD.tar of pictures with captions")
+    evaluate.add_argument("--limit", type=int, help="the first N pictures only")
+    evaluate.add_argument("--json", metavar="OUT", help="write the scores here")
+    evaluate.add_argument("--answers", metavar="OUT", help="write every answer, as JSON lines")
+    evaluate.add_argument("--detail", action="store_true", help="detailed descriptions instead")
+    evaluate.add_argument("--batch-size", type=int, default=32)
+    start.add_model_options(evaluate, default="nano")
+    evaluate.set_defaults(run=_evaluate)
+
+    convert = commands.add_parser("convert", help="write a projection as a small safetensors file")
+    convert.add_argument("checkpoint", help="pretrained_minigpt4*.pth, or a training run's file")
+    convert.add_argument("out", help="FILE.safetensors")
+    convert.set_defaults(run=_convert)
+
+    download = commands.add_parser("download", help="fetch a model's weights")
+    download.add_argument("model", choices=list(MODELS))
+    download.set_defaults(run=_download)
+    return parser
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from minigpt4 import image
+    from minigpt4.chat import Conversation, ask
+    from minigpt4.engine import Engine
+
+    *photos, question = options.photos
+    if not photos:
+        raise UserError('Give a photo and a question: ask PHOTO "What is this?".')
+    sampling = start.sampling_of(options)
+    paths = [path for photo in photos for path in image.list_pictures(photo)]
+    if len(paths) == 1 and not options.out:
+        picture = image.load(paths[0])  # before the model is loaded: a typing error shows at once
+    engine = Engine(start.open_model(options))
+    if len(paths) == 1 and not options.out:
+        conversation = Conversation()
+        conversation.add_question(question, [picture])
+        for piece in ask(engine, conversation, sampling):
+            print(piece, end="", flush=True)
+        print()
+        return
+    _ask_many(engine, paths, question, sampling, options.out)
+
+
+def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | None) -> None:
+    """One question about many photos: JSON lines to `out` (or answers to stdout)."""
+    from contextlib import nullcontext
+
+    from tqdm import tqdm
+
+    from minigpt4 import image
+    from minigpt4.chat import Conversation, ask
+
+    with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+        for path in tqdm(paths, unit="photo", disable=None if out else True):
+            record = {"photo": str(path), "question": question}
+            try:
+                conversation = Conversation()
+                conversation.add_question(question, [image.load(path)])
+                answer = ask(engine, conversation, sampling)
+                record["answer"] = "".join(answer)
+                record["stop_reason"] = answer.stop_reason
+            except UserError as error:  # one bad photo does not end a long run
+                record["error"] = str(error)
+            if out:
+                print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+            else:
+                shown = record.get("answer") or record["error"]
+                print(f"{path.name}: {shown}", file=file, flush=True)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from minigpt4 import image
+    from minigpt4.chat import Conversation, ask
+    from minigpt4.engine import Engine
+
+    pictures = [image.load(path) for path in options.photos]
+    sampling = start.sampling_of(options)
+    engine = Engine(start.open_model(options))
+    conversation = Conversation()
+    start.say("Ask, or: /image FILE adds a picture, /new starts again, /quit ends.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        try:
+            match line.split(maxsplit=1):
+                case []:
+                    continue
+                case ["/quit" | "/exit"]:
+                    return
+                case ["/new"]:
+                    conversation, pictures = Conversation(), []
+                case ["/image", path]:
+                    pictures.append(image.load(path.strip("\"'")))
+                case _:
+                    conversation.add_question(line, pictures)
+                    pictures = []
+                    _say_answer(ask(engine, conversation, sampling), conversation)
+        except UserError as error:
+            start.say(str(error))
+            if conversation.messages and conversation.messages[-1].role == "user":
+                conversation.messages.pop()
+
+
+def _say_answer(answer, conversation) -> None:
+    """Print an answer as it comes; Ctrl-C stops it and keeps what was said."""
+    if answer.notice:
+        start.say(answer.notice)
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        answer.close()
+    print()
+    conversation.add_answer(answer.text)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from minigpt4.training.run import train
+
+    train(options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from minigpt4.evaluation.run import evaluate
+
+    evaluate(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from minigpt4 import weights
+
+    out = Path(options.out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} should end in .safetensors.")
+    tensors = weights.read_projection(options.checkpoint)
+    weights.save_projection(tensors, out)
+    rows, columns = tensors["weight"].shape
+    owner = weights.model_of_projection(rows, columns) or "no known model"
+    print(f"{out}: a projection from {columns} to {rows} ({owner}), {out.stat().st_size:,} bytes.")
+
+
+def _download(options: argparse.Namespace) -> None:
+    from minigpt4 import weights
+
+    config = get_model(options.model)
+    weights.download(config)
+    weights.find(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""A conversation, and how it is asked: prompt, trimming to the context, streamed text. No torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from minigpt4.errors import UserError
+from minigpt4.image import Picture
+from minigpt4.prompt import ImageRef, Message, Prompt, encode_chat
+from minigpt4.text import TextStream
+
+if TYPE_CHECKING:
+    from minigpt4.engine import Engine, Sampling
+
+
+@dataclass
+class Conversation:
+    """What was said, and the pictures by key. Plain data: copy it, store it, change it."""
+
+    messages: list[Message] = field(default_factory=list)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    system: str | None = None  # None: the template's own
+
+    def add_question(self, text: str, pictures: Sequence[Picture] = ()) -> None:
+        """Append a user's message: its pictures, then its text."""
+        text = text.strip()
+        if not text and not pictures:
+            raise UserError("The message is empty: write a question.")
+        for picture in pictures:
+            self.pictures[picture.key] = picture
+        parts = tuple(ImageRef(p.key) for p in pictures) + ((text,) if text else ())
+        self.messages.append(Message("user", parts))
+
+    def add_answer(self, text: str) -> None:
+        self.messages.append(Message("assistant", (text,)))
+
+
+class Answer:
+    """The answer to a conversation's last question, as an iterator over pieces of text.
+
+    text: all of it so far. dropped_turns: how many old questions and answers did not fit the
+    context and were left out. stop_reason ("stop", "length", "closed"), tokens, prompt_tokens and
+    seconds_to_first are known once it has ended; `notice` says in words what was left out.
+    """
+
+    def __init__(self, engine: "Engine", conversation: Conversation, sampling: "Sampling") -> None:
+        from minigpt4.engine import Request
+
+        config, tokenizer = engine.model.config, engine.model.tokenizer
+        prompt, self.dropped_turns = fit(conversation, engine, sampling.max_new_tokens)
+        self.prompt_tokens = len(prompt)
+        self.text = ""
+        template = config.template
+        control = [s for s in template.stop if s in template.controls]
+        stop_ids = frozenset(tokenizer.convert_tokens_to_ids(s) for s in control)
+        stop_strings = [s for s in template.stop if s not in template.controls]
+        self._stop_ids = stop_ids | engine.eos_ids
+        self._stream = engine.submit(Request(prompt, conversation.pictures, sampling, stop_ids))
+        self._pieces = self._read(
+            TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop_strings)
+        )
+
+    def _read(self, text_stream: TextStream) -> Iterator[str]:
+        try:
+            for token in self._stream:
+                if token in self._stop_ids:
+                    break
+                piece = self._shown(text_stream.push(token))
+                if piece:
+                    yield piece
+                if text_stream.ended:
+                    self._stream.stop_reason = "stop"
+                    break
+            piece = self._shown(text_stream.finish())
+            if piece:
+                yield piece
+        finally:
+            self._stream.close()
+
+    def _shown(self, piece: str) -> str:
+        """Keep `text` in step; an answer does not begin with blanks."""
+        if not self.text:
+            piece = piece.lstrip()
+        self.text += piece
+        return piece
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def close(self) -> None:
+        """Stop answering before the next token."""
+        self._pieces.close()
+        self._stream.close()
+
+    @property
+    def stop_reason(self) -> str:
+        return self._stream.stop_reason
+
+    @property
+    def tokens(self) -> int:
+        return self._stream.count
+
+    @property
+    def seconds_to_first(self) -> float:
+        return self._stream.seconds_to_first
+
+    @property
+    def notice(self) -> str:
+        if not self.dropped_turns:
+            return ""
+        turns = "turn was" if self.dropped_turns == 1 else f"{self.dropped_turns} turns were"
+        return f"The oldest {turns} left out: the conversation no longer fits the model's context."
+
+
+def ask(engine: "Engine", conversation: Conversation, sampling: "Sampling") -> Answer:
+    """Answer the conversation's last question. The answer is not added to it: that is the
+    caller's to do, who may stop half-way."""
+    return Answer(engine, conversation, sampling)
+
+
+def fit(conversation: Conversation, engine: "Engine", max_new_tokens: int) -> tuple[Prompt, int]:
+    """The prompt that leaves room for the answer, and how many old turns it leaves out.
+
+    The oldest question and its answer go first; system text and every picture stay, the pictures
+    of what goes moving on to the next question. UserError where the last question alone is too
+    long.
+    """
+    config = engine.model.config
+    room = config.context - max_new_tokens
+    messages = list(conversation.messages)
+    dropped = 0
+    while True:
+        prompt = encode_chat(
+            messages,
+            config.template,
+            engine.model.tokenizer,
+            config.image_tokens,
+            conversation.system,
+        )
+        if len(prompt) <= room:
+            return prompt, dropped
+        shorter = _without_oldest(messages)
+        if shorter is None:
+            raise UserError(
+                f"The question is too long: with its pictures it takes {len(prompt)} tokens, and "
+                f"{max(0, room)} fit beside an answer of {max_new_tokens}; shorten it or allow a "
+                "shorter answer."
+            )
+        messages = shorter
+        dropped += 1
+
+
+def _without_oldest(messages: list[Message]) -> list[Message] | None:
+    """`messages` less the first question and its answer; None where nothing may go."""
+    later = [i for i, m in enumerate(messages) if m.role == "user"][1:]
+    if not later:
+        return None
+    images = tuple(image for m in messages[: later[0]] for image in m.images)
+    heir = messages[later[0]]
+    return [replace(heir, parts=images + heir.parts), *messages[later[0] + 1 :]]
+
+
+def pictures_of(message: Message, pictures: Mapping[str, Picture]) -> list[Picture]:
+    """The pictures that a message shows."""
+    return [pictures[image.key] for image in message.images]

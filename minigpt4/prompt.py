@@ -1,0 +1,296 @@
+"""Conversation -> prompt: token ids, where the pictures stand, and what is trained on. No torch.
+
+A prompt is a list of segments. Three kinds of material never mix: the template's own text (which
+may hold control tokens), what people and models wrote (which stays text whatever it looks like),
+and pictures. Text between two pictures or control tokens is tokenised as one string, as the
+published code does, so an honest conversation gives the published token ids exactly.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+IMAGE_ID = -1  # stands in `Prompt.ids` where an image embedding goes
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A picture in a message: `key` identifies its content (see `image.Picture`)."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn's message; `parts` are texts and pictures in the order they were given."""
+
+    role: Literal["user", "assistant"]
+    parts: tuple[str | ImageRef, ...]
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        return tuple(p for p in self.parts if isinstance(p, ImageRef))
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a model's training wrote conversations down.
+
+    Strings here may hold the names in `controls`; those become control tokens. `markers` are the
+    template's structure that is written in plain text: they are broken up in what people write.
+    """
+
+    name: str
+    system: str  # default system text
+    system_wrap: str  # with {} for the system text; left out when that is empty
+    user: str  # opens a user's message
+    assistant: str  # opens the assistant's message, and ends a prompt
+    user_end: str  # closes a user's message
+    assistant_end: str  # closes an answer: what the model is trained to end with
+    between_images: str  # between two pictures that follow each other
+    stop: tuple[str, ...]  # strings that end an answer
+    controls: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+    bos: bool = True  # the tokenizer's beginning-of-sequence token comes first
+    training_user: str = ""  # stage 2's wrapping of the instruction, where it differs
+    training_user_end: str = ""
+
+
+# Texts of the published Conversation class and train configs; the trailing spaces are theirs.
+_SYSTEM = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
+    "provide it to you. Please answer my questions."
+)
+
+VICUNA = Template(
+    name="vicuna",
+    system=_SYSTEM,
+    system_wrap="{}###",
+    user="Human: ",
+    user_end="###",
+    assistant="Assistant: ",
+    assistant_end="###",
+    between_images="###Human: ",
+    stop=("###",),
+    markers=("###", "<Img>", "</Img>"),
+    training_user="###Human: ",
+    training_user_end=" ###",
+)
+
+LLAMA2 = Template(
+    name="llama2",
+    system=_SYSTEM,
+    system_wrap="{}",
+    user="<s>[INST] ",
+    user_end="",
+    assistant=" [/INST] ",
+    assistant_end="",
+    between_images="<s>[INST] ",
+    stop=("</s>",),
+    controls=("<s>", "</s>"),
+    markers=("[INST]", "[/INST]", "<Img>", "</Img>"),
+    training_user="[INST] ",
+)
+
+CHATML = Template(
+    name="chatml",
+    system="",
+    system_wrap="<|im_start|>system\n{}<|im_end|>\n",
+    user="<|im_start|>user\n",
+    user_end="<|im_end|>\n",
+    assistant="<|im_start|>assistant\n",
+    assistant_end="<|im_end|>\n",
+    between_images=" ",
+    stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+    controls=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    markers=("<Img>", "</Img>"),
+    bos=False,
+)
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    bos_token_id: int
+
+    def encode(self, text: str, **options) -> list[int]: ...
+    def convert_tokens_to_ids(self, token: str) -> int: ...
+
+
+@dataclass
+class Prompt:
+    """What the model reads, position by position.
+
+    ids: token ids, IMAGE_ID where a picture stands.
+    keys: equal to ids, except that each picture position has a value unique to (picture, index):
+        the longest common prefix of two prompts' keys is what they share in a key-value cache.
+    images: (first position, picture) in order.
+    loss_mask: true where the token is one to be learned.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    images: list[tuple[int, ImageRef]] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add_tokens(self, ids: Iterable[int], learn: bool = False) -> None:
+        ids = list(ids)
+        self.ids += ids
+        self.keys += ids
+        self.loss_mask += [learn] * len(ids)
+
+    def add_image(self, image: ImageRef, length: int) -> None:
+        self.images.append((len(self), image))
+        base = int(image.key, 16) * 4096  # negative and far from any token id
+        self.ids += [IMAGE_ID] * length
+        self.keys += [-1 - base - i for i in range(length)]
+        self.loss_mask += [False] * length
+
+
+def plain(text: str, template: Template) -> str:
+    """`text` as it may stand in a prompt: valid Unicode, the template's plain markers broken up.
+
+    Control tokens need no care here: text is tokenised without them. "###" becomes "# # #".
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "")
+    for marker in template.markers:
+        broken = " ".join(marker) if len(set(marker)) == 1 else f"{marker[0]} {marker[1:]}"
+        while marker in text:
+            text = text.replace(marker, broken)
+    return text
+
+
+class _Writer:
+    """Collects text until a picture or a control token ends the chunk, then tokenises the chunk."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, image_tokens: int) -> None:
+        self.prompt = Prompt()
+        self._tokenizer = tokenizer
+        self._template = template
+        self._image_tokens = image_tokens
+        self._pending = ""
+        names = "|".join(re.escape(name) for name in template.controls)
+        self._controls = re.compile(f"({names})") if names else None
+        if template.bos:
+            self.prompt.add_tokens([tokenizer.bos_token_id])
+
+    def template(self, text: str) -> None:
+        """Text of the template's own, control tokens and all."""
+        pieces = self._controls.split(text) if self._controls else [text]
+        for piece in pieces:
+            if piece in self._template.controls:
+                self.flush()
+                self.prompt.add_tokens([self._tokenizer.convert_tokens_to_ids(piece)])
+            else:
+                self._pending += piece
+
+    def text(self, text: str) -> None:
+        """What someone wrote: only ever text."""
+        self._pending += plain(text, self._template)
+
+    def image(self, image: ImageRef) -> None:
+        self.template("<Img>")
+        self.flush()
+        self.prompt.add_image(image, self._image_tokens)
+        self.template("</Img>")
+
+    def flush(self) -> None:
+        if self._pending:
+            self.prompt.add_tokens(encode_text(self._tokenizer, self._pending))
+            self._pending = ""
+
+    def parts(self, parts: Sequence[str | ImageRef]) -> None:
+        """A message's content: pictures in <Img></Img>, texts set off by a space."""
+        previous = None
+        for part in parts:
+            if isinstance(part, ImageRef):
+                if isinstance(previous, ImageRef):
+                    self.template(self._template.between_images)
+                elif previous is not None:
+                    self.template(" ")
+                self.image(part)
+            else:
+                if previous is not None:
+                    self.template(" ")
+                self.text(part)
+            previous = part
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of `text`, in which nothing is a control token."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def encode_chat(
+    messages: Sequence[Message],
+    template: Template,
+    tokenizer: Tokenizer,
+    image_tokens: int,
+    system: str | None = None,
+) -> Prompt:
+    """The prompt that asks for the answer to the last of `messages` (a user's).
+
+    Where the last message is the assistant's, the prompt ends inside it: the answer is continued.
+    `system`: None takes the template's own; `image_tokens`: positions a picture fills.
+    """
+    writer = _Writer(tokenizer, template, image_tokens)
+    system = template.system if system is None else plain(system, template)
+    if system:
+        before, after = template.system_wrap.split("{}")
+        writer.template(before)
+        writer._pending += system
+        writer.template(after)
+    for i, message in enumerate(messages):
+        last = i == len(messages) - 1
+        if message.role == "user":
+            writer.template(template.user)
+            writer.parts(message.parts)
+            writer.template(template.user_end)
+            if last:
+                writer.template(template.assistant)
+        else:
+            writer.template(template.assistant)
+            writer.parts(message.parts)
+            if not last:
+                writer.template(template.assistant_end)
+    writer.flush()
+    return writer.prompt
+
+
+def encode_training(
+    parts: Sequence[str | ImageRef],
+    answer: str,
+    template: Template,
+    tokenizer: Tokenizer,
+    image_tokens: int,
+    max_text_tokens: int,
+    wrap: bool = True,
+) -> Prompt:
+    """A training sample: `parts` asked, `answer` learned with the token that ends it.
+
+    wrap=False is the published stage 1: the bare image embeddings, then the answer, no prompt.
+    The answer is tokenised on its own, as in the published code, and cut at `max_text_tokens`.
+    """
+    writer = _Writer(tokenizer, template, image_tokens)
+    if wrap:
+        writer.template(template.training_user or template.user)
+        writer.parts(parts)
+        writer.template(template.training_user_end or template.user_end)
+        writer.template(template.assistant)
+        writer.flush()
+    else:
+        for part in parts:
+            if isinstance(part, ImageRef):
+                writer.prompt.add_image(part, image_tokens)
+    end = template.stop[0]
+    if end in template.controls:
+        ids = encode_text(tokenizer, plain(answer, template))
+        ids.append(tokenizer.convert_tokens_to_ids(end))
+    else:
+        ids = encode_text(tokenizer, plain(answer, template) + end)
+    writer.prompt.add_tokens(ids[:max_text_tokens], learn=True)
+    return writer.prompt

@@ -1,0 +1,117 @@
+"""Options -> a loaded model: what the command line and the page share."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from minigpt4.config import MODELS, ModelConfig, get_model
+from minigpt4.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt4.engine import Sampling
+    from minigpt4.model import MiniGPT4
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: str = "auto") -> None:
+    """--model, --quantize, --projection, --device."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=default,
+        help=f"auto, or one of {', '.join(MODELS)} (default: {default})",
+    )
+    group.add_argument(
+        "--quantize",
+        default="auto",
+        choices=["auto", "int8", "nf4", "none"],
+        help="how the language model is held; auto: int8 for the big models on a GPU, else none",
+    )
+    group.add_argument("--projection", metavar="FILE", help="another trained projection")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """--temperature, --top-p, ...; the defaults are the published demo's."""
+    from minigpt4.engine.sampling import Sampling
+
+    default = Sampling()
+    group = parser.add_argument_group("answer")
+    for name, kind, text in (
+        ("temperature", float, "0 always takes the likeliest word; higher is more varied"),
+        ("top-p", float, "draw from the likeliest words that together have this probability"),
+        ("top-k", int, "draw from this many likeliest words; 0: no limit"),
+        ("repetition-penalty", float, "above 1: words already used become less likely"),
+        ("max-new-tokens", int, "longest answer, in tokens"),
+        ("num-beams", int, "above 1: beam search, which weighs several answers, without drawing"),
+        ("seed", int, "the same seed gives the same answer"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        shown = "" if value is None else f" (default: {value})"
+        group.add_argument(f"--{name}", type=kind, default=value, help=text + shown)
+
+
+def sampling_of(options: argparse.Namespace) -> "Sampling":
+    """The Sampling that the options ask for; UserError where a value makes no sense."""
+    from dataclasses import fields
+
+    from minigpt4.engine.sampling import Sampling
+
+    return Sampling(**{f.name: getattr(options, f.name) for f in fields(Sampling)})
+
+
+def choose(free_gpu_bytes: int | None) -> tuple[ModelConfig, str]:
+    """What `auto` stands for and why: the biggest model that the free GPU memory holds."""
+    if free_gpu_bytes is None:
+        return get_model("nano"), "no GPU was found"
+    free = free_gpu_bytes / 1e9
+    fitting = [m for m in MODELS.values() if 0 < m.gpu_gigabytes <= free]
+    if not fitting:
+        return get_model("nano"), f"the GPU has {free:.0f} GB free, too little for a bigger one"
+    best = max(fitting, key=lambda m: m.gpu_gigabytes)
+    return best, f"the GPU has {free:.0f} GB free"
+
+
+def free_gpu_memory() -> int | None:
+    """Bytes free on the first GPU; None without one."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+def say(line: str) -> None:
+    """A line for the person who started the program."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def open_model(options: argparse.Namespace) -> "MiniGPT4":
+    """Load the model that the options name; `auto` falls back to nano where weights are missing."""
+    import torch
+
+    from minigpt4 import weights
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"There is no device “{device}”: choose cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("No GPU can be used here: choose “--device cpu”.")
+
+    def load(config: ModelConfig) -> "MiniGPT4":
+        if config.name == "nano":
+            weights.download(config)  # what is missing; it is small
+        files = weights.find(config, options.projection)
+        return weights.load_model(config, files, device, options.quantize)
+
+    if options.model != "auto":
+        return load(get_model(options.model))
+    config, why = choose(free_gpu_memory() if device.type == "cuda" else None)
+    say(f"Model: {config.name}, because {why}.")
+    if config.name != "nano":
+        try:
+            return load(config)
+        except UserError as error:
+            say(f"{error} Going on with nano.")
+    return load(get_model("nano"))

@@ -1,0 +1,1 @@
+"""Training of the projection: data, packing, trainer."""

@@ -1,0 +1,89 @@
+"""Prompts that begin alike are computed once: a row of the batch is a tree of tokens.
+
+Five captions of one picture share the picture's embeddings and the instruction. Their prompts are
+merged by `Prompt.keys` into one sequence in which each token sees its ancestors only and has its
+depth as position, so every caption's loss is what it would be alone (a test holds this) at a
+third of the cost.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from minigpt4.model import TrainingBatch
+from minigpt4.prompt import ImageRef, Prompt
+
+
+def pack(rows: Sequence[Sequence[Prompt]], index: dict[str, int]) -> TrainingBatch:
+    """Merge each row's prompts into one sequence and stack the rows.
+
+    index: picture key -> its place in the features handed to `MiniGPT4.training_loss`.
+    """
+    trees = [_Tree(prompts) for prompts in rows]
+    length = max(len(tree.ids) for tree in trees)
+    count = len(trees)
+    ids = torch.zeros(count, length, dtype=torch.long)
+    positions = torch.zeros(count, length, dtype=torch.long)
+    image_rows, image_index, sources, targets = [], [], [], []
+    for row, tree in enumerate(trees):
+        ids[row, : len(tree.ids)] = torch.tensor(tree.ids)
+        positions[row, : len(tree.depth)] = torch.tensor(tree.depth)
+        image_rows += [(row, position) for position, _ in tree.images]
+        image_index += [index[image.key] for _, image in tree.images]
+        sources += [row * length + source for source, _ in tree.learned]
+        targets += [target for _, target in tree.learned]
+    return TrainingBatch(
+        ids=ids,
+        image_rows=torch.tensor(image_rows).view(-1, 2),
+        image_index=torch.tensor(image_index, dtype=torch.long),
+        attention_mask=_ancestors([tree.parent for tree in trees], length)[:, None],
+        position_ids=positions,
+        sources=torch.tensor(sources, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+    )
+
+
+class _Tree:
+    """The prompts' tokens as a tree, parents before children, merged where keys agree."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.ids: list[int] = []
+        self.depth: list[int] = []
+        self.parent: list[int] = []
+        self.images: list[tuple[int, ImageRef]] = []
+        self.learned: list[tuple[int, int]] = []  # (position that predicts, token)
+        self._child: dict[tuple[int, int], int] = {}
+        for prompt in prompts:
+            self._add(prompt)
+
+    def _add(self, prompt: Prompt) -> None:
+        starts = dict(prompt.images)
+        # What comes after the last token is never read: it is only predicted.
+        node = -1
+        for depth, (token, key) in enumerate(zip(prompt.ids, prompt.keys, strict=True)):
+            if prompt.loss_mask[depth]:
+                self.learned.append((node, token))
+            if depth == len(prompt) - 1 and prompt.loss_mask[depth]:
+                break
+            child = self._child.get((node, key))
+            if child is None:
+                child = self._child[node, key] = len(self.ids)
+                self.ids.append(token)
+                self.depth.append(depth)
+                self.parent.append(node)
+                if depth in starts:
+                    self.images.append((child, starts[depth]))
+            node = child
+
+
+def _ancestors(parents: Sequence[Sequence[int]], length: int) -> torch.Tensor:
+    """mask[row, i, j]: j is i or one of its ancestors; padding sees itself alone."""
+    mask = torch.zeros(len(parents), length, length, dtype=torch.bool)
+    for row, parent in enumerate(parents):
+        for node, above in enumerate(parent):
+            if above >= 0:
+                mask[row, node] = mask[row, above]
+            mask[row, node, node] = True
+        rest = torch.arange(len(parent), length)
+        mask[row, rest, rest] = True
+    return mask

@@ -1,0 +1,93 @@
+"""python -m minigpt4 train: options -> data, recipe, trainer."""
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from minigpt4 import start, weights
+from minigpt4.config import ModelConfig, PooledMap, get_model
+from minigpt4.errors import UserError
+from minigpt4.training import data
+from minigpt4.training.trainer import Recipe, Trainer
+
+
+def train(options: argparse.Namespace) -> None:
+    """Run one stage and say where the projection is."""
+    config = get_model("nano" if options.model == "auto" else options.model)
+    schedule = config.stage1 if options.stage == 1 else config.stage2
+    overrides = {
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "peak_lr": options.peak_lr,
+    }
+    schedule = replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
+    embedded = isinstance(config.bridge, PooledMap)
+    examples = read_examples(options)[: options.limit]
+    replay = data.read_shards(options.replay, captioning()) if options.replay else []
+    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    model = _open(options, config, accelerator)
+    recipe = Recipe(
+        schedule=schedule,
+        instructions=instructions(options.stage, embedded),
+        seed=options.seed,
+        replay_share=options.replay_share if replay else 0.0,
+        mirror=embedded,
+        metadata={
+            "model": config.name,
+            "stage": str(options.stage),
+            "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
+            "pictures": str(len(examples)),
+        },
+    )
+    cache = Path(options.cache) if options.cache else None
+    trainer = Trainer(model, examples, recipe, options.out, accelerator, cache, replay)
+    if trainer.resume() and trainer.main:
+        start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
+    path = trainer.run()
+    if trainer.main:
+        start.say(f"The projection is in {path}; the loss curve beside it in loss.png, loss.csv.")
+
+
+def read_examples(options: argparse.Namespace) -> list[data.Example]:
+    """The data that the options name, pictures in a fixed order."""
+    if options.stage == 1:
+        return data.read_shards(options.data)
+    described = data.read_descriptions(options.data)
+    if options.instructions:
+        asked = data.read_instructions(options.instructions, options.data)
+        described = data.merge([described, asked])
+    return described
+
+
+def instructions(stage: int, embedded: bool) -> tuple[str, ...]:
+    """What is asked for texts without an instruction of their own.
+
+    The published first stage asks nothing; nano's asks for a short caption.
+    """
+    if stage == 2:
+        return tuple(data.read_lines("alignment.txt"))
+    return captioning() if embedded else ()
+
+
+def captioning() -> tuple[str, ...]:
+    """Ways to ask for a short caption."""
+    return tuple(data.read_lines("caption.txt"))
+
+
+def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Accelerator):
+    """The model on this process's device, its projection new (stage 1) or read from --init."""
+    if config.name == "nano":
+        with accelerator.main_process_first():
+            weights.download(config)
+    if options.stage == 2 and not options.init:
+        raise UserError("The second stage starts from the first's projection: give it by “--init”.")
+    projection = options.init or options.projection
+    files = weights.find(config, projection, new_projection=projection is None)
+    return weights.load_model(
+        config, files, accelerator.device, options.quantize, seed=options.seed
+    )

@@ -1,0 +1,307 @@
+"""Trains the projection and nothing else, on one process or many (`accelerate launch`)."""
+
+import csv
+import hashlib
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from minigpt4.config import ModelConfig, Schedule
+from minigpt4.errors import UserError
+from minigpt4.model import MiniGPT4
+from minigpt4.prompt import ImageRef, Prompt, encode_training
+from minigpt4.training.data import Example, Text, mixed_batches, published_caption
+from minigpt4.training.packing import pack
+from minigpt4.weights import save_projection
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How examples become training prompts.
+
+    instructions: one is drawn for each picture and step, for texts without their own; empty: the
+    published first stage, bare image embeddings and cleaned, lower-cased captions.
+    replay_share: of each batch, pictures out of `Trainer.replay`.
+    """
+
+    schedule: Schedule
+    instructions: tuple[str, ...] = ()
+    seed: int = 42
+    checkpoint_every: int = 200
+    replay_share: float = 0.0
+    mirror: bool = False  # show each picture's mirror image half of the time
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def learning_rate(schedule: Schedule, step: int) -> float:
+    """Of step `step` (from 0): linear warm-up, then a cosine to the floor."""
+    if step < schedule.warmup_steps:
+        share = step / schedule.warmup_steps
+        return schedule.warmup_lr + (schedule.peak_lr - schedule.warmup_lr) * share
+    share = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return schedule.floor_lr + (schedule.peak_lr - schedule.floor_lr) * cosine
+
+
+class Features:
+    """What the frozen encoder and bridge make of the examples' pictures.
+
+    With a cache folder each picture is encoded once and kept as 16-bit floats in one file, named
+    by the model and the pictures' keys: [examples, views, image_tokens, projection_in].
+    """
+
+    def __init__(
+        self,
+        model: MiniGPT4,
+        examples: Sequence[Example],
+        mirror: bool = False,
+        cache: Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        self._model = model
+        self._examples = examples
+        self.views = 2 if mirror else 1
+        self._stored: np.ndarray | None = None
+        if cache is not None:
+            self._stored = self._fill(cache, progress)
+
+    def __call__(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
+        """(example, view) pairs -> features [pictures, image_tokens, projection_in]."""
+        if self._stored is not None:
+            rows = np.stack([self._stored[example, view] for example, view in chosen])
+            return torch.from_numpy(rows).to(self._model.device)
+        return self._encode(chosen)
+
+    def _encode(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
+        pictures = [self._examples[example].picture() for example, _ in chosen]
+        device = self._model.device
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
+            pixels = self._model.pixel_values(pictures)
+            flip = torch.tensor([view for _, view in chosen], device=device).bool()
+            pixels[flip] = pixels[flip].flip(-1)
+            features = self._model.encode_features(pixels)
+        return features.clone()
+
+    def _fill(self, cache: Path, progress: bool) -> np.ndarray:
+        config = self._model.config
+        shape = (len(self._examples), self.views, config.image_tokens, config.projection_in)
+        keys = " ".join([config.name, repr(config.bridge), str(shape)])
+        keys += " ".join(example.key for example in self._examples)
+        name = hashlib.sha256(keys.encode()).hexdigest()[:16]
+        cache.mkdir(parents=True, exist_ok=True)
+        path = cache / f"features-{config.name}-{name}.npy"
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+            starts = range(0, len(self._examples), 16)
+            for start in tqdm(starts, desc="encoding pictures", disable=not progress):
+                numbers = range(start, min(start + 16, len(self._examples)))
+                for view in range(self.views):
+                    encoded = self._encode([(i, view) for i in numbers])
+                    stored[start : start + len(numbers), view] = encoded.half().cpu().numpy()
+            stored.flush()
+            partial.rename(path)
+        return np.load(path, mmap_mode="r")
+
+
+class Trainer:
+    """One training run in the folder `out`: checkpoint.pt, loss.csv, loss.png, projection."""
+
+    def __init__(
+        self,
+        model: MiniGPT4,
+        examples: Sequence[Example],
+        recipe: Recipe,
+        out: str | Path,
+        accelerator: Accelerator | None = None,
+        feature_cache: Path | None = None,
+        replay: Sequence[Example] = (),
+    ) -> None:
+        self.accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        self.main = self.accelerator.is_main_process
+        self.model, self.recipe = model, recipe
+        self.counts = [len(examples), len(replay)]
+        self.examples = [*examples, *replay]
+        self.out = Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        world = self.accelerator.num_processes
+        if recipe.schedule.batch_size % world:
+            raise UserError(
+                f"A batch of {recipe.schedule.batch_size} pictures cannot be shared evenly by "
+                f"{world} processes: choose “--batch-size” as a multiple of {world}."
+            )
+        with self.accelerator.main_process_first():
+            self.features = Features(model, self.examples, recipe.mirror, feature_cache, self.main)
+        if model.device.type == "cpu":  # fused attention's backward is many times slower there
+            model.llm.set_attn_implementation("eager")
+        projection = model.projection.float().requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [projection.weight], "weight_decay": recipe.schedule.weight_decay},
+                {"params": [projection.bias], "weight_decay": 0.0},
+            ],
+            lr=recipe.schedule.peak_lr,
+            betas=recipe.schedule.betas,
+        )
+        self.step = 0
+        self.rows: list[dict[str, float]] = []  # loss.csv
+
+    # --- one step ---------------------------------------------------------------------------
+
+    def prompts(self, step: int, indices: Sequence[int]) -> tuple[list[list[Prompt]], list]:
+        """A step's training prompts, a row a picture, and the (example, view) pairs to encode.
+
+        Draws depend on the seed, the step and the example alone: a resumed or a distributed run
+        makes the same ones.
+        """
+        schedule = self.recipe.schedule
+        rows, chosen = [], []
+        for place, index in enumerate(indices):
+            draw = random.Random(f"{self.recipe.seed} {step} {place} {index}")
+            example = self.examples[index]
+            pick = draw.random()  # one draw a picture: its texts then share their prompt
+            texts = draw.sample(example.texts, min(schedule.texts_per_picture, len(example.texts)))
+            # The same picture may stand twice in a batch, so its place is part of the key.
+            ref = ImageRef(f"{place:x}")
+            rows.append([self._prompt(ref, text, pick) for text in texts])
+            chosen.append((index, draw.randrange(self.features.views)))
+        return rows, chosen
+
+    def _prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
+        config: ModelConfig = self.model.config
+        choices = text.instructions or self.recipe.instructions or ("",)
+        instruction = choices[int(pick * len(choices))]
+        answer = text.answer.strip() if instruction else published_caption(text.answer)
+        return encode_training(
+            (ref, instruction) if instruction else (ref,),
+            answer,
+            config.template,
+            self.model.tokenizer,
+            config.image_tokens,
+            self.recipe.schedule.max_text_tokens,
+            wrap=bool(instruction),
+        )
+
+    def loss_and_gradient(self, step: int, indices: Sequence[int]) -> float:
+        """Mean loss over all processes' answer tokens; leaves its gradient in the projection.
+
+        indices: the whole batch; each process takes its share.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows, chosen = self.prompts(step, indices)
+        rows, chosen = rows[rank::world], chosen[rank::world]
+        index = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
+        batch = pack(rows, index).to(self.model.device)
+        mean = self.model.training_loss(self.features(chosen), batch)
+        count = torch.tensor(float(len(batch.targets)), device=self.model.device)
+        total = self.accelerator.reduce(count, "sum")
+        loss = mean * count / total  # this process's share of the mean over all tokens
+        loss.backward()
+        for parameter in self.model.projection.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        return self.accelerator.reduce(loss.detach(), "sum").item()
+
+    # --- the run ----------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train to the schedule's last step; the path of the projection that was written."""
+        schedule = self.recipe.schedule
+        replayed = round(schedule.batch_size * self.recipe.replay_share)
+        sizes = [schedule.batch_size - replayed, replayed]
+        order = mixed_batches(self.counts, sizes, self.recipe.seed, self.step)
+        bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
+        while self.step < schedule.steps:
+            started = time.perf_counter()
+            rate = learning_rate(schedule, self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.zero_grad()
+            loss = self.loss_and_gradient(self.step, next(order))
+            if schedule.clip_norm:
+                torch.nn.utils.clip_grad_norm_(
+                    self.model.projection.parameters(), schedule.clip_norm
+                )
+            self.optimizer.step()
+            self.step += 1
+            seconds = time.perf_counter() - started
+            samples = schedule.batch_size / seconds
+            self.rows.append(
+                {"step": self.step, "loss": loss, "lr": rate, "samples_per_s": samples}
+            )
+            recent = [row["loss"] for row in self.rows[-50:]]
+            bar.set_postfix_str(
+                f"loss {sum(recent) / len(recent):.3f}, lr {rate:.1e}, {samples:.1f} pictures/s"
+            )
+            bar.update()
+            if self.step % self.recipe.checkpoint_every == 0 or self.step == schedule.steps:
+                self.save()
+        bar.close()
+        return self.projection_path
+
+    @property
+    def projection_path(self) -> Path:
+        return self.out / f"{self.model.config.name}.safetensors"
+
+    def save(self) -> None:
+        """Checkpoint, projection, loss.csv and loss.png, by the main process."""
+        if not self.main:
+            return
+        state = {
+            "projection": self.model.projection.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "schedule": asdict(self.recipe.schedule),
+            "rows": self.rows,
+        }
+        partial = self.out / "checkpoint.part"
+        torch.save(state, partial)
+        partial.replace(self.out / "checkpoint.pt")
+        weights = {k: v.half() for k, v in self.model.projection.state_dict().items()}
+        save_projection(weights, self.projection_path, self.recipe.metadata)
+        with (self.out / "loss.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "loss", "lr", "samples_per_s"])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        plot_losses(self.rows, self.out / "loss.png")
+
+    def resume(self) -> bool:
+        """Go on from this folder's checkpoint, if it has one; true where it did."""
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        if state["schedule"] != asdict(self.recipe.schedule) | {
+            "betas": state["schedule"]["betas"]
+        }:
+            raise UserError(
+                f"{path} was made with other hyperparameters: give the same options, or another "
+                "folder with “--out”."
+            )
+        self.model.projection.load_state_dict(state["projection"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.rows = state["step"], state["rows"]
+        return True
+
+
+def plot_losses(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """The loss over the steps, raw and averaged over 25 steps, as PNG."""
+    from matplotlib.figure import Figure
+
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    window = min(25, len(losses))
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    axes.plot(steps, losses, linewidth=0.6, alpha=0.4, label="each step")
+    axes.plot(steps[window - 1 :], smooth, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.legend()
+    figure.savefig(path, dpi=120)

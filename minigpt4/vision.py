@@ -1,0 +1,87 @@
+"""A picture -> pixel values -> features of the frozen visual encoder."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Blip2VisionConfig, Blip2VisionModel
+
+from minigpt4.config import EfficientNetLite, EvaViT
+
+# The published BLIP-2 image processor's statistics (CLIP's), per RGB channel.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite) -> Tensor:
+    """RGB picture -> pixel values [3, image_size, image_size], squashed (not cropped), bicubic."""
+    pixels = np.asarray(_squash(rgb, config.image_size), dtype=np.float32)
+    match config:
+        case EvaViT():
+            pixels = (pixels / 255.0 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+        case EfficientNetLite():
+            pixels = (pixels - 127.0) / 128.0
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _squash(rgb: Image.Image, size: int) -> Image.Image:
+    """The picture at size x size, bicubic.
+
+    Pillow resamples one axis after the other and rounds in between, so their order shows in the
+    result; Pillow 13 takes the height first where it shrinks by more than twice what the width
+    does, Pillow 12 only for extreme strips. The order is spelled out to be the same (13's) in both.
+    """
+    width, height = rgb.size
+    bicubic = Image.Resampling.BICUBIC
+    if height > size and height - size > 2 * (width - size):
+        rgb = rgb.resize((width, size), bicubic)
+    return rgb.resize((size, size), bicubic)
+
+
+class EvaEncoder(nn.Module):
+    """EVA ViT-g: pixel values [batch, 3, H, W] -> [batch, 1 + patches, hidden], class token first.
+
+    The final norm is BLIP-2's `ln_vision`.
+    """
+
+    def __init__(self, config: EvaViT) -> None:
+        super().__init__()
+        self.vit = Blip2VisionModel(
+            Blip2VisionConfig(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                layer_norm_eps=config.layer_norm_eps,
+                qkv_bias=True,
+            )
+        )
+        self.vit.post_layernorm.eps = config.ln_vision_eps
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.vit(pixel_values=pixel_values).last_hidden_state
+
+
+class EfficientNetEncoder(nn.Module):
+    """EfficientNet-Lite: pixel values [batch, 3, 260, 260] -> [batch, 81, 1280], row by row."""
+
+    def __init__(self, config: EfficientNetLite) -> None:
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.net = EfficientNet.from_name(config.name)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return self.net.extract_features(pixel_values).flatten(2).transpose(1, 2)
+
+
+def build_encoder(config: EvaViT | EfficientNetLite) -> nn.Module:
+    """The visual encoder of `config`, its weights not yet loaded."""
+    match config:
+        case EvaViT():
+            return EvaEncoder(config)
+        case EfficientNetLite():
+            return EfficientNetEncoder(config)
