@@ -53,25 +53,26 @@ def learning_rate(schedule: Schedule, step: int) -> float:
 
 
 class Features:
-    """What the frozen encoder and bridge make of the examples' pictures.
+    """What the frozen encoder and bridge make of the pictures of one source of examples.
 
     With a cache folder each picture is encoded once and kept as 16-bit floats in one file, named
-    by the model and the pictures' keys: [examples, views, image_tokens, projection_in].
+    by the model and the pictures' keys: [examples, views, image_tokens, projection_in]. View 1 is
+    the mirror image.
     """
 
     def __init__(
         self,
         model: MiniGPT4,
         examples: Sequence[Example],
-        mirror: bool = False,
+        views: int = 1,
         cache: Path | None = None,
         progress: bool = False,
     ) -> None:
         self._model = model
         self._examples = examples
-        self.views = 2 if mirror else 1
+        self.views = views
         self._stored: np.ndarray | None = None
-        if cache is not None:
+        if cache is not None and examples:
             self._stored = self._fill(cache, progress)
 
     def __call__(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
@@ -140,7 +141,11 @@ class Trainer:
                 f"{world} processes: choose “--batch-size” as a multiple of {world}."
             )
         with self.accelerator.main_process_first():
-            self.features = Features(model, self.examples, recipe.mirror, feature_cache, self.main)
+            self.views = 2 if recipe.mirror else 1
+            self.sources = [
+                Features(model, source, self.views, feature_cache, self.main)
+                for source in (examples, replay)
+            ]
         if model.device.type == "cpu":  # fused attention's backward is many times slower there
             model.llm.set_attn_implementation("eager")
         projection = model.projection.float().requires_grad_(True)
@@ -173,8 +178,22 @@ class Trainer:
             # The same picture may stand twice in a batch, so its place is part of the key.
             ref = ImageRef(f"{place:x}")
             rows.append([self._prompt(ref, text, pick) for text in texts])
-            chosen.append((index, draw.randrange(self.features.views)))
+            chosen.append((index, draw.randrange(self.views)))
         return rows, chosen
+
+    def features(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
+        """(example, view) pairs -> features [pictures, image_tokens, projection_in]."""
+        examples, replay = self.sources
+        count = self.counts[0]
+        old = [i >= count for i, _ in chosen]
+        parts = []
+        if not all(old):
+            parts.append(examples([(i, v) for i, v in chosen if i < count]))
+        if any(old):
+            parts.append(replay([(i - count, v) for i, v in chosen if i >= count]))
+        joined = torch.cat(parts)  # examples first, then replay: back into the order asked for
+        order = sorted(range(len(chosen)), key=lambda place: old[place])
+        return joined[torch.tensor(order, device=joined.device).argsort()]
 
     def _prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
         config: ModelConfig = self.model.config

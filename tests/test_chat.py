@@ -1,0 +1,158 @@
+"""Conversations on a tiny real model: trimming, stopping, several pictures, reproducible draws."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt4 import image
+from minigpt4.chat import Conversation, ask, fit
+from minigpt4.engine import Engine, Sampling
+from minigpt4.errors import UserError
+from tests.parity_case import ParityCase
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return ParityCase(Path(__file__).parent / "parity" / "vicuna_qformer_a")
+
+
+@pytest.fixture(scope="module")
+def engine(case):
+    return Engine(case.load(llm_dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def pictures(case):
+    return [image.load(path) for path in case.image_paths]
+
+
+def small_context(engine, context: int) -> Engine:
+    """The same engine with room for fewer tokens."""
+    small = Engine(engine.model)
+    small.model = _Shrunk(engine.model, context)
+    return small
+
+
+class _Shrunk:
+    """A model that says its context is shorter; everything else is the model's."""
+
+    def __init__(self, model, context: int) -> None:
+        self._model = model
+        self.config = replace(model.config, context=context)
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+def test_an_answer_streams_and_is_the_same_again(engine, pictures):
+    conversation = Conversation()
+    conversation.add_question("Describe this image.", pictures[:1])
+    first, second = (ask(engine, conversation, GREEDY) for _ in range(2))
+    pieces = list(first)
+    assert len(pieces) > 1 and "".join(pieces) == first.text == "".join(second)
+    assert first.tokens == 12 and first.stop_reason == "length"
+    assert len(conversation.messages) == 1  # asking changes nothing
+
+
+def test_seeds_reproduce_draws(engine, pictures):
+    conversation = Conversation()
+    conversation.add_question("Describe this image.", pictures[:1])
+    drawn = [
+        "".join(ask(engine, conversation, Sampling(seed=seed, max_new_tokens=12)))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_other_pictures_other_answers(engine, pictures):
+    answers = []
+    for picture in pictures[:2]:
+        conversation = Conversation()
+        conversation.add_question("Describe this image.", [picture])
+        answers.append("".join(ask(engine, conversation, GREEDY)))
+    assert answers[0] != answers[1]
+
+
+def test_closing_ends_the_request(engine, pictures):
+    conversation = Conversation()
+    conversation.add_question("Describe this image.", pictures[:1])
+    answer = ask(engine, conversation, replace(GREEDY, max_new_tokens=500))
+    next(iter(answer))
+    answer.close()
+    assert answer.stop_reason == "closed" and answer.tokens < 10
+    assert list(answer) == []
+
+
+def test_old_turns_go_and_pictures_stay(engine, pictures):
+    conversation = Conversation()
+    for i in range(12):
+        conversation.add_question(f"Question number {i} about it?", [pictures[i % 2]][: i < 2])
+        conversation.add_answer("A fairly long answer that takes room.")
+    conversation.add_question("And the last one?")
+    small = small_context(engine, 300)
+    prompt, dropped = fit(conversation, small, 20)
+    assert 0 < dropped < 12 and len(prompt) <= 280
+    assert [ref.key for _, ref in prompt.images] == [pictures[0].key, pictures[1].key]
+    whole = fit(conversation, small_context(engine, 5000), 20)[0]
+    assert prompt.ids[:60] == whole.ids[:60]  # the system text stands
+    answer = ask(small, conversation, GREEDY)
+    assert f"{dropped} turns were left out" in answer.notice
+    assert "".join(answer)
+
+
+def test_a_question_too_long_alone_is_refused(engine, pictures):
+    conversation = Conversation()
+    conversation.add_question("word " * 2000, pictures[:1])
+    with pytest.raises(UserError, match="too long"):
+        ask(engine, conversation, GREEDY)
+
+
+def test_an_empty_question_is_refused():
+    with pytest.raises(UserError, match="empty"):
+        Conversation().add_question("  \n")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"max_new_tokens": 0},
+        {"num_beams": 10**9},
+        {"seed": 1.5},
+        {"repetition_penalty": True},
+    ],
+)
+def test_senseless_parameters_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_beams_need_no_luck(engine, pictures):
+    conversation = Conversation()
+    conversation.add_question("Describe this image.", pictures[:1])
+    beams = Sampling(num_beams=3, max_new_tokens=8)
+    assert "".join(ask(engine, conversation, beams)) == "".join(ask(engine, conversation, beams))
+
+
+def test_two_answers_at_once_are_as_alone(engine, pictures):
+    """Two streams read in turn give what each gives alone."""
+    conversations = []
+    for picture in pictures[:2]:
+        conversation = Conversation()
+        conversation.add_question("Describe this image.", [picture])
+        conversations.append(conversation)
+    alone = ["".join(ask(engine, c, GREEDY)) for c in conversations]
+    streams = [iter(ask(engine, c, GREEDY)) for c in conversations]
+    together = ["", ""]
+    for _ in range(GREEDY.max_new_tokens + 1):
+        for i, stream in enumerate(streams):
+            together[i] += next(stream, "")
+    assert together == alone

@@ -1,0 +1,49 @@
+"""Which model `auto` chooses, and what happens where its weights are missing."""
+
+import argparse
+
+import pytest
+
+from minigpt4 import start, weights
+from minigpt4.config import get_model
+from minigpt4.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "name"),
+    [(None, "nano"), (4, "nano"), (12.1, "vicuna-7b"), (23, "vicuna-7b"), (24.5, "vicuna-13b")],
+)
+def test_auto(gigabytes, name):
+    config, why = start.choose(None if gigabytes is None else int(gigabytes * 1e9))
+    assert config.name == name and why
+
+
+def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
+    """On a machine with a big GPU but no weights: one line says so, and nano is loaded."""
+    loaded = []
+
+    def load(config, files, *_):
+        loaded.append(config.name)
+
+    def find(config, projection=None):
+        if config.name != "nano":
+            raise UserError(f"Weights of {config.name} are missing.")
+
+    monkeypatch.setattr(start, "choose", lambda free: (get_model("vicuna-13b"), "it is big"))
+    monkeypatch.setattr(weights, "find", find)
+    monkeypatch.setattr(weights, "download", lambda config: None)
+    monkeypatch.setattr(weights, "load_model", load)
+    options = argparse.Namespace(model="auto", quantize="auto", projection=None, device="cpu")
+    start.open_model(options)
+    assert loaded == ["nano"]
+    said = capsys.readouterr().err
+    assert "vicuna-13b, because it is big" in said and "Going on with nano" in said
+
+
+def test_unknown_names():
+    options = argparse.Namespace(model="gpt-5", quantize="auto", projection=None, device="cpu")
+    with pytest.raises(UserError, match="vicuna-7b"):
+        start.open_model(options)
+    options.device = "tpu9"
+    with pytest.raises(UserError, match="tpu9"):
+        start.open_model(options)

@@ -1,0 +1,180 @@
+"""Training: only the projection learns, runs resume exactly, processes share a batch exactly."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt4.config import MODELS
+from minigpt4.errors import UserError
+from minigpt4.training import data
+from minigpt4.training.trainer import Recipe, Trainer, learning_rate
+from minigpt4.weights import read_projection
+from tests import training_case
+from tests.training_case import SCHEDULE, tiny_model, write_descriptions, write_shard
+
+PROMPTED = Recipe(SCHEDULE, ("Describe.", "What is this?"), mirror=True)
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return data.read_shards(str(write_shard(tmp_path / "train-00000.tar")))
+
+
+def train(examples, out, recipe=PROMPTED, steps=None, **options) -> Trainer:
+    """A run on a tiny model, stopped after `steps` if given, as if the machine had gone."""
+    trainer = Trainer(tiny_model(), examples, recipe, out, **options)
+    trainer.resume()
+    if steps is None:
+        trainer.run()
+    else:
+        save, trainer.save = trainer.save, lambda: None
+
+        class Stop(Exception):
+            pass
+
+        def stop_after():
+            if trainer.step == steps:
+                save()
+                raise Stop
+
+        trainer.save = stop_after
+        with pytest.raises(Stop):
+            trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("recipe", [PROMPTED, Recipe(SCHEDULE)], ids=["prompted", "published"])
+def test_only_the_projection_learns(examples, tmp_path, recipe):
+    before = {k: v.clone() for k, v in tiny_model().state_dict().items()}
+    trainer = train(examples, tmp_path / "run", recipe)
+    for name, tensor in trainer.model.state_dict().items():
+        changed = not torch.equal(tensor, before[name])
+        assert changed == name.startswith("projection."), name
+    losses = [row["loss"] for row in trainer.rows]
+    assert losses[-1] < losses[0]
+    for file in ("loss.png", "loss.csv", "checkpoint.pt"):
+        assert (tmp_path / "run" / file).stat().st_size > 100
+    saved = read_projection(trainer.projection_path)["weight"]
+    torch.testing.assert_close(saved.float(), trainer.model.projection.weight, atol=1e-2, rtol=1e-2)
+
+
+def test_resumed_is_uninterrupted(examples, tmp_path):
+    whole = train(examples, tmp_path / "whole")
+    recipe = replace(PROMPTED, checkpoint_every=3)
+    train(examples, tmp_path / "halves", recipe, steps=3)
+    halves = train(examples, tmp_path / "halves", recipe)
+    assert [r["loss"] for r in halves.rows] == [r["loss"] for r in whole.rows]
+    torch.testing.assert_close(
+        halves.model.projection.weight, whole.model.projection.weight, atol=0, rtol=0
+    )
+
+
+def test_resuming_with_other_hyperparameters_is_refused(examples, tmp_path):
+    train(examples, tmp_path / "run")
+    other = replace(PROMPTED, schedule=replace(SCHEDULE, peak_lr=5e-2))
+    with pytest.raises(UserError, match="hyperparameters"):
+        train(examples, tmp_path / "run", other)
+
+
+def test_cached_features_train_the_same(examples, tmp_path):
+    fresh = train(examples, tmp_path / "fresh")
+    cached = train(examples, tmp_path / "cached", feature_cache=tmp_path / "cache")
+    again = train(examples, tmp_path / "again", feature_cache=tmp_path / "cache")
+    losses = [[r["loss"] for r in t.rows] for t in (fresh, cached, again)]
+    assert losses[1] == losses[2]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # the cache holds 16 bits
+
+
+def test_two_processes_are_one(tmp_path):
+    """The same loss and gradient from two CPU processes as from one on the joined batch."""
+    shard = write_shard(tmp_path / "train-00000.tar")
+    results = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1"]
+        launch += [f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no"]
+        # The flag means one process a device, CPUs among them.
+        launch += ["--multi_gpu", "--main_process_port=0"] if processes > 1 else ["--cpu"]
+        launch += ["-m", "tests.training_case", str(shard), str(out)]
+        root = Path(training_case.__file__).parent.parent
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(launch, cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results[processes] = torch.load(out, weights_only=True)
+    assert [results[n]["world"] for n in (1, 2)] == [1, 2]
+    assert results[1]["loss"] == pytest.approx(results[2]["loss"], rel=1e-5)
+    torch.testing.assert_close(
+        results[1]["gradients"], results[2]["gradients"], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_published_schedules():
+    """Warm-up, peak, floor of the published configs."""
+    stage1 = MODELS["vicuna-7b"].stage1
+    assert learning_rate(stage1, 0) == pytest.approx(1e-6)
+    assert learning_rate(stage1, 5000) == pytest.approx(1e-4)
+    assert learning_rate(stage1, 20000) == pytest.approx(8e-5)
+    stage2 = MODELS["vicuna-7b"].stage2
+    assert learning_rate(stage2, 200) == pytest.approx(3e-5)
+    assert learning_rate(stage2, 1000) == pytest.approx(1e-5)
+    rates = [learning_rate(stage2, s) for s in range(200, 1001)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_published_captions():
+    caption = 'A "Dog" (brown)  runs: fast! ' + "word " * 60
+    cleaned = data.published_caption(caption)
+    assert cleaned.startswith("a dog brown runs fast word")
+    assert len(cleaned.split()) == 50
+
+
+def test_shards_and_descriptions_are_read(tmp_path):
+    write_shard(tmp_path / "train-00000.tar", 4)
+    write_shard(tmp_path / "train-00001.tar", 4)
+    for pattern in ("train-*.tar", "train-{00000..00001}.tar"):
+        assert len(data.read_shards(str(tmp_path / pattern))) == 8
+    described = data.read_descriptions(write_descriptions(tmp_path / "two"))
+    assert [e.texts[0].answer for e in described][:1] == ["The image shows pattern 0."]
+    assert described[0].picture().size == (60, 44)
+    pairs = [{"instruction": "Why?", "answer": "Because."}]
+    line = json.dumps({"image_id": "2", "pairs": pairs})
+    (tmp_path / "instruct.jsonl").write_text(line + "\n")
+    asked = data.read_instructions(tmp_path / "instruct.jsonl", tmp_path / "two")
+    merged = data.merge([described, asked])
+    assert len(merged) == 6 and [t.answer for t in merged[2].texts][1] == "Because."
+
+
+def test_wrong_data_is_named(tmp_path):
+    with pytest.raises(UserError, match="no shard"):
+        data.read_shards(str(tmp_path / "none-*.tar"))
+    (tmp_path / "bad.tar").write_bytes(b"this is no tar file at all" * 100)
+    with pytest.raises(UserError, match="bad.tar"):
+        data.read_shards(str(tmp_path / "bad.tar"))
+    with pytest.raises(UserError, match="filter_cap.json"):
+        data.read_descriptions(tmp_path)
+    folder = write_descriptions(tmp_path / "two")
+    (folder / "image" / "3.jpg").unlink()
+    with pytest.raises(UserError, match="3.jpg"):
+        data.read_descriptions(folder)
+
+
+def test_batches_cover_each_epoch_and_resume():
+    def first(n, start=0):
+        stream = data.batches(10, 3, seed=1, start=start)
+        return [next(stream) for _ in range(n)]
+
+    run = first(7)
+    assert first(4, start=3) == run[3:]
+    for epoch in (run[0:3], run[3:6]):
+        assert len({i for batch in epoch for i in batch}) == 9
+    assert run[:3] != run[3:6]
+    mixed = data.mixed_batches([10, 5], [2, 1], seed=1)
+    for _ in range(20):
+        a, b, c = next(mixed)
+        assert a < 10 and b < 10 and 10 <= c < 15
