@@ -25,9 +25,8 @@ weights: setup
 	$(PYTHON) -m venv .venv || \
 		{ echo "On Debian and Ubuntu, first: sudo apt-get install python3-venv"; rm -rf .venv; exit 1; }
 
-# Without an NVIDIA card the build of PyTorch without CUDA does, which is gigabytes smaller.
 .venv/installed: requirements.txt requirements-train.txt .venv/bin/python
-	$(BIN)/python -m pip install --progress-bar on $(TORCH_INDEX) \
+	$(BIN)/python -m pip install --progress-bar on \
 		-r requirements.txt -r requirements-train.txt
 	@touch $@
 

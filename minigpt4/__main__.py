@@ -104,11 +104,12 @@ def _ask(options: argparse.Namespace) -> None:
     *photos, question = options.photos
     if not photos:
         raise UserError('Give a photo and a question: ask PHOTO "What is this?".')
-    sampling = start.sampling_of(options)
+    given = start.given_sampling(options)
     paths = [path for photo in photos for path in image.list_pictures(photo)]
     if len(paths) == 1 and not options.out:
         picture = image.load(paths[0])  # before the model is loaded: a typing error shows at once
     engine = Engine(start.open_model(options))
+    sampling = start.default_sampling(engine.model.config, **given)
     if len(paths) == 1 and not options.out:
         conversation = Conversation()
         conversation.add_question(question, [picture])
@@ -152,8 +153,9 @@ def _chat(options: argparse.Namespace) -> None:
     from minigpt4.engine import Engine
 
     pictures = [image.load(path) for path in options.photos]
-    sampling = start.sampling_of(options)
+    given = start.given_sampling(options)
     engine = Engine(start.open_model(options))
+    sampling = start.default_sampling(engine.model.config, **given)
     conversation = Conversation()
     start.say("Ask, or: /image FILE adds a picture, /new starts again, /quit ends.")
     while True:

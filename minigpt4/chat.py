@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minigpt4.errors import UserError
 from minigpt4.image import Picture
-from minigpt4.prompt import ImageRef, Message, Prompt, encode_chat
+from minigpt4.prompt import ImageRef, Message, Prompt, Template, encode_chat
 from minigpt4.text import TextStream
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ class Answer:
         stop_ids = frozenset(tokenizer.convert_tokens_to_ids(s) for s in control)
         stop_strings = [s for s in template.stop if s not in template.controls]
         self._stop_ids = stop_ids | engine.eos_ids
-        self._stream = engine.submit(Request(prompt, conversation.pictures, sampling, stop_ids))
+        self._stream = engine.submit(
+            Request(prompt, conversation.pictures, sampling, stop_ids, penalized(prompt, template))
+        )
         self._pieces = self._read(
             TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop_strings)
         )
@@ -110,6 +112,12 @@ class Answer:
             return ""
         turns = "turn was" if self.dropped_turns == 1 else f"{self.dropped_turns} turns were"
         return f"The oldest {turns} left out: the conversation no longer fits the model's context."
+
+
+def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
+    """What the repetition penalty covers from the start: the published `generate` put a
+    beginning-of-sequence token in front of the answer, so that token was penalised too."""
+    return tuple(prompt.ids[:1]) if template.bos else ()
 
 
 def ask(engine: "Engine", conversation: Conversation, sampling: "Sampling") -> Answer:

@@ -110,6 +110,7 @@ class ModelConfig:
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` chooses it; 0: never
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
+    sampling: dict[str, float] = field(default_factory=dict)  # where not the published defaults
     stage1: Schedule | None = None
     stage2: Schedule | None = None
     licence: str = ""
@@ -227,6 +228,7 @@ _NANO = ModelConfig(
             megabytes=93,
         ),
     },
+    sampling={"temperature": 0.5, "repetition_penalty": 1.1},
     stage1=Schedule(4e-3, 2e-5, 1e-5, 50, 2400, 6, 40, (0.9, 0.98), 0.05, 1.0, 3),
     stage2=Schedule(5e-4, 1e-5, 1e-5, 20, 400, 6, 160, (0.9, 0.98), 0.05, 1.0, 3),
     licence="Apache-2.0 (SmolLM2, EfficientNet-Lite); projection: see weights/README.md",

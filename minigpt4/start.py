@@ -31,11 +31,8 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = "auto") ->
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """--temperature, --top-p, ...; the defaults are the published demo's."""
-    from minigpt4.engine.sampling import Sampling
-
-    default = Sampling()
-    group = parser.add_argument_group("answer")
+    """--temperature, --top-p, ...; left out, each is the model's default."""
+    group = parser.add_argument_group("answer (defaults: the published demo's, or the model's own)")
     for name, kind, text in (
         ("temperature", float, "0 always takes the likeliest word; higher is more varied"),
         ("top-p", float, "draw from the likeliest words that together have this probability"),
@@ -45,18 +42,26 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         ("num-beams", int, "above 1: beam search, which weighs several answers, without drawing"),
         ("seed", int, "the same seed gives the same answer"),
     ):
-        value = getattr(default, name.replace("-", "_"))
-        shown = "" if value is None else f" (default: {value})"
-        group.add_argument(f"--{name}", type=kind, default=value, help=text + shown)
+        group.add_argument(f"--{name}", type=kind, help=text)
 
 
-def sampling_of(options: argparse.Namespace) -> "Sampling":
-    """The Sampling that the options ask for; UserError where a value makes no sense."""
+def given_sampling(options: argparse.Namespace) -> dict[str, float]:
+    """What the options say of `Sampling`; UserError where a value makes no sense."""
     from dataclasses import fields
 
     from minigpt4.engine.sampling import Sampling
 
-    return Sampling(**{f.name: getattr(options, f.name) for f in fields(Sampling)})
+    given = {f.name: getattr(options, f.name) for f in fields(Sampling)}
+    given = {name: value for name, value in given.items() if value is not None}
+    Sampling(**given)  # said now, not after minutes of loading
+    return given
+
+
+def default_sampling(config: ModelConfig, **given) -> "Sampling":
+    """The published demo's sampling, changed by the model's own defaults, then by `given`."""
+    from minigpt4.engine.sampling import Sampling
+
+    return Sampling(**(config.sampling | given))
 
 
 def choose(free_gpu_bytes: int | None) -> tuple[ModelConfig, str]:

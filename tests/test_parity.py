@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minigpt4 import image
+from minigpt4.chat import penalized
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.prompt import ImageRef, encode_chat, encode_training
 from minigpt4.training.packing import pack
@@ -68,7 +69,13 @@ def test_dialogs(loaded):
                 num_beams=dialog["num_beams"],
                 max_new_tokens=dialog["max_new_tokens"],
             )
-            stream = engine.submit(Request(prompt, {p.key: p for p in pictures}, sampling))
+            request = Request(
+                prompt,
+                {p.key: p for p in pictures},
+                sampling,
+                penalized=penalized(prompt, config.template),
+            )
+            stream = engine.submit(request)
             assert [1, *stream] == turn["generated_ids"]
 
 

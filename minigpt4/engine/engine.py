@@ -30,6 +30,7 @@ class Request:
     pictures: Mapping[str, Picture]
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()  # besides the language model's own end token
+    penalized: tuple[int, ...] = ()  # ids the repetition penalty covers from the start
 
 
 class Stream:
@@ -113,7 +114,7 @@ class Engine:
             generator = torch.Generator(device)
             seed = sampling.seed if sampling.seed is not None else generator.seed()
             generator.manual_seed(seed)
-        seen = self._first_seen(request.prompt)
+        seen = torch.tensor(request.penalized, dtype=torch.long, device=device)
         inputs, cache = {"inputs_embeds": self._embed(request)}, None
         for _ in range(sampling.max_new_tokens):
             with self._lock, torch.inference_mode():
@@ -131,7 +132,8 @@ class Engine:
         """Beam search, by transformers; the ids come when it is done."""
         sampling = request.sampling
         embeds = self._embed(request)
-        processor = _GeneratedPenalty(self._first_seen(request.prompt), sampling.repetition_penalty)
+        first = torch.tensor(request.penalized, dtype=torch.long, device=embeds.device)
+        processor = _GeneratedPenalty(first, sampling.repetition_penalty)
         with self._lock, torch.inference_mode():
             ids = self.model.llm.generate(
                 inputs_embeds=embeds,
@@ -144,13 +146,6 @@ class Engine:
                 pad_token_id=0,
             )
         yield from ids[0].tolist()
-
-    def _first_seen(self, prompt: Prompt) -> Tensor:
-        """The published `generate` put a beginning-of-sequence token before what it made, so that
-        token was penalised from the start; templates without one start with nothing."""
-        first = prompt.ids[:1] if prompt.ids[0] == self.model.llm.config.bos_token_id else []
-        first = first if self.model.config.template.bos else []
-        return torch.tensor(first, dtype=torch.long, device=self.model.device)
 
 
 class _GeneratedPenalty(LogitsProcessor):

@@ -1,0 +1,164 @@
+"""The embedded model end to end, with its real weights (fetched by `make setup`'s download)."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from minigpt4 import image, weights
+from minigpt4.chat import Conversation, ask
+from minigpt4.config import get_model
+from minigpt4.engine import Engine, Sampling
+from minigpt4.training.data import jpeg
+
+ROOT = Path(__file__).parent.parent
+GREEDY = Sampling(temperature=0.0, max_new_tokens=60)
+
+
+def beach() -> Image.Image:
+    """Sea, sand and sky: a picture of this test's own."""
+    picture = Image.new("RGB", (640, 480), (120, 180, 235))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((0, 220, 640, 330), fill=(30, 90, 160))
+    draw.rectangle((0, 330, 640, 480), fill=(225, 200, 150))
+    draw.ellipse((500, 40, 570, 110), fill=(255, 230, 90))
+    return picture
+
+
+@pytest.fixture(scope="module")
+def engine():
+    config = get_model("nano")
+    return Engine(weights.load_model(config, weights.find(config)))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "beach.jpg"
+    path.write_bytes(jpeg(beach()))
+    return path
+
+
+def answer(engine, question: str, *pictures) -> str:
+    conversation = Conversation()
+    conversation.add_question(question, pictures)
+    return "".join(ask(engine, conversation, GREEDY))
+
+
+def test_it_sees(engine, photo):
+    """The picture matters: water or sand is named here, and not without the picture."""
+    caption = answer(engine, "Describe this image briefly.", image.load(photo)).lower()
+    assert any(word in caption for word in ("beach", "water", "ocean", "sand", "sea", "wave")), (
+        caption
+    )
+    assert caption.strip().endswith(".")
+
+
+def test_a_conversation_goes_on(engine, photo):
+    conversation = Conversation()
+    conversation.add_question("Describe this image briefly.", [image.load(photo)])
+    conversation.add_answer("".join(ask(engine, conversation, GREEDY)))
+    conversation.add_question("Write a short poem about this image.")
+    second = ask(engine, conversation, GREEDY)
+    assert len("".join(second).split()) > 3 and second.stop_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_quantised(quantize, engine, photo):
+    """bitsandbytes for real on the CPU: 8 and 4 bits still see the picture and end in time."""
+    config = get_model("nano")
+    model = weights.load_model(config, weights.find(config), quantize=quantize)
+    layers = {type(m).__name__ for m in model.llm.modules()}
+    assert {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[quantize] in layers
+    assert model.encoder.net._conv_stem.weight.dtype == model.projection.weight.dtype
+    question = "Describe this image briefly."
+    rough = set(answer(Engine(model), question, image.load(photo)).lower().split())
+    exact = set(answer(engine, question, image.load(photo)).lower().split())
+    assert len(rough & exact) >= 3, (rough, exact)
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_ask_on_the_command_line(photo, tmp_path):
+    done = run(
+        "-m", "minigpt4", "ask", str(photo), "What is this?", "--model", "nano", "--seed", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 2 and "<|" not in done.stdout
+    # A folder: good and bad files, one JSON line each.
+    (tmp_path / "bad.png").write_text("no picture")
+    out = tmp_path / "answers.jsonl"
+    asked = ["ask", str(tmp_path), "What is this?", "--model", "nano", "--out", str(out)]
+    done = run("-m", "minigpt4", *asked)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [("answer" in r, "error" in r) for r in records] == [(False, True), (True, False)]
+
+
+def test_chat_on_the_command_line(photo):
+    lines = "What is this?\n/image missing.jpg\nAnd where?\n/new\n/quit\n"
+    options = ["--model", "nano", "--max-new-tokens", "12"]
+    done = run("-m", "minigpt4", "chat", str(photo), *options, input=lines)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") >= 4 and "missing.jpg" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes_are_one_sentence(photo):
+    for arguments in (
+        ["ask", "nowhere.jpg", "What?"],
+        ["ask", str(photo), "What?", "--model", "gpt-5"],
+        ["ask", str(photo), "What?", "--temperature", "-3"],
+        ["ask", str(photo), "What?", "--model", "vicuna-7b"],
+        ["train", "--stage", "1", "--data", "nowhere.tar"],
+        ["evaluate", "nowhere.tar"],
+        ["convert", "nowhere.pth", "out.safetensors"],
+    ):
+        done = run("-m", "minigpt4", *arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_evaluate_and_train_on_the_command_line(tmp_path):
+    """Both stages and the scores, at the smallest size, by the commands in the docs."""
+    from tests.training_case import write_descriptions, write_shard
+
+    shard = write_shard(tmp_path / "train-00000.tar", 4)
+    short = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run(
+        "-m", "minigpt4", "train", "--stage", "1", "--data", str(shard), "--out", str(one), *short
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    data = write_descriptions(tmp_path / "described", 4)
+    options = ["--init", str(one / "nano.safetensors"), "--replay", str(shard), "--out", str(two)]
+    done = run("-m", "minigpt4", "train", "--stage", "2", "--data", str(data), *options, *short)
+    assert done.returncode == 0, done.stderr[-1000:]
+    scores = tmp_path / "scores.json"
+    options = ["--projection", str(two / "nano.safetensors"), "--json", str(scores), "--limit", "3"]
+    done = run("-m", "minigpt4", "evaluate", str(shard), *options)
+    assert done.returncode == 0, done.stderr[-1000:]
+    result = json.loads(scores.read_text())
+    assert {"bleu1", "bleu4", "cider", "repetition_rate", "fragment_rate"} <= result.keys()
+    assert result["n"] == 3
+
+
+def test_memory_stays_below_two_gigabytes(photo):
+    """Peak resident memory of one answer, load included (Linux reports it in KiB)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    code = (
+        "import resource, sys; from minigpt4.__main__ import main;"
+        f"main(['ask', {str(photo)!r}, 'What is this?', '--model', 'nano']);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    done = run("-c", code, env=environment)
+    peak = int(done.stderr.split()[-1])
+    assert before >= 0 and peak < 2_000_000, f"{peak / 1e6:.2f} GB"
