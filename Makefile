@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test setup weights lint clean
-demo: setup weights
+demo: setup
 	$(BIN)/python app.py
 
 test: setup weights .venv/dev-installed lint

@@ -1,0 +1,59 @@
+"""The chat page: options, model and page in one server. See `python app.py --help`."""
+
+import argparse
+import os
+import sys
+
+from minigpt4 import start
+from minigpt4.errors import UserError
+
+
+def options(arguments: list[str]) -> argparse.Namespace:
+    """Parsed options; each also comes from an environment variable MINIGPT4_…"""
+    parser = argparse.ArgumentParser(
+        prog="app.py",
+        description="MiniGPT-4's chat page.",
+        epilog="Each option can also be set in the environment: MINIGPT4_MAX_QUEUE=8 for example.",
+    )
+    start.add_model_options(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    group.add_argument("--port", type=int, default=7860)
+    group.add_argument("--share", action="store_true", help="a public link through gradio's relay")
+    group.add_argument("--max-upload-mb", type=int, default=20, help="largest picture file")
+    group.add_argument("--max-queue", type=int, default=32, help="people waiting, at most")
+    return parser.parse_args(_from_environment(parser) + arguments)
+
+
+def _from_environment(parser: argparse.ArgumentParser) -> list[str]:
+    """The options that the environment sets, as arguments: they are checked like any other."""
+    found = []
+    for action in parser._actions:
+        value = os.environ.get("MINIGPT4_" + action.dest.upper(), "")
+        flag = action.option_strings[-1]
+        if action.nargs == 0:  # a switch
+            found += [flag] if value.lower() not in ("", "0", "false", "no") else []
+        elif value:
+            found += [f"{flag}={value}"]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Start the server; the exit status."""
+    chosen = options(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from minigpt4.engine import Engine
+        from minigpt4.web.page import build_page, launch
+
+        launch(build_page(Engine(start.open_model(chosen))), chosen)
+    except UserError as error:
+        print(f"app.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
