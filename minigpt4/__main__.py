@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         "--replay", metavar="SHARDS", help="stage 2: shards of captions to mix in, unforgotten"
     )
     train.add_argument("--replay-share", type=float, default=0.33, help="their share of a batch")
+    train.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        help="with --replay: draw this many captions a picture and learn from their CIDEr",
+    )
     train.add_argument("--steps", type=int)
     train.add_argument("--batch-size", type=int, help="pictures a step, over all processes")
     train.add_argument("--peak-lr", type=float)

@@ -85,7 +85,7 @@ class TrainingBatch:
     ids [rows, length]; image_rows [pictures in all, 2] (row, first position) beside `image_index`
     [pictures in all] into the batch's features; attention_mask [rows, 1, length, length] (true:
     may see); position_ids [rows, length]; the token at flat position
-    `sources[i]` predicts `targets[i]`.
+    `sources[i]` predicts `targets[i]`, and its loss counts `weights[i]` times.
     """
 
     ids: Tensor
@@ -95,6 +95,7 @@ class TrainingBatch:
     position_ids: Tensor
     sources: Tensor
     targets: Tensor
+    weights: Tensor
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on `device`."""
@@ -158,7 +159,7 @@ class MiniGPT4(nn.Module):
         return embeds
 
     def training_loss(self, features: Tensor, batch: TrainingBatch) -> Tensor:
-        """Mean cross-entropy over the answers' tokens.
+        """Mean weighted cross-entropy over the answers' tokens.
 
         features: [pictures, image_tokens, projection_in], from `encode_features`.
         """
@@ -178,4 +179,5 @@ class MiniGPT4(nn.Module):
         ).last_hidden_state
         # Only positions that predict an answer's token go through the output layer.
         logits = self.llm.get_output_embeddings()(hidden_states.flatten(0, 1)[batch.sources])
-        return F.cross_entropy(logits.float(), batch.targets)
+        losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+        return (losses * batch.weights).mean()

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -15,4 +17,6 @@ def pytest_generate_tests(metafunc):
     if "case_dir" in metafunc.fixturenames:
         root = Path(metafunc.config.getoption("--parity-dir"))
         cases = sorted(p.parent for p in root.glob("**/case.json"))
+        if not cases:
+            raise pytest.UsageError(f"--parity-dir: {root} holds no case.json, at any depth")
         metafunc.parametrize("case_dir", cases, ids=[p.name for p in cases])

@@ -59,9 +59,9 @@ def write_descriptions(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def tiny_model():
-    """The parity case's model in 32 bit."""
-    return ParityCase(PARITY / "vicuna_qformer_a").load(llm_dtype=torch.float32)
+def tiny_model(case: str = "vicuna_qformer_a"):
+    """A parity case's model in 32 bit."""
+    return ParityCase(PARITY / case).load(llm_dtype=torch.float32)
 
 
 def main(shard: str, out: str) -> None:

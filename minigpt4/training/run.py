@@ -36,6 +36,7 @@ def train(options: argparse.Namespace) -> None:
         instructions=instructions(options.stage, embedded),
         seed=options.seed,
         replay_share=options.replay_share if replay else 0.0,
+        samples=options.samples if replay else 0,
         mirror=embedded,
         metadata={
             "model": config.name,

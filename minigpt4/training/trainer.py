@@ -21,6 +21,7 @@ from minigpt4.model import MiniGPT4
 from minigpt4.prompt import ImageRef, Prompt, encode_training
 from minigpt4.training.data import Example, Text, mixed_batches, published_caption
 from minigpt4.training.packing import pack
+from minigpt4.training.selfcritical import CiderReward, advantages, sample
 from minigpt4.weights import save_projection
 
 
@@ -30,7 +31,9 @@ class Recipe:
 
     instructions: one is drawn for each picture and step, for texts without their own; empty: the
     published first stage, bare image embeddings and cleaned, lower-cased captions.
-    replay_share: of each batch, pictures out of `Trainer.replay`.
+    replay_share: of each batch, pictures out of `Trainer.replay`. samples: where above 1, those
+    pictures' captions are not copied but scored: as many answers are drawn, and made likelier or
+    less by their CIDEr (see `selfcritical`), `reward_weight` times as strong as the rest.
     """
 
     schedule: Schedule
@@ -38,6 +41,8 @@ class Recipe:
     seed: int = 42
     checkpoint_every: int = 200
     replay_share: float = 0.0
+    samples: int = 0
+    reward_weight: float = 2.0
     mirror: bool = False  # show each picture's mirror image half of the time
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -157,6 +162,15 @@ class Trainer:
             lr=recipe.schedule.peak_lr,
             betas=recipe.schedule.betas,
         )
+        self.reward = None
+        if recipe.samples:
+            if model.config.template.stop[0] not in model.config.template.controls:
+                raise UserError(
+                    f"“--samples” needs answers that end in a token of their own, and those of "
+                    f"{model.config.name} end in “{model.config.template.stop[0]}”: leave it out."
+                )
+            self.reward = CiderReward({e.key: e.captions for e in replay})
+        self.rewards: list[float] = []  # of the pictures answered since the start
         self.step = 0
         self.rows: list[dict[str, float]] = []  # loss.csv
 
@@ -219,8 +233,10 @@ class Trainer:
         rows, chosen = self.prompts(step, indices)
         rows, chosen = rows[rank::world], chosen[rank::world]
         index = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
-        batch = pack(rows, index).to(self.model.device)
-        mean = self.model.training_loss(self.features(chosen), batch)
+        features = self.features(chosen)
+        weights = self.score_samples(step, rows, chosen, features) if self.reward else None
+        batch = pack(rows, index, weights).to(self.model.device)
+        mean = self.model.training_loss(features, batch)
         count = torch.tensor(float(len(batch.targets)), device=self.model.device)
         total = self.accelerator.reduce(count, "sum")
         loss = mean * count / total  # this process's share of the mean over all tokens
@@ -228,6 +244,49 @@ class Trainer:
         for parameter in self.model.projection.parameters():
             parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
         return self.accelerator.reduce(loss.detach(), "sum").item()
+
+    def score_samples(
+        self,
+        step: int,
+        rows: list[list[Prompt]],
+        chosen: Sequence[tuple[int, int]],
+        features: Tensor,
+    ) -> list[list[float]]:
+        """Put drawn answers in the place of the replayed pictures' captions, in `rows`; the
+        weights of all prompts: 1, or the drawn answers' advantages."""
+        recipe, limit = self.recipe, self.recipe.schedule.max_caption_tokens
+        weights = [[1.0] * len(row) for row in rows]
+        replayed = [i for i, (example, _) in enumerate(chosen) if example >= self.counts[0]]
+        # Draw for pictures with the same instruction together: their prompts are equally long.
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in replayed:
+            groups.setdefault(tuple(_question(rows[i][0]).ids), []).append(i)
+        generator = torch.Generator(self.model.device).manual_seed(
+            hash((recipe.seed, step, self.accelerator.process_index)) % 2**63
+        )
+        tokenizer = self.model.tokenizer
+        for members in groups.values():
+            with torch.inference_mode():
+                embeds = self.model.projection(features[members].float())
+                inputs = torch.cat(
+                    [
+                        self.model.embed(question, {question.images[0][1].key: one})
+                        for question, one in zip(
+                            (_question(rows[i][0]) for i in members), embeds, strict=True
+                        )
+                    ]
+                )
+            drawn = sample(self.model, inputs, recipe.samples, limit, generator)
+            for i, answers in zip(members, drawn, strict=True):
+                key = self.examples[chosen[i][0]].key
+                rewards = []
+                for ids in answers:
+                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                    rewards.append(self.reward(key, text, ids[-1] == tokenizer.eos_token_id))
+                self.rewards.append(sum(rewards) / len(rewards))
+                rows[i] = [_answered(_question(rows[i][0]), ids) for ids in answers]
+                weights[i] = [recipe.reward_weight * a for a in advantages(rewards)]
+        return weights
 
     # --- the run ----------------------------------------------------------------------------
 
@@ -257,9 +316,10 @@ class Trainer:
                 {"step": self.step, "loss": loss, "lr": rate, "samples_per_s": samples}
             )
             recent = [row["loss"] for row in self.rows[-50:]]
-            bar.set_postfix_str(
-                f"loss {sum(recent) / len(recent):.3f}, lr {rate:.1e}, {samples:.1f} pictures/s"
-            )
+            said = f"loss {sum(recent) / len(recent):.3f}, lr {rate:.1e}, {samples:.1f} pictures/s"
+            if recent_rewards := self.rewards[-400:]:
+                said += f", CIDEr of samples {sum(recent_rewards) / len(recent_rewards):.3f}"
+            bar.set_postfix_str(said)
             bar.update()
             if self.step % self.recipe.checkpoint_every == 0 or self.step == schedule.steps:
                 self.save()
@@ -309,6 +369,19 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows = state["step"], state["rows"]
         return True
+
+
+def _question(prompt: Prompt) -> Prompt:
+    """The part of a training prompt before what is learned."""
+    length = prompt.loss_mask.index(True)
+    return Prompt(
+        prompt.ids[:length], prompt.keys[:length], prompt.images, prompt.loss_mask[:length]
+    )
+
+
+def _answered(question: Prompt, ids: Sequence[int]) -> Prompt:
+    question.add_tokens(ids, learn=True)
+    return question
 
 
 def plot_losses(rows: Sequence[dict[str, float]], path: Path) -> None:

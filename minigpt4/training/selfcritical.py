@@ -1,0 +1,104 @@
+"""Captions learned by their score: the model answers, and what scores above its average is made
+likelier (self-critical sequence training, Rennie et al., 2017, with the mean of the other samples
+as baseline, Luo, 2020)."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from minigpt4.evaluation.metrics import ptb_tokens
+from minigpt4.model import MiniGPT4
+
+_SIGMA = 6.0  # CIDEr-D's width, in words, of the penalty on a length unlike the reference's
+_LONGEST = 4  # words in an n-gram
+
+
+class CiderReward:
+    """CIDEr-D (Vedantam et al., 2015) of one text against a picture's references.
+
+    Document frequencies come from all the references given here. The end of a text counts as a
+    word, or breaking off after "with a" would cost nothing.
+    """
+
+    def __init__(self, references: Mapping[str, Sequence[str]]) -> None:
+        counted = {k: [_ngrams(_words(t)) for t in texts] for k, texts in references.items()}
+        self._frequency: Counter = Counter()
+        for texts in counted.values():
+            self._frequency.update({gram for text in texts for gram in text})
+        self._log_count = math.log(max(2, len(counted)))
+        self._references = {k: [self._vectors(c) for c in texts] for k, texts in counted.items()}
+
+    def __call__(self, key: str, text: str, ended: bool = True) -> float:
+        """1.0 is what papers write as 100. `ended`: the model closed the text itself."""
+        words, norms, length = self._vectors(_ngrams(_words(text, ended)))
+        total = 0.0
+        references = self._references[key]
+        for other, other_norms, other_length in references:
+            near = math.exp(-((length - other_length) ** 2) / (2 * _SIGMA**2))
+            products = [0.0] * _LONGEST
+            for gram, weight in words.items():
+                if gram in other:
+                    products[len(gram) - 1] += min(weight, other[gram]) * other[gram]
+            for product, norm, other_norm in zip(products, norms, other_norms, strict=True):
+                if norm and other_norm:
+                    total += near * product / (norm * other_norm)
+        return 10 * total / (_LONGEST * len(references))
+
+    def _vectors(self, counts: Counter) -> tuple[dict, list[float], int]:
+        """(n-gram -> tf-idf, norm for each n, length in words)."""
+        weights, squares = {}, [0.0] * _LONGEST
+        for gram, count in counts.items():
+            weight = count * (self._log_count - math.log(max(1.0, self._frequency[gram])))
+            weights[gram] = weight
+            squares[len(gram) - 1] += weight * weight
+        length = sum(count for gram, count in counts.items() if len(gram) == 1)
+        return weights, [math.sqrt(s) for s in squares], length
+
+
+def _words(text: str, ended: bool = True) -> list[str]:
+    return ptb_tokens(text).split() + (["<end>"] if ended else [])
+
+
+def _ngrams(words: Sequence[str]) -> Counter:
+    return Counter(
+        tuple(words[i : i + n]) for n in range(1, _LONGEST + 1) for i in range(len(words) - n + 1)
+    )
+
+
+@torch.inference_mode()
+def sample(
+    model: MiniGPT4, inputs: Tensor, count: int, limit: int, generator: torch.Generator
+) -> list[list[list[int]]]:
+    """`count` answers of at most `limit` ids to each row of `inputs` [rows, length, hidden].
+
+    Drawn from the whole distribution; an end token, where it came, is the last id. The prompts are
+    read once, and their keys and values shared out.
+    """
+    end = model.tokenizer.eos_token_id
+    output = model.llm(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(count)
+    logits = output.logits[:, -1].repeat_interleave(count, 0)
+    drawn = []
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for _ in range(limit):
+        token = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+        drawn.append(token)
+        ended |= token[:, 0] == end
+        if ended.all():
+            break
+        output = model.llm(input_ids=token, past_key_values=cache, use_cache=True)
+        logits = output.logits[:, -1]
+    answers = []
+    for ids in torch.cat(drawn, 1).tolist():
+        answers.append(ids[: ids.index(end) + 1] if end in ids else ids)
+    return [answers[i : i + count] for i in range(0, len(answers), count)]
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """Each reward less the mean of the others."""
+    total, others = sum(rewards), len(rewards) - 1
+    return [reward - (total - reward) / others for reward in rewards]
