@@ -14,6 +14,9 @@ from minigpt4.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what cannot be written or read is no reason to end
+            stream.reconfigure(errors="replace")
     try:
         options.run(options)
     except UserError as error:
@@ -24,7 +27,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"minigpt4: {name}{error.strerror or 'the disk or a device failed'}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 up, as an option's value."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"“{text}” is no whole number from 1 up")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    """A number from 0 to below 1, as an option's value."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"“{text}” is no number from 0 to below 1")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,18 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--replay", metavar="SHARDS", help="stage 2: shards of captions to mix in, unforgotten"
     )
-    train.add_argument("--replay-share", type=float, default=0.33, help="their share of a batch")
+    train.add_argument("--replay-share", type=_share, default=0.33, help="their share of a batch")
     train.add_argument(
         "--samples",
         type=int,
         default=0,
         help="with --replay: draw this many captions a picture and learn from their CIDEr",
     )
-    train.add_argument("--steps", type=int)
-    train.add_argument("--batch-size", type=int, help="pictures a step, over all processes")
+    train.add_argument("--steps", type=_count)
+    train.add_argument("--batch-size", type=_count, help="pictures a step, over all processes")
     train.add_argument("--peak-lr", type=float)
     train.add_argument("--seed", type=int, default=42)
-    train.add_argument("--limit", type=int, help="use the first N pictures only")
+    train.add_argument("--limit", type=_count, help="use the first N pictures only")
     train.add_argument(
         "--cache", metavar="DIR", help="keep the frozen encoder's features here (small data sets)"
     )
@@ -83,11 +108,11 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score answers on captioned pictures")
     evaluate.add_argument("shard", help="SHARD.tar of pictures with captions")
-    evaluate.add_argument("--limit", type=int, help="the first N pictures only")
+    evaluate.add_argument("--limit", type=_count, help="the first N pictures only")
     evaluate.add_argument("--json", metavar="OUT", help="write the scores here")
     evaluate.add_argument("--answers", metavar="OUT", help="write every answer, as JSON lines")
     evaluate.add_argument("--detail", action="store_true", help="detailed descriptions instead")
-    evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--batch-size", type=_count, default=32)
     start.add_model_options(evaluate, default="nano")
     evaluate.set_defaults(run=_evaluate)
 
@@ -137,7 +162,8 @@ def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | Non
 
     with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
         for path in tqdm(paths, unit="photo", disable=None if out else True):
-            record = {"photo": str(path), "question": question}
+            name = str(path).encode("utf-8", "replace").decode("utf-8")
+            record = {"photo": name, "question": question}
             try:
                 conversation = Conversation()
                 conversation.add_question(question, [image.load(path)])
@@ -149,8 +175,8 @@ def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | Non
             if out:
                 print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             else:
-                shown = record.get("answer") or record["error"]
-                print(f"{path.name}: {shown}", file=file, flush=True)
+                shown = record.get("error", record.get("answer"))
+                print(f"{name}: {shown}", file=file, flush=True)
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -177,16 +203,18 @@ def _chat(options: argparse.Namespace) -> None:
                     return
                 case ["/new"]:
                     conversation, pictures = Conversation(), []
+                case ["/image"]:
+                    start.say("Name the picture: /image FILE.")
                 case ["/image", path]:
                     pictures.append(image.load(path.strip("\"'")))
                 case _:
-                    conversation.add_question(line, pictures)
-                    pictures = []
-                    _say_answer(ask(engine, conversation, sampling), conversation)
-        except UserError as error:
+                    asked = Conversation([*conversation.messages], {**conversation.pictures})
+                    asked.add_question(line, pictures)
+                    answer = ask(engine, asked, sampling)
+                    conversation, pictures = asked, []
+                    _say_answer(answer, conversation)
+        except UserError as error:  # nothing was asked, and nothing is lost
             start.say(str(error))
-            if conversation.messages and conversation.messages[-1].role == "user":
-                conversation.messages.pop()
 
 
 def _say_answer(answer, conversation) -> None:
@@ -202,13 +230,26 @@ def _say_answer(answer, conversation) -> None:
     conversation.add_answer(answer.text)
 
 
+def _need(*packages: str) -> None:
+    """UserError where what training and scoring need besides has not been installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} must be installed first: pip install -r requirements-train.txt."
+        )
+
+
 def _train(options: argparse.Namespace) -> None:
+    _need("matplotlib")
     from minigpt4.training.run import train
 
     train(options)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    _need("pycocoevalcap")
     from minigpt4.evaluation.run import evaluate
 
     evaluate(options)

@@ -1,12 +1,21 @@
 """A conversation, and how it is asked: prompt, trimming to the context, streamed text. No torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from minigpt4.errors import UserError
 from minigpt4.image import Picture
-from minigpt4.prompt import ImageRef, Message, Prompt, Template, encode_chat
+from minigpt4.prompt import (
+    ImageRef,
+    Message,
+    Prompt,
+    Template,
+    encode_chat,
+    stop_ids,
+    stop_sequences,
+    stop_strings,
+)
 from minigpt4.text import TextStream
 
 if TYPE_CHECKING:
@@ -32,15 +41,16 @@ class Conversation:
         self.messages.append(Message("user", parts))
 
     def add_answer(self, text: str) -> None:
-        self.messages.append(Message("assistant", (text,)))
+        """Append the assistant's message; blanks around it go, as in the published code."""
+        self.messages.append(Message("assistant", (text.strip(),)))
 
 
 class Answer:
     """The answer to a conversation's last question, as an iterator over pieces of text.
 
     text: all of it so far. dropped_turns: how many old questions and answers did not fit the
-    context and were left out. stop_reason ("stop", "length", "closed"), tokens, prompt_tokens and
-    seconds_to_first are known once it has ended; `notice` says in words what was left out.
+    context and were left out; `notice` says so in words. stop_reason ("stop", "length", "closed"),
+    tokens and seconds_to_first are known once it has ended.
     """
 
     def __init__(self, engine: "Engine", conversation: Conversation, sampling: "Sampling") -> None:
@@ -48,19 +58,24 @@ class Answer:
 
         config, tokenizer = engine.model.config, engine.model.tokenizer
         prompt, self.dropped_turns = fit(conversation, engine, sampling.max_new_tokens)
-        self.prompt_tokens = len(prompt)
         self.text = ""
         template = config.template
-        control = [s for s in template.stop if s in template.controls]
-        stop_ids = frozenset(tokenizer.convert_tokens_to_ids(s) for s in control)
-        stop_strings = [s for s in template.stop if s not in template.controls]
-        self._stop_ids = stop_ids | engine.eos_ids
+        self._stop_ids = stop_ids(template, tokenizer)
         self._stream = engine.submit(
-            Request(prompt, conversation.pictures, sampling, stop_ids, penalized(prompt, template))
+            Request(
+                prompt,
+                conversation.pictures,
+                sampling,
+                self._stop_ids,
+                stop_sequences(template, tokenizer),
+                penalized(prompt, template),
+            )
         )
-        self._pieces = self._read(
-            TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop_strings)
-        )
+
+        def decode(ids: list[int]) -> str:
+            return tokenizer.decode(ids, skip_special_tokens=True)
+
+        self._pieces = self._read(TextStream(decode, stop_strings(template)))
 
     def _read(self, text_stream: TextStream) -> Iterator[str]:
         try:
@@ -72,7 +87,7 @@ class Answer:
                     yield piece
                 if text_stream.ended:
                     self._stream.stop_reason = "stop"
-                    break
+                    return
             piece = self._shown(text_stream.finish())
             if piece:
                 yield piece
@@ -90,8 +105,7 @@ class Answer:
         return self._pieces
 
     def close(self) -> None:
-        """Stop answering before the next token."""
-        self._pieces.close()
+        """Stop answering before the next token; any thread may call this."""
         self._stream.close()
 
     @property
@@ -166,8 +180,3 @@ def _without_oldest(messages: list[Message]) -> list[Message] | None:
     images = tuple(image for m in messages[: later[0]] for image in m.images)
     heir = messages[later[0]]
     return [replace(heir, parts=images + heir.parts), *messages[later[0] + 1 :]]
-
-
-def pictures_of(message: Message, pictures: Mapping[str, Picture]) -> list[Picture]:
-    """The pictures that a message shows."""
-    return [pictures[image.key] for image in message.images]

@@ -132,7 +132,7 @@ class MiniGPT4(nn.Module):
     def pixel_values(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> [batch, 3, image_size, image_size] on the model's device."""
         pixels = torch.stack([preprocess(p, self.config.vision) for p in pictures])
-        return pixels.to(self.device, self.projection.weight.dtype)
+        return pixels.to(self.device, next(self.encoder.parameters()).dtype)
 
     def encode_features(self, pixel_values: Tensor) -> Tensor:
         """Pixel values -> what the projection reads [batch, image_tokens, projection_in]."""
@@ -141,7 +141,8 @@ class MiniGPT4(nn.Module):
 
     def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> image embeddings [batch, image_tokens, llm_hidden_size]."""
-        return self.projection(self.encode_features(self.pixel_values(pictures)))
+        features = self.encode_features(self.pixel_values(pictures))
+        return self.projection(features.to(self.projection.weight.dtype))
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids (IMAGE_ID read as 0) -> token embeddings [..., llm_hidden_size]."""

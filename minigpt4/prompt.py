@@ -23,7 +23,8 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn's message; `parts` are texts and pictures in the order they were given."""
+    """One turn's message; `parts` are texts and pictures in the order they were given, `images`
+    the pictures alone."""
 
     role: Literal["user", "assistant"]
     parts: tuple[str | ImageRef, ...]
@@ -89,7 +90,7 @@ LLAMA2 = Template(
     between_images="<s>[INST] ",
     stop=("</s>",),
     controls=("<s>", "</s>"),
-    markers=("[INST]", "[/INST]", "<Img>", "</Img>"),
+    markers=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<Img>", "</Img>"),
     training_user="[INST] ",
 )
 
@@ -113,6 +114,7 @@ class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     bos_token_id: int
+    eos_token_id: int
 
     def encode(self, text: str, **options) -> list[int]: ...
     def convert_tokens_to_ids(self, token: str) -> int: ...
@@ -138,12 +140,14 @@ class Prompt:
         return len(self.ids)
 
     def add_tokens(self, ids: Iterable[int], learn: bool = False) -> None:
+        """Append tokens; `learn`: they are to be learned."""
         ids = list(ids)
         self.ids += ids
         self.keys += ids
         self.loss_mask += [learn] * len(ids)
 
     def add_image(self, image: ImageRef, length: int) -> None:
+        """Append `length` positions for the picture."""
         self.images.append((len(self), image))
         base = int(image.key, 16) * 4096  # negative and far from any token id
         self.ids += [IMAGE_ID] * length
@@ -220,6 +224,30 @@ class _Writer:
             previous = part
 
 
+def stop_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end an answer: the template's stop strings that are tokens, and the model's."""
+    controls = (s for s in template.stop if s in template.controls)
+    return frozenset({tokenizer.convert_tokens_to_ids(s) for s in controls}) | {
+        tokenizer.eos_token_id
+    }
+
+
+def stop_strings(template: Template) -> tuple[str, ...]:
+    """Stop strings that are written in plain text, which any tokens may spell."""
+    return tuple(s for s in template.stop if s not in template.controls)
+
+
+def stop_sequences(template: Template, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Ways in which tokens commonly spell a plain stop string: at a line's start, after a word."""
+    spellings = set()
+    for text in stop_strings(template):
+        spellings.add(tuple(encode_text(tokenizer, text)))
+        alone, after = encode_text(tokenizer, "a"), encode_text(tokenizer, "a" + text)
+        if after[: len(alone)] == alone:
+            spellings.add(tuple(after[len(alone) :]))
+    return tuple(sorted(spellings))
+
+
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of `text`, in which nothing is a control token."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -269,11 +297,13 @@ def encode_training(
     image_tokens: int,
     max_text_tokens: int,
     wrap: bool = True,
+    end: str | None = None,
 ) -> Prompt:
     """A training sample: `parts` asked, `answer` learned with the token that ends it.
 
     wrap=False is the published stage 1: the bare image embeddings, then the answer, no prompt.
     The answer is tokenised on its own, as in the published code, and cut at `max_text_tokens`.
+    `end` closes it: None is the template's first stop string.
     """
     writer = _Writer(tokenizer, template, image_tokens)
     if wrap:
@@ -286,7 +316,7 @@ def encode_training(
         for part in parts:
             if isinstance(part, ImageRef):
                 writer.prompt.add_image(part, image_tokens)
-    end = template.stop[0]
+    end = template.stop[0] if end is None else end
     if end in template.controls:
         ids = encode_text(tokenizer, plain(answer, template))
         ids.append(tokenizer.convert_tokens_to_ids(end))

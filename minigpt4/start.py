@@ -8,6 +8,8 @@ from minigpt4.config import MODELS, ModelConfig, get_model
 from minigpt4.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from minigpt4.engine import Sampling
     from minigpt4.model import MiniGPT4
 
@@ -88,21 +90,28 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def open_model(options: argparse.Namespace) -> "MiniGPT4":
-    """Load the model that the options name; `auto` falls back to nano where weights are missing."""
+def device_of(name: str) -> "torch.device":
+    """The device called `name` ("auto": the first GPU, else the CPU); UserError without it."""
     import torch
 
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"There is no device “{name}”: choose cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"There is no GPU “{name}” here: choose “--device cpu” or another.")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"“{name}” is not supported: choose cpu, cuda or cuda:N.")
+    return device
+
+
+def open_model(options: argparse.Namespace) -> "MiniGPT4":
+    """Load the model that the options name; `auto` falls back to nano where weights are missing."""
     from minigpt4 import weights
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"There is no device “{device}”: choose cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("No GPU can be used here: choose “--device cpu”.")
+    device = device_of(options.device)
 
     def load(config: ModelConfig) -> "MiniGPT4":
         if config.name == "nano":

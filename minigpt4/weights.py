@@ -4,7 +4,7 @@ A missing file, a cut file, a file of another kind or model, a tensor that is mi
 shape: each is one UserError that names the file, what was expected and what to do.
 """
 
-import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import (
+    ConcatPatches,
     EfficientNetLite,
     EvaViT,
     ModelConfig,
@@ -34,6 +35,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import MiniGPT4, build_bridge
 from minigpt4.vision import build_encoder
 
+log = logging.getLogger(__name__)
 REPOSITORY_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -72,6 +74,8 @@ def find(
         paths["projection"] = Path(projection)
     if new_projection:
         del paths["projection"]
+    if projection is not None and not Path(projection).is_file():
+        raise UserError(f"There is no projection file {projection}: check the path.")
     missing = [p for p in paths.values() if not p.exists()]
     if missing:
         raise UserError(
@@ -172,6 +176,7 @@ def _fetch_from_hub(source: Source, target: Path) -> None:
     try:
         if source.member:
             path = hf_hub_download(repository, source.member, repo_type=kind)
+            target.unlink(missing_ok=True)  # a link whose file has gone
             target.symlink_to(path)
         else:
             partial = target.with_name(target.name + ".part")
@@ -198,6 +203,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except MemoryError:
+        raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is damaged or cut short ({path.stat().st_size:,} bytes): fetch it again."
@@ -207,8 +214,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             f"{path} is no plain weight file (it holds something other than tensors) and was not "
             "loaded: fetch it again from its publisher."
         ) from error
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    for inner in (state.get("model") if isinstance(state, dict) else None, state):
+        if isinstance(inner, dict):
+            state = inner
+            break
+    found = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in found if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors: it is not a weight file of this model.")
     return tensors
@@ -344,18 +355,14 @@ def save_projection(
     partial.replace(path)
 
 
-def projection_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """What `train` noted in a projection file (command, data, figures); empty for others."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
-def content_hash(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def projection_tensors(model: MiniGPT4) -> dict[str, Tensor]:
+    """What a model's projection file holds: the projection, and `ln_vision` where no Q-Former
+    file brings it."""
+    tensors = dict(model.projection.state_dict())
+    if isinstance(model.config.bridge, ConcatPatches):
+        norm = model.encoder.vit.post_layernorm
+        tensors |= {"ln_vision.weight": norm.weight, "ln_vision.bias": norm.bias}
+    return tensors
 
 
 # --- assembling -------------------------------------------------------------------------------
@@ -413,16 +420,20 @@ def _new_projection(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(config.llm_hidden_size, config.projection_in, generator=generator)
     weight *= 0.06 / config.projection_in**0.5
-    return {"weight": weight, "bias": torch.zeros(config.llm_hidden_size)}
+    tensors = {"weight": weight, "bias": torch.zeros(config.llm_hidden_size)}
+    if isinstance(config.bridge, ConcatPatches):  # no Q-Former file brings the final norm
+        hidden = config.vision.hidden_size
+        tensors |= {"ln_vision.weight": torch.ones(hidden), "ln_vision.bias": torch.zeros(hidden)}
+    return tensors
 
 
 def _load_llm(config, folder: Path, device, quantize: Quantize, dtype: torch.dtype | None):
     """(language model, tokenizer) from a Hugging Face Llama folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is no language model folder (config.json is missing): "
@@ -447,12 +458,22 @@ def _load_llm(config, folder: Path, device, quantize: Quantize, dtype: torch.dty
             device_map={"": device},
             output_loading_info=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except torch.OutOfMemoryError as error:
         raise UserError(
-            f"The language model in {folder} could not be loaded (a file is missing, cut short or "
-            "of another kind): fetch the folder again."
+            f"{config.name} does not fit the free memory of {device}: choose a smaller “--model”, "
+            "or “--quantize nf4”."
+        ) from error
+    except Exception as error:
+        log.debug("loading %s", folder, exc_info=True)
+        raise UserError(
+            f"The language model in {folder} could not be loaded: a file is missing, cut short or "
+            "of another kind, or the device cannot hold it; fetch the folder again or try "
+            "“--quantize none --device cpu”."
         ) from error
     lost = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if lost:

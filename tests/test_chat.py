@@ -1,5 +1,6 @@
 """Conversations on a tiny real model: trimming, stopping, several pictures, reproducible draws."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from minigpt4 import image
 from minigpt4.chat import Conversation, ask, fit
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
+from minigpt4.prompt import stop_sequences
+from minigpt4.text import TextStream
 from tests.parity_case import ParityCase
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -128,6 +131,8 @@ def test_an_empty_question_is_refused():
         {"num_beams": 10**9},
         {"seed": 1.5},
         {"repetition_penalty": True},
+        {"temperature": 1e-40},
+        {"repetition_penalty": 1e-40},
     ],
 )
 def test_senseless_parameters_are_refused(wrong):
@@ -135,11 +140,41 @@ def test_senseless_parameters_are_refused(wrong):
         Sampling(**wrong)
 
 
-def test_beams_need_no_luck(engine, pictures):
+def test_a_beam_search_can_be_stopped_and_lets_others_in(engine, pictures):
+    """While a long search runs in another thread, a short answer comes and the search is ended."""
     conversation = Conversation()
     conversation.add_question("Describe this image.", pictures[:1])
-    beams = Sampling(num_beams=3, max_new_tokens=8)
-    assert "".join(ask(engine, conversation, beams)) == "".join(ask(engine, conversation, beams))
+    search = ask(engine, conversation, Sampling(num_beams=8, max_new_tokens=1500))
+    with ThreadPoolExecutor() as pool:
+        result = pool.submit(lambda: "".join(search))
+        assert "".join(ask(engine, conversation, GREEDY))
+        assert not result.done()
+        search.close()
+        assert result.result(timeout=30) == ""
+    assert search.stop_reason == "closed"
+
+
+def test_stop_strings_end_beams(engine):
+    """Beams end where the template's plain stop string is spelled, however tokens spell it."""
+    template, tokenizer = engine.model.config.template, engine.model.tokenizer
+    sequences = stop_sequences(template, tokenizer)
+    assert sequences and all("###" in tokenizer.decode(s) for s in sequences)
+    alone = tuple(tokenizer.encode("###", add_special_tokens=False))
+    assert alone in sequences
+
+
+def test_answers_stream_as_they_are_decoded_whole(engine):
+    """Pieces joined are the whole text: sentencepiece's spaces and byte tokens included."""
+    tokenizer = engine.model.tokenizer
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    for text in ("A cat, a  dog.\n\nTwo naïve 猫 and 😀!", "  leading", "x", "don't | <b> 1,000"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        stream = TextStream(decode)
+        pieces = [stream.push(i) for i in ids]
+        assert "".join(pieces) + stream.finish() == decode(ids)
 
 
 def test_two_answers_at_once_are_as_alone(engine, pictures):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,10 @@ def animal():
     return str(resources.files("gradio") / "media_assets" / "images" / "lion.jpg")
 
 
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
 def answer(engine, question: str, *pictures) -> str:
     conversation = Conversation()
     conversation.add_question(question, pictures)
@@ -48,11 +53,11 @@ def answer(engine, question: str, *pictures) -> str:
 def test_it_sees(engine, photo, animal):
     """A person is a person, and an animal an animal."""
     question = "Describe this image briefly."
-    person = answer(engine, question, image.load(photo)).lower()
-    assert any(w in person for w in ("man", "woman", "person", "hat", "uniform")), person
-    beast = answer(engine, question, image.load(animal)).lower()
-    assert any(w in beast for w in ("lion", "cat", "dog", "animal", "bear", "leopard")), beast
-    assert not any(w in beast.split() for w in ("man", "woman")), beast
+    person = words(answer(engine, question, image.load(photo)))
+    assert person & {"man", "woman", "person", "boy", "girl", "hat", "uniform"}, person
+    beast = words(answer(engine, question, image.load(animal)))
+    assert beast & {"lion", "cat", "dog", "animal", "bear", "leopard", "cow", "horse"}, beast
+    assert not beast & {"man", "woman", "person"}, beast
 
 
 def test_a_conversation_goes_on(engine, photo):
@@ -61,7 +66,8 @@ def test_a_conversation_goes_on(engine, photo):
     conversation.add_answer("".join(ask(engine, conversation, GREEDY)))
     conversation.add_question("Write a short poem about this image.")
     second = ask(engine, conversation, GREEDY)
-    assert len("".join(second).split()) > 3 and second.stop_reason in ("stop", "length")
+    assert len("".join(second).split()) > 3
+    assert (second.stop_reason == "length") == (second.tokens == GREEDY.max_new_tokens)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
@@ -75,7 +81,7 @@ def test_quantised(quantize, engine, photo):
     question = "Describe this image briefly."
     rough = set(answer(Engine(model), question, image.load(photo)).lower().split())
     exact = set(answer(engine, question, image.load(photo)).lower().split())
-    assert len(rough & exact) >= 3, (rough, exact)
+    assert len(rough & exact) >= 2, (rough, exact)
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -108,12 +114,15 @@ def test_chat_on_the_command_line(photo):
     assert "Traceback" not in done.stderr
 
 
-def test_mistakes_are_one_sentence(photo, capsys):
+def test_mistakes_are_one_sentence(photo, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))  # nothing is there
     for arguments in (
         ["ask", "nowhere.jpg", "What?"],
         ["ask", str(photo)],
         ["ask", str(photo), "What?", "--model", "gpt-5"],
         ["ask", str(photo), "What?", "--temperature", "-3"],
+        ["ask", str(photo), "What?", "--device", "cuda:77"],
+        ["ask", str(photo), "What?", "--model", "vicuna-7b", "--projection", "nowhere.pth"],
         ["ask", str(photo), "What?", "--model", "vicuna-7b"],
         ["train", "--stage", "1", "--data", "nowhere.tar"],
         ["train", "--stage", "2", "--data", "nowhere"],
@@ -154,7 +163,7 @@ def test_memory_stays_below_two_gigabytes(photo):
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     code = (
         "import resource, sys; from minigpt4.__main__ import main;"
-        f"main(['ask', {str(photo)!r}, 'What is this?', '--model', 'nano']);"
+        f"main(['ask', {str(photo)!r}, 'What is this?', '--model', 'nano', '--device', 'cpu']);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     done = run("-c", code, env=environment)

@@ -8,7 +8,7 @@ import torch
 from minigpt4 import image
 from minigpt4.chat import penalized
 from minigpt4.engine import Engine, Request, Sampling
-from minigpt4.prompt import ImageRef, encode_chat, encode_training
+from minigpt4.prompt import ImageRef, encode_chat, encode_training, stop_ids
 from minigpt4.training.packing import pack
 from tests.parity_case import ParityCase
 
@@ -73,6 +73,7 @@ def test_dialogs(loaded):
                 prompt,
                 {p.key: p for p in pictures},
                 sampling,
+                stop_ids(config.template, model.tokenizer),
                 penalized=penalized(prompt, config.template),
             )
             stream = engine.submit(request)

@@ -1,22 +1,28 @@
 """Training: only the projection learns, runs resume exactly, processes share a batch exactly."""
 
+import gzip
+import io
 import json
 import os
+import random
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from minigpt4.config import MODELS
 from minigpt4.errors import UserError
 from minigpt4.training import data
 from minigpt4.training.trainer import Recipe, Trainer, learning_rate
-from minigpt4.weights import read_projection
+from minigpt4.weights import load_model, read_projection
 from tests import training_case
-from tests.training_case import SCHEDULE, tiny_model, write_descriptions, write_shard
+from tests.parity_case import ParityCase
+from tests.training_case import PARITY, SCHEDULE, tiny_model, write_descriptions, write_shard
 
 PROMPTED = Recipe(SCHEDULE, ("Describe.", "What is this?"), mirror=True)
 
@@ -78,8 +84,59 @@ def test_resumed_is_uninterrupted(examples, tmp_path):
 def test_resuming_with_other_hyperparameters_is_refused(examples, tmp_path):
     train(examples, tmp_path / "run")
     other = replace(PROMPTED, schedule=replace(SCHEDULE, peak_lr=5e-2))
-    with pytest.raises(UserError, match="hyperparameters"):
-        train(examples, tmp_path / "run", other)
+    for changed in ({"recipe": other}, {"recipe": replace(PROMPTED, seed=1)}):
+        with pytest.raises(UserError, match="hyperparameters"):
+            train(examples, tmp_path / "run", **changed)
+    with pytest.raises(UserError, match="other data"):
+        train(examples[:8], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(UserError, match="damaged"):
+        train(examples, tmp_path / "run")
+
+
+def test_an_interrupted_run_is_saved(examples, tmp_path):
+    """Ctrl-C: the steps so far are in the checkpoint."""
+    trainer = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    gradient = trainer.loss_and_gradient
+
+    def interrupted(step, indices):
+        if step == 2:
+            raise KeyboardInterrupt
+        return gradient(step, indices)
+
+    trainer.loss_and_gradient = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    again = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    assert again.resume() and again.step == 2
+
+
+def test_a_trained_llama2_projection_loads_again(examples, tmp_path):
+    """Without a Q-Former file, the projection's file brings `ln_vision`."""
+    case = ParityCase(PARITY / "llama2_patch_concat")
+    trainer = Trainer(tiny_model(case.folder.name), examples, Recipe(SCHEDULE), tmp_path / "run")
+    path = trainer.run()
+    files = replace(case.files, projection=path)
+    loaded = load_model(case.config, files, llm_dtype=torch.float32)
+    torch.testing.assert_close(
+        loaded.projection.weight, trainer.model.projection.weight, atol=1e-2, rtol=1e-2
+    )
+    fresh = replace(case.files, projection=None)
+    assert load_model(case.config, fresh, llm_dtype=torch.float32).projection.bias.abs().max() == 0
+
+
+def test_other_pictures_are_encoded_anew(tmp_path):
+    """Two data sets that number their pictures alike do not share cached features."""
+    losses = []
+    for name, count in (("a", 10), ("b", 10)):
+        (tmp_path / name).mkdir()
+        shard = write_shard(tmp_path / name / "train-00000.tar", count, first=5 * len(losses))
+        run = train(
+            data.read_shards(str(shard)), tmp_path / f"run-{name}", feature_cache=tmp_path / "cache"
+        )
+        losses.append(run.rows[0]["loss"])
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+    assert losses[0] != losses[1]
 
 
 def test_cached_features_train_the_same(examples, tmp_path):
@@ -118,10 +175,11 @@ def test_published_schedules():
     """Warm-up, peak, floor of the published configs."""
     stage1 = MODELS["vicuna-7b"].stage1
     assert learning_rate(stage1, 0) == pytest.approx(1e-6)
-    assert learning_rate(stage1, 5000) == pytest.approx(1e-4)
+    # The published cosine counts from step 0, so that the peak is not quite reached.
+    assert learning_rate(stage1, 5000) == pytest.approx(9.707e-5, rel=1e-3)
     assert learning_rate(stage1, 20000) == pytest.approx(8e-5)
     stage2 = MODELS["vicuna-7b"].stage2
-    assert learning_rate(stage2, 200) == pytest.approx(3e-5)
+    assert learning_rate(stage2, 200) == pytest.approx(2.809e-5, rel=1e-3)
     assert learning_rate(stage2, 1000) == pytest.approx(1e-5)
     rates = [learning_rate(stage2, s) for s in range(200, 1001)]
     assert rates == sorted(rates, reverse=True)
@@ -162,6 +220,46 @@ def test_wrong_data_is_named(tmp_path):
     (folder / "image" / "3.jpg").unlink()
     with pytest.raises(UserError, match="3.jpg"):
         data.read_descriptions(folder)
+
+
+def test_shards_as_people_make_them(tmp_path):
+    """Folders in the names, capitals, one caption as a string, no caption, odd JSON."""
+    path = tmp_path / "odd.tar"
+    content = training_case.jpeg(training_case.picture(0))
+    with tarfile.open(path, "w") as shard:
+        for name, body in (
+            ("./00001.JPG", content),
+            ("./00001.json", b'{"caption": "A dog."}'),
+            ("v1.0/00001.jpg", content),
+            ("v1.0/00001.json", b'{"captions": "A cat."}'),
+            ("00003.jpg", content),
+            ("00003.json", b"[1, 2]"),
+            ("00004.jpg", content),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            shard.addfile(member, io.BytesIO(body))
+    found = data.read_shards(str(path))
+    assert sorted(e.captions for e in found) == [("A cat.",), ("A dog.",)]
+    assert found[0].picture().size == (60, 44)
+    (tmp_path / "odd.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match="uncompressed"):
+        data.read_shards(str(tmp_path / "odd.tar.gz"))
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    folder = write_descriptions(tmp_path / "two")
+    (folder / "image" / "3.jpg").write_bytes(b"\xff\xd8 cut")
+    with pytest.raises(UserError, match="Picture 3 of the data"):
+        data.read_descriptions(folder)[3].picture()
+
+
+def test_random_crops_are_as_published():
+    draw, picture = random.Random(0), Image.new("RGB", (200, 100))
+    for _ in range(50):
+        width, height = data.random_resized_crop(picture, draw).size
+        assert 0.49 <= width * height / 20_000 <= 1.0
+        assert 0.7 <= width / height <= 2.0
 
 
 def test_batches_cover_each_epoch_and_resume():

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from minigpt4.config import Schedule
-from minigpt4.training.data import jpeg
 from tests.parity_case import ParityCase
 
 PARITY = Path(__file__).parent / "parity"
@@ -27,19 +26,26 @@ SCHEDULE = Schedule(
 )
 
 
+def jpeg(picture: Image.Image) -> bytes:
+    """A picture as a JPEG file's content."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def picture(number: int) -> Image.Image:
     """A small picture that differs from number to number."""
     return Image.effect_mandelbrot((60, 44), (-2, -1.5 + 0.1 * number, 1, 1.5), 50).convert("RGB")
 
 
-def write_shard(path: Path, count: int = 10) -> Path:
+def write_shard(path: Path, count: int = 10, first: int = 0) -> Path:
     """A WebDataset shard: KEY.jpg and KEY.json with two captions each."""
     with tarfile.open(path, "w") as shard:
         for i in range(count):
             captions = [f"A dog number {i}.", f"{i} cats sit on {'very ' * i}red sofas"]
             record = {"caption": captions[0], "captions": captions}
             for suffix, content in (
-                ("jpg", jpeg(picture(i))),
+                ("jpg", jpeg(picture(first + i))),
                 ("json", json.dumps(record).encode()),
             ):
                 member = tarfile.TarInfo(f"{i:05d}.{suffix}")

@@ -7,12 +7,12 @@ pictures are encoded once and kept by the hash of their content.
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteria
 
 from minigpt4.engine.sampling import Sampling, choose, penalize
 from minigpt4.image import Picture
@@ -29,7 +29,8 @@ class Request:
     prompt: Prompt
     pictures: Mapping[str, Picture]
     sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: frozenset[int] = frozenset()  # besides the language model's own end token
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # where beams end, which are shown when done
     penalized: tuple[int, ...] = ()  # ids the repetition penalty covers from the start
 
 
@@ -37,13 +38,15 @@ class Stream:
     """Token ids as they are generated; the stop id, where one ended it, comes last.
 
     stop_reason: "stop", "length" or "closed" once ended; seconds_to_first: from submit to the
-    first token. Closing the stream ends the request before its next step.
+    first token. `close`, from any thread, ends the request before its next step.
     """
 
-    def __init__(self, steps: Iterator[int], stop_ids: frozenset[int], limit: int) -> None:
-        self._steps = steps
-        self._stop_ids = stop_ids
-        self._limit = limit
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        run = engine._search if request.sampling.num_beams > 1 else engine._decode
+        self._closed = threading.Event()
+        self._steps = run(request, self._closed)
+        self._stop_ids = request.stop_ids
+        self._limit = request.sampling.max_new_tokens
         self._start = time.perf_counter()
         self.count = 0
         self.stop_reason = ""
@@ -58,7 +61,7 @@ class Stream:
         try:
             token = next(self._steps)
         except StopIteration:
-            self.stop_reason = "length"
+            self.stop_reason = self.stop_reason or "stop"
             raise
         if self.count == 0:
             self.seconds_to_first = time.perf_counter() - self._start
@@ -70,8 +73,9 @@ class Stream:
         return token
 
     def close(self) -> None:
+        """End the request; what was generated stays generated."""
+        self._closed.set()
         self.stop_reason = self.stop_reason or "closed"
-        self._steps.close()
 
 
 class Engine:
@@ -81,8 +85,6 @@ class Engine:
         self.model = model
         self._lock = threading.Lock()
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()
-        eos = model.llm.generation_config.eos_token_id
-        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos] if eos is not None else [])
 
     def encode(self, picture: Picture) -> Tensor:
         """The picture's embeddings [image_tokens, llm_hidden_size], computed once."""
@@ -97,16 +99,14 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """Start answering; iterate over the stream for the token ids."""
-        stop_ids = request.stop_ids | self.eos_ids
-        steps = self._search(request, stop_ids) if request.sampling.num_beams > 1 else None
-        return Stream(steps or self._decode(request), stop_ids, request.sampling.max_new_tokens)
+        return Stream(self, request)
 
     def _embed(self, request: Request) -> Tensor:
         images = {key: self.encode(request.pictures[key]) for key in _image_keys(request.prompt)}
         with torch.inference_mode():
             return self.model.embed(request.prompt, images)
 
-    def _decode(self, request: Request) -> Iterator[int]:
+    def _decode(self, request: Request, closed: threading.Event) -> Iterator[int]:
         """Greedy or sampled, a token a step."""
         sampling, device = request.sampling, self.model.device
         generator = None
@@ -117,6 +117,8 @@ class Engine:
         seen = torch.tensor(request.penalized, dtype=torch.long, device=device)
         inputs, cache = {"inputs_embeds": self._embed(request)}, None
         for _ in range(sampling.max_new_tokens):
+            if closed.is_set():
+                return
             with self._lock, torch.inference_mode():
                 output = self.model.llm(
                     **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -128,8 +130,9 @@ class Engine:
                 inputs = {"input_ids": new[None]}
             yield token
 
-    def _search(self, request: Request, stop_ids: frozenset[int]) -> Iterator[int]:
-        """Beam search, by transformers; the ids come when it is done."""
+    def _search(self, request: Request, closed: threading.Event) -> Iterator[int]:
+        """Beam search, by transformers; the ids come when it is done. Others' steps come between
+        its own."""
         sampling = request.sampling
         embeds = self._embed(request)
         first = torch.tensor(request.penalized, dtype=torch.long, device=embeds.device)
@@ -142,10 +145,12 @@ class Engine:
                 do_sample=False,
                 max_new_tokens=sampling.max_new_tokens,
                 logits_processor=[processor],
-                eos_token_id=sorted(stop_ids) or None,
+                stopping_criteria=[_BeamStop(request.stop_sequences, closed, self._lock)],
+                eos_token_id=sorted(request.stop_ids) or None,
                 pad_token_id=0,
             )
-        yield from ids[0].tolist()
+        if not closed.is_set():
+            yield from ids[0].tolist()
 
 
 class _GeneratedPenalty(LogitsProcessor):
@@ -160,6 +165,25 @@ class _GeneratedPenalty(LogitsProcessor):
             for seen, row in zip(input_ids, scores, strict=True)
         ]
         return torch.stack(rows)
+
+
+class _BeamStop(StoppingCriteria):
+    """Ends a beam at a stop sequence and the search when it was closed; lets others in."""
+
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], closed: threading.Event, lock: threading.Lock
+    ) -> None:
+        self._sequences, self._closed, self._lock = sequences, closed, lock
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        self._lock.release()
+        time.sleep(0)  # whoever waits for the lock can take it
+        self._lock.acquire()
+        done = [
+            self._closed.is_set() or any(row[-len(s) :] == list(s) for s in self._sequences)
+            for row in input_ids.tolist()
+        ]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def _image_keys(prompt: Prompt) -> set[str]:

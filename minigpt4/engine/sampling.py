@@ -31,7 +31,7 @@ class Sampling:
         "temperature": (0.0, 10.0, True),
         "top_p": (0.0, 1.0, False),
         "top_k": (0, 1_000_000, True),
-        "repetition_penalty": (0.0, 10.0, False),
+        "repetition_penalty": (0.1, 10.0, True),
         "max_new_tokens": (1, 100_000, True),
         "num_beams": (1, 16, True),
         "seed": (0, 2**63 - 1, True),
@@ -52,6 +52,8 @@ class Sampling:
                 and (low <= value if inclusive else low < value)
                 and value <= high
             )
+            if name == "temperature" and good and 0 < value < 0.01:
+                raise UserError("temperature must be 0, or from 0.01 up to 10.0.")
             if not good:
                 kind = "a whole number" if whole else "a number"
                 start = "from" if inclusive else "above"

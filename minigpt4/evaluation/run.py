@@ -13,7 +13,7 @@ from tqdm import tqdm
 from minigpt4 import start
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
 from minigpt4.model import MiniGPT4
-from minigpt4.prompt import ImageRef, Message, encode_chat
+from minigpt4.prompt import ImageRef, Message, encode_chat, stop_ids, stop_strings
 from minigpt4.training.data import read_shards
 
 CAPTION_TOKENS, DETAIL_TOKENS = 40, 200  # longest answers, in tokens
@@ -22,6 +22,8 @@ CAPTION_TOKENS, DETAIL_TOKENS = 40, 200  # longest answers, in tokens
 def evaluate(options: argparse.Namespace) -> None:
     """Answer, score, print the scores and write them as JSON."""
     examples = read_shards(options.shard)[: options.limit]
+    for path in filter(None, (options.json, options.answers)):
+        Path(path).touch()  # a path that cannot be written shows now, not after the work
     model = start.open_model(options)
     config = model.config
     instruction = config.detail_instruction if options.detail else config.short_instruction
@@ -67,24 +69,21 @@ def answer_batch(
     message = Message("user", (ImageRef("0"), instruction))
     prompt = encode_chat([message], config.template, tokenizer, config.image_tokens)
     inputs = torch.cat([model.embed(prompt, {"0": one}) for one in embeds])
-    template = config.template
-    controls = [s for s in template.stop if s in template.controls]
-    stop_ids = {tokenizer.convert_tokens_to_ids(s) for s in controls} | {tokenizer.eos_token_id}
-    stop_strings = [s for s in template.stop if s not in template.controls]
+    ends, texts = stop_ids(config.template, tokenizer), stop_strings(config.template)
     output = model.llm.generate(
         inputs_embeds=inputs,
         attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=min(stop_ids),
-        **({"stop_strings": stop_strings, "tokenizer": tokenizer} if stop_strings else {}),
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends),
+        **({"stop_strings": list(texts), "tokenizer": tokenizer} if texts else {}),
     )
     answers = []
     for ids in output.tolist():
-        ended = any(i in stop_ids for i in ids)
+        ended = any(i in ends for i in ids)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in stop_strings:
+        for stop in texts:
             ended |= stop in text
             text = text.split(stop)[0]
         answers.append((text.strip(), not ended))

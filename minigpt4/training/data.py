@@ -1,13 +1,13 @@
 """Training data: pictures with texts, from WebDataset shards or the published stage-2 layout."""
 
 import glob
-import io
 import json
+import math
 import random
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -30,13 +30,18 @@ class Text:
 class Example:
     """A picture and its texts; `read` gives the picture's file content."""
 
-    key: str
+    key: str  # "shard/name" or the id: unique in a data set
     read: Callable[[], bytes]
     texts: tuple[Text, ...]
     captions: tuple[str, ...] = field(default=())
+    version: str = ""  # changes when the picture's file does
 
     def picture(self) -> Image.Image:
-        return image.load(self.read()).rgb
+        """The decoded picture, RGB; UserError names it where it cannot be read."""
+        try:
+            return image.load(self.read()).rgb
+        except UserError as error:
+            raise UserError(f"Picture {self.key} of the data cannot be used: {error}") from error
 
 
 def read_lines(name: str) -> list[str]:
@@ -80,24 +85,38 @@ def _read_shard(path: Path, instructions: tuple[str, ...]) -> Iterator[Example]:
     pictures: dict[str, tuple[int, int]] = {}
     captions: dict[str, list[str]] = {}
     try:
-        with tarfile.open(path) as shard:
-            for member in shard:
-                key, _, suffix = member.name.partition(".")
+        with tarfile.open(path, "r:") as shard:  # compressed ones cannot be read at offsets
+            for member in filter(tarfile.TarInfo.isfile, shard):
+                folder, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")
+                key, suffix = f"{path.stem}/{folder}/{key}".replace("/./", "/"), suffix.lower()
+                key = key.replace("//", "/")
                 if suffix in _PICTURE_SUFFIXES:
                     pictures[key] = (member.offset_data, member.size)
                 elif suffix == "json":
-                    record = json.load(shard.extractfile(member))
-                    found = record.get("captions") or [record.get("caption")]
-                    captions[key] = [c for c in found if c]
+                    captions[key] = _captions_of(json.load(shard.extractfile(member)))
                 elif suffix == "txt":
                     text = shard.extractfile(member).read().decode("utf-8", "replace")
                     captions.setdefault(key, [text.strip()])
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable tar shard: fetch it again.") from error
+        raise UserError(
+            f"{path} is no readable, uncompressed tar shard: fetch it again, or unpack it."
+        ) from error
+    stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
     for key, (offset, size) in pictures.items():
         if captions.get(key):
             texts = tuple(Text(c, instructions) for c in captions[key])
-            yield Example(key, _slice(path, offset, size), texts, tuple(captions[key]))
+            found = tuple(captions[key])
+            yield Example(key, _slice(path, offset, size), texts, found, f"{stamp} {offset}")
+
+
+def _captions_of(record: object) -> list[str]:
+    """ "captions", a list, or "caption", one; whatever else stands there is no caption."""
+    if not isinstance(record, dict):
+        return []
+    found = record.get("captions") or record.get("caption") or []
+    found = [found] if isinstance(found, str) else found
+    return [c for c in found if isinstance(c, str) and c.strip()]
 
 
 def _slice(path: Path, offset: int, size: int) -> Callable[[], bytes]:
@@ -127,7 +146,9 @@ def _described(folder: Path, key: str, texts: tuple[Text, ...]) -> Example:
     path = folder / "image" / f"{key}.jpg"
     if not path.is_file():
         raise UserError(f"The picture {path} is missing: every image_id needs image/ID.jpg.")
-    return Example(key, path.read_bytes, texts)
+    status = path.stat()
+    version = f"{status.st_size} {status.st_mtime_ns}"
+    return Example(key, path.read_bytes, texts, version=version)
 
 
 def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
@@ -190,13 +211,20 @@ def merge(sources: Sequence[Sequence[Example]]) -> list[Example]:
         for e in source:
             if e.key in merged:
                 old = merged[e.key]
-                e = Example(e.key, old.read, old.texts + e.texts, old.captions or e.captions)
+                e = replace(old, texts=old.texts + e.texts)
             merged[e.key] = e
     return list(merged.values())
 
 
-def jpeg(picture: Image.Image) -> bytes:
-    """A picture as JPEG, for folders and shards this project writes."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+def random_resized_crop(picture: Image.Image, draw: random.Random) -> Image.Image:
+    """The published training's augmentation: a part of 50 to 100 % of the area, with an aspect
+    ratio of 3:4 to 4:3, which `vision.preprocess` then squashes to the encoder's size."""
+    width, height = picture.size
+    for _ in range(10):
+        area = width * height * draw.uniform(0.5, 1.0)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = draw.randint(0, width - w), draw.randint(0, height - h)
+            return picture.crop((left, top, left + w, top + h))
+    return picture

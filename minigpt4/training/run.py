@@ -28,8 +28,10 @@ def train(options: argparse.Namespace) -> None:
     schedule = replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
     embedded = isinstance(config.bridge, PooledMap)
     examples = read_examples(options)[: options.limit]
+    if not examples:
+        raise UserError(f"{options.data} holds no pictures with texts: there is nothing to learn.")
     replay = data.read_shards(options.replay, captioning()) if options.replay else []
-    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=start.device_of(options.device).type == "cpu")
     model = _open(options, config, accelerator)
     recipe = Recipe(
         schedule=schedule,
@@ -38,6 +40,7 @@ def train(options: argparse.Namespace) -> None:
         replay_share=options.replay_share if replay else 0.0,
         samples=options.samples if replay else 0,
         mirror=embedded,
+        crop=not embedded,
         metadata={
             "model": config.name,
             "stage": str(options.stage),
@@ -89,6 +92,7 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
         raise UserError("The second stage starts from the first's projection: give it by “--init”.")
     projection = options.init or options.projection
     files = weights.find(config, projection, new_projection=projection is None)
-    return weights.load_model(
-        config, files, accelerator.device, options.quantize, seed=options.seed
-    )
+    # Gradients pass through the language model: 16-bit floats of full range, not int8, carry them.
+    quantize = "none" if options.quantize == "auto" else options.quantize
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else None
+    return weights.load_model(config, files, accelerator.device, quantize, dtype, seed=options.seed)

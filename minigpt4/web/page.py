@@ -117,6 +117,12 @@ def _sampling(seed: str | None = None, **settings: float) -> Sampling:
     return Sampling(seed=int(digits) if digits else None, **settings)
 
 
+def stop(session: Session) -> dict:
+    """End the answer at its next step."""
+    session.stop()
+    return _box(answering=False)
+
+
 def _box(answering: bool, **changes: object) -> dict:
     return gr.update(submit_btn=not answering, stop_btn=answering, **changes)
 
@@ -179,7 +185,7 @@ def build_page(engine: Engine) -> gr.Blocks:
             [session, chatbot, box],
             **event,
         )
-        box.stop(partial(_box, answering=False), None, box, cancels=responding, **event)
+        box.stop(stop, session, box, cancels=responding, **event)
         going_on = [responding, attaching]
         fresh.click(new_chat, None, [session, chatbot, box], cancels=going_on, **event)
     return page
@@ -235,7 +241,7 @@ def serve(page: gr.Blocks, options: argparse.Namespace) -> str:
             run_history=False,
             enable_monitoring=False,
         )
-    except OSError:
+    except (OSError, OverflowError):
         raise UserError(
             f"Port {options.port} of {options.host} cannot be used, or is used already: choose "
             "another with --port or --host."

@@ -30,10 +30,16 @@ class Session:
     conversation: Conversation = field(default_factory=Conversation)
     shown: list[dict] = field(default_factory=list)  # as gr.Chatbot has them
     uploads: dict[str, Picture] = field(default_factory=dict)  # by file
+    answer: Answer | None = None  # the one being given
 
     def say(self, text: str) -> None:
         """A small line of the page's own."""
         self.shown.append({"role": "assistant", "content": f"<small>{html.escape(text)}</small>"})
+
+    def stop(self) -> None:
+        """End the answer being given, at once, whichever thread is giving it."""
+        if self.answer is not None:
+            self.answer.close()
 
     def read(self, path: str) -> Picture:
         """The picture in an uploaded file, decoded once."""
@@ -47,7 +53,7 @@ class Session:
         pictures = [self.read(path) for path in files]
         conversation = Conversation([*old.messages], {**old.pictures}, old.system)
         conversation.add_question(text, pictures)
-        answer = ask(engine, conversation, sampling)
+        self.answer = answer = ask(engine, conversation, sampling)
         content = [_thumbnail(p) for p in pictures] + ([literal(text)] if text.strip() else [])
         conversation.add_answer("")  # `take` writes it
         self.conversation, self.uploads = conversation, {}
@@ -60,7 +66,7 @@ class Session:
         """Write the answer down as it comes; stops wherever there is something new to show."""
         messages, bubble, updated = self.conversation.messages, None, 0.0
         for _ in answer:
-            messages[-1] = Message("assistant", (answer.text,))
+            messages[-1] = Message("assistant", (answer.text.strip(),))
             if bubble is None:
                 bubble = {"role": "assistant"}
                 self.shown.append(bubble)
