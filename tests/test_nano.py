@@ -37,7 +37,7 @@ def photo(tmp_path):
 @pytest.fixture
 def animal():
     """A big cat, photographed, that gradio brings."""
-    return str(resources.files("gradio") / "media_assets" / "images" / "lion.jpg")
+    return str(resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg")
 
 
 def words(text: str) -> set[str]:
