@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--replay-share", type=_share, default=0.33, help="their share of a batch")
     train.add_argument(
+        "--blend",
+        type=float,
+        default=1.0,
+        help="write this share of what was learned and the rest of --init (default: 1)",
+    )
+    train.add_argument(
         "--samples",
         type=int,
         default=0,

@@ -94,6 +94,15 @@ def test_resuming_with_other_hyperparameters_is_refused(examples, tmp_path):
         train(examples, tmp_path / "run")
 
 
+def test_blending_writes_a_point_between_start_and_end(examples, tmp_path):
+    start = tiny_model().projection.weight
+    whole = read_projection(train(examples, tmp_path / "1").projection_path)["weight"]
+    recipe = replace(PROMPTED, blend=0.25)
+    part = read_projection(train(examples, tmp_path / "2", recipe).projection_path)["weight"]
+    expected = start + 0.25 * (whole.float() - start)
+    torch.testing.assert_close(part.float(), expected, atol=1e-2, rtol=1e-2)
+
+
 def test_an_interrupted_run_is_saved(examples, tmp_path):
     """Ctrl-C: the steps so far are in the checkpoint."""
     trainer = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")

@@ -39,6 +39,7 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
         replay_share=options.replay_share if replay else 0.0,
         samples=options.samples if replay else 0,
+        blend=options.blend,
         mirror=embedded,
         crop=not embedded,
         metadata={

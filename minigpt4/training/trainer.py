@@ -48,6 +48,7 @@ class Recipe:
     instructions: tuple[str, ...] = ()
     seed: int = 42
     checkpoint_every: int = 200
+    blend: float = 1.0  # of what was learned in the projection written; the rest is the start's
     replay_share: float = 0.0
     samples: int = 0
     reward_weight: float = 2.0
@@ -189,6 +190,7 @@ class Trainer:
             lr=recipe.schedule.peak_lr,
             betas=recipe.schedule.betas,
         )
+        self.start = {k: v.detach().clone() for k, v in projection.state_dict().items()}
         self.identity = self._identity()
         self.reward = None
         if recipe.samples == 1:
@@ -392,7 +394,10 @@ class Trainer:
         partial = self.out / "checkpoint.part"
         torch.save(state, partial)
         partial.replace(self.out / "checkpoint.pt")
-        weights = {k: v.half() for k, v in projection_tensors(self.model).items()}
+        weights = projection_tensors(self.model)
+        for name, start in self.start.items():  # weight averaging: WiSE-FT, Wortsman et al., 2022
+            weights[name] = torch.lerp(start, weights[name].detach(), self.recipe.blend)
+        weights = {k: v.half() for k, v in weights.items()}
         save_projection(weights, self.projection_path, self.recipe.metadata)
         with (self.out / "loss.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["step", "loss", "lr", "samples_per_s"])
