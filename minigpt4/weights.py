@@ -202,7 +202,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        mmap = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
         raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -223,10 +224,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path} holds no tensors: it is not a weight file of this model.")
     return tensors
-
-
-def _is_zip(path: Path) -> bool:
-    return zipfile.is_zipfile(path)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str) -> None:
