@@ -10,6 +10,8 @@ from minigpt4 import start
 from minigpt4.config import MODELS, get_model
 from minigpt4.errors import UserError
 
+ANSWERED_TOGETHER = 8  # photos of a folder
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="OUT", help="write the scores here")
     evaluate.add_argument("--answers", metavar="OUT", help="write every answer, as JSON lines")
     evaluate.add_argument("--detail", action="store_true", help="detailed descriptions instead")
-    evaluate.add_argument("--batch-size", type=_count, default=32)
+    evaluate.add_argument("--batch-size", type=_count, default=16, help="answered together")
     start.add_model_options(evaluate, default="nano")
     evaluate.set_defaults(run=_evaluate)
 
@@ -159,30 +161,50 @@ def _ask(options: argparse.Namespace) -> None:
 
 def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | None) -> None:
     """One question about many photos: JSON lines to `out` (or answers to stdout)."""
+    from collections import deque
     from contextlib import nullcontext
 
     from tqdm import tqdm
 
     from minigpt4 import image
-    from minigpt4.chat import Conversation, ask
+    from minigpt4.chat import Answer, Conversation, ask
+
+    def begin(path: Path) -> "Answer | UserError":
+        try:
+            conversation = Conversation()
+            conversation.add_question(question, [image.load(path)])
+            return ask(engine, conversation, sampling)
+        except UserError as error:  # one bad photo does not end a long run
+            return error
+
+    def finish(path: Path, answer: "Answer | UserError") -> None:
+        name = str(path).encode("utf-8", "replace").decode("utf-8")
+        record = {"photo": name, "question": question}
+        try:
+            if isinstance(answer, UserError):
+                raise answer
+            record["answer"] = "".join(answer)
+            record["stop_reason"] = answer.stop_reason
+        except UserError as error:
+            record["error"] = str(error)
+        if out:
+            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+        else:
+            shown = record.get("error", record.get("answer"))
+            print(f"{name}: {shown}", file=file, flush=True)
 
     with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
-        for path in tqdm(paths, unit="photo", disable=None if out else True):
-            name = str(path).encode("utf-8", "replace").decode("utf-8")
-            record = {"photo": name, "question": question}
-            try:
-                conversation = Conversation()
-                conversation.add_question(question, [image.load(path)])
-                answer = ask(engine, conversation, sampling)
-                record["answer"] = "".join(answer)
-                record["stop_reason"] = answer.stop_reason
-            except UserError as error:  # one bad photo does not end a long run
-                record["error"] = str(error)
-            if out:
-                print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-            else:
-                shown = record.get("error", record.get("answer"))
-                print(f"{name}: {shown}", file=file, flush=True)
+        begun: deque = deque()
+        bar = tqdm(total=len(paths), unit="photo", disable=None if out else True)
+        with bar:
+            for path in paths:
+                begun.append((path, begin(path)))
+                if len(begun) == ANSWERED_TOGETHER:
+                    finish(*begun.popleft())
+                    bar.update()
+            while begun:
+                finish(*begun.popleft())
+                bar.update()
 
 
 def _chat(options: argparse.Namespace) -> None:

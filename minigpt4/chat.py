@@ -1,6 +1,6 @@
 """A conversation, and how it is asked: prompt, trimming to the context, streamed text. No torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from minigpt4.prompt import (
 from minigpt4.text import TextStream
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine, Sampling
+    from minigpt4.engine import Engine, Sampling, Stats
 
 
 @dataclass
@@ -46,11 +46,11 @@ class Conversation:
 
 
 class Answer:
-    """The answer to a conversation's last question, as an iterator over pieces of text.
+    """The answer to a conversation's last question: pieces of text, for `for` and `async for`.
 
     text: all of it so far. dropped_turns: how many old questions and answers did not fit the
-    context and were left out; `notice` says so in words. stop_reason ("stop", "length", "closed"),
-    tokens and seconds_to_first are known once it has ended.
+    context and were left out; `notice` says so in words. stats, and stop_reason ("stop", "length",
+    "time" or "closed"), are known once it has ended; a request that failed raises UserError.
     """
 
     def __init__(self, engine: "Engine", conversation: Conversation, sampling: "Sampling") -> None:
@@ -75,24 +75,40 @@ class Answer:
         def decode(ids: list[int]) -> str:
             return tokenizer.decode(ids, skip_special_tokens=True)
 
-        self._pieces = self._read(TextStream(decode, stop_strings(template)))
+        self._text_stream = TextStream(decode, stop_strings(template))
+        self._stopped = False  # at a stop string, which the engine does not know
 
-    def _read(self, text_stream: TextStream) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         try:
             for token in self._stream:
-                if token in self._stop_ids:
-                    break
-                piece = self._shown(text_stream.push(token))
-                if piece:
+                if piece := self._read(token):
                     yield piece
-                if text_stream.ended:
-                    self._stream.stop_reason = "stop"
-                    return
-            piece = self._shown(text_stream.finish())
-            if piece:
+            if piece := self._rest():
                 yield piece
         finally:
             self._stream.close()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        try:
+            async for token in self._stream:
+                if piece := self._read(token):
+                    yield piece
+            if piece := self._rest():
+                yield piece
+        finally:
+            self._stream.close()
+
+    def _read(self, token: int) -> str:
+        if token in self._stop_ids:
+            return ""
+        piece = self._shown(self._text_stream.push(token))
+        if self._text_stream.ended and not self._stopped:
+            self._stopped = True
+            self._stream.close()
+        return piece
+
+    def _rest(self) -> str:
+        return "" if self._stopped else self._shown(self._text_stream.finish())
 
     def _shown(self, piece: str) -> str:
         """Keep `text` in step; an answer does not begin with blanks."""
@@ -101,24 +117,22 @@ class Answer:
         self.text += piece
         return piece
 
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
     def close(self) -> None:
         """Stop answering before the next token; any thread may call this."""
         self._stream.close()
 
     @property
     def stop_reason(self) -> str:
-        return self._stream.stop_reason
+        return "stop" if self._stopped else self._stream.stop_reason
 
     @property
-    def tokens(self) -> int:
-        return self._stream.count
+    def stats(self) -> "Stats":
+        return self._stream.stats
 
     @property
-    def seconds_to_first(self) -> float:
-        return self._stream.seconds_to_first
+    def position(self) -> int:
+        """Place in the queue, 1 is next; 0 when the answer is being given or has ended."""
+        return self._stream.position
 
     @property
     def notice(self) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 from minigpt4 import prompt
 from minigpt4.errors import UserError
 
-Quantize = Literal["auto", "none", "int8", "nf4"]
+Quantize = Literal["auto", "none", "int8", "nf4", "int4"]
 
 
 @dataclass(frozen=True)

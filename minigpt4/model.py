@@ -2,22 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedModel
 
 from minigpt4.config import ConcatPatches, ModelConfig, PooledMap, QFormer
 from minigpt4.prompt import Prompt
 from minigpt4.vision import preprocess
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and nano answers without it
+    from transformers import PreTrainedModel
+
+    from minigpt4.gguf import BlockLlama
 
 
 class QFormerBridge(nn.Module):
     """Image features [batch, patches, 1408] -> [batch, query_tokens, 768]."""
 
     def __init__(self, config: QFormer, vision_hidden_size: int) -> None:
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
         super().__init__()
         self.query_tokens = nn.Parameter(torch.zeros(1, config.query_tokens, config.hidden_size))
         self.qformer = Blip2QFormerModel(
@@ -103,7 +111,11 @@ class TrainingBatch:
 
 
 class MiniGPT4(nn.Module):
-    """The assembled model; only `projection` is ever trained."""
+    """The assembled model; only `projection` is ever trained.
+
+    llm: a transformers model, which can be trained through, or a GGUF file's blocks, for the
+    engine alone.
+    """
 
     def __init__(
         self,
@@ -111,7 +123,7 @@ class MiniGPT4(nn.Module):
         encoder: nn.Module,
         bridge: nn.Module,
         projection: nn.Linear,
-        llm: PreTrainedModel,
+        llm: Union["PreTrainedModel", "BlockLlama"],
         tokenizer,
         quantize: str = "none",
     ) -> None:
@@ -143,6 +155,11 @@ class MiniGPT4(nn.Module):
         """RGB pictures -> image embeddings [batch, image_tokens, llm_hidden_size]."""
         features = self.encode_features(self.pixel_values(pictures))
         return self.projection(features.to(self.projection.weight.dtype))
+
+    @torch.inference_mode()
+    def embed_pictures(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
+        """RGB pictures -> image embeddings, float32 [image_tokens, llm_hidden_size] each."""
+        return [*self.encode_images(pictures).float().cpu().numpy()]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids (IMAGE_ID read as 0) -> token embeddings [..., llm_hidden_size]."""

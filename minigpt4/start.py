@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from minigpt4.config import MODELS, ModelConfig, get_model
+from minigpt4.config import MODELS, ModelConfig, Quantize, get_model
 from minigpt4.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = "auto") ->
     group.add_argument(
         "--quantize",
         default="auto",
-        choices=["auto", "int8", "nf4", "none"],
-        help="how the language model is held; auto: int8 for the big models on a GPU, else none",
+        choices=["auto", "int8", "nf4", "int4", "none"],
+        help="how the language model is held; auto: int8 for the big models on a GPU, int4 (the "
+        "4-bit blocks of nano's file, compiled) for nano on a CPU",
     )
     group.add_argument("--projection", metavar="FILE", help="another trained projection")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -39,6 +40,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         ("temperature", float, "0 always takes the likeliest word; higher is more varied"),
         ("top-p", float, "draw from the likeliest words that together have this probability"),
         ("top-k", int, "draw from this many likeliest words; 0: no limit"),
+        ("min-p", float, "leave out words less likely than this share of the likeliest"),
         ("repetition-penalty", float, "above 1: words already used become less likely"),
         ("max-new-tokens", int, "longest answer, in tokens"),
         ("num-beams", int, "above 1: beam search, which weighs several answers, without drawing"),
@@ -107,6 +109,25 @@ def device_of(name: str) -> "torch.device":
     return device
 
 
+def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> Quantize:
+    """What “auto” stands for here; UserError where int4 is asked for and cannot be had."""
+    in_blocks = config.files["llm"].member.endswith(".gguf")
+    if name not in ("auto", "int4") or (name == "auto" and not in_blocks):
+        return name
+    if not in_blocks or device.type != "cpu":
+        if name == "auto":
+            return "none"
+        raise UserError("“--quantize int4” is for nano on the CPU: choose int8, nf4 or none.")
+    from minigpt4.engine.native import library
+
+    if library() is not None:
+        return "int4"
+    if name == "int4":
+        raise UserError("“--quantize int4” needs a C compiler: install gcc or clang, or set $CC.")
+    say("No C compiler was found, so nano runs in PyTorch, several times slower: install gcc.")
+    return "none"
+
+
 def open_model(options: argparse.Namespace) -> "MiniGPT4":
     """Load the model that the options name; `auto` falls back to nano where weights are missing."""
     from minigpt4 import weights
@@ -117,7 +138,8 @@ def open_model(options: argparse.Namespace) -> "MiniGPT4":
         if config.name == "nano":
             weights.download(config)  # what is missing; it is small
         files = weights.find(config, options.projection)
-        return weights.load_model(config, files, device, options.quantize)
+        quantize = quantize_of(options.quantize, config, device)
+        return weights.load_model(config, files, device, quantize)
 
     if options.model != "auto":
         return load(get_model(options.model))

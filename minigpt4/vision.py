@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Blip2VisionConfig, Blip2VisionModel
 
 from minigpt4.config import EfficientNetLite, EvaViT
 
@@ -45,6 +44,8 @@ class EvaEncoder(nn.Module):
     """
 
     def __init__(self, config: EvaViT) -> None:
+        from transformers import Blip2VisionConfig, Blip2VisionModel
+
         super().__init__()
         self.vit = Blip2VisionModel(
             Blip2VisionConfig(

@@ -57,7 +57,7 @@ def test_an_answer_streams_and_is_the_same_again(engine, pictures):
     first, second = (ask(engine, conversation, GREEDY) for _ in range(2))
     pieces = list(first)
     assert len(pieces) > 1 and "".join(pieces) == first.text == "".join(second)
-    assert first.tokens == 12 and first.stop_reason == "length"
+    assert first.stats.tokens == 12 and first.stop_reason == "length"
     assert len(conversation.messages) == 1  # asking changes nothing
 
 
@@ -86,7 +86,7 @@ def test_closing_ends_the_request(engine, pictures):
     answer = ask(engine, conversation, replace(GREEDY, max_new_tokens=500))
     next(iter(answer))
     answer.close()
-    assert answer.stop_reason == "closed" and answer.tokens < 10
+    assert answer.stop_reason == "closed" and answer.stats.tokens < 10
     assert list(answer) == []
 
 

@@ -10,8 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 
-from minigpt4 import image, weights
+from minigpt4 import image, start, weights
 from minigpt4.__main__ import main
 from minigpt4.chat import Conversation, ask
 from minigpt4.config import get_model
@@ -23,8 +24,10 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=60)
 
 @pytest.fixture(scope="module")
 def engine():
+    """As users get it: the 4-bit blocks where there is a C compiler, else PyTorch."""
     config = get_model("nano")
-    return Engine(weights.load_model(config, weights.find(config)))
+    quantize = start.quantize_of("auto", config, torch.device("cpu"))
+    return Engine(weights.load_model(config, weights.find(config), quantize=quantize))
 
 
 @pytest.fixture
@@ -67,16 +70,16 @@ def test_a_conversation_goes_on(engine, photo):
     conversation.add_question("Write a short poem about this image.")
     second = ask(engine, conversation, GREEDY)
     assert len("".join(second).split()) > 3
-    assert (second.stop_reason == "length") == (second.tokens == GREEDY.max_new_tokens)
+    assert (second.stop_reason == "length") == (second.stats.tokens == GREEDY.max_new_tokens)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
 def test_quantised(quantize, engine, photo):
-    """bitsandbytes for real on the CPU: 8 and 4 bits still see the picture and end in time."""
+    """In PyTorch, and bitsandbytes for real on the CPU: all see the picture and end in time."""
     config = get_model("nano")
     model = weights.load_model(config, weights.find(config), quantize=quantize)
     layers = {type(m).__name__ for m in model.llm.modules()}
-    assert {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[quantize] in layers
+    assert {"none": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}[quantize] in layers
     assert model.encoder.net._conv_stem.weight.dtype == model.projection.weight.dtype
     question = "Describe this image briefly."
     rough = set(answer(Engine(model), question, image.load(photo)).lower().split())
@@ -158,14 +161,15 @@ def test_evaluate_and_train_on_the_command_line(tmp_path):
     assert result["n"] == 3
 
 
-def test_memory_stays_below_two_gigabytes(photo):
-    """Peak resident memory of one answer, load included (Linux reports it in KiB)."""
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_stays_below_900_megabytes(photo):
+    """Peak resident memory of one answer, load included."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     code = (
-        "import resource, sys; from minigpt4.__main__ import main;"
+        "import sys; from minigpt4.__main__ import main;"
         f"main(['ask', {str(photo)!r}, 'What is this?', '--model', 'nano', '--device', 'cpu']);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
     done = run("-c", code, env=environment)
-    peak = int(done.stderr.split()[-1])
-    assert peak < 2_000_000, f"{peak / 1e6:.2f} GB"
+    peak = int(done.stderr.split()[-1])  # KiB
+    assert peak < 900_000, f"{peak / 1e6:.2f} GB"

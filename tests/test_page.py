@@ -246,9 +246,9 @@ def test_an_error_while_answering_is_one_sentence(engine, monkeypatch, caplog):
 
     session = Session()
     list(ask(engine, session, "Hello?"))
-    hook = engine.model.llm.register_forward_pre_hook(fail)
-    list(ask(engine, session, "Still there?"))
-    hook.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.decoder, "forward", fail)
+        list(ask(engine, session, "Still there?"))
     assert SORRY in session.shown[-1]["content"]
     assert "cheese" not in str(session.shown) and "cheese" in caplog.text
     list(ask(engine, session, "Now?"))

@@ -1,190 +1,471 @@
-"""One model, several conversations: each request is a stream of token ids.
+"""One model, many conversations: a thread owns the model and answers all of them together.
 
-The engine knows no tokenizer and no template. Requests take turns step by step under one lock;
-pictures are encoded once and kept by the hash of their content.
+Each step encodes pictures that have come, lets waiting requests in, feeds a chunk of the prompts
+being read and one token of every running answer through the model at once, and hands each request
+its token. The engine knows no tokenizer and no template: it speaks token ids and picture keys.
 """
 
+import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from concurrent.futures import Future
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+import numpy as np
 
-from minigpt4.engine.sampling import Sampling, choose, penalize
+from minigpt4.engine.decoder import build_decoder
+from minigpt4.engine.kvcache import PageCache
+from minigpt4.engine.rows import PAGE
+from minigpt4.engine.sampling import Sampling, log_softmax
+from minigpt4.engine.stream import Stream
+from minigpt4.engine.task import Piece, Request, Sequence, Task, by_task, rows_of
+from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.model import MiniGPT4
 from minigpt4.prompt import Prompt
 
 KEPT_PICTURES = 256  # embeddings of the most recently used pictures: 60 KB each for nano
+ENCODED_AT_ONCE = 4
+CHUNK_ALONE, CHUNK_AMONG_OTHERS = 256, 32  # rows of prompts in a step
 
+BROKEN = "Something went wrong while answering; please try again."
+NO_MEMORY = "There was not enough memory for this answer; try a shorter conversation."
+HANGING = "The model stopped responding; please try again in a minute."
 
-@dataclass(frozen=True)
-class Request:
-    """What to answer: the prompt, its pictures by key, how to draw, where to end."""
-
-    prompt: Prompt
-    pictures: Mapping[str, Picture]
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer
-    stop_sequences: tuple[tuple[int, ...], ...] = ()  # where beams end, which are shown when done
-    penalized: tuple[int, ...] = ()  # ids the repetition penalty covers from the start
-
-
-class Stream:
-    """Token ids as they are generated; the stop id, where one ended it, comes last.
-
-    stop_reason: "stop", "length" or "closed" once ended; seconds_to_first: from submit to the
-    first token. `close`, from any thread, ends the request before its next step.
-    """
-
-    def __init__(self, engine: "Engine", request: Request) -> None:
-        run = engine._search if request.sampling.num_beams > 1 else engine._decode
-        self._closed = threading.Event()
-        self._steps = run(request, self._closed)
-        self._stop_ids = request.stop_ids
-        self._limit = request.sampling.max_new_tokens
-        self._start = time.perf_counter()
-        self.count = 0
-        self.stop_reason = ""
-        self.seconds_to_first = 0.0
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> int:
-        if self.stop_reason:
-            raise StopIteration
-        try:
-            token = next(self._steps)
-        except StopIteration:
-            self.stop_reason = self.stop_reason or "stop"
-            raise
-        if self.count == 0:
-            self.seconds_to_first = time.perf_counter() - self._start
-        self.count += 1
-        if token in self._stop_ids:
-            self.stop_reason = "stop"
-        elif self.count == self._limit:
-            self.stop_reason = "length"
-        return token
-
-    def close(self) -> None:
-        """End the request; what was generated stays generated."""
-        self._closed.set()
-        self.stop_reason = self.stop_reason or "closed"
+log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Owns the model; `encode` pictures early, `submit` requests."""
+    """Owns the model: `encode` pictures early, `submit` requests, read their streams.
 
-    def __init__(self, model: MiniGPT4) -> None:
-        self.model = model
-        self._lock = threading.Lock()
-        self._embeds: OrderedDict[str, Tensor] = OrderedDict()
-
-    def encode(self, picture: Picture) -> Tensor:
-        """The picture's embeddings [image_tokens, llm_hidden_size], computed once."""
-        with self._lock, torch.inference_mode():
-            embeds = self._embeds.pop(picture.key, None)
-            if embeds is None:
-                embeds = self.model.encode_images([picture.rgb])[0]
-            self._embeds[picture.key] = embeds
-            while len(self._embeds) > KEPT_PICTURES:
-                self._embeds.popitem(last=False)
-        return embeds
-
-    def submit(self, request: Request) -> Stream:
-        """Start answering; iterate over the stream for the token ids."""
-        return Stream(self, request)
-
-    def _embed(self, request: Request) -> Tensor:
-        images = {key: self.encode(request.pictures[key]) for key in _image_keys(request.prompt)}
-        with torch.inference_mode():
-            return self.model.embed(request.prompt, images)
-
-    def _decode(self, request: Request, closed: threading.Event) -> Iterator[int]:
-        """Greedy or sampled, a token a step."""
-        sampling, device = request.sampling, self.model.device
-        generator = None
-        if sampling.temperature > 0:
-            generator = torch.Generator(device)
-            seed = sampling.seed if sampling.seed is not None else generator.seed()
-            generator.manual_seed(seed)
-        seen = torch.tensor(request.penalized, dtype=torch.long, device=device)
-        inputs, cache = {"inputs_embeds": self._embed(request)}, None
-        for _ in range(sampling.max_new_tokens):
-            if closed.is_set():
-                return
-            with self._lock, torch.inference_mode():
-                output = self.model.llm(
-                    **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                cache = output.past_key_values
-                token = choose(output.logits[0, -1], seen, sampling, generator)
-                new = torch.tensor([token], device=device)
-                seen = torch.cat([seen, new])
-                inputs = {"input_ids": new[None]}
-            yield token
-
-    def _search(self, request: Request, closed: threading.Event) -> Iterator[int]:
-        """Beam search, by transformers; the ids come when it is done. Others' steps come between
-        its own."""
-        sampling = request.sampling
-        embeds = self._embed(request)
-        first = torch.tensor(request.penalized, dtype=torch.long, device=embeds.device)
-        processor = _GeneratedPenalty(first, sampling.repetition_penalty)
-        with self._lock, torch.inference_mode():
-            ids = self.model.llm.generate(
-                inputs_embeds=embeds,
-                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-                num_beams=sampling.num_beams,
-                do_sample=False,
-                max_new_tokens=sampling.max_new_tokens,
-                logits_processor=[processor],
-                stopping_criteria=[_BeamStop(request.stop_sequences, closed, self._lock)],
-                eos_token_id=sorted(request.stop_ids) or None,
-                pad_token_id=0,
-            )
-        if not closed.is_set():
-            yield from ids[0].tolist()
-
-
-class _GeneratedPenalty(LogitsProcessor):
-    """`penalize` over each beam's generated tokens (transformers hands them as input_ids)."""
-
-    def __init__(self, first: Tensor, penalty: float) -> None:
-        self._first, self._penalty = first, penalty
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = [
-            penalize(row, torch.cat([self._first, seen]), self._penalty)
-            for seen, row in zip(input_ids, scores, strict=True)
-        ]
-        return torch.stack(rows)
-
-
-class _BeamStop(StoppingCriteria):
-    """Ends a beam at a stop sequence and the search when it was closed; lets others in."""
+    max_running: answers at once; max_waiting: requests that may wait for their turn; kv_megabytes:
+    memory for keys and values, of running and of remembered conversations (None: a model's usual);
+    hang_seconds: a step that takes longer means that the model hangs.
+    """
 
     def __init__(
-        self, sequences: Sequence[Sequence[int]], closed: threading.Event, lock: threading.Lock
+        self,
+        model: MiniGPT4,
+        max_running: int = 32,
+        max_waiting: int = 64,
+        kv_megabytes: int | None = None,
+        hang_seconds: float = 60.0,
     ) -> None:
-        self._sequences, self._closed, self._lock = sequences, closed, lock
+        self.model = model
+        self.max_running, self.max_waiting = max_running, max_waiting
+        self._hang_seconds = hang_seconds
+        self.decoder, pages = build_decoder(model, kv_megabytes)
+        self._cache = PageCache(pages)
+        self._condition = threading.Condition()
+        self._waiting: deque[Task] = deque()
+        self._running: list[Task] = []
+        self._uploads: OrderedDict[str, tuple[Picture, Future]] = OrderedDict()
+        self._embeds: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._row_limit = CHUNK_ALONE
+        self._good_steps = 0
+        self._step_started: float | None = None
+        self._closing = False
+        self.fault = ""  # a sentence while the engine cannot answer
+        self.totals = {"requests": 0, "tokens": 0, "prompt_tokens": 0, "reused_tokens": 0}
+        self._thread = self._start_thread()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="engine watch", daemon=True).start()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
-        self._lock.release()
-        time.sleep(0)  # whoever waits for the lock can take it
-        self._lock.acquire()
-        done = [
-            self._closed.is_set() or any(row[-len(s) :] == list(s) for s in self._sequences)
-            for row in input_ids.tolist()
-        ]
-        return torch.tensor(done, device=input_ids.device)
+    # --- what callers use ----------------------------------------------------------------------
+
+    def encode(self, picture: Picture) -> np.ndarray:
+        """The picture's embeddings, float32 [image_tokens, llm_hidden_size], computed once."""
+        with self._condition:
+            if picture.key in self._embeds:
+                self._embeds.move_to_end(picture.key)
+                return self._embeds[picture.key]
+            self._refuse_if_faulty()
+            future = self._want(picture)
+        return future.result()
+
+    def submit(self, request: Request) -> Stream:
+        """Start answering. UserError where the queue is full or the request cannot ever fit."""
+        return self._submit(request, front=False)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+        return len(self._running)
+
+    def health(self, seconds: float = 10.0) -> bool:
+        """Does a real token come within `seconds`? It does not wait behind others' requests."""
+        if self.fault:
+            return False
+        probe = Request(
+            Prompt([0], [0], [], [False]),
+            {},
+            Sampling(temperature=0.0, max_new_tokens=1),
+            max_seconds=seconds,
+        )
+        stream = self._submit(probe, front=True)
+        timer = threading.Timer(seconds, stream.close)
+        timer.start()
+        try:
+            return len(list(stream)) == 1
+        except UserError:
+            return False
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        """End the thread; whoever waits gets an error."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        self._ended.set()
+        self._thread.join(timeout=5)
+        self._fail_all("The program is ending.")
+
+    def _submit(self, request: Request, front: bool) -> Stream:
+        context = self.model.config.context
+        limit = min(request.sampling.max_new_tokens, context - len(request.prompt))
+        if limit < 1:
+            raise UserError(
+                f"The conversation takes {len(request.prompt)} tokens, and the model reads at most "
+                f"{context - 1}: shorten it."
+            )
+        task = Task(request, Stream(self._position, len(request.prompt)), limit)
+        if task.pages_needed > self._cache.count:
+            raise UserError(
+                "The conversation needs more memory than there is for conversations: shorten it, "
+                "allow a shorter answer, or use fewer beams."
+            )
+        with self._condition:
+            self._refuse_if_faulty()
+            if front:
+                self._waiting.appendleft(task)
+            elif len(self._waiting) >= self.max_waiting:
+                raise UserError("Too many people are waiting at the moment; please try again soon.")
+            else:
+                self._waiting.append(task)
+            for key in task.picture_keys - self._embeds.keys():
+                self._want(request.pictures[key])
+            self.totals["requests"] += not front
+            self._condition.notify_all()
+        return task.stream
+
+    def _refuse_if_faulty(self) -> None:
+        if self.fault or self._closing:
+            raise UserError(self.fault or "The program is ending.")
+
+    def _want(self, picture: Picture) -> Future:
+        """Have a picture encoded; the lock is held."""
+        _, future = self._uploads.setdefault(picture.key, (picture, Future()))
+        self._condition.notify_all()
+        return future
+
+    def _position(self, stream: Stream) -> int:
+        with self._condition:
+            return next((i for i, t in enumerate(self._waiting, 1) if t.stream is stream), 0)
+
+    # --- the thread ----------------------------------------------------------------------------
+
+    def _start_thread(self) -> threading.Thread:
+        thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        thread.start()
+        return thread
+
+    def _loop(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._waiting or self._running or self._uploads or self._closing):
+                    self._condition.wait()
+                if self._closing:
+                    return
+            self._step_started = time.monotonic()
+            self._step()
+            self._step_started = None
+            self.fault = ""
+
+    def _step(self) -> None:
+        self._drop_ended()
+        self._encode_some()
+        self._admit()
+        pieces = self._plan()
+        if pieces:
+            self._compute(pieces)
+
+    def _drop_ended(self) -> None:
+        """Requests that were closed, or have had their time, leave."""
+        for task in [*self._running, *self._waiting]:
+            if not task.stream.stop_reason and task.stream._seconds() > task.request.max_seconds:
+                task.stream._end("time")
+        for task in [t for t in self._running if t.stream.stop_reason]:
+            self._leave(task)
+        with self._condition:
+            self._waiting = deque(t for t in self._waiting if not t.stream.stop_reason)
+
+    def _encode_some(self) -> None:
+        with self._condition:
+            batch = [self._uploads[key] for key in list(self._uploads)[:ENCODED_AT_ONCE]]
+        if not batch:
+            return
+        pictures = [picture for picture, _ in batch]
+        try:
+            outcomes: list = list(self.model.embed_pictures([p.rgb for p in pictures]))
+        except Exception:
+            outcomes = [self._encode_alone(p) for p in pictures]
+        with self._condition:
+            for (picture, future), outcome in zip(batch, outcomes, strict=True):
+                del self._uploads[picture.key]
+                if isinstance(outcome, UserError):
+                    future.set_exception(outcome)
+                    for task in self._waiting:
+                        if picture.key in task.picture_keys:
+                            task.stream._end("error", outcome)
+                else:
+                    self._embeds[picture.key] = outcome
+                    future.set_result(outcome)
+            while len(self._embeds) > KEPT_PICTURES:
+                self._embeds.popitem(last=False)
+
+    def _encode_alone(self, picture: Picture) -> "np.ndarray | UserError":
+        try:
+            return self.model.embed_pictures([picture.rgb])[0]
+        except Exception as error:
+            log.exception("while encoding a picture")
+            return UserError(NO_MEMORY if _out_of_memory(error) else BROKEN)
+
+    def _admit(self) -> None:
+        """Let waiting requests in, first come first, while there are slots and pages."""
+        while self._waiting and len(self._running) < self.max_running:
+            task = self._waiting[0]
+            if task.stream.stop_reason:
+                with self._condition:
+                    self._waiting.popleft()
+                continue
+            keys = task.picture_keys
+            with self._condition:
+                missing = [key for key in keys if key not in self._embeds]
+                for key in missing:
+                    self._want(task.request.pictures[key])
+            if missing:
+                return
+            if not self._give_pages(task):
+                return
+            with self._condition:
+                self._waiting.popleft()
+            for key in keys:
+                self._embeds.move_to_end(key)
+                task.embeds[key] = self._embeds[key]
+            stats = task.stream.stats
+            stats.seconds_waiting = task.stream._seconds()
+            stats.reused_tokens = task.sequences[0].computed
+            self.totals["prompt_tokens"] += stats.prompt_tokens
+            self.totals["reused_tokens"] += stats.reused_tokens
+            self._running.append(task)
+
+    def _give_pages(self, task: Task) -> bool:
+        """Reuse what is known of the prompt, promise the rest."""
+        prompt = task.request.prompt
+        known = self._cache.match(prompt.keys[:-1])  # the last token's logits are wanted
+        needed = task.pages_needed - len(known)
+        if not self._cache.reserve(needed):
+            self._cache.release(known)
+            return False
+        task.promised = needed
+        digests = self._cache.digests(prompt.keys[: len(known) * PAGE])
+        digest = digests[-1] if digests else b""
+        task.sequences = [Sequence([*prompt.ids], [*prompt.keys], known, digest)]
+        return True
+
+    def _leave(self, task: Task) -> None:
+        """A task that has ended gives back its place and its pages."""
+        self._running.remove(task)
+        for sequence in task.sequences:
+            self._cache.release(sequence.pages)
+        self._cache.unreserve(task.promised)
+        task.sequences, task.promised = [], 0
+
+    # --- a step's rows -------------------------------------------------------------------------
+
+    def _plan(self) -> list[Piece]:
+        """One row of every answer, then a chunk of the prompts being read, in equal shares."""
+        pieces, room = [], self._row_limit
+        reading = [t for t in self._running if t.reading]
+        for task in self._running:
+            if not task.reading and room >= len(task.sequences):
+                pieces += [Piece(task, sequence, 1) for sequence in task.sequences]
+                room -= len(task.sequences)
+        if reading:
+            chunk = min(room, CHUNK_AMONG_OTHERS if pieces else CHUNK_ALONE)
+            share = max(1, chunk // len(reading))
+            for task in reading:
+                sequence = task.sequences[0]
+                count = min(share, room, len(sequence.ids) - sequence.computed)
+                if count:
+                    pieces.append(Piece(task, sequence, count))
+                    room -= count
+        # Whoever did not fit into this step is first in the next.
+        left_out = {id(p.task) for p in pieces}
+        self._running.sort(key=lambda task: id(task) in left_out)
+        return pieces
+
+    def _take_page(self, task: Task) -> int:
+        task.promised -= 1
+        return self._cache.take()
+
+    def _compute(self, pieces: list[Piece]) -> None:
+        """Run the pieces through the model and hand each request what came out.
+
+        Where that fails, the step is tried again in smaller parts, down to single requests: only
+        the one that fails alone gets an error.
+        """
+        for piece in pieces:
+            while len(piece.sequence.pages) * PAGE < piece.sequence.computed + piece.count:
+                piece.sequence.pages.append(self._take_page(piece.task))
+        try:
+            rows = rows_of(pieces, self.model.config.llm_hidden_size)
+            logits = self.decoder.forward(rows)
+        except Exception as error:
+            self._recover(pieces, error)
+            return
+        self._good_steps += 1
+        if self._good_steps % 200 == 0:
+            self._row_limit = min(CHUNK_ALONE, 2 * self._row_limit)
+        results = iter(logits)
+        for task, group in by_task(pieces):
+            found = [next(results) for piece in group if piece.reaches_end]
+            try:
+                for piece in group:
+                    self._advance(piece)
+                if found:
+                    self._answer(task, np.stack(found))
+            except Exception:
+                log.exception("while choosing a token")
+                self._fail(task, BROKEN)
+
+    def _recover(self, pieces: list[Piece], error: Exception) -> None:
+        short = _out_of_memory(error)
+        if short:
+            log.warning("out of memory with %d rows", sum(p.count for p in pieces))
+            self._row_limit = max(1, min(self._row_limit, sum(p.count for p in pieces)) // 2)
+        else:
+            log.error("while running the model", exc_info=error)
+        tasks = list(by_task(pieces))
+        if len(tasks) > 1:
+            half = len(tasks) // 2
+            for part in (tasks[:half], tasks[half:]):
+                self._compute([piece for _, group in part for piece in group])
+        elif short and len(pieces) == 1 and pieces[0].count > 1:
+            self._compute([Piece(pieces[0].task, pieces[0].sequence, pieces[0].count // 2)])
+        else:
+            self._fail(tasks[0][0], NO_MEMORY if short else BROKEN)
+
+    def _advance(self, piece: Piece) -> None:
+        """Note that the piece's rows are computed; file the pages they filled."""
+        sequence = piece.sequence
+        sequence.computed += piece.count
+        while (sequence.filed + 1) * PAGE <= sequence.computed:
+            part = slice(sequence.filed * PAGE, (sequence.filed + 1) * PAGE)
+            page = sequence.pages[sequence.filed]
+            sequence.digest = self._cache.file(page, sequence.digest, sequence.keys[part])
+            sequence.filed += 1
+
+    # --- tokens --------------------------------------------------------------------------------
+
+    def _answer(self, task: Task, logits: np.ndarray) -> None:
+        """Logits [sequences, vocabulary] -> the task's next token or tokens."""
+        if not np.isfinite(logits.max(-1)).all():
+            log.error("the model's logits are no numbers")
+            self._fail(task, BROKEN)
+        elif task.search is not None:
+            self._go_on_with_beams(task, logits)
+        else:
+            token = task.sampler(logits[0])
+            logprob = float(log_softmax(logits[0])[token]) if task.request.logprobs else None
+            self._give(task, token, logprob)
+            task.sequences[0].add(token)
+
+    def _give(self, task: Task, token: int, logprob: float | None = None) -> None:
+        """Hand out a token, and end the request where it was the last."""
+        stream = task.stream
+        stream._put(token, logprob)
+        self.totals["tokens"] += 1
+        if token in task.request.stop_ids:
+            stream._end("stop")
+        elif stream.stats.tokens >= task.limit:
+            stream._end("length")
+
+    def _go_on_with_beams(self, task: Task, logits: np.ndarray) -> None:
+        parents = task.search.step(logits)
+        if task.search.done:
+            for token in task.search.best:
+                self._give(task, token)
+            task.stream._end("stop")
+            return
+        old, used = task.sequences, set()
+        task.sequences = []
+        for parent in parents:
+            sequence = old[parent] if parent not in used else self._fork(task, old[parent])
+            used.add(parent)
+            task.sequences.append(sequence)
+        for sequence, ids in zip(task.sequences, task.search.beams, strict=True):
+            sequence.add(ids[-1])
+        for place, sequence in enumerate(old):
+            if place not in used:
+                before = self._cache.free
+                self._cache.release(sequence.pages)
+                freed = self._cache.free - before
+                self._cache.reserve(freed)
+                task.promised += freed
+
+    def _fork(self, task: Task, sequence: Sequence) -> Sequence:
+        """Another sequence that goes on from this one's tokens: full pages are shared."""
+        fork = Sequence([*sequence.ids], [*sequence.keys], [], sequence.digest)
+        full = sequence.computed // PAGE
+        for page in sequence.pages[:full]:
+            self._cache.share(page)
+        fork.pages = sequence.pages[:full]
+        fork.filed, fork.computed = full, sequence.computed
+        for page in sequence.pages[full:]:
+            copy = self._take_page(task)
+            self.decoder.copy_page(page, copy)
+            fork.pages.append(copy)
+        return fork
+
+    # --- faults --------------------------------------------------------------------------------
+
+    def _fail(self, task: Task, sentence: str) -> None:
+        task.stream._end("error", UserError(sentence))
+
+    def _fail_all(self, sentence: str) -> None:
+        with self._condition:
+            tasks = [*self._waiting, *self._running]
+            uploads, self._uploads = self._uploads, OrderedDict()
+        for task in tasks:
+            self._fail(task, sentence)
+        for _, future in uploads.values():
+            if not future.done():
+                future.set_exception(UserError(sentence))
+
+    def _watch(self) -> None:
+        """Notice a loop that hangs or has died; tell everyone who waits."""
+        while not self._ended.wait(min(0.5, self._hang_seconds / 4)):
+            started = self._step_started
+            if not self._thread.is_alive():
+                log.error("the engine's thread died; starting it again")
+                self._fail_all(BROKEN)
+                self._waiting.clear()
+                self._running.clear()
+                self._cache = PageCache(self._cache.count)
+                self._step_started = None
+                self._thread = self._start_thread()
+            elif started is not None and time.monotonic() - started > self._hang_seconds:
+                self.fault = HANGING
+                self._fail_all(HANGING)
 
 
-def _image_keys(prompt: Prompt) -> set[str]:
-    return {image.key for _, image in prompt.images}
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own, or torch's (which is not imported for this)."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

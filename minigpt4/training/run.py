@@ -95,5 +95,7 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     files = weights.find(config, projection, new_projection=projection is None)
     # Gradients pass through the language model: 16-bit floats of full range, not int8, carry them.
     quantize = "none" if options.quantize == "auto" else options.quantize
+    if quantize == "int4":
+        raise UserError("int4 cannot be trained through: choose “--quantize none”, int8 or nf4.")
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else None
     return weights.load_model(config, files, accelerator.device, quantize, dtype, seed=options.seed)

@@ -100,7 +100,10 @@ def respond(
         for _ in session.take(streamed):
             yield gr.skip(), session.shown, gr.skip()
     except UserError as error:
-        _warn(error)
+        if streamed is None:
+            _warn(error)
+        else:
+            session.say(str(error))
     except Exception:
         log.exception("while answering")
         session.say(SORRY)

@@ -1,0 +1,134 @@
+"""The decoder in PyTorch: a Llama's own loaded modules, keys and values in pages."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from minigpt4.engine.rows import PAGE, Rows
+
+MAX_ROWS = 512
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+class TorchDecoder:
+    """Runs rows through a Hugging Face Llama, quantised or not.
+
+    Kernels of other shapes round otherwise, so a row's numbers may differ in their last bits with
+    what is computed beside it.
+    """
+
+    exact = False
+
+    def __init__(self, llm: PreTrainedModel, pages: int) -> None:
+        self._model, self._head = llm.get_decoder(), llm.get_output_embeddings()
+        self._embedding = llm.get_input_embeddings()
+        config = llm.config
+        self._kv_heads = config.num_key_value_heads
+        self._head_dim = self._model.layers[0].self_attn.head_dim
+        self._device = self._embedding.weight.device
+        shape = (len(self._model.layers), 2, pages * PAGE, self._kv_heads, self._head_dim)
+        self._dtype = self._embedding.weight.dtype
+        self._pages = torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    @staticmethod
+    def page_bytes(llm: PreTrainedModel) -> int:
+        """Memory of one page."""
+        layers = llm.get_decoder().layers
+        width = llm.config.num_key_value_heads * layers[0].self_attn.head_dim
+        return PAGE * len(layers) * 2 * width * llm.get_input_embeddings().weight.element_size()
+
+    def forward(self, rows: Rows) -> np.ndarray:
+        """Float32 logits [wanted rows, vocabulary]; every row's keys and values are kept."""
+        with torch.inference_mode():
+            parts = [self._forward(part) for part in rows.split(MAX_ROWS)]
+        return np.concatenate(parts)
+
+    def _forward(self, rows: Rows) -> np.ndarray:
+        hidden_states = self._embed(rows)  # [rows, hidden_size]
+        positions = torch.from_numpy(rows.positions).long().to(self._device)
+        rotation = self._model.rotary_emb(hidden_states[None], positions[None])
+        groups = [_Group(rows, chosen, self._device) for chosen in _alike(rows)]
+        places = rows.tables[rows.table_rows, rows.positions // PAGE] * PAGE + rows.positions % PAGE
+        places = torch.from_numpy(places).long().to(self._device)
+        for number, layer in enumerate(self._model.layers):
+            normed = layer.input_layernorm(hidden_states)
+            attended = self._attend(number, layer.self_attn, normed, rotation, places, groups)
+            hidden_states = hidden_states + layer.self_attn.o_proj(attended)
+            normed = layer.post_attention_layernorm(hidden_states)
+            hidden_states = hidden_states + layer.mlp(normed)
+        wanted = torch.from_numpy(rows.wanted).long().to(self._device)
+        logits = self._head(self._model.norm(hidden_states[wanted]))
+        return logits.float().cpu().numpy()
+
+    def _embed(self, rows: Rows) -> Tensor:
+        tokens = torch.from_numpy(rows.tokens).long().to(self._device)
+        embeds = self._embedding(tokens.clamp_min(0))
+        if len(rows.embeds):
+            pictures = torch.from_numpy(rows.embeds).to(self._device, self._dtype)
+            image = tokens < 0
+            embeds[image] = pictures[-1 - tokens[image]]
+        return embeds
+
+    def _attend(self, number: int, attention, normed, rotation, places, groups) -> Tensor:
+        """[rows, hidden_size] -> [rows, heads * head_dim], before the output projection."""
+        count = len(normed)
+        q = attention.q_proj(normed).view(1, count, -1, self._head_dim).transpose(1, 2)
+        k = attention.k_proj(normed).view(1, count, -1, self._head_dim).transpose(1, 2)
+        v = attention.v_proj(normed).view(count, -1, self._head_dim)
+        q, k = apply_rotary_pos_emb(q, k, *rotation)  # [1, heads, rows, head_dim]
+        keys, values = self._pages[number]
+        keys[places] = k[0].transpose(0, 1).to(self._dtype)
+        values[places] = v.to(self._dtype)
+        q = q[0].transpose(0, 1)  # [rows, heads, head_dim]
+        attended = torch.empty_like(q)
+        for group in groups:
+            # [conversations, heads, rows of each or positions, head_dim]
+            out = F.scaled_dot_product_attention(
+                q[group.rows].transpose(1, 2),
+                keys[group.places].transpose(1, 2),
+                values[group.places].transpose(1, 2),
+                attn_mask=group.mask,
+                enable_gqa=True,
+            )
+            attended[group.rows] = out.transpose(1, 2)
+        return attended.flatten(1)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Give page `target` what `source` holds."""
+        start = source * PAGE, target * PAGE
+        self._pages[:, :, start[1] : start[1] + PAGE] = self._pages[
+            :, :, start[0] : start[0] + PAGE
+        ]
+
+
+def _alike(rows: Rows) -> list[np.ndarray]:
+    """Row numbers [conversations, n] of conversations that have the same count n of rows."""
+    by_conversation = [np.flatnonzero(rows.table_rows == t) for t in np.unique(rows.table_rows)]
+    by_count: dict[int, list[np.ndarray]] = {}
+    for chosen in by_conversation:
+        by_count.setdefault(len(chosen), []).append(chosen)
+    return [np.stack(group) for group in by_count.values()]
+
+
+class _Group:
+    """Conversations attended to together, padded to the longest.
+
+    rows [conversations, n]; places [conversations, positions] in the pages; mask
+    [conversations, 1, n, positions], true where a row may look.
+    """
+
+    def __init__(self, rows: Rows, chosen: np.ndarray, device: torch.device) -> None:
+        positions = rows.positions[chosen]
+        reach = np.arange(positions.max() + 1)
+        pages = rows.tables[rows.table_rows[chosen[:, 0]]][:, reach // PAGE]
+        mask = reach <= positions[:, :, None]
+        self.rows = torch.from_numpy(chosen).to(device)
+        self.places = torch.from_numpy(pages * PAGE + reach % PAGE).long().to(device)
+        self.mask = torch.from_numpy(mask[:, None]).to(device)
