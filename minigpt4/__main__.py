@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         default=0,
-        help="with --replay: draw this many captions a picture and learn from their CIDEr",
+        help="draw this many captions a picture (of --replay's, or in stage 1 of all that have "
+        "several) and learn from their CIDEr",
     )
     train.add_argument("--steps", type=_count)
     train.add_argument("--batch-size", type=_count, help="pictures a step, over all processes")

@@ -89,7 +89,7 @@ class Schedule:
     steps: int
     batch_size: int  # pictures per step, over all processes
     max_text_tokens: int
-    max_caption_tokens: int = field(default=30, kw_only=True)  # of drawn captions
+    max_caption_tokens: int = field(default=20, kw_only=True)  # of drawn captions
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
     clip_norm: float = 0.0  # 0: gradients are not clipped

@@ -93,7 +93,8 @@ class TrainingBatch:
     ids [rows, length]; image_rows [pictures in all, 2] (row, first position) beside `image_index`
     [pictures in all] into the batch's features; attention_mask [rows, 1, length, length] (true:
     may see); position_ids [rows, length]; the token at flat position
-    `sources[i]` predicts `targets[i]`, and its loss counts `weights[i]` times.
+    `sources[i]` predicts `targets[i]` at temperature `temperatures[i]`, and its loss counts
+    `weights[i]` times.
     """
 
     ids: Tensor
@@ -104,6 +105,7 @@ class TrainingBatch:
     sources: Tensor
     targets: Tensor
     weights: Tensor
+    temperatures: Tensor
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on `device`."""
@@ -197,5 +199,6 @@ class MiniGPT4(nn.Module):
         ).last_hidden_state
         # Only positions that predict an answer's token go through the output layer.
         logits = self.llm.get_output_embeddings()(hidden_states.flatten(0, 1)[batch.sources])
-        losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+        logits = logits.float() / batch.temperatures[:, None]
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
         return (losses * batch.weights).mean()

@@ -39,15 +39,17 @@ def test_advantages_compare_with_the_others():
     assert advantages([1.0, 2.0, 3.0]) == pytest.approx([-1.5, 0.0, 1.5])
 
 
-def test_samples_are_the_models(tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_are_the_models(temperature):
     """Drawn ids are as likely as the model says: the commonest first id is drawn most often."""
     model = tiny_model("llama2_patch_concat")
     torch.manual_seed(0)
     inputs = torch.randn(1, 5, model.config.llm_hidden_size) * 0.2
     generator = torch.Generator().manual_seed(1)
-    drawn = sample(model, inputs, 2000, 1, generator)[0]
+    drawn = sample(model, inputs, 2000, 1, temperature, generator)[0]
     with torch.inference_mode():
-        likely = model.llm(inputs_embeds=inputs).logits[0, -1].float().softmax(-1)
+        logits = model.llm(inputs_embeds=inputs).logits[0, -1].float()
+    likely = (logits / temperature).softmax(-1)
     counts = torch.bincount(torch.tensor([ids[0] for ids in drawn]), minlength=len(likely)) / 2000
     assert (counts - likely).abs().max() < 0.05
 

@@ -33,16 +33,15 @@ def build_decoder(model: "MiniGPT4", megabytes: int | None = None) -> tuple[Deco
     enough for one conversation of the model's context.
     """
     context = model.config.context
+    budget = (USUAL_CPU_MEGABYTES if megabytes is None else megabytes) * 2**20
     if isinstance(model.llm, BlockLlama):
         from minigpt4.engine.native import NativeDecoder
 
-        budget = (megabytes or USUAL_CPU_MEGABYTES) * 2**20
         pages = _count(budget, NativeDecoder.page_bytes(model.llm), context)
         return NativeDecoder(model.llm, context, pages, threads()), pages
 
     from minigpt4.engine.torch_decoder import TorchDecoder, free_memory
 
-    budget = (megabytes or USUAL_CPU_MEGABYTES) * 2**20
     if megabytes is None and model.device.type == "cuda":
         budget = int(free_memory(model.device) * GPU_SHARE)
     pages = _count(budget, TorchDecoder.page_bytes(model.llm), context)

@@ -427,6 +427,7 @@ static void walk(Pool *pool, int id) {
     const Batch *b = pool->batch;
     Scratch *own = &pool->scratch[id];
     const int rows = b->rows, hidden = m->hidden, inner = m->intermediate;
+    const int logit_rows = b->logit_rows;  // the batch is gone after the last barrier
     const int q_width = m->heads * m->head_dim, kv_width = m->kv_heads * m->head_dim;
     const int qkv_width = q_width + 2 * kv_width, all_heads = m->heads + 2 * m->kv_heads;
     int from, to;
@@ -503,11 +504,11 @@ static void walk(Pool *pool, int id) {
         barrier(pool);
     }
 
-    if (b->logit_rows == 0) return;
-    norm_rows(m, own, pool->x, b->wanted, b->logit_rows, m->final_norm);
+    if (logit_rows == 0) return;
+    norm_rows(m, own, pool->x, b->wanted, logit_rows, m->final_norm);
     share(pool, id, m->vocabulary, PANEL, &from, &to);
     for (int n = from; n < to; n += PANEL)
-        multiply(&m->head, n, &own->rounded, b->logit_rows, b->logits + n, m->vocabulary);
+        multiply(&m->head, n, &own->rounded, logit_rows, b->logits + n, m->vocabulary);
     barrier(pool);
 }
 

@@ -18,11 +18,12 @@ def pack(
     rows: Sequence[Sequence[Prompt]],
     index: dict[str, int],
     weights: Sequence[Sequence[float]] | None = None,
+    temperatures: Sequence[Sequence[float]] | None = None,
 ) -> TrainingBatch:
     """Merge each row's prompts into one sequence and stack the rows.
 
-    index: picture key -> its place in the features handed to `MiniGPT4.training_loss`; weights:
-    one for each prompt, of its tokens' losses (none: all 1).
+    index: picture key -> its place in the features handed to `MiniGPT4.training_loss`; weights,
+    temperatures: one for each prompt, for all its learned tokens (none: all 1).
     """
     trees = [_Tree(prompts) for prompts in rows]
     length = max(len(tree.ids) for tree in trees)
@@ -45,16 +46,17 @@ def pack(
         position_ids=positions,
         sources=torch.tensor(sources, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
-        weights=_token_weights(rows, weights),
+        weights=_for_tokens(rows, weights),
+        temperatures=_for_tokens(rows, temperatures),
     )
 
 
-def _token_weights(
-    rows: Sequence[Sequence[Prompt]], weights: Sequence[Sequence[float]] | None
+def _for_tokens(
+    rows: Sequence[Sequence[Prompt]], values: Sequence[Sequence[float]] | None
 ) -> torch.Tensor:
-    """The prompts' weights, repeated for each of their learned tokens, in the trees' order."""
+    """The prompts' values, repeated for each of their learned tokens, in the trees' order."""
     flat = [
-        weights[i][j] if weights else 1.0
+        values[i][j] if values else 1.0
         for i, row in enumerate(rows)
         for j, prompt in enumerate(row)
         for _ in range(sum(prompt.loss_mask))

@@ -31,13 +31,16 @@ def train(options: argparse.Namespace) -> None:
     if not examples:
         raise UserError(f"{options.data} holds no pictures with texts: there is nothing to learn.")
     replay = data.read_shards(options.replay, captioning()) if options.replay else []
+    replay_share = options.replay_share if replay else 0.0
+    if options.samples and options.stage == 1 and not replay:  # all of it is scored
+        examples, replay, replay_share = [], examples, 1.0
     accelerator = Accelerator(cpu=start.device_of(options.device).type == "cpu")
     model = _open(options, config, accelerator)
     recipe = Recipe(
         schedule=schedule,
         instructions=instructions(options.stage, embedded),
         seed=options.seed,
-        replay_share=options.replay_share if replay else 0.0,
+        replay_share=replay_share,
         samples=options.samples if replay else 0,
         blend=options.blend,
         mirror=embedded,
@@ -46,7 +49,7 @@ def train(options: argparse.Namespace) -> None:
             "model": config.name,
             "stage": str(options.stage),
             "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
-            "pictures": str(len(examples)),
+            "pictures": str(len(examples) + len(replay)),
         },
     )
     cache = Path(options.cache) if options.cache else None

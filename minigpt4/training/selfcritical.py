@@ -70,12 +70,17 @@ def _ngrams(words: Sequence[str]) -> Counter:
 
 @torch.inference_mode()
 def sample(
-    model: MiniGPT4, inputs: Tensor, count: int, limit: int, generator: torch.Generator
+    model: MiniGPT4,
+    inputs: Tensor,
+    count: int,
+    limit: int,
+    temperature: float,
+    generator: torch.Generator,
 ) -> list[list[list[int]]]:
     """`count` answers of at most `limit` ids to each row of `inputs` [rows, length, hidden].
 
-    Drawn from the whole distribution; an end token, where it came, is the last id. The prompts are
-    read once, and their keys and values shared out.
+    Drawn from the whole distribution at `temperature`; an end token, where it came, is the last
+    id. The prompts are read once, and their keys and values shared out.
     """
     end = model.tokenizer.eos_token_id
     output = model.llm(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
@@ -85,7 +90,9 @@ def sample(
     drawn = []
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for _ in range(limit):
-        token = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+        token = torch.multinomial(
+            (logits.float() / temperature).softmax(-1), 1, generator=generator
+        )
         drawn.append(token)
         ended |= token[:, 0] == end
         if ended.all():

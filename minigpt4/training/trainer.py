@@ -42,9 +42,10 @@ class Recipe:
 
     instructions: one is drawn for each picture and step, for texts without their own; empty: the
     published first stage, bare image embeddings and cleaned, lower-cased captions.
-    replay_share: of each batch, pictures out of `Trainer.replay`. samples: where above 1, those
-    pictures' captions are not copied but scored: as many answers are drawn, and made likelier or
-    less by their CIDEr (see `selfcritical`), `reward_weight` times as strong as the rest.
+    replay_share: of each batch, pictures out of `Trainer.replay`. samples: where above 1, those of
+    them that have several captions are not taught these: as many answers are drawn at
+    `sample_temperature`, and made likelier or less by their CIDEr (see `selfcritical`),
+    `reward_weight` times as strong as the rest.
     """
 
     schedule: Schedule
@@ -54,6 +55,7 @@ class Recipe:
     blend: float = 1.0  # of what was learned in the projection written; the rest is the start's
     replay_share: float = 0.0
     samples: int = 0
+    sample_temperature: float = 0.6
     reward_weight: float = 2.0
     mirror: bool = False  # show each picture's mirror image half of the time
     crop: bool = False  # show random parts of the pictures, as the published training does
@@ -280,8 +282,8 @@ class Trainer:
         rows, chosen = rows[rank::world], chosen[rank::world]
         index = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
         features = self.features(chosen, f"{self.recipe.seed} {step}")
-        weights = self.score_samples(step, rows, chosen, features) if self.reward else None
-        batch = pack(rows, index, weights).to(self.model.device)
+        scored = self.score_samples(step, rows, chosen, features) if self.reward else ()
+        batch = pack(rows, index, *scored).to(self.model.device)
         mean = self.model.training_loss(features, batch)
         count = torch.tensor(float(len(batch.targets)), device=self.model.device)
         total = self.accelerator.reduce(count, "sum")
@@ -297,12 +299,19 @@ class Trainer:
         rows: list[list[Prompt]],
         chosen: Sequence[tuple[int, int]],
         features: Tensor,
-    ) -> list[list[float]]:
-        """Put drawn answers in the place of the replayed pictures' captions, in `rows`; the
-        weights of all prompts: 1, or the drawn answers' advantages."""
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """Put drawn answers in the place of the replayed pictures' captions, in `rows`.
+
+        For all prompts: their weights (1, or the drawn answers' advantages) and temperatures.
+        """
         recipe, limit = self.recipe, self.recipe.schedule.max_caption_tokens
         weights = [[1.0] * len(row) for row in rows]
-        replayed = [i for i, (example, _) in enumerate(chosen) if example >= self.counts[0]]
+        temperatures = [[1.0] * len(row) for row in rows]
+        replayed = [
+            i
+            for i, (example, _) in enumerate(chosen)
+            if example >= self.counts[0] and len(self.examples[example].captions) > 1
+        ]
         # Draw for pictures with the same instruction together: their prompts are equally long.
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in replayed:
@@ -322,7 +331,9 @@ class Trainer:
                         )
                     ]
                 )
-            drawn = sample(self.model, inputs, recipe.samples, limit, generator)
+            drawn = sample(
+                self.model, inputs, recipe.samples, limit, recipe.sample_temperature, generator
+            )
             for i, answers in zip(members, drawn, strict=True):
                 key = self.examples[chosen[i][0]].key
                 rewards = []
@@ -332,7 +343,8 @@ class Trainer:
                 self.rewards.append(sum(rewards) / len(rewards))
                 rows[i] = [_answered(_question(rows[i][0]), ids) for ids in answers]
                 weights[i] = [recipe.reward_weight * a for a in advantages(rewards)]
-        return weights
+                temperatures[i] = [recipe.sample_temperature] * len(answers)
+        return weights, temperatures
 
     # --- the run ----------------------------------------------------------------------------
 

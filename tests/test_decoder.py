@@ -1,0 +1,256 @@
+"""Both decoders against transformers, on tiny random Llamas; sampling; pages."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt4.engine.kvcache import PageCache
+from minigpt4.engine.native import NativeDecoder, library
+from minigpt4.engine.rows import PAGE, Rows
+from minigpt4.engine.sampling import Sampler, Sampling, penalize
+from minigpt4.engine.torch_decoder import TorchDecoder
+from tests.block_llama import CONTEXT, HIDDEN, VOCABULARY, as_transformers, block_llama
+
+needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
+PAGES = 64
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return block_llama()
+
+
+@pytest.fixture(scope="module")
+def reference(llama):
+    return as_transformers(llama)
+
+
+@pytest.fixture(params=["native", "torch"])
+def decoder(request, llama, reference):
+    if request.param == "torch":
+        return TorchDecoder(reference, PAGES)
+    if library() is None:
+        pytest.skip("no C compiler: install gcc")
+    return NativeDecoder(llama, CONTEXT, PAGES, threads=2)
+
+
+def rows(tokens, positions, table_rows, tables, wanted, embeds=None) -> Rows:
+    if embeds is None:
+        embeds = np.zeros((0, HIDDEN), np.float32)
+    arrays = (tokens, positions, table_rows, tables, wanted)
+    tokens, positions, table_rows, tables, wanted = (np.array(a, np.int32) for a in arrays)
+    return Rows(tokens, embeds, positions, table_rows, tables, wanted)
+
+
+def whole(decoder, ids, pages, embeds=None) -> np.ndarray:
+    """Logits of all positions, in one call."""
+    n = len(ids)
+    return decoder.forward(rows(ids, range(n), [0] * n, [pages], range(n), embeds))
+
+
+def test_logits_are_transformers(decoder, reference):
+    """With pictures' embeddings in between; the native decoder rounds what it multiplies to 8
+    bits."""
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, VOCABULARY, 40)
+    embeds = draw.normal(size=(5, HIDDEN)).astype(np.float32)
+    shown = ids.copy()
+    shown[10:15] = [-1, -2, -3, -4, -5]
+    with torch.inference_mode():
+        inputs = reference.get_input_embeddings()(torch.from_numpy(ids))[None].clone()
+        inputs[0, 10:15] = torch.from_numpy(embeds)
+        expected = reference(inputs_embeds=inputs).logits[0].numpy()
+    found = whole(decoder, shown, [3, 1, 2], embeds)
+    spread = expected.std()
+    if decoder.exact:
+        assert np.sqrt(((found - expected) ** 2).mean()) < 0.06 * spread
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_chunks_and_company_change_nothing(decoder):
+    """One call, one position a call, other pages, other conversations beside: the same logits; to
+    the last bit where the decoder says so."""
+    draw = np.random.default_rng(1)
+    ids, others = draw.integers(0, VOCABULARY, 37), draw.integers(0, VOCABULARY, (6, 37))
+    at_once = whole(decoder, ids, [0, 1, 2])
+    single = np.concatenate(
+        [decoder.forward(rows([ids[i]], [i], [0], [[5, 4, 6]], [0])) for i in range(37)]
+    )
+    tables = [[7, 8, 9], *([10 + 3 * k, 11 + 3 * k, 12 + 3 * k] for k in range(6))]
+    among = [
+        decoder.forward(rows([ids[i], *others[:, i]], [i] * 7, range(7), tables, range(7)))[0]
+        for i in range(37)
+    ]
+    pieces = [
+        decoder.forward(rows(ids[a:b], range(a, b), [0] * (b - a), [[40, 41, 42]], range(b - a)))
+        for a, b in ((0, 16), (16, 19), (19, 37))
+    ]
+    for found in (single, np.array(among), np.concatenate(pieces)):
+        if decoder.exact:
+            assert np.array_equal(found, at_once)
+        else:
+            np.testing.assert_allclose(found, at_once, atol=1e-4)
+
+
+def test_a_copied_page_serves_as_the_first(decoder):
+    ids = np.random.default_rng(2).integers(0, VOCABULARY, 20)
+    expected = whole(decoder, ids, [0, 1])
+    decoder.copy_page(0, 50)
+    last = decoder.forward(rows(ids[16:], range(16, 20), [0] * 4, [[50, 51]], [3]))
+    np.testing.assert_allclose(last[0], expected[-1], atol=1e-5)
+
+
+@needs_compiler
+def test_threads_do_not_change_the_result(llama):
+    ids = np.random.default_rng(3).integers(0, VOCABULARY, 30)
+    found = [whole(NativeDecoder(llama, CONTEXT, 4, threads), ids, [0, 1]) for threads in (1, 2, 3)]
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+
+
+@needs_compiler
+def test_more_rows_than_fit_a_call(llama):
+    decoder = NativeDecoder(llama, CONTEXT, 40, threads=2)
+    ids = np.random.default_rng(4).integers(0, VOCABULARY, 400)
+    found = whole(decoder, ids, list(range(25)))
+    again = np.concatenate(
+        [
+            decoder.forward(
+                rows(ids[a : a + 100], range(a, a + 100), [0] * 100, [range(25)], range(100))
+            )
+            for a in range(0, 400, 100)
+        ]
+    )
+    assert np.array_equal(found, again)
+
+
+# --- pages --------------------------------------------------------------------------------------
+
+
+def filled(cache: PageCache, keys: list[int]) -> list[int]:
+    """A conversation that computed all of `keys`, its full pages filed."""
+    pages = cache.match(keys)
+    assert cache.reserve(-(-len(keys) // PAGE) - len(pages))
+    digests = cache.digests(keys)
+    for number in range(len(pages), -(-len(keys) // PAGE)):
+        page = cache.take()
+        pages.append(page)
+        if (number + 1) * PAGE <= len(keys):
+            before = digests[number - 1] if number else b""
+            cache.file(page, before, keys[number * PAGE : (number + 1) * PAGE])
+    return pages
+
+
+def test_a_beginning_is_shared_and_another_is_not():
+    cache = PageCache(10)
+    keys = list(range(100, 140))
+    first = filled(cache, keys)
+    assert cache.match([*keys[:32], 7, 8, 9]) == first[:2]
+    assert cache.match([99, *keys[1:]]) == []
+    assert cache.match([*keys[:16], 99, *keys[17:]]) == first[:1]
+    # The same tokens after another beginning are another page.
+    assert cache.match(keys[16:]) == []
+
+
+def test_pages_come_back_and_the_oldest_goes_first():
+    cache = PageCache(6)
+    old, new = filled(cache, list(range(32))), filled(cache, list(range(50, 82)))
+    cache.release(old)
+    cache.release(new)
+    assert cache.free == 6
+    assert cache.reserve(3)
+    taken = [cache.take() for _ in range(3)]
+    assert not set(taken) & set(new)  # two blank pages, then the end of the older conversation
+    assert cache.match(list(range(32))) == old[:1]
+    assert cache.match(list(range(50, 82))) == new
+
+
+def test_what_was_promised_is_there():
+    """Whatever requests come and go: promises are kept, no page has two owners, none is lost."""
+    draw = random.Random(5)
+    cache = PageCache(40)
+    held: list[tuple[list[int], list[int], int]] = []  # pages, keys, promised
+    for _ in range(3000):
+        if held and draw.random() < 0.5:
+            pages, _, promised = held.pop(draw.randrange(len(held)))
+            cache.release(pages)
+            cache.unreserve(promised)
+        else:
+            keys = [draw.randrange(2) for _ in range(PAGE * draw.randrange(1, 5) + 3)]
+            pages = cache.match(keys)
+            needed = -(-len(keys) // PAGE) + 2 - len(pages)
+            if not cache.reserve(needed):
+                cache.release(pages)
+                continue
+            for page in pages:
+                assert page in {p for p, d in cache._digests.items()}
+            digest = cache.digests(keys[: len(pages) * PAGE])[-1] if pages else b""
+            owned = {p for other, *_ in held for p in other}
+            for start in range(len(pages) * PAGE, len(keys), PAGE):
+                page = cache.take()
+                needed -= 1
+                assert page not in owned
+                pages.append(page)
+                if start + PAGE <= len(keys):
+                    digest = cache.file(page, digest, keys[start : start + PAGE])
+            held.append((pages, keys, needed))
+    for pages, _, promised in held:
+        cache.release(pages)
+        cache.unreserve(promised)
+    assert cache.free == 40
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def distribution(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    """The textbook's way: sort everything, cut, renormalise."""
+    order = np.argsort(-logits, kind="stable")
+    p = np.exp((logits[order] - logits.max()).astype(np.float64) / s.temperature)
+    if s.top_k:
+        p[s.top_k :] = 0
+    p /= p.sum()
+    if s.top_p < 1:
+        p[np.cumsum(p) - p >= s.top_p] = 0
+    p[p < s.min_p * p[0]] = 0
+    result = np.zeros_like(p)
+    result[order] = p / p.sum()
+    return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 1.0},
+        {"top_p": 0.7},
+        {"top_p": 1.0, "top_k": 5},
+        {"top_p": 0.9, "top_k": 40, "temperature": 0.7},
+        {"top_p": 1.0, "min_p": 0.2},
+        {"top_p": 0.95, "min_p": 0.05, "temperature": 2.0},
+    ],
+)
+def test_draws_follow_the_distribution(options):
+    s = Sampling(repetition_penalty=1.0, seed=3, **options)
+    logits = np.random.default_rng(0).normal(size=300).astype(np.float32) * 3
+    expected = distribution(logits, s)
+    sampler = Sampler(s)
+    drawn = np.bincount([sampler(logits) for _ in range(20000)], minlength=300) / 20000
+    assert np.abs(drawn - expected).max() < 0.015
+    assert not drawn[expected == 0].any()
+
+
+def test_draws_reach_the_unlikely():
+    """A flat distribution over many tokens: nothing is cut that was not asked to be."""
+    sampler = Sampler(Sampling(top_p=1.0, repetition_penalty=1.0, seed=1))
+    logits = np.zeros(5000, np.float32)
+    assert len({sampler(logits) for _ in range(2000)}) > 1500
+
+
+def test_penalties_cover_what_was_generated():
+    logits = np.array([2.0, -1.0, 0.5], np.float32)
+    assert penalize(logits, [0, 1], 2.0).tolist() == [1.0, -2.0, 0.5]
+    assert logits.tolist() == [2.0, -1.0, 0.5]  # the decoder's own stay as they are
+    greedy = Sampler(Sampling(temperature=0.0, repetition_penalty=5.0))
+    assert [greedy(logits), greedy(logits)] == [0, 2]
