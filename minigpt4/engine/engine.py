@@ -340,7 +340,7 @@ class Engine:
                 for piece in group:
                     self._advance(piece)
                 if found:
-                    self._answer(task, np.stack(found))
+                    self._answer(task, np.stack(found) if task.search else found[0][None])
             except Exception:
                 log.exception("while choosing a token")
                 self._fail(task, BROKEN)

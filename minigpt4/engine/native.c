@@ -43,6 +43,26 @@ INLINE float sum(vec v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 INLINE float from_half(half h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+INLINE half to_half(float x) { return (half)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+INLINE vec greater(vec a, vec b) { return _mm256_max_ps(a, b); }
+INLINE vec divide(vec a, vec b) { return _mm256_div_ps(a, b); }
+// e^x to 2 units in the last place: 2^n times a polynomial (Cephes) for the rest, |rest| < 0.35.
+INLINE vec exp_(vec x) {
+    x = _mm256_min_ps(_mm256_max_ps(x, splat(-87)), splat(88));
+    const vec n = _mm256_round_ps(mul(x, splat(1.44269504f)),
+                                  _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vec r = fma_(n, splat(-0.693359375f), x);
+    r = fma_(n, splat(2.12194440e-4f), r);
+    vec p = splat(1.9875691500e-4f);
+    p = fma_(p, r, splat(1.3981999507e-3f));
+    p = fma_(p, r, splat(8.3334519073e-3f));
+    p = fma_(p, r, splat(4.1665795894e-2f));
+    p = fma_(p, r, splat(1.6666665459e-1f));
+    p = fma_(p, r, splat(5.0000001201e-1f));
+    p = fma_(p, mul(r, r), _mm256_add_ps(r, splat(1)));
+    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+}
 #else  // plain C, for the compiler to vectorise as it can
 #define LANES 8
 typedef struct { float x[LANES]; } vec;
@@ -62,6 +82,10 @@ INLINE float sum(vec v) {
     for (int i = 0; i < LANES; i++) s += v.x[i];
     return s;
 }
+INLINE half to_half(float x) { _Float16 f = (_Float16)x; half h; memcpy(&h, &f, 2); return h; }
+INLINE vec greater(vec a, vec b) { EACH(fmaxf(a.x[i], b.x[i])); }
+INLINE vec divide(vec a, vec b) { EACH(a.x[i] / b.x[i]); }
+INLINE vec exp_(vec a) { EACH(expf(a.x[i])); }
 #endif
 
 // --- the model ----------------------------------------------------------------------------------
@@ -97,7 +121,7 @@ typedef struct {
     const int32_t *table_rows;  // [rows] which row of `tables`
     const int32_t *tables;      // [., table_width] pages of a conversation, in order
     const int32_t *wanted;      // [logit_rows] rows whose logits are asked for
-    half *pages;                // [page, layer, key or value, kv_head, PAGE, head_dim]
+    half *pages;                // [page, layer, key or value, kv_head, PAGE * head_dim]
     float *logits;              // [logit_rows, vocabulary]
 } Batch;
 
@@ -306,6 +330,8 @@ static void rotate(const Model *m, float *head, int position) {
     }
 }
 
+// A page's keys are [head_dim, PAGE], so that a vector holds one number of several keys; its values
+// are [PAGE, head_dim].
 INLINE half *kv_page(const Model *m, const Batch *b, int row, int position, int layer, int value,
                      int kv_head) {
     const int page = b->tables[(size_t)b->table_rows[row] * b->table_width + position / PAGE];
@@ -315,42 +341,84 @@ INLINE half *kv_page(const Model *m, const Batch *b, int row, int position, int 
 
 static void keep(const Model *m, const Batch *b, int row, int layer, int value, int kv_head,
                  const float *x) {
-    const int position = b->positions[row];
+    const int position = b->positions[row], place = position % PAGE;
     half *to = kv_page(m, b, row, position, layer, value, kv_head);
-    to += (position % PAGE) * m->head_dim;
-    for (int i = 0; i < m->head_dim; i += LANES) store_half(to + i, load(x + i));
+    if (value)
+        for (int i = 0; i < m->head_dim; i += LANES)
+            store_half(to + place * m->head_dim + i, load(x + i));
+    else
+        for (int i = 0; i < m->head_dim; i++) to[i * PAGE + place] = to_half(x[i]);
 }
 
-enum { MAX_HEAD_DIM = 256 };
+enum { MAX_HEAD_DIM = 256, TOGETHER = 4, SPAN = PAGE / LANES };
 
-// One row's one head: softmax(q . keys) . values over the positions up to the row's own.
-static void attend(const Model *m, const Batch *b, int row, int layer, int head, const float *q,
-                   float *out, float *scores) {
-    const int last = b->positions[row], kv_head = head / (m->heads / m->kv_heads);
-    const float scale = 1.0f / sqrtf((float)m->head_dim);
-    float highest = -INFINITY;
+// One head of `count` rows that follow each other in one conversation (`count` is a constant):
+// softmax(q . keys) . values over the positions up to each row's own. `scores` [count, context].
+INLINE void attend(int count, const Model *m, const Batch *b, int row, int layer, int head,
+                   const float *q, int q_stride, float *out, float *scores) {
+    const int first = b->positions[row], last = first + count - 1, dim = m->head_dim;
+    const int kv_head = head / (m->heads / m->kv_heads), width = m->context + PAGE;
+    const float scale = 1.0f / sqrtf((float)dim);
+    vec highest[TOGETHER], total[TOGETHER];
+    for (int i = 0; i < count; i++) highest[i] = splat(-INFINITY), total[i] = splat(0);
+
     for (int start = 0; start <= last; start += PAGE) {
-        const half *k = kv_page(m, b, row, start, layer, 0, kv_head);
-        for (int t = start; t <= last && t < start + PAGE; t++, k += m->head_dim) {
-            vec dot = splat(0);
-            for (int i = 0; i < m->head_dim; i += LANES)
-                dot = fma_(load(q + i), load_half(k + i), dot);
-            scores[t] = sum(dot) * scale;
-            if (scores[t] > highest) highest = scores[t];
+        const half *keys = kv_page(m, b, row, start, layer, 0, kv_head);
+        vec dots[TOGETHER][SPAN];
+        for (int i = 0; i < count; i++)
+            for (int c = 0; c < SPAN; c++) dots[i][c] = splat(0);
+        for (int d = 0; d < dim; d++) {
+            vec k[SPAN];
+            for (int c = 0; c < SPAN; c++) k[c] = load_half(keys + d * PAGE + c * LANES);
+            for (int i = 0; i < count; i++) {
+                const vec x = splat(q[(size_t)i * q_stride + d]);
+                for (int c = 0; c < SPAN; c++) dots[i][c] = fma_(x, k[c], dots[i][c]);
+            }
+        }
+        for (int i = 0; i < count; i++) {
+            float *to = scores + (size_t)i * width + start;
+            for (int c = 0; c < SPAN; c++) store(to + c * LANES, mul(dots[i][c], splat(scale)));
+            for (int t = start; t < start + PAGE; t++)
+                if (t > first + i) to[t - start] = -INFINITY;  // not yet, for this row
+            for (int c = 0; c < SPAN; c++) highest[i] = greater(highest[i], load(to + c * LANES));
         }
     }
-    float total = 0;
-    for (int t = 0; t <= last; t++) total += scores[t] = expf(scores[t] - highest);
-    vec mixed[MAX_HEAD_DIM / LANES];
-    for (int i = 0; i < m->head_dim / LANES; i++) mixed[i] = splat(0);
-    for (int start = 0; start <= last; start += PAGE) {
-        const half *v = kv_page(m, b, row, start, layer, 1, kv_head);
-        for (int t = start; t <= last && t < start + PAGE; t++, v += m->head_dim)
-            for (int i = 0; i < m->head_dim / LANES; i++)
-                mixed[i] = fma_(splat(scores[t]), load_half(v + i * LANES), mixed[i]);
+
+    for (int i = 0; i < count; i++) {
+        float parts[LANES], top = -INFINITY;
+        store(parts, highest[i]);
+        for (int c = 0; c < LANES; c++) top = fmaxf(top, parts[c]);
+        float *s = scores + (size_t)i * width;
+        for (int t = 0; t <= last; t += LANES) {
+            float weights[LANES];
+            store(weights, exp_(fma_(splat(-1), splat(top), load(s + t))));
+            for (int c = 0; c < LANES; c++)
+                if (t + c > first + i) weights[c] = 0;
+            store(s + t, load(weights));
+            total[i] = fma_(splat(1), load(weights), total[i]);
+        }
     }
-    for (int i = 0; i < m->head_dim / LANES; i++)
-        store(out + i * LANES, mul(mixed[i], splat(1.0f / total)));
+
+    for (int d = 0; d < dim; d += 2 * LANES) {
+        vec mixed[TOGETHER][2];
+        for (int i = 0; i < count; i++) mixed[i][0] = mixed[i][1] = splat(0);
+        for (int start = 0; start <= last; start += PAGE) {
+            const half *v = kv_page(m, b, row, start, layer, 1, kv_head) + d;
+            for (int t = start; t <= last && t < start + PAGE; t++, v += dim) {
+                const vec v0 = load_half(v), v1 = load_half(v + LANES);
+                for (int i = 0; i < count; i++) {
+                    const vec w = splat(scores[(size_t)i * width + t]);
+                    mixed[i][0] = fma_(w, v0, mixed[i][0]);
+                    mixed[i][1] = fma_(w, v1, mixed[i][1]);
+                }
+            }
+        }
+        for (int i = 0; i < count; i++) {
+            const vec share = splat(1.0f / sum(total[i]));
+            store(out + (size_t)i * dim + d, mul(mixed[i][0], share));
+            store(out + (size_t)i * dim + d + LANES, mul(mixed[i][1], share));
+        }
+    }
 }
 
 // --- threads ------------------------------------------------------------------------------------
@@ -359,7 +427,7 @@ typedef struct {
     float *normed;     // [hidden], one row
     Rounded rounded;   // [max_rows, hidden]
     float *products;   // [2, max_rows, BLOCK], of a few panels
-    float *scores;     // [context]
+    float *scores;     // [TOGETHER, context + PAGE]
 } Scratch;  // a thread's own
 
 typedef struct {
@@ -368,6 +436,7 @@ typedef struct {
     const Batch *batch;
     float *x, *qkv;               // [max_rows, .], shared by the threads
     Rounded attended, h;          // likewise
+    int32_t *runs, run_count;     // first rows of runs of TOGETHER or 1 of one conversation
     Scratch *scratch;
     pthread_t *workers;
     pthread_mutex_t mutex;
@@ -375,7 +444,10 @@ typedef struct {
     uint64_t calls;
     int closing;
     atomic_int arrived, phase;
+    atomic_int *taken;  // [phases] how much of each has been taken
 } Pool;
+
+enum { PHASES_A_LAYER = 6 };
 
 // All threads meet; they look for one another a while, then let others run.
 static void barrier(Pool *pool) {
@@ -393,11 +465,22 @@ static void barrier(Pool *pool) {
     }
 }
 
-// Thread `id`'s part of `count` things, in whole steps.
-INLINE void share(const Pool *pool, int id, int count, int step, int *from, int *to) {
-    const int steps = count / step;
-    *from = (int)((int64_t)steps * id / pool->threads) * step;
-    *to = (int)((int64_t)steps * (id + 1) / pool->threads) * step;
+// The work of a phase, between two barriers, is taken in pieces by whichever thread is free: one
+// that the system has put aside for a moment does not keep the others waiting for its share.
+typedef struct {
+    Pool *pool;
+    int id, phase;
+} Worker;
+
+INLINE int grab(const Worker *w, int count, int step, int *from, int *to) {
+    *from = atomic_fetch_add_explicit(&w->pool->taken[w->phase], step, memory_order_relaxed);
+    *to = *from + step < count ? *from + step : count;
+    return *from < count;
+}
+
+INLINE void finish(Worker *w) {
+    barrier(w->pool);
+    w->phase++;
 }
 
 // x[rows] normed and rounded, for this thread.
@@ -409,107 +492,115 @@ static void norm_rows(const Model *m, Scratch *own, const float *x, const int32_
     }
 }
 
-// x[i][n...] += w . input, over this thread's part of w's rows.
-static void add_product(Pool *pool, int id, const Matrix *w, const Rounded *input, int rows) {
-    float *out = pool->scratch[id].products;
+// x[i][n...] += w . input, and the end of the phase.
+static void add_product(Worker *worker, const Matrix *w, const Rounded *input, int rows) {
+    Pool *pool = worker->pool;
+    float *out = pool->scratch[worker->id].products;
     int from, to;
-    share(pool, id, w->rows, PANEL, &from, &to);
-    for (int n = from; n < to; n += PANEL) {
-        multiply(w, n, input, rows, out, PANEL);
-        for (int i = 0; i < rows; i++)
-            for (int r = 0; r < PANEL; r++)
-                pool->x[(size_t)i * w->rows + n + r] += out[i * PANEL + r];
-    }
+    while (grab(worker, w->rows, 4 * PANEL, &from, &to))
+        for (int n = from; n < to; n += PANEL) {
+            multiply(w, n, input, rows, out, PANEL);
+            for (int i = 0; i < rows; i++)
+                for (int r = 0; r < PANEL; r++)
+                    pool->x[(size_t)i * w->rows + n + r] += out[i * PANEL + r];
+        }
+    finish(worker);
 }
 
 static void walk(Pool *pool, int id) {
     const Model *m = pool->model;
     const Batch *b = pool->batch;
     Scratch *own = &pool->scratch[id];
+    Worker me = {pool, id, 0};
     const int rows = b->rows, hidden = m->hidden, inner = m->intermediate;
     const int logit_rows = b->logit_rows;  // the batch is gone after the last barrier
     const int q_width = m->heads * m->head_dim, kv_width = m->kv_heads * m->head_dim;
     const int qkv_width = q_width + 2 * kv_width, all_heads = m->heads + 2 * m->kv_heads;
     int from, to;
 
-    share(pool, id, rows, 1, &from, &to);
-    for (int i = from; i < to; i++) {
-        float *x = pool->x + (size_t)i * hidden;
-        if (b->tokens[i] >= 0) unpack(&m->embedding, b->tokens[i], x);
-        else memcpy(x, b->embeds + (size_t)(-1 - b->tokens[i]) * hidden, hidden * sizeof *x);
+    while (grab(&me, rows, 1, &from, &to)) {
+        float *x = pool->x + (size_t)from * hidden;
+        const int token = b->tokens[from];
+        if (token >= 0) unpack(&m->embedding, token, x);
+        else memcpy(x, b->embeds + (size_t)(-1 - token) * hidden, hidden * sizeof *x);
     }
-    barrier(pool);
+    finish(&me);
 
     for (int l = 0; l < m->layers; l++) {
         const Layer *layer = &m->layer[l];
 
         norm_rows(m, own, pool->x, NULL, rows, layer->attention_norm);
-        share(pool, id, qkv_width, PANEL, &from, &to);
-        for (int n = from; n < to; n += PANEL) {
-            const Matrix *w = &layer->q;
-            int first = n;
-            if (first >= q_width) w = &layer->k, first -= q_width;
-            if (w == &layer->k && first >= kv_width) w = &layer->v, first -= kv_width;
-            multiply(w, first, &own->rounded, rows, pool->qkv + n, qkv_width);
-        }
-        barrier(pool);
+        while (grab(&me, qkv_width, 8 * PANEL, &from, &to))
+            for (int n = from; n < to; n += PANEL) {
+                const Matrix *w = &layer->q;
+                int first = n;
+                if (first >= q_width) w = &layer->k, first -= q_width;
+                if (w == &layer->k && first >= kv_width) w = &layer->v, first -= kv_width;
+                multiply(w, first, &own->rounded, rows, pool->qkv + n, qkv_width);
+            }
+        finish(&me);
 
         // Queries and keys are turned to their positions, keys and values kept.
-        share(pool, id, rows * all_heads, 1, &from, &to);
-        for (int u = from; u < to; u++) {
-            const int i = u / all_heads, head = u % all_heads, kv = head - m->heads;
-            float *x = pool->qkv + (size_t)i * qkv_width + head * m->head_dim;
-            if (kv < m->kv_heads) rotate(m, x, b->positions[i]);
-            if (kv >= 0) keep(m, b, i, l, kv >= m->kv_heads, kv % m->kv_heads, x);
-        }
-        barrier(pool);
+        while (grab(&me, rows * all_heads, all_heads, &from, &to))
+            for (int u = from; u < to; u++) {
+                const int i = u / all_heads, head = u % all_heads, kv = head - m->heads;
+                float *x = pool->qkv + (size_t)i * qkv_width + head * m->head_dim;
+                if (kv < m->kv_heads) rotate(m, x, b->positions[i]);
+                if (kv >= 0) keep(m, b, i, l, kv >= m->kv_heads, kv % m->kv_heads, x);
+            }
+        finish(&me);
 
-        // One head of one row at a time; a head's rows in turn, for they read the same pages.
-        share(pool, id, rows * m->heads, 1, &from, &to);
-        for (int u = from; u < to; u++) {
-            const int i = u % rows, head = u / rows;
-            float mixed[MAX_HEAD_DIM];
-            attend(m, b, i, l, head, pool->qkv + (size_t)i * qkv_width + head * m->head_dim, mixed,
-                   own->scores);
-            const size_t place = (size_t)i * q_width + head * m->head_dim;
-            for (int k = 0; k < m->head_dim; k += BLOCK)
-                round_block(mixed + k, pool->attended.codes + place + k,
-                            pool->attended.scales + (place + k) / BLOCK,
-                            pool->attended.sums + (place + k) / BLOCK);
+        // One head of a run of rows at a time; a head's runs in turn, for they read the same pages.
+        while (grab(&me, pool->run_count * m->heads, 1, &from, &to)) {
+            const int run = from % pool->run_count, head = from / pool->run_count;
+            const int first = pool->runs[run], count = pool->runs[run + 1] - first;
+            const float *q = pool->qkv + (size_t)first * qkv_width + head * m->head_dim;
+            float mixed[TOGETHER * MAX_HEAD_DIM];
+            if (count == TOGETHER)
+                attend(TOGETHER, m, b, first, l, head, q, qkv_width, mixed, own->scores);
+            else
+                attend(1, m, b, first, l, head, q, qkv_width, mixed, own->scores);
+            for (int k = 0; k < count * m->head_dim; k += BLOCK) {
+                const size_t row = first + k / m->head_dim;
+                const size_t place = row * q_width + head * m->head_dim + k % m->head_dim;
+                round_block(mixed + k, pool->attended.codes + place,
+                            pool->attended.scales + place / BLOCK,
+                            pool->attended.sums + place / BLOCK);
+            }
         }
-        barrier(pool);
+        finish(&me);
 
-        add_product(pool, id, &layer->o, &pool->attended, rows);
-        barrier(pool);
+        add_product(&me, &layer->o, &pool->attended, rows);
 
         norm_rows(m, own, pool->x, NULL, rows, layer->mlp_norm);
-        share(pool, id, inner, BLOCK, &from, &to);
-        for (int n = from; n < to; n += BLOCK) {
+        while (grab(&me, inner, BLOCK, &from, &to)) {
             float *gate = own->products, *up = gate + (size_t)rows * BLOCK;
             for (int k = 0; k < BLOCK; k += PANEL) {
-                multiply(&layer->gate, n + k, &own->rounded, rows, gate + k, BLOCK);
-                multiply(&layer->up, n + k, &own->rounded, rows, up + k, BLOCK);
+                multiply(&layer->gate, from + k, &own->rounded, rows, gate + k, BLOCK);
+                multiply(&layer->up, from + k, &own->rounded, rows, up + k, BLOCK);
             }
             for (int i = 0; i < rows; i++) {
-                for (int k = i * BLOCK; k < (i + 1) * BLOCK; k++)
-                    gate[k] = gate[k] / (1.0f + expf(-gate[k])) * up[k];
-                const size_t place = (size_t)i * inner + n;
+                for (int k = i * BLOCK; k < (i + 1) * BLOCK; k += LANES) {
+                    const vec g = load(gate + k);
+                    const vec silu = divide(g, fma_(splat(1), exp_(mul(g, splat(-1))), splat(1)));
+                    store(gate + k, mul(silu, load(up + k)));
+                }
+                const size_t place = (size_t)i * inner + from;
                 round_block(gate + i * BLOCK, pool->h.codes + place, pool->h.scales + place / BLOCK,
                             pool->h.sums + place / BLOCK);
             }
         }
-        barrier(pool);
+        finish(&me);
 
-        add_product(pool, id, &layer->down, &pool->h, rows);
-        barrier(pool);
+        add_product(&me, &layer->down, &pool->h, rows);
     }
 
     if (logit_rows == 0) return;
     norm_rows(m, own, pool->x, b->wanted, logit_rows, m->final_norm);
-    share(pool, id, m->vocabulary, PANEL, &from, &to);
-    for (int n = from; n < to; n += PANEL)
-        multiply(&m->head, n, &own->rounded, logit_rows, b->logits + n, m->vocabulary);
-    barrier(pool);
+    while (grab(&me, m->vocabulary, 16 * PANEL, &from, &to))
+        for (int n = from; n < to; n += PANEL)
+            multiply(&m->head, n, &own->rounded, logit_rows, b->logits + n, m->vocabulary);
+    finish(&me);
 }
 
 typedef struct {
@@ -563,11 +654,27 @@ void minigpt4_close(Pool *pool) {
     }
     free(pool->x);
     free(pool->qkv);
+    free(pool->runs);
+    free(pool->taken);
     free_rounded(&pool->attended);
     free_rounded(&pool->h);
     free(pool->scratch);
     free(pool->workers);
     free(pool);
+}
+
+// GGUF's blocks, row by row, -> panels (see Matrix); both of the same size.
+void minigpt4_panels(const uint8_t *from, uint8_t *to, int rows, int columns, int type) {
+    const int blocks = columns / BLOCK, size = type == Q4_1 ? 20 : 34, header = size % 16;
+    for (int row = 0; row < rows; row++)
+        for (int b = 0; b < blocks; b++, from += size) {
+            uint8_t *panel = to + ((size_t)(row / PANEL) * blocks + b) * PANEL * size;
+            for (int h = 0; h < header / 2; h++)
+                memcpy(panel + 2 * (h * PANEL + row % PANEL), from + 2 * h, 2);
+            panel += PANEL * header;
+            for (int w = 0; w < (size - header) / 4; w++)
+                memcpy(panel + 4 * (w * PANEL + row % PANEL), from + header + 4 * w, 4);
+        }
 }
 
 // A pool of threads for calls of at most `max_rows` rows; NULL without the memory for it.
@@ -584,14 +691,17 @@ Pool *minigpt4_open(const Model *m, int threads, int max_rows) {
     pool->scratch = calloc(threads, sizeof *pool->scratch);
     pool->x = malloc(rows * m->hidden * sizeof(float));
     pool->qkv = malloc(rows * qkv_width * sizeof(float));
+    pool->runs = malloc((rows + 1) * sizeof(int32_t));
+    pool->taken = malloc((PHASES_A_LAYER * m->layers + 2) * sizeof(atomic_int));
     int good = make_rounded(&pool->attended, rows, q_width) &
                make_rounded(&pool->h, rows, m->intermediate);
-    good = good && pool->workers && pool->scratch && pool->x && pool->qkv;
+    good = good && pool->workers && pool->scratch && pool->x && pool->qkv && pool->runs &&
+           pool->taken;
     for (int i = 0; good && i < threads; i++) {
         Scratch *own = &pool->scratch[i];
         own->normed = malloc(m->hidden * sizeof(float));
         own->products = malloc(2 * rows * BLOCK * sizeof(float));
-        own->scores = malloc(m->context * sizeof(float));
+        own->scores = malloc(TOGETHER * (size_t)(m->context + PAGE) * sizeof(float));
         good = make_rounded(&own->rounded, rows, m->hidden) && own->normed && own->products &&
                own->scores;
     }
@@ -605,7 +715,25 @@ Pool *minigpt4_open(const Model *m, int threads, int max_rows) {
     return NULL;
 }
 
+// Rows TOGETHER by TOGETHER where they follow each other in one conversation, else one by one.
+static void find_runs(Pool *pool, const Batch *b) {
+    pool->run_count = 0;
+    for (int i = 0; i < b->rows;) {
+        int count = 1;
+        while (count < TOGETHER && i + count < b->rows &&
+               b->table_rows[i + count] == b->table_rows[i] &&
+               b->positions[i + count] == b->positions[i] + count)
+            count++;
+        pool->runs[pool->run_count++] = i;
+        i += count == TOGETHER ? TOGETHER : 1;
+    }
+    pool->runs[pool->run_count] = b->rows;
+}
+
 void minigpt4_forward(Pool *pool, const Batch *batch) {
+    find_runs(pool, batch);
+    for (int i = 0; i < PHASES_A_LAYER * pool->model->layers + 2; i++)
+        atomic_store_explicit(&pool->taken[i], 0, memory_order_relaxed);
     pthread_mutex_lock(&pool->mutex);
     pool->batch = batch;
     pool->calls++;

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt4.engine.rows import PAGE, Rows
-from minigpt4.gguf import BlockLlama, BlockTensor
+from minigpt4.gguf import BlockLlama
 
 MAX_ROWS = 256  # in one call of the library; longer ones are cut
 _SOURCE = Path(__file__).with_name("native.c")
@@ -78,6 +78,8 @@ def library() -> ctypes.CDLL | None:
     loaded.minigpt4_open.argtypes = [POINTER(_Model), c_int32, c_int32]
     loaded.minigpt4_forward.argtypes = [c_void_p, POINTER(_Batch)]
     loaded.minigpt4_forward.restype = None
+    loaded.minigpt4_panels.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_int32]
+    loaded.minigpt4_panels.restype = None
     loaded.minigpt4_close.argtypes = [c_void_p]
     loaded.minigpt4_close.restype = None
     return loaded
@@ -131,28 +133,10 @@ def _build(compiler: Sequence[str], target: Path) -> None:
     partial.replace(target)
 
 
-def _panels(tensor: BlockTensor) -> np.ndarray:
-    """A tensor's bytes in the order that `native.c` reads: [panels, blocks, bytes].
-
-    A panel is 8 rows; of each block first the 8 scales, then the 8 minimums (Q4_1 alone), then the
-    weights' bytes, four of each row in turn.
-    """
-    header = {"Q4_1": 4, "Q8_0": 2}[tensor.kind]
-    rows, columns = tensor.shape
-    blocks = tensor.data.reshape(rows // 8, 8, columns // 32, -1)
-    panels, _, count, size = blocks.shape
-    out = np.empty((panels, count, 8 * size), np.uint8)
-    scales = blocks[..., :header].reshape(panels, 8, count, header // 2, 2)
-    out[..., : 8 * header] = scales.transpose(0, 2, 3, 1, 4).reshape(panels, count, -1)
-    words = blocks[..., header:].reshape(panels, 8, count, -1, 4)
-    out[..., 8 * header :] = words.transpose(0, 2, 3, 1, 4).reshape(panels, count, -1)
-    return out
-
-
 class NativeDecoder:
     """Runs rows through a `BlockLlama`; keys and values lie in pages of 16-bit floats.
 
-    pages: [count, layers, key or value, kv_heads, PAGE, head_dim]; memory that no conversation has
+    pages: [count, layers, key or value, kv_heads, PAGE * head_dim]; memory that no conversation has
     used yet is not taken from the system.
     """
 
@@ -166,7 +150,7 @@ class NativeDecoder:
         self.hidden_size = llama.hidden_size
         self._kept = []  # arrays that the library points into
         self._model = self._describe(llama, context)
-        shape = (pages, llama.layers, 2, llama.kv_heads, PAGE, llama.head_dim)
+        shape = (pages, llama.layers, 2, llama.kv_heads, PAGE * llama.head_dim)
         self.pages = np.zeros(shape, np.float16)
         opened = self._library.minigpt4_open(ctypes.byref(self._model), threads, MAX_ROWS)
         if not opened:
@@ -189,9 +173,14 @@ class NativeDecoder:
         @functools.cache  # the embedding is the head as well
         def matrix(name: str) -> _Matrix:
             tensor = tensors[name]
-            data = _panels(tensor)
-            self._kept.append(data)
-            return _Matrix(data.ctypes.data, _TYPES[tensor.kind], *tensor.shape)
+            kind, (rows, columns) = _TYPES[tensor.kind], tensor.shape
+            panels = np.empty_like(tensor.data, subok=False)
+            blocks = np.ascontiguousarray(tensor.data)
+            self._library.minigpt4_panels(
+                blocks.ctypes.data, panels.ctypes.data, rows, columns, kind
+            )
+            self._kept.append(panels)
+            return _Matrix(panels.ctypes.data, kind, rows, columns)
 
         names = dict(zip(_MATRICES, ("attn_q", "attn_k", "attn_v", "attn_output"), strict=False))
         names |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
