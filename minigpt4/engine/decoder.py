@@ -2,6 +2,7 @@
 compiled for the CPU (`native.py`) for a GGUF file's blocks."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -53,6 +54,15 @@ def _count(budget: int, page_bytes: int, context: int) -> int:
 
 
 def threads() -> int:
-    """Processors this program may use; a decoder gains little from more than eight."""
+    """Processors that this program may use: what $OMP_NUM_THREADS says, else what the system and
+    the container allow; a decoder gains little from more than eight."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if asked.isdecimal() and int(asked) > 0:
+        return min(int(asked), 8)
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(int(os.environ.get("OMP_NUM_THREADS") or available or 1), 8)
+    try:  # a container's quota: microseconds of processor time in each period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        available = min(available, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # there is none ("max"), or this is no Linux
+        pass
+    return min(available or 1, 8)

@@ -185,7 +185,6 @@ class Engine:
             self._step_started = time.monotonic()
             self._step()
             self._step_started = None
-            self.fault = ""
 
     def _step(self) -> None:
         self._drop_ended()
@@ -464,6 +463,8 @@ class Engine:
             elif started is not None and time.monotonic() - started > self._hang_seconds:
                 self.fault = HANGING
                 self._fail_all(HANGING)
+            elif started is None:  # it came back
+                self.fault = ""
 
 
 def _out_of_memory(error: Exception) -> bool:
