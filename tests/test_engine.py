@@ -390,11 +390,16 @@ def test_logits_that_are_no_numbers_are_an_error(engine, monkeypatch):
         logits = real(rows)
         return logits * np.float32("nan") if (rows.tokens == 299).any() else logits
 
+    poisoned = longer(request(9), 299)
+    expected = list(engine.submit(poisoned))
+    other = longer(request(10), 299)
     monkeypatch.setattr(engine.decoder, "forward", nan)
     with pytest.raises(UserError, match="try again"):
-        list(engine.submit(longer(request(9), 299)))
+        list(engine.submit(other))
     monkeypatch.undo()
-    assert list(engine.submit(request(1))) and settled(engine)
+    stream = engine.submit(other)  # nothing is reused of what went wrong
+    assert list(stream) and stream.stats.reused_tokens == 0
+    assert list(engine.submit(poisoned)) == expected and settled(engine)
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
@@ -463,12 +468,23 @@ def test_a_hang_is_noticed_and_forgiven(model, monkeypatch):
 
 def test_health_is_a_real_token_and_waits_for_nobody(model, monkeypatch):
     engine = Engine(model, max_running=2, max_waiting=1)
+    real = engine.decoder.forward
+
+    def slow(rows):
+        time.sleep(0.01)
+        return real(rows)
+
+    monkeypatch.setattr(engine.decoder, "forward", slow)
     busy = []
     for seed in (1, 2):
         busy.append(engine.submit(request(seed, sampling=replace(GREEDY, max_new_tokens=400))))
         next(busy[-1])
-    engine.submit(request(3)).close()
-    assert not engine.health(0.0)
+    engine.submit(request(3))
+    assert engine.health(5.0)  # though both places are taken, and somebody waits
+    assert engine.running == 2 and engine.waiting == 1
+    monkeypatch.setattr(engine.decoder, "forward", lambda rows: time.sleep(0.2))
+    assert not engine.health(0.1)
+    monkeypatch.undo()
     for stream in busy:
         stream.close()
     assert engine.health(5.0)

@@ -50,7 +50,7 @@ def build_decoder(model: "MiniGPT4", megabytes: int | None = None) -> tuple[Deco
 
 
 def _count(budget: int, page_bytes: int, context: int) -> int:
-    return max(budget // page_bytes, -(-context // PAGE) + 1)
+    return max(budget // page_bytes, -(-context // PAGE) + 1)  # and one for `Engine.health`
 
 
 def threads() -> int:

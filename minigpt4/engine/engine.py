@@ -26,6 +26,7 @@ from minigpt4.prompt import Prompt
 
 KEPT_PICTURES = 256  # embeddings of the most recently used pictures: 60 KB each for nano
 ENCODED_AT_ONCE = 4
+PROBE_PAGES = 1  # kept for `health`
 CHUNK_ALONE, CHUNK_AMONG_OTHERS = 256, 32  # rows of prompts in a step
 
 BROKEN = "Something went wrong while answering; please try again."
@@ -85,7 +86,7 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """Start answering. UserError where the queue is full or the request cannot ever fit."""
-        return self._submit(request, front=False)
+        return self._submit(request, urgent=False)
 
     @property
     def waiting(self) -> int:
@@ -107,7 +108,10 @@ class Engine:
             Sampling(temperature=0.0, max_new_tokens=1),
             max_seconds=seconds,
         )
-        stream = self._submit(probe, front=True)
+        try:
+            stream = self._submit(probe, urgent=True)
+        except UserError:
+            return False
         timer = threading.Timer(seconds, stream.close)
         timer.start()
         try:
@@ -126,7 +130,7 @@ class Engine:
         self._thread.join(timeout=5)
         self._fail_all("The program is ending.")
 
-    def _submit(self, request: Request, front: bool) -> Stream:
+    def _submit(self, request: Request, urgent: bool) -> Stream:
         context = self.model.config.context
         limit = min(request.sampling.max_new_tokens, context - len(request.prompt))
         if limit < 1:
@@ -134,15 +138,15 @@ class Engine:
                 f"The conversation takes {len(request.prompt)} tokens, and the model reads at most "
                 f"{context - 1}: shorten it."
             )
-        task = Task(request, Stream(self._position, len(request.prompt)), limit)
-        if task.pages_needed > self._cache.count:
+        task = Task(request, Stream(self._position, len(request.prompt)), limit, urgent)
+        if task.pages_needed > self._cache.count - PROBE_PAGES:
             raise UserError(
                 "The conversation needs more memory than there is for conversations: shorten it, "
                 "allow a shorter answer, or use fewer beams."
             )
         with self._condition:
             self._refuse_if_faulty()
-            if front:
+            if urgent:
                 self._waiting.appendleft(task)
             elif len(self._waiting) >= self.max_waiting:
                 raise UserError("Too many people are waiting at the moment; please try again soon.")
@@ -150,7 +154,7 @@ class Engine:
                 self._waiting.append(task)
             for key in task.picture_keys - self._embeds.keys():
                 self._want(request.pictures[key])
-            self.totals["requests"] += not front
+            self.totals["requests"] += not urgent
             self._condition.notify_all()
         return task.stream
 
@@ -237,8 +241,10 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting requests in, first come first, while there are slots and pages."""
-        while self._waiting and len(self._running) < self.max_running:
+        while self._waiting:
             task = self._waiting[0]
+            if len(self._running) >= self.max_running and not task.urgent:
+                return
             if task.stream.stop_reason:
                 with self._condition:
                     self._waiting.popleft()
@@ -269,9 +275,11 @@ class Engine:
         prompt = task.request.prompt
         known = self._cache.match(prompt.keys[:-1])  # the last token's logits are wanted
         needed = task.pages_needed - len(known)
-        if not self._cache.reserve(needed):
+        left = 0 if task.urgent else PROBE_PAGES
+        if needed + left > self._cache.free:
             self._cache.release(known)
             return False
+        self._cache.reserve(needed)
         task.promised = needed
         digests = self._cache.digests(prompt.keys[: len(known) * PAGE])
         digest = digests[-1] if digests else b""
@@ -377,6 +385,8 @@ class Engine:
         """Logits [sequences, vocabulary] -> the task's next token or tokens."""
         if not np.isfinite(logits.max(-1)).all():
             log.error("the model's logits are no numbers")
+            for sequence in task.sequences:  # nobody shall go on from what led here
+                self._cache.forget(sequence.pages)
             self._fail(task, BROKEN)
         elif task.search is not None:
             self._go_on_with_beams(task, logits)

@@ -85,6 +85,12 @@ class PageCache:
             self._digests[page] = digest
         return digest
 
+    def forget(self, pages: Sequence[int]) -> None:
+        """What these pages in use hold shall not be reused."""
+        for page in pages:
+            if page in self._digests:
+                del self._filed[self._digests.pop(page)]
+
     def release(self, pages: Sequence[int]) -> None:
         """One user less of each. Of what is left over, a conversation's end is given up first."""
         for page in reversed(pages):

@@ -44,8 +44,9 @@ class Sequence:
 class Task:
     """A request on its way: waiting, being read, being answered."""
 
-    def __init__(self, request: Request, stream: Stream, limit: int) -> None:
+    def __init__(self, request: Request, stream: Stream, limit: int, urgent: bool = False) -> None:
         self.request, self.stream, self.limit = request, stream, limit
+        self.urgent = urgent  # waits for nobody: a probe of the engine's health
         self.sampler = Sampler(request.sampling, request.penalized)
         self.search: BeamSearch | None = None
         if request.sampling.num_beams > 1:
