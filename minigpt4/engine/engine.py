@@ -333,14 +333,13 @@ class Engine:
                 piece.sequence.pages.append(self._take_page(piece.task))
         try:
             rows = rows_of(pieces, self.model.config.llm_hidden_size)
-            logits = self.decoder.forward(rows)
+            results = iter(self.decoder.forward(rows))
         except Exception as error:
             self._recover(pieces, error)
             return
         self._good_steps += 1
         if self._good_steps % 200 == 0:
             self._row_limit = min(CHUNK_ALONE, 2 * self._row_limit)
-        results = iter(logits)
         for task, group in by_task(pieces):
             found = [next(results) for piece in group if piece.reaches_end]
             try:
