@@ -2,9 +2,12 @@
 
 import asyncio
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from tests.block_llama import (
     tiny_chat_model,
 )
 
+ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=20)
 
 
@@ -464,6 +468,20 @@ def test_a_hang_is_noticed_and_forgiven(model, monkeypatch):
     time.sleep(0.1)
     assert engine.health() and list(engine.submit(request(1)))
     engine.close()
+
+
+def test_a_program_that_ends_amid_an_answer_ends_cleanly(tmp_path):
+    """As after Ctrl-C or an error: status 3 here, no crash of a thread inside the model."""
+    code = (
+        "import sys; from minigpt4.engine import Engine; from tests import test_engine as t;"
+        "from tests.block_llama import *;"
+        "engine = Engine(tiny_chat_model(as_transformers(block_llama())));"
+        "sampling = t.replace(t.GREEDY, max_new_tokens=450);"
+        "streams = [engine.submit(t.request(i, 40, sampling=sampling)) for i in range(9)];"
+        "next(streams[8]); sys.exit(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
 
 
 def test_health_is_a_real_token_and_waits_for_nobody(model, monkeypatch):

@@ -5,6 +5,7 @@ being read and one token of every running answer through the model at once, and 
 its token. The engine knows no tokenizer and no template: it speaks token ids and picture keys.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -71,6 +72,7 @@ class Engine:
         self._thread = self._start_thread()
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="engine watch", daemon=True).start()
+        atexit.register(self.close)  # a thread within the model would not outlive the interpreter
 
     # --- what callers use ----------------------------------------------------------------------
 
@@ -123,6 +125,7 @@ class Engine:
 
     def close(self) -> None:
         """End the thread; whoever waits gets an error."""
+        atexit.unregister(self.close)
         with self._condition:
             self._closing = True
             self._condition.notify_all()
@@ -186,7 +189,7 @@ class Engine:
                     self._condition.wait()
                 if self._closing:
                     return
-            self._step_started = time.monotonic()
+            self._step_started = time.monotonic()  # what `_watch` tells steps apart by
             self._step()
             self._step_started = None
 
@@ -458,9 +461,17 @@ class Engine:
                 future.set_exception(UserError(sentence))
 
     def _watch(self) -> None:
-        """Notice a loop that hangs or has died; tell everyone who waits."""
-        while not self._ended.wait(min(0.5, self._hang_seconds / 4)):
+        """Notice a loop that hangs or has died; tell everyone who waits.
+
+        Time is counted in this thread's own ticks: a program that was put to sleep as a whole does
+        not hang.
+        """
+        tick = min(0.5, self._hang_seconds / 4)
+        watched, lasted = None, 0.0
+        while not self._ended.wait(tick):
             started = self._step_started
+            lasted = lasted + tick if started == watched else 0.0
+            watched = started
             if not self._thread.is_alive():
                 log.error("the engine's thread died; starting it again")
                 self._fail_all(BROKEN)
@@ -469,11 +480,11 @@ class Engine:
                 self._cache = PageCache(self._cache.count)
                 self._step_started = None
                 self._thread = self._start_thread()
-            elif started is not None and time.monotonic() - started > self._hang_seconds:
+            elif started is None:  # at rest, or back from a hang
+                self.fault = ""
+            elif lasted > self._hang_seconds:
                 self.fault = HANGING
                 self._fail_all(HANGING)
-            elif started is None:  # it came back
-                self.fault = ""
 
 
 def _out_of_memory(error: Exception) -> bool:
