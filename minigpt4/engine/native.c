@@ -127,32 +127,41 @@ typedef struct {
 
 // --- products with a matrix of blocks -----------------------------------------------------------
 
-// What is multiplied with weights is rounded to 8 bits, in blocks of 32 numbers with one scale.
+// What is multiplied with weights becomes two rows of 8-bit numbers, in blocks of 32 with a scale
+// each: the rounded numbers, and what the rounding left over. One row alone changes every 30th of
+// nano's likeliest tokens (docs/log.md).
+enum { PARTS = 2 };
+
 typedef struct {
-    int8_t *codes;  // [rows, columns]
-    float *scales;  // [rows, columns / BLOCK]
-    float *sums;    // [rows, columns / BLOCK], of the rounded numbers
+    int8_t *codes;  // [rows, PARTS, columns]
+    float *scales;  // [rows, PARTS, columns / BLOCK]
+    float *sums;    // [rows, PARTS, columns / BLOCK], of the rounded numbers
 } Rounded;
 
-INLINE void round_block(const float *x, int8_t *codes, float *scale, float *total) {
-    float highest = 0;
-    for (int i = 0; i < BLOCK; i++) highest = fmaxf(highest, fabsf(x[i]));
-    const float inverse = highest > 0 ? 127.0f / highest : 0;
-    int32_t count = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        const int32_t code = (int32_t)rintf(x[i] * inverse);
-        codes[i] = (int8_t)code;
-        count += code;
+// Rounds 32 numbers that stand at `column` of `row`.
+INLINE void round_block(const float *x, int columns, const Rounded *to, int row, int column) {
+    float rest[BLOCK];
+    memcpy(rest, x, sizeof rest);
+    for (int part = 0; part < PARTS; part++) {
+        const size_t place = ((size_t)row * PARTS + part) * columns + column;
+        float highest = 0;
+        for (int i = 0; i < BLOCK; i++) highest = fmaxf(highest, fabsf(rest[i]));
+        const float scale = highest / 127.0f, inverse = highest > 0 ? 127.0f / highest : 0;
+        int32_t count = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            const float code = rintf(rest[i] * inverse);
+            to->codes[place + i] = (int8_t)(int32_t)code;
+            rest[i] -= code * scale;
+            count += (int32_t)code;
+        }
+        to->scales[place / BLOCK] = scale;
+        to->sums[place / BLOCK] = scale * (float)count;
     }
-    *scale = highest / 127.0f;
-    *total = *scale * (float)count;
 }
 
 INLINE void round_row(const float *x, int columns, const Rounded *to, int row) {
-    const int blocks = columns / BLOCK;
-    for (int b = 0; b < blocks; b++)
-        round_block(x + b * BLOCK, to->codes + (size_t)row * columns + b * BLOCK,
-                    to->scales + (size_t)row * blocks + b, to->sums + (size_t)row * blocks + b);
+    for (int column = 0; column < columns; column += BLOCK)
+        round_block(x + column, columns, to, row, column);
 }
 
 INLINE int panel_block_bytes(int type) { return type == Q4_1 ? 32 + 128 : 16 + 256; }
@@ -193,20 +202,21 @@ INLINE __m256i four(const int8_t *p) {
     return _mm256_set1_epi32(bytes);
 }
 
-// out[i][r] = row r of the panel at p . input row (first + i); `count` and `type` are constants.
+// out[i][r] = row r of the panel at p . input row (first + i), for `count` rows; `count` and `type`
+// are constants.
 INLINE void panel_times(int type, int count, const uint8_t *p, int columns, const Rounded *x,
                         int first, float *out, int out_stride) {
-    enum { MOST = 4 };
-    const int blocks = columns / BLOCK;
-    const int8_t *codes = x->codes + (size_t)first * columns;
-    const float *scales = x->scales + (size_t)first * blocks;
-    const float *sums = x->sums + (size_t)first * blocks;
+    enum { MOST = 2 * PARTS };
+    const int blocks = columns / BLOCK, parts = count * PARTS;
+    const int8_t *codes = x->codes + (size_t)first * PARTS * columns;
+    const float *scales = x->scales + (size_t)first * PARTS * blocks;
+    const float *sums = x->sums + (size_t)first * PARTS * blocks;
     __m256 total[MOST];
-    for (int i = 0; i < count; i++) total[i] = _mm256_setzero_ps();
+    for (int i = 0; i < parts; i++) total[i] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++, p += panel_block_bytes(type), codes += BLOCK) {
         const vec scale = load_half((const half *)p);
         __m256i dots[MOST];
-        for (int i = 0; i < count; i++) dots[i] = _mm256_setzero_si256();
+        for (int i = 0; i < parts; i++) dots[i] = _mm256_setzero_si256();
         if (type == Q4_1) {
             const vec minimum = load_half((const half *)(p + 16));
             const __m256i low_bits = _mm256_set1_epi8(15);
@@ -214,13 +224,13 @@ INLINE void panel_times(int type, int count, const uint8_t *p, int columns, cons
                 const __m256i w = _mm256_loadu_si256((const __m256i *)(p + 32 + 32 * j));
                 const __m256i low = _mm256_and_si256(w, low_bits);
                 const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), low_bits);
-                for (int i = 0; i < count; i++) {
+                for (int i = 0; i < parts; i++) {
                     const int8_t *c = codes + (size_t)i * columns + 4 * j;
                     dots[i] = dot4_small(dots[i], low, four(c));
                     dots[i] = dot4_small(dots[i], high, four(c + 16));
                 }
             }
-            for (int i = 0; i < count; i++) {
+            for (int i = 0; i < parts; i++) {
                 const vec d = _mm256_cvtepi32_ps(widen(dots[i]));
                 total[i] = fma_(d, mul(scale, splat(scales[i * blocks + b])), total[i]);
                 total[i] = fma_(minimum, splat(sums[i * blocks + b]), total[i]);
@@ -229,47 +239,51 @@ INLINE void panel_times(int type, int count, const uint8_t *p, int columns, cons
             for (int j = 0; j < 8; j++) {
                 const __m256i w = _mm256_loadu_si256((const __m256i *)(p + 16 + 32 * j));
                 const __m256i size = _mm256_abs_epi8(w);
-                for (int i = 0; i < count; i++)
+                for (int i = 0; i < parts; i++)
                     dots[i] = dot4(dots[i], size,
                                    _mm256_sign_epi8(four(codes + (size_t)i * columns + 4 * j), w));
             }
-            for (int i = 0; i < count; i++) {
+            for (int i = 0; i < parts; i++) {
                 const vec d = _mm256_cvtepi32_ps(dots[i]);
                 total[i] = fma_(d, mul(scale, splat(scales[i * blocks + b])), total[i]);
             }
         }
     }
-    for (int i = 0; i < count; i++) store(out + (size_t)i * out_stride, total[i]);
+    for (int i = 0; i < count; i++)
+        store(out + (size_t)i * out_stride,
+              _mm256_add_ps(total[i * PARTS], total[i * PARTS + 1]));
 }
 #else
 INLINE void panel_times(int type, int count, const uint8_t *p, int columns, const Rounded *x,
                         int first, float *out, int out_stride) {
     const int blocks = columns / BLOCK;
-    for (int i = 0; i < count; i++, first++, out += out_stride) {
-        float total[PANEL] = {0};
-        const uint8_t *q = p;
-        for (int b = 0; b < blocks; b++, q += panel_block_bytes(type)) {
-            const int8_t *codes = x->codes + (size_t)first * columns + b * BLOCK;
-            const float scale = x->scales[(size_t)first * blocks + b];
-            const float plus = x->sums[(size_t)first * blocks + b];
-            const half *scales = (const half *)q;
-            int32_t dots[PANEL] = {0};
-            for (int j = 0; j < (type == Q4_1 ? 4 : 8); j++)
-                for (int r = 0; r < PANEL; r++)
-                    for (int t = 0; t < 4; t++) {
-                        const int place = 32 * j + 4 * r + t, k = 4 * j + t;
-                        if (type == Q4_1)
-                            dots[r] += (q[32 + place] & 15) * codes[k] +
-                                       (q[32 + place] >> 4) * codes[k + 16];
-                        else
-                            dots[r] += (int8_t)q[16 + place] * codes[k];
-                    }
-            for (int r = 0; r < PANEL; r++) {
-                total[r] += (float)dots[r] * (from_half(scales[r]) * scale);
-                if (type == Q4_1) total[r] += from_half(scales[PANEL + r]) * plus;
+    for (int i = 0; i < count; i++, out += out_stride) {
+        float total[PARTS][PANEL] = {{0}};
+        for (int part = 0; part < PARTS; part++) {
+            const size_t row = (size_t)(first + i) * PARTS + part;
+            const uint8_t *q = p;
+            for (int b = 0; b < blocks; b++, q += panel_block_bytes(type)) {
+                const int8_t *codes = x->codes + row * columns + b * BLOCK;
+                const float scale = x->scales[row * blocks + b], plus = x->sums[row * blocks + b];
+                const half *scales = (const half *)q;
+                int32_t dots[PANEL] = {0};
+                for (int j = 0; j < (type == Q4_1 ? 4 : 8); j++)
+                    for (int r = 0; r < PANEL; r++)
+                        for (int t = 0; t < 4; t++) {
+                            const int place = 32 * j + 4 * r + t, k = 4 * j + t;
+                            if (type == Q4_1)
+                                dots[r] += (q[32 + place] & 15) * codes[k] +
+                                           (q[32 + place] >> 4) * codes[k + 16];
+                            else
+                                dots[r] += (int8_t)q[16 + place] * codes[k];
+                        }
+                for (int r = 0; r < PANEL; r++) {
+                    total[part][r] += (float)dots[r] * (from_half(scales[r]) * scale);
+                    if (type == Q4_1) total[part][r] += from_half(scales[PANEL + r]) * plus;
+                }
             }
         }
-        memcpy(out, total, sizeof total);
+        for (int r = 0; r < PANEL; r++) out[r] = total[0][r] + total[1][r];
     }
 }
 #endif
@@ -277,8 +291,8 @@ INLINE void panel_times(int type, int count, const uint8_t *p, int columns, cons
 INLINE void panel_times_rows(int type, const uint8_t *p, int columns, const Rounded *x, int rows,
                              float *out, int out_stride) {
     int i = 0;
-    for (; i + 4 <= rows; i += 4)
-        panel_times(type, 4, p, columns, x, i, out + (size_t)i * out_stride, out_stride);
+    for (; i + 2 <= rows; i += 2)
+        panel_times(type, 2, p, columns, x, i, out + (size_t)i * out_stride, out_stride);
     for (; i < rows; i++)
         panel_times(type, 1, p, columns, x, i, out + (size_t)i * out_stride, out_stride);
 }
@@ -561,11 +575,9 @@ static void walk(Pool *pool, int id) {
             else
                 attend(1, m, b, first, l, head, q, qkv_width, mixed, own->scores);
             for (int k = 0; k < count * m->head_dim; k += BLOCK) {
-                const size_t row = first + k / m->head_dim;
-                const size_t place = row * q_width + head * m->head_dim + k % m->head_dim;
-                round_block(mixed + k, pool->attended.codes + place,
-                            pool->attended.scales + place / BLOCK,
-                            pool->attended.sums + place / BLOCK);
+                const int row = first + k / m->head_dim;
+                round_block(mixed + k, q_width, &pool->attended, row,
+                            head * m->head_dim + k % m->head_dim);
             }
         }
         finish(&me);
@@ -585,9 +597,7 @@ static void walk(Pool *pool, int id) {
                     const vec silu = divide(g, fma_(splat(1), exp_(mul(g, splat(-1))), splat(1)));
                     store(gate + k, mul(silu, load(up + k)));
                 }
-                const size_t place = (size_t)i * inner + from;
-                round_block(gate + i * BLOCK, pool->h.codes + place, pool->h.scales + place / BLOCK,
-                            pool->h.sums + place / BLOCK);
+                round_block(gate + i * BLOCK, inner, &pool->h, i, from);
             }
         }
         finish(&me);
@@ -627,9 +637,10 @@ static void *work(void *argument) {
 // --- what Python calls --------------------------------------------------------------------------
 
 static int make_rounded(Rounded *r, size_t rows, size_t columns) {
-    r->codes = malloc(rows * columns);
-    r->scales = malloc(rows * columns / BLOCK * sizeof(float));
-    r->sums = malloc(rows * columns / BLOCK * sizeof(float));
+    const size_t count = rows * PARTS * columns;
+    r->codes = malloc(count);
+    r->scales = malloc(count / BLOCK * sizeof(float));
+    r->sums = malloc(count / BLOCK * sizeof(float));
     return r->codes && r->scales && r->sums;
 }
 

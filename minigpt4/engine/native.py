@@ -64,7 +64,7 @@ class _Batch(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled `native.c`, built the first time (seconds); None where that cannot be."""
     compiler = _compiler()
-    built = _cache_folder() / f"native-{_fingerprint()}.so"
+    built = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
     try:
         if not built.exists():
             if compiler is None:
@@ -93,15 +93,15 @@ def _compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def _fingerprint() -> str:
-    """Of the source and of the processor it was built for."""
+def _fingerprint(compiler: Sequence[str] | None) -> str:
+    """Of the source, the compiler's name and options, and the processor it was built for."""
     processor = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += next((x for x in lines if x.startswith(("flags", "Features"))), "")
     except OSError:
         pass
-    content = _SOURCE.read_bytes() + " ".join(_FLAGS).encode() + processor.encode()
+    content = _SOURCE.read_bytes() + " ".join([*(compiler or ()), *_FLAGS, processor]).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
