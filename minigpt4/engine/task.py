@@ -44,8 +44,9 @@ class Sequence:
 class Task:
     """A request on its way: waiting, being read, being answered."""
 
-    def __init__(self, request: Request, stream: Stream, limit: int) -> None:
+    def __init__(self, request: Request, stream: Stream, limit: int, probe: bool = False) -> None:
         self.request, self.stream, self.limit = request, stream, limit
+        self.probe = probe  # of the engine's health: nobody's answer
         self.sampler = Sampler(request.sampling, request.penalized)
         self.search: BeamSearch | None = None
         if request.sampling.num_beams > 1:

@@ -1,0 +1,312 @@
+"""POST /v1/chat/completions and GET /v1/models, as OpenAI's clients expect them."""
+
+import asyncio
+import json
+import logging
+import math
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from minigpt4.chat import Answer
+from minigpt4.engine import Engine
+from minigpt4.errors import UserError
+from minigpt4.web.asking import Asking
+from minigpt4.web.chat_request import ChatRequest, parse, read_json
+from minigpt4.web.image_url import TooLarge
+from minigpt4.web.keys import Keys
+
+SORRY = "Something went wrong while answering; please try again."
+RETRY_SECONDS = 5
+BODY_SECONDS = 120  # to send a request
+BESIDE_PICTURES = 2**20  # bytes of a request for its text
+# UserError.kind -> HTTP status and OpenAI's code; the others are 400
+STATUS: dict[str, tuple[int, str]] = {
+    "too_long": (400, "context_length_exceeded"),
+    "queue_full": (429, "queue_full"),
+    "loading": (503, "loading"),
+    "memory": (503, "out_of_memory"),
+    "hanging": (503, "hanging"),
+    "ending": (503, "ending"),
+    "broken": (500, "internal_error"),
+}
+
+log = logging.getLogger(__name__)
+
+
+class Api:
+    """The endpoints under /v1 as an application to be mounted.
+
+    max_picture_bytes bounds a request's body: one such picture in base64 and a megabyte of text.
+    responses: how many there were, by endpoint and status.
+    """
+
+    def __init__(self, asking: Asking, keys: Keys, max_picture_bytes: int) -> None:
+        self._asking, self._keys = asking, keys
+        self._max_body = max_picture_bytes * 4 // 3 + BESIDE_PICTURES
+        self._started = int(time.time())
+        self.responses: Counter[tuple[str, int]] = Counter()
+        self.app = Starlette(
+            routes=[
+                self._route("/chat/completions", self._complete, "POST"),
+                self._route("/models", self._models, "GET"),
+                self._route("/models/{name:path}", self._model, "GET"),
+            ],
+            exception_handlers={HTTPException: self._no_such_endpoint},
+        )
+
+    def _route(
+        self, path: str, handle: Callable[[Request], Awaitable[Response]], method: str
+    ) -> Route:
+        """Whatever goes wrong becomes OpenAI's error object."""
+        name = "/v1" + path.partition("/{")[0]
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                self._keys.check(request)
+                response = await handle(request)
+            except ClientDisconnect:
+                response = Response(status_code=499)  # nobody reads it
+            except HTTPException as error:
+                response = self._refusal(error)
+            except UserError as error:
+                response = _failure(error)
+            except Exception:
+                log.exception("while answering a program")
+                response = error_response(500, SORRY, "internal_error")
+            self.responses[name, response.status_code] += 1
+            return response
+
+        return Route(path, endpoint, methods=[method])
+
+    def _refusal(self, error: HTTPException) -> Response:
+        codes = {401: "invalid_api_key", 404: "model_not_found", 413: "request_too_large"}
+        return error_response(
+            error.status_code, error.detail, codes.get(error.status_code), error.headers
+        )
+
+    async def _no_such_endpoint(self, request: Request, error: HTTPException) -> Response:
+        sentence = {
+            404: "There is no such endpoint: there are chat/completions and models.",
+            405: "This endpoint takes another method.",
+        }.get(error.status_code, error.detail)
+        self.responses["other", error.status_code] += 1
+        return error_response(error.status_code, sentence, "unknown_endpoint", error.headers)
+
+    # --- models --------------------------------------------------------------------------------
+
+    async def _models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self._described(self._asking.engine)]})
+
+    async def _model(self, request: Request) -> Response:
+        engine = self._asking.engine
+        _check_model(request.path_params["name"], engine)
+        return json_response(self._described(engine))
+
+    def _described(self, engine: Engine) -> dict:
+        return {
+            "id": engine.model.config.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "minigpt4",
+        }
+
+    # --- chat/completions ----------------------------------------------------------------------
+
+    async def _complete(self, request: Request) -> Response:
+        engine = self._asking.engine
+        body = await self._body(request)
+        asked = parse(await run_in_threadpool(read_json, body), engine.model.config)
+        del body  # tens of megabytes, perhaps, while the answer is given
+        if asked.model is not None:
+            _check_model(asked.model, engine)
+        answer = await self._asking.ask(asked)
+        reply = _Reply(engine, asked, answer)
+        if asked.stream:
+            return _Events(reply.events(), answer)
+        gone = asyncio.create_task(_close_when_gone(request, answer))
+        try:
+            async for _ in answer:
+                pass
+        finally:
+            gone.cancel()
+            answer.close()
+        return json_response(reply.whole())
+
+    async def _body(self, request: Request) -> bytes:
+        body = bytearray()
+        too_large = HTTPException(
+            413, f"The request is larger than {self._max_body / 2**20:.0f} MB: scale pictures down."
+        )
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_body:
+            raise too_large
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > self._max_body:
+                        raise too_large
+        except TimeoutError:
+            raise HTTPException(408, "The request took too long to arrive.") from None
+        return bytes(body)
+
+
+class _Reply:
+    """An answer as OpenAI's objects."""
+
+    def __init__(self, engine: Engine, asked: ChatRequest, answer: Answer) -> None:
+        self._decode = engine.model.tokenizer.decode
+        self._asked, self._answer = asked, answer
+        self._told = 0  # tokens whose log-probabilities were given
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": engine.model.config.name,
+        }
+
+    def whole(self) -> dict:
+        """The answer, once it has ended."""
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": self._answer.text, "refusal": None},
+            "logprobs": self._logprobs(),
+            "finish_reason": self._finish_reason,
+        }
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": self._usage,
+        }
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer as it comes, in server-sent events."""
+        yield self._chunk({"role": "assistant", "content": ""})
+        try:
+            async for piece in self._answer:
+                yield self._chunk({"content": piece})
+        except UserError as error:
+            yield _event(json.loads(_failure(error).body))
+            return
+        yield self._chunk({}, self._finish_reason)
+        if self._asked.include_usage:
+            yield _event(self._as_chunk([]) | {"usage": self._usage})
+        yield b"data: [DONE]\n\n"
+
+    def _chunk(self, delta: dict, finish_reason: str | None = None) -> bytes:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": self._logprobs(),
+            "finish_reason": finish_reason,
+        }
+        return _event(self._as_chunk([choice]))
+
+    def _as_chunk(self, choices: list) -> dict:
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
+        return chunk | ({"usage": None} if self._asked.include_usage else {})
+
+    @property
+    def _finish_reason(self) -> str:
+        return "stop" if self._answer.stop_reason == "stop" else "length"
+
+    @property
+    def _usage(self) -> dict:
+        stats = self._answer.stats
+        return {
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.tokens,
+            "total_tokens": stats.prompt_tokens + stats.tokens,
+            "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
+        }
+
+    def _logprobs(self) -> dict | None:
+        """Those of the tokens that came since the last time."""
+        if not self._asked.logprobs:
+            return None
+        start, known = self._told, self._answer.logprobs
+        self._told = len(known)
+        return {
+            "content": [
+                self._logprob(token, logprob)
+                for token, logprob in zip(
+                    self._answer.tokens[start : self._told], known[start:], strict=True
+                )
+            ],
+            "refusal": None,
+        }
+
+    def _logprob(self, token: int, logprob: float) -> dict:
+        text = self._decode([token])
+        whole = "\ufffd" not in text  # a part of a character has bytes that are not known here
+        return {
+            "token": text,
+            "logprob": logprob if math.isfinite(logprob) else -9999.0,
+            "bytes": list(text.encode()) if whole else None,
+            "top_logprobs": [],
+        }
+
+
+class _Events(StreamingResponse):
+    """Server-sent events of an answer, which ends when nobody listens any more."""
+
+    def __init__(self, events: AsyncIterator[bytes], answer: Answer) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, *connection: Any) -> None:
+        try:
+            await super().__call__(*connection)
+        finally:  # also where it never began
+            self._answer.close()
+
+
+async def _close_when_gone(request: Request, answer: Answer) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    answer.close()
+
+
+def _check_model(name: str, engine: Engine) -> None:
+    known = engine.model.config.name
+    if name != known:
+        raise HTTPException(404, f"There is no such model here: there is “{known}”.")
+
+
+def _failure(error: UserError) -> Response:
+    if isinstance(error, TooLarge):
+        return error_response(413, str(error), "request_too_large")
+    status, code = STATUS.get(error.kind, (400, None))
+    retry = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+    return error_response(status, str(error), code, retry)
+
+
+def error_response(
+    status: int, sentence: str, code: str | None, headers: dict | None = None
+) -> Response:
+    """OpenAI's error object."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+        status, "server_error" if status >= 500 else "invalid_request_error"
+    )
+    error = {"message": sentence, "type": kind, "param": None, "code": code}
+    return json_response({"error": error}, status, headers)
+
+
+def json_response(content: dict, status: int = 200, headers: dict | None = None) -> Response:
+    """JSON in ASCII: text may hold halves of characters, which UTF-8 cannot."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def _event(content: dict) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
