@@ -33,8 +33,7 @@ def add_chat_endpoint(asking: Asking) -> None:
         seed: int | None = None,
         num_beams: int | None = None,
     ) -> AsyncIterator[str]:
-        body = {
-            "messages": _messages(message, history, system),
+        settings = {
             "temperature": temperature,
             "top_p": top_p,
             "max_tokens": max_tokens,
@@ -44,13 +43,14 @@ def add_chat_endpoint(asking: Asking) -> None:
         }
         answer = None
         try:
+            body = {"messages": _messages(message, history, system), **settings}
             asked = parse(body, asking.engine.model.config)
             answer = await asking.ask(asked, await _files(image))
             async for _ in answer:
                 yield answer.text
             yield answer.text  # where nothing was said, too
         except UserError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
         finally:
             if answer is not None:
                 answer.close()
@@ -61,7 +61,7 @@ def add_chat_endpoint(asking: Asking) -> None:
 def _messages(message: Any, history: Any, system: Any) -> list:
     """As OpenAI's API has them; `parse` checks them."""
     if not isinstance(history or [], list):
-        raise gr.Error("history must be a list of messages.")
+        raise UserError("history must be a list of messages.")
     first = [{"role": "system", "content": system}] if system else []
     return [*first, *(history or []), {"role": "user", "content": message}]
 

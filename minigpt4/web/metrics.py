@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import get_args
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from starlette.routing import Route
 
 from minigpt4.engine import Engine
 from minigpt4.engine.totals import Histogram
+from minigpt4.errors import Kind
 from minigpt4.web.keys import Keys
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -56,7 +58,7 @@ class Metrics:
 
 def _of_engine(engine: Engine) -> list[str]:
     totals = engine.totals
-    errors = {f'kind="{kind}"': count for kind, count in sorted(totals.errors.items())}
+    errors = {f'kind="{kind}"': totals.errors[kind] for kind in get_args(Kind)}  # zeros too
     return [
         *_counter("requests", "Answers asked for, by the page and by programs.", totals.requests),
         *_counter("tokens", "Tokens generated.", totals.tokens),
