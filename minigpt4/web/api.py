@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -28,6 +27,7 @@ from minigpt4.web.keys import Keys
 SORRY = "Something went wrong while answering; please try again."
 RETRY_SECONDS = 5
 BODY_SECONDS = 120  # to send a request
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 BESIDE_PICTURES = 2**20  # bytes of a request for its text
 # UserError.kind -> HTTP status and OpenAI's code; the others are 400
 STATUS: dict[str, tuple[int, str]] = {
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class Api:
-    """The endpoints under /v1 as an application to be mounted.
+    """The endpoints under /v1.
 
     max_picture_bytes bounds a request's body: one such picture in base64 and a megabyte of text.
     responses: how many there were, by endpoint and status.
@@ -55,20 +55,21 @@ class Api:
         self._max_body = max_picture_bytes * 4 // 3 + BESIDE_PICTURES
         self._started = int(time.time())
         self.responses: Counter[tuple[str, int]] = Counter()
-        self.app = Starlette(
-            routes=[
-                self._route("/chat/completions", self._complete, "POST"),
-                self._route("/models", self._models, "GET"),
-                self._route("/models/{name:path}", self._model, "GET"),
-            ],
-            exception_handlers={HTTPException: self._no_such_endpoint},
-        )
+        # Routes, not a mounted application: that one would not know its own paths behind a proxy
+        # that takes --root-path away before it asks here.
+        self.routes = [
+            self._route("/v1/chat/completions", self._complete, ["POST"]),
+            self._route("/v1/models", self._models, ["GET"]),
+            self._route("/v1/models/{name:path}", self._model, ["GET"]),
+            self._route("/v1/{other:path}", self._other, METHODS),
+            self._route("/v1", self._other, METHODS),
+        ]
 
     def _route(
-        self, path: str, handle: Callable[[Request], Awaitable[Response]], method: str
+        self, path: str, handle: Callable[[Request], Awaitable[Response]], methods: list[str]
     ) -> Route:
         """Whatever goes wrong becomes OpenAI's error object."""
-        name = "/v1" + path.partition("/{")[0]
+        name = path.partition("/{")[0]
 
         async def endpoint(request: Request) -> Response:
             try:
@@ -86,7 +87,7 @@ class Api:
             self.responses[name, response.status_code] += 1
             return response
 
-        return Route(path, endpoint, methods=[method])
+        return Route(path, endpoint, methods=methods)
 
     def _refusal(self, error: HTTPException) -> Response:
         codes = {401: "invalid_api_key", 404: "model_not_found", 413: "request_too_large"}
@@ -94,13 +95,15 @@ class Api:
             error.status_code, error.detail, codes.get(error.status_code), error.headers
         )
 
-    async def _no_such_endpoint(self, request: Request, error: HTTPException) -> Response:
-        sentence = {
-            404: "There is no such endpoint: there are chat/completions and models.",
-            405: "This endpoint takes another method.",
-        }.get(error.status_code, error.detail)
-        self.responses["other", error.status_code] += 1
-        return error_response(error.status_code, sentence, "unknown_endpoint", error.headers)
+    async def _other(self, request: Request) -> Response:
+        """No endpoint, or not with this method."""
+        path = request.path_params.get("other", "")
+        method = "POST" if path == "chat/completions" else "GET"
+        if path == "chat/completions" or path.partition("/")[0] == "models":
+            sentence = f"This endpoint takes {method} only."
+            return error_response(405, sentence, "wrong_method", {"Allow": method})
+        sentence = "There is no such endpoint: there are chat/completions and models."
+        return error_response(404, sentence, "unknown_endpoint")
 
     # --- models --------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class Asking:
 
     def __init__(self, find_engine: Callable[[], Engine | None], urls: ImageUrls) -> None:
         self.find_engine = find_engine
-        self._urls = urls
+        self.urls = urls
         self._opening = asyncio.Semaphore(OPENED_AT_ONCE)
 
     @property
@@ -62,7 +62,7 @@ class Asking:
             if message.role == "assistant":
                 conversation.add_answer(message.text)
                 continue
-            contents = [await self._urls.read(url) for url in message.pictures]
+            contents = [await self.urls.read(url) for url in message.pictures]
             if message is request.messages[-1]:
                 contents += files
             pictures = [await self._open(content) for content in contents]

@@ -22,7 +22,7 @@ class Keys:
             raise self._unauthorized("The API is closed: its operator has set no API key.")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Compared in constant time: how long it takes tells nothing about the key.
-        good = hmac.compare_digest(given.strip().encode(), self._key)
+        good = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
         if self._key and not (good and scheme.lower() == "bearer"):
             raise self._unauthorized(
                 "The API key is missing or wrong: send “Authorization: Bearer KEY”."

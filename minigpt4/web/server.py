@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
-from starlette.routing import BaseRoute, Mount
+from starlette.routing import BaseRoute
 
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
@@ -48,7 +48,7 @@ class Server:
         api = Api(self.asking, self._keys, self._max_bytes)
         metrics = Metrics(self._find_engine, api.responses, self._keys)
         return [
-            Mount("/v1", api.app),
+            *api.routes,
             *Health(self._find_engine).routes,
             *metrics.routes,
         ]
