@@ -240,6 +240,23 @@ def test_what_cannot_be_asked(gradio, says, arguments):
         gradio.predict(**arguments, api_name="/chat")
 
 
+def test_no_address_is_fetched(gradio):
+    """192.0.2.1 is nobody's, and public as far as gradio knows."""
+    image = {"path": "http://192.0.2.1/picture.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Exception, match="not its address"):
+        gradio.predict(message="What is this?", image=image, api_name="/chat")
+
+
+def test_a_client_that_cancels_ends_its_request(gradio, engine, monkeypatch):
+    monkeypatch.setattr(engine, "pace", 0.05)
+    job = gradio.submit(message="Hello?", max_tokens=500, api_name="/chat")
+    while not job.outputs():
+        time.sleep(0.05)
+    assert engine.running == 1
+    job.cancel()
+    assert at_rest(engine, 2.0)
+
+
 def test_no_file_of_this_machine_is_opened(address, tmp_path):
     (tmp_path / "private.png").write_bytes(picture_file())
     for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):

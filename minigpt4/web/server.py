@@ -6,9 +6,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import gradio as gr
+from gradio import processing_utils
 from starlette.routing import BaseRoute
 
 from minigpt4.engine import Engine
@@ -36,6 +37,9 @@ class Server:
     ) -> None:
         self._find_engine, self._options = find_engine, options
         self._auth = _user_and_password(options.auth)
+        # Gradio would download whatever public address a client names as an uploaded file, of any
+        # size; it has no option against that.
+        processing_utils.async_ssrf_protected_get = _fetch_nothing
         max_bytes = options.max_upload_mb * 2**20
         urls = ImageUrls((options.image_hosts or "").split(","), max_bytes)
         self.asking = Asking(find_engine, urls)
@@ -88,6 +92,10 @@ class Server:
             engine.close()
             time.sleep(LAST_WORDS)
         page.close(verbose=False)
+
+
+async def _fetch_nothing(url: str) -> NoReturn:
+    raise gr.Error("Send the picture's file, not its address.", print_exception=False)
 
 
 class _Terminated(BaseException):
