@@ -1,11 +1,8 @@
 """POST /v1/chat/completions and GET /v1/models, as OpenAI's clients expect them."""
 
 import asyncio
-import json
 import logging
-import math
 import time
-import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -19,26 +16,15 @@ from starlette.routing import Route
 from minigpt4.chat import Answer
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
+from minigpt4.web.api_errors import SORRY, error_response, failure, json_response
 from minigpt4.web.asking import Asking
-from minigpt4.web.chat_request import ChatRequest, parse, read_json
-from minigpt4.web.image_url import TooLarge
+from minigpt4.web.chat_reply import Reply
+from minigpt4.web.chat_request import parse, read_json
 from minigpt4.web.keys import Keys
 
-SORRY = "Something went wrong while answering; please try again."
-RETRY_SECONDS = 5
 BODY_SECONDS = 120  # to send a request
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 BESIDE_PICTURES = 2**20  # bytes of a request for its text
-# UserError.kind -> HTTP status and OpenAI's code; the others are 400
-STATUS: dict[str, tuple[int, str]] = {
-    "too_long": (400, "context_length_exceeded"),
-    "queue_full": (429, "queue_full"),
-    "loading": (503, "loading"),
-    "memory": (503, "out_of_memory"),
-    "hanging": (503, "hanging"),
-    "ending": (503, "ending"),
-    "broken": (500, "internal_error"),
-}
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +66,7 @@ class Api:
             except HTTPException as error:
                 response = self._refusal(error)
             except UserError as error:
-                response = _failure(error)
+                response = failure(error)
             except Exception:
                 log.exception("while answering a program")
                 response = error_response(500, SORRY, "internal_error")
@@ -129,12 +115,13 @@ class Api:
         engine = self._asking.engine
         body = await self._body(request)
         asked = parse(await run_in_threadpool(read_json, body), engine.model.config)
-        del body  # tens of megabytes, perhaps, while the answer is given
         if asked.model is not None:
             _check_model(asked.model, engine)
         answer = await self._asking.ask(asked)
-        reply = _Reply(engine, asked, answer)
-        if asked.stream:
+        reply = Reply(engine, answer, asked.logprobs, asked.include_usage)
+        stream = asked.stream
+        del body, asked  # tens of megabytes, perhaps, that the answer does not need
+        if stream:
             return _Events(reply.events(), answer)
         gone = asyncio.create_task(_close_when_gone(request, answer))
         try:
@@ -143,6 +130,8 @@ class Api:
         finally:
             gone.cancel()
             answer.close()
+        if answer.stop_reason == "closed":
+            raise ClientDisconnect
         return json_response(reply.whole())
 
     async def _body(self, request: Request) -> bytes:
@@ -162,102 +151,6 @@ class Api:
         except TimeoutError:
             raise HTTPException(408, "The request took too long to arrive.") from None
         return bytes(body)
-
-
-class _Reply:
-    """An answer as OpenAI's objects."""
-
-    def __init__(self, engine: Engine, asked: ChatRequest, answer: Answer) -> None:
-        self._decode = engine.model.tokenizer.decode
-        self._asked, self._answer = asked, answer
-        self._told = 0  # tokens whose log-probabilities were given
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": engine.model.config.name,
-        }
-
-    def whole(self) -> dict:
-        """The answer, once it has ended."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": self._answer.text, "refusal": None},
-            "logprobs": self._logprobs(),
-            "finish_reason": self._finish_reason,
-        }
-        return {
-            **self._head,
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": self._usage,
-        }
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """The answer as it comes, in server-sent events."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        try:
-            async for piece in self._answer:
-                yield self._chunk({"content": piece})
-        except UserError as error:
-            yield _event(json.loads(_failure(error).body))
-            return
-        yield self._chunk({}, self._finish_reason)
-        if self._asked.include_usage:
-            yield _event(self._as_chunk([]) | {"usage": self._usage})
-        yield b"data: [DONE]\n\n"
-
-    def _chunk(self, delta: dict, finish_reason: str | None = None) -> bytes:
-        choice = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": self._logprobs(),
-            "finish_reason": finish_reason,
-        }
-        return _event(self._as_chunk([choice]))
-
-    def _as_chunk(self, choices: list) -> dict:
-        chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
-        return chunk | ({"usage": None} if self._asked.include_usage else {})
-
-    @property
-    def _finish_reason(self) -> str:
-        return "stop" if self._answer.stop_reason == "stop" else "length"
-
-    @property
-    def _usage(self) -> dict:
-        stats = self._answer.stats
-        return {
-            "prompt_tokens": stats.prompt_tokens,
-            "completion_tokens": stats.tokens,
-            "total_tokens": stats.prompt_tokens + stats.tokens,
-            "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
-        }
-
-    def _logprobs(self) -> dict | None:
-        """Those of the tokens that came since the last time."""
-        if not self._asked.logprobs:
-            return None
-        start, known = self._told, self._answer.logprobs
-        self._told = len(known)
-        return {
-            "content": [
-                self._logprob(token, logprob)
-                for token, logprob in zip(
-                    self._answer.tokens[start : self._told], known[start:], strict=True
-                )
-            ],
-            "refusal": None,
-        }
-
-    def _logprob(self, token: int, logprob: float) -> dict:
-        text = self._decode([token])
-        whole = "\ufffd" not in text  # a part of a character has bytes that are not known here
-        return {
-            "token": text,
-            "logprob": logprob if math.isfinite(logprob) else -9999.0,
-            "bytes": list(text.encode()) if whole else None,
-            "top_logprobs": [],
-        }
 
 
 class _Events(StreamingResponse):
@@ -285,31 +178,3 @@ def _check_model(name: str, engine: Engine) -> None:
     known = engine.model.config.name
     if name != known:
         raise HTTPException(404, f"There is no such model here: there is “{known}”.")
-
-
-def _failure(error: UserError) -> Response:
-    if isinstance(error, TooLarge):
-        return error_response(413, str(error), "request_too_large")
-    status, code = STATUS.get(error.kind, (400, None))
-    retry = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
-    return error_response(status, str(error), code, retry)
-
-
-def error_response(
-    status: int, sentence: str, code: str | None, headers: dict | None = None
-) -> Response:
-    """OpenAI's error object."""
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-        status, "server_error" if status >= 500 else "invalid_request_error"
-    )
-    error = {"message": sentence, "type": kind, "param": None, "code": code}
-    return json_response({"error": error}, status, headers)
-
-
-def json_response(content: dict, status: int = 200, headers: dict | None = None) -> Response:
-    """JSON in ASCII: text may hold halves of characters, which UTF-8 cannot."""
-    return Response(json.dumps(content), status, headers, "application/json")
-
-
-def _event(content: dict) -> bytes:
-    return b"data: " + json.dumps(content).encode() + b"\n\n"
