@@ -20,11 +20,11 @@ def options(arguments: list[str]) -> argparse.Namespace:
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     group.add_argument("--port", type=int, default=7860)
     group.add_argument("--share", action="store_true", help="a public link through gradio's relay")
-    group.add_argument("--max-upload-mb", type=int, default=20, help="largest picture file")
-    group.add_argument("--max-queue", type=int, default=32, help="people waiting, at most")
-    group.add_argument("--max-running", type=int, default=32, help="answers at once, at most")
+    group.add_argument("--max-upload-mb", type=positive, default=20, help="largest picture file")
+    group.add_argument("--max-queue", type=positive, default=32, help="people waiting, at most")
+    group.add_argument("--max-running", type=positive, default=32, help="answers at once, at most")
     group.add_argument(
-        "--kv-megabytes", type=int, help="memory for what conversations have computed"
+        "--kv-megabytes", type=positive, help="memory for what conversations have computed"
     )
     group.add_argument("--auth", metavar="USER:PASSWORD", help="the page asks for these")
     group.add_argument("--api-key", metavar="KEY", help="the API asks for this key")
@@ -41,6 +41,13 @@ def options(arguments: list[str]) -> argparse.Namespace:
         help="time for answers to end after SIGTERM",
     )
     return parser.parse_args(_from_environment(parser) + arguments)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0; ValueError, of which argparse makes a sentence."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _from_environment(parser: argparse.ArgumentParser) -> list[str]:

@@ -17,6 +17,7 @@ from gradio_client import Client, handle_file
 
 import app
 from minigpt4.engine import Engine
+from minigpt4.errors import UserError
 from minigpt4.web.page import respond
 from minigpt4.web.server import Server
 from minigpt4.web.session import Session
@@ -281,26 +282,42 @@ def test_options_from_the_environment(monkeypatch):
     assert Server(lambda: None, chosen).asking.urls.hosts == {"example.org", "example.com:8443"}
 
 
+def test_numbers_that_make_no_sense(capsys):
+    for option in ("--max-running", "--max-queue", "--max-upload-mb", "--kv-megabytes"):
+        with pytest.raises(SystemExit):
+            options(option, "0")
+        assert f"{option}: invalid positive value: '0'" in capsys.readouterr().err
+
+
 def test_draining(engine):
     """What was taken is answered, what comes then is refused."""
     other = Engine(engine.model)
     try:
-        stream = other.submit(_short_request())
+        stream = other.submit(_request(20))
         assert other.drain(10) and stream.stop_reason == "length"
         with pytest.raises(Exception, match="ending"):
-            other.submit(_short_request())
+            other.submit(_request(20))
         assert not other.health(1)
     finally:
         other.close()
 
 
-def _short_request():
+def test_draining_does_not_wait_for_ever(engine):
+    other = Engine(engine.model)
+    stream = other.submit(_request(1500))
+    assert not other.drain(0.1)
+    other.close()
+    with pytest.raises(UserError, match="ending"):
+        list(stream)
+
+
+def _request(max_new_tokens):
     from minigpt4.engine import Request, Sampling
     from minigpt4.prompt import Prompt
 
     prompt = Prompt()
     prompt.add_tokens([1, 2, 3])
-    return Request(prompt, {}, Sampling(temperature=0.0, max_new_tokens=20))
+    return Request(prompt, {}, Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
 
 
 def test_the_real_server_and_its_end():

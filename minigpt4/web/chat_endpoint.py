@@ -48,7 +48,8 @@ def add_chat_endpoint(asking: Asking) -> None:
             answer = await asking.ask(asked, await _files(image))
             async for _ in answer:
                 yield answer.text
-            yield answer.text  # where nothing was said, too
+            if not answer.text:
+                yield ""
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         finally:
