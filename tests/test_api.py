@@ -114,6 +114,16 @@ def test_pieces_arrive_before_the_end(address, engine):
     assert "".join(pieces) == whole.choices[0].message.content
 
 
+def test_a_stream_that_waits_says_so(address, engine, monkeypatch):
+    monkeypatch.setattr("minigpt4.web.chat_reply.PAUSE_SECONDS", 0.05)
+    engine.pace = 0.2
+    text = post(address, {"messages": HELLO, "max_tokens": 4, "stream": True}).text
+    assert text.count(": waiting\n\n") >= 4 and text.endswith("data: [DONE]\n\n")
+    settings = {"max_tokens": 4, "stream": True}
+    chunks = list(ask(address, question("Hello?"), **settings))
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
 def test_stop_strings(address):
     whole = ask(address, question("Hello?")).choices[0].message.content
     stop = whole[len(whole) // 2 :][:3]

@@ -16,11 +16,12 @@ import pytest
 from gradio_client import Client, handle_file
 
 import app
-from minigpt4.engine import Engine
+from minigpt4 import chat
+from minigpt4.chat import Conversation
+from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.errors import UserError
-from minigpt4.web.page import respond
+from minigpt4.prompt import Prompt
 from minigpt4.web.server import Server
-from minigpt4.web.session import Session
 from tests.api_case import (
     GREEDY,
     MODEL,
@@ -182,7 +183,9 @@ def test_metrics(address, engine):
     client(address).chat.completions.create(messages=[asked], **settings)
     with pytest.raises(openai.NotFoundError):
         client(address).chat.completions.create(messages=[asked], **{**settings, "model": "x"})
-    list(respond(engine, ["max_new_tokens"], {"text": "Hello?", "files": []}, Session(), 4))
+    conversation = Conversation()  # as the page asks
+    conversation.add_question("Hello?")
+    list(chat.ask(engine, conversation, Sampling(temperature=0.0, max_new_tokens=4)))
     assert at_rest(engine)
     after = metrics(address)
     grown = {name: after[name] - before.get(name, 0) for name in after}
@@ -312,9 +315,6 @@ def test_draining_does_not_wait_for_ever(engine):
 
 
 def _request(max_new_tokens):
-    from minigpt4.engine import Request, Sampling
-    from minigpt4.prompt import Prompt
-
     prompt = Prompt()
     prompt.add_tokens([1, 2, 3])
     return Request(prompt, {}, Sampling(temperature=0.0, max_new_tokens=max_new_tokens))

@@ -1,5 +1,6 @@
 """An answer as OpenAI's objects: whole, or in server-sent events."""
 
+import asyncio
 import json
 import logging
 import math
@@ -11,6 +12,9 @@ from minigpt4.chat import Answer
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.web.api_errors import SORRY, error_response, failure
+
+PAUSE_SECONDS = 15.0  # proxies close connections on which nothing comes for a minute
+WAITING = b": waiting\n\n"  # a comment, which clients skip
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +52,8 @@ class Reply:
         """The answer as it comes, in server-sent events."""
         yield self._chunk({"role": "assistant", "content": ""})
         try:
-            async for piece in self._answer:
-                yield self._chunk({"content": piece})
+            async for piece in _with_pauses(self._answer, PAUSE_SECONDS):
+                yield WAITING if piece is None else self._chunk({"content": piece})
         except UserError as error:
             yield _event(json.loads(failure(error).body))
             return
@@ -114,6 +118,22 @@ class Reply:
             "bytes": list(text.encode()) if whole else None,
             "top_logprobs": [],
         }
+
+
+async def _with_pauses(pieces: Answer, seconds: float) -> AsyncIterator[str | None]:
+    """The pieces, and None whenever none has come for so long."""
+    iterator = aiter(pieces)
+    while True:
+        upcoming = asyncio.ensure_future(anext(iterator))
+        try:
+            while not (await asyncio.wait([upcoming], timeout=seconds))[0]:
+                yield None
+            piece = upcoming.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            upcoming.cancel()  # where nobody listens any more
+        yield piece
 
 
 def _event(content: dict) -> bytes:
