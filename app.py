@@ -12,7 +12,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     """Parsed options; each also comes from an environment variable MINIGPT4_…"""
     parser = argparse.ArgumentParser(
         prog="app.py",
-        description="MiniGPT-4's chat page.",
+        description="MiniGPT-4's chat page, and an OpenAI-compatible API beside it.",
         epilog="Each option can also be set in the environment: MINIGPT4_MAX_QUEUE=8 for example.",
     )
     start.add_model_options(parser)
@@ -20,9 +20,34 @@ def options(arguments: list[str]) -> argparse.Namespace:
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     group.add_argument("--port", type=int, default=7860)
     group.add_argument("--share", action="store_true", help="a public link through gradio's relay")
-    group.add_argument("--max-upload-mb", type=int, default=20, help="largest picture file")
-    group.add_argument("--max-queue", type=int, default=32, help="people waiting, at most")
+    group.add_argument("--max-upload-mb", type=positive, default=20, help="largest picture file")
+    group.add_argument("--max-queue", type=positive, default=32, help="people waiting, at most")
+    group.add_argument("--max-running", type=positive, default=32, help="answers at once, at most")
+    group.add_argument(
+        "--kv-megabytes", type=positive, help="memory for what conversations have computed"
+    )
+    group.add_argument("--auth", metavar="USER:PASSWORD", help="the page asks for these")
+    group.add_argument("--api-key", metavar="KEY", help="the API asks for this key")
+    group.add_argument(
+        "--image-hosts",
+        metavar="HOSTS",
+        help="hosts, with commas between, that the API may fetch pictures from; without it, none",
+    )
+    group.add_argument("--root-path", metavar="PATH", help="where a proxy shows the page: /chat")
+    group.add_argument(
+        "--shutdown-seconds",
+        type=float,
+        default=25.0,
+        help="time for answers to end after SIGTERM",
+    )
     return parser.parse_args(_from_environment(parser) + arguments)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0; ValueError, of which argparse makes a sentence."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _from_environment(parser: argparse.ArgumentParser) -> list[str]:
@@ -45,8 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from minigpt4.engine import Engine
         from minigpt4.web.page import build_page, launch
+        from minigpt4.web.server import Server
 
-        launch(build_page(Engine(start.open_model(chosen))), chosen)
+        server = Server(lambda: engine, chosen)  # checks its options before the model is loaded
+        engine = Engine(
+            start.open_model(chosen), chosen.max_running, chosen.max_queue, chosen.kv_megabytes
+        )
+        launch(build_page(engine, server), chosen, server)
     except UserError as error:
         print(f"app.py: {error}", file=sys.stderr)
         return 2

@@ -48,17 +48,27 @@ class Conversation:
 class Answer:
     """The answer to a conversation's last question: pieces of text, for `for` and `async for`.
 
-    text: all of it so far. dropped_turns: how many old questions and answers did not fit the
-    context and were left out; `notice` says so in words. stats, and stop_reason ("stop", "length",
-    "time" or "closed"), are known once it has ended; a request that failed raises UserError.
+    text: all of it so far; tokens: those read for it. dropped_turns: how many old questions and
+    answers did not fit the context and were left out; `notice` says so in words. stats, and
+    stop_reason ("stop", "length", "time" or "closed"), are known once it has ended; a request that
+    failed raises UserError.
     """
 
-    def __init__(self, engine: "Engine", conversation: Conversation, sampling: "Sampling") -> None:
+    def __init__(
+        self,
+        engine: "Engine",
+        conversation: Conversation,
+        sampling: "Sampling",
+        stop: Sequence[str] = (),
+        trim: bool = True,
+        logprobs: bool = False,
+    ) -> None:
         from minigpt4.engine import Request
 
         config, tokenizer = engine.model.config, engine.model.tokenizer
-        prompt, self.dropped_turns = fit(conversation, engine, sampling.max_new_tokens)
+        prompt, self.dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim)
         self.text = ""
+        self.tokens: list[int] = []
         template = config.template
         self._stop_ids = stop_ids(template, tokenizer)
         self._stream = engine.submit(
@@ -69,13 +79,14 @@ class Answer:
                 self._stop_ids,
                 stop_sequences(template, tokenizer),
                 penalized(prompt, template),
+                logprobs,
             )
         )
 
         def decode(ids: list[int]) -> str:
             return tokenizer.decode(ids, skip_special_tokens=True)
 
-        self._text_stream = TextStream(decode, stop_strings(template))
+        self._text_stream = TextStream(decode, (*stop_strings(template), *stop))
         self._stopped = False  # at a stop string, which the engine does not know
 
     def __iter__(self) -> Iterator[str]:
@@ -101,6 +112,7 @@ class Answer:
     def _read(self, token: int) -> str:
         if token in self._stop_ids:
             return ""
+        self.tokens.append(token)
         piece = self._shown(self._text_stream.push(token))
         if self._text_stream.ended and not self._stopped:
             self._stopped = True
@@ -126,6 +138,11 @@ class Answer:
         return "stop" if self._stopped else self._stream.stop_reason
 
     @property
+    def logprobs(self) -> list[float]:
+        """Of each of `tokens`, where they were asked for."""
+        return self._stream.logprobs[: len(self.tokens)]
+
+    @property
     def stats(self) -> "Stats":
         return self._stream.stats
 
@@ -148,13 +165,26 @@ def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
     return tuple(prompt.ids[:1]) if template.bos else ()
 
 
-def ask(engine: "Engine", conversation: Conversation, sampling: "Sampling") -> Answer:
+def ask(
+    engine: "Engine",
+    conversation: Conversation,
+    sampling: "Sampling",
+    stop: Sequence[str] = (),
+    trim: bool = True,
+    logprobs: bool = False,
+) -> Answer:
     """Answer the conversation's last question. The answer is not added to it: that is the
-    caller's to do, who may stop half-way."""
-    return Answer(engine, conversation, sampling)
+    caller's to do, who may stop half-way.
+
+    stop: strings that end the answer, besides the template's; trim: leave old turns out where the
+    conversation is too long, rather than refuse it; logprobs: note each token's log-probability.
+    """
+    return Answer(engine, conversation, sampling, stop, trim, logprobs)
 
 
-def fit(conversation: Conversation, engine: "Engine", max_new_tokens: int) -> tuple[Prompt, int]:
+def fit(
+    conversation: Conversation, engine: "Engine", max_new_tokens: int, trim: bool = True
+) -> tuple[Prompt, int]:
     """The prompt that leaves room for the answer, and how many old turns it leaves out.
 
     The oldest question and its answer go first; system text and every picture stay, the pictures
@@ -175,12 +205,14 @@ def fit(conversation: Conversation, engine: "Engine", max_new_tokens: int) -> tu
         )
         if len(prompt) <= room:
             return prompt, dropped
-        shorter = _without_oldest(messages)
+        shorter = _without_oldest(messages) if trim else None
         if shorter is None:
+            what = "question" if trim else "conversation"
             raise UserError(
-                f"The question is too long: with its pictures it takes {len(prompt)} tokens, and "
+                f"The {what} is too long: with its pictures it takes {len(prompt)} tokens, and "
                 f"{max(0, room)} fit beside an answer of {max_new_tokens}; shorten it or allow a "
-                "shorter answer."
+                "shorter answer.",
+                "too_long",
             )
         messages = shorter
         dropped += 1

@@ -20,7 +20,8 @@ from minigpt4.engine.rows import PAGE
 from minigpt4.engine.sampling import Sampling, log_softmax
 from minigpt4.engine.stream import Stream
 from minigpt4.engine.task import Piece, Request, Sequence, Task, by_task, rows_of
-from minigpt4.errors import UserError
+from minigpt4.engine.totals import Totals
+from minigpt4.errors import Kind, UserError
 from minigpt4.image import Picture
 from minigpt4.model import MiniGPT4
 from minigpt4.prompt import Prompt
@@ -30,9 +31,17 @@ ENCODED_AT_ONCE = 4
 PROBE_PAGES = 1  # kept for `health`
 CHUNK_ALONE, CHUNK_AMONG_OTHERS = 256, 32  # rows of prompts in a step
 
+FULL = "Too many people are waiting at the moment; please try again soon."
 BROKEN = "Something went wrong while answering; please try again."
 NO_MEMORY = "There was not enough memory for this answer; try a shorter conversation."
 HANGING = "The model stopped responding; please try again in a minute."
+ENDING = "The program is ending."
+KINDS: dict[str, Kind] = {
+    BROKEN: "broken",
+    NO_MEMORY: "memory",
+    HANGING: "hanging",
+    ENDING: "ending",
+}
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +75,9 @@ class Engine:
         self._row_limit = CHUNK_ALONE
         self._good_steps = 0
         self._step_started: float | None = None
-        self._closing = False
+        self._draining = self._closing = False
         self.fault = ""  # a sentence while the engine cannot answer
-        self.totals = {"requests": 0, "tokens": 0, "prompt_tokens": 0, "reused_tokens": 0}
+        self.totals = Totals()
         self._thread = self._start_thread()
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="engine watch", daemon=True).start()
@@ -88,7 +97,21 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """Start answering. UserError where the queue is full or the request cannot ever fit."""
-        return self._submit(request, urgent=False)
+        try:
+            return self._submit(request, urgent=False)
+        except UserError as error:
+            self.totals.errors[error.kind] += 1
+            raise
+
+    def refuse_if_full(self) -> None:
+        """Raise what `submit` would raise of any request now: it may save work before."""
+        try:
+            with self._condition:
+                self._refuse_if_faulty()
+                self._refuse_if_full()
+        except UserError as error:
+            self.totals.errors[error.kind] += 1
+            raise
 
     @property
     def waiting(self) -> int:
@@ -123,6 +146,17 @@ class Engine:
         finally:
             timer.cancel()
 
+    def drain(self, seconds: float) -> bool:
+        """Take no more requests, and let those that were taken end: did they, within `seconds`?"""
+        with self._condition:
+            self._draining = True
+        end = time.monotonic() + seconds
+        while self._waiting or self._running:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
+
     def close(self) -> None:
         """End the thread; whoever waits gets an error."""
         atexit.unregister(self.close)
@@ -131,7 +165,7 @@ class Engine:
             self._condition.notify_all()
         self._ended.set()
         self._thread.join(timeout=5)
-        self._fail_all("The program is ending.")
+        self._fail_all(ENDING)
 
     def _submit(self, request: Request, urgent: bool) -> Stream:
         context = self.model.config.context
@@ -139,31 +173,36 @@ class Engine:
         if limit < 1:
             raise UserError(
                 f"The conversation takes {len(request.prompt)} tokens, and the model reads at most "
-                f"{context - 1}: shorten it."
+                f"{context - 1}: shorten it.",
+                "too_long",
             )
         task = Task(request, Stream(self._position, len(request.prompt)), limit, urgent)
         if task.pages_needed > self._cache.count - PROBE_PAGES:
             raise UserError(
                 "The conversation needs more memory than there is for conversations: shorten it, "
-                "allow a shorter answer, or use fewer beams."
+                "allow a shorter answer, or use fewer beams.",
+                "too_long",
             )
         with self._condition:
             self._refuse_if_faulty()
             if urgent:
                 self._waiting.appendleft(task)
-            elif len(self._waiting) >= self.max_waiting:
-                raise UserError("Too many people are waiting at the moment; please try again soon.")
             else:
+                self._refuse_if_full()
                 self._waiting.append(task)
             for key in task.picture_keys - self._embeds.keys():
                 self._want(request.pictures[key])
-            self.totals["requests"] += not urgent
+            self.totals.requests += not urgent
             self._condition.notify_all()
         return task.stream
 
     def _refuse_if_faulty(self) -> None:
-        if self.fault or self._closing:
-            raise UserError(self.fault or "The program is ending.")
+        if self.fault or self._closing or self._draining:
+            raise _error(self.fault or ENDING)
+
+    def _refuse_if_full(self) -> None:
+        if len(self._waiting) >= self.max_waiting:
+            raise UserError(FULL, "queue_full")
 
     def _want(self, picture: Picture) -> Future:
         """Have a picture encoded; the lock is held."""
@@ -228,7 +267,7 @@ class Engine:
                     future.set_exception(outcome)
                     for task in self._waiting:
                         if picture.key in task.picture_keys:
-                            task.stream._end("error", outcome)
+                            self._fail(task, str(outcome))
                 else:
                     self._embeds[picture.key] = outcome
                     future.set_result(outcome)
@@ -240,7 +279,7 @@ class Engine:
             return self.model.embed_pictures([picture.rgb])[0]
         except Exception as error:
             log.exception("while encoding a picture")
-            return UserError(NO_MEMORY if _out_of_memory(error) else BROKEN)
+            return _error(NO_MEMORY if _out_of_memory(error) else BROKEN)
 
     def _admit(self) -> None:
         """Let waiting requests in, first come first, while there are slots and pages."""
@@ -269,8 +308,9 @@ class Engine:
             stats = task.stream.stats
             stats.seconds_waiting = task.stream._seconds()
             stats.reused_tokens = task.sequences[0].computed
-            self.totals["prompt_tokens"] += stats.prompt_tokens
-            self.totals["reused_tokens"] += stats.reused_tokens
+            if not task.urgent:
+                self.totals.prompt_tokens += stats.prompt_tokens
+                self.totals.reused_tokens += stats.reused_tokens
             self._running.append(task)
 
     def _give_pages(self, task: Task) -> bool:
@@ -292,6 +332,8 @@ class Engine:
     def _leave(self, task: Task) -> None:
         """A task that has ended gives back its place and its pages."""
         self._running.remove(task)
+        if not task.urgent:
+            self.totals.note_end(task.stream.stats)
         for sequence in task.sequences:
             self._cache.release(sequence.pages)
         self._cache.unreserve(task.promised)
@@ -402,7 +444,7 @@ class Engine:
         """Hand out a token, and end the request where it was the last."""
         stream = task.stream
         stream._put(token, logprob)
-        self.totals["tokens"] += 1
+        self.totals.tokens += not task.urgent
         if token in task.request.stop_ids:
             stream._end("stop")
         elif stream.stats.tokens >= task.limit:
@@ -448,7 +490,9 @@ class Engine:
     # --- faults --------------------------------------------------------------------------------
 
     def _fail(self, task: Task, sentence: str) -> None:
-        task.stream._end("error", UserError(sentence))
+        if not (task.urgent or task.stream.stop_reason):
+            self.totals.errors[KINDS[sentence]] += 1
+        task.stream._end("error", _error(sentence))
 
     def _fail_all(self, sentence: str) -> None:
         with self._condition:
@@ -458,7 +502,7 @@ class Engine:
             self._fail(task, sentence)
         for _, future in uploads.values():
             if not future.done():
-                future.set_exception(UserError(sentence))
+                future.set_exception(_error(sentence))
 
     def _watch(self) -> None:
         """Notice a loop that hangs or has died; tell everyone who waits.
@@ -485,6 +529,10 @@ class Engine:
             elif lasted > self._hang_seconds:
                 self.fault = HANGING
                 self._fail_all(HANGING)
+
+
+def _error(sentence: str) -> UserError:
+    return UserError(sentence, KINDS[sentence])
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -12,6 +12,8 @@ from gradio.events import Events
 from minigpt4 import start
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
+from minigpt4.web.chat_endpoint import add_chat_endpoint
+from minigpt4.web.server import Server
 from minigpt4.web.session import Session
 
 KEPT_SECONDS = 24 * 3600  # conversations and uploaded files of visitors who have gone quiet
@@ -140,8 +142,8 @@ def new_chat() -> tuple[Session, list, dict]:
     return Session(), [], _box(answering=False, value=None)
 
 
-def build_page(engine: Engine) -> gr.Blocks:
-    """The page; `launch` serves it."""
+def build_page(engine: Engine, server: Server | None = None) -> gr.Blocks:
+    """The page, with the endpoint /chat where there is a server for programs; `launch` serves."""
     event = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(
         title="MiniGPT-4",
@@ -191,6 +193,8 @@ def build_page(engine: Engine) -> gr.Blocks:
         box.stop(stop, session, box, cancels=responding, **event)
         going_on = [responding, attaching]
         fresh.click(new_chat, None, [session, chatbot, box], cancels=going_on, **event)
+        if server is not None:
+            add_chat_endpoint(server.asking)
     return page
 
 
@@ -224,8 +228,8 @@ def _settings(default: Sampling) -> dict[str, gr.components.Component]:
     return controls
 
 
-def serve(page: gr.Blocks, options: argparse.Namespace) -> str:
-    """Start the server in the background; its address here."""
+def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
+    """Start the page, and the server's endpoints, in the background; the address here."""
     page.queue(max_size=options.max_queue, default_concurrency_limit=ANSWERS_AT_ONCE)
     try:
         _, address, _ = page.launch(
@@ -243,6 +247,7 @@ def serve(page: gr.Blocks, options: argparse.Namespace) -> str:
             ssr_mode=False,
             run_history=False,
             enable_monitoring=False,
+            **(server.launching if server is not None else {}),
         )
     except (OSError, OverflowError):
         raise UserError(
@@ -252,7 +257,8 @@ def serve(page: gr.Blocks, options: argparse.Namespace) -> str:
     return address.rstrip("/")
 
 
-def launch(page: gr.Blocks, options: argparse.Namespace) -> None:
-    """Serve the page until the program is interrupted."""
-    print(f"Open {serve(page, options)}", flush=True)
-    page.block_thread()
+def launch(page: gr.Blocks, options: argparse.Namespace, server: Server) -> None:
+    """Serve the page until the program is interrupted, or told to end."""
+    with server.until_terminated(page):
+        print(f"Open {serve(page, options, server)}", flush=True)
+        page.block_thread()

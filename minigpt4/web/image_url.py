@@ -1,0 +1,103 @@
+"""A message's image_url -> the picture's bytes: `data:` always, the web only from named hosts."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Collection
+
+import httpx
+
+from minigpt4.errors import UserError
+
+SECONDS = 15  # for all of a remote picture
+REDIRECTS = 3
+MEGABYTE = 2**20
+
+
+class TooLarge(UserError):
+    """More bytes than are allowed."""
+
+
+class ImageUrls:
+    """Opens what image_url may hold.
+
+    hosts: those that pictures may be fetched from, "example.org" (any port) or
+    "example.org:8443"; max_bytes: the largest picture file.
+    """
+
+    def __init__(self, hosts: Collection[str] = (), max_bytes: int = 20 * MEGABYTE) -> None:
+        self.hosts = frozenset(host.strip().lower() for host in hosts if host.strip())
+        self.max_bytes = max_bytes
+
+    async def read(self, url: str) -> bytes:
+        """The picture file's bytes. UserError where it may not or cannot be had."""
+        if url[:5].lower() == "data:":
+            return self._decode(url)
+        return await self._fetch(url)
+
+    def _decode(self, url: str) -> bytes:
+        head, comma, data = url[5:].partition(",")
+        if not comma or not head.lower().rstrip().endswith(";base64"):
+            raise UserError("A data: URL must read data:image/…;base64,… to be a picture.")
+        if len(data) > self.max_bytes * 4 // 3 + 4096:
+            raise self._too_large()
+        try:
+            content = base64.b64decode("".join(data.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise UserError("The picture's base64 is damaged: encode the file again.") from None
+        if len(content) > self.max_bytes:
+            raise self._too_large()
+        return content
+
+    async def _fetch(self, url: str) -> bytes:
+        """Redirects are followed while they stay with allowed hosts."""
+        try:
+            async with (
+                asyncio.timeout(SECONDS),
+                # Neither proxies nor passwords of the machine's owner are a stranger's to use.
+                httpx.AsyncClient(trust_env=False, follow_redirects=False) as client,
+            ):
+                address = httpx.URL(url)
+                for _ in range(REDIRECTS + 1):
+                    self._check(address)
+                    async with client.stream("GET", address) as response:
+                        if not response.has_redirect_location:
+                            return await self._body(response)
+                        address = address.join(response.headers["location"])
+        except (httpx.InvalidURL, UnicodeError):
+            raise UserError("The image_url cannot be read: check its spelling.") from None
+        except (TimeoutError, httpx.HTTPError, OSError):
+            raise UserError("The picture could not be fetched from its address.") from None
+        raise UserError("The picture's address redirects too often.")
+
+    async def _body(self, response: httpx.Response) -> bytes:
+        if response.status_code != 200:
+            raise UserError(
+                f"The picture could not be fetched: its host answered {response.status_code}."
+            )
+        content = bytearray()
+        async for piece in response.aiter_bytes(65536):
+            content += piece
+            if len(content) > self.max_bytes:
+                raise self._too_large()
+        return bytes(content)
+
+    def _check(self, address: httpx.URL) -> None:
+        """May this be asked for at all? The URL is httpx's own reading of it, which it asks."""
+        if address.scheme not in ("http", "https"):
+            raise UserError("An image_url must begin with data:, http:// or https://.")
+        if not self.hosts:
+            raise UserError(
+                "This server fetches no pictures from the web: send them as data: URLs."
+            )
+        port = address.port or {"http": 80, "https": 443}[address.scheme]
+        names = {address.host.lower(), f"{address.host.lower()}:{port}"}
+        if address.userinfo or not names & self.hosts:
+            raise UserError(
+                "This server fetches no pictures from that host: send it as a data: URL."
+            )
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
+            f"The picture's file is larger than {self.max_bytes / MEGABYTE:g} MB: scale it down."
+        )

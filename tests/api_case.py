@@ -1,0 +1,85 @@
+"""What the tests of the API share: a server with a tiny random model, and ways to ask it."""
+
+import base64
+import io
+import socket
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import OpenAI
+from PIL import Image
+
+import app
+from minigpt4.engine import Engine
+from minigpt4.web.page import build_page, serve
+from minigpt4.web.server import Server
+from tests.parity_case import ParityCase
+
+MODEL = "vicuna_qformer_a"
+GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def options(*arguments: str) -> Namespace:
+    return app.options(["--port", str(free_port()), *arguments])
+
+
+def tiny_engine() -> Engine:
+    """`engine.pace`: the seconds that each step takes longer than it needs."""
+    engine = Engine(ParityCase(Path(__file__).parent / "parity" / MODEL).load())
+    forward, engine.pace = engine.decoder.forward, 0.0
+
+    def slow(rows):
+        time.sleep(engine.pace)
+        return forward(rows)
+
+    engine.decoder.forward = slow
+    return engine
+
+
+@contextmanager
+def served(find_engine: Callable[[], Engine | None], page_of: Engine, *arguments) -> Iterator[str]:
+    """The address of a server."""
+    chosen = options(*arguments)
+    server = Server(find_engine, chosen)
+    page = build_page(page_of, server)
+    yield serve(page, chosen, server)
+    page.close(verbose=False)
+
+
+def client(address: str, key: str = "none", **settings) -> OpenAI:
+    settings = {"max_retries": 0, "timeout": 60, **settings}
+    return OpenAI(base_url=address + "/v1", api_key=key, **settings)
+
+
+def picture_file(color: str = "skyblue", size: tuple[int, int] = (64, 48)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def question(text: str, *urls: str) -> dict:
+    """A user's message with pictures, its text first, as most programs send it."""
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
+
+
+def at_rest(engine: Engine, seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while engine.running or engine.waiting:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True

@@ -1,0 +1,300 @@
+"""The OpenAI-compatible endpoints, asked by OpenAI's own client on a real server."""
+
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from tests.api_case import (
+    GREEDY,
+    MODEL,
+    at_rest,
+    client,
+    data_url,
+    picture_file,
+    question,
+    served,
+    tiny_engine,
+)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = tiny_engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    with served(lambda: engine, engine, "--max-upload-mb", "1") as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def quick(engine):
+    engine.pace = 0.0
+    yield
+    assert at_rest(engine)
+
+
+@pytest.fixture
+def slow(engine):
+    engine.pace = 0.05
+
+
+def ask(address, *messages, **settings):
+    settings = {"model": MODEL, "max_tokens": 12, **GREEDY, **settings}
+    return client(address).chat.completions.create(messages=list(messages), **settings)
+
+
+def post(address, body, **settings) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(address + "/v1/chat/completions", content=content, timeout=60, **settings)
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_models(address):
+    (model,) = client(address).models.list()
+    assert model.id == MODEL == client(address).models.retrieve(MODEL).id
+    with pytest.raises(openai.NotFoundError, match=MODEL):
+        client(address).models.retrieve("gpt-4o")
+
+
+def test_an_answer_about_a_picture(address):
+    asked = question("What is this?", data_url(picture_file()))
+    system = {"role": "system", "content": "Be brief."}
+    first = ask(address, system, asked)
+    (choice,) = first.choices
+    assert choice.message.role == "assistant" and choice.message.content
+    assert choice.finish_reason == "length" and first.usage.completion_tokens == 12
+    assert first.usage.total_tokens == first.usage.prompt_tokens + 12
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    said = {"role": "assistant", "content": choice.message.content}
+    second = ask(address, system, asked, said, question("And now?"))
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+    assert 0 < second.usage.prompt_tokens_details.cached_tokens <= second.usage.prompt_tokens
+    other = ask(address, system, question("What is this?", data_url(picture_file("red"))))
+    assert other.choices[0].message.content != choice.message.content
+
+
+def test_the_same_seed_gives_the_same_answer(address):
+    drawn = {"temperature": 1.0, "extra_body": {"top_k": 50, "min_p": 0.001}}
+    one, same, other = (
+        ask(address, question("Hello?"), seed=seed, **drawn).choices[0].message.content
+        for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+def test_beams(address):
+    answer = ask(address, question("Hello?"), extra_body={"num_beams": 3})
+    assert answer.usage.completion_tokens <= 12 and answer.choices[0].message.content
+
+
+@pytest.mark.usefixtures("slow")
+def test_pieces_arrive_before_the_end(address, engine):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    pieces, usage, running = [], None, []
+    for chunk in ask(address, question("Hello?"), **options):
+        if chunk.choices:
+            pieces.append(chunk.choices[0].delta.content or "")
+            running.append(engine.running)
+            reason = chunk.choices[0].finish_reason
+        usage = chunk.usage or usage
+    assert running[:5] == [1] * 5 and reason == "length"
+    assert usage.completion_tokens == 12
+    whole = ask(address, question("Hello?"))
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+def test_a_stream_that_waits_says_so(address, engine, monkeypatch):
+    monkeypatch.setattr("minigpt4.web.chat_reply.PAUSE_SECONDS", 0.05)
+    engine.pace = 0.2
+    text = post(address, {"messages": HELLO, "max_tokens": 4, "stream": True}).text
+    assert text.count(": waiting\n\n") >= 4 and text.endswith("data: [DONE]\n\n")
+    settings = {"max_tokens": 4, "stream": True}
+    chunks = list(ask(address, question("Hello?"), **settings))
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_stop_strings(address):
+    whole = ask(address, question("Hello?")).choices[0].message.content
+    stop = whole[len(whole) // 2 :][:3]
+    (choice,) = ask(address, question("Hello?"), stop=[stop, "never said"]).choices
+    assert choice.finish_reason == "stop"
+    assert choice.message.content == whole[: whole.index(stop)]
+    stream = ask(address, question("Hello?"), stop=stop, stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(pieces) == choice.message.content
+
+
+def test_logprobs(address):
+    (choice,) = ask(address, question("Hello?"), logprobs=True).choices
+    assert len(choice.logprobs.content) == 12
+    assert all(token.logprob <= 0 for token in choice.logprobs.content)
+    stream = ask(address, question("Hello?"), logprobs=True, stream=True)
+    streamed = [chunk.choices[0].logprobs.content for chunk in stream]
+    assert sum(streamed, []) == choice.logprobs.content
+
+
+@pytest.mark.usefixtures("slow")
+def test_two_clients_at_once(address, engine):
+    questions = [question("What is it?", data_url(picture_file(c))) for c in ("red", "tan")]
+    with ThreadPoolExecutor(2) as pool:
+        begun = time.monotonic()
+        together = list(pool.map(lambda q: ask(address, q), questions))
+        lasted = time.monotonic() - begun
+    alone = [ask(address, q) for q in questions]
+    texts = [answer.choices[0].message.content for answer in together]
+    assert texts == [answer.choices[0].message.content for answer in alone]
+    assert texts[0] != texts[1]
+    assert lasted < 2 * 12 * engine.pace + 2
+
+
+# --- ending early --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("slow")
+def test_closing_a_stream_ends_its_request(address, engine):
+    stream = ask(address, question("Hello?"), stream=True, max_tokens=500)
+    for _, _ in zip(range(3), stream, strict=False):
+        pass
+    assert engine.running == 1
+    stream.close()
+    assert at_rest(engine, 1.0)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_client_that_leaves_ends_its_request(address, engine):
+    with pytest.raises(httpx.ReadTimeout):
+        body = {"messages": [question("Hello?")], "max_tokens": 500}
+        httpx.post(address + "/v1/chat/completions", json=body, timeout=0.5)
+    assert at_rest(engine, 1.0)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "Hello?"}]
+
+
+def image(url) -> dict:
+    return {"messages": [question("What?", url)]}
+
+
+@pytest.mark.parametrize(
+    ("status", "says", "body"),
+    [
+        (400, "n must be 1", {"n": 2}),
+        (400, "n must be 1", {"n": True}),
+        (400, "temperature must be a number", {"temperature": "hot"}),
+        (400, "temperature must be a number", {"temperature": True}),
+        (400, "max_tokens must be a whole number", {"max_tokens": 1.5}),
+        (400, "max_completion_tokens must be", {"max_completion_tokens": 0}),
+        (400, "seed must be", {"seed": -1}),
+        (400, "num_beams must be", {"num_beams": 99}),
+        (400, "stop must be", {"stop": ["a", "b", "c", "d", "e"]}),
+        (400, "stop must be", {"stop": 3}),
+        (400, "stream must be true or false", {"stream": "yes"}),
+        (400, "stream_options", {"stream_options": {"colour": "red"}}),
+        (400, "use repetition_penalty", {"presence_penalty": 0.5}),
+        (400, "use repetition_penalty", {"frequency_penalty": 0.5}),
+        (400, "Tools", {"tools": [{"type": "function"}]}),
+        (400, "response_format", {"response_format": {"type": "json_object"}}),
+        (400, "top_logprobs", {"logprobs": True, "top_logprobs": 3}),
+        (400, "beam", {"logprobs": True, "num_beams": 2}),
+        (400, "no field “colour”", {"colour": "red"}),
+        (404, "no such model", {"model": "gpt-4o"}),
+        (400, "model must be a string", {"model": ["a"]}),
+        (400, "messages must be a list", {"messages": "Hello?"}),
+        (400, "at least one message", {"messages": []}),
+        (400, "at most", {"messages": HELLO * 1001}),
+        (400, "messages[0] must be an object", {"messages": ["Hello?"]}),
+        (400, "role must be", {"messages": [{"role": "tool", "content": "x"}]}),
+        (400, "content must be", {"messages": [{"role": "user", "content": 3}]}),
+        (
+            400,
+            "content[0] must be",
+            {"messages": [{"role": "user", "content": [{}]}]},
+        ),
+        (400, "is empty", {"messages": [{"role": "user", "content": " "}]}),
+        (400, "must be a user's", {"messages": [{"role": "assistant", "content": "x"}]}),
+        (400, "come before", {"messages": HELLO + [{"role": "system", "content": "x"}]}),
+        (400, "at most 16 pictures", {"messages": [question("?", *["data:"] * 17)]}),
+        (400, "too long", {"messages": [{"role": "user", "content": "word " * 3000}]}),
+        (400, "characters", {"messages": [{"role": "user", "content": "x" * 200_001}]}),
+        (400, "beside an answer of 5000", {"max_tokens": 5000}),
+        (400, "fetches no pictures", image("http://127.0.0.1:9/a.png")),
+        (400, "must begin with data:", image("file:///etc/passwd")),
+        (400, "must read data:", image("data:image/png,abc")),
+        (400, "base64 is damaged", image("data:image/png;base64,****")),
+        (400, "not a picture", image("data:image/png;base64,AAAA")),
+        (413, "larger than 1 MB", image("data:image/png;base64," + "A" * 1_400_000)),
+        (413, "The request is larger", image("data:image/png;base64," + "A" * 4_000_000)),
+    ],
+)
+def test_what_cannot_be_asked(address, status, says, body):
+    response = post(address, {"messages": HELLO, "max_tokens": 5, **body})
+    error = response.json()["error"]
+    assert response.status_code == status and says in error["message"]
+    assert error["type"] == "invalid_request_error" and error["message"].count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'{"seed": NaN}',
+        b"1" * 9999,
+    ],
+    ids=lambda body: repr(body[:10]),
+)
+def test_bodies_that_are_no_json_object(address, body):
+    response = post(address, body)
+    assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
+
+
+def test_halves_of_characters_are_no_fault(address):
+    body = {"messages": [{"role": "user", "content": "Hello \ud800?"}], "max_tokens": 3}
+    assert post(address, body).status_code == 200
+    assert post(address, body | {"\udfff": 1}).status_code == 400
+
+
+def test_unknown_endpoints_and_methods(address):
+    for path, status in (("/v1/embeddings", 404), ("/v1", 404), ("/v1/chat/completions", 405)):
+        response = httpx.get(address + path, follow_redirects=True)
+        assert response.status_code == status and response.json()["error"]["message"]
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_full_queue(address, engine, monkeypatch):
+    monkeypatch.setattr(engine, "max_waiting", 0)
+    before = engine.totals.errors["queue_full"]
+    with pytest.raises(openai.RateLimitError, match="waiting") as caught:
+        ask(address, question("Hello?"))
+    assert int(caught.value.response.headers["retry-after"]) > 0
+    assert engine.totals.errors["queue_full"] == before + 1
+
+
+def test_a_fault_is_one_sentence(address, engine, monkeypatch, caplog):
+    def fail(_):
+        raise RuntimeError("CUDA out of cheese")
+
+    monkeypatch.setattr(engine.decoder, "forward", fail)
+    with pytest.raises(openai.InternalServerError, match="went wrong") as caught:
+        ask(address, question("Hello?"))
+    with pytest.raises(openai.APIError, match="went wrong"):
+        list(ask(address, question("Hello?"), stream=True))
+    assert "cheese" not in caught.value.response.text and "cheese" in caplog.text
+    assert not re.search("Traceback|File ", caught.value.response.text)

@@ -1,0 +1,115 @@
+"""Remote pictures: only from hosts that the operator named, wherever a redirect points."""
+
+import asyncio
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from minigpt4.errors import UserError
+from minigpt4.web import image_url
+from minigpt4.web.image_url import ImageUrls, TooLarge
+from tests.api_case import data_url, picture_file
+
+PICTURE = picture_file()
+
+
+class Host(BaseHTTPRequestHandler):
+    """/picture.png, /large, /slow, /missing; /to?URL redirects."""
+
+    def do_GET(self):  # noqa: N802 - the library's name
+        self.server.asked.append(self.path)
+        path, _, target = self.path.partition("?")
+        if path == "/to":
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+            return
+        self.send_response(404 if path == "/missing" else 200)
+        self.end_headers()
+        with suppress(OSError):
+            if path == "/slow":
+                self.server.ended.wait(5)
+            for _ in range(300 if path == "/large" else 1):
+                self.wfile.write(PICTURE if path != "/large" else b"\0" * 10_000)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def host():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    server.asked, server.ended = [], threading.Event()
+    server.name = f"127.0.0.1:{server.server_port}"
+    server.url = f"http://{server.name}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.ended.set()
+    server.shutdown()
+    server.server_close()
+
+
+def read(urls: ImageUrls, url: str) -> bytes:
+    return asyncio.run(urls.read(url))
+
+
+def test_data_urls():
+    assert read(ImageUrls(), data_url(PICTURE)) == PICTURE
+    spaced = data_url(PICTURE).replace("data:image/png", "DATA:image/png;name=a.png")
+    assert read(ImageUrls(), spaced[:50] + "\n" + spaced[50:]) == PICTURE
+    with pytest.raises(TooLarge):
+        read(ImageUrls(max_bytes=10), data_url(PICTURE))
+
+
+def test_a_named_host(host):
+    assert read(ImageUrls([host.name]), host.url + "/picture.png") == PICTURE
+    assert read(ImageUrls(["127.0.0.1"]), host.url + "/picture.png") == PICTURE
+    assert read(ImageUrls([host.name]), f"{host.url}/to?/picture.png") == PICTURE
+
+
+@pytest.mark.parametrize("hosts", [[], ["example.org"], ["127.0.0.1:1"], ["0.0.1"], [""]])
+def test_another_host_is_never_asked(host, hosts):
+    for url in (
+        host.url + "/picture.png",
+        f"http://example.org@{host.name}/picture.png",
+        f"http://example.org\\@{host.name}/picture.png",
+        f"http://example.org#@{host.name}/picture.png",
+        f"HTTP://{host.name}/picture.png",
+        f"http://[::ffff:127.0.0.1]:{host.server_port}/picture.png",
+    ):
+        if "example.org" in hosts and "#" in url:
+            continue  # that is a request to example.org
+        with pytest.raises(UserError):
+            read(ImageUrls(hosts), url)
+    assert host.asked == []
+
+
+@pytest.mark.parametrize(
+    "url", ["", "ftp://a/b", "file:///etc/passwd", "//a/b", "http://", "http://a:b/", "http://\0"]
+)
+def test_what_is_no_address(url):
+    with pytest.raises(UserError):
+        read(ImageUrls(["a"]), url)
+
+
+def test_a_redirect_to_another_host_is_not_followed(host):
+    for target in (f"http://localhost:{host.server_port}/picture.png", "file:///etc/passwd"):
+        with pytest.raises(UserError):
+            read(ImageUrls([host.name]), f"{host.url}/to?{target}")
+    assert [path[:3] for path in host.asked] == ["/to"] * 2
+    with pytest.raises(UserError, match="too often"):
+        read(ImageUrls([host.name]), f"{host.url}/to?/to?/to?/to?/to?/picture.png")
+
+
+def test_limits(host, monkeypatch):
+    monkeypatch.setattr(image_url, "SECONDS", 0.3)
+    with pytest.raises(TooLarge):
+        read(ImageUrls([host.name], 100_000), host.url + "/large")
+    with pytest.raises(UserError, match="could not be fetched"):
+        read(ImageUrls([host.name]), host.url + "/slow")
+    with pytest.raises(UserError, match="404"):
+        read(ImageUrls([host.name]), host.url + "/missing")
+    with pytest.raises(UserError, match="could not be fetched"):
+        read(ImageUrls(["127.0.0.1"]), "http://127.0.0.1:1/")

@@ -1,0 +1,364 @@
+"""What stands beside the page: keys, health, metrics, gradio's endpoint; and how it all ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib import resources
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from gradio_client import Client, handle_file
+
+import app
+from minigpt4 import chat
+from minigpt4.chat import Conversation
+from minigpt4.engine import Engine, Request, Sampling
+from minigpt4.errors import UserError
+from minigpt4.prompt import Prompt
+from minigpt4.web.server import Server
+from tests.api_case import (
+    GREEDY,
+    MODEL,
+    at_rest,
+    client,
+    data_url,
+    free_port,
+    options,
+    picture_file,
+    question,
+    served,
+    tiny_engine,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = tiny_engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    with served(lambda: engine, engine) as address:
+        yield address
+
+
+def metrics(address: str) -> dict[str, float]:
+    """Every sample, by name and labels."""
+    response = httpx.get(address + "/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = re.findall(r"(?m)^([a-z_0-9]+(?:\{.*\})?) ([0-9.e+-]+)$", response.text)
+    lines = [line for line in response.text.splitlines() if not line.startswith("#")]
+    assert len(samples) == len(lines) == len(dict(samples))
+    return {name: float(value) for name, value in samples}
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def test_an_api_key(engine):
+    with served(lambda: engine, engine, "--api-key", "sesame") as address:
+        assert client(address, "sesame").models.list().data
+        for key in ("wrong", "sesam", "sesame2", "none"):
+            with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+                client(address, key).models.list()
+        for given in ("Basic sesame", "sesame", "Bearer", "Bearer \xe9"):
+            headers = {"authorization": given.encode("latin-1")}
+            assert httpx.get(address + "/v1/models", headers=headers).status_code == 401
+        for path in ("/v1/models", "/metrics"):
+            response = httpx.get(address + path)
+            assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+        body = b"{" * 10
+        assert httpx.post(address + "/v1/chat/completions", content=body).status_code == 401
+        for path in ("/healthz", "/readyz", "/"):
+            assert httpx.get(address + path).status_code == 200
+
+
+def test_the_pages_password(engine):
+    """It keeps the page, and the API must not be a way around it."""
+    with served(lambda: engine, engine, "--auth", "ann:secret:s") as address:
+        assert httpx.get(address + "/config").status_code == 401
+        assert httpx.get(address + "/v1/models").status_code == 401
+        assert httpx.get(address + "/healthz").status_code == 200
+        with pytest.raises(Exception, match="credentials"):
+            Client(address, verbose=False)
+        ann = Client(address, auth=("ann", "secret:s"), verbose=False)
+        assert ann.predict(message="Hello?", max_tokens=3, api_name="/chat")
+    with served(lambda: engine, engine, "--auth", "ann:s", "--api-key", "k") as address:
+        assert client(address, "k").models.list().data
+
+
+def test_a_password_without_a_name(capsys):
+    assert app.main(["--auth", "secret"]) == 2
+    assert "--auth takes a name and a password" in capsys.readouterr().err
+
+
+def test_under_a_proxys_path(engine):
+    with served(lambda: engine, engine, "--root-path", "/minigpt4") as address:
+        assert client(address).models.list().data  # the proxy took the path away
+        assert client(address + "/minigpt4").models.list().data  # or left it there
+        assert "/minigpt4" in httpx.get(address + "/config").json()["root"]
+
+
+# --- health and metrics --------------------------------------------------------------------------
+
+
+def test_health(address, engine, monkeypatch):
+    assert httpx.get(address + "/healthz").text == "ok\n"
+    assert httpx.get(address + "/readyz").text == "ready\n"
+
+    def fail(_):
+        raise RuntimeError("CUDA out of cheese")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.decoder, "forward", fail)
+        time.sleep(1.1)  # a result is given again for a second
+        response = httpx.get(address + "/readyz")
+        assert (response.status_code, response.text) == (503, "The model gives no token.\n")
+        assert httpx.get(address + "/healthz").status_code == 200
+    time.sleep(1.1)
+    assert httpx.get(address + "/readyz").status_code == 200
+
+
+def test_one_probe_at_a_time(address, engine, monkeypatch):
+    probes, asked = [], engine.health
+
+    def health(seconds):
+        probes.append(seconds)
+        time.sleep(0.3)
+        return asked(seconds)
+
+    monkeypatch.setattr(engine, "health", health)
+    time.sleep(1.1)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(httpx.get(address + "/readyz").status_code))
+        for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [200] * 5 and len(probes) == 1
+
+
+def test_ready_while_every_place_is_taken(address, engine, monkeypatch):
+    """The probe cannot get in; the others' tokens show that the model answers."""
+    monkeypatch.setattr(engine, "max_running", 1)
+    monkeypatch.setattr(engine, "pace", 0.05)
+    health = engine.health
+    monkeypatch.setattr(engine, "health", lambda seconds: health(0.5))
+    settings = {"model": MODEL, "max_tokens": 500, "stream": True, **GREEDY}
+    stream = client(address).chat.completions.create(messages=[question("Hello?")], **settings)
+    next(iter(stream))
+    time.sleep(1.1)
+    assert httpx.get(address + "/readyz").status_code == 200
+    stream.close()
+    assert at_rest(engine)
+
+
+def test_while_loading(engine):
+    with served(lambda: None, engine) as address:
+        assert httpx.get(address + "/healthz").status_code == 200
+        assert httpx.get(address + "/readyz").status_code == 503
+        assert "process_resident_memory_bytes" in metrics(address)
+        with pytest.raises(openai.InternalServerError, match="being loaded") as caught:
+            client(address).models.list()
+        assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"]
+
+
+def test_metrics(address, engine):
+    before = metrics(address)
+    settings = {"model": MODEL, "max_tokens": 8, **GREEDY}
+    asked = question("What is this?", data_url(picture_file("teal")))
+    client(address).chat.completions.create(messages=[asked], **settings)
+    with pytest.raises(openai.NotFoundError):
+        client(address).chat.completions.create(messages=[asked], **{**settings, "model": "x"})
+    conversation = Conversation()  # as the page asks
+    conversation.add_question("Hello?")
+    list(chat.ask(engine, conversation, Sampling(temperature=0.0, max_new_tokens=4)))
+    assert at_rest(engine)
+    after = metrics(address)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["minigpt4_requests_total"] == 2
+    assert grown["minigpt4_tokens_total"] == 12
+    assert grown["minigpt4_prompt_tokens_total"] > 40
+    assert grown["minigpt4_time_to_first_token_seconds_count"] == 2
+    assert grown['minigpt4_time_to_first_token_seconds_bucket{le="+Inf"}'] == 2
+    assert grown["minigpt4_time_to_first_token_seconds_sum"] > 0
+    assert grown["minigpt4_answer_tokens_per_second_count"] == 2
+    for status in (200, 404):
+        name = f'minigpt4_api_responses_total{{path="/v1/chat/completions",status="{status}"}}'
+        assert grown[name] == 1
+    assert after["minigpt4_queue_length"] == after["minigpt4_active_chats"] == 0
+    assert after["process_resident_memory_bytes"] > 1e8
+
+
+# --- gradio's clients ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gradio(address):
+    return Client(address, verbose=False)
+
+
+def test_chat_is_the_only_endpoint(gradio):
+    known = gradio.view_api(return_format="dict")
+    assert list(known["named_endpoints"]) == ["/chat"] and not known["unnamed_endpoints"]
+
+
+def test_chat(gradio, tmp_path):
+    (tmp_path / "picture.png").write_bytes(picture_file("navy"))
+    picture = handle_file(tmp_path / "picture.png")
+    settings = {"temperature": 0, "max_tokens": 12, "api_name": "/chat"}
+    seen = gradio.predict(message="What is this?", image=picture, **settings)
+    assert seen and seen != gradio.predict(message="What is this?", **settings)
+    history = [question("What is this?", data_url(picture_file("navy")))]
+    history.append({"role": "assistant", "content": seen})
+    assert gradio.predict(message="And now?", history=history, system="Be brief.", **settings)
+    job = gradio.submit(message="What is this?", image=picture, **settings)
+    assert job.result() == seen and len(job.outputs()) > 3  # it streams
+
+
+@pytest.mark.parametrize(
+    ("says", "arguments"),
+    [
+        ("is empty", {"message": " "}),
+        ("temperature must be", {"message": "Hello?", "temperature": "hot"}),
+        ("history must be", {"message": "Hello?", "history": "Hello?"}),
+        ("content must be", {"message": 3}),
+        ("uploaded file", {"message": "Hello?", "image": "picture.png"}),
+    ],
+)
+def test_what_cannot_be_asked(gradio, says, arguments):
+    with pytest.raises(Exception, match=says):
+        gradio.predict(**arguments, api_name="/chat")
+
+
+def test_no_address_is_fetched(gradio):
+    """192.0.2.1 is nobody's, and public as far as gradio knows."""
+    image = {"path": "http://192.0.2.1/picture.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Exception, match="not its address"):
+        gradio.predict(message="What is this?", image=image, api_name="/chat")
+
+
+def test_a_client_that_cancels_ends_its_request(gradio, engine, monkeypatch):
+    monkeypatch.setattr(engine, "pace", 0.05)
+    job = gradio.submit(message="Hello?", max_tokens=500, api_name="/chat")
+    while not job.outputs():
+        time.sleep(0.05)
+    assert engine.running == 1
+    job.cancel()
+    assert at_rest(engine, 2.0)
+
+
+def test_no_file_of_this_machine_is_opened(address, tmp_path):
+    (tmp_path / "private.png").write_bytes(picture_file())
+    for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+        image = {"path": str(tmp_path / "private.png"), **meta}
+        called = httpx.post(
+            address + "/gradio_api/call/chat", json={"data": ["What is this?", image]}
+        )
+        event = called.json()["event_id"]
+        said = httpx.get(f"{address}/gradio_api/call/chat/{event}", timeout=30).text
+        assert "event: error" in said and "event: complete" not in said
+
+
+# --- options, and the end ------------------------------------------------------------------------
+
+
+def test_options_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MINIGPT4_API_KEY", "secret")
+    monkeypatch.setenv("MINIGPT4_IMAGE_HOSTS", "example.org, example.com:8443")
+    monkeypatch.setenv("MINIGPT4_MAX_RUNNING", "4")
+    chosen = options()
+    assert (chosen.api_key, chosen.max_running) == ("secret", 4)
+    assert Server(lambda: None, chosen).asking.urls.hosts == {"example.org", "example.com:8443"}
+
+
+def test_numbers_that_make_no_sense(capsys):
+    for option in ("--max-running", "--max-queue", "--max-upload-mb", "--kv-megabytes"):
+        with pytest.raises(SystemExit):
+            options(option, "0")
+        assert f"{option}: invalid positive value: '0'" in capsys.readouterr().err
+
+
+def test_draining(engine):
+    """What was taken is answered, what comes then is refused."""
+    other = Engine(engine.model)
+    try:
+        stream = other.submit(_request(20))
+        assert other.drain(10) and stream.stop_reason == "length"
+        with pytest.raises(Exception, match="ending"):
+            other.submit(_request(20))
+        assert not other.health(1)
+    finally:
+        other.close()
+
+
+def test_draining_does_not_wait_for_ever(engine):
+    other = Engine(engine.model)
+    stream = other.submit(_request(1500))
+    assert not other.drain(0.1)
+    other.close()
+    with pytest.raises(UserError, match="ending"):
+        list(stream)
+
+
+def _request(max_new_tokens):
+    prompt = Prompt()
+    prompt.add_tokens([1, 2, 3])
+    return Request(prompt, {}, Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
+
+
+def test_the_real_server_and_its_end():
+    """nano from end to end: a picture, a stream that SIGTERM does not cut, exit status 0."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "app.py", "--model", "nano", "--port", str(port)],
+        cwd=ROOT,
+        env={**os.environ, "MINIGPT4_SHUTDOWN_SECONDS": "20"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout.readline() == f"Open {address}\n"
+        assert httpx.get(address + "/readyz", timeout=20).status_code == 200
+        program = client(address)
+        beast = resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg"
+        photo = data_url(beast.read_bytes())
+        settings = {"model": "nano", "max_tokens": 30, "temperature": 0}
+        answer = program.chat.completions.create(
+            messages=[question("Describe this image briefly.", photo)], **settings
+        )
+        animals = "lion|cat|dog|animal|bear|leopard|cow|horse"
+        assert re.search(animals, answer.choices[0].message.content.lower())
+        assert answer.usage.prompt_tokens > 26  # a picture's
+        count = {"role": "user", "content": "Write a long story about a lake."}
+        long = {**settings, "max_tokens": 60, "stream": True}
+        pieces = iter(program.chat.completions.create(messages=[count], **long))
+        for _ in range(3):
+            next(pieces)
+        server.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(openai.APIError) as refused:
+            program.chat.completions.create(messages=[count], **settings)
+        assert getattr(refused.value, "status_code", 503) == 503
+        last = list(pieces)[-1]
+        assert last.choices[0].finish_reason in ("stop", "length")
+        assert server.wait(timeout=20) == 0
+        assert "Traceback" not in server.stderr.read()
+    finally:
+        server.kill()
+        server.wait()
