@@ -44,7 +44,7 @@ def host():
     server.asked, server.ended = [], threading.Event()
     server.name = f"127.0.0.1:{server.server_port}"
     server.url = f"http://{server.name}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.ended.set()
     server.shutdown()
