@@ -9,13 +9,13 @@ import atexit
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
-from concurrent.futures import Future
+from collections import deque
 
 import numpy as np
 
 from minigpt4.engine.decoder import build_decoder
 from minigpt4.engine.kvcache import PageCache
+from minigpt4.engine.pictures import Pictures
 from minigpt4.engine.rows import PAGE
 from minigpt4.engine.sampling import Sampling, log_softmax
 from minigpt4.engine.stream import Stream
@@ -26,8 +26,7 @@ from minigpt4.image import Picture
 from minigpt4.model import MiniGPT4
 from minigpt4.prompt import Prompt
 
-KEPT_PICTURES = 256  # embeddings of the most recently used pictures: 60 KB each for nano
-ENCODED_AT_ONCE = 4
+ENCODED_ALONE, ENCODED_AMONG_OTHERS = 4, 1  # pictures in a step, so that nobody's words stall
 PROBE_PAGES = 1  # kept for `health`
 CHUNK_ALONE, CHUNK_AMONG_OTHERS = 256, 32  # rows of prompts in a step
 
@@ -70,8 +69,7 @@ class Engine:
         self._condition = threading.Condition()
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []
-        self._uploads: OrderedDict[str, tuple[Picture, Future]] = OrderedDict()
-        self._embeds: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._pictures = Pictures(model, _explain)
         self._row_limit = CHUNK_ALONE
         self._good_steps = 0
         self._step_started: float | None = None
@@ -88,11 +86,12 @@ class Engine:
     def encode(self, picture: Picture) -> np.ndarray:
         """The picture's embeddings, float32 [image_tokens, llm_hidden_size], computed once."""
         with self._condition:
-            if picture.key in self._embeds:
-                self._embeds.move_to_end(picture.key)
-                return self._embeds[picture.key]
+            embeds = self._pictures.find(picture.key)
+            if embeds is not None:
+                return embeds
             self._refuse_if_faulty()
-            future = self._want(picture)
+            future = self._pictures.want(picture)
+            self._condition.notify_all()
         return future.result()
 
     def submit(self, request: Request) -> Stream:
@@ -190,8 +189,7 @@ class Engine:
             else:
                 self._refuse_if_full()
                 self._waiting.append(task)
-            for key in task.picture_keys - self._embeds.keys():
-                self._want(request.pictures[key])
+            self._missing(task)
             self.totals.requests += not urgent
             self._condition.notify_all()
         return task.stream
@@ -204,11 +202,15 @@ class Engine:
         if len(self._waiting) >= self.max_waiting:
             raise UserError(FULL, "queue_full")
 
-    def _want(self, picture: Picture) -> Future:
-        """Have a picture encoded; the lock is held."""
-        _, future = self._uploads.setdefault(picture.key, (picture, Future()))
-        self._condition.notify_all()
-        return future
+    def _missing(self, task: Task) -> bool:
+        """Have those of its pictures encoded that are not; were there any? The lock is held."""
+        found = {key: self._pictures.find(key) for key in task.picture_keys}
+        missing = [key for key, embeds in found.items() if embeds is None]
+        for key in missing:
+            self._pictures.want(task.request.pictures[key])
+        if not missing:
+            task.embeds = found
+        return bool(missing)
 
     def _position(self, stream: Stream) -> int:
         with self._condition:
@@ -224,7 +226,9 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._condition:
-                while not (self._waiting or self._running or self._uploads or self._closing):
+                while not (
+                    self._waiting or self._running or self._pictures.waiting or self._closing
+                ):
                     self._condition.wait()
                 if self._closing:
                     return
@@ -252,34 +256,17 @@ class Engine:
 
     def _encode_some(self) -> None:
         with self._condition:
-            batch = [self._uploads[key] for key in list(self._uploads)[:ENCODED_AT_ONCE]]
-        if not batch:
+            pictures = self._pictures.next(ENCODED_AMONG_OTHERS if self._running else ENCODED_ALONE)
+        if not pictures:
             return
-        pictures = [picture for picture, _ in batch]
-        try:
-            outcomes: list = list(self.model.embed_pictures([p.rgb for p in pictures]))
-        except Exception:
-            outcomes = [self._encode_alone(p) for p in pictures]
+        outcomes = self._pictures.encode(pictures)
         with self._condition:
-            for (picture, future), outcome in zip(batch, outcomes, strict=True):
-                del self._uploads[picture.key]
+            for picture, outcome in zip(pictures, outcomes, strict=True):
+                self._pictures.note(picture, outcome)
                 if isinstance(outcome, UserError):
-                    future.set_exception(outcome)
                     for task in self._waiting:
                         if picture.key in task.picture_keys:
                             self._fail(task, str(outcome))
-                else:
-                    self._embeds[picture.key] = outcome
-                    future.set_result(outcome)
-            while len(self._embeds) > KEPT_PICTURES:
-                self._embeds.popitem(last=False)
-
-    def _encode_alone(self, picture: Picture) -> "np.ndarray | UserError":
-        try:
-            return self.model.embed_pictures([picture.rgb])[0]
-        except Exception as error:
-            log.exception("while encoding a picture")
-            return _error(NO_MEMORY if _out_of_memory(error) else BROKEN)
 
     def _admit(self) -> None:
         """Let waiting requests in, first come first, while there are slots and pages."""
@@ -291,20 +278,13 @@ class Engine:
                 with self._condition:
                     self._waiting.popleft()
                 continue
-            keys = task.picture_keys
             with self._condition:
-                missing = [key for key in keys if key not in self._embeds]
-                for key in missing:
-                    self._want(task.request.pictures[key])
-            if missing:
-                return
+                if self._missing(task):
+                    return
             if not self._give_pages(task):
                 return
             with self._condition:
                 self._waiting.popleft()
-            for key in keys:
-                self._embeds.move_to_end(key)
-                task.embeds[key] = self._embeds[key]
             stats = task.stream.stats
             stats.seconds_waiting = task.stream._seconds()
             stats.reused_tokens = task.sequences[0].computed
@@ -497,12 +477,9 @@ class Engine:
     def _fail_all(self, sentence: str) -> None:
         with self._condition:
             tasks = [*self._waiting, *self._running]
-            uploads, self._uploads = self._uploads, OrderedDict()
+            self._pictures.fail_all(_error(sentence))
         for task in tasks:
             self._fail(task, sentence)
-        for _, future in uploads.values():
-            if not future.done():
-                future.set_exception(_error(sentence))
 
     def _watch(self) -> None:
         """Notice a loop that hangs or has died; tell everyone who waits.
@@ -533,6 +510,10 @@ class Engine:
 
 def _error(sentence: str) -> UserError:
     return UserError(sentence, KINDS[sentence])
+
+
+def _explain(error: Exception) -> UserError:
+    return _error(NO_MEMORY if _out_of_memory(error) else BROKEN)
 
 
 def _out_of_memory(error: Exception) -> bool:
