@@ -3,12 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test setup weights lint clean
+.PHONY: demo test test-ray setup weights lint claims clean
 demo: setup
 	$(BIN)/python app.py
 
-test: setup weights .venv/dev-installed lint
-	$(BIN)/python -m pytest
+test: setup weights .venv/dev-installed node_modules/installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A cluster on this machine, with an environment of its own: Ray changes what the server runs on.
+test-ray: setup weights .venv-ray/installed
+	.venv-ray/bin/python -m pytest tests/test_serve_ray.py
 
 lint: .venv/dev-installed
 	$(BIN)/ruff check .
@@ -34,5 +38,33 @@ weights: setup
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@
 
+.venv-ray/installed: requirements-ray.txt .venv/dev-installed
+	$(PYTHON) -m venv .venv-ray
+	@echo "$(CURDIR)/$$(ls -d .venv/lib/python3.*/site-packages)" > \
+		$$(ls -d .venv-ray/lib/python3.*/site-packages)/minigpt4.pth
+	.venv-ray/bin/python -m pip install -r requirements-ray.txt
+	@touch $@
+
+# The paper's experiments on nano, their tables written into docs/evaluation.md.
+# DATA: a folder with stage1/val-00000.tar, stage1/train-*.tar, stage2/; N: pictures; STEPS: of each
+# variant's training; JUDGE: options that name a judge of abilities.
+DATA ?= DATA
+N ?= 50
+STEPS ?= 100
+EVALUATE := $(BIN)/python -m minigpt4 evaluate
+INTO := --limit $(N) --markdown docs/evaluation.md
+claims: setup weights
+	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment stages $(INTO)
+	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment pope $(INTO)
+	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment captions $(INTO)
+	$(EVALUATE) --experiment abilities --drawn $(JUDGE) --markdown docs/evaluation.md
+	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment architecture $(INTO) --steps $(STEPS) \
+		--train '$(DATA)/stage1/train-*.tar' --described $(DATA)/stage2
+
+# axe-core checks the page's accessibility; without it that test is skipped, and says what to do.
+node_modules/installed: package.json
+	@{ command -v npm >/dev/null && npm install --no-package-lock --no-audit --no-fund && \
+		touch $@; } || echo "axe-core could not be installed: is npm there?"
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .venv-ray node_modules .pytest_cache .ruff_cache

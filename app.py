@@ -3,9 +3,16 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from minigpt4 import start
 from minigpt4.errors import UserError
+from minigpt4.report import Unfailing
+
+if TYPE_CHECKING:
+    from minigpt4.engine import Engine
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
@@ -16,13 +23,22 @@ def options(arguments: list[str]) -> argparse.Namespace:
         epilog="Each option can also be set in the environment: MINIGPT4_MAX_QUEUE=8 for example.",
     )
     start.add_model_options(parser)
+    start.add_server_options(parser)
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    group.add_argument("--port", type=int, default=7860)
+    # On a Space, gradio's own variables say where it is looked for.
+    host = os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    port = int(os.environ.get("GRADIO_SERVER_PORT") or 7860)
+    group.add_argument("--host", default=host, help="0.0.0.0 lets other machines in")
+    group.add_argument("--port", type=int, default=port)
     group.add_argument("--share", action="store_true", help="a public link through gradio's relay")
     group.add_argument("--max-upload-mb", type=positive, default=20, help="largest picture file")
     group.add_argument("--max-queue", type=positive, default=32, help="people waiting, at most")
-    group.add_argument("--max-running", type=positive, default=32, help="answers at once, at most")
+    group.add_argument(
+        "--max-running",
+        type=positive,
+        default=32,
+        help="answers at once, at most (with --llm-url: at each of its servers)",
+    )
     group.add_argument(
         "--kv-megabytes", type=positive, help="memory for what conversations have computed"
     )
@@ -39,6 +55,11 @@ def options(arguments: list[str]) -> argparse.Namespace:
         type=float,
         default=25.0,
         help="time for answers to end after SIGTERM",
+    )
+    group.add_argument(
+        "--feedback",
+        metavar="FOLDER",
+        help="store likes and dislikes there, with the conversation's text; without it, no thumbs",
     )
     return parser.parse_args(_from_environment(parser) + arguments)
 
@@ -63,20 +84,43 @@ def _from_environment(parser: argparse.ArgumentParser) -> list[str]:
     return found
 
 
+def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "Engine":
+    """The engine that the options ask for; `report` is told what is being done."""
+
+    def say(line: str, passing: bool = False) -> None:
+        start.say(line, passing)
+        report(line)
+
+    return start.open_engine(
+        chosen,
+        say,
+        chosen.kv_megabytes,
+        max_running=chosen.max_running,
+        max_waiting=chosen.max_queue,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Start the server; the exit status."""
     chosen = options(sys.argv[1:] if arguments is None else arguments)
+    sys.stderr = Unfailing(sys.stderr)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_TEMP_DIR", start.upload_folder())
     try:
-        from minigpt4.engine import Engine
+        from minigpt4 import zerogpu
+        from minigpt4.web.feedback import Feedback
+        from minigpt4.web.loading import Loading
         from minigpt4.web.page import build_page, launch
         from minigpt4.web.server import Server
 
-        server = Server(lambda: engine, chosen)  # checks its options before the model is loaded
-        engine = Engine(
-            start.open_model(chosen), chosen.max_running, chosen.max_queue, chosen.kv_megabytes
-        )
-        launch(build_page(engine, server), chosen, server)
+        # Options are checked before the model is loaded.
+        server = Server(lambda: loading.engine, chosen)
+        feedback = Feedback(chosen.feedback) if chosen.feedback else None
+        if zerogpu.is_here():
+            loading = Loading.done(zerogpu.open_engine(chosen))
+        else:
+            loading = Loading(partial(load, chosen))
+        launch(build_page(loading, feedback, server), chosen, loading, server)
     except UserError as error:
         print(f"app.py: {error}", file=sys.stderr)
         return 2

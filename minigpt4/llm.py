@@ -9,6 +9,7 @@ import torch
 from minigpt4.config import ModelConfig, Quantize
 from minigpt4.errors import UserError
 from minigpt4.gguf import INDEX, BlockLlama
+from minigpt4.llm_folder import check_folder, check_is_no_delta
 from minigpt4.tokenizer import JsonTokenizer
 
 log = logging.getLogger(__name__)
@@ -22,19 +23,22 @@ def load_llm(
     dtype: torch.dtype | None = None,
 ):
     """(language model, tokenizer) from a Hugging Face Llama folder, which for "int4" also holds a
-    GGUF file and its index; `dtype` None: 16 bit, where the device computes in it."""
+    GGUF file and its index; `dtype` None: 16 bit, where the device computes in it. "remote": of the
+    language model only its token embedding (other machines run it)."""
     if quantize == "int4":
         return _load_blocks(config, folder)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    if quantize == "remote":
+        from minigpt4.embedding import load_embedding
+
+        embedding, tokenizer = load_embedding(config, folder, device)
+        _check_width(folder, embedding.hidden_size, config)
+        return embedding, tokenizer
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is no language model folder (config.json is missing): "
-            f"run “python -m minigpt4 download {config.name}”."
-        )
+    check_folder(folder, config)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else cpu_dtype()
     match quantize:
@@ -56,12 +60,7 @@ def load_llm(
             local_files_only=True,
             trust_remote_code=False,
         )
-        if (folder / INDEX).exists():
-            tokenizer = JsonTokenizer(folder)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+        tokenizer = load_tokenizer(folder)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{config.name} does not fit the free memory of {device}: choose a smaller “--model”, "
@@ -77,8 +76,18 @@ def load_llm(
     lost = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if lost:
         raise UserError(f"{folder} is incomplete: “{lost[0]}” is missing or has another shape.")
+    check_is_no_delta(llm, folder, config)
     _check_width(folder, llm.get_input_embeddings().weight.shape[1], config)
     return llm.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer; what is wrong with it is raised as the libraries raise it."""
+    if (folder / INDEX).exists():
+        return JsonTokenizer(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTokenizer]:

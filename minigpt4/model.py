@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import ConcatPatches, ModelConfig, PooledMap, QFormer
+from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, PooledMap, QFormer
 from minigpt4.prompt import Prompt
 from minigpt4.vision import preprocess
 
@@ -60,19 +60,35 @@ class ConcatPatchesBridge(nn.Module):
 
 
 class PooledMapBridge(nn.Module):
-    """Feature map [batch, side * side, hidden] -> [batch, grid * grid + 1, hidden], normed."""
+    """Feature maps -> [batch, grid * grid + 2, sum of their channels + classes].
 
-    def __init__(self, config: PooledMap) -> None:
+    A vector for each cell of the grid and one for the whole picture: every map's mean there,
+    layer-normed (the colours as they are), zeros for the classes. Then one of the classes' own:
+    zeros, and their probabilities by the encoder's classifier.
+    """
+
+    def __init__(self, config: PooledMap, vision: EfficientNetLite) -> None:
         super().__init__()
         self.grid = config.grid
+        self.classifier = nn.Linear(vision.hidden_size, vision.classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        batch, positions, hidden = features.shape
-        side = round(positions**0.5)
-        feature_map = features.transpose(1, 2).view(batch, hidden, side, side)
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *features, colours = (self._pool(one) for one in maps)
+        whole = maps[0].mean((2, 3))
+        vectors = torch.cat([*(F.layer_norm(f, f.shape[-1:]) for f in features), colours], dim=-1)
+        classes = self.classifier(whole).softmax(-1)[:, None]
+        return torch.cat(
+            [
+                F.pad(vectors, (0, classes.shape[-1])),
+                F.pad(classes, (vectors.shape[-1], 0)),
+            ],
+            dim=1,
+        )
+
+    def _pool(self, feature_map: Tensor) -> Tensor:
+        """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the mean last."""
         cells = F.adaptive_avg_pool2d(feature_map, self.grid).flatten(2).transpose(1, 2)
-        tokens = torch.cat([cells, features.mean(1, keepdim=True)], dim=1)
-        return F.layer_norm(tokens, (hidden,))
+        return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
 
 
 def build_bridge(config: ModelConfig) -> nn.Module:
@@ -83,7 +99,7 @@ def build_bridge(config: ModelConfig) -> nn.Module:
         case ConcatPatches():
             return ConcatPatchesBridge(config.bridge)
         case PooledMap():
-            return PooledMapBridge(config.bridge)
+            return PooledMapBridge(config.bridge, config.vision)
 
 
 @dataclass
@@ -150,7 +166,7 @@ class MiniGPT4(nn.Module):
 
     def encode_features(self, pixel_values: Tensor) -> Tensor:
         """Pixel values -> what the projection reads [batch, image_tokens, projection_in]."""
-        features = self.encoder(pixel_values)  # [batch, patches, hidden]
+        features = self.encoder(pixel_values)  # [batch, patches, hidden], or feature maps
         return self.bridge(features)  # [batch, image_tokens, projection_in]
 
     def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:

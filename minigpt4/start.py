@@ -1,21 +1,28 @@
 """Options -> a loaded model: what the command line and the page share."""
 
 import argparse
-import sys
+import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt4.config import MODELS, ModelConfig, Quantize, get_model
 from minigpt4.errors import UserError
+from minigpt4.report import Report, say
 
 if TYPE_CHECKING:
     import torch
 
-    from minigpt4.engine import Sampling
+    from minigpt4.engine import Engine, Sampling
+    from minigpt4.engine.remote import RemoteEngine
     from minigpt4.model import MiniGPT4
 
 
+PROBE_SECONDS = 30.0  # for a first token of each server
+
+
 def add_model_options(parser: argparse.ArgumentParser, default: str = "auto") -> None:
-    """--model, --quantize, --projection, --device."""
+    """--model, --quantize, --device, and where the weights are."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -29,8 +36,48 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = "auto") ->
         help="how the language model is held; auto: int8 for the big models on a GPU, int4 (the "
         "4-bit blocks of nano's file, compiled) for nano on a CPU",
     )
-    group.add_argument("--projection", metavar="FILE", help="another trained projection")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_places(parser)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """--projection, --vision, --qformer, --llm: the user's own, for a model's weights."""
+    group = parser.add_argument_group(
+        "weights (a path, a URL, or a Hugging Face repository as OWNER/NAME or OWNER/NAME:FILE; "
+        "also from the environment: MINIGPT4_LLM for example)"
+    )
+    for role, text in (
+        ("projection", "another trained projection; its shape tells “auto” the model"),
+        ("vision", "EVA ViT-g, or nano's encoder"),
+        ("qformer", "BLIP-2's Q-Former"),
+        ("llm", "the language model's folder"),
+    ):
+        default = os.environ.get(f"MINIGPT4_{role.upper()}") or None
+        group.add_argument(f"--{role}", metavar="PLACE", default=default, help=text)
+
+
+def given_places(options: argparse.Namespace) -> dict[str, str]:
+    """Role -> the user's own place for it."""
+    roles = ("projection", "vision", "qformer", "llm")
+    return {role: place for role in roles if (place := getattr(options, role, None))}
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """--llm-url, --llm-key: the language model on other machines."""
+    group = parser.add_argument_group("language model on other machines (docs/scaling.md)")
+    group.add_argument(
+        "--llm-url",
+        metavar="URLS",
+        default=os.environ.get("MINIGPT4_LLM_URL"),
+        help="vLLM servers started with --enable-prompt-embeds, with commas between: "
+        "http://HOST:8000/v1,… (also $MINIGPT4_LLM_URL)",
+    )
+    group.add_argument(
+        "--llm-key",
+        metavar="KEY",
+        default=os.environ.get("MINIGPT4_LLM_KEY", ""),
+        help="what they were started with as --api-key (better: $MINIGPT4_LLM_KEY)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -87,9 +134,11 @@ def free_gpu_memory() -> int | None:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
-def say(line: str) -> None:
-    """A line for the person who started the program."""
-    print(line, file=sys.stderr, flush=True)
+def upload_folder() -> str:
+    """Where the page keeps uploads for its time: this user's alone, so that nobody else reads them
+    and nobody else's files are there when old ones are deleted."""
+    user = getattr(os, "getuid", lambda: 0)()
+    return str(Path(tempfile.gettempdir(), f"minigpt4-{user}"))
 
 
 def device_of(name: str) -> "torch.device":
@@ -128,26 +177,85 @@ def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> 
     return "none"
 
 
-def open_model(options: argparse.Namespace) -> "MiniGPT4":
-    """Load the model that the options name; `auto` falls back to nano where weights are missing."""
+def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
+    """Load the model that the options name, fetching what is missing of it; `auto` falls back to
+    nano where the weights of a bigger one cannot be had.
+
+    `report` is told in one line what is being done.
+    """
     from minigpt4 import weights
 
-    device = device_of(options.device)
+    device, given = device_of(options.device), given_places(options)
 
-    def load(config: ModelConfig) -> "MiniGPT4":
-        if config.name == "nano":
-            weights.download(config)  # what is missing; it is small
-        files = weights.find(config, options.projection)
+    def load(config: ModelConfig, given: dict[str, str]) -> "MiniGPT4":
+        weights.download(config, report, given)
+        report(f"Loading {config.name} …")
+        files = weights.find(config, given=given)
         quantize = quantize_of(options.quantize, config, device)
         return weights.load_model(config, files, device, quantize)
 
     if options.model != "auto":
-        return load(get_model(options.model))
+        return load(get_model(options.model), given)
+    if owner := weights.owner_of(given.get("projection")):
+        report(f"Model: {owner}, because the projection is made for it.")
+        return load(get_model(owner), given)
     config, why = choose(free_gpu_memory() if device.type == "cuda" else None)
-    say(f"Model: {config.name}, because {why}.")
-    if config.name != "nano":
-        try:
-            return load(config)
-        except UserError as error:
-            say(f"{error} Going on with nano.")
-    return load(get_model("nano"))
+    report(f"Model: {config.name}, because {why}.")
+    if config.name == "nano":
+        return load(config, given)
+    try:
+        return load(config, given)
+    except UserError as error:
+        report(f"{error} Going on with nano.")
+    return load(get_model("nano"), {})  # what was given is for the bigger one
+
+
+def open_engine(
+    options: argparse.Namespace,
+    report: Report = say,
+    kv_megabytes: int | None = None,
+    **limits: int,
+) -> "Engine | RemoteEngine":
+    """The engine that the options name: of the language model here, or at --llm-url.
+
+    limits: max_running, max_waiting; kv_megabytes: the memory for a language model here.
+    """
+    if options.llm_url:
+        return _open_remote(options, report, limits)
+    model = open_model(options, report)
+    from minigpt4.engine import Engine  # takes seconds: what is wrong is said first
+
+    return Engine(model, kv_megabytes=kv_megabytes, **limits)
+
+
+def _open_remote(
+    options: argparse.Namespace, report: Report, limits: dict[str, int]
+) -> "RemoteEngine":
+    if options.model == "auto":
+        raise UserError("With --llm-url, say which model its servers run: --model vicuna-7b.")
+    if options.quantize != "auto":
+        raise UserError(
+            "--quantize is for a language model on this machine: with --llm-url, choose the "
+            "precision where its servers are started."
+        )
+    options.quantize = "remote"
+    model = open_model(options, report)
+    from minigpt4.engine.remote import RemoteEngine
+    from minigpt4.engine.vllm import VllmServers
+
+    urls = options.llm_url.split(",")
+    servers = VllmServers(model, urls, options.llm_key)
+    if "max_running" in limits:
+        limits["max_running"] *= len(urls)
+    engine = RemoteEngine(model, servers, **limits)
+    outcomes = engine.call(servers.probe_all(PROBE_SECONDS), PROBE_SECONDS + 5)
+    for url, error in outcomes.items():
+        report(f"{url}: {error or 'ready'}")
+    if all(outcomes.values()):
+        engine.close()
+        raise next(iter(outcomes.values()))
+    report(
+        "The language model runs there: without beam search, and the repetition penalty covers "
+        "what is answered without a break."
+    )
+    return engine

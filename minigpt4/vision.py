@@ -14,7 +14,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite) -> Tensor:
     """RGB picture -> pixel values [3, image_size, image_size], squashed (not cropped), bicubic."""
-    pixels = np.asarray(_squash(rgb, config.image_size), dtype=np.float32)
+    pixels = np.asarray(squash(rgb, config.image_size), dtype=np.float32)
     match config:
         case EvaViT():
             pixels = (pixels / 255.0 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
@@ -23,7 +23,7 @@ def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _squash(rgb: Image.Image, size: int) -> Image.Image:
+def squash(rgb: Image.Image, size: int) -> Image.Image:
     """The picture at size x size, bicubic.
 
     Pillow resamples one axis after the other and rounds in between, so their order shows in the
@@ -66,17 +66,30 @@ class EvaEncoder(nn.Module):
 
 
 class EfficientNetEncoder(nn.Module):
-    """EfficientNet-Lite: pixel values [batch, 3, 260, 260] -> [batch, 81, 1280], row by row."""
+    """EfficientNet-Lite: pixel values [batch, 3, 260, 260] -> its feature maps.
+
+    Each [batch, channels, side, side]: the last one (1280 x 9 x 9), those of `config.blocks`, and
+    the pixel values.
+    """
 
     def __init__(self, config: EfficientNetLite) -> None:
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet
 
         self.net = EfficientNet.from_name(config.name)
+        del self.net._fc  # the bridge's
+        self.kept = {number for number, _ in config.blocks}
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return self.net.extract_features(pixel_values).flatten(2).transpose(1, 2)
+        net, maps = self.net, []
+        # As net.extract_features, which keeps nothing of the blocks.
+        hidden = net._swish(net._bn0(net._conv_stem(pixel_values)))
+        for number, block in enumerate(net._blocks):
+            hidden = block(hidden)
+            if number in self.kept:
+                maps.append(hidden)
+        return [net._swish(net._bn1(net._conv_head(hidden))), *maps, pixel_values]
 
 
 def build_encoder(config: EvaViT | EfficientNetLite) -> nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from openai import OpenAI
 from PIL import Image
 
@@ -50,9 +51,32 @@ def served(find_engine: Callable[[], Engine | None], page_of: Engine, *arguments
     """The address of a server."""
     chosen = options(*arguments)
     server = Server(find_engine, chosen)
-    page = build_page(page_of, server)
+    page = build_page(page_of, server=server)
     yield serve(page, chosen, server)
     page.close(verbose=False)
+
+
+def engine_fixture():
+    """A module's `engine`: the tiny one."""
+
+    @pytest.fixture(scope="module")
+    def engine():
+        engine = tiny_engine()
+        yield engine
+        engine.close()
+
+    return engine
+
+
+def address_fixture(*arguments: str):
+    """A module's `address`: a server of its `engine`, with options of app.py."""
+
+    @pytest.fixture(scope="module")
+    def address(engine):
+        with served(lambda: engine, engine, *arguments) as address:
+            yield address
+
+    return address
 
 
 def client(address: str, key: str = "none", **settings) -> OpenAI:

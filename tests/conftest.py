@@ -1,5 +1,7 @@
 """What several tests share."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,91 @@ def pytest_generate_tests(metafunc):
         if not cases:
             raise pytest.UsageError(f"--parity-dir: {root} holds no case.json, at any depth")
         metafunc.parametrize("case_dir", cases, ids=[p.name for p in cases])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uploads_folder(tmp_path_factory):
+    """Each of the processes that run tests has its own, as servers that share one delete files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield
+
+
+# The page: a server with an engine that answers the same each time, a browser, visitors.
+
+
+# Not for the session: while Playwright runs, no test in this thread can use asyncio.run.
+@pytest.fixture(scope="module")
+def browser():
+    from tests.page_case import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Without a model; `asked` keeps every conversation it was given."""
+    from tests.fake_engine import FakeEngine
+
+    return FakeEngine()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the page's visitors' likes are stored."""
+    return tmp_path_factory.mktemp("feedback")
+
+
+@pytest.fixture(scope="module")
+def address(engine, folder):
+    from minigpt4.web import session
+    from minigpt4.web.feedback import Feedback
+    from tests.fake_engine import FakeAnswer
+    from tests.page_case import served
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(session, "ask", FakeAnswer)
+    with served(engine, Feedback(str(folder))) as address:
+        yield address
+    patch.undo()
+
+
+@pytest.fixture
+def visit(browser, address, engine):
+    """Opens the page as a new visitor; afterwards nothing may have gone wrong in the browser."""
+    from tests.page_case import Visitors
+
+    engine.word_seconds, engine.full, engine.ahead = 0.01, False, 0
+    visitors = Visitors(browser, address)
+    yield visitors
+    visitors.check()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    from tests.page_case import picture
+
+    return picture(tmp_path / "meadow.png")
+
+
+_statuses: list[int] = []
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Note the run's status for `pytest_unconfigure`."""
+    _statuses.append(int(exitstatus))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End at once, with the run's own status, once everything has been reported.
+
+    After hundreds of tests the process holds threads of several C++ libraries, and now and then one
+    of them has not ended when its library's own data is taken down: the process is then aborted
+    ("terminate called without an active exception"), although every test passed.
+    """
+    if _statuses:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_statuses[-1])

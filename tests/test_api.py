@@ -12,27 +12,16 @@ import pytest
 from tests.api_case import (
     GREEDY,
     MODEL,
+    address_fixture,
     at_rest,
     client,
     data_url,
+    engine_fixture,
     picture_file,
     question,
-    served,
-    tiny_engine,
 )
 
-
-@pytest.fixture(scope="module")
-def engine():
-    engine = tiny_engine()
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def address(engine):
-    with served(lambda: engine, engine, "--max-upload-mb", "1") as address:
-        yield address
+engine, address = engine_fixture(), address_fixture("--max-upload-mb", "1")
 
 
 @pytest.fixture(autouse=True)

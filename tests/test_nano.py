@@ -126,7 +126,7 @@ def test_mistakes_are_one_sentence(photo, capsys, monkeypatch, tmp_path):
         ["ask", str(photo), "What?", "--temperature", "-3"],
         ["ask", str(photo), "What?", "--device", "cuda:77"],
         ["ask", str(photo), "What?", "--model", "vicuna-7b", "--projection", "nowhere.pth"],
-        ["ask", str(photo), "What?", "--model", "vicuna-7b"],
+        ["ask", str(photo), "What?", "--model", "vicuna-7b", "--vision", "nowhere.pth"],
         ["train", "--stage", "1", "--data", "nowhere.tar"],
         ["train", "--stage", "2", "--data", "nowhere"],
         ["evaluate", "nowhere.tar"],
@@ -150,12 +150,10 @@ def test_evaluate_and_train_on_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     data = write_descriptions(tmp_path / "described", 4)
     options = ["--init", str(one / "nano.safetensors"), "--replay", str(shard), "--out", str(two)]
-    done = run("-m", "minigpt4", "train", "--stage", "2", "--data", str(data), *options, *short)
-    assert done.returncode == 0, done.stderr[-1000:]
+    assert main(["train", "--stage", "2", "--data", str(data), *options, *short]) == 0
     scores = tmp_path / "scores.json"
     options = ["--projection", str(two / "nano.safetensors"), "--json", str(scores), "--limit", "3"]
-    done = run("-m", "minigpt4", "evaluate", str(shard), *options)
-    assert done.returncode == 0, done.stderr[-1000:]
+    assert main(["evaluate", str(shard), *options]) == 0
     result = json.loads(scores.read_text())
     assert {"bleu1", "bleu4", "cider", "repetition_rate", "fragment_rate"} <= result.keys()
     assert result["n"] == 3

@@ -35,6 +35,13 @@ def test_the_reward_is_cider():
     assert reward("a", "") == pytest.approx(0, abs=0.2)
 
 
+def test_agreement_is_each_references_score_against_the_others():
+    agreement = CiderReward(REFERENCES).agreement("a")
+    odd = CiderReward(REFERENCES | {"a": [*REFERENCES["a"][:2], "Rain over Paris"]}).agreement("a")
+    assert len(agreement) == 3 and min(agreement) > 0
+    assert odd[2] == min(odd) and odd[2] < min(agreement)
+
+
 def test_advantages_compare_with_the_others():
     assert advantages([1.0, 2.0, 3.0]) == pytest.approx([-1.5, 0.0, 1.5])
 

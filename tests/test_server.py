@@ -1,5 +1,6 @@
 """What stands beside the page: keys, health, metrics, gradio's endpoint; and how it all ends."""
 
+import http.client
 import os
 import re
 import signal
@@ -25,31 +26,22 @@ from minigpt4.web.server import Server
 from tests.api_case import (
     GREEDY,
     MODEL,
+    address_fixture,
     at_rest,
     client,
     data_url,
+    engine_fixture,
     free_port,
     options,
     picture_file,
     question,
     served,
-    tiny_engine,
 )
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def engine():
-    engine = tiny_engine()
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def address(engine):
-    with served(lambda: engine, engine) as address:
-        yield address
+engine, address = engine_fixture(), address_fixture()
 
 
 @pytest.fixture(autouse=True)
@@ -336,7 +328,15 @@ def test_the_real_server_and_its_end():
     )
     try:
         assert server.stdout.readline() == f"Open {address}\n"
-        assert httpx.get(address + "/readyz", timeout=20).status_code == 200
+        assert httpx.get(address + "/healthz", timeout=20).status_code == 200
+        end = time.monotonic() + 60  # the page is there before the model
+        while httpx.get(address + "/readyz", timeout=20).status_code == 503:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        idle, since = http.client.HTTPConnection("127.0.0.1", port, timeout=20), time.monotonic()
+        idle.request("GET", "/healthz")
+        idle.getresponse().read()
+        connection = idle.sock
         program = client(address)
         beast = resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg"
         photo = data_url(beast.read_bytes())
@@ -347,6 +347,10 @@ def test_the_real_server_and_its_end():
         animals = "lion|cat|dog|animal|bear|leopard|cow|horse"
         assert re.search(animals, answer.choices[0].message.content.lower())
         assert answer.usage.prompt_tokens > 26  # a picture's
+        # A proxy that kept its connection for a few seconds may use it again.
+        time.sleep(max(0.0, since + 6 - time.monotonic()))
+        idle.request("GET", "/healthz")
+        assert idle.getresponse().status == 200 and idle.sock is connection
         count = {"role": "user", "content": "Write a long story about a lake."}
         long = {**settings, "max_tokens": 60, "stream": True}
         pieces = iter(program.chat.completions.create(messages=[count], **long))

@@ -25,13 +25,13 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     def load(config, files, *_):
         loaded.append(config.name)
 
-    def find(config, projection=None):
+    def find(config, given=None):
         if config.name != "nano":
             raise UserError(f"Weights of {config.name} are missing.")
 
     monkeypatch.setattr(start, "choose", lambda free: (get_model("vicuna-13b"), "it is big"))
     monkeypatch.setattr(weights, "find", find)
-    monkeypatch.setattr(weights, "download", lambda config: None)
+    monkeypatch.setattr(weights, "download", lambda config, report, given: None)
     monkeypatch.setattr(weights, "load_model", load)
     options = argparse.Namespace(model="auto", quantize="auto", projection=None, device="cpu")
     start.open_model(options)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from minigpt4.config import MODELS
 from minigpt4.errors import UserError
-from minigpt4.training import data
+from minigpt4.training import data, questions
 from minigpt4.training.trainer import Recipe, Trainer, learning_rate
 from minigpt4.weights import load_model, read_projection
 from tests import training_case
@@ -132,6 +132,73 @@ def test_a_trained_llama2_projection_loads_again(examples, tmp_path):
     )
     fresh = replace(case.files, projection=None)
     assert load_model(case.config, fresh, llm_dtype=torch.float32).projection.bias.abs().max() == 0
+
+
+def test_the_eigenbasis_is_another_way_to_the_same_projection(examples, tmp_path):
+    """Features and weight turn together, and what is written is turned back."""
+    recipe = replace(PROMPTED, eigenbasis=True)
+    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
+    plain = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "plain")
+    torch.testing.assert_close(trainer.basis @ trainer.basis.T, torch.eye(len(trainer.basis)))
+    assert trainer.loss_and_gradient(0, [0, 1, 2, 3]) == pytest.approx(
+        plain.loss_and_gradient(0, [0, 1, 2, 3]), rel=1e-4
+    )
+    saved = read_projection(trainer.run())["weight"].float()
+    turned = trainer.model.projection.weight @ trainer.basis.T
+    torch.testing.assert_close(saved, turned, atol=1e-2, rtol=1e-2)
+    assert (saved - tiny_model().projection.weight).abs().max() < 0.2  # six steps at 0.01
+    assert trainer.rows[-1]["loss"] < trainer.rows[0]["loss"]
+
+
+def test_denoised_features_become_part_of_the_weights(examples, tmp_path):
+    """What is written needs no filter; it has less of what mirror images differ in, and most of
+    what they share."""
+    still = replace(SCHEDULE, steps=1, peak_lr=0.0, warmup_lr=0.0, floor_lr=0.0)
+    recipe = replace(PROMPTED, schedule=still, denoise=1.0, eigenbasis=True)
+    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
+    saved = read_projection(trainer.run())
+    inside = trainer.model.projection(trainer.features([(0, 0), (1, 1)]).float()).detach()
+    plain = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "plain")
+    pairs = [(index, view) for view in (0, 1) for index in range(len(examples))]
+    features = plain.features(pairs).float()
+    weight, bias = saved["weight"].float(), saved["bias"].float()
+    written = features @ weight.T + bias
+    torch.testing.assert_close(written[[0, len(examples) + 1]], inside, atol=5e-3, rtol=5e-3)
+    before = plain.model.projection(features).detach()
+    shares = []
+    for embeds in (before, written):
+        one, other = embeds.chunk(2)
+        shares.append(((one - other).var() / (one + other).var()).item())
+    assert shares[1] < 0.9 * shares[0]
+    assert (written.mean((0, 1)) - before.mean((0, 1))).abs().max() < 0.1 * before.abs().max()
+
+
+def test_captions_that_agree_count_more(examples, tmp_path):
+    recipe = replace(PROMPTED, consensus=0.5)
+    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
+    _, _, weights = trainer.prompts(0, [0, 1, 2, 3])
+    assert all(sum(row) == pytest.approx(len(row), rel=1e-5) for row in weights)
+    _, _, even = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "even").prompts(0, [0, 1])
+    assert even == [[1.0, 1.0]] * 2
+
+
+def test_questions_follow_the_captions(tmp_path):
+    captions = ("A brown dog runs on grass.", "The puppy is playing outside on the lawn")
+    one = data.Example("a", bytes, (), captions)
+    other = data.Example("b", bytes, (), ("Two men in a boat.", "Fishermen on the sea in a boat"))
+    asked = {e.key: e for e in questions.ask_about([one, other, replace(one, key="c")], 3, 0)}
+    assert set(asked) == {"a", "b", "c"}
+    for example in asked.values():
+        told = " ".join(example.captions)
+        answers = [text.answer for text in example.texts]
+        assert answers.count("Yes.") == answers.count("No.") > 0
+        for text in example.texts:
+            pattern = next(
+                p for n, p in questions.read_things().items() if n in text.instructions[0]
+            )
+            if text.answer == "Yes.":
+                assert pattern.search(told)
+    assert questions.ask_about([one, other], 2, 1) == questions.ask_about([one, other], 2, 1)
 
 
 def test_other_pictures_are_encoded_anew(tmp_path):

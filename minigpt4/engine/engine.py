@@ -10,42 +10,43 @@ import logging
 import threading
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minigpt4.engine.decoder import build_decoder
+from minigpt4.engine.faults import (
+    BROKEN,
+    ENDING,
+    HANGING,
+    KINDS,
+    NO_MEMORY,
+    explain,
+    fault,
+    out_of_memory,
+)
 from minigpt4.engine.kvcache import PageCache
 from minigpt4.engine.pictures import Pictures
+from minigpt4.engine.queue import Queue
 from minigpt4.engine.rows import PAGE
 from minigpt4.engine.sampling import Sampling, log_softmax
 from minigpt4.engine.stream import Stream
-from minigpt4.engine.task import Piece, Request, Sequence, Task, by_task, rows_of
-from minigpt4.engine.totals import Totals
-from minigpt4.errors import Kind, UserError
+from minigpt4.engine.task import Piece, Request, Sequence, Task, answer_limit, by_task, rows_of
+from minigpt4.errors import UserError
 from minigpt4.image import Picture
-from minigpt4.model import MiniGPT4
 from minigpt4.prompt import Prompt
+
+if TYPE_CHECKING:  # it imports torch, in seconds
+    from minigpt4.model import MiniGPT4
 
 ENCODED_ALONE, ENCODED_AMONG_OTHERS = 4, 1  # pictures in a step, so that nobody's words stall
 PROBE_PAGES = 1  # kept for `health`
 CHUNK_ALONE, CHUNK_AMONG_OTHERS = 256, 32  # rows of prompts in a step
 
-FULL = "Too many people are waiting at the moment; please try again soon."
-BROKEN = "Something went wrong while answering; please try again."
-NO_MEMORY = "There was not enough memory for this answer; try a shorter conversation."
-HANGING = "The model stopped responding; please try again in a minute."
-ENDING = "The program is ending."
-KINDS: dict[str, Kind] = {
-    BROKEN: "broken",
-    NO_MEMORY: "memory",
-    HANGING: "hanging",
-    ENDING: "ending",
-}
-
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(Queue):
     """Owns the model: `encode` pictures early, `submit` requests, read their streams.
 
     max_running: answers at once; max_waiting: requests that may wait for their turn; kv_megabytes:
@@ -55,27 +56,26 @@ class Engine:
 
     def __init__(
         self,
-        model: MiniGPT4,
+        model: "MiniGPT4",
         max_running: int = 32,
         max_waiting: int = 64,
         kv_megabytes: int | None = None,
         hang_seconds: float = 60.0,
     ) -> None:
         self.model = model
-        self.max_running, self.max_waiting = max_running, max_waiting
+        super().__init__(max_running, max_waiting)
         self._hang_seconds = hang_seconds
         self.decoder, pages = build_decoder(model, kv_megabytes)
         self._cache = PageCache(pages)
-        self._condition = threading.Condition()
+        self._condition = self._lock = threading.Condition()
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []
-        self._pictures = Pictures(model, _explain)
+        self._pictures = Pictures(model, explain)
         self._row_limit = CHUNK_ALONE
         self._good_steps = 0
         self._step_started: float | None = None
         self._draining = self._closing = False
         self.fault = ""  # a sentence while the engine cannot answer
-        self.totals = Totals()
         self._thread = self._start_thread()
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="engine watch", daemon=True).start()
@@ -101,26 +101,6 @@ class Engine:
         except UserError as error:
             self.totals.errors[error.kind] += 1
             raise
-
-    def refuse_if_full(self) -> None:
-        """Raise what `submit` would raise of any request now: it may save work before."""
-        try:
-            with self._condition:
-                self._refuse_if_faulty()
-                self._refuse_if_full()
-        except UserError as error:
-            self.totals.errors[error.kind] += 1
-            raise
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Requests being answered."""
-        return len(self._running)
 
     def health(self, seconds: float = 10.0) -> bool:
         """Does a real token come within `seconds`? It does not wait behind others' requests."""
@@ -149,12 +129,7 @@ class Engine:
         """Take no more requests, and let those that were taken end: did they, within `seconds`?"""
         with self._condition:
             self._draining = True
-        end = time.monotonic() + seconds
-        while self._waiting or self._running:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
-        return True
+        return self._drained(seconds)
 
     def close(self) -> None:
         """End the thread; whoever waits gets an error."""
@@ -167,14 +142,7 @@ class Engine:
         self._fail_all(ENDING)
 
     def _submit(self, request: Request, urgent: bool) -> Stream:
-        context = self.model.config.context
-        limit = min(request.sampling.max_new_tokens, context - len(request.prompt))
-        if limit < 1:
-            raise UserError(
-                f"The conversation takes {len(request.prompt)} tokens, and the model reads at most "
-                f"{context - 1}: shorten it.",
-                "too_long",
-            )
+        limit = answer_limit(request, self.model.config.context)
         task = Task(request, Stream(self._position, len(request.prompt)), limit, urgent)
         if task.pages_needed > self._cache.count - PROBE_PAGES:
             raise UserError(
@@ -183,11 +151,11 @@ class Engine:
                 "too_long",
             )
         with self._condition:
-            self._refuse_if_faulty()
             if urgent:
+                self._refuse_if_faulty()
                 self._waiting.appendleft(task)
             else:
-                self._refuse_if_full()
+                self._refuse_any()
                 self._waiting.append(task)
             self._missing(task)
             self.totals.requests += not urgent
@@ -196,11 +164,11 @@ class Engine:
 
     def _refuse_if_faulty(self) -> None:
         if self.fault or self._closing or self._draining:
-            raise _error(self.fault or ENDING)
+            raise fault(self.fault or ENDING)
 
-    def _refuse_if_full(self) -> None:
-        if len(self._waiting) >= self.max_waiting:
-            raise UserError(FULL, "queue_full")
+    def _refuse_any(self) -> None:
+        self._refuse_if_faulty()
+        super()._refuse_any()
 
     def _missing(self, task: Task) -> bool:
         """Have those of its pictures encoded that are not; were there any? The lock is held."""
@@ -377,7 +345,7 @@ class Engine:
                 self._fail(task, BROKEN)
 
     def _recover(self, pieces: list[Piece], error: Exception) -> None:
-        short = _out_of_memory(error)
+        short = out_of_memory(error)
         if short:
             log.warning("out of memory with %d rows", sum(p.count for p in pieces))
             self._row_limit = max(1, min(self._row_limit, sum(p.count for p in pieces)) // 2)
@@ -415,6 +383,9 @@ class Engine:
         elif task.search is not None:
             self._go_on_with_beams(task, logits)
         else:
+            if task.request.watched and not task.stream.stats.tokens:
+                watched = log_softmax(logits[0])[list(task.request.watched)]
+                task.stream.watched = watched.tolist()
             token = task.sampler(logits[0])
             logprob = float(log_softmax(logits[0])[token]) if task.request.logprobs else None
             self._give(task, token, logprob)
@@ -472,12 +443,12 @@ class Engine:
     def _fail(self, task: Task, sentence: str) -> None:
         if not (task.urgent or task.stream.stop_reason):
             self.totals.errors[KINDS[sentence]] += 1
-        task.stream._end("error", _error(sentence))
+        task.stream._end("error", fault(sentence))
 
     def _fail_all(self, sentence: str) -> None:
         with self._condition:
             tasks = [*self._waiting, *self._running]
-            self._pictures.fail_all(_error(sentence))
+            self._pictures.fail_all(fault(sentence))
         for task in tasks:
             self._fail(task, sentence)
 
@@ -495,27 +466,15 @@ class Engine:
             watched = started
             if not self._thread.is_alive():
                 log.error("the engine's thread died; starting it again")
-                self._fail_all(BROKEN)
-                self._waiting.clear()
-                self._running.clear()
-                self._cache = PageCache(self._cache.count)
-                self._step_started = None
-                self._thread = self._start_thread()
+                with self._condition:  # who came in between would wait for ever
+                    self._fail_all(BROKEN)
+                    self._waiting.clear()
+                    self._running.clear()
+                    self._cache = PageCache(self._cache.count)
+                    self._step_started = None
+                    self._thread = self._start_thread()
             elif started is None:  # at rest, or back from a hang
                 self.fault = ""
             elif lasted > self._hang_seconds:
                 self.fault = HANGING
                 self._fail_all(HANGING)
-
-
-def _error(sentence: str) -> UserError:
-    return UserError(sentence, KINDS[sentence])
-
-
-def _explain(error: Exception) -> UserError:
-    return _error(NO_MEMORY if _out_of_memory(error) else BROKEN)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Python's own, or torch's (which is not imported for this)."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -64,8 +64,8 @@ class _Batch(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled `native.c`, built the first time (seconds); None where that cannot be."""
     compiler = _compiler()
-    built = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
     try:
+        built = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
         if not built.exists():
             if compiler is None:
                 return None

@@ -29,7 +29,7 @@ class Sampling:
     seed: int | None = None
 
     # field -> (lowest, highest, may be the lowest itself)
-    _RANGES = {
+    RANGES = {
         "temperature": (0.0, 10.0, True),
         "top_p": (0.0, 1.0, False),
         "top_k": (0, 1_000_000, True),
@@ -45,7 +45,7 @@ class Sampling:
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            low, high, inclusive = self._RANGES[name]
+            low, high, inclusive = self.RANGES[name]
             whole = isinstance(low, int)
             number = isinstance(value, int if whole else (int, float))
             good = (

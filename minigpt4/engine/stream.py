@@ -37,7 +37,8 @@ class Stream:
 
     stop_reason: "" while it goes on, then "stop" (a stop id), "length", "time", "closed" or
     "error"; an error is raised by the iteration, as a UserError. `logprobs`: of each token, where
-    the request asked for them. `close`, from any thread, ends it within a step of the engine.
+    the request asked for them; `watched`: of the ids it named, as the first token, whatever came.
+    `close`, from any thread, ends it within a step of the engine.
     """
 
     def __init__(self, position: Callable[["Stream"], int], prompt_tokens: int) -> None:
@@ -50,6 +51,7 @@ class Stream:
         self.stop_reason = ""
         self.stats = Stats(prompt_tokens=prompt_tokens)
         self.logprobs: list[float] = []
+        self.watched: list[float] = []
 
     @property
     def position(self) -> int:

@@ -10,6 +10,7 @@ from minigpt4.engine.beams import BeamSearch
 from minigpt4.engine.rows import PAGE, Rows
 from minigpt4.engine.sampling import Sampler, Sampling
 from minigpt4.engine.stream import Stream
+from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.prompt import IMAGE_ID, Prompt
 
@@ -25,7 +26,21 @@ class Request:
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # where beams end, which are shown when done
     penalized: tuple[int, ...] = ()  # ids the repetition penalty covers from the start
     logprobs: bool = False
+    watched: tuple[int, ...] = ()  # ids whose log-probabilities as the first token are wanted
     max_seconds: float = 600.0  # from submit; the answer ends where it stands
+    session: str = ""  # the same for all of a conversation: machines remember what they computed
+
+
+def answer_limit(request: Request, context: int) -> int:
+    """Tokens that the answer may have; UserError where the prompt leaves no room for any."""
+    limit = min(request.sampling.max_new_tokens, context - len(request.prompt))
+    if limit < 1:
+        raise UserError(
+            f"The conversation takes {len(request.prompt)} tokens, and the model reads at most "
+            f"{context - 1}: shorten it.",
+            "too_long",
+        )
+    return limit
 
 
 class Sequence:

@@ -57,14 +57,15 @@ def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Exampl
     captions are held in memory; pictures are read from the tar when asked for.
     """
     examples = []
-    for path in _expand(pattern):
+    for path in expand(pattern):
         examples += _read_shard(Path(path), instructions)
     if not examples:
         raise UserError(f"{pattern} holds no pictures with captions (KEY.jpg beside KEY.json).")
     return examples
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
+    """The shards that a path, a glob or a brace range names; UserError where one is missing."""
     brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if brace:
         first, last = brace.groups()
@@ -78,7 +79,7 @@ def _expand(pattern: str) -> list[str]:
     return paths
 
 
-_PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
+PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 
 
 def _read_shard(path: Path, instructions: tuple[str, ...]) -> Iterator[Example]:
@@ -91,7 +92,7 @@ def _read_shard(path: Path, instructions: tuple[str, ...]) -> Iterator[Example]:
                 key, _, suffix = name.partition(".")
                 key, suffix = f"{path.stem}/{folder}/{key}".replace("/./", "/"), suffix.lower()
                 key = key.replace("//", "/")
-                if suffix in _PICTURE_SUFFIXES:
+                if suffix in PICTURE_SUFFIXES:
                     pictures[key] = (member.offset_data, member.size)
                 elif suffix == "json":
                     captions[key] = _captions_of(json.load(shard.extractfile(member)))
@@ -137,7 +138,8 @@ def read_descriptions(folder: str | Path) -> list[Example]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is not in the second stage's layout: it needs filter_cap.json with "
-            "“annotations” of “image_id” and “caption”, and the pictures as image/ID.jpg."
+            "“annotations” of “image_id” and “caption”, and the pictures as image/ID.jpg; or a "
+            "table of captions (CSV or JSON lines) beside the pictures."
         ) from error
     return [_described(folder, key, (Text(caption),)) for key, caption in pairs]
 

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from minigpt4 import start, weights
 from minigpt4.config import ModelConfig, PooledMap, get_model
 from minigpt4.errors import UserError
-from minigpt4.training import data
+from minigpt4.model import MiniGPT4
+from minigpt4.training import data, questions
+from minigpt4.training.table import is_table, read_table
 from minigpt4.training.trainer import Recipe, Trainer
 
 
@@ -27,13 +29,20 @@ def train(options: argparse.Namespace) -> None:
     }
     schedule = replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
     embedded = isinstance(config.bridge, PooledMap)
+    if options.denoise and not embedded:
+        raise UserError(
+            f"“--denoise” compares pictures with their mirror images, which the training of "
+            f"{config.name} does not show: leave it out."
+        )
     examples = read_examples(options)[: options.limit]
     if not examples:
         raise UserError(f"{options.data} holds no pictures with texts: there is nothing to learn.")
-    replay = data.read_shards(options.replay, captioning()) if options.replay else []
+    replay = read_captioned(options.replay, captioning()) if options.replay else []
     replay_share = options.replay_share if replay else 0.0
     if options.samples and options.stage == 1 and not replay:  # all of it is scored
         examples, replay, replay_share = [], examples, 1.0
+    if options.questions:
+        examples += questions.ask_about(replay or examples, options.questions, options.seed)
     accelerator = Accelerator(cpu=start.device_of(options.device).type == "cpu")
     model = _open(options, config, accelerator)
     recipe = Recipe(
@@ -42,7 +51,11 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
         replay_share=replay_share,
         samples=options.samples if replay else 0,
+        reward_weight=options.reward_weight,
         blend=options.blend,
+        consensus=options.consensus,
+        denoise=options.denoise,
+        eigenbasis=embedded,
         mirror=embedded,
         crop=not embedded,
         metadata={
@@ -64,12 +77,28 @@ def train(options: argparse.Namespace) -> None:
 def read_examples(options: argparse.Namespace) -> list[data.Example]:
     """The data that the options name, pictures in a fixed order."""
     if options.stage == 1:
-        return data.read_shards(options.data)
+        return read_captioned(options.data)
+    if is_table(options.data) and not Path(options.data, "filter_cap.json").exists():
+        if options.instructions:
+            raise UserError("With a table, instructions go into its “instruction” column.")
+        return read_table(options.data)
     described = data.read_descriptions(options.data)
     if options.instructions:
         asked = data.read_instructions(options.instructions, options.data)
         described = data.merge([described, asked])
     return described
+
+
+def read_captioned(where: str, instructions: tuple[str, ...] = ()) -> list[data.Example]:
+    """Captioned pictures out of shards, or out of a folder with a table."""
+    if is_table(where):
+        return read_table(where, instructions)
+    if Path(where).expanduser().is_dir():
+        raise UserError(
+            f"{where} holds no table of captions: put a CSV or JSON-lines file beside the "
+            "pictures, or name shards (DIR/*.tar)."
+        )
+    return data.read_shards(where, instructions)
 
 
 def instructions(stage: int, embedded: bool) -> tuple[str, ...]:
@@ -101,4 +130,19 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     if quantize == "int4":
         raise UserError("int4 cannot be trained through: choose “--quantize none”, int8 or nf4.")
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else None
-    return weights.load_model(config, files, accelerator.device, quantize, dtype, seed=options.seed)
+    model = weights.load_model(
+        config, files, accelerator.device, quantize, dtype, seed=options.seed
+    )
+    if projection is None and isinstance(config.bridge, PooledMap):
+        name_classes(model)
+    return model
+
+
+def name_classes(model: MiniGPT4) -> None:
+    """Start a new projection with each class of nano's encoder at the mean of its name's words."""
+    names = data.read_lines("imagenet-classes.txt")
+    first = model.config.projection_in - len(names)
+    for place, name in enumerate(names):
+        ids = torch.tensor(model.tokenizer.encode(f" {name}", add_special_tokens=False))
+        vector = model.embed_tokens(ids.to(model.device)).float().mean(0)
+        model.projection.weight.data[:, first + place] = vector

@@ -33,9 +33,20 @@ class CiderReward:
 
     def __call__(self, key: str, text: str, ended: bool = True) -> float:
         """1.0 is what papers write as 100. `ended`: the model closed the text itself."""
-        words, norms, length = self._vectors(_ngrams(_words(text, ended)))
-        total = 0.0
+        vectors = self._vectors(_ngrams(_words(text, ended)))
+        return self._score(vectors, self._references[key])
+
+    def agreement(self, key: str) -> list[float]:
+        """The score of each of a picture's references against its others."""
         references = self._references[key]
+        return [
+            self._score(one, references[:i] + references[i + 1 :])
+            for i, one in enumerate(references)
+        ]
+
+    def _score(self, vectors: tuple, references: Sequence[tuple]) -> float:
+        words, norms, length = vectors
+        total = 0.0
         for other, other_norms, other_length in references:
             near = math.exp(-((length - other_length) ** 2) / (2 * _SIGMA**2))
             products = [0.0] * _LONGEST

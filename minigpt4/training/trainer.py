@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt4.config import ModelConfig, Schedule
+from minigpt4.config import ModelConfig, PooledMap, Schedule
 from minigpt4.errors import UserError
 from minigpt4.llm import cpu_dtype
 from minigpt4.model import MiniGPT4
@@ -42,6 +42,12 @@ class Recipe:
 
     instructions: one is drawn for each picture and step, for texts without their own; empty: the
     published first stage, bare image embeddings and cleaned, lower-cased captions.
+    consensus: where above 0, a picture's captions count by how well they agree with its others:
+    a softmax of their CIDEr (see `selfcritical`) at this temperature, 1 on average.
+    denoise: where above 0, features pass through Wiener's filter against what differs between a
+    picture and its mirror image, this many times over; the filter becomes part of the weights.
+    eigenbasis: let AdamW work in the eigenbasis of the features' covariance, where its own scaling
+    of each weight whitens them (as SOAP does, Vyas et al., 2024, for the inputs alone).
     replay_share: of each batch, pictures out of `Trainer.replay`. samples: where above 1, those of
     them that have several captions are not taught these: as many answers are drawn at
     `sample_temperature`, and made likelier or less by their CIDEr (see `selfcritical`),
@@ -53,6 +59,9 @@ class Recipe:
     seed: int = 42
     checkpoint_every: int = 200
     blend: float = 1.0  # of what was learned in the projection written; the rest is the start's
+    consensus: float = 0.0
+    denoise: float = 0.0
+    eigenbasis: bool = False
     replay_share: float = 0.0
     samples: int = 0
     sample_temperature: float = 0.6
@@ -181,7 +190,7 @@ class Trainer:
                 f"{world} processes: choose “--batch-size” as a multiple of {world}."
             )
         with self.accelerator.main_process_first():
-            self.views = 2 if recipe.mirror else 1
+            self.views = 2 if recipe.mirror or recipe.denoise else 1
             self.sources = [
                 Features(model, source, self.views, feature_cache, self.main, recipe.crop)
                 for source in (examples, replay)
@@ -189,6 +198,13 @@ class Trainer:
         if model.device.type == "cpu":  # fused attention's backward is many times slower there
             model.llm.set_attn_implementation("eager")
         projection = model.projection.float().requires_grad_(True)
+        self.start = {k: v.detach().clone() for k, v in projection.state_dict().items()}
+        self.identity = self._identity()
+        self.basis: Tensor | None = None  # what features are multiplied with
+        if recipe.eigenbasis or recipe.denoise:
+            eigenvectors, clean = self._basis()
+            self.basis = clean.T @ eigenvectors
+            projection.weight.data = projection.weight.data @ eigenvectors
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [projection.weight], "weight_decay": recipe.schedule.weight_decay},
@@ -197,18 +213,19 @@ class Trainer:
             lr=recipe.schedule.peak_lr,
             betas=recipe.schedule.betas,
         )
-        self.start = {k: v.detach().clone() for k, v in projection.state_dict().items()}
-        self.identity = self._identity()
         self.reward = None
         if recipe.samples == 1:
             raise UserError("“--samples” compares captions with each other: give 2 or more.")
-        if recipe.samples:
-            if model.config.template.stop[0] not in model.config.template.controls:
-                raise UserError(
-                    f"“--samples” needs answers that end in a token of their own, and those of "
-                    f"{model.config.name} end in “{model.config.template.stop[0]}”: leave it out."
-                )
-            self.reward = CiderReward({e.key: e.captions for e in replay})
+        stop = model.config.template.stop[0]
+        if recipe.samples and stop not in model.config.template.controls:
+            raise UserError(
+                f"“--samples” needs answers that end in a token of their own, and those of "
+                f"{model.config.name} end in “{stop}”: leave it out."
+            )
+        if recipe.samples or recipe.consensus:
+            captioned = [e for e in self.examples if len(e.captions) > 1]
+            self.reward = CiderReward({e.key: e.captions for e in captioned})
+        self._agreement: dict[str, dict[str, float]] = {}  # picture -> caption -> weight
         self.rewards: list[float] = []  # of the pictures answered since the start
         self.step = 0
         self.rows: list[dict[str, float]] = []  # loss.csv
@@ -221,26 +238,80 @@ class Trainer:
         lines = [self.model.config.name, repr(recipe), start.hexdigest(), data, str(self.counts)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    def _basis(self) -> tuple[Tensor, Tensor]:
+        """(eigenvectors of the features' covariance in columns, filter), each [projection_in] * 2.
+
+        Measured on up to 1,024 pictures. One-hot-like features (nano's classes) stay as they are:
+        theirs are nearly all alike, and rotating them would mix what is apart.
+        """
+        config, recipe = self.model.config, self.recipe
+        width = config.projection_in
+        if isinstance(config.bridge, PooledMap):
+            width -= config.vision.classes
+        draw = random.Random(recipe.seed)
+        chosen = draw.sample(range(len(self.examples)), min(1024, len(self.examples)))
+        covariance, noise = torch.zeros(2, width, width, device=self.model.device)
+        for start in range(0, len(chosen), 64):
+            part = chosen[start : start + 64]
+            vectors = self.features([(index, 0) for index in part])[..., :width].float()
+            covariance += _products(vectors)
+            if recipe.denoise:
+                mirrored = self.features([(index, 1) for index in part])[..., :width].float()
+                noise += _products(vectors - self._turned_back(mirrored)) / 2
+        basis, clean = torch.eye(config.projection_in, device=self.model.device).repeat(2, 1, 1)
+        if recipe.eigenbasis:
+            basis[:width, :width] = torch.linalg.eigh(covariance / len(chosen)).eigenvectors
+        if recipe.denoise:
+            floor = torch.eye(width, device=self.model.device) * covariance.trace() / width * 1e-3
+            both = covariance + recipe.denoise * noise + floor
+            clean[:width, :width] = torch.linalg.solve(both, covariance).T
+        return basis, clean
+
+    def _turned_back(self, mirrored: Tensor) -> Tensor:
+        """Features of mirror images, their cells where the picture itself has them."""
+        if not isinstance(self.model.config.bridge, PooledMap):
+            return mirrored
+        grid = self.model.config.bridge.grid
+        cells = mirrored[:, : grid * grid].unflatten(1, (grid, grid)).flip(2).flatten(1, 2)
+        return torch.cat([cells, mirrored[:, grid * grid :]], dim=1)
+
     # --- one step ---------------------------------------------------------------------------
 
-    def prompts(self, step: int, indices: Sequence[int]) -> tuple[list[list[Prompt]], list]:
-        """A step's training prompts, a row a picture, and the (example, view) pairs to encode.
+    def prompts(
+        self, step: int, indices: Sequence[int]
+    ) -> tuple[list[list[Prompt]], list[tuple[int, int]], list[list[float]]]:
+        """A step's training prompts, a row a picture, the (example, view) pairs to encode, and
+        how much each prompt counts.
 
         Draws depend on the seed, the step and the example alone: a resumed or a distributed run
         makes the same ones.
         """
         schedule = self.recipe.schedule
-        rows, chosen = [], []
+        rows, chosen, weights = [], [], []
+        # One draw a step: a picture's texts then share their prompt, and pictures can be answered
+        # together.
+        pick = random.Random(f"{self.recipe.seed} {step}").random()
         for place, index in enumerate(indices):
             draw = random.Random(f"{self.recipe.seed} {step} {place} {index}")
             example = self.examples[index]
-            pick = draw.random()  # one draw a picture: its texts then share their prompt
             texts = draw.sample(example.texts, min(schedule.texts_per_picture, len(example.texts)))
             # The same picture may stand twice in a batch, so its place is part of the key.
             ref = ImageRef(f"{place:x}")
             rows.append([self._prompt(ref, text, pick) for text in texts])
             chosen.append((index, draw.randrange(self.views)))
-        return rows, chosen
+            weights.append(self._consensus(example, texts))
+        return rows, chosen, weights
+
+    def _consensus(self, example: Example, texts: Sequence[Text]) -> list[float]:
+        """How much each of a picture's texts counts."""
+        captions = example.captions
+        if not self.recipe.consensus or len(captions) < 2:
+            return [1.0] * len(texts)
+        if example.key not in self._agreement:
+            scores = torch.tensor(self.reward.agreement(example.key))
+            shares = (scores / self.recipe.consensus).softmax(0) * len(captions)
+            self._agreement[example.key] = dict(zip(captions, shares.tolist(), strict=True))
+        return [self._agreement[example.key].get(text.answer, 1.0) for text in texts]
 
     def features(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
         """(example, view) pairs -> features [pictures, image_tokens, projection_in]."""
@@ -254,7 +325,8 @@ class Trainer:
             parts.append(replay([(i - count, v) for i, v in chosen if i >= count], seed))
         joined = torch.cat(parts)  # examples first, then replay: back into the order asked for
         order = sorted(range(len(chosen)), key=lambda place: old[place])
-        return joined[torch.tensor(order, device=joined.device).argsort()]
+        joined = joined[torch.tensor(order, device=joined.device).argsort()]
+        return joined if self.basis is None else joined.float() @ self.basis
 
     def _prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
         config: ModelConfig = self.model.config
@@ -278,12 +350,13 @@ class Trainer:
         indices: the whole batch; each process takes its share.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows, chosen = self.prompts(step, indices)
-        rows, chosen = rows[rank::world], chosen[rank::world]
+        rows, chosen, weights = (part[rank::world] for part in self.prompts(step, indices))
         index = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
         features = self.features(chosen, f"{self.recipe.seed} {step}")
-        scored = self.score_samples(step, rows, chosen, features) if self.reward else ()
-        batch = pack(rows, index, *scored).to(self.model.device)
+        temperatures = [[1.0] * len(row) for row in rows]
+        if self.recipe.samples:
+            self.score_samples(step, rows, chosen, features, weights, temperatures)
+        batch = pack(rows, index, weights, temperatures).to(self.model.device)
         mean = self.model.training_loss(features, batch)
         count = torch.tensor(float(len(batch.targets)), device=self.model.device)
         total = self.accelerator.reduce(count, "sum")
@@ -299,14 +372,14 @@ class Trainer:
         rows: list[list[Prompt]],
         chosen: Sequence[tuple[int, int]],
         features: Tensor,
-    ) -> tuple[list[list[float]], list[list[float]]]:
+        weights: list[list[float]],
+        temperatures: list[list[float]],
+    ) -> None:
         """Put drawn answers in the place of the replayed pictures' captions, in `rows`.
 
-        For all prompts: their weights (1, or the drawn answers' advantages) and temperatures.
+        Their advantages come into `weights`, and the temperature they were drawn at.
         """
         recipe, limit = self.recipe, self.recipe.schedule.max_caption_tokens
-        weights = [[1.0] * len(row) for row in rows]
-        temperatures = [[1.0] * len(row) for row in rows]
         replayed = [
             i
             for i, (example, _) in enumerate(chosen)
@@ -344,7 +417,6 @@ class Trainer:
                 rows[i] = [_answered(_question(rows[i][0]), ids) for ids in answers]
                 weights[i] = [recipe.reward_weight * a for a in advantages(rewards)]
                 temperatures[i] = [recipe.sample_temperature] * len(answers)
-        return weights, temperatures
 
     # --- the run ----------------------------------------------------------------------------
 
@@ -403,6 +475,7 @@ class Trainer:
             return
         state = {
             "projection": self.model.projection.state_dict(),
+            "basis": self.basis,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "identity": self.identity,
@@ -412,6 +485,8 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(self.out / "checkpoint.pt")
         weights = projection_tensors(self.model)
+        if self.basis is not None:
+            weights["weight"] = weights["weight"].detach() @ self.basis.T
         for name, start in self.start.items():  # weight averaging: WiSE-FT, Wortsman et al., 2022
             weights[name] = torch.lerp(start, weights[name].detach(), self.recipe.blend)
         weights = {k: v.half() for k, v in weights.items()}
@@ -440,9 +515,16 @@ class Trainer:
                 "options, or another folder by “--out”."
             )
         self.model.projection.load_state_dict(state["projection"])
+        self.basis = state["basis"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows = state["step"], state["rows"]
         return True
+
+
+def _products(vectors: Tensor) -> Tensor:
+    """[pictures, image_tokens, width] -> the sum of the vectors' outer products."""
+    vectors = vectors.flatten(0, 1)
+    return vectors.T @ vectors
 
 
 def _question(prompt: Prompt) -> Prompt:

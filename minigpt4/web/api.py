@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and GET /v1/models, as OpenAI's clients expect them."""
+"""POST /v1/chat/completions and GET /v1/models, as OpenAI's clients expect them, and described."""
 
 import asyncio
 import logging
@@ -16,6 +16,7 @@ from starlette.routing import Route
 from minigpt4.chat import Answer
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
+from minigpt4.web import openapi
 from minigpt4.web.api_errors import SORRY, error_response, failure, json_response
 from minigpt4.web.asking import Asking
 from minigpt4.web.chat_reply import Reply
@@ -23,7 +24,7 @@ from minigpt4.web.chat_request import parse, read_json
 from minigpt4.web.keys import Keys
 
 BODY_SECONDS = 120  # to send a request
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 BESIDE_PICTURES = 2**20  # bytes of a request for its text
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Api:
             self._route("/v1/chat/completions", self._complete, ["POST"]),
             self._route("/v1/models", self._models, ["GET"]),
             self._route("/v1/models/{name:path}", self._model, ["GET"]),
+            self._route("/v1/openapi.json", self._openapi, ["GET"]),
             self._route("/v1/{other:path}", self._other, METHODS),
             self._route("/v1", self._other, METHODS),
         ]
@@ -85,11 +87,14 @@ class Api:
         """No endpoint, or not with this method."""
         path = request.path_params.get("other", "")
         method = "POST" if path == "chat/completions" else "GET"
-        if path == "chat/completions" or path.partition("/")[0] == "models":
+        if path == "chat/completions" or path.partition("/")[0] in ("models", "openapi.json"):
             sentence = f"This endpoint takes {method} only."
             return error_response(405, sentence, "wrong_method", {"Allow": method})
-        sentence = "There is no such endpoint: there are chat/completions and models."
+        sentence = "There is no such endpoint: /v1/openapi.json describes those that there are."
         return error_response(404, sentence, "unknown_endpoint")
+
+    async def _openapi(self, request: Request) -> Response:
+        return json_response(openapi.description())
 
     # --- models --------------------------------------------------------------------------------
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.utils import get_upload_folder
 from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
 from minigpt4.web.asking import Asking
 from minigpt4.web.chat_request import parse
+from minigpt4.web.uploads import uploaded
 
 DESCRIPTION = (
     "Ask about a picture. history: messages {role, content} before this one, as OpenAI's API has "
@@ -72,8 +72,9 @@ async def _files(image: Any) -> list[bytes]:
     if image is None:
         return []
     path = image.get("path") if isinstance(image, dict) else getattr(image, "path", None)
-    folder = Path(get_upload_folder()).resolve()
-    file = Path(path).resolve() if isinstance(path, str) else None
-    if file is None or not file.is_relative_to(folder) or not file.is_file():
-        raise UserError("image must be an uploaded file: use gradio_client's handle_file.")
+    try:
+        file = Path(uploaded(path))
+    except UserError:
+        sentence = "image must be an uploaded file: use gradio_client's handle_file."
+        raise UserError(sentence) from None
     return [await run_in_threadpool(file.read_bytes)]

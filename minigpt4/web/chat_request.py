@@ -220,7 +220,7 @@ def _same(value: Any, allowed: Any) -> bool:
 
 
 def _short(name: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in name[:40])
+    return "".join(c if c.isprintable() and c not in "<>" else "?" for c in name[:40])
 
 
 def _no_constant(name: str) -> None:

@@ -1,245 +1,200 @@
-"""The chat page: what visitors see, say and stop. It asks `chat`, which asks the engine."""
+"""The chat page: its parts, and which of them calls what. The handlers are in the files beside."""
 
 import argparse
-import html
-import logging
-from collections.abc import Iterator
-from functools import partial
+from typing import TYPE_CHECKING
 
 import gradio as gr
 from gradio.events import Events
 
-from minigpt4 import start
-from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
+from minigpt4.web import controls, sweep, texts
 from minigpt4.web.chat_endpoint import add_chat_endpoint
+from minigpt4.web.examples import FOLDER, examples
+from minigpt4.web.feedback import Feedback, Ratings
+from minigpt4.web.files import Files
+from minigpt4.web.loading import Loading
+from minigpt4.web.panel import Panel
 from minigpt4.web.server import Server
 from minigpt4.web.session import Session
+from minigpt4.web.shown import ASSETS
+from minigpt4.web.texts import label, say
+from minigpt4.web.turns import Turns
 
-KEPT_SECONDS = 24 * 3600  # conversations and uploaded files of visitors who have gone quiet
-ANSWERS_AT_ONCE = 8
+if TYPE_CHECKING:
+    from minigpt4.engine import Engine
+
 FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]  # those some systems do not know
-INSTRUCTIONS = (
-    "Describe this image in detail.",
-    "Write a short poem about this image.",
-    "What is unusual about this image?",
-    "Write an advertisement for this.",
+# Seconds that a connection waits for its next request: longer than a proxy keeps it (nginx: 60), or
+# a question that is sent while the server closes it meets a reset. Uvicorn's default is 5.
+KEEP_ALIVE = 75
+# Whatever an answer holds, the browser fetches nothing from elsewhere, and no frame leads anywhere.
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'none'; "
+    "object-src 'none'; form-action 'self'"
 )
-WELCOME = "## Chat about a picture\nAdd one with the clip, or paste or drop it below; then ask."
-SORRY = "Something went wrong while answering; please try again."
-# Sampling's field -> label, what it does, lowest, highest, step
-SLIDERS = {
-    "temperature": ("Temperature", "0 takes the likeliest word; higher varies more.", 0, 2, 0.05),
-    "top_p": ("Top-p", "Lower leaves unlikely words out; 1 keeps them all.", 0.05, 1, 0.05),
-    "repetition_penalty": ("Repetition penalty", "Above 1 repeats words less.", 1, 2, 0.05),
-    "max_new_tokens": ("Longest answer", "In tokens; a word is one or two.", 10, 1000, 10),
-    "num_beams": ("Beams", "Above 1 weighs several answers, shown when done.", 1, 8, 1),
+LOOK = {  # for Blocks.launch, or gr.mount_gradio_app
+    "theme": gr.themes.Default(
+        primary_hue="teal", font=["sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ),
+    # The style stands here, not in `css`: Gradio would prefix its selectors, `body` among them.
+    "head": f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+    f"<style>\n{(ASSETS / 'page.css').read_text(encoding='utf-8')}</style>\n"
+    + "".join(
+        f"<script>\n{(ASSETS / name).read_text(encoding='utf-8')}</script>\n"
+        for name in ("names.js", "page.js")
+    ),
+    "i18n": texts.I18N,
+    "allowed_paths": [str(FOLDER)],  # from whichever folder the program is started
 }
-THEME = gr.themes.Default(
-    primary_hue="teal", font=["sans-serif"], font_mono=["ui-monospace", "monospace"]
-)
-# Gradio's own clear button would empty the page only; its share button is for Hugging Face.
-CSS = """
-.gradio-container { --font: system-ui, sans-serif; }
-.main { max-width: 60rem !important; margin: 0 auto; padding: 1rem min(3vw, 2rem) !important; }
-#head { align-items: center; flex-wrap: nowrap; }
-#head .html-container { padding: 0; }
-#head b { font-size: 1.25rem; margin-right: 0.5rem; }
-#head small { opacity: 0.65; display: inline-block; }
-#chat { min-height: 20rem; }
-#chat .wrapper > .icon-button-wrapper, #chat .message-buttons-right { display: none; }
-#chat .placeholder { text-align: center; }
-#chat .examples { grid-template-columns: repeat(2, minmax(0, 1fr)); max-width: 100%; }
-#chat .example { padding: 0.6rem 0.9rem; }
-#chat .message img { max-height: 16rem; width: auto; }
-"""
-
-# Whatever an answer holds, the browser fetches nothing from elsewhere.
-HEAD = """<meta http-equiv="Content-Security-Policy" content="
-default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
-
-log = logging.getLogger(__name__)
+NAME = "<h1>MiniGPT-4</h1><small>${value}</small>"
+# A status line that screen readers read out.
+LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+WIDE = "() => ({__type__: 'update', open: innerWidth >= 1100})"
 
 
-def _warn(error: UserError) -> None:
-    gr.Warning(html.escape(str(error)))  # Gradio shows it as HTML
+def build_page(
+    source: "Engine | Loading", feedback: Feedback | None = None, server: Server | None = None
+) -> gr.Blocks:
+    """The page of an engine, there already or still being loaded; `serve` serves it.
 
-
-def attach(value: dict, session: Session) -> tuple[Session, dict]:
-    """Read pictures as soon as they are uploaded; those that cannot be read leave the box."""
-    good = []
-    for path in value["files"]:
-        try:
-            session.read(path)
-            good.append(path)
-        except UserError as error:
-            _warn(error)
-    all_good = len(good) == len(value["files"])  # then the box stays alone: someone is typing there
-    return session, gr.skip() if all_good else {"text": value["text"], "files": good}
-
-
-def encode(engine: Engine, session: Session) -> None:
-    """Have the uploaded pictures encoded while their question is still being typed."""
-    for picture in list(session.uploads.values()):
-        try:
-            engine.encode(picture)
-        except Exception:  # only a head start: the answer will tell
-            log.exception("while encoding a picture")
-
-
-def respond(
-    engine: Engine, names: list[str], value: dict, session: Session, *settings: float | str | None
-) -> Iterator[tuple]:
-    """Ask, and stream the answer: (session, messages, box). Closing it ends the request.
-
-    names: the fields of Sampling that `settings` are.
+    With a server for programs, the page has the endpoint /chat as well.
     """
-    streamed = None
-    try:
-        sampling = _sampling(**dict(zip(names, settings, strict=True)))
-        streamed = session.ask(engine, value["text"], value["files"], sampling)
-        yield session, session.shown, _box(answering=True, value=None)
-        for _ in session.take(streamed):
-            yield gr.skip(), session.shown, gr.skip()
-    except UserError as error:
-        if streamed is None:
-            _warn(error)
-        else:
-            session.say(str(error))
-    except Exception:
-        log.exception("while answering")
-        session.say(SORRY)
-    finally:
-        if streamed is not None:
-            streamed.close()
-    yield gr.skip(), session.shown, _box(answering=False)
-
-
-def _sampling(seed: str | None = None, **settings: float) -> Sampling:
-    digits = (seed or "").strip()
-    if digits and not digits.isdecimal():
-        raise UserError("The seed must be a whole number, or empty for a new one each time.")
-    return Sampling(seed=int(digits) if digits else None, **settings)
-
-
-def stop(session: Session) -> dict:
-    """End the answer at its next step."""
-    session.stop()
-    return _box(answering=False)
-
-
-def _box(answering: bool, **changes: object) -> dict:
-    return gr.update(submit_btn=not answering, stop_btn=answering, **changes)
-
-
-def fill(value: dict, example: gr.SelectData) -> dict:
-    """A clicked instruction goes into the box, beside the pictures that are there."""
-    return {"text": example.value["text"], "files": value["files"]}
-
-
-def new_chat() -> tuple[Session, list, dict]:
-    """Nothing said, nothing attached."""
-    return Session(), [], _box(answering=False, value=None)
-
-
-def build_page(engine: Engine, server: Server | None = None) -> gr.Blocks:
-    """The page, with the endpoint /chat where there is a server for programs; `launch` serves."""
-    event = {"api_visibility": "private", "show_progress": "hidden"}
-    with gr.Blocks(
-        title="MiniGPT-4",
-        fill_height=True,
-        analytics_enabled=False,
-        delete_cache=(3600, KEPT_SECONDS),
-    ) as page:
-        session = gr.State(Session(), time_to_live=KEPT_SECONDS)
+    loading = source if isinstance(source, Loading) else Loading.done(source)
+    # Questions wait in the engine's own queue, which knows their places, not in Gradio's.
+    event = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+    with gr.Blocks(title="MiniGPT-4", fill_height=True, analytics_enabled=False) as page:
+        session = gr.State(Session(), time_to_live=sweep.KEPT_SECONDS)
         with gr.Row(elem_id="head"):
-            gr.HTML(f"<b>MiniGPT-4</b><small>{_describe(engine)}</small>")
-            fresh = gr.Button("New chat", size="sm", scale=0, min_width=96)
+            name = gr.HTML(controls.short(loading), html_template=NAME)
+            fresh = gr.Button(label("new_chat"), size="sm", scale=0, min_width=96)
         chatbot = gr.Chatbot(
             elem_id="chat",
             scale=1,
             show_label=False,
-            label="Conversation",
-            placeholder=WELCOME,
-            examples=[{"text": text} for text in INSTRUCTIONS],
+            label=label("conversation"),
+            placeholder=label("welcome"),
+            examples=examples(None),
             buttons=["copy"],
+            editable="user",
             allow_file_downloads=False,
-            feedback_options=None,
+            feedback_options=("Like", "Dislike") if feedback else None,
+            group_consecutive_messages=False,
+        )
+        if feedback:
+            ratings = Ratings(loading, feedback)
+        with gr.Row(elem_id="under"):
+            status = gr.HTML("", elem_id="status", js_on_load=LIVE)
+            camera_button = gr.Button(label("camera"), size="sm", scale=0, min_width=72)
+        camera_open = gr.State(False)
+        camera = gr.Image(
+            sources=["webcam"],
+            type="filepath",
+            label=label("take_picture"),
+            visible="hidden",  # made anew each time, Gradio's camera loses pictures
+            elem_id="camera",
+            height=320,
+            webcam_options=gr.WebcamOptions(mirror=False),
         )
         box = gr.MultimodalTextbox(
             elem_id="box",
             show_label=False,
-            label="Message",
-            placeholder="Ask about your picture…",
+            label=label("message"),
+            placeholder=label("ask_here"),
             file_types=FILE_TYPES,
             file_count="multiple",
             max_plain_text_length=100_000,
             autofocus=True,
         )
-        with gr.Accordion("Settings", open=False):
-            settings = _settings(start.default_sampling(engine.model.config))
+        with gr.Sidebar(open=False, position="right", width="24rem", elem_id="panel") as sidebar:
+            panel = Panel(loading)
+
+        turns = Turns(loading, [name for name in panel.settings if name != "system"])
+        files = Files(loading, turns)
+        given = list(panel.settings.values())
+        answered = [chatbot, box, status]
+        replaced = [session, *answered]
+        answering = [
+            box.submit(turns.ask, [box, session, *given], answered, **event),
+            chatbot.retry(turns.retry, [session, *given], answered, **event),
+            chatbot.edit(turns.edit, [session, *given], answered, **event),
+            chatbot.option_select(turns.option, [session, *given], answered, **event),
+        ]
+        box.stop(turns.stop, session, None, **event)
+        undoing = chatbot.undo(turns.undo, session, answered, **event)
+        for said in (*answering, undoing):
+            said.then(panel.record, session, panel.keeper, **event)
 
         attaching = Events.upload.listener(
-            box, attach, [box, session], [session, box], trigger_mode="always_last", **event
-        )
-        attaching.then(partial(encode, engine), session, trigger_mode="multiple", **event)
-        chatbot.example_select(fill, box, box, **event)
-        responding = box.submit(
-            partial(respond, engine, list(settings)),
-            [box, session, *settings.values()],
-            [session, chatbot, box],
+            box,
+            files.attach,
+            [box, session],
+            [box, status],
+            trigger_mode="always_last",
             **event,
         )
-        box.stop(stop, session, box, cancels=responding, **event)
-        going_on = [responding, attaching]
-        fresh.click(new_chat, None, [session, chatbot, box], cancels=going_on, **event)
+        filling = chatbot.example_select(files.fill, [box, session], [box, status], **event)
+        camera_button.click(files.show_camera, camera_open, [camera_open, camera], **event)
+        taking = camera.change(
+            files.photograph, [camera, box, session], [box, camera_open, camera, status], **event
+        )
+        for came in (attaching, filling, taking):
+            came.then(files.encode, session, status, trigger_mode="multiple", **event)
+
+        for left in (
+            fresh.click(files.new_chat, session, replaced, **event),
+            panel.recent.select(files.reopen, session, replaced, **event),
+            panel.upload.upload(files.open, [panel.upload, session], replaced, **event),
+        ):
+            left.then(panel.clear_website, None, panel.site, **event)
+        panel.wire(sidebar, chatbot, session, event)
+        if feedback:
+            ratings.wire(chatbot, session, event)
+
+        greeted = [name, panel.model, *(panel.settings[s] for s in controls.SLIDERS)]
+        known_when_built = loading.engine is not None
+
+        def greet(request: gr.Request) -> list:
+            """What was not known, or not in the visitor's language, when the page was built."""
+            return [
+                gr.Chatbot(examples=examples(request)),
+                gr.Radio(choices=controls.preset_choices(request)),
+                *known(request),
+            ]
+
+        def known(request: gr.Request) -> list:
+            values = list(controls.sampling_values(loading.engine).values())
+            if known_when_built:  # a visitor may have moved them already
+                values = [gr.skip()] * len(values)
+            return [controls.short(loading), controls.describe(loading, request), *values]
+
+        def look(request: gr.Request) -> list:
+            """How far the model is."""
+            if loading.engine is not None:
+                return [say("ready", request), gr.Timer(active=False), *known(request)]
+            if loading.error is not None:
+                return [str(loading.error), gr.Timer(active=False)] + [gr.skip()] * len(greeted)
+            line = say("loading", request, step=loading.step, seconds=loading.seconds)
+            return [line, gr.skip()] + [gr.skip()] * len(greeted)
+
+        page.load(greet, None, [chatbot, panel.preset, *greeted], **event)
+        page.load(None, None, sidebar, js=WIDE)
+        if loading.engine is None:
+            timer = gr.Timer(0.5)
+            timer.tick(look, None, [status, timer, *greeted], **event)
         if server is not None:
             add_chat_endpoint(server.asking)
     return page
 
 
-def _describe(engine: Engine) -> str:
-    model = engine.model
-    precision = "unquantised" if model.quantize == "none" else model.quantize
-    return html.escape(f"{model.config.name} · {precision} · {model.device}")
-
-
-def _settings(default: Sampling) -> dict[str, gr.components.Component]:
-    """Sampling's field -> its control, rendered where this is called."""
-    controls = {}
-    with gr.Row():
-        for name, (label, info, low, high, step) in SLIDERS.items():
-            controls[name] = gr.Slider(
-                low,
-                high,
-                getattr(default, name),
-                step=step,
-                precision=0 if isinstance(step, int) else None,
-                label=label,
-                info=info,
-                min_width=240,
-            )
-        controls["seed"] = gr.Textbox(
-            label="Seed",
-            placeholder="random",
-            info="The same number gives the same answer again.",
-            min_width=240,
-        )
-    return controls
-
-
 def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
-    """Start the page, and the server's endpoints, in the background; the address here."""
-    page.queue(max_size=options.max_queue, default_concurrency_limit=ANSWERS_AT_ONCE)
+    """Start the server in the background, endpoints for programs included; its address here."""
+    page.queue(max_size=None, default_concurrency_limit=None)
     try:
         _, address, _ = page.launch(
             server_name=options.host,
             server_port=options.port,
             share=options.share,
             max_file_size=options.max_upload_mb * 2**20,
-            theme=THEME,
-            css=CSS,
-            head=HEAD,
             footer_links=[],
             show_error=False,
             quiet=True,
@@ -247,18 +202,23 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
             ssr_mode=False,
             run_history=False,
             enable_monitoring=False,
-            **(server.launching if server is not None else {}),
+            **LOOK,
+            **(server.launching if server else {}),
         )
     except (OSError, OverflowError):
         raise UserError(
             f"Port {options.port} of {options.host} cannot be used, or is used already: choose "
             "another with --port or --host."
         ) from None
+    # Gradio has no option for it; connections read it when they are made.
+    page.server.config.timeout_keep_alive = KEEP_ALIVE
     return address.rstrip("/")
 
 
-def launch(page: gr.Blocks, options: argparse.Namespace, server: Server) -> None:
-    """Serve the page until the program is interrupted, or told to end."""
+def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, server: Server) -> None:
+    """Serve until the program is told to end. Raises what keeps the model from loading."""
     with server.until_terminated(page):
         print(f"Open {serve(page, options, server)}", flush=True)
+        loading.start()
+        loading.wait()
         page.block_thread()

@@ -10,16 +10,19 @@ from typing import Any, NoReturn
 
 import gradio as gr
 from gradio import processing_utils
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute
 
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
-from minigpt4.web.api import Api
 from minigpt4.web.asking import Asking
-from minigpt4.web.health import Health
+from minigpt4.web.endpoints import endpoints
 from minigpt4.web.image_url import ImageUrls
 from minigpt4.web.keys import Keys
-from minigpt4.web.metrics import Metrics
+from minigpt4.web.limits import Limits
+from minigpt4.web.sweep import sweeping
 
 LAST_WORDS = 0.5  # seconds for what was answered to reach the page
 
@@ -49,20 +52,19 @@ class Server:
     @property
     def routes(self) -> list[BaseRoute]:
         """They stand before the page's own."""
-        api = Api(self.asking, self._keys, self._max_bytes)
-        metrics = Metrics(self._find_engine, api.responses, self._keys)
-        return [
-            *api.routes,
-            *Health(self._find_engine).routes,
-            *metrics.routes,
-        ]
+        return endpoints(self.asking, self._keys, self._max_bytes)
 
     @property
     def launching(self) -> dict[str, Any]:
         """Arguments of `gr.Blocks.launch`, which knows how to share, to log in and to be mounted
         under a path: the endpoints become routes of the application that it makes."""
         return {
-            "app_kwargs": {"routes": self.routes},
+            "app_kwargs": {
+                "routes": self.routes,
+                "lifespan": sweeping,
+                "exception_handlers": {KeyError: _no_such_event},
+                "middleware": [Middleware(Limits, max_bytes=self._max_bytes)],
+            },
             "auth": self._auth,
             "root_path": self._options.root_path,
         }
@@ -92,6 +94,13 @@ class Server:
             engine.close()
             time.sleep(LAST_WORDS)
         page.close(verbose=False)
+
+
+async def _no_such_event(request: Request, error: KeyError) -> Response:
+    """Gradio looks an event's number up before it knows whether there is one."""
+    if request.url.path.endswith("/queue/join"):
+        return PlainTextResponse("The page has no such event: load it again.\n", 404)
+    raise error
 
 
 async def _fetch_nothing(url: str) -> NoReturn:

@@ -1,40 +1,64 @@
-"""One visitor's conversation, and what the page shows of it."""
+"""One visitor's conversation: how it is asked, asked again, changed and written down."""
 
-import html
-import re
+import asyncio
+import secrets
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-from gradio.processing_utils import save_pil_to_cache
-from gradio.utils import get_upload_folder
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from minigpt4 import image
 from minigpt4.chat import Answer, Conversation, ask
-from minigpt4.engine import Engine, Sampling
+from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.prompt import Message
+from minigpt4.web import preview
+from minigpt4.web.limits import FILES_AT_ONCE
 
+if TYPE_CHECKING:
+    from minigpt4.engine import Engine, Sampling
+
+KEPT_SIDE = 2048  # pixels; longer pictures are kept smaller once the engine has seen them
 SECONDS_PER_UPDATE = 0.05  # the page shows new words this often, at most
-THUMBNAIL_SIDE = 512
-SILENT = "The model had nothing to say; try other words."
+SECONDS_PER_LOOK = 0.3  # how often the place in the queue is looked up
+MIDWAY = {"length", "time", "closed"}  # how an answer ends that may be continued
+
+
+@dataclass
+class Remark:
+    """A line of the page's own, shown before the message `before`; the model never sees it."""
+
+    before: int
+    text: str
 
 
 @dataclass
 class Session:
-    """One visitor's: the conversation, the page's view of it, and pictures not yet sent.
+    """One visitor's: the conversation, what the page says beside it, pictures not yet sent.
 
-    What the page says for itself is in `shown` and never reaches the model.
+    Whatever fails before the engine takes a question leaves all of it as it was.
     """
 
     conversation: Conversation = field(default_factory=Conversation)
-    shown: list[dict] = field(default_factory=list)  # as gr.Chatbot has them
+    remarks: list[Remark] = field(default_factory=list)
     uploads: dict[str, Picture] = field(default_factory=dict)  # by file
-    answer: Answer | None = None  # the one being given
+    files: dict[str, str] = field(default_factory=dict)  # picture's key -> the file it came from
+    answer: Answer | None = None  # the one being given, or the last one
+    busy: bool = False  # an answer is being given
+    successor: "Session | None" = None  # what the page shows instead of this one
+    ended: str = ""  # how the last answer ended
+    name: str = ""  # among the visitor's recent conversations; given with the first question
 
-    def say(self, text: str) -> None:
-        """A small line of the page's own."""
-        self.shown.append({"role": "assistant", "content": f"<small>{html.escape(text)}</small>"})
+    def remark(self, text: str) -> None:
+        """Say something at the conversation's end."""
+        self.remarks.append(Remark(len(self.conversation.messages), text))
+
+    def leave(self, successor: "Session") -> "Session":
+        """The page goes over to another conversation; what is being answered here ends."""
+        self.successor = successor
+        self.stop()
+        return successor
 
     def stop(self) -> None:
         """End the answer being given, at once, whichever thread is giving it."""
@@ -44,49 +68,158 @@ class Session:
     def read(self, path: str) -> Picture:
         """The picture in an uploaded file, decoded once."""
         if path not in self.uploads:
-            self.uploads[path] = image.load(path)
+            picture = image.load(path)
+            self.uploads[path] = picture
+            self.files[picture.key] = path
         return self.uploads[path]
 
-    def ask(self, engine: Engine, text: str, files: list[str], sampling: Sampling) -> Answer:
-        """Put a question. UserError, and nothing has changed, where it cannot be asked."""
-        old = self.conversation
+    def shrink_uploads(self) -> None:
+        """The engine has seen them: what is still to be shown needs less memory."""
+        for path, picture in [*self.uploads.items()]:
+            self.uploads[path] = image.smaller(picture, KEPT_SIDE)
+
+    @property
+    def last(self) -> str:
+        """The last answer, "" where there is none."""
+        return self.said(len(self.conversation.messages) - 1)
+
+    def said(self, index: int) -> str:
+        """The text of an answer; "" where message `index` is none."""
+        messages = self.conversation.messages
+        if not 0 <= index < len(messages) or messages[index].role != "assistant":
+            return ""
+        return "".join(p for p in messages[index].parts if isinstance(p, str))
+
+    @property
+    def websites(self) -> list[str]:
+        """The HTML in each answer that holds some, in order."""
+        found = (preview.website(self.said(i)) for i in range(len(self.conversation.messages)))
+        return [site for site in found if site]
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether the last answer was cut off."""
+        return bool(self.last) and self.ended in MIDWAY
+
+    def asking(self, text: str, files: list[str]) -> Conversation:
+        """The conversation with another question. UserError where a file is no picture."""
         pictures = [self.read(path) for path in files]
-        conversation = Conversation([*old.messages], {**old.pictures}, old.system)
+        conversation = self._until(len(self.conversation.messages))
         conversation.add_question(text, pictures)
-        self.answer = answer = ask(engine, conversation, sampling)
-        content = [_thumbnail(p) for p in pictures] + ([literal(text)] if text.strip() else [])
-        conversation.add_answer("")  # `take` writes it
-        self.conversation, self.uploads = conversation, {}
-        self.shown.append({"role": "user", "content": content})
+        if len(conversation.pictures) > FILES_AT_ONCE:
+            raise UserError(f"A conversation may hold at most {FILES_AT_ONCE} pictures.")
+        return conversation
+
+    def asking_again(self) -> Conversation:
+        """The conversation up to its last question."""
+        return self._until(self._last_question() + 1)
+
+    def editing(self, index: int, text: str) -> Conversation:
+        """The conversation up to question `index`, with another text and the same pictures."""
+        messages = self.conversation.messages
+        if not 0 <= index < len(messages) or messages[index].role != "user":
+            raise UserError("Only a question can be edited.")
+        question = messages[index]
+        if not text.strip() and not question.images:
+            raise UserError("The message is empty: write a question.")
+        conversation = self._until(index)
+        parts = question.images + ((text.strip(),) if text.strip() else ())
+        conversation.messages.append(Message("user", parts))
+        return conversation
+
+    def continuing(self) -> Conversation:
+        """The conversation as it is: its last answer will go on."""
+        return self._until(len(self.conversation.messages))
+
+    def undo(self) -> tuple[str, list[str]]:
+        """Take the last question and its answer back: its text and its pictures' files."""
+        index = self._last_question()
+        question = self.conversation.messages[index]
+        self.keep(self._until(index))
+        self.ended = ""
+        text = "\n".join(p for p in question.parts if isinstance(p, str))
+        return text, [self.files[i.key] for i in question.images if i.key in self.files]
+
+    def _last_question(self) -> int:
+        asked = [i for i, m in enumerate(self.conversation.messages) if m.role == "user"]
+        if not asked:
+            raise UserError("Nothing has been asked yet.")
+        return asked[-1]
+
+    def _until(self, end: int) -> Conversation:
+        old = self.conversation
+        return Conversation(old.messages[:end], {**old.pictures}, old.system)
+
+    def keep(self, conversation: Conversation) -> None:
+        """Make this the conversation; remarks on what is gone go too."""
+        self.conversation = conversation
+        self.remarks = [r for r in self.remarks if r.before < len(conversation.messages)]
+
+    async def run(
+        self, engine: "Engine", conversation: Conversation, sampling: "Sampling"
+    ) -> AsyncIterator[None]:
+        """Have `conversation` answered and write the answer down as it comes.
+
+        Stops wherever there is something new to show, first when the question has been taken.
+        UserError before that changes nothing.
+        """
+        # A copy: the prompt is built from it in another thread.
+        answer = await asyncio.to_thread(ask, engine, conversation, sampling)
+        # The engine has its own hold of the pictures for as long as it needs them.
+        conversation.pictures = await asyncio.to_thread(_shrunk, conversation)
+        head = ""
+        if conversation.messages[-1].role == "assistant":
+            head = self.last
+        else:
+            conversation.add_answer("")
+        self.keep(conversation)
+        self.answer, self.ended, self.uploads = answer, "", {}
+        self.name = self.name or secrets.token_hex(8)
+        place = len(conversation.messages) - 1
         if answer.notice:
-            self.say(answer.notice)
-        return answer
+            self.remarks.append(Remark(place, answer.notice))
+        updated = 0.0
+        try:
+            yield
+            async with aclosing(_watched(answer)) as looks:
+                async for grown in looks:
+                    now = time.monotonic()
+                    if grown:
+                        self._write(place, head + answer.text)
+                    if now - updated > SECONDS_PER_UPDATE:
+                        yield
+                        updated = now
+        finally:
+            answer.close()
+            self.ended = answer.stop_reason or "closed"
+            text = head + answer.text
+            self._write(place, text if self.ended == "length" else text.strip())
 
-    def take(self, answer: Answer) -> Iterator[None]:
-        """Write the answer down as it comes; stops wherever there is something new to show."""
-        messages, bubble, updated = self.conversation.messages, None, 0.0
-        for _ in answer:
-            messages[-1] = Message("assistant", (answer.text.strip(),))
-            if bubble is None:
-                bubble = {"role": "assistant"}
-                self.shown.append(bubble)
-            bubble["content"] = literal(answer.text)
-            if time.monotonic() - updated > SECONDS_PER_UPDATE:
-                yield
-                updated = time.monotonic()
-        if bubble is None:
-            self.say(SILENT)
-
-
-def literal(text: str) -> str:
-    """Markdown that shows tags and picture links as they were written."""
-    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)  # code: every second
-    parts[::2] = [p.replace("<", "&lt;").replace("![", "!&#91;") for p in parts[::2]]
-    return "".join(parts)
+    def _write(self, place: int, text: str) -> None:
+        messages = self.conversation.messages
+        messages[place] = replace(messages[place], parts=(text,))
 
 
-def _thumbnail(picture: Picture) -> dict:
-    small = picture.rgb.copy()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    path = save_pil_to_cache(small, get_upload_folder(), "picture")
-    return {"path": path, "alt_text": "Your picture"}
+def _shrunk(conversation: Conversation) -> dict[str, Picture]:
+    return {key: image.smaller(p, KEPT_SIDE) for key, p in conversation.pictures.items()}
+
+
+async def _watched(answer: Answer) -> AsyncIterator[bool]:
+    """True whenever the answer grew, False now and then while nothing comes."""
+    pieces = aiter(answer)
+    coming = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(pieces, None))
+            done, _ = await asyncio.wait({coming}, timeout=SECONDS_PER_LOOK)
+            if not done:
+                yield False
+                continue
+            piece, coming = coming.result(), None
+            if piece is None:
+                return
+            yield True
+    finally:
+        if coming is not None:
+            answer.close()
+            coming.cancel()

@@ -1,0 +1,88 @@
+"""python -m benchmarks.fuzz pictures|requests --seconds N: coverage-guided, from tests/corpus.
+
+Atheris changes inputs so that they reach new lines of the loader (Pillow's Python among them) or of
+the API's parser. Whatever comes must be understood or be a `UserError` of one sentence; anything
+else ends the run with status 77, its traceback and the input, which is written to --found.
+"""
+
+import argparse
+import json
+import re
+import resource
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+CORPUS = Path(__file__).parent.parent / "tests" / "corpus"
+MEGABYTES = 4000  # of memory: more is a finding
+SLOW = 20  # seconds for one input: longer is a finding
+
+
+def main() -> None:
+    """Never returns: libFuzzer ends the process."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.fuzz")
+    parser.add_argument("target", choices=["pictures", "requests"])
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--found", default=".", metavar="FOLDER", help="where a finding is written")
+    options = parser.parse_args()
+    try:
+        import atheris
+    except ImportError:
+        sys.exit("atheris must be installed first: pip install -r requirements-dev.txt.")
+    with atheris.instrument_imports(include=["minigpt4", "PIL", "pillow_heif"]):
+        from minigpt4 import image  # noqa: F401
+        from minigpt4.web import chat_request  # noqa: F401
+    kept = tempfile.mkdtemp()  # what reached something new; tests/corpus stays as it is
+    shutil.copytree(CORPUS / options.target, kept, dirs_exist_ok=True)
+    # The peak that is measured counts what the process that started this one held.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    arguments = [
+        sys.argv[0],
+        f"-max_total_time={options.seconds}",
+        f"-rss_limit_mb={before + MEGABYTES}",
+        f"-timeout={SLOW}",
+        f"-artifact_prefix={Path(options.found)}/",
+        kept,
+    ]
+    atheris.Setup(arguments, pictures if options.target == "pictures" else requests)
+    atheris.Fuzz()
+
+
+def pictures(data: bytes) -> None:
+    """Open the bytes as a picture; what was counted as held must go back."""
+    from minigpt4 import image
+    from minigpt4.errors import UserError
+
+    before = image.held.pixels
+    try:
+        assert image.load(data).rgb.mode == "RGB"
+    except UserError as error:
+        check(str(error))
+    assert image.held.pixels == before, "pixels are counted as held for ever"
+
+
+def requests(data: bytes) -> None:
+    """Read the bytes as the body of a request; its text must be fit to be written as JSON."""
+    from minigpt4.config import MODELS
+    from minigpt4.errors import UserError
+    from minigpt4.web.chat_request import parse, read_json
+
+    try:
+        asked = parse(read_json(data), MODELS["nano"])
+        assert asked.messages[-1].role == "user"
+    except UserError as error:
+        check(str(error))
+        json.dumps({"error": str(error)})
+
+
+def check(sentence: str) -> None:
+    """Is it one that a stranger may see?"""
+    assert sentence.endswith((".", "}}.")) and "\n" not in sentence, sentence
+    assert "<" not in sentence, sentence
+    own = re.sub("“.*?”", "", sentence)  # between these it may name what it was given
+    assert not any(bad in own for bad in ("0x", "Traceback")), sentence
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Weight files: read them safely, rename what the publishers call otherwise, load all or nothing.
+
+A missing file, a cut file, a file of another kind or model, a tensor that is missing or has another
+shape: each is one UserError that names the file, what was expected and what to do.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minigpt4.config import EvaViT, ModelConfig, model_of_projection
+from minigpt4.errors import UserError
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file; the published ones lie under "model"."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no weight file {path}: check the path, or download it.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mmap = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged or cut short ({path.stat().st_size:,} bytes): fetch it again."
+        ) from error
+    except Exception as error:  # pickle.UnpicklingError and what malicious files raise
+        raise UserError(
+            f"{path} is no plain weight file (it holds something other than tensors) and was not "
+            "loaded: fetch it again from its publisher."
+        ) from error
+    for inner in (state.get("model") if isinstance(state, dict) else None, state):
+        if isinstance(inner, dict):
+            state = inner
+            break
+    found = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in found if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: it is not a weight file of this model.")
+    return tensors
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str) -> None:
+    """Put `tensors` into `module`; every parameter must be there with its shape."""
+    for name, wanted in module.state_dict().items():
+        if name not in tensors:
+            raise UserError(
+                f"{path} does not hold the {what}: the tensor for “{name}” is missing; "
+                "check that this is the right file."
+            )
+        if tensors[name].shape != wanted.shape:
+            raise UserError(
+                f"{path} is for another {what}: “{name}” is {_shape(tensors[name])}, "
+                f"expected {_shape(wanted)}."
+            )
+    wanted = module.state_dict().keys()
+    module.load_state_dict({k: tensors[k].clone() for k in wanted}, strict=True, assign=True)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a single number"
+
+
+# --- the published layouts: one explicit rename table each -------------------------------------
+
+_EVA_RENAMES = (
+    (r"^cls_token$", "vit.embeddings.class_embedding"),
+    (r"^pos_embed$", "vit.embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "vit.embeddings.patch_embedding."),
+    (r"^blocks\.(\d+)\.norm([12])\.", r"vit.encoder.layers.\1.layer_norm\2."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"vit.encoder.layers.\1.self_attn.qkv."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"vit.encoder.layers.\1.self_attn.projection."),
+    (r"^blocks\.(\d+)\.mlp\.", r"vit.encoder.layers.\1.mlp."),
+    (r"^ln_vision\.", "vit.post_layernorm."),
+    (r"^vision_model\.", "vit."),  # the hub's copy has transformers' names already
+)
+
+_QFORMER_RENAMES = (
+    (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
+    (r"^Qformer\.bert\.(.*)\.(attention|crossattention)\.self\.", r"qformer.\1.\2.attention."),
+    (r"^Qformer\.bert\.", "qformer."),
+)
+
+
+def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in table:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def efficientnet_tensors(state: Mapping[str, Tensor]) -> tuple[dict, dict]:
+    """The published EfficientNet-Lite's tensors: the encoder's, and its classifier's."""
+    classifier = {k.replace("_fc.", "classifier."): v for k, v in state.items() if "_fc." in k}
+    return {f"net.{k}": v for k, v in state.items() if "_fc." not in k}, classifier
+
+
+def eva_tensors(state: Mapping[str, Tensor], config: EvaViT) -> dict[str, Tensor]:
+    """`eva_vit_g.pth`'s (and ln_vision's), or the hub's, tensors under this project's names.
+
+    q_bias, zeros and v_bias make up the one qkv bias. Position embeddings are resized bicubically,
+    the class token's apart, where the image size differs from the checkpoint's.
+    """
+    tensors = {_rename(k, _EVA_RENAMES): v.float() for k, v in state.items()}
+    for i in range(config.layers):
+        q, v = state.get(f"blocks.{i}.attn.q_bias"), state.get(f"blocks.{i}.attn.v_bias")
+        if q is not None and v is not None:
+            bias = torch.cat([q, torch.zeros_like(q), v]).float()
+            tensors[f"vit.encoder.layers.{i}.self_attn.qkv.bias"] = bias
+    name = "vit.embeddings.position_embedding"
+    side = config.image_size // config.patch_size
+    if name in tensors and tensors[name].ndim == 3:
+        tensors[name] = _resize_positions(tensors[name], side)
+    return tensors
+
+
+def _resize_positions(embedding: Tensor, side: int) -> Tensor:
+    """[1, 1 + old * old, hidden] -> [1, 1 + side * side, hidden]."""
+    token, grid = embedding[:, :1], embedding[:, 1:]
+    old = round(grid.shape[1] ** 0.5)
+    if old == side or old * old != grid.shape[1]:
+        return embedding
+    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([token, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def qformer_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BLIP-2's Q-Former and query tokens under this project's names."""
+    return {_rename(k, _QFORMER_RENAMES): v.float() for k, v in state.items()}
+
+
+# --- the projection ---------------------------------------------------------------------------
+
+
+def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
+    """weight, bias, and ln_vision.* where the file has them."""
+    state = read_checkpoint(path)
+    tensors = {k.removeprefix("llama_proj."): v for k, v in state.items() if "llama_proj." in k}
+    tensors = tensors or {k: v for k, v in state.items() if k in ("weight", "bias")}
+    if {"weight", "bias"} - tensors.keys() or tensors["weight"].ndim != 2:
+        raise UserError(
+            f"{path} holds no projection (llama_proj.weight and llama_proj.bias): give the "
+            "pretrained_minigpt4 file, or one written by “train” or “convert”."
+        )
+    return tensors | {k: v for k, v in state.items() if k.startswith("ln_vision.")}
+
+
+def check_projection(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
+    """UserError where the projection is another model's."""
+    rows, columns = tensors["weight"].shape
+    if (rows, columns) == (config.llm_hidden_size, config.projection_in):
+        return
+    owner = model_of_projection(rows, columns)
+    belongs = f"belongs to {owner}" if owner else "belongs to none of the known models"
+    advice = f"choose “--model {owner}” or " if owner else ""
+    raise UserError(
+        f"{path} holds a projection from {columns} to {rows}, which {belongs}, but {config.name} "
+        f"needs one from {config.projection_in} to {config.llm_hidden_size}: {advice}give the "
+        f"right file with “--projection”."
+    )
+
+
+def save_projection(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
+    """Write weight and bias (and ln_vision.*) as safetensors, replacing the file in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+# --- out of a bigger model's shards ------------------------------------------------------------
+
+
+def keep_tensors(shards: Sequence[Path], beginnings: tuple[str, ...], target: Path) -> None:
+    """Write the tensors whose names begin so, of BLIP-2's shards as the hub has them, into one
+    file. BLIP-2's last vision norm goes with the Q-Former, as in its own file."""
+    kept = {}
+    for shard in shards:
+        for name, tensor in _tensors_of(shard, beginnings):
+            if "qformer." in beginnings:
+                name = name.replace("vision_model.post_layernorm.", "ln_vision.")
+            kept[name] = tensor.clone()
+    partial = target.with_name(target.name + ".part")
+    save_file(kept, partial)
+    partial.replace(target)
+
+
+def _tensors_of(shard: Path, beginnings: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    if shard.suffix != ".safetensors":
+        state = read_checkpoint(shard)
+        yield from ((name, t) for name, t in state.items() if name.startswith(beginnings))
+        return
+    try:
+        with safe_open(shard, "pt") as file:
+            for name in filter(lambda n: n.startswith(beginnings), file.keys()):
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{shard} is damaged or cut short: delete it and try again.") from error

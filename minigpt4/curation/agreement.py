@@ -1,0 +1,105 @@
+"""Several reviewers' files: how far they agree, and what they decide together. No torch."""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+from minigpt4.errors import UserError
+
+
+def raw_agreement(ratings: Sequence[Sequence[Hashable]]) -> float:
+    """Share of the pairs of raters that agree, over all items, 0..1.
+
+    ratings [items, raters]: two raters or more, as many for each item.
+    """
+    raters = len(ratings[0])
+    pairs = raters * (raters - 1)
+    agreeing = (sum(n * (n - 1) for n in Counter(item).values()) for item in ratings)
+    return sum(agreeing) / (pairs * len(ratings))
+
+
+def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Agreement of two raters beyond chance (Cohen, 1960): 1 is full, 0 is chance's.
+
+    NaN where chance alone would agree always: both gave one and the same label throughout.
+    """
+    count = len(first)
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / count
+    ours, theirs = Counter(first), Counter(second)
+    chance = sum(ours[label] * theirs[label] for label in ours) / count**2
+    return (observed - chance) / (1 - chance) if chance < 1 else math.nan
+
+
+def fleiss_kappa(ratings: Sequence[Sequence[Hashable]]) -> float:
+    """Agreement of several raters beyond chance (Fleiss, 1971); ratings [items, raters].
+
+    NaN where every rating is the same.
+    """
+    labels = Counter(label for item in ratings for label in item)
+    total = labels.total()
+    chance = sum((n / total) ** 2 for n in labels.values())
+    return (raw_agreement(ratings) - chance) / (1 - chance) if chance < 1 else math.nan
+
+
+def agreement(reviews: Mapping[str, Mapping[str, dict]]) -> dict[str, float | int | str | None]:
+    """Of reviewers (name -> image_id -> record) on the pictures that all of them decided.
+
+    `raw` and `kappa` of keep, edit and drop; `raw_drop` and `kappa_drop` of dropping or not.
+    Cohen's kappa for two reviewers, Fleiss' for more; None where it is not defined.
+    """
+    everyone = list(reviews.values())
+    common = [i for i in everyone[0] if all(i in other for other in everyone[1:])]
+    result: dict[str, float | int | str | None] = {"reviewers": len(everyone), "n": len(common)}
+    if len(everyone) < 2 or not common:
+        return result
+    result["statistic"] = "Cohen's kappa" if len(everyone) == 2 else "Fleiss' kappa"
+    ratings = [[reviewer[i]["decision"] for reviewer in everyone] for i in common]
+    drops = [[label == "drop" for label in item] for item in ratings]
+    for suffix, table in (("", ratings), ("_drop", drops)):
+        kappa = (
+            cohen_kappa(*zip(*table, strict=True)) if len(everyone) == 2 else fleiss_kappa(table)
+        )
+        result["raw" + suffix] = raw_agreement(table)
+        result["kappa" + suffix] = None if math.isnan(kappa) else kappa
+    return result
+
+
+def merge(reviews: Mapping[str, Mapping[str, dict]]) -> list[dict]:
+    """One record a picture that anybody decided.
+
+    A picture is dropped where at least half of those who decided it drop it: a doubtful
+    description is worth less than none. The text is that of the first reviewer who edited it, in
+    the order of `reviews`, else as it was. `votes` says who said what.
+    """
+    merged = {}
+    for reviewer in reviews.values():
+        for image_id, record in reviewer.items():
+            merged.setdefault(image_id, record)
+    for image_id, record in merged.items():
+        votes = {n: r[image_id] for n, r in reviews.items() if image_id in r}
+        drops = sum(v["decision"] == "drop" for v in votes.values())
+        edits = [v for v in votes.values() if v["decision"] == "edit"]
+        kept = edits or [v for v in votes.values() if v["decision"] == "keep"]
+        if 2 * drops >= len(votes):
+            decision, text = "drop", record.get("before", record["text"])
+        else:
+            decision, text = kept[0]["decision"], kept[0]["text"]
+        merged[image_id] = {
+            "image_id": image_id,
+            "picture": record["picture"],
+            "decision": decision,
+            "text": text,
+            "votes": {name: vote["decision"] for name, vote in votes.items()},
+        }
+    return list(merged.values())
+
+
+def check_reviews(path: str, records: Mapping[str, dict]) -> None:
+    """UserError unless every record of the file is a reviewer's decision."""
+    for image_id, record in records.items():
+        strings = all(isinstance(record.get(k), str) for k in ("text", "picture"))
+        if record.get("decision") not in ("keep", "edit", "drop") or not strings:
+            raise UserError(
+                f"{path} is no reviewer's file: “{image_id}” has no decision (keep, edit or drop) "
+                "with text and picture."
+            )

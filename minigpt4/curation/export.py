@@ -1,0 +1,65 @@
+"""A reviewed set in the published second-stage layout: filter_cap.json and image/ID.jpg."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from minigpt4.curation.pictures import load_picture, read_picture
+from minigpt4.curation.records import make_folder
+from minigpt4.errors import UserError
+
+JPEG_QUALITY = 95
+
+
+def chosen(records: Iterable[dict]) -> list[dict]:
+    """Those that the filter kept and that no reviewer dropped."""
+    return [
+        r
+        for r in records
+        if r.get("kept", True) and r.get("decision", "keep") != "drop" and r.get("text")
+    ]
+
+
+def export(records: Iterable[dict], folder: str | Path, pictures: str | None = None) -> int:
+    """Write the layout that `train --stage 2` reads; how many pictures.
+
+    JPEG files are copied as they are, others become JPEG. filter_cap.json comes last, whole: a
+    folder that has it is complete. pictures: the folder where the pictures are now.
+    """
+    folder = Path(folder)
+    make_folder(folder / "image")
+    annotations = []
+    for record in records:
+        image_id = record["image_id"]
+        if not isinstance(image_id, str) or re.search(r'[\\/:*?"<>|\0]|^\.', image_id):
+            raise UserError(f"“{image_id}” cannot be a file's name: change the image_id.")
+        path = folder / "image" / f"{image_id}.jpg"
+        content = read_picture(record["picture"], pictures)
+        rgb = load_picture(record["picture"], pictures).rgb  # what cannot be read is found now
+        if content[:3] == b"\xff\xd8\xff":
+            path.write_bytes(content)
+        else:
+            rgb.save(path, "JPEG", quality=JPEG_QUALITY)
+        annotations.append({"image_id": image_id, "caption": record["text"]})
+    if not annotations:
+        raise UserError("Nothing is left to export: every description was dropped.")
+    _remove_others(folder, {a["image_id"] for a in annotations})
+    partial = folder / "filter_cap.json.part"
+    layout = json.dumps({"annotations": annotations}, ensure_ascii=False, indent=1)
+    partial.write_text(layout + "\n", encoding="utf-8")
+    partial.replace(folder / "filter_cap.json")
+    return len(annotations)
+
+
+def _remove_others(folder: Path, kept: set[str]) -> None:
+    """Delete the pictures of an earlier export that are in the set no longer."""
+    try:
+        earlier = json.loads((folder / "filter_cap.json").read_text(encoding="utf-8"))
+        ids = {a["image_id"] for a in earlier["annotations"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for image_id in ids - kept:
+        path = folder / "image" / f"{image_id}.jpg"
+        if path.parent == folder / "image":
+            path.unlink(missing_ok=True)

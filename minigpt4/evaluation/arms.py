@@ -1,0 +1,191 @@
+"""The variants that `--experiment architecture` trains: what stands between the frozen encoder and
+the frozen language model, and a short training of it.
+
+`training.trainer` trains the one linear projection of the published model; here other modules stand
+in its place or before it, so the loop is another, and much smaller. Prompts, packing, loss and
+schedule are those of training.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from minigpt4.config import ConcatPatches, ModelConfig, QFormer, Schedule
+from minigpt4.model import MiniGPT4, build_bridge
+from minigpt4.prompt import ImageRef, Prompt, encode_training
+from minigpt4.training.data import Example, batches, published_caption
+from minigpt4.training.packing import pack
+from minigpt4.training.trainer import PUBLISHED_STAGE1_END, learning_rate
+
+TINY_QFORMER = QFormer(hidden_size=256, layers=2, heads=4, intermediate_size=1024)
+ENCODED_AT_ONCE = 8  # pictures
+CLIP = 1.0  # norm of the gradient
+
+
+class DeepProjection(nn.Module):
+    """Three linear layers where the model has one: width -> width -> width -> llm_hidden_size."""
+
+    def __init__(self, width: int, llm_hidden_size: int) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.last = nn.Linear(width, llm_hidden_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """The last layer's: what the model asks for dtype and device."""
+        return self.last.weight
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        for layer in self.hidden:
+            vectors = F.gelu(layer(vectors))
+        return self.last(vectors)
+
+
+def other_bridge(config: ModelConfig) -> tuple[str, ModelConfig]:
+    """(what it is called, the config): without the Q-Former where there is one, else with a tiny
+    one, of as many vectors as the model's own bridge gives."""
+    if isinstance(config.bridge, QFormer):
+        return "without Q-Former", replace(config, bridge=ConcatPatches())
+    tiny = replace(TINY_QFORMER, query_tokens=config.image_tokens)
+    return "tiny Q-Former, trained", replace(config, bridge=tiny)
+
+
+def variant(model: MiniGPT4, name: str, seed: int) -> tuple[MiniGPT4, list[dict]]:
+    """(the model with that part new, its optimiser's parameter groups).
+
+    name: "linear", "deeper" or "bridge". The encoder, the language model and, but for "bridge", the
+    bridge are `model`'s own. A group's `scale` is its share of the schedule's rate: none was tuned.
+    """
+    torch.manual_seed(seed)
+    config, bridge, groups = model.config, model.bridge, []
+    if name == "bridge":
+        _, config = other_bridge(config)
+        bridge = build_bridge(config).to(model.device)
+        if isinstance(config.bridge, QFormer):
+            nn.init.normal_(bridge.query_tokens, std=0.02)
+            groups.append({"params": list(bridge.parameters()), "scale": 0.1})
+    if name == "deeper":
+        projection = DeepProjection(config.projection_in, config.llm_hidden_size)
+        last = projection.last
+        groups.append({"params": list(projection.hidden.parameters()), "scale": 0.25})
+    else:
+        projection = last = nn.Linear(config.projection_in, config.llm_hidden_size)
+    nn.init.normal_(last.weight, std=0.06 / last.in_features**0.5)  # as `weights` begins
+    nn.init.zeros_(last.bias)
+    groups.append({"params": list(last.parameters()), "scale": 1.0})
+    made = MiniGPT4(
+        config, model.encoder, bridge, projection.to(model.device), model.llm, model.tokenizer
+    )
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    return made, groups
+
+
+@torch.inference_mode()
+def encode(model: MiniGPT4, examples: Sequence[Example]) -> Tensor:
+    """What the frozen encoder makes of the pictures, 16 bit [examples, patches, hidden]."""
+    parts = []
+    for start in tqdm(range(0, len(examples), ENCODED_AT_ONCE), desc="encoding pictures"):
+        pictures = [e.picture() for e in examples[start : start + ENCODED_AT_ONCE]]
+        parts.append(model.encoder(model.pixel_values(pictures)).half().cpu())
+    return torch.cat(parts).clone()
+
+
+@dataclass
+class Corpus:
+    """Pictures with texts, their encodings [pictures, patches, hidden], and what is asked of texts
+    without an instruction of their own (nothing: the published first stage)."""
+
+    examples: Sequence[Example]
+    encoded: Tensor
+    instructions: tuple[str, ...]
+
+    def part(self, start: int | None, end: int | None) -> "Corpus":
+        """Those from `start` to `end`."""
+        return replace(self, examples=self.examples[start:end], encoded=self.encoded[start:end])
+
+    def prompts(
+        self, model: MiniGPT4, schedule: Schedule, index: int, place: int, draw: random.Random
+    ) -> list[Prompt]:
+        """Training prompts of one picture: as many of its texts as the schedule says."""
+        texts = self.examples[index].texts
+        pick, ref = draw.random(), ImageRef(f"{place:x}")
+        prompts = []
+        for text in draw.sample(texts, min(schedule.texts_per_picture, len(texts))):
+            choices = text.instructions or self.instructions
+            asked = choices[int(pick * len(choices))] if choices else ""
+            prompts.append(
+                encode_training(
+                    (ref, asked) if asked else (ref,),
+                    text.answer.strip() if asked else published_caption(text.answer),
+                    model.config.template,
+                    model.tokenizer,
+                    model.config.image_tokens,
+                    schedule.max_text_tokens,
+                    wrap=bool(asked),
+                    end=None if asked else PUBLISHED_STAGE1_END,
+                )
+            )
+        return prompts
+
+
+def loss_of(
+    model: MiniGPT4, corpus: Corpus, schedule: Schedule, indices: Sequence[int], seed: str
+) -> Tensor:
+    """Mean loss, nats a token, over texts of these pictures; what is drawn depends on the seed."""
+    rows = [
+        corpus.prompts(model, schedule, index, place, random.Random(f"{seed} {place} {index}"))
+        for place, index in enumerate(indices)
+    ]
+    places = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
+    encoded = corpus.encoded[list(indices)].to(model.device, model.projection.weight.dtype)
+    batch = pack(rows, places).to(model.device)
+    return model.training_loss(model.bridge(encoded), batch)
+
+
+def train(
+    model: MiniGPT4,
+    groups: list[dict],
+    corpus: Corpus,
+    schedule: Schedule,
+    seed: int,
+    note: Callable[[str], None],
+) -> float:
+    """Train what `groups` hold through the frozen rest; the mean loss of the last tenth of steps.
+
+    note: is told the loss from time to time.
+    """
+    optimizer = torch.optim.AdamW(
+        groups, lr=schedule.peak_lr, betas=schedule.betas, weight_decay=schedule.weight_decay
+    )
+    parameters = [p for group in groups for p in group["params"]]
+    order = batches(len(corpus.examples), schedule.batch_size, seed)
+    losses = []
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(schedule, step) * group["scale"]
+        optimizer.zero_grad()
+        loss = loss_of(model, corpus, schedule, next(order), f"{seed} {step}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+        recent = losses[-max(1, schedule.steps // 10) :]
+        note(f"loss {sum(recent) / len(recent):.3f}")
+    return sum(recent) / len(recent)
+
+
+@torch.no_grad()
+def held_out_loss(model: MiniGPT4, corpus: Corpus, schedule: Schedule) -> float:
+    """Mean loss over pictures that were not trained on, the same texts for every variant."""
+    size = schedule.batch_size
+    starts = range(0, len(corpus.examples), size)
+    parts = [range(s, min(s + size, len(corpus.examples))) for s in starts]
+    losses = [loss_of(model, corpus, schedule, part, "held out").item() for part in parts]
+    return sum(x * len(p) for x, p in zip(losses, parts, strict=True)) / len(corpus.examples)

@@ -1,0 +1,154 @@
+"""Whether a text means anything: the third way in which answers fail, beside `metrics`. No torch.
+
+The paper's second stage was made because the first one's answers were repetitive, fragmentary or
+beside the point. Repetition and fragments are `metrics.is_repetitive` and `metrics.is_fragment`;
+what the former leaves out, `stutters` adds.
+"""
+
+import itertools
+import re
+from dataclasses import dataclass
+
+from minigpt4.evaluation.metrics import is_fragment, is_repetitive
+
+# Words that hold English sentences together: in running text every second to fourth word.
+_FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\S+",
+        """a about above across after against all along also am among an and another any are
+        around as at away back be because been before behind being below beside between both
+        but by can could did do does down each every few for from had has have he her here him
+        his how i if in inside into is it its it's like many may me more most much my near no
+        nor not of off on one only onto or other our out over own she so some such than that
+        the their them then there these they this those through to together too toward towards
+        two under until up upon us very was we were what when where which while who whose why
+        will with within without would you your there's he's she's they're you're can't don't""",
+    )
+)
+_LIVING = frozenset(("man", "woman", "boy", "girl", "child", "kid", "baby", "person", "dog", "cat"))
+# What a prompt is made of, and no answer.
+_DEBRIS = re.compile(r"</?(?:img|s)>|###|<\|\w*\|>|\[/?INST\]|ImageHere|ImageContent", re.I)
+_BLIND = re.compile(
+    r"\bas an? (?:ai\b|artificial|(?:large )?language model|text-based)|"
+    r"\bi(?:['’]m| am) (?:just )?an? (?:ai\b|(?:large )?language model|text-based)|"
+    r"\bi (?:can(?:no|['’])t|am (?:not able|unable) to|do(?: not|n['’]t) have the ability to) "
+    r"(?:\w+ )?(?:see|view|access|look at|display|open|analy[sz]e|process)\w* "
+    r"(?:\w+ ){0,2}(?:image|picture|photo)|"
+    r"\b(?:please|could you) (?:upload|attach|share|provide|send)[^.]{0,30}(?:image|picture|photo)|"
+    r"\b(?:no|any) (?:image|picture|photo) (?:was |is |has been )?(?:attached|provided|shared)",
+    re.I,
+)
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_TOKEN = re.compile(r"\S+")
+_VOWELS = re.compile(r"[aeiouy]", re.I)
+
+
+def is_meaningless(text: str) -> bool:
+    """Whether an English description or poem says nothing that could be about a picture.
+
+    True when any of these holds:
+
+    - it has fewer than three words;
+    - it holds debris of the prompt (`<Img>`, `###`, `[INST]`, a control token);
+    - it says that it cannot see (“As an AI language model”, “please upload the image”);
+    - more than one character in seven is neither a letter, a digit nor common punctuation, more
+      than one word in ten is misshapen (see `misshapen`), or one mixes two alphabets;
+    - too few of its words hold sentences together (“the”, “of”, “is”), as in a heap of names: less
+      than a tenth of eight to nineteen words, less than a quarter of more; or more than four in
+      five do, a heap of particles.
+
+    Markup (a website) counts as one phrase. Whether a well-formed sentence is true of its picture
+    this rule does not ask: that is a judge's to say (see `abilities`, `pope`).
+    """
+    if _DEBRIS.search(text) or _BLIND.search(text):
+        return True
+    text = re.sub(r"```.*?(?:```|\Z)|<!doctype.*|<html.*", " markup stands here ", text, flags=re.S)
+    words = _WORD.findall(text)
+    if len(words) < 3 or any(map(_two_alphabets, words)):
+        return True
+    characters = re.sub(r"\s", "", text)
+    odd = re.sub(r"[\w.,;:!?'’‘“”\"()\[\]–—…*#/&%$+-]", "", characters)
+    if len(odd) > len(characters) / 7 or _misshapen_share(text) > 1 / 10:
+        return True
+    if len(words) < 8:
+        return False
+    binding = sum(w.casefold().replace("’", "'") in _FUNCTION_WORDS for w in words) / len(words)
+    return binding < (1 / 10 if len(words) < 20 else 1 / 4) or binding > 4 / 5
+
+
+def misshapen(token: str) -> bool:
+    """No English word looks like this: letters beside digits inside a word, a capital after a small
+    letter, signs amid letters, four letters or more without a vowel (but for capitals), or more
+    than eighteen letters."""
+    token = token.strip(".,;:!?'’‘“”\"()[]*_–—…-")
+    if not token or not re.search(r"[^\W\d_]", token):
+        return False
+    if re.fullmatch(
+        r"\d+(?:st|nd|rd|th|s|am|pm|px|cm|mm|km|kg|g|ml|m)|[A-Z]+-?\d+|\d+[A-Z]", token
+    ):
+        return False
+    if re.search(r"[^\W\d_]\d|\d[^\W\d_]", token):
+        return True
+    parts = re.split(r"['’/-]|--|…|\.\.+", token)
+    return any(_misshapen_part(part) for part in parts)
+
+
+def _misshapen_part(part: str) -> bool:
+    letters = re.sub(r"[\W\d_]", "", part)
+    if not letters or re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", part):  # a number; "p.m", "U.S.A"
+        return False
+    if len(letters) > 18 or (letters != part and re.search(r"\w[^\w\s]\w", part)):
+        return True
+    if re.search(r"[a-z][A-Z]", part) and not re.match(r"(?:Mc|Mac|i|e)[A-Z]", part):
+        return True
+    plain = len(letters) >= 4 and letters.isascii() and not letters.isupper()
+    return plain and not _VOWELS.search(letters)
+
+
+def _two_alphabets(word: str) -> bool:
+    """Latin letters beside others'."""
+    latin = [ord(c) < 0x250 for c in word if c.isalpha()]
+    return any(latin) and not all(latin)
+
+
+def _misshapen_share(text: str) -> float:
+    tokens = [t for t in _TOKEN.findall(text) if re.search(r"\w", t)]
+    return sum(map(misshapen, tokens)) / len(tokens) if tokens else 1.0
+
+
+def stutters(text: str) -> bool:
+    """Whether one sentence introduces the same thing twice: “a man with a hat is wearing a hat”.
+
+    That is, “a” or “an” stands twice before the same words, up to the next function word; people
+    and animals aside, of whom there may well be “a man and a man”. Milder than what
+    `metrics.is_repetitive` finds, which counts in the plain scores.
+    """
+    for sentence in re.split(r"[.!?]+(?=\W|$)|\n", text.casefold()):
+        words, seen = re.findall(r"[\w'-]+", sentence), set()
+        for place in (i for i, word in enumerate(words) if word in ("a", "an")):
+            rest = words[place + 1 : place + 4]
+            thing = tuple(itertools.takewhile(lambda w: w not in _FUNCTION_WORDS, rest))
+            if thing and thing in seen:
+                return True
+            if thing and thing[-1] not in _LIVING:
+                seen.add(thing)
+    return False
+
+
+@dataclass(frozen=True)
+class Failures:
+    """In which ways an answer fails."""
+
+    repetition: bool
+    fragment: bool
+    meaningless: bool
+
+    @property
+    def any(self) -> bool:
+        return self.repetition or self.fragment or self.meaningless
+
+
+def failures(text: str, truncated: bool) -> Failures:
+    """How an answer to “describe” or “write a poem” fails; `truncated`: the limit ended it."""
+    repetition = is_repetitive(text) or stutters(text)
+    return Failures(repetition, is_fragment(text, truncated), is_meaningless(text))

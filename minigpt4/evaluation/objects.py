@@ -1,0 +1,83 @@
+"""Which objects captions speak of: those of objects.txt, found in what people wrote. No torch."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt4.errors import UserError
+
+LIST = Path(__file__).parent / "objects.txt"
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """present: objects that are said to be there; unclear: those that may be or may not."""
+
+    present: frozenset[str]
+    unclear: frozenset[str]
+
+
+class Objects:
+    """The objects of a list file, a line each: `a dog: dog, puppy | animal, pet`."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        path = Path(path) if path else LIST
+        self.names: list[str] = []
+        # phrase -> (object, is it certain)
+        self._phrases: dict[tuple[str, ...], list[tuple[str, bool]]] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            name, colon, words = line.partition(":")
+            certain, _, unclear = words.partition("|")
+            if not (colon and name.strip() and certain.strip()):
+                raise UserError(
+                    f"{path}, line {number}, must look like “a dog: dog, puppy | animal, pet”."
+                )
+            self.names.append(name.strip())
+            for part, sure in ((certain, True), (unclear, False)):
+                for phrase in filter(None, map(_words, part.split(","))):
+                    for form in _forms(phrase):
+                        self._phrases.setdefault(form, []).append((name.strip(), sure))
+        self._longest = max(map(len, self._phrases), default=0)
+        if not self.names:
+            raise UserError(f"{path} names no objects: a line is “a dog: dog, puppy | animal”.")
+
+    def mentioned(self, captions: Iterable[str]) -> Mentions:
+        """What one picture's captions say, all of them together."""
+        present, unclear = set(), set()
+        for caption in captions:
+            for name, sure in self._found(_words(caption)):
+                (present if sure else unclear).add(name)
+        return Mentions(frozenset(present), frozenset(unclear - present))
+
+    def _found(self, words: tuple[str, ...]) -> Iterable[tuple[str, bool]]:
+        """At each place the longest phrase of the list; its words count once."""
+        start = 0
+        while start < len(words):
+            for length in range(min(self._longest, len(words) - start), 0, -1):
+                if found := self._phrases.get(words[start : start + length]):
+                    yield from found
+                    break
+            else:
+                length = 1
+            start += length
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Lower-case words; hyphens part them, a possessive's "'s" goes."""
+    text = text.casefold().replace("’", "'").replace("-", " ")
+    return tuple(re.sub(r"'s?$", "", w) for w in re.findall(r"[a-z]+(?:'[a-z]*)?", text))
+
+
+def _forms(phrase: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """The phrase as it stands, and its regular plural."""
+    *first, last = phrase
+    if re.search(r"[^aeiou]y$", last):
+        plural = last[:-1] + "ies"
+    elif re.search(r"(?:s|x|z|ch|sh)$", last):
+        plural = last + "es"
+    else:
+        plural = last + "s"
+    return {phrase, (*first, plural)}

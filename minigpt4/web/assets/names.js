@@ -1,0 +1,72 @@
+// Texts for the page's scripts, and names, for screen readers, where Gradio gives none or an
+// English one.
+(() => {
+  // Gradio hands every language's texts (texts/*.json) to the page.
+  const say = (key) => {
+    const texts = window.gradio_config?.i18n_translations ?? {};
+    const spoken = navigator.languages.map((tag) => tag.split("-")[0]).find((tag) => tag in texts);
+    return texts[spoken ?? "en"]?.[`page_${key}`] ?? "";
+  };
+
+  // Gradio's name -> the text that stands for it; what is written for "*" is kept.
+  const NAMES = {
+    "chatbot conversation": "conversation", "user's message: *": "you", "bot's message: *": "bot",
+    "Select example *": "example", "Copy message": "copy_message", "Copy": "copy", "copy": "copy",
+    "Fullscreen": "fullscreen", "Scroll down": "scroll_down", "Multimedia input field": "message",
+    "Upload a file": "add_picture", "File upload": "add_picture", "Uploaded files": "added_pictures",
+    "File thumbnail": "added_picture", "Remove file": "remove_picture", "Submit": "submit",
+    "Stop": "stop", "Toggle Sidebar": "toggle", "number input for *": "number",
+    "range slider for *": "range", "Reset to default value": "reset",
+    "Click to Access Webcam": "webcam",
+  };
+  const patterns = Object.entries(NAMES).map(([name, key]) => [
+    new RegExp(`^${name.replace("*", "([^]*)")}$`), key,
+  ]);
+  const translated = (name) => {
+    for (const [pattern, key] of patterns) {
+      const found = name.match(pattern);
+      if (found) return say(key).replace("*", () => found[1]) || name;
+    }
+    return name;
+  };
+  const translate = (element) => {
+    for (const attribute of ["aria-label", "title"]) {
+      const name = element.getAttribute(attribute);
+      if (name && translated(name) !== name) element.setAttribute(attribute, translated(name));
+    }
+  };
+
+  const complete = (node) => {
+    const all = (selector) => [
+      ...(node.matches(selector) ? [node] : []), ...node.querySelectorAll(selector),
+    ];
+    all("[aria-label], [title]").forEach(translate);
+    for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
+      found.setAttribute("role", "group"); // a name without a role is not read out
+    }
+    // They are called a list, but hold buttons.
+    for (const found of all("#chat .examples")) found.setAttribute("role", "group");
+    for (const found of all("#chat pre")) found.setAttribute("tabindex", "0"); // it scrolls
+    for (const found of all("#chat .image-frame")) {
+      found.closest("button")?.setAttribute("aria-label", say("picture"));
+    }
+    for (const found of all("#camera .wrap")) {
+      for (const text of found.childNodes) {
+        if (text.nodeType === Node.TEXT_NODE) text.nodeValue = translated(text.nodeValue.trim());
+      }
+    }
+  };
+  new MutationObserver((changes) => {
+    for (const { type, target, addedNodes } of changes) {
+      if (type === "attributes") translate(target);
+      for (const node of addedNodes) if (node.nodeType === Node.ELEMENT_NODE) complete(node);
+    }
+    // An answer is read out when it is whole, not word by word.
+    const busy = String(document.querySelector("#box .stop-button") !== null);
+    const log = document.querySelector("#chat [role=log]");
+    if (log && log.ariaBusy !== busy) log.ariaBusy = busy;
+  }).observe(document.documentElement, {
+    childList: true, subtree: true, attributeFilter: ["aria-label"],
+  });
+  window.minigpt4 = { say };
+})();

@@ -1,0 +1,117 @@
+"""What comes into a conversation from outside: pictures, examples, conversations kept before."""
+
+import asyncio
+import logging
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
+from gradio.utils import get_upload_folder
+
+from minigpt4.chat import Conversation
+from minigpt4.errors import UserError
+from minigpt4.web import transcript
+from minigpt4.web.examples import chosen
+from minigpt4.web.loading import Loading
+from minigpt4.web.session import Session
+from minigpt4.web.texts import say
+from minigpt4.web.turns import Turns, box, warn
+from minigpt4.web.uploads import uploaded
+
+log = logging.getLogger(__name__)
+
+
+class Files:
+    """The handlers of a page that read pictures and conversations."""
+
+    def __init__(self, loading: Loading, turns: Turns) -> None:
+        self._loading = loading
+        self._turns = turns
+
+    def attach(self, value: dict, session: Session, request: gr.Request) -> tuple:
+        """Read pictures as soon as they are in the box; those that cannot be read leave it.
+
+        Returns (box, status).
+        """
+        good = []
+        for path in value["files"]:
+            try:
+                session.read(uploaded(path))
+                good.append(path)
+            except UserError as error:
+                warn(error)
+        all_good = len(good) == len(value["files"])  # then the box stays alone: someone types there
+        changed = gr.skip() if all_good else {"text": value["text"], "files": good}
+        return changed, say("looking", request) if good else ""
+
+    def show_camera(self, is_open: bool) -> tuple:
+        """Show the camera, or put it away: (is it open, camera)."""
+        return not is_open, gr.update(visible="hidden" if is_open else True)
+
+    def photograph(
+        self, path: str | None, value: dict, session: Session, request: gr.Request
+    ) -> tuple:
+        """Put the camera's picture into the box and the camera away."""
+        if path is None:
+            return (gr.skip(),) * 4
+        value = {"text": value["text"], "files": [*value["files"], path]}
+        value, status = self._sound(value, session, request)
+        return value, False, gr.update(value=None, visible="hidden"), status
+
+    def fill(
+        self, value: dict, session: Session, example: gr.SelectData, request: gr.Request
+    ) -> tuple:
+        """Put a clicked example into the box, with its picture unless there is one already."""
+        text, path = chosen(example.index)
+        files = value["files"] or [save_file_to_cache(path, get_upload_folder())]
+        return self._sound({"text": text, "files": files}, session, request)
+
+    def _sound(self, value: dict, session: Session, request: gr.Request) -> tuple[dict, str]:
+        """The box's value without the files that are no uploaded pictures, and the status."""
+        _, status = self.attach(value, session, request)
+        return {**value, "files": [p for p in value["files"] if p in session.uploads]}, status
+
+    async def encode(self, session: Session, request: gr.Request) -> str | dict:
+        """Have the pictures encoded while the question is still being typed; the status."""
+        engine = self._loading.engine
+        pictures = list(session.uploads.values())
+        if engine is None or not pictures or session.busy:
+            return gr.skip()
+        try:
+            for picture in pictures:
+                await asyncio.to_thread(engine.encode, picture)
+            await asyncio.to_thread(session.shrink_uploads)
+        except Exception:  # only a head start: the answer will tell
+            log.exception("while encoding a picture")
+            return ""
+        return gr.skip() if session.busy else say("looked", request)
+
+    def new_chat(self, session: Session) -> tuple:
+        """Nothing said, nothing attached: (session, messages, box, status)."""
+        return session.leave(Session()), [], box(False, value=None), ""
+
+    def open(self, path: str, session: Session, request: gr.Request) -> tuple:
+        """The conversation in a file that was downloaded earlier."""
+        try:
+            return self._opened(transcript.from_file(uploaded(path)), session, request)
+        except UserError as error:
+            warn(error)
+            return (gr.skip(),) * 4
+
+    def reopen(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
+        """A conversation that the visitor's browser kept."""
+        try:
+            conversation = transcript.from_data(chosen.value["data"])
+            name = str(chosen.value["name"])[:64]
+            return self._opened(conversation, session, request, name)
+        except (KeyError, TypeError, UserError) as error:
+            warn(error if isinstance(error, UserError) else transcript.WRONG)
+            return (gr.skip(),) * 4
+
+    def _opened(
+        self, conversation: Conversation, old: Session, request: gr.Request, name: str = ""
+    ) -> tuple:
+        session = Session(conversation, name=name)
+        for key, picture in conversation.pictures.items():
+            session.files[key] = save_pil_to_cache(picture.rgb, get_upload_folder(), "picture")
+        old.leave(session)
+        return session, self._turns.messages(session, request), box(False, value=None), ""

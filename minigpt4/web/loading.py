@@ -1,0 +1,62 @@
+"""The engine, and how far it is from being there: the page opens before the model is loaded."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from minigpt4.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt4.engine import Engine
+
+
+class Loading:
+    """Loads an engine in a thread of its own.
+
+    engine: None until it is there; step: what is being done, in one line; error: why it will
+    never be there.
+    """
+
+    def __init__(self, load: Callable[[Callable[[str], None]], "Engine"]) -> None:
+        self.engine: Engine | None = None
+        self.error: UserError | None = None
+        self.step = "…"
+        self._load = load
+        self._begun = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="loading", daemon=True)
+
+    @classmethod
+    def done(cls, engine: "Engine") -> "Loading":
+        """For an engine that is there already."""
+        loading = cls(lambda report: engine)
+        loading.engine = engine
+        return loading
+
+    @property
+    def seconds(self) -> int:
+        """How long it has been loading."""
+        return int(time.monotonic() - self._begun)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._thread.start()
+
+    def wait(self) -> "Engine":
+        """The engine, once it is there. Raises what kept it from coming."""
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        if self.engine is None:
+            raise UserError("The model could not be loaded.")
+        return self.engine
+
+    def _run(self) -> None:
+        try:
+            self.engine = self._load(self._report)
+        except UserError as error:
+            self.error = error
+            self.step = str(error)
+
+    def _report(self, line: str) -> None:
+        self.step = line

@@ -1,0 +1,153 @@
+"""What the tests of the page share: a server, a browser, visitors."""
+
+import os
+import re
+import shutil
+import socket
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from minigpt4.web.page import build_page, serve
+
+WIDE = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
+SECONDS = 30_000  # how long the browser waits for anything, in ms: machines may be busy
+expect.set_options(timeout=SECONDS)
+
+
+def options(**changes) -> Namespace:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {"host": "127.0.0.1", "port": port, "share": False}
+    return Namespace(**{**values, "max_upload_mb": 20, "max_queue": 32, **changes})
+
+
+@contextmanager
+def served(source, feedback=None) -> Iterator[str]:
+    """The address of a page."""
+    page = build_page(source, feedback)
+    yield serve(page, options())
+    page.close(verbose=False)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    if not path:
+        (pytest.fail if "CI" in os.environ else pytest.skip)(
+            "install chromium: apt-get install chromium"
+        )
+    quiet = ["background-networking", "component-update", "sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
+            + ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+            + [f"--disable-{name}" for name in quiet],
+        )
+        yield browser
+        browser.close()
+
+
+class Visitors:
+    """Opens the page as new visitors; `check`: nothing went wrong in their browsers."""
+
+    def __init__(self, browser: Browser, address: str) -> None:
+        self._browser, self._address = browser, address
+        self._contexts, self._wrong = [], []
+
+    def __call__(self, **settings) -> Page:
+        context = self._browser.new_context(**settings)
+        self._contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(SECONDS)
+        page.on("requestfinished", self._seen)
+        page.on("requestfailed", self._seen)
+        page.on("console", lambda m: self._said(m) if m.type == "error" else None)
+        page.on("pageerror", lambda error: self._wrong.append(str(error)))
+        page.goto(self._address)
+        expect(box(page)).to_be_visible()
+        return page
+
+    def _seen(self, request) -> None:
+        if request.failure and "csp" in request.failure:  # the page's policy kept it in
+            return
+        if not request.url.startswith((self._address, "data:", "blob:", "about:")):
+            self._wrong.append(f"request to {request.url}")
+
+    def _said(self, message) -> None:
+        if "about:srcdoc" not in message.location.get("url", ""):
+            self._wrong.append(f"{message.text} {message.location.get('url', '')}")
+
+    def expected(self, text: str) -> None:
+        """What may have gone wrong, because a test is about it."""
+        self._wrong = [line for line in self._wrong if not re.search(text, line)]
+
+    def check(self) -> None:
+        for context in self._contexts:
+            context.close()
+        assert not self._wrong, self._wrong
+
+
+def picture(path: Path, sky: str = "skyblue") -> Path:
+    image = Image.new("RGB", (320, 240), sky)
+    ImageDraw.Draw(image).rectangle((0, 160, 320, 240), fill="seagreen")
+    ImageDraw.Draw(image).ellipse((230, 20, 290, 80), fill="gold")
+    image.save(path)
+    return path
+
+
+def box(page: Page) -> Locator:
+    return page.locator("#box textarea")
+
+
+def attach(page: Page, *paths: Path) -> None:
+    thumbnails = page.locator("#box .thumbnail-wrapper")
+    before = thumbnails.count()
+    page.locator("#box input[type=file]").set_input_files(paths)
+    expect(thumbnails).to_have_count(before + len(paths))
+
+
+def say(page: Page, text: str) -> None:
+    box(page).fill(text)
+    box(page).press("Enter")
+
+
+def done(page: Page) -> None:
+    """Wait for the answer's end."""
+    expect(status(page)).to_contain_text("tokens/s")
+
+
+def ask(page: Page, text: str) -> None:
+    count = answers(page).count()
+    say(page, text)
+    expect(answers(page)).to_have_count(count + 1)
+    done(page)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+
+
+def answers(page: Page) -> Locator:
+    return page.locator("#chat").get_by_test_id("bot")
+
+
+def questions(page: Page) -> Locator:
+    return page.locator("#chat").get_by_test_id("user")
+
+
+def status(page: Page) -> Locator:
+    return page.locator("#status")
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + SECONDS / 1000
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)

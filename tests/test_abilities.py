@@ -1,0 +1,242 @@
+"""The suite, its answers, a judge over the loopback address, people's ratings on a page."""
+
+import base64
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from minigpt4 import image
+from minigpt4.__main__ import main
+from minigpt4.evaluation import abilities
+from minigpt4.evaluation import judge as judging
+from minigpt4.evaluation.abilities import SUITE, read_suite
+from minigpt4.evaluation.judge import Verdict, fill, read_rubric, read_verdict
+from tests.evaluation_case import run, use_tiny_model
+from tests.training_case import jpeg, picture
+
+ABILITIES = ["--experiment", "abilities"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    use_tiny_model(monkeypatch)
+
+
+@pytest.fixture
+def suite(tmp_path):
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    lines = []
+    for i, task in enumerate(("poem", "recipe", "riddle")):
+        (folder / f"{i}.jpg").write_bytes(jpeg(picture(i)))
+        lines.append({"id": f"{task}-{i}", "task": task, "image": f"{i}.jpg"})
+        lines[-1] |= {"instruction": f"Write a {task}.", "about": f"Pattern {i}."}
+    (folder / "suite.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Another model's answers, to two of the three requests."""
+    path = tmp_path / "theirs.jsonl"
+    answers = {"poem-0": "GOOD </script><b>verse</b>", "recipe-1": "BAD {answer} " * 3}
+    lines = (json.dumps({"id": i, "answer": a}) + "\n" for i, a in answers.items())
+    path.write_text("".join(lines))
+    return path
+
+
+@contextmanager
+def judge_server(busy: int = 0, status: int = 200):
+    """A small OpenAI-compatible server: an answer with “GOOD” in it is fulfilled, one with “BAD” is
+    not, of others it says nothing. `busy`: how many requests are first sent away with 429."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append((self.path, self.headers["authorization"], body))
+            if len(asked) <= busy:
+                return self.reply(429, {"error": {"message": "busy"}})
+            if status != 200:
+                return self.reply(status, {"error": {"message": "no"}})
+            text = body["messages"][0]["content"][0]["text"].split("-" * 10)[1]
+            verdict = {"fulfilled": "GOOD" in text, "score": 4 if "GOOD" in text else 2}
+            said = (
+                f"Well: {json.dumps(verdict)}" if "GOOD" in text or "BAD" in text else "Who knows?"
+            )
+            message = {"role": "assistant", "content": said}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            about = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge"}
+            self.reply(200, about | {"choices": [choice]})
+
+        def reply(self, code: int, record: dict) -> None:
+            content = json.dumps(record).encode()
+            self.send_response(code)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.send_header("retry-after-ms", "5")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_project_s_own_suite():
+    items = read_suite(SUITE)
+    tasks = {i.task for i in items}
+    assert {"recipe", "advertisement", "poem", "joke"} <= tasks
+    assert {"description", "story", "website"} <= tasks <= set(read_rubric())
+    for item in items:
+        assert image.load(item.picture).rgb.size == (640, 480) and item.about
+    assert len({(i.picture, i.instruction) for i in items}) == len(items)
+
+
+def test_answers_are_stored_judged_and_compared(tiny, suite, theirs, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
+    monkeypatch.setattr(abilities, "TOKENS", 20)
+    answers = tmp_path / "own.jsonl"
+    options = [suite, *ABILITIES, "--answers", answers, "--beside", f"theirs={theirs}"]
+    with judge_server(busy=2) as (url, asked):
+        result, page = run(*options, "--judge", url, "--judge-model", "j", out=tmp_path)
+    own = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [x["id"] for x in own] == ["poem-0", "recipe-1", "riddle-2"]
+    assert result["n"] == 3 and result["judge"] == "j"
+    found = result["scores"]["theirs"]
+    assert (found["poem"]["fulfilled"], found["poem"]["score"]) == (1.0, 4.0)
+    assert (found["recipe"]["fulfilled"], found["recipe"]["score"]) == (0.0, 2.0)
+    assert found["all"]["fulfilled"] == 0.5 and found["all"]["judged"] == 2
+    assert found["riddle"]["answers"] == 0 and found["riddle"]["fulfilled"] is None
+    assert found["recipe"]["repetition"] == 1.0
+    mine = result["scores"][result["model"]]["all"]
+    assert mine["answers"] == 3 and mine["judged"] == 0  # it said nothing of noise
+    assert "| poem | theirs | 1 | 100.0 % | 4.0 | 1 |" in page and "a-secret" not in page
+    # What the judge was sent: the key, the criterion, the picture, the answer as it is.
+    assert len(asked) == 5 + 2 and {a[0] for a in asked} == {"/v1/chat/completions"}
+    assert {a[1] for a in asked} == {"Bearer a-secret"}
+    sent = [a[2]["messages"][0]["content"] for a in asked]
+    poem = next(c for c in sent if "</script><b>verse</b>" in c[0]["text"])
+    assert read_rubric()["poem"] in poem[0]["text"] and "Pattern 0." in poem[0]["text"]
+    data = base64.b64decode(poem[1]["image_url"]["url"].split(",")[1])
+    assert image.load(data).rgb.size == picture(0).size
+    assert any("BAD {answer} BAD" in c[0]["text"] for c in sent)
+
+
+def test_stored_answers_are_judged_by_people(suite, theirs, tmp_path):
+    """Nothing is asked of a model: there is none."""
+    ratings = []
+    for rater, said in (("a", True), ("b", False)):
+        ratings.append(tmp_path / f"{rater}.jsonl")
+        rows = [("nano", "poem-0", said), ("nano", "recipe-1", False)]
+        lines = (json.dumps({"model": m, "id": i, "fulfilled": f}) + "\n" for m, i, f in rows)
+        ratings[-1].write_text("".join(lines))
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs]
+    options += [x for path in ratings for x in ("--ratings", path)]
+    with judge_server() as (url, asked):
+        options += ["--judge", url, "--judge-model", "j", "--judge-blind"]
+        result, page = run(*options, out=tmp_path)
+    found = result["scores"]["nano"]
+    assert found["poem"]["fulfilled_people"] == 0.5 and found["poem"]["rated"] == 2
+    assert found["all"]["fulfilled_people"] == 0.25
+    assert found["all"]["judge_agrees_with_people"] == 0.75
+    assert all(len(a[2]["messages"][0]["content"]) == 1 for a in asked)  # no picture
+
+
+def test_the_project_s_own_endpoint_is_a_judge(suite, theirs, tmp_path):
+    """A real server and a real, if tiny and random, model: its replies are no verdicts."""
+    from tests.api_case import served, tiny_engine
+
+    engine = tiny_engine()
+    with served(lambda: engine, engine) as address:
+        options = [suite, *ABILITIES, "--reuse", "--answers", theirs]
+        options += ["--judge", f"{address}/v1", "--judge-model", engine.model.config.name]
+        result, page = run(*options, "--judge-blind", out=tmp_path)
+        assert engine.totals.requests == 2
+    assert result["scores"]["nano"]["all"]["judged"] == 0
+    assert [v["fulfilled"] for v in result["verdicts"]] == [None, None]
+    engine.close()
+
+
+def test_people_judge_on_a_page(browser, suite, theirs, tmp_path):
+    page_file = tmp_path / "review.html"
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--review", page_file]
+    run(*options, out=tmp_path)
+    context = browser.new_context(accept_downloads=True)
+    page = context.new_page()
+    faults = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(page_file.as_uri())
+    said = {}
+    for _ in range(2):
+        text = page.locator("#answer").inner_text()
+        assert page.locator("#picture").evaluate("i => i.complete && i.naturalWidth > 0")
+        said[text[:3]] = True
+        page.keyboard.press("y" if text.startswith("GOOD") else "n")
+    assert said.keys() == {"GOO", "BAD"} and "2 rated" in page.locator("#count").inner_text()
+    page.reload()  # nothing is lost
+    assert "2 rated" in page.locator("#count").inner_text()
+    with page.expect_download() as download:
+        page.click("#save")
+    saved = tmp_path / "ratings.jsonl"
+    download.value.save_as(saved)
+    context.close()
+    assert not faults
+    result, _ = run(*options[:-2], "--ratings", saved, out=tmp_path)
+    found = result["scores"]["nano"]
+    assert (found["poem"]["fulfilled_people"], found["recipe"]["fulfilled_people"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ('{"fulfilled": true, "score": 5, "reason": "fine"}', Verdict(True, 5, "fine")),
+        ('```json\n{"fulfilled": false, "score": 9}\n```', Verdict(False, None)),
+        ('{"a": 1} {"fulfilled": false} then', Verdict(False, None)),
+        ('{"fulfilled": "yes"}', None),
+        ("{broken", None),
+        ("", None),
+    ],
+)
+def test_verdicts_are_read(reply, verdict):
+    assert read_verdict(reply) == verdict
+
+
+def test_filling_in_looks_at_the_template_alone():
+    assert fill("{a} {b} {c}", a="{b}", b="2") == "{b} 2 {c}"
+
+
+def test_mistakes(suite, theirs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judging, "RETRIES", 0)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": 1}\n')
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"id": "x", "answer": "y"}\n')
+    stored = [suite, *ABILITIES, "--reuse", "--answers"]
+    with judge_server(status=401) as (url, _):
+        for arguments in (
+            [tmp_path, *ABILITIES],
+            [suite, *ABILITIES, "--reuse"],
+            [*stored, bad],
+            [*stored, other],
+            [*stored, theirs, "--beside", theirs],
+            [*stored, theirs, "--judge", url],
+            [*stored, theirs, "--judge", url, "--judge-model", "j"],
+            [*stored, theirs, "--judge", "http://127.0.0.1:9/v1", "--judge-model", "j"],
+            [*stored, theirs, "--ratings", bad],
+        ):
+            assert main(["evaluate", *map(str, arguments)]) == 2, arguments
+            said = capsys.readouterr().err.replace("2 answers are judged by j …\n", "")
+            assert said.count("\n") == 1 and said.startswith("minigpt4: "), said
+    (suite / "1.jpg").unlink()
+    assert main(["evaluate", *map(str, [*stored, theirs])]) == 2

@@ -1,0 +1,100 @@
+"""The paper's ablations on a tiny random model: every arm is really trained, and alone."""
+
+import pytest
+import torch
+
+from minigpt4.__main__ import main
+from minigpt4.evaluation import architecture, arms
+from minigpt4.evaluation.architecture import shortened
+from minigpt4.training.data import read_shards
+from tests.evaluation_case import run, use_tiny_model
+from tests.training_case import SCHEDULE, tiny_model, write_descriptions, write_shard
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_shard(tmp_path / "train-00000.tar", 8)
+
+
+def frozen(model) -> dict[str, torch.Tensor]:
+    parts = {"encoder": model.encoder, "bridge": model.bridge, "llm": model.llm}
+    return {
+        f"{name}.{k}": v.clone()
+        for name, part in parts.items()
+        for k, v in part.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["linear", "deeper", "bridge"])
+def test_an_arm_learns_and_leaves_the_rest_alone(kind, shard):
+    model = tiny_model()
+    before = frozen(model)
+    examples = read_shards(str(shard))
+    corpus = arms.Corpus(examples, arms.encode(model, examples), ("Describe.",))
+    made, groups = arms.variant(model, kind, seed=1)
+    schedule = shortened(SCHEDULE, 30, 4)
+    untrained = arms.held_out_loss(made, corpus, schedule)
+    start = [p.detach().clone() for g in groups for p in g["params"]]
+    notes = []
+    arms.train(made, groups, corpus, schedule, 1, notes.append)
+    assert arms.held_out_loss(made, corpus, schedule) < untrained - 0.05
+    assert len(notes) == 30
+    trained = [p for g in groups for p in g["params"]]
+    assert all(not torch.equal(a, b) for a, b in zip(start, trained, strict=True))
+    assert {id(p) for p in made.parameters() if p.requires_grad} == {id(p) for p in trained}
+    after = frozen(model)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    layers = {"linear": 1, "deeper": 3, "bridge": 1}[kind]
+    linears = [m for m in made.projection.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == layers
+
+
+def test_a_tiny_q_former_takes_the_place_of_a_bridge_without_one(shard):
+    model = tiny_model("llama2_patch_concat")
+    examples = read_shards(str(shard))[:2]
+    made, groups = arms.variant(model, "bridge", seed=1)
+    encoded = arms.encode(model, examples).float()
+    vectors = made.bridge(encoded)
+    assert vectors.shape[:2] == (2, model.config.image_tokens)
+    assert not torch.allclose(vectors[0], vectors[1])  # it looks at the picture
+    assert {id(p) for p in made.bridge.parameters()} <= {id(p) for g in groups for p in g["params"]}
+    # An arm begins alike whatever was made before it.
+    again, _ = arms.variant(model, "bridge", seed=1)
+    assert torch.equal(again.projection.weight, made.projection.weight)
+
+
+def test_the_experiment(shard, tmp_path, monkeypatch):
+    use_tiny_model(monkeypatch)
+    monkeypatch.setattr(architecture, "CAPTION_TOKENS", 3)
+    monkeypatch.setattr(architecture, "DETAIL_TOKENS", 3)
+    described = write_descriptions(tmp_path / "described", 16)
+    options = [shard, "--experiment", "architecture", "--train", shard, "--described", described]
+    options += ["--steps", 4, "--train-batch", 2, "--limit", 2, "--pictures", 4]
+    result, page = run(*options, out=tmp_path)
+    found = result["arms"]
+    names = ["linear", "deeper", "bridge", "stage2", "stage2-quarter", "stage2-alone"]
+    assert list(found) == names and not result["not_run"]
+    assert (found["linear"]["steps"], found["stage2"]["steps"]) == (4, 2)
+    pictures = [found[name]["pictures"] for name in names]
+    assert pictures == [4, 4, 4, 14, 3, 14]
+    assert len({found[name]["caption_loss"] for name in names}) == 6
+    assert "without Q-Former" in page and page.count("| stage2") == 3
+    result, page = run(*options, "--arms", "deeper", out=tmp_path)
+    assert list(result["arms"]) == ["deeper"] and "Not run: linear, bridge" in page
+    # The same seed gives the same arm, whichever ran before it.
+    assert result["arms"]["deeper"]["caption_loss"] == found["deeper"]["caption_loss"]
+
+
+def test_mistakes(shard, capsys):
+    begin = [str(shard), "--experiment", "architecture"]
+    for arguments in (
+        [],
+        ["--train", str(shard), "--arms", "wider"],
+        ["--train", str(shard), "--arms", "linear,stage2"],
+        ["--train", "nowhere.tar"],
+        ["--train", str(shard), "--described", "nowhere"],
+        ["--train", str(shard), "--described", "nowhere", "--arms", "stage2"],
+    ):
+        assert main(["evaluate", *begin, *arguments]) == 2, arguments
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("minigpt4: "), said

@@ -1,0 +1,370 @@
+"""curate: the files between the steps, generating, filtering, agreement, export."""
+
+import json
+import math
+import os
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from minigpt4 import start
+from minigpt4.__main__ import main
+from minigpt4.curation import agreement, filters
+from minigpt4.curation.export import chosen, export
+from minigpt4.curation.generate import Generator, paper_template
+from minigpt4.curation.pictures import find_pictures, load_picture
+from minigpt4.curation.records import Records, read_records, write_records
+from minigpt4.curation.thresholds import Thresholds
+from minigpt4.engine import Engine, Sampling
+from minigpt4.errors import UserError
+from minigpt4.prompt import CHATML, VICUNA
+from minigpt4.training.data import read_descriptions
+from tests.training_case import picture, tiny_model, write_shard
+
+GREEDY = Sampling(0.0, 1.0, repetition_penalty=1.0, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures, one of them broken, two of one name."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        picture(i).save(folder / f"p{i}.jpg")
+    picture(3).save(folder / "p1.png")
+    (folder / "wrong.jpg").write_text("no picture")
+    return folder
+
+
+# --- the files ---------------------------------------------------------------------------------
+
+
+def test_a_cut_last_line_is_taken_away(tmp_path):
+    path = tmp_path / "new" / "records.jsonl"
+    with Records(path) as records:
+        records.append({"image_id": "a", "text": "ünïcode\nand a line"})
+        records.append({"image_id": "b", "text": "two"})
+    whole = path.read_bytes()
+    for cut in range(whole.index(b"\n") + 2, len(whole) - 2):  # wherever the crash was
+        path.write_bytes(whole[:cut])
+        assert set(read_records(path)) == {"a"}
+        with Records(path) as records:
+            assert set(records.records) == {"a"}
+            records.append({"image_id": "b", "text": "two"})
+        assert path.read_bytes() == whole
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('\ufeff{"image_id": "a", "text": "by hand"}', encoding="utf-8")
+    with Records(path) as records:
+        records.append({"image_id": "a", "text": "again"})
+        assert records.records["a"]["text"] == "again"
+    assert read_records(path) == {"a": {"image_id": "a", "text": "again"}}
+    assert path.read_text(encoding="utf-8").count("\n") == 2
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"text": "no id"}', '{"image_id": ["no"]}'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"image_id": "a"}\n' + line + '\n{"image_id": "b"}\n')
+    with pytest.raises(UserError, match="Line 2 of"):
+        read_records(path)
+    with pytest.raises(UserError, match="Line 2 of"):
+        Records(path)
+
+
+def test_two_programs_do_not_write_one_file(tmp_path):
+    with Records(tmp_path / "a.jsonl"), pytest.raises(UserError, match="another program"):
+        Records(tmp_path / "a.jsonl")
+    Records(tmp_path / "a.jsonl").close()
+
+
+# --- generate ----------------------------------------------------------------------------------
+
+
+def test_pictures_of_folders_and_shards(folder, tmp_path):
+    found = find_pictures(str(folder))
+    assert [s.image_id for s in found] == ["p0", "p1", "p1-2", "p2", "wrong"]
+    assert load_picture(found[0].picture).rgb.size == (60, 44)
+    with pytest.raises(UserError, match=r"wrong\.jpg"):
+        load_picture(found[4].picture)
+    write_shard(tmp_path / "s-00000.tar", 2)
+    write_shard(tmp_path / "s-00001.tar", 1, first=2)
+    found = find_pictures(str(tmp_path / "s-*.tar"))
+    assert [s.image_id for s in found] == ["s-00000-00000", "s-00000-00001", "s-00001-00000"]
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("s-00000.tar", "s-00001.tar"):
+        (tmp_path / name).rename(moved / name)
+    with pytest.raises(UserError, match="--pictures"):
+        load_picture(found[2].picture)
+    assert load_picture(found[2].picture, str(moved)).rgb.size == (60, 44)
+    for wrong in ("nowhere", "nowhere*.tar", str(tmp_path / "none.tar")):
+        with pytest.raises(UserError):
+            find_pictures(wrong)
+
+
+def test_the_papers_prompt(engine, folder, monkeypatch):
+    """Word for word: ###Human: <Img>…</Img> … ###Assistant: … ###Human: Continue ###Assistant:"""
+    asked = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda r: asked.append(r.prompt) or submit(r))
+    generator = Generator(engine, GREEDY, min_tokens=80, continues=1)
+    [record] = generator(find_pictures(str(folder / "p0.jpg")))
+    first, second = (
+        engine.model.tokenizer.decode([i for i in prompt.ids if i >= 0]) for prompt in asked
+    )
+    question = (
+        "<s> ###Human: <Img></Img> Describe this image in detail. Give as many details as "
+        "possible. Say everything you see. ###Assistant: "
+    )
+    assert first.replace("<s>###", "<s> ###").replace("<Img> </Img>", "<Img></Img>") == question
+    said = record["text"]
+    assert second.rstrip().endswith(" ###Human: Continue ###Assistant:")
+    assert second.count("###Assistant:") == 2 and "######" not in second
+    assert record["continued"] == 1 and record["tokens"] <= 12 and said
+    assert paper_template(CHATML) == CHATML
+    assert paper_template(VICUNA).stop == VICUNA.stop
+
+
+def test_only_what_is_short_goes_on(engine, folder):
+    source = find_pictures(str(folder / "p0.jpg"))
+    [once] = Generator(engine, GREEDY, min_tokens=1)(source)
+    [never] = Generator(engine, GREEDY, continues=0)(source)
+    assert once["continued"] == never["continued"] == 0 and once["text"] == never["text"]
+    [often] = Generator(engine, GREEDY, continues=3)(source)
+    assert often["continued"] == 3 and often["text"].startswith(once["text"])
+    assert often["cut"] and often["tokens"] > once["tokens"]
+
+
+def test_generate_resumes(model, folder, tmp_path, monkeypatch, capsys):
+    """Stopped anywhere and begun again, it writes what an uninterrupted run writes."""
+    monkeypatch.setattr(start, "open_model", lambda options: model)
+    whole, halves = tmp_path / "whole.jsonl", tmp_path / "halves.jsonl"
+    # Drawn, not greedy: a picture's draws depend on the seed alone, not on its neighbours.
+    options = ["--max-new-tokens", "6", "--seed", "3", "--continues", "1"]
+    assert main(["curate", "generate", str(folder), "--out", str(whole), *options]) == 0
+    assert "4 described" in capsys.readouterr().err
+    halves.write_bytes(whole.read_bytes()[:900])
+    before = read_records(halves)
+    assert 0 < len(before) < 5
+    assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 0
+    assert "1 could not be read" in capsys.readouterr().err
+    assert read_records(halves) == read_records(whole)
+    assert halves.read_text().count("\n") >= 5
+    lines = len(halves.read_text().splitlines())
+    assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 0
+    assert len(halves.read_text().splitlines()) == lines + 1  # the broken one is tried again
+
+    # Another projection's descriptions do not get into the same file.
+    other = tiny_model()
+    other.projection.weight.data += 0.1
+    monkeypatch.setattr(start, "open_model", lambda options: other)
+    assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 2
+    assert "another file" in capsys.readouterr().err
+
+
+# --- filter ------------------------------------------------------------------------------------
+
+GOOD = (
+    "A brown dog with long ears runs across a wet lawn towards the camera, a yellow ball in its "
+    "mouth. Behind it stands a low wooden fence, and two children in red coats look on from the "
+    "terrace of a white house. Long shadows show that the sun stands low."
+)
+BAD = {
+    "too_short": "A brown dog runs across a wet lawn.",
+    "repetition": GOOD + " Long shadows show that the sun stands low.",
+    "repeated_ngrams": GOOD + " A brown dog with long ears runs across a wet lawn towards the fence"
+    " of the terrace of a white house, a yellow ball in its coat.",
+    "breaks_off": GOOD + " In the background there is a",
+    "language": "Ein brauner Hund mit langen Ohren läuft über einen nassen Rasen auf die Kamera zu,"
+    " einen gelben Ball im Maul. Dahinter steht ein niedriger Zaun aus Holz, und zwei Kinder in"
+    " roten Mänteln schauen von der Terrasse eines weißen Hauses aus zu.",
+    "refusal": "I’m sorry, but I do not see anything else here. " + GOOD,
+    "near_duplicate": GOOD.replace("yellow", "green"),
+    "no_text": " … ",
+}
+
+
+def records(*texts: str) -> list[dict]:
+    return [{"image_id": str(i), "text": text} for i, text in enumerate(texts)]
+
+
+def test_each_rule_finds_its_fault_and_no_other():
+    assert BAD.keys() == filters.RULES.keys()
+    done = filters.apply(records(GOOD, *BAD.values()), Thresholds())
+    assert done[0]["kept"] and done[0]["rules"] == []
+    for name, record in zip(BAD, done[1:], strict=True):
+        assert name in record["rules"] and not record["kept"], (name, record["rules"])
+        extra = set(record["rules"]) - {name}
+        assert extra <= {"repeated_ngrams"} if name == "repetition" else not extra, (name, extra)
+    assert done[-2]["duplicate_of"] == "0"
+    assert sum(filters.counts(done).values()) >= len(BAD)
+    again = filters.apply(done, Thresholds(max_similarity=0.99))
+    assert again[-2]["kept"] and "duplicate_of" not in again[-2]
+
+
+def test_thresholds_are_what_they_say():
+    length = len(filters.words(GOOD))
+    strict = replace(Thresholds(), min_words=length + 1)
+    assert filters.broken_rules(records(GOOD)[0], strict) == ["too_short"]
+    assert not filters.broken_rules(records(GOOD)[0], replace(strict, min_words=length))
+    german = records(BAD["language"])[0]
+    assert not filters.broken_rules(german, Thresholds(language="de"))
+    assert not filters.broken_rules(german, Thresholds(language=""))
+    assert filters.broken_rules(records(GOOD)[0], Thresholds(language="de")) == ["language"]
+    cut = {"image_id": "0", "text": GOOD.rstrip("."), "cut": True}
+    assert filters.broken_rules(cut, Thresholds()) == ["breaks_off"]
+    assert not filters.broken_rules(cut | {"cut": False}, Thresholds())
+    assert filters.refusal("A parrot, as an air show goes on") == ""
+    assert filters.repeated_share("a b c a b c") == 0.25
+
+
+def test_near_duplicates_are_those_that_comparing_all_pairs_finds():
+    """The prefix filter misses none: against the plain definition, on texts of a few words."""
+    import random
+
+    draw = random.Random(5)
+    texts = []
+    for _ in range(120):
+        if texts and draw.random() < 0.5:
+            words = draw.choice(texts).split()
+            words[draw.randrange(len(words))] = draw.choice("abcdef")
+            texts.append(" ".join(words))
+        else:
+            texts.append(" ".join(draw.choice("abcdefgh") for _ in range(draw.randrange(3, 20))))
+    sets = [set(filters.shingles(text)) for text in texts]
+    for similarity in (0.25, 0.5, 0.7, 1.0):
+        expected = {}
+        for i, found in enumerate(sets):
+            for j in range(i):
+                same = len(found & sets[j]) / len(found | sets[j])
+                if j not in expected and same >= similarity:
+                    expected[i] = j
+                    break
+        assert len(expected) > 2
+        assert filters.near_duplicates(texts, similarity) == expected
+
+
+def test_filter_on_the_command_line(tmp_path, capsys):
+    given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_records(given, [*records(GOOD, *BAD.values()), {"image_id": "x", "error": "broken"}])
+    assert main(["curate", "filter", str(given), "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "1 of 10 kept" in said and "2 no_text" in said and "1 near_duplicate" in said
+    assert len(chosen(read_records(out).values())) == 1
+    arguments = ["curate", "filter", str(given), "--out", str(out), "--min-words", "5"]
+    assert main([*arguments, "--language", "any"]) == 0
+    assert "0 too_short" in (said := capsys.readouterr().err) and "0 language" in said
+    assert main([*arguments, "--language", "klingon"]) == 2
+    assert "two letters" in capsys.readouterr().err
+
+
+# --- several reviewers -------------------------------------------------------------------------
+
+
+def test_kappas_are_those_of_the_literature():
+    # Fleiss' own example layout: 14 raters, 10 subjects, 5 categories; kappa 0.210.
+    table = """0 0 0 0 14|0 2 6 4 2|0 0 3 5 6|0 3 9 2 0|2 2 8 1 1|7 7 0 0 0|3 2 6 3 0|2 5 3 2 2
+    |6 5 2 1 0|0 2 2 3 7"""
+    ratings = [
+        [label for label, n in enumerate(map(int, row.split())) for _ in range(n)]
+        for row in table.split("|")
+    ]
+    assert agreement.fleiss_kappa(ratings) == pytest.approx(0.210, abs=5e-4)
+    # Two readers of 50 grant proposals: both yes 20, both no 15, 5 and 10 otherwise; kappa 0.4.
+    first = [1] * 20 + [1] * 5 + [0] * 10 + [0] * 15
+    second = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15
+    assert agreement.cohen_kappa(first, second) == pytest.approx(0.4)
+    assert agreement.raw_agreement(list(zip(first, second, strict=True))) == pytest.approx(0.7)
+    assert math.isnan(agreement.cohen_kappa([1, 1], [1, 1]))
+    assert agreement.cohen_kappa([1, 0], [0, 1]) == pytest.approx(-1)
+
+
+def reviewed(name: str, **decisions: str) -> dict[str, dict]:
+    return {
+        i: {
+            "image_id": i,
+            "picture": f"{i}.jpg",
+            "decision": d.split(":")[0],
+            "text": d.split(":")[1] if ":" in d else f"text {i}",
+            "before": f"text {i}",
+            "reviewer": name,
+        }
+        for i, d in decisions.items()
+    }
+
+
+def test_merging_reviews(tmp_path, capsys):
+    ann = reviewed("ann", a="keep", b="drop", c="edit:by ann", d="drop", e="keep")
+    bob = reviewed("bob", a="keep", b="keep", c="edit:by bob", d="drop")
+    cleo = reviewed("cleo", a="drop", b="drop", c="keep", d="drop")
+    files = []
+    for name, found in (("ann", ann), ("bob", bob), ("cleo", cleo)):
+        files.append(str(tmp_path / f"{name}.jsonl"))
+        write_records(files[-1], found.values())
+    out, scores = tmp_path / "merged.jsonl", tmp_path / "scores.json"
+    arguments = ["curate", "merge", *files, "--out", str(out), "--json", str(scores)]
+    assert main(arguments) == 0
+    merged = read_records(out)
+    assert {i: r["decision"] for i, r in merged.items()} == {
+        "a": "keep",
+        "b": "drop",
+        "c": "edit",
+        "d": "drop",
+        "e": "keep",
+    }
+    assert merged["c"]["text"] == "by ann"
+    assert merged["b"]["votes"] == {"ann": "drop", "bob": "keep", "cleo": "drop"}
+    found = json.loads(scores.read_text())
+    assert (found["reviewers"], found["n"], found["statistic"]) == (3, 4, "Fleiss' kappa")
+    assert found["raw"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 3 + 1) / 4)
+    assert found["raw_drop"] == pytest.approx((1 / 3 + 1 / 3 + 1 + 1) / 4)
+    assert main(["curate", "merge", *files[:2], "--out", str(out)]) == 0
+    assert "Cohen" in capsys.readouterr().out
+    assert read_records(out)["b"]["decision"] == "drop"  # half of the votes
+    assert main(["curate", "merge", files[0], files[0], "--out", str(out)]) == 2
+    assert "Two files are by “ann”" in capsys.readouterr().err
+    write_records(files[0], records(GOOD))
+    assert main(["curate", "merge", *files, "--out", str(out)]) == 2
+    assert "no reviewer's file" in capsys.readouterr().err
+
+
+# --- export ------------------------------------------------------------------------------------
+
+
+def test_the_published_layout_comes_out(folder, tmp_path):
+    found = [vars(s) | {"text": f"Text {s.image_id}."} for s in find_pictures(str(folder))[:4]]
+    found[0]["decision"], found[3]["kept"] = "drop", False
+    target = tmp_path / "stage2"
+    assert export(chosen(found), target) == 2
+    examples = read_descriptions(target)
+    assert [(e.key, e.texts[0].answer) for e in examples] == [
+        ("p1", "Text p1."),
+        ("p1-2", "Text p1-2."),
+    ]
+    assert (target / "image" / "p1.jpg").read_bytes() == (folder / "p1.jpg").read_bytes()
+    assert Image.open(target / "image" / "p1-2.jpg").format == "JPEG"
+    # What was dropped since is not left behind.
+    found[1]["decision"] = "drop"
+    assert export(chosen(found), target) == 1
+    assert os.listdir(target / "image") == ["p1-2.jpg"]
+    for wrong in ("../up", "a/b", ".hidden"):
+        with pytest.raises(UserError, match="file's name"):
+            export([found[2] | {"image_id": wrong}], target)
+    with pytest.raises(UserError, match="Nothing is left"):
+        export([], target)

@@ -1,0 +1,110 @@
+"""The experiments of `evaluate`, on tiny shards and tiny random models, by their commands."""
+
+import shutil
+
+import pytest
+
+from minigpt4.__main__ import main
+from minigpt4.evaluation import report
+from minigpt4.evaluation.java import SPICE_FILES, java_scores, no_spice
+from minigpt4.evaluation.stages import sentences
+from minigpt4.weights import read_projection, save_projection
+from tests.evaluation_case import run, use_tiny_model
+from tests.parity_case import ParityCase
+from tests.training_case import PARITY, write_shard
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    use_tiny_model(monkeypatch)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_shard(tmp_path / "train-00000.tar", 3)
+
+
+@pytest.fixture
+def other_projection(tmp_path):
+    """A projection file for the tiny model, not its own."""
+    tensors = read_projection(ParityCase(PARITY / "vicuna_qformer_a").files.projection)
+    path = tmp_path / "other.safetensors"
+    save_projection({k: -2 * v for k, v in tensors.items()}, path)
+    return path
+
+
+def test_stages(tiny, other_projection, shard, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    options = ["--experiment", "stages", "--limit", 2, "--answers", answers]
+    options += ["--stage1", other_projection]
+    result, page = run(shard, *options, out=tmp_path)
+    lines = report.read_lines(answers, "stage", "answer")
+    assert len(lines) == 2 * 2 * 2 and result["n"] == 2
+    assert result["experiment"] == "stages" and result["machine"] and result["date"]
+    for stage, kinds in result["rates"].items():
+        for kind, rate in kinds.items():
+            of = [x for x in lines if (x["stage"], x["request"]) == (stage, kind)]
+            assert rate["repetition"] == sum(x["repetition"] for x in of) / 2
+            assert rate["words"] == sum(len(x["answer"].split()) for x in of) / 2 > 0
+            assert rate["failed"] >= max(rate[k] for k in ("repetition", "fragment", "meaningless"))
+    # The two projections are really two.
+    first, second = ([x["answer"] for x in lines if x["stage"] == f"stage {i}"] for i in (1, 2))
+    assert first != second
+    assert page.count("| description |") == 2 + 2 and result["command"] in page
+
+
+def test_captions_names_what_was_left_out(tiny, shard, tmp_path):
+    result, page = run(shard, "--experiment", "captions", "--limit", 2, out=tmp_path)
+    assert {"bleu1", "bleu4", "cider", "repetition_rate", "fragment_rate", "n"} <= result.keys()
+    for name, title in (("meteor", "METEOR"), ("spice", "SPICE")):
+        assert (name in result) != (name in result["left_out"])
+        assert (f"{title} was left out" in page) == (name in result["left_out"])
+    assert ("meteor" in result) == bool(shutil.which("java"))
+    assert 0 <= result.get("meteor", 0) <= 1
+    assert ("spice" in result) == (not no_spice())
+
+
+def test_without_java_and_spice_s_files_nothing_is_fetched(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    scores, left_out = java_scores({"a": "A dog."}, {"a": ["A dog."]})
+    assert scores == {} and "Java" in left_out["meteor"]
+    assert SPICE_FILES[0] in left_out["spice"] or "Java" in left_out["spice"]
+
+
+def test_mistakes(shard, tmp_path, capsys):
+    for arguments in (
+        [],
+        ["--experiment", "stages"],
+        [shard, "--experiment", "stages", "--stage1", tmp_path / "none.pth"],
+        [shard, "--experiment", "stages", "--model", "vicuna-7b"],
+        [shard, "--experiment", "pope", "--question", "Is it there?"],
+        [shard, "--experiment", "pope", "--judge", "http://127.0.0.1/v1"],
+        [shard, "--experiment", "stages", "--detail"],
+        [shard, "--markdown", tmp_path / "page.md"],
+        [shard, "--experiment", "pope", "--objects", tmp_path / "none.txt"],
+    ):
+        assert main(["evaluate", *map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("minigpt4: "), said
+
+
+def test_tables():
+    assert report.table(["a", "b"], [["x|y\nz", 0.5], [None, "<i>"]]).splitlines() == [
+        "| a | b |",
+        "| --- | --- |",
+        "| x\\|y<br>z | 0.500 |",
+        "| – | &lt;i> |",
+    ]
+    assert report.interval(0, 50) == pytest.approx((0.0, 0.0713), abs=1e-4)
+    assert report.interval(25, 50) == pytest.approx((0.3664, 0.6336), abs=1e-4)
+    assert sentences("A dog. It runs!\nAnd runs…") == 3 and sentences("") == 0
+
+
+def test_a_report_goes_into_the_page_that_has_a_place_for_it(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n<!-- pope -->\nold\n<!-- /pope -->\n\nend\n")
+    report.write_markdown(str(page), "pope", "new\n")
+    report.write_markdown(str(page), "pope", "newer")
+    assert page.read_text() == "# A\n\n<!-- pope -->\nnewer\n<!-- /pope -->\n\nend\n"
+    report.write_markdown(str(page), "stages", "alone")
+    assert page.read_text() == "alone\n"

@@ -1,0 +1,317 @@
+"""Downloads with the real client from a small hub on the loopback address, and what is kept."""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants, file_download, hf_hub_download
+from safetensors.torch import load_file, save_file
+
+import app
+from minigpt4 import config as configs
+from minigpt4 import fetch, image, start, transfer, weights
+from minigpt4.__main__ import main
+from minigpt4.chat import Conversation, ask
+from minigpt4.engine import Engine, Sampling
+from minigpt4.errors import UserError
+from minigpt4.llm_folder import check_folder
+from tests.hub_case import COMMIT, PARITY, TOKEN, hub_server, publish, tiny_vicuna
+from tests.parity_case import ParityCase
+
+EVA = "plain/eva_vit_g.pth"
+VICUNA = "Vision-CAIR/vicuna-7b"
+CASE = PARITY / "vicuna_qformer_a"
+BLIP2 = "Salesforce/blip2-flan-t5-xxl"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with the published files; the client speaks to it, and nothing is fetched yet."""
+    with hub_server() as hub:
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        hub.case = publish(hub, scratch)
+        hub.config = tiny_vicuna(hub.case, hub)
+        hub.folder = tmp_path / "weights"
+        monkeypatch.setitem(configs.MODELS, "vicuna-7b", hub.config)
+        monkeypatch.setenv("MINIGPT4_WEIGHTS", str(hub.folder))
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        url = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+        monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
+        yield hub
+
+
+def options(**changes) -> argparse.Namespace:
+    values = {"model": "vicuna-7b", "quantize": "none", "device": "cpu", **changes}
+    return argparse.Namespace(**values)
+
+
+def answer(model, case: ParityCase) -> str:
+    engine = Engine(model)
+    conversation = Conversation()
+    conversation.add_question("What is this?", [image.load(case.image_paths[0])])
+    sampling = Sampling(temperature=0, max_new_tokens=12)
+    text = "".join(ask(engine, conversation, sampling))
+    engine.close()
+    return text
+
+
+def complaint(action, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        action(*arguments)
+    text = str(caught.value)
+    assert "\n" not in text and "0x" not in text and "Error" not in text
+    return text
+
+
+def test_what_was_downloaded_answers(hub, capsys):
+    """The first start fetches everything; the answer is the original files'."""
+    lines = []
+    model = start.open_model(options(), lambda line, passing=False: lines.append(line))
+    fetched = answer(model, hub.case)
+    assert fetched == answer(hub.case.load(), hub.case)
+    assert {path.name for path in hub.folder.iterdir() if not path.name.startswith(".")} == {
+        "eva_vit_g.pth",
+        "blip2_pretrained_flant5xxl.pth",
+        "vicuna-7b-llm",
+        "prerained_minigpt4_7b.safetensors",
+    }
+    kept = load_file(hub.folder / "prerained_minigpt4_7b.safetensors")
+    assert set(kept) == {"weight", "bias"}
+    assert not (hub.folder / ".parts").exists()
+    llm = {path.name for path in (hub.folder / "vicuna-7b-llm").iterdir()}
+    assert "tokenizer.model" in llm and not llm & {"README.md", "onnx", ".gitattributes"}
+    sizes = [line for line in lines if "vision:" in line]
+    assert sizes and "eva_vit_g.pth" in sizes[0] and "MB" in sizes[0]
+
+    asked = len(hub.asked)
+    assert main(["download", "vicuna-7b"]) == 0  # nothing is missing
+    assert len(hub.asked) == asked
+
+
+def test_progress_is_one_bar_and_a_line_for_the_page(hub, monkeypatch):
+    monkeypatch.setattr(transfer, "PASSING_SECONDS", 0.0)
+    said = []
+    weights.download(hub.config, lambda line, passing=False: said.append((line, passing)))
+    passing = [line for line, p in said if p]
+    assert passing[0].startswith("Fetching vicuna-7b: ")
+    assert passing[-1].endswith(", 100 %")
+    shares = [int(line.split(", ")[1].removesuffix(" %")) for line in passing]
+    assert shares == sorted(shares)
+    assert "vicuna-7b are there" in said[-1][0]
+
+
+def test_the_page_is_told_of_it(hub, monkeypatch, capsys):
+    """What app.py loads with: the page gets every line, the terminal those that stay."""
+    monkeypatch.setattr(transfer, "PASSING_SECONDS", 0.0)
+    steps = []
+    chosen = app.options(["--model", "vicuna-7b", "--device", "cpu", "--kv-megabytes", "8"])
+    app.load(chosen, steps.append).close()
+    assert sum(step.startswith("Fetching vicuna-7b: ") for step in steps) > 5
+    assert steps[-1] == "Loading vicuna-7b …"
+    said = capsys.readouterr().err
+    assert "Fetching" not in said and "vision: http" in said and "were fetched" in said
+
+
+def test_a_line_that_breaks_is_gone_on_from(hub):
+    hub.breaks[EVA] = [50_000, 60_000]
+    shard = f"{VICUNA}/pytorch_model-00002-of-00002.bin"
+    hub.breaks[shard] = [20_000]
+    weights.download(hub.config, lambda *_, **__: None)
+    assert hub.fetched(EVA) == ["", "bytes=50000-", "bytes=110000-"]
+    assert hub.fetched(shard) == ["", "bytes=20000-"]
+    assert (hub.folder / "eva_vit_g.pth").read_bytes() == hub.files[EVA]
+
+
+def test_another_start_goes_on_where_the_first_ended(hub):
+    config = replace(
+        hub.config,
+        files=hub.config.files | {"vision": replace(hub.config.files["vision"], mirrors=())},
+    )
+    hub.breaks[EVA] = [70_000, *[0] * 100]
+    text = complaint(weights.download, config)
+    assert "eva_vit_g.pth could not be fetched" in text and "goes on where this ended" in text
+    hub.breaks.clear()
+    hub.asked.clear()
+    weights.download(config)
+    assert hub.fetched(EVA) == ["bytes=70000-"]
+    assert (hub.folder / "eva_vit_g.pth").read_bytes() == hub.files[EVA]
+
+
+def test_damage_is_noticed(hub):
+    """Once: it is fetched again. Twice: it is said, and nothing damaged is kept."""
+    for name in (EVA, f"{VICUNA}/pytorch_model-00001-of-00002.bin", f"{VICUNA}/config.json"):
+        hub.damaged = {name: 1}
+        weights.download(hub.config)
+        assert hub.fetched(name) == ["", ""]
+        shutil.rmtree(hub.folder)
+        hub.asked.clear()
+    shard = f"{VICUNA}/pytorch_model-00001-of-00002.bin"
+    hub.damaged = {shard: 2}
+    text = complaint(weights.download, hub.config)
+    assert "came damaged" in text and "00001-of-00002" in text
+    assert not (hub.folder / "vicuna-7b-llm").exists()
+
+
+def test_the_hubs_copy_of_blip2_does_as_well(hub):
+    """Google's bucket is gone: the hub's shards that hold the two parts are fetched, once."""
+    del hub.files[EVA], hub.files["plain/blip2_pretrained_flant5xxl.pth"]
+    model = start.open_model(options())
+    assert answer(model, hub.case) == answer(hub.case.load(), hub.case)
+    assert len(hub.fetched(f"{BLIP2}/model-00001-of-00002.safetensors")) == 1
+    assert not hub.fetched(f"{BLIP2}/model-00002-of-00002.safetensors")
+    qformer = load_file(hub.folder / "blip2-flan-t5-xxl-qformer.safetensors")
+    assert "ln_vision.weight" in qformer and not any("vision_model" in k for k in qformer)
+
+
+def test_a_mirror_takes_over_in_the_middle(hub):
+    hub.breaks[EVA] = [70_000, *[0] * 100]
+    said = []
+    weights.download(hub.config, lambda line, passing=False: said.append(line))
+    assert any(f"trying {BLIP2}" in line for line in said)
+    assert (hub.folder / "blip2-flan-t5-xxl-vision.safetensors").exists()
+    weights.load_model(hub.config, weights.find(hub.config))
+
+
+def test_the_users_own_places(hub, tmp_path, monkeypatch):
+    """A path, a URL, a repository; from an option or the environment."""
+    hub.files["me/mine/other.pth"] = (hub.case.folder / "pretrained_minigpt4.pth").read_bytes()
+    monkeypatch.setenv("MINIGPT4_LLM", str(hub.case.folder / "llm"))
+    places = ["--projection", "me/mine:other.pth", "--vision", f"{hub.address}/{EVA}"]
+    assert main(["download", "vicuna-7b", *places, "--qformer", BLIP2]) == 0
+    names = {path.name.split("-")[0] for path in hub.folder.iterdir()} - {".lock"}
+    assert names == {"other", "eva_vit_g", "blip2"}
+    assert not any(VICUNA in line for line in hub.asked)
+    given = {"projection": "me/mine:other.pth", "llm": str(hub.case.folder / "llm")}
+    given |= {"vision": f"{hub.address}/{EVA}", "qformer": BLIP2}
+    model = start.open_model(options(**given))
+    assert answer(model, hub.case) == answer(hub.case.load(), hub.case)
+
+
+def test_a_projections_shape_chooses_the_model(hub, tmp_path, monkeypatch):
+    """--model auto: the user's own file tells whose it is."""
+    said = []
+    path = hub.case.folder / "pretrained_minigpt4.pth"
+    start.open_model(
+        options(model="auto", projection=str(path)), lambda line, **_: said.append(line)
+    )
+    assert "vicuna-7b, because the projection is made for it" in said[0]
+
+
+def test_gated(hub, monkeypatch):
+    hub.gated = {VICUNA}
+    text = complaint(weights.download, hub.config)
+    assert f"{VICUNA} is gated" in text and "settings/tokens" in text and "HF_TOKEN" in text
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    weights.download(hub.config)
+    assert (hub.folder / "vicuna-7b-llm" / "config.json").exists()
+    assert "a token was told to the CDN" not in hub.asked
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("nobody/nothing", "There is no http"),
+        (f"{VICUNA}:absent.bin", "absent.bin is not in"),
+        ("models/vicuna/7b", "There is no file or folder models/vicuna/7b"),
+        ("./vicuna", "There is no file or folder ./vicuna"),
+    ],
+)
+def test_places_that_are_not_there(hub, place, said):
+    assert said in complaint(weights.download, hub.config, lambda *_, **__: None, {"llm": place})
+
+
+def test_a_projection_in_a_repository_needs_its_name(hub):
+    text = complaint(weights.download, hub.config, print, {"projection": VICUNA})
+    assert f"--projection {VICUNA}:FILE" in text
+
+
+def test_a_disk_that_is_too_small(hub, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    text = complaint(weights.download, hub.config)
+    assert "make room" in text and "MINIGPT4_WEIGHTS" in text
+    assert not hub.fetched(EVA)
+
+
+def test_what_the_hubs_cache_has_is_not_fetched_again(hub):
+    """As on a Space whose front matter has it loaded beforehand."""
+    for name in hub.files:
+        if name.startswith(VICUNA):
+            hf_hub_download(VICUNA, name.removeprefix(f"{VICUNA}/"))
+    hub.asked.clear()
+    weights.download(hub.config)
+    assert not any(VICUNA in line for line in hub.asked)
+    llm = hub.folder / "vicuna-7b-llm"
+    assert llm.is_symlink() and COMMIT in str(llm.resolve())
+    weights.load_model(hub.config, weights.find(hub.config))
+
+
+# --- another language model than the projection's ----------------------------------------------
+
+
+@pytest.fixture
+def llm(tmp_path):
+    folder = tmp_path / "llm"
+    shutil.copytree(CASE / "llm", folder)
+    return folder
+
+
+def load(llm):
+    case = ParityCase(CASE)
+    return weights.load_model(
+        replace(case.config, name="vicuna-7b"), replace(case.files, llm=llm), quantize="none"
+    )
+
+
+def test_delta_weights(llm):
+    """What training changed of LLaMA: tiny embeddings, norms around 0."""
+    path = llm / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    delta = {
+        name: 1e-3 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(path).items()
+        if "inv_freq" not in name
+    }
+    save_file(delta, path, {"format": "pt"})
+    text = complaint(load, llm)
+    assert "delta weights" in text and "download vicuna-7b" in text
+
+
+def test_no_tokenizer(llm):
+    (llm / "tokenizer.model").unlink()
+    assert "has no tokenizer" in complaint(load, llm)
+
+
+def test_a_missing_shard(llm):
+    (llm / "model.safetensors").rename(llm / "model-00001-of-00002.safetensors")
+    shards = {str(n): f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    index = llm / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert "model-00002-of-00002.safetensors is missing" in complaint(load, llm)
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "said"),
+    [
+        (32_000, "vicuna-7b", "trained with Vicuna v0, which has 32,001"),
+        (32_001, "llama2-7b", "as Vicuna v0 have"),
+        (32_001, "vicuna-7b", ""),
+        (32_000, "llama2-7b", ""),
+    ],
+)
+def test_another_vocabulary(llm, caplog, words, model, said):
+    path = llm / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": words}))
+    check_folder(llm, configs.MODELS[model])
+    assert said in caplog.text and bool(said) == bool(caplog.text)

@@ -1,0 +1,36 @@
+"""A short run of each coverage-guided fuzzer; a long one: python -m benchmarks.fuzz."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks import fuzz
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(not find_spec("atheris"), reason="atheris has no build for this platform")
+@pytest.mark.parametrize("target", ["pictures", "requests"])
+def test_five_seconds(target, tmp_path):
+    """No input ends it, and it is guided: coverage is seen, and inputs are kept for it."""
+    before = {path: path.read_bytes() for path in (fuzz.CORPUS / target).iterdir()}
+    command = [sys.executable, "-m", "benchmarks.fuzz", target, "--seconds", "5"]
+    done = subprocess.run(
+        [*command, "--found", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    runs = int(re.search(r"Done (\d+) runs", said)[1])
+    assert runs > len(before) and re.search(r"cov: [1-9]\d+", said)
+    assert not list(tmp_path.iterdir())
+    assert before == {path: path.read_bytes() for path in (fuzz.CORPUS / target).iterdir()}
+
+
+@pytest.mark.parametrize("sentence", ["Traceback: x.", "at <0x7f>.", "two\nlines.", "no end"])
+def test_what_counts_as_a_finding(sentence):
+    with pytest.raises(AssertionError):
+        fuzz.check(sentence)

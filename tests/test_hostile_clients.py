@@ -1,0 +1,566 @@
+"""Clients that do not keep to the protocol, on a real server: afterwards the next request works."""
+
+import asyncio
+import json
+import os
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+from gradio.utils import get_upload_folder
+
+from minigpt4 import chat
+from minigpt4.web import sweep as sweeping_module
+from minigpt4.web.examples import QUESTIONS, in_folder
+from minigpt4.web.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
+from minigpt4.web.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
+from tests.api_case import (
+    address_fixture,
+    at_rest,
+    data_url,
+    engine_fixture,
+    picture_file,
+    question,
+)
+
+FILE = {"meta": {"_type": "gradio.FileData"}}
+SETTINGS = [0, 1.0, 1.0, 10, 1, "", ""]  # the page's controls, in their order
+
+
+engine, address = engine_fixture(), address_fixture("--max-upload-mb", "1")
+
+
+@pytest.fixture(autouse=True)
+def works_afterwards(address, engine):
+    engine.pace = 0.0
+    yield
+    engine.pace = 0.0
+    assert at_rest(engine, 20)
+    assert ask(address, "Hello?").status_code == 200
+
+
+def ask(address, text, *urls, **settings) -> httpx.Response:
+    body = {"messages": [question(text, *urls)], "max_tokens": 8, "temperature": 0, **settings}
+    return httpx.post(address + "/v1/chat/completions", json=body, timeout=120)
+
+
+def text_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def connect(address: str) -> socket.socket:
+    parts = urlsplit(address)
+    return socket.create_connection((parts.hostname, parts.port), timeout=60)
+
+
+def upload(address, content: bytes, name: str = "a.png", **more) -> httpx.Response:
+    files = {"files": (name, content, "image/png")}
+    return httpx.post(address + "/gradio_api/upload", files=files, timeout=120, **more)
+
+
+# --- uploads ---------------------------------------------------------------------------------
+
+
+def test_a_file_over_the_limit(address):
+    response = upload(address, bytes(2**20 + 1))
+    assert response.status_code == 413 and "Traceback" not in response.text
+    assert upload(address, picture_file()).status_code == 200
+
+
+def multipart(name: str, size: int, filename: str = ""):
+    """The pieces of a body whose length nobody announces."""
+    yield f'--x\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n\r\n'.encode()
+    for _ in range(size // 2**16):
+        yield b"a" * 2**16
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "size"),
+    [
+        ("/gradio_api/upload", "multipart/form-data; boundary=x", (FILES_AT_ONCE + 3) * 2**20),
+        ("/gradio_api/queue/join", "application/json", TEXT_BYTES + 2**20),
+        ("/gradio_api/call/chat", "application/json", TEXT_BYTES + 2**20),
+        ("/login", "application/x-www-form-urlencoded", TEXT_BYTES + 2**20),
+    ],
+)
+def test_bodies_without_end(address, path, kind, size):
+    """A form's field, or JSON, of any length: gradio itself would take it into memory."""
+    memory = psutil.Process().memory_info().rss
+    try:
+        response = httpx.post(
+            address + path,
+            content=multipart("field", size),
+            headers={"content-type": kind},
+            timeout=120,
+        )
+    except (httpx.WriteError, httpx.RemoteProtocolError):  # it hung up amid our sending
+        pass
+    else:
+        assert response.status_code in (400, 404, 405, 413, 422), response.text
+    assert psutil.Process().memory_info().rss - memory < 200 * 2**20
+    announced = httpx.Request("POST", address + path, content=b"")
+    announced.headers["content-length"] = str(10**12)
+    with connect(address) as line:
+        line.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+            f"Content-Length: {10**12}\r\n\r\n".encode()
+        )
+        assert line.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def run_limits(app, receive, seconds: float) -> list[dict]:
+    sent: list[dict] = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": []}
+    asyncio.run(Limits(app, 1000, seconds)(scope, receive, send))
+    return sent
+
+
+def test_a_dribbled_body_has_an_end():
+    """A byte now and then, for as long as the server listens."""
+
+    async def receive():
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"a", "more_body": True}
+
+    async def read_all(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    start = time.monotonic()
+    sent = run_limits(read_all, receive, 0.3)
+    assert sent[0]["status"] == 408 and 0.2 < time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 5000])
+def test_a_cut_upload_is_swept_away(address, size):
+    folder = Path(get_upload_folder())
+    before = {*folder.rglob("*")}
+    with connect(address) as line:
+        head = b"".join(multipart("files", 0, '; filename="a.png"'))
+        line.sendall(
+            b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n" + head + b"a" * size
+        )
+        time.sleep(0.3)
+    time.sleep(0.3)
+    left = {*folder.rglob("*")} - before
+    for path in left:
+        os.utime(path, (time.time() - CUT_SECONDS - 5,) * 2)
+    sweep(folder)
+    assert not {*folder.rglob("*")} - before
+
+
+def test_the_sweeper_leaves_what_is_in_use(tmp_path):
+    """What is a day old goes, but for the page's own files; what was cut goes sooner."""
+    old, older = time.time() - CUT_SECONDS - 5, time.time() - KEPT_SECONDS - 5
+    for name, written in ("tmpcut", old), ("a/kept.png", old), ("b/dead.png", older):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+        os.utime(path, (written, written))
+    pictures = in_folder(tmp_path)
+    for path in pictures:  # as copies of files that were installed long ago
+        os.utime(path, (older, older))
+    sweep(tmp_path)
+    left = {str(path) for path in tmp_path.rglob("*.*")}
+    assert left == {str(tmp_path / "a/kept.png"), *pictures} and len(pictures) == len(QUESTIONS)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "tmpcut").exists()
+
+
+def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
+    """While files come; at the end its visitors' go, not what another page shows as well."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(sweeping_module, "EVERY_SECONDS", 0.01)
+    uploaded, other = tmp_path / "a/one.png", tmp_path / "b/other.png"
+    for path in (uploaded, other):
+        path.parent.mkdir()
+        path.write_bytes(b"x")
+    pictures = in_folder(tmp_path)
+    files = {str(uploaded), *pictures}
+    page = SimpleNamespace(temp_file_sets=[files])
+    app = SimpleNamespace(get_blocks=lambda: page)
+
+    async def run() -> None:
+        async with sweeping_module.sweeping(app):
+            for number in range(3000):
+                files.add(f"{tmp_path}/gone/{number}.png")
+                if not number % 300:
+                    await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
+            assert files == {str(uploaded), *pictures}
+
+    asyncio.run(run())
+    assert not uploaded.exists() and other.exists() and all(map(os.path.exists, pictures))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../../../evil.png", "a\0b.png", "x" * 4096 + ".png", "<img src=x onerror=alert(1)>.png"]
+    + ["/etc/passwd", "..", "con\r\nX-Evil: 1.png"],
+    ids=lambda name: repr(name[:8]),
+)
+def test_names_of_uploads(address, name):
+    """Wherever it is stored, it is in the folder; it can be asked about, or is refused plainly."""
+    response = upload(address, picture_file(), name)
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 200:
+        [path] = response.json()
+        folder = Path(get_upload_folder()).resolve()
+        assert Path(path).resolve().is_relative_to(folder) and len(Path(path).name) < 256
+        assert "x-evil" not in response.headers
+        said = call_chat(address, {"path": path, "orig_name": name, **FILE})
+        assert "event: complete" in said
+    assert not Path("/evil.png").exists()
+
+
+def test_too_many_parts_and_headers(address):
+    part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\nc\r\n'
+    many = {"content-type": "multipart/form-data; boundary=x"}
+    response = httpx.post(
+        address + "/gradio_api/upload", content=part * 1500 + b"--x--\r\n", headers=many, timeout=60
+    )
+    assert response.status_code in (400, 413)
+    long = b'--x\r\nContent-Disposition: form-data; name="a"\r\nX: ' + b"y" * 20_000 + b"\r\n\r\n"
+    response = httpx.post(address + "/gradio_api/upload", content=long, headers=many)
+    assert response.status_code in (400, 413)
+    for headers in ({f"x-{i}": "y" * 1000 for i in range(2000)}, {"x": "y" * 10**6}):
+        try:
+            status = httpx.get(address + "/healthz", headers=headers).status_code
+        except httpx.TransportError:  # it hung up
+            status = 431
+        assert 400 <= status < 500
+
+
+# --- the page's own protocol ----------------------------------------------------------------------
+
+
+def call_chat(address, image=None, **more) -> str:
+    """All that is said on a call of /chat."""
+    sent = {"data": ["What is this?", image, None, None, 0, 1.0, 5, *[None] * 3], **more}
+    called = httpx.post(address + "/gradio_api/call/chat", json=sent, timeout=60)
+    assert called.status_code == 200, called.text
+    url = f"{address}/gradio_api/call/chat/{called.json()['event_id']}"
+    return httpx.get(url, timeout=120).text
+
+
+@pytest.fixture(scope="module")
+def events(address) -> dict[str, int]:
+    config = httpx.get(address + "/config").json()
+    return {d["api_name"]: d["id"] for d in config["dependencies"]}
+
+
+def do(address, event: int, data: list, session: str, event_data=None) -> dict | None:
+    """The last message on an event of the page; None where it was not taken."""
+    sent = {"data": data, "fn_index": event, "session_hash": session, "event_data": event_data}
+    joined = httpx.post(address + "/gradio_api/queue/join", json=sent, timeout=60)
+    if joined.status_code != 200:
+        assert joined.status_code < 500, joined.text
+        return None
+    url = f"{address}/gradio_api/queue/data?session_hash={session}"
+    last = None
+    with httpx.stream("GET", url, timeout=120) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                message = json.loads(line.removeprefix("data: "))
+                last = message if message["msg"] == "process_completed" else last
+    return last
+
+
+PRIVATE = "the file of another"
+
+
+@pytest.mark.parametrize("meta", [FILE, {}, {"meta": {"_type": "x"}}], ids=["meta", "none", "odd"])
+@pytest.mark.parametrize("event", ["ask", "attach", "photograph", "open", "fill"])
+def test_no_file_of_this_machine_through_the_page(address, events, tmp_path, event, meta):
+    """A replayed event that names a file which was never uploaded: nothing of it is shown."""
+    secret = f"private-{event}-{len(meta)}-{id(meta)}"
+    path = tmp_path / f"{secret}.png"
+    path.write_bytes(picture_file("magenta"))
+    (tmp_path / f"{secret}.json").write_text(json.dumps({"format": PRIVATE}))
+    file = {"path": str(path), **meta}
+    box = {"text": "What is this?", "files": [file]}
+    data = {
+        "ask": [box, None, *SETTINGS],
+        "attach": [box, None],
+        "photograph": [file, {"text": "", "files": []}, None],
+        "open": [{"path": str(tmp_path / f"{secret}.json"), **meta}, None],
+        "fill": [box, None],
+    }[event]
+    example = {"value": {"text": "x", "files": [file]}, "index": 0}
+    last = do(address, events[event], data, secret, example if event == "fill" else None)
+    said = json.dumps(last)
+    assert PRIVATE not in said
+    copies = [p for p in Path(get_upload_folder()).rglob(f"{secret}*")]
+    assert not copies, f"{event}: taken into the folder that is served"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "file:///etc/passwd"])
+def test_no_file_of_this_machine_is_served(address, path):
+    for start in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/gradio_api/proxy="):
+        response = httpx.get(address + start + path)
+        assert 400 <= response.status_code < 500 and "root:" not in response.text
+    assert "event: error" in call_chat(address, {"path": path, **FILE})
+
+
+def test_another_sessions_upload_has_a_name_that_nobody_guesses(address):
+    """The address of a file is the hash of its content: who knows that has the file."""
+    [path] = upload(address, picture_file("olive")).json()
+    assert len(Path(path).parent.name) >= 40
+    nearby = Path(path).parent.parent / ("0" * 64) / "a.png"
+    assert httpx.get(f"{address}/gradio_api/file={nearby}").status_code in (403, 404)
+    assert httpx.get(f"{address}/gradio_api/file={Path(path).parent}").status_code in (403, 404)
+
+
+CLOSED = ["process_recording", "deep_link?session_hash=x", "component_server", "vibe-edit/"]
+CLOSED += ["run-history/connect", "stream/x", "proxy=http://127.0.0.1:9/", "dev/reload"]
+
+
+@pytest.mark.parametrize("path", [*CLOSED, "process_recording/", "%70rocess_recording"])
+def test_what_the_page_does_not_need_is_closed(address, path):
+    """Gradio starts ffmpeg, writes conversations to the disk, fetches: not here."""
+    for url in (f"{address}/gradio_api/{path}", f"{address}//gradio_api//{path}"):
+        for method in ("GET", "POST", "HEAD"):
+            assert httpx.request(method, url, content=b"x").status_code in (404, 405)
+    for url in ("/monitoring", "/monitoring/summary", "/monitoring/x"):
+        assert httpx.get(address + url).status_code == 404
+
+
+OUT_OF_ORDER = [
+    ("stop", [None], None),
+    ("undo", [None], None),
+    ("retry", [None, *SETTINGS], None),
+    ("option", [None, *SETTINGS], {"index": 0, "value": "continue"}),
+    ("edit", [None, *SETTINGS], {"index": 99, "value": "x", "previous_value": "y"}),
+    ("edit", [None, *SETTINGS], {"index": -1, "value": "x", "previous_value": "y"}),
+    ("edit", [None, *SETTINGS], {"index": "x", "value": 3, "previous_value": None}),
+    ("encode", [None], None),
+    ("reopen", [None], {"index": 0, "value": {"data": {"format": 1}, "name": 3}}),
+    ("reopen", [None], {"index": 0, "value": "x"}),
+    ("show_version", [10**9, None], None),
+    ("save_website", [-5, None], None),
+    ("choose_preset", ["x"], None),
+    ("ask", [{"text": "Hi", "files": []}, "session", *SETTINGS], None),
+    ("ask", [{"text": "Hi", "files": []}, None, *["x"] * 7], None),
+    ("ask", [{"text": "Hi", "files": []}, None, float("inf"), *SETTINGS[1:]], None),
+    ("ask", [{"text": "Hi", "files": []}, None, *SETTINGS[:5], "9" * 5000, ""], None),
+    ("ask", [{"text": "Hi", "files": []}], None),
+    ("ask", ["Hi", None, *SETTINGS], None),
+    ("ask", [None, None, *SETTINGS], None),
+    ("ask", {"0": 1}, None),
+]
+
+
+@pytest.mark.parametrize("number", range(len(OUT_OF_ORDER)))
+def test_events_that_make_no_sense(address, events, number, caplog):
+    """Each is answered; what it meant is not done; no library's words come back."""
+    name, data, event_data = OUT_OF_ORDER[number]
+    session = f"odd-{number}"
+    data = json.loads(json.dumps(data).replace("Infinity", "1e999"))
+    if isinstance(data, list):
+        data = [None if d == float("inf") else d for d in data]
+    last = do(address, events[name], data, session, event_data)
+    said = json.dumps(last)
+    assert not any(bad in said for bad in ("Traceback", "site-packages", " object at 0x"))
+
+
+def test_unknown_sessions_events_and_replays(address):
+    unknown = httpx.get(address + "/gradio_api/queue/data?session_hash=nobody", timeout=60)
+    assert "not_found" in unknown.text or unknown.status_code == 404
+    for event in ("nothing", "../x", "0" * 4000):
+        body = {"session_hash": "nobody", "fn_index": 0, "event_id": event}
+        assert httpx.post(address + "/gradio_api/cancel", json=body).status_code < 500
+    assert httpx.post(address + "/gradio_api/reset", json={"event_id": "x"}).status_code < 500
+    body = {"session_hash": "nobody", "fn_index": 9999, "data": []}
+    joined = httpx.post(address + "/gradio_api/queue/join", json=body)
+    assert joined.status_code == 404 and "no such event" in joined.text
+    called = httpx.post(address + "/gradio_api/call/chat", json={"data": ["Hi"] + [None] * 9})
+    url = f"{address}/gradio_api/call/chat/{called.json()['event_id']}"
+    assert "event: complete" in httpx.get(url, timeout=60).text
+    try:
+        again = httpx.get(url, timeout=3).text
+    except httpx.ReadTimeout:  # nothing is said of it
+        again = ""
+    assert "event: complete" not in again
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"data":' * 50_000, b"\xff", b"{}", b"[]"])
+@pytest.mark.parametrize("path", ["queue/join", "call/chat", "cancel", "reset"])
+def test_json_that_is_none_or_too_deep(address, path, body):
+    headers = {"content-type": "application/json"}
+    url = f"{address}/gradio_api/{path}"
+    response = httpx.post(url, content=body, headers=headers, timeout=60)
+    assert 400 <= response.status_code < 500 and len(response.text) < 2000
+
+
+def test_the_answer_to_a_body_that_is_not_read_arrives(address):
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    for _ in range(20):
+        content = b"--x\r\n" + b"a" * 500_000
+        response = httpx.post(address + "/gradio_api/upload", headers=headers, content=content)
+        assert 400 <= response.status_code < 500
+
+
+def test_no_websockets(address):
+    with connect(address) as line:
+        line.sendall(
+            b"GET /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+            b"Sec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert b" 101 " not in line.recv(100)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://169.254.169.254/latest/meta-data/", "http://localhost:7860/", "http://[::1]/a.png"]
+    + ["http://0x7f000001/", "http://127.1/", "file:///etc/passwd", "ftp://127.0.0.1/"]
+    + ["http://images.example.org@127.0.0.1/", "//127.0.0.1/a.png", "http://127.0.0.1:port/"],
+)
+def test_no_address_is_asked_for(address, url, monkeypatch):
+    """Without --image-hosts no connection is made, whatever is named; redirects: test_image_url."""
+    asked = []
+    monkeypatch.setattr(httpx.AsyncClient, "stream", lambda *a, **k: asked.append(a))
+    response = ask(address, "What?", url)
+    assert response.status_code == 400 and not asked
+    assert "event: error" in call_chat(address, {"path": url, "url": url, **FILE})
+
+
+# --- readers ---------------------------------------------------------------------------------
+
+
+def stream_request(text: str, tokens: int, **settings) -> bytes:
+    body = {"messages": [question(text)], "max_tokens": tokens, "stream": True, **settings}
+    content = json.dumps(body).encode()
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(content)
+    ) + content
+
+
+def test_readers_that_stop_reading(address, engine):
+    """Their answers are computed, wait for them, and hold up nobody."""
+    lines = [connect(address) for _ in range(8)]
+    for line in lines:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        line.sendall(stream_request("Hello?", 300))
+        line.recv(10)
+    assert ask(address, "What about me?").status_code == 200
+    assert at_rest(engine, 60)  # their places are free, though they never read
+    for line in lines:
+        line.close()
+
+
+def test_a_slow_reader_gets_everything(address, engine):
+    whole = text_of(ask(address, "Hello?", max_tokens=40))
+    with connect(address) as line:
+        line.sendall(stream_request("Hello?", 40, temperature=0))
+        said = b""
+        while b"[DONE]" not in said:
+            said += line.recv(200)
+            time.sleep(0.005)
+    chunks = [json.loads(part)["choices"][0] for part in re.findall(rb"data: (\{.*\})", said)]
+    assert "".join(chunk["delta"].get("content") or "" for chunk in chunks) == whole != ""
+    assert chunks[-1]["finish_reason"] and len(chunks) > 2
+
+
+def test_a_storm_of_connections(address):
+    """300 that come and go, with nothing, half a line or half a request; none stays open."""
+    handles = psutil.Process().num_fds()
+
+    def come_and_go(number):
+        with connect(address) as line:
+            line.sendall(
+                [b"", b"GET / HT", stream_request("Hi", 100)[:-9], b"\x16\x03\1"][number % 4]
+            )
+
+    with ThreadPoolExecutor(30) as pool:
+        list(pool.map(come_and_go, range(300)))
+    end = time.monotonic() + 20
+    while psutil.Process().num_fds() > handles + 10:
+        assert time.monotonic() < end, "connections are left"
+        time.sleep(0.1)
+
+
+def test_probes_while_the_queue_is_full(address, engine, monkeypatch):
+    monkeypatch.setattr(engine, "max_waiting", 0)
+    engine.pace = 0.02
+    assert ask(address, "Hello?").status_code == 429
+    assert httpx.get(address + "/healthz", timeout=60).status_code == 200
+    assert httpx.get(address + "/metrics", timeout=60).status_code == 200
+    assert httpx.get(address + "/readyz", timeout=60).status_code == 200
+
+
+def test_closing_while_queued(address, engine, monkeypatch):
+    """Who leaves before it is his turn leaves the queue."""
+    monkeypatch.setattr(engine, "max_running", 1)
+    engine.pace = 0.05
+    lines = [connect(address) for _ in range(3)]
+    for line in lines:
+        line.sendall(stream_request("Hello?", 500))
+    end = time.monotonic() + 30
+    while engine.waiting < 2:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for line in lines:
+        line.close()
+    assert at_rest(engine, 30)
+
+
+# --- faults that are not the engine's -----------------------------------------------------------
+
+
+def test_a_tokenizer_that_fails(address, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("tokenizer out of cheese")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "encode_chat", fail)
+        response = ask(address, "Hello?")
+        assert response.status_code == 500 and "cheese" not in response.text
+        assert "event: error" in call_chat(address)
+    assert "cheese" in caplog.text
+
+
+def test_a_tokenizer_that_hangs(address, monkeypatch):
+    """It holds up the one who asked."""
+    encode, released = chat.encode_chat, threading.Event()
+
+    def hang(messages, *others):
+        if "hang" in str(messages):
+            released.wait(60)
+        return encode(messages, *others)
+
+    monkeypatch.setattr(chat, "encode_chat", hang)
+    with ThreadPoolExecutor(1) as pool:
+        hung = pool.submit(ask, address, "hang, please")
+        time.sleep(0.3)
+        assert ask(address, "Hello?").status_code == 200 and not hung.done()
+        released.set()
+        assert hung.result().status_code == 200
+
+
+# --- isolation -------------------------------------------------------------------------------
+
+
+def test_thirty_two_at_once_over_http(address):
+    """Each with a word and a picture of its own: each answer is the one it is alone."""
+    colors = [f"rgb({8 * n}, {255 - 7 * n}, {40 * n % 256})" for n in range(32)]
+    asked = [(f"nonce{n}x: what is it?", data_url(picture_file(colors[n]))) for n in range(32)]
+    alone = [text_of(ask(address, *one)) for one in asked]
+    assert len({*alone}) > 8  # or nothing could be confused
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda one: text_of(ask(address, *one)), asked))
+    assert together == alone

@@ -1,0 +1,298 @@
+"""The page's panel and its looks in a browser: websites, kept conversations, languages, access."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from minigpt4.config import MODELS
+from minigpt4.web.loading import Loading
+from tests.fake_engine import FakeEngine
+from tests.page_case import (
+    PHONE,
+    WIDE,
+    Visitors,
+    answers,
+    ask,
+    attach,
+    box,
+    done,
+    questions,
+    say,
+    served,
+    status,
+)
+
+AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_a_website_is_previewed_in_a_closed_frame(visit):
+    page = visit(**WIDE)
+    ask(page, "Make a website of this draft.")
+    page.get_by_role("button", name="Preview the website").click()
+    frame = page.frame_locator("iframe.website")
+    expect(frame.get_by_text("My Joke Website")).to_be_visible()
+    assert page.locator("iframe.website").get_attribute("sandbox") == "allow-scripts"
+    expect(frame.get_by_text("To get to the other side!")).to_be_hidden()
+    frame.get_by_role("button", name="Show the answer").click()  # its own script runs
+    expect(frame.get_by_text("To get to the other side!")).to_be_visible()
+    # It reaches neither the page, nor the server, nor another host.
+    expect(frame.locator("body")).to_have_attribute("data-fetch", "refused")
+    expect(page).to_have_title("MiniGPT-4")
+    inner = page.frames[1]
+    assert inner.evaluate("document.title") == "kept out"
+    assert inner.evaluate("typeof RTCPeerConnection") == "undefined"
+    tab(page, "Code")
+    expect(page.locator("#code")).to_contain_text("Why did the chicken")
+    tab(page, "Download")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the website").click()
+    assert download.value.suggested_filename == "website.html"
+    saved = Path(download.value.path()).read_text()
+    assert saved.startswith("<!doctype html>") and "Content-Security" not in saved
+
+    ask(page, "Another website, please.")
+    page.get_by_role("button", name="Preview the website").click()
+    expect(page.get_by_label("Answer 2")).to_be_checked()
+    page.get_by_label("Answer 1").click()
+    expect(page.get_by_label("Answer 1")).to_be_checked()
+
+
+def test_a_previewed_website_cannot_lead_elsewhere(visit):
+    page = visit(**WIDE)
+    ask(page, "Make a website of this draft.")
+    left = []
+    page.on("requestfinished", lambda request: left.append(request.url))
+    for place in ("http://192.0.2.1/?secret", page.url + "config"):
+        page.get_by_role("button", name="Preview the website").click()
+        inside = page.frame_locator("iframe.website")
+        expect(inside.get_by_text("My Joke Website")).to_be_visible()
+        page.frames[1].evaluate(f"setTimeout(() => {{ location.href = {place!r} }})")
+        expect(inside.get_by_text("My Joke Website")).to_have_count(0)  # the browser refused
+        page.get_by_role("button", name="New chat").click()
+        expect(answers(page)).to_have_count(0)
+        ask(page, "Make a website of this draft.")
+    assert not [url for url in left if "192.0.2.1" in url or url.endswith("/config")]
+    visit.expected("192.0.2.1|frame-src|/config")
+
+
+def test_nothing_is_fetched_from_elsewhere(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    expect(box(page)).to_be_visible()
+    page.evaluate("document.addEventListener('securitypolicyviolation', () => window.stopped = 1)")
+    page.evaluate("new Image().src = 'http://192.0.2.1/picture.png'")
+    page.wait_for_function("window.stopped")
+    page.close()
+
+
+def test_downloaded_conversations_can_be_opened(visit, photo, tmp_path, engine):
+    page = visit(**WIDE)
+    attach(page, photo)
+    ask(page, "Describe <i>this</i>.")
+    tab(page, "Conversations")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as Markdown").click()
+    text = Path(download.value.path()).read_text()
+    assert "## Question" in text and "](data:image/jpeg;base64," in text and "red house" in text
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as JSON").click()
+    kept = tmp_path / "kept.json"
+    download.value.save_as(kept)
+    assert json.loads(kept.read_text())["format"] == "minigpt4-conversation"
+
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"format": "something else"}')
+    page.locator("#panel input[type=file]").set_input_files(wrong)
+    expect(page.get_by_text("This file holds no conversation")).to_be_visible()
+    page.locator("#panel input[type=file]").set_input_files(kept)
+    expect(answers(page)).to_have_count(1)
+    expect(questions(page).locator("img")).to_have_count(1)
+    expect(questions(page).last).to_contain_text("Describe <i>this</i>.")
+    ask(page, "Count them.")
+    expect(answers(page).last).to_contain_text("I see 1 pictures.")
+    assert len(engine.asked[-1].messages) == 4
+
+
+def test_recent_conversations_stay_in_the_browser(visit, photo):
+    page = visit(**WIDE)
+    attach(page, photo)
+    ask(page, "Describe it <b>well</b>.")
+    page.wait_for_function("minigpt4.recent.load().length")
+    page.reload()
+    expect(answers(page)).to_have_count(0)
+    tab(page, "Conversations")
+    recent = page.locator("#recent li")
+    expect(recent).to_have_count(1)
+    expect(recent).to_contain_text("Describe it <b>well</b>.")
+    assert recent.locator("img").evaluate("image => image.naturalWidth") == 256
+    recent.locator("button.title").click()
+    expect(answers(page)).to_contain_text("red house")
+    ask(page, "Count them.")
+    expect(answers(page).last).to_contain_text("I see 1 pictures.")
+    expect(recent).to_have_count(1)  # it goes on under its old name
+
+    page.get_by_label(re.compile("^Rename: ")).click()
+    page.get_by_label("Rename", exact=True).fill("My meadow")
+    # What is stored meanwhile neither takes the name from under one's hands nor is lost.
+    page.evaluate(
+        """() => {
+            const { load, store } = minigpt4.recent;
+            const { key, ...entry } = load()[0];
+            store(key, { ...entry, data: { ...entry.data, later: true } });
+        }"""
+    )
+    page.get_by_label("Rename", exact=True).press("Enter")
+    expect(recent).to_contain_text("My meadow")
+    assert page.evaluate("minigpt4.recent.load()[0].data.later")
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    ask(page, "Hello?")
+    expect(recent).to_have_count(2)
+    expect(recent.last).to_contain_text("My meadow")
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    ask(page, "Bye?")
+    expect(recent).to_have_count(3)
+    page.get_by_label("Delete: My meadow").click()
+    expect(recent).to_have_count(2)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete all").click()
+    expect(page.get_by_text("None yet.")).to_be_visible()
+    visit.expected("AbortError|Connection errored out")  # what the reloaded page still listened to
+
+
+def test_chinese(visit):
+    page = visit(locale="zh-CN", **WIDE)
+    for text in (
+        "新对话",
+        "设置",
+        "对话记录",
+        "温度",
+        "重复惩罚",
+        "聊聊一张图片",
+        "看图做菜",
+        "均衡",
+    ):
+        expect(page.get_by_text(text, exact=True).first).to_be_visible()
+    expect(box(page)).to_have_attribute("placeholder", "就图片提问……")
+    say(page, "你好")
+    expect(status(page)).to_contain_text("词元/秒")
+    # What Gradio names in English only, for screen readers.
+    for name in ("发送", "打开或关闭侧栏", "添加图片", "温度，数字", "复制消息"):
+        expect(page.get_by_label(name, exact=True).first).to_be_attached()
+    expect(page.get_by_role("group", name="您", exact=True)).to_contain_text("你好")
+    expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
+    german = visit(locale="de-DE")
+    expect(german.get_by_role("button", name="Neues Gespräch")).to_be_visible()
+
+
+def test_phone_in_the_dark(visit, photo, tmp_path):
+    page = visit(color_scheme="dark", **PHONE)
+    expect(page.locator("#panel")).not_to_have_class(re.compile(r"\bopen\b"))
+    assert page.evaluate("document.body.classList.contains('dark')")
+    page.screenshot(path=tmp_path / "phone-empty.png")
+    attach(page, photo)
+    ask(page, "Make a website of this.")
+    page.screenshot(path=tmp_path / "phone.png")
+    page.get_by_label("Toggle Sidebar").click()
+    expect(page.get_by_label("Seed")).to_be_visible()
+    page.screenshot(path=tmp_path / "phone-settings.png")
+    page.get_by_label("Toggle Sidebar").click()
+    page.get_by_role("button", name="Preview the website").click()
+    frame = page.frame_locator("iframe.website")
+    expect(frame.get_by_text("My Joke Website")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # Light, if one likes it better; it stays so.
+    tab(page, "Settings")
+    page.get_by_role("button", name="Light or dark").click()
+    assert not page.evaluate("document.body.classList.contains('dark')")
+    page.reload()
+    expect(box(page)).to_be_visible()
+    page.wait_for_function("!document.body.classList.contains('dark')")
+    visit.expected("AbortError|Connection errored out")  # what the reloaded page still listened to
+
+
+def test_the_panel_folds_away(visit):
+    page = visit(**WIDE)
+    expect(page.get_by_label("Seed")).to_be_visible()
+    before = page.locator("#chat").bounding_box()["width"]
+    page.get_by_label("Toggle Sidebar").click()
+    expect(page.get_by_label("Seed")).to_be_hidden()  # for the keyboard too
+    assert page.locator("#chat").bounding_box()["width"] > before
+    assert page.locator("#chat").bounding_box()["x"] > 20
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility(visit, photo, scheme):
+    if not AXE.exists():
+        (pytest.fail if "CI" in os.environ else pytest.skip)(
+            "axe-core is missing: apt-get install npm, then make test"
+        )
+    page = visit(color_scheme=scheme, **WIDE)
+    _assert_accessible(page, "empty")
+    attach(page, photo)
+    ask(page, "Make a website of this.")
+    _assert_accessible(page, "answered")
+    page.get_by_role("button", name="Preview the website").click()
+    expect(page.frame_locator("iframe.website").get_by_text("My Joke")).to_be_visible()
+    _assert_accessible(page, "preview")
+    tab(page, "Conversations")
+    expect(page.locator("#recent li")).to_have_count(1)
+    _assert_accessible(page, "conversations")
+
+
+def _assert_accessible(page: Page, state: str) -> None:
+    time.sleep(0.5)  # colours fade in
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run(document, {iframes: false, resultTypes: ['violations']})")[
+        "violations"
+    ]
+    serious = [
+        f"{v['id']} ({v['impact']}): " + " | ".join(n["html"][:160] for n in v["nodes"][:3])
+        for v in found
+        if v["impact"] in ("serious", "critical")
+    ]
+    assert not serious, f"{state}:\n" + "\n".join(serious)
+
+
+def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
+    from minigpt4.web import session
+    from tests.fake_engine import FakeAnswer
+
+    monkeypatch.setattr(session, "ask", FakeAnswer)
+    go_on = tmp_path / "go-on"
+
+    def load(report):
+        report("Fetching nano-llm (93 MB) …")
+        while not go_on.exists():
+            time.sleep(0.05)
+        return FakeEngine()
+
+    loading = Loading(load)
+    with served(loading) as address:
+        loading.start()
+        visitors = Visitors(browser, address)
+        page = visitors(**WIDE)
+        expect(status(page)).to_contain_text("Fetching nano-llm (93 MB)")
+        say(page, "Hello?")
+        expect(page.get_by_text("still being loaded: ask again")).to_be_visible()
+        expect(box(page)).to_have_value("Hello?")
+        go_on.touch()
+        expect(status(page)).to_contain_text("The model is ready.")
+        expect(page.locator("#model")).to_contain_text(MODELS["nano"].licence[:10])
+        expect(page.get_by_label("number input for Temperature")).to_have_value("0.5")
+        box(page).press("Enter")
+        done(page)
+        assert page.get_by_role("button", name="Dislike").count() == 0  # nobody stores them
+        visitors.check()

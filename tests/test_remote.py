@@ -1,0 +1,343 @@
+"""A language model on other machines: answers equal local ones, whatever happens to a server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from minigpt4 import image, start, weights
+from minigpt4.__main__ import main
+from minigpt4.chat import Conversation, ask
+from minigpt4.config import get_model
+from minigpt4.embedding import TokenEmbedding, as_base64
+from minigpt4.engine import Engine, Request, Sampling
+from minigpt4.engine.remote import RemoteEngine
+from minigpt4.engine.vllm import VllmServers
+from minigpt4.errors import UserError
+from minigpt4.prompt import Prompt
+from tests.api_case import at_rest, free_port
+from tests.parity_case import ParityCase
+from tests.vllm_server import PARITY, Model, Served, Server
+
+ROOT = Path(__file__).parent.parent
+CASE = "vicuna_qformer_a"
+GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=40)
+BEAST = resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg"
+
+
+@pytest.fixture(scope="module")
+def local():
+    """The tiny model, whole."""
+    engine = Engine(ParityCase(PARITY / CASE).load())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The same without its language model."""
+    return ParityCase(PARITY / CASE).load(quantize="remote")
+
+
+@pytest.fixture(scope="module")
+def served():
+    served = Served(Server(Model(CASE)))
+    yield served
+    served.stop()
+
+
+@pytest.fixture
+def server(served):
+    server = served.server
+    server.pace, server.busy, server.key = 0.0, False, ""
+    server.bodies.clear()
+    server.answered = server.cancelled = 0
+    yield server
+    end = time.monotonic() + 10
+    while server.running:
+        assert time.monotonic() < end, "a completion went on though nobody reads it"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def remote(model, served, server):
+    engine = RemoteEngine(model, VllmServers(model, [served.url]))
+    yield engine
+    assert at_rest(engine)
+    engine.close()
+
+
+def conversation(text: str = "What is this?", picture: bool = True) -> Conversation:
+    asked = Conversation()
+    pictures = [image.load(ParityCase(PARITY / CASE).image_paths[0])] if picture else []
+    asked.add_question(text, pictures)
+    return asked
+
+
+def request(count: int = 12, **sampling) -> Request:
+    prompt = Prompt()
+    prompt.add_tokens([1, 5, 9, 30])
+    settings = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": count}
+    return Request(prompt, {}, Sampling(**settings | sampling))
+
+
+def until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# --- what is loaded and what is sent -------------------------------------------------------------
+
+
+def test_only_the_embedding_is_loaded(model, local):
+    assert isinstance(model.llm, TokenEmbedding)
+    assert [n for n, _ in model.llm.named_parameters()] == ["weight"]
+    ids = torch.tensor([[0, 3, 31]])
+    assert torch.equal(model.embed_tokens(ids).float(), local.model.embed_tokens(ids).float())
+
+
+def test_shards_are_read_by_their_index(tmp_path):
+    """As Vicuna's folder is: only the file that the index names is opened."""
+    from minigpt4.embedding import _read
+
+    weight = torch.randn(10, 4)
+    torch.save({"model.embed_tokens.weight": weight}, tmp_path / "pytorch_model-00001-of-2.bin")
+    names = {"model.embed_tokens.weight": "pytorch_model-00001-of-2.bin", "x": "missing.bin"}
+    index = {"weight_map": names}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert torch.equal(_read(tmp_path), weight)
+
+
+def test_a_folder_without_the_embedding(tmp_path):
+    case = ParityCase(PARITY / CASE)
+    files = case.files.__class__(**{**vars(case.files), "llm": tmp_path})
+    with pytest.raises(UserError, match="token embedding"):
+        weights.load_model(case.config, files, quantize="remote")
+
+
+def test_a_part_is_sent_without_its_whole():
+    assert len(as_base64(torch.zeros(1000, 100)[:2])) < 5000
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_equal_local_ones(remote, local):
+    for asked in (conversation(), conversation("Hello?", picture=False)):
+        here, there = ask(local, asked, GREEDY), ask(remote, asked, GREEDY)
+        assert "".join(there) == "".join(here) and there.tokens == here.tokens
+        assert there.stop_reason == here.stop_reason
+        assert there.stats.prompt_tokens == here.stats.prompt_tokens
+        asked.add_answer(here.text)
+        asked.add_question("And now?")
+        assert "".join(ask(remote, asked, GREEDY)) == "".join(ask(local, asked, GREEDY))
+
+
+def test_sampling_is_passed_on(remote, local, server):
+    settings = {
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "min_p": 0.01,
+        "repetition_penalty": 1.3,
+        "seed": 7,
+    }
+    asked = request(30, **settings)
+    assert [*remote.submit(asked)] == [*local.submit(asked)]
+    (body,) = server.bodies
+    assert {k: body[k] for k in settings} == settings and body["max_tokens"] == 30
+    assert len([*remote.submit(request())]) == 12
+    assert "seed" not in server.bodies[1]
+
+
+def test_stop_ids_and_logprobs(remote, local):
+    plain = [*local.submit(request())]
+    stop = plain[3]
+    asked = Request(request().prompt, {}, GREEDY, frozenset({stop}), logprobs=True)
+    here, there = local.submit(asked), remote.submit(asked)
+    assert [*here] == [*there] == plain[: plain.index(stop) + 1]
+    assert there.stop_reason == "stop"
+    assert there.logprobs == pytest.approx(here.logprobs, abs=1e-4)
+
+
+def test_many_at_once(remote, local):
+    asked = [request(8 + i) for i in range(12)]
+    streams = [remote.submit(r) for r in asked]
+    assert [[*s] for s in streams] == [[*local.submit(r)] for r in asked]
+    assert remote.totals.requests == 12 and remote.totals.tokens == sum(8 + i for i in range(12))
+
+
+def test_beams_are_refused_in_a_sentence(remote):
+    with pytest.raises(UserError, match="Beam search cannot be had.*num_beams to 1"):
+        remote.submit(request(num_beams=3))
+    assert remote.totals.errors["request"] == 1
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def test_closing_a_stream_ends_the_request_there(remote, server):
+    server.pace = 0.05
+    stream = remote.submit(request(500))
+    assert len([token for token, _ in zip(stream, range(3), strict=False)]) == 3
+    stream.close()
+    assert [*stream] == [] and stream.stop_reason == "closed"
+    until(lambda: server.cancelled == 1 and not server.running)
+    assert server.answered == 0 and at_rest(remote)
+
+
+def test_the_queue_has_places_and_an_end(model, served, server):
+    engine = RemoteEngine(model, VllmServers(model, [served.url]), max_running=1, max_waiting=1)
+    server.pace = 0.05
+    first, second = engine.submit(request(500)), None
+    until(lambda: engine.running == 1)
+    second = engine.submit(request(2))
+    assert second.position == 1 and first.position == 0
+    for refused in (lambda: engine.submit(request()), engine.refuse_if_full):
+        with pytest.raises(UserError, match="Too many people"):
+            refused()
+    first.close()
+    assert len([*second]) == 2
+    slow = Request(request().prompt, {}, Sampling(max_new_tokens=500), max_seconds=0.2)
+    stream = engine.submit(slow)
+    assert len([*stream]) < 500 and stream.stop_reason == "time"
+    last = engine.submit(request(500))
+    assert not engine.drain(0.1)
+    with pytest.raises(UserError, match="ending"):
+        engine.submit(request())
+    engine.close()
+    with pytest.raises(UserError, match="ending"):
+        list(last)
+
+
+def test_a_conversation_stays_at_its_server_until_it_is_much_busier(model):
+    servers = VllmServers(model, [f"http://127.0.0.1:{port}/v1" for port in range(1, 5)])
+    chosen = {session: servers._choose(session) for session in map(str, range(40))}
+    assert len({s.url for s in chosen.values()}) == 4
+    assert all(servers._choose(session) is server for session, server in chosen.items())
+    own = chosen["1"]
+    own.running = 5
+    assert servers._choose("1") is not own
+    own.running = 4
+    assert servers._choose("1") is own
+    own.down_until = time.monotonic() + 5
+    assert servers._choose("1") is not own
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def test_what_servers_refuse(model, served, server, monkeypatch):
+    def refused(**options) -> str:
+        engine = RemoteEngine(model, VllmServers(model, [served.url], **options))
+        try:
+            with pytest.raises(UserError) as error:
+                [*engine.submit(request())]
+            assert engine.health(5) is False and engine.fault
+            return str(error.value)
+        finally:
+            engine.close()
+
+    server.key = "sesame"
+    assert "--llm-key" in refused(key="wrong")
+    engine = RemoteEngine(model, VllmServers(model, [served.url], key="sesame"))
+    assert engine.health(10) and not engine.fault
+    engine.close()
+    server.key, server.busy = "", True
+    assert "Too many people" in refused()
+    server.busy = False
+    monkeypatch.setattr(server.model, "hidden_size", 17)
+    assert "another model than --model" in refused()
+
+
+def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path):
+    photo = str(BEAST)
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    for arguments, said in (
+        (["--llm-url", url], "say which model"),
+        (["--llm-url", url, "--model", "nano", "--quantize", "int8"], "--quantize is for"),
+        (["--llm-url", "ftp://x", "--model", "nano"], "is no server's address"),
+        (["--llm-url", url, "--model", "nano"], "servers do not answer"),
+    ):
+        assert main(["ask", photo, "What?", *arguments]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("minigpt4: ") and said in last, last
+
+
+# --- nano, in processes that die -----------------------------------------------------------------
+
+
+def start_server(pace: float) -> tuple[subprocess.Popen, str]:
+    port = free_port()
+    command = [sys.executable, "-m", "tests.vllm_server", "nano", str(port), str(pace)]
+    return subprocess.Popen(command, cwd=ROOT), f"http://127.0.0.1:{port}/v1"
+
+
+def test_nano_goes_on_where_a_server_was_killed(capsys):
+    """Two servers; the one that answers is killed amid the answer, then the other."""
+    begun = [start_server(0.03) for _ in range(2)]
+    processes = {url: process for process, url in begun}
+    config = get_model("nano")
+    quantize = start.quantize_of("auto", config, torch.device("cpu"))
+    whole = Engine(weights.load_model(config, weights.find(config), quantize=quantize))
+    model = weights.load_model(config, weights.find(config), quantize="remote")
+    backend = VllmServers(model, list(processes))
+    engine = RemoteEngine(model, backend)
+    try:
+        for url in processes:
+            until(lambda url=url: _answers(url), 60)
+        asked = Conversation()
+        asked.add_question("Describe this image in detail.", [image.load(str(BEAST))])
+        expected = ask(whole, asked, GREEDY)
+        "".join(expected)
+        assert "".join(ask(engine, asked, GREEDY)) == expected.text
+
+        # The same on the command line, by the environment.
+        os.environ["MINIGPT4_LLM_URL"] = ",".join(processes)
+        options = ["--model", "nano", "--temperature", "0", "--repetition-penalty", "1"]
+        question = ["ask", str(BEAST), "Describe this image in detail."]
+        assert main([*question, *options, "--max-new-tokens", "40"]) == 0
+        assert capsys.readouterr().out.strip() == expected.text.strip()
+
+        answer = ask(engine, asked, GREEDY)
+        pieces = iter(answer)
+        said = [next(pieces) for _ in range(5)]
+        (own,) = [s for s in backend._servers if s.running]
+        processes[own.url].send_signal(signal.SIGKILL)
+        assert "".join(said + [*pieces]) == expected.text
+        assert answer.tokens == expected.tokens and len(answer.tokens) > 5
+        assert engine.health(10)
+
+        answer = ask(engine, asked, GREEDY)
+        pieces = iter(answer)
+        next(pieces)
+        for process in processes.values():
+            process.kill()
+        with pytest.raises(UserError, match="servers do not answer; please try again"):
+            list(pieces)
+        assert not engine.health(5) and "servers do not answer" in engine.fault
+        assert engine.totals.errors["hanging"] == 1
+    finally:
+        os.environ.pop("MINIGPT4_LLM_URL", None)
+        for process in processes.values():
+            process.kill()
+            process.wait()
+        engine.close()
+        whole.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.post(url + "/completions", json={}).status_code == 400
+    except httpx.HTTPError:
+        return False

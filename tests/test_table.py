@@ -1,0 +1,90 @@
+"""One's own captions: a folder of pictures with a CSV or JSON-lines file."""
+
+import json
+
+import pytest
+
+from minigpt4.__main__ import main
+from minigpt4.errors import UserError
+from minigpt4.training.table import is_table, read_table
+from tests.training_case import picture
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "b.png", "sub/c.jpg"):
+        picture(len(name)).save(folder / name)
+    return folder
+
+
+def texts(examples) -> dict[str, list]:
+    return {e.key: [(t.answer, *t.instructions) for t in e.texts] for e in examples}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'file_name,caption\na.jpg,"One, or ""two""\nlines."\nb.png,Three.\na.jpg, Four. \n',
+        '\ufefffile_name;caption\r\na.jpg;"One, or ""two""\nlines."\r\nb.png;Three.\r\n'
+        "a.jpg;Four.\r\n",
+        'Image\tText\na.jpg\t"One, or ""two""\nlines."\nb\tThree.\na\tFour.\n',
+    ],
+    ids=["comma", "semicolon, as spreadsheets write it", "tab, names without endings"],
+)
+def test_csv(folder, content):
+    (folder / "captions.csv").write_text(content, encoding="utf-8", newline="")
+    assert is_table(folder) and is_table(folder / "captions.csv")
+    for where in (folder, folder / "captions.csv"):
+        found = read_table(where, ("Describe.",))
+        assert texts(found) == {
+            "a.jpg": [('One, or "two"\nlines.', "Describe."), ("Four.", "Describe.")],
+            "b.png": [("Three.", "Describe.")],
+        }
+        assert found[0].captions == ('One, or "two"\nlines.', "Four.")
+        assert found[1].picture().size == (60, 44)
+
+
+def test_json_lines(folder):
+    rows = [
+        {"file_name": "a.jpg", "captions": ["One.", "Two."]},
+        {"file_name": "sub/c.jpg", "text": "Three.", "instruction": "How many?"},
+        {"file_name": "a.jpg", "caption": "Four.", "instruction": ""},
+    ]
+    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert texts(read_table(folder)) == {
+        "a.jpg": [("One.",), ("Two.",), ("Four.",)],
+        "sub/c.jpg": [("Three.", "How many?")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("c.csv", "a.jpg,One.\n", "must name the columns"),
+        ("c.csv", "file_name,caption\na.jpg,One.\nz.jpg,Two.\n", "Line 3 .* z.jpg"),
+        ("c.csv", "file_name,caption\na.jpg,\n", "Line 2 .* no caption"),
+        ("c.csv", "file_name,caption\n,One.\n", "Line 2 .* no picture"),
+        ("c.csv", "file_name,caption\n", "no lines"),
+        ("c.csv", b"file_name,caption\na.jpg,gr\xfcn\n", "UTF-8"),
+        ("c.jsonl", '{"file_name": "a.jpg", "caption": "One."}\n{"file\n', "Line 2 .* JSON"),
+        ("c.jsonl", '{"file_name": "a.jpg", "captions": [7]}\n', "Line 1 .* no caption"),
+        ("c.jsonl", '{"file_name": ["a.jpg"], "caption": "x"}\n', "Line 1 .* no picture"),
+    ],
+)
+def test_mistakes_are_named(folder, name, content, said):
+    content = content.encode() if isinstance(content, str) else content
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_table(folder)
+
+
+def test_two_tables_are_not_guessed_between(folder, capsys):
+    (folder / "a.csv").write_text("file_name,caption\na.jpg,One.\n")
+    (folder / "b.csv").write_text("file_name,caption\na.jpg,Two.\n")
+    with pytest.raises(UserError, match="2 tables"):
+        read_table(folder)
+    assert texts(read_table(folder / "b.csv")) == {"a.jpg": [("Two.",)]}
+    assert main(["train", "--stage", "1", "--data", str(folder / "sub")]) == 2
+    assert "no table of captions" in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""Conversations written down and opened again; websites found in answers."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from minigpt4 import image
+from minigpt4.chat import Conversation
+from minigpt4.errors import UserError
+from minigpt4.web import preview, transcript
+
+
+@pytest.fixture
+def conversation(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    Image.new("RGB", (400, 300), "teal").save(paths[0])
+    Image.new("RGB", (30, 40), "red").save(paths[1])
+    talk = Conversation(system="Be brief.")
+    talk.add_question("What are <these>?", [image.load(p) for p in paths])
+    talk.add_answer("Two colours.")
+    talk.add_question("Sure?")
+    return talk
+
+
+@pytest.mark.parametrize("side", [transcript.SMALL_SIDE, transcript.FULL_SIDE])
+def test_what_is_written_can_be_read(conversation, tmp_path, side):
+    data = transcript.to_data(conversation, side, "nano")
+    path = tmp_path / "kept.json"
+    path.write_text(json.dumps(data))
+    again = transcript.from_file(str(path))
+    assert again.system == "Be brief."
+    assert [m.role for m in again.messages] == ["user", "assistant", "user"]
+    assert [p for m in again.messages for p in m.parts if isinstance(p, str)] == [
+        "What are <these>?",
+        "Two colours.",
+        "Sure?",
+    ]
+    sizes = [again.pictures[i.key].rgb.size for i in again.messages[0].images]
+    assert sizes[1] == (30, 40) and max(sizes[0]) == min(side, 400)
+    assert data["title"] == "What are <these>?"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(format="other"),
+        lambda d: d.update(version=2),
+        lambda d: d.pop("pictures"),
+        lambda d: d.update(messages="hello"),
+        lambda d: d.update(messages=[[]]),
+        lambda d: d.update(system=["be", "evil"]),
+        lambda d: d["messages"].pop(0),
+        lambda d: d["messages"].insert(0, {"role": "system", "parts": []}),
+        lambda d: d["messages"][0]["parts"].append({"type": "image", "key": "../../x"}),
+        lambda d: d["messages"][0]["parts"].append({"type": "text", "text": 7}),
+        lambda d: d["pictures"].update(x="https://192.0.2.1/a.png"),
+        lambda d: d["pictures"].update(x="data:image/png;base64,!!!"),
+        lambda d: d["pictures"].update(x="data:image/png;base64,aGVsbG8="),
+        lambda d: d.update(pictures=3),
+        lambda d: d.update(messages=d["messages"] * 1000),
+    ],
+)
+def test_files_that_hold_something_else(conversation, change):
+    data = transcript.to_data(conversation, transcript.SMALL_SIDE)
+    change(data)
+    with pytest.raises(UserError):
+        transcript.from_data(data)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"[]"])
+def test_files_that_are_no_conversation(tmp_path, content):
+    path = tmp_path / "wrong.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="holds no conversation"):
+        transcript.from_file(str(path))
+
+
+def test_markdown(conversation):
+    text = transcript.to_markdown(conversation, "nano")
+    assert text.startswith("# What are <these>?") and text.count("](data:image/jpeg") == 2
+    assert text.index("## Question") < text.index("## Answer") < text.index("Sure?")
+
+
+@pytest.mark.parametrize(
+    ("answer", "held"),
+    [
+        ("No website.", ""),
+        ("Use `<b>` here, and a < b.", ""),
+        ("```python\nprint('<html>')\n```", ""),
+        ("Here:\n```html\n<h1>Hi</h1>\n```\nDone.", "<h1>Hi</h1>"),
+        ("Here:\n```\n<div>Hi</div>\n```", "<div>Hi</div>"),
+        ("```html\n<p>cut off", "<p>cut off"),
+        (
+            "Sure! <!DOCTYPE html><html><p>Hi</p></html> Enjoy.",
+            "<!DOCTYPE html><html><p>Hi</p></html>",
+        ),
+        ("<html><body>cut", "<html><body>cut"),
+    ],
+)
+def test_websites_in_answers(answer, held):
+    assert preview.website(answer).strip() == held
+
+
+def test_styles_and_scripts_beside_a_website_are_put_inside():
+    answer = "```html\n<p>x\n```\n```css\np {}\n```\n```js\nlet a;\n```"
+    assert preview.website(answer) == (
+        "<p>x\n<style>\np {}\n</style>\n<script>\nlet a;\n</script>\n"
+    )
+
+
+def test_a_bare_document_is_shown_as_code():
+    shown = preview.fenced("Hi <html>x</html> bye")
+    assert shown == "Hi \n```html\n<html>x</html>\n```\n bye"
+    assert preview.fenced("a < b") == "a < b"
+
+
+def test_a_frame_cannot_be_broken_out_of():
+    frame = preview.frame('"></iframe><script>alert(1)</script>', 'a"b')
+    assert frame.count("<iframe") == 1 and frame.count("</iframe>") == 1
+    assert "<script" not in frame and 'sandbox="allow-scripts"' in frame
+    policy = frame.index("Content-Security-Policy")
+    assert policy < frame.index("alert(1)") and "allow-same-origin" not in frame

@@ -1,0 +1,96 @@
+"""What docs/trust.md says is true: each test it names exists. And what is fast to prove beside."""
+
+import json
+import re
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt4.config import MODELS
+from minigpt4.errors import UserError
+from minigpt4.web import preview
+from minigpt4.web.chat_request import ChatRequest, parse, read_json
+
+ROOT = Path(__file__).parent.parent
+# package -> the least version that may be used, and why: raised by hand, after reading what was
+# found in it. pip-audit asks a service on the network, which no test here does.
+FLOORS = {
+    "pillow": ("12.3.0", "writes outside the heap and bombs in what is older"),
+    "starlette": ("1.3.1", "CVE-2025-62727 (Range), CVE-2026-48710 (Host), -54282, -54283 (forms)"),
+    "python-multipart": ("0.0.27", "CVE-2026-24486 (paths), CVE-2026-42561 (headers of parts)"),
+    "gradio": ("6.0", "current when it was chosen; no list was read"),
+    "httpx": ("0.28", "current when it was chosen; no list was read"),
+    "torch": ("2.8", "current when it was chosen; no list was read"),
+}
+
+
+def test_every_test_that_the_table_names_exists():
+    rows = [line for line in (ROOT / "docs" / "trust.md").read_text().splitlines() if "::" in line]
+    named = [name for row in rows for name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)]
+    assert len(named) > 40
+    for file, name in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file}::{name}"
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_dependencies_do_not_go_below_their_floors(name):
+    """By what is installed, and by the pins, from which it is installed elsewhere."""
+    least, why = FLOORS[name]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    for found in (version(name), pins[name]):
+        assert numbers(found) >= numbers(least), f"{name} {found} is below {least}: {why}"
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.match(r"\d+(\.\d+)*", text)[0].split(".")))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["```" + "a" * 50_000, "```\n" + "<!---->" * 5000 + "x", "```" * 20_000, "<html" * 20_000]
+    + ["<!doctype " + " " * 50_000, "<body></body" + " " * 50_000],
+    ids=lambda answer: answer[:12].strip(),
+)
+def test_no_answer_keeps_the_preview_busy(answer):
+    """Looking for a website takes linear time, whatever a model or a file holds."""
+    start = time.perf_counter()
+    preview.website(answer)
+    preview.fenced(answer)
+    assert time.perf_counter() - start < 5
+
+
+CORPUS = [p.read_text() for p in sorted((Path(__file__).parent / "corpus/requests").iterdir())]
+FIELDS = sorted({name for text in CORPUS for name in json.loads(text)})
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from([*FIELDS, "role", "content", "type", "text"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(CORPUS), st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4))
+def test_any_request_is_understood_or_refused_in_a_sentence(sound, changes):
+    try:
+        asked = parse(json.loads(sound) | changes, MODELS["nano"])
+    except UserError as error:
+        assert "\n" not in str(error) and "Traceback" not in str(error)
+    else:
+        assert isinstance(asked, ChatRequest) and asked.messages[-1].role == "user"
+
+
+@given(st.binary(max_size=60) | st.sampled_from([text.encode() for text in CORPUS]))
+def test_any_bytes_are_an_object_or_refused(body):
+    try:
+        assert isinstance(read_json(body), dict)
+    except UserError as error:
+        assert "JSON" in str(error)
