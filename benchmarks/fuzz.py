@@ -7,6 +7,7 @@ else ends the run with status 77, its traceback and the input, which is written 
 
 import argparse
 import json
+import os
 import re
 import resource
 import shutil
@@ -20,7 +21,7 @@ SLOW = 20  # seconds for one input: longer is a finding
 
 
 def main() -> None:
-    """Never returns: libFuzzer ends the process."""
+    """Never returns: the status is libFuzzer's."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.fuzz")
     parser.add_argument("target", choices=["pictures", "requests"])
     parser.add_argument("--seconds", type=int, default=60)
@@ -33,20 +34,25 @@ def main() -> None:
     with atheris.instrument_imports(include=["minigpt4", "PIL", "pillow_heif"]):
         from minigpt4 import image  # noqa: F401
         from minigpt4.web import chat_request  # noqa: F401
-    kept = tempfile.mkdtemp()  # what reached something new; tests/corpus stays as it is
-    shutil.copytree(CORPUS / options.target, kept, dirs_exist_ok=True)
-    # The peak that is measured counts what the process that started this one held.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    arguments = [
-        sys.argv[0],
-        f"-max_total_time={options.seconds}",
-        f"-rss_limit_mb={before + MEGABYTES}",
-        f"-timeout={SLOW}",
-        f"-artifact_prefix={Path(options.found)}/",
-        kept,
-    ]
-    atheris.Setup(arguments, pictures if options.target == "pictures" else requests)
-    atheris.Fuzz()
+    # What reaches something new is kept there; tests/corpus stays as it is.
+    with tempfile.TemporaryDirectory() as kept:
+        shutil.copytree(CORPUS / options.target, kept, dirs_exist_ok=True)
+        # The peak that is measured counts what the process that started this one held.
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        arguments = [
+            sys.argv[0],
+            f"-max_total_time={options.seconds}",
+            f"-rss_limit_mb={before + MEGABYTES}",
+            f"-timeout={SLOW}",
+            f"-artifact_prefix={Path(options.found)}/",
+            kept,
+        ]
+        child = os.fork()  # libFuzzer ends its process, and would leave the folder
+        if not child:
+            atheris.Setup(arguments, pictures if options.target == "pictures" else requests)
+            atheris.Fuzz()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(status if status >= 0 else 128 - status)
 
 
 def pictures(data: bytes) -> None:

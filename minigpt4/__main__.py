@@ -131,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         help="nano: hear less of what a picture and its mirror image differ in (1 is a good value)",
     )
     train.add_argument(
+        "--crop",
+        action="store_true",
+        help="nano: show a random part of each picture, as the big models' training always does",
+    )
+    train.add_argument(
         "--questions",
         type=int,
         default=0,

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import socket
 import time
 from argparse import Namespace
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import OpenAI
 from PIL import Image
@@ -98,6 +100,27 @@ def question(text: str, *urls: str) -> dict:
     """A user's message with pictures, its text first, as most programs send it."""
     pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
+
+
+def page_event(
+    address: str, event: int, data: object, session: str, event_data=None, seconds: float = 120
+) -> dict | None:
+    """The last message on an event of the page; None where it was not taken."""
+    end = time.monotonic() + seconds  # heartbeats keep a stream open for ever
+    sent = {"data": data, "fn_index": event, "session_hash": session, "event_data": event_data}
+    joined = httpx.post(address + "/gradio_api/queue/join", json=sent, timeout=60)
+    if joined.status_code != 200:
+        assert joined.status_code < 500, joined.text
+        return None
+    url = f"{address}/gradio_api/queue/data?session_hash={session}"
+    last = None
+    with httpx.stream("GET", url, timeout=seconds) as response:
+        for line in response.iter_lines():
+            assert time.monotonic() < end, "only heartbeats"
+            if line.startswith("data: "):
+                message = json.loads(line.removeprefix("data: "))
+                last = message if message["msg"] == "process_completed" else last
+    return last
 
 
 def at_rest(engine: Engine, seconds: float = 5.0) -> bool:

@@ -1,5 +1,6 @@
 """A short run of each coverage-guided fuzzer; a long one: python -m benchmarks.fuzz."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,14 +20,21 @@ def test_five_seconds(target, tmp_path):
     """No input ends it, and it is guided: coverage is seen, and inputs are kept for it."""
     before = {path: path.read_bytes() for path in (fuzz.CORPUS / target).iterdir()}
     command = [sys.executable, "-m", "benchmarks.fuzz", target, "--seconds", "5"]
+    found, temporary = tmp_path / "found", tmp_path / "temporary"
+    found.mkdir(), temporary.mkdir()
     done = subprocess.run(
-        [*command, "--found", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=180
+        [*command, "--found", str(found)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     said = done.stdout + done.stderr
     runs = int(re.search(r"Done (\d+) runs", said)[1])
     assert runs > len(before) and re.search(r"cov: [1-9]\d+", said)
-    assert not list(tmp_path.iterdir())
+    assert not list(found.iterdir()) and not list(temporary.iterdir())
     assert before == {path: path.read_bytes() for path in (fuzz.CORPUS / target).iterdir()}
 
 

@@ -27,6 +27,7 @@ from tests.api_case import (
     at_rest,
     data_url,
     engine_fixture,
+    page_event,
     picture_file,
     question,
 )
@@ -262,23 +263,6 @@ def events(address) -> dict[str, int]:
     return {d["api_name"]: d["id"] for d in config["dependencies"]}
 
 
-def do(address, event: int, data: list, session: str, event_data=None) -> dict | None:
-    """The last message on an event of the page; None where it was not taken."""
-    sent = {"data": data, "fn_index": event, "session_hash": session, "event_data": event_data}
-    joined = httpx.post(address + "/gradio_api/queue/join", json=sent, timeout=60)
-    if joined.status_code != 200:
-        assert joined.status_code < 500, joined.text
-        return None
-    url = f"{address}/gradio_api/queue/data?session_hash={session}"
-    last = None
-    with httpx.stream("GET", url, timeout=120) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: "):
-                message = json.loads(line.removeprefix("data: "))
-                last = message if message["msg"] == "process_completed" else last
-    return last
-
-
 PRIVATE = "the file of another"
 
 
@@ -300,7 +284,7 @@ def test_no_file_of_this_machine_through_the_page(address, events, tmp_path, eve
         "fill": [box, None],
     }[event]
     example = {"value": {"text": "x", "files": [file]}, "index": 0}
-    last = do(address, events[event], data, secret, example if event == "fill" else None)
+    last = page_event(address, events[event], data, secret, example if event == "fill" else None)
     said = json.dumps(last)
     assert PRIVATE not in said
     copies = [p for p in Path(get_upload_folder()).rglob(f"{secret}*")]
@@ -371,7 +355,7 @@ def test_events_that_make_no_sense(address, events, number, caplog):
     data = json.loads(json.dumps(data).replace("Infinity", "1e999"))
     if isinstance(data, list):
         data = [None if d == float("inf") else d for d in data]
-    last = do(address, events[name], data, session, event_data)
+    last = page_event(address, events[name], data, session, event_data)
     said = json.dumps(last)
     assert not any(bad in said for bad in ("Traceback", "site-packages", " object at 0x"))
 

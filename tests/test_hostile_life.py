@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.api_case import data_url, free_port, picture_file, question
+from tests.api_case import data_url, free_port, page_event, picture_file, question
 from tests.test_image import encoded
 
 ROOT = Path(__file__).parent.parent
@@ -113,16 +113,8 @@ def test_an_error_that_cannot_be_logged(server):
     """Gradio writes a traceback before it answers; the visitor is told all the same."""
     config = httpx.get(server.address + "/config", timeout=60).json()
     event = next(d["id"] for d in config["dependencies"] if d["api_name"] == "ask")
-    sent = {"data": [{"text": 3, "files": 3}], "fn_index": event, "session_hash": "full"}
-    joined = httpx.post(server.address + "/gradio_api/queue/join", json=sent, timeout=60)
-    assert joined.status_code == 200
-    url, end = server.address + "/gradio_api/queue/data?session_hash=full", time.monotonic() + 30
-    with httpx.stream("GET", url, timeout=60) as response:
-        for line in response.iter_lines():
-            assert time.monotonic() < end, "only heartbeats"
-            if "process_completed" in line:
-                assert '"success":false' in line
-                break
+    last = page_event(server.address, event, [{"text": 3, "files": 3}], "full", seconds=30)
+    assert last["success"] is False
 
 
 def test_weights_cannot_be_fetched_without_a_network(server, tmp_path):

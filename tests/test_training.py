@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minigpt4.__main__ import main
 from minigpt4.config import MODELS
 from minigpt4.errors import UserError
 from minigpt4.training import data, questions
@@ -336,6 +337,25 @@ def test_random_crops_are_as_published():
         width, height = data.random_resized_crop(picture, draw).size
         assert 0.49 <= width * height / 20_000 <= 1.0
         assert 0.7 <= width / height <= 2.0
+
+
+def test_crops_are_others_each_step_and_the_same_again(examples, tmp_path):
+    trainer = Trainer(tiny_model(), examples, replace(PROMPTED, crop=True), tmp_path / "run")
+    first, again, later = (trainer.features([(3, 0)], seed) for seed in ("1", "1", "2"))
+    assert torch.equal(first, again)
+    assert (first - later).abs().max() > 1e-3
+
+
+def test_crops_are_not_kept(examples, tmp_path, capsys):
+    shard = str(tmp_path / "train-00000.tar")
+    assert main(["train", "--stage", "1", "--data", shard, "--crop", "--cache", "kept"]) == 2
+    assert capsys.readouterr().err.endswith("leave “--cache” out.\n")
+
+
+def test_a_comparison_with_mirror_images_does_not_show_them(examples, tmp_path):
+    recipe = replace(PROMPTED, mirror=False, denoise=1.0)
+    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
+    assert {view for step in range(9) for _, view in trainer.prompts(step, [0, 1])[1]} == {0}
 
 
 def test_batches_cover_each_epoch_and_resume():

@@ -34,6 +34,11 @@ def train(options: argparse.Namespace) -> None:
             f"“--denoise” compares pictures with their mirror images, which the training of "
             f"{config.name} does not show: leave it out."
         )
+    if options.crop and options.cache:
+        raise UserError(
+            "“--crop” shows another part of a picture each time, so nothing can be kept: leave "
+            "“--cache” out."
+        )
     examples = read_examples(options)[: options.limit]
     if not examples:
         raise UserError(f"{options.data} holds no pictures with texts: there is nothing to learn.")
@@ -57,7 +62,7 @@ def train(options: argparse.Namespace) -> None:
         denoise=options.denoise,
         eigenbasis=embedded,
         mirror=embedded,
-        crop=not embedded,
+        crop=options.crop or not embedded,
         metadata={
             "model": config.name,
             "stage": str(options.stage),

@@ -298,7 +298,7 @@ class Trainer:
             # The same picture may stand twice in a batch, so its place is part of the key.
             ref = ImageRef(f"{place:x}")
             rows.append([self._prompt(ref, text, pick) for text in texts])
-            chosen.append((index, draw.randrange(self.views)))
+            chosen.append((index, draw.randrange(2 if self.recipe.mirror else 1)))
             weights.append(self._consensus(example, texts))
         return rows, chosen, weights
 
