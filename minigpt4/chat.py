@@ -3,6 +3,7 @@
 import bisect
 import functools
 import hashlib
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -108,6 +109,8 @@ class Answer:
             return tokenizer.decode(before + ids, skip_special_tokens=True)[skipped:]
 
         self._text_stream = TextStream(decode, (*stop_strings(template), *stop))
+        # An answer that is lost on its way to whoever asked must not be written to its end.
+        weakref.finalize(self, self._stream.close).atexit = False
         self._stopped = False  # at a stop string, which the engine does not know
 
     def __iter__(self) -> Iterator[str]:

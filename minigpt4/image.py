@@ -103,12 +103,19 @@ def smaller(picture: Picture, side: int) -> Picture:
     """The picture no longer than `side`, under its own key: to be shown and kept."""
     if max(picture.rgb.size) <= side:
         return picture
-    rgb = ImageOps.contain(picture.rgb, (side, side))
+    rgb = fitted(picture.rgb, side)
     try:
         held.take(rgb.width * rgb.height)
     except UserError:
         return picture
     return hold(rgb, picture.key)
+
+
+def fitted(rgb: Image.Image, side: int) -> Image.Image:
+    """Scaled so that the longer side is `side`; of a thin strip, too, a pixel of width stays."""
+    scale = side / max(rgb.size)
+    size = [max(1, round(length * scale)) for length in rgb.size]
+    return rgb.resize(size, Image.Resampling.BICUBIC)
 
 
 def load(source: str | os.PathLike | bytes) -> Picture:

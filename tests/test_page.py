@@ -6,13 +6,17 @@ import time
 
 from playwright.sync_api import expect
 
+from minigpt4.web.page import build_page, serve
+from minigpt4.web.session import Session
 from tests.page_case import (
     WIDE,
+    Visitors,
     answers,
     ask,
     attach,
     box,
     done,
+    options,
     picture,
     questions,
     say,
@@ -317,3 +321,26 @@ def test_enter_that_ends_a_composed_word_does_not_send(visit):
     expect(questions(page)).to_have_count(0)
     box(page).press("Shift+Enter")
     expect(box(page)).to_have_value("你好\n")
+
+
+def test_a_conversation_left_in_the_middle_of_an_answer_is_kept(visit, engine):
+    engine.word_seconds = 0.03
+    page = visit(**WIDE)
+    say(page, "Tell me something long.")
+    expect(answers(page)).to_contain_text("word3")
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    page.wait_for_function("minigpt4.recent.load().length")
+    kept = page.evaluate("JSON.stringify(minigpt4.recent.load()[0].data.messages)")
+    assert "something long" in kept and "word3" in kept
+
+
+def test_a_conversation_is_not_kept_for_ever(engine, browser):
+    """Gradio knows when to forget it from the first look at the page on."""
+    page = build_page(engine)
+    visitors = Visitors(browser, serve(page, options()))
+    visitors(**WIDE)
+    states = page.app.state_holder.session_data.values()
+    wait_for(lambda: any(isinstance(v, Session) for s in states for _, v, _ in s.state_components))
+    visitors.check()
+    page.close(verbose=False)

@@ -1,21 +1,29 @@
 """What a conversation does, without a browser: with a tiny random model, and with none."""
 
 import asyncio
+import json
 import re
+import time
 from pathlib import Path
 
 import gradio as gr
 import pytest
+from gradio.utils import get_upload_folder
+from PIL import Image
 from playwright.sync_api import expect
 
+from minigpt4.chat import ask as chat_ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.web import session as session_module
+from minigpt4.web import transcript
+from minigpt4.web.files import Files
 from minigpt4.web.loading import Loading
 from minigpt4.web.session import Session
 from minigpt4.web.shown import literal, show, written
 from minigpt4.web.texts import TEXTS, say
 from minigpt4.web.turns import Turns, waiting
+from tests.api_case import at_rest
 from tests.fake_engine import FakeAnswer, FakeEngine
 from tests.page_case import WIDE, Visitors, answers, attach, done, picture, served, status
 from tests.page_case import ask as page_ask
@@ -155,6 +163,93 @@ def test_remarks_are_shown_but_not_sent(monkeypatch):
     session.undo()
     session.undo()
     assert show(session) == ([], [])
+
+
+def test_a_conversation_that_is_left_before_its_answer_begins(monkeypatch):
+    """New chat while the question is on its way: no answer is given, the new page stays empty."""
+    given = []
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        given.append(FakeAnswer(*arguments))
+        return given[0]
+
+    monkeypatch.setattr(session_module, "ask", slow)
+    engine, session = FakeEngine(), Session()
+
+    async def leave() -> list:
+        steps = ask(engine, session, "Tell me something long.")
+        first = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0.1)
+        session.leave(Session())
+        return [await first] + [step async for step in steps]
+
+    shown = asyncio.run(leave())
+    assert given[0].stop_reason == "closed" and given[0].stats.tokens < 3
+    assert [messages for messages, _, _ in shown] == [[]]
+    assert session.successor.predecessor is session
+
+
+def test_an_answer_that_nobody_has_any_more_ends(engine):
+    conversation = Session().asking("Hello?", [])
+    answer = chat_ask(engine, conversation, Sampling(max_new_tokens=400))
+    stream = answer._stream
+    del answer
+    assert at_rest(engine) and stream.stop_reason == "closed"
+
+
+def test_thin_strips_can_be_shown_and_kept(tmp_path):
+    for size in ((5000, 1), (1, 1200)):
+        session, path = Session(), tmp_path / f"{size[0]}.png"
+        Image.new("RGB", size, "teal").save(path)
+        session.keep(session.asking("", [str(path)]))
+        shown, _ = show(session)
+        assert Path(shown[0]["content"]["path"]).is_file()
+        session.shrink_uploads()
+        (kept,) = session.uploads.values()
+        assert sorted(kept.rgb.size) == [1, session_module.KEPT_SIDE]
+
+
+def test_nothing_is_taken_back_from_under_an_answer(monkeypatch, warnings):
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    engine, session = FakeEngine(), Session()
+
+    async def both() -> None:
+        steps = ask(engine, session, "Hello?")
+        await anext(steps)
+        assert Turns(Loading.done(engine), []).undo(session, None) == (gr.skip(),) * 3
+        async for _ in steps:
+            pass
+
+    asyncio.run(both())
+    assert session.last and "stop it first" in warnings[0]
+
+
+def files_of_a_page() -> Files:
+    loading = Loading.done(FakeEngine())
+    return Files(loading, Turns(loading, []))
+
+
+def test_pictures_taken_out_of_the_box_are_given_back(warnings):
+    folder = Path(get_upload_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [str(picture(folder / f"{n}.png", f"#0000{n:02x}")) for n in range(20)]
+    files, session = files_of_a_page(), Session()
+    files.attach({"text": "", "files": paths[:2]}, session, None)
+    files.attach({"text": "", "files": paths[1:3]}, session, None)
+    assert [*session.uploads] == paths[1:3]
+    refused, _ = files.attach({"text": "x", "files": paths}, session, None)
+    assert refused == paths[16:] and "at most 16" in warnings[0]
+
+
+def test_an_opened_conversation_keeps_its_system_prompt():
+    conversation = Session().asking("Hello?", [])
+    conversation.system = "Answer in French."
+    path = Path(get_upload_folder()) / "kept.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(transcript.to_data(conversation, 64)))
+    *_, system = files_of_a_page().open(str(path), Session(), None)
+    assert system["value"] == "Answer in French."
 
 
 def test_text_is_shown_as_it_was_written():

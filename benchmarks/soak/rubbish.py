@@ -1,6 +1,7 @@
 """What strangers send that is no question: each gets an answer that says so, or a closed door."""
 
 import asyncio
+import contextlib
 import json
 import random
 import struct
@@ -64,7 +65,7 @@ async def send_rubbish(
     try:
         statuses = await doing(client, address, dice)
     except httpx.TransportError as error:
-        raise type(error)(f"{doing.__name__}: {error}") from error
+        raise type(error)(f"{doing.__name__}: {error}", request=error.request) from error
     ledger.outcomes["rubbish"] += 1
     for status in statuses:
         good = 400 <= status < 500 or status == 503
@@ -127,10 +128,11 @@ async def _cut_upload(client, address, dice) -> list[int]:
         b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
         b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
     )
-    for _ in range(dice.randrange(5)):
-        writer.write(dice.randbytes(dice.choice([1, 9000])))
-        await writer.drain()
-        await asyncio.sleep(0.2)
+    with contextlib.suppress(ConnectionError):  # the server may close the door before
+        for _ in range(dice.randrange(5)):
+            writer.write(dice.randbytes(dice.choice([1, 9000])))
+            await writer.drain()
+            await asyncio.sleep(0.2)
     writer.close()
     return []
 

@@ -19,9 +19,6 @@ from minigpt4.web.page import build_page, serve
 from minigpt4.web.server import Server
 
 HANG_SECONDS = 30.0  # a step that takes longer is a hang: the soak's machine may be busy
-SESSIONS = (
-    64  # pages whose state is kept; app.py keeps gradio's 10,000, which half an hour not fills
-)
 PATIENCE = 60.0  # in which a fault finds somebody
 FILE_SECONDS = 300  # uploaded files live so long here, to see them go
 
@@ -104,7 +101,6 @@ def main() -> None:
     sweep.EVERY_SECONDS, sweep.KEPT_SECONDS = 15, FILE_SECONDS
     server = Server(lambda: engine, chosen)
     page = build_page(Loading.done(engine), server=server)
-    page.launch = functools.partial(page.launch, state_session_capacity=SESSIONS)
     with server.until_terminated(page):
         print(f"Open {serve(page, chosen, server)}", flush=True)
         threading.Thread(target=obey, args=[faults], daemon=True).start()

@@ -11,8 +11,9 @@ from minigpt4.chat import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web import transcript
 from minigpt4.web.examples import chosen
+from minigpt4.web.limits import FILES_AT_ONCE
 from minigpt4.web.loading import Loading
-from minigpt4.web.session import Session
+from minigpt4.web.session import TOO_MANY_PICTURES, Session
 from minigpt4.web.texts import say
 from minigpt4.web.turns import Turns, box, warn
 from minigpt4.web.uploads import uploaded
@@ -28,20 +29,25 @@ class Files:
         self._turns = turns
 
     def attach(self, value: dict, session: Session, request: gr.Request) -> tuple:
-        """Read pictures as soon as they are in the box; those that cannot be read leave it.
+        """Read pictures as soon as they are in the box.
 
-        Returns (box, status).
+        Returns (files that must leave the box, status): not the box itself, in which somebody types
+        meanwhile.
         """
+        # What was taken out of the box again is not kept.
+        session.uploads = {p: u for p, u in session.uploads.items() if p in value["files"]}
+        room = FILES_AT_ONCE - len(session.conversation.pictures)
+        if len(value["files"]) > room:
+            warn(TOO_MANY_PICTURES)
         good = []
-        for path in value["files"]:
+        for path in value["files"][: max(0, room)]:
             try:
                 session.read(uploaded(path))
                 good.append(path)
             except UserError as error:
                 warn(error)
-        all_good = len(good) == len(value["files"])  # then the box stays alone: someone types there
-        changed = gr.skip() if all_good else {"text": value["text"], "files": good}
-        return changed, say("looking", request) if good else ""
+        refused = [path for path in value["files"] if path not in good]
+        return refused, say("looking", request) if good else ""
 
     def show_camera(self, is_open: bool) -> tuple:
         """Show the camera, or put it away: (is it open, camera)."""
@@ -90,12 +96,15 @@ class Files:
         return session.leave(Session()), [], box(False, value=None), ""
 
     def open(self, path: str, session: Session, request: gr.Request) -> tuple:
-        """The conversation in a file that was downloaded earlier."""
+        """The conversation in a file that was downloaded earlier.
+
+        Returns what `new_chat` does, and the system prompt, which is the conversation's own.
+        """
         try:
             return self._opened(transcript.from_file(uploaded(path)), session, request)
         except UserError as error:
             warn(error)
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * 5
 
     def reopen(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
         """A conversation that the visitor's browser kept."""
@@ -105,13 +114,15 @@ class Files:
             return self._opened(conversation, session, request, name)
         except (KeyError, TypeError, UserError) as error:
             warn(error if isinstance(error, UserError) else transcript.WRONG)
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * 5
 
     def _opened(
         self, conversation: Conversation, old: Session, request: gr.Request, name: str = ""
     ) -> tuple:
         session = Session(conversation, name=name)
+        system = gr.update(value=conversation.system or "")
         for key, picture in conversation.pictures.items():
             session.files[key] = save_pil_to_cache(picture.rgb, get_upload_folder(), "picture")
         old.leave(session)
-        return session, self._turns.messages(session, request), box(False, value=None), ""
+        messages = self._turns.messages(session, request)
+        return session, messages, box(False, value=None), "", system

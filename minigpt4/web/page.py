@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minigpt4.engine import Engine
 
 FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]  # those some systems do not know
+MOST_VISITORS = 500  # whose conversations are kept; who was quiet the longest goes first
 # Seconds that a connection waits for its next request: longer than a proxy keeps it (nginx: 60), or
 # a question that is sent while the server closes it meets a reset. Uvicorn's default is 5.
 KEEP_ALIVE = 75
@@ -49,7 +50,17 @@ LOOK = {  # for Blocks.launch, or gr.mount_gradio_app
 NAME = "<h1>MiniGPT-4</h1><small>${value}</small>"
 # A status line that screen readers read out.
 LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+# The box without the files that were refused.
+WITHOUT = (
+    "(refused, box) => refused?.length ? {...box, files: box.files.filter((file) => "
+    "!refused.includes(file.path))} : {__type__: 'update'}"
+)
 WIDE = "() => ({__type__: 'update', open: innerWidth >= 1100})"
+
+
+async def renew(session: Session) -> Session:
+    """Gradio keeps a state for so long after it was last put out; without that, for ever."""
+    return session.latest
 
 
 def build_page(
@@ -85,6 +96,7 @@ def build_page(
         with gr.Row(elem_id="under"):
             status = gr.HTML("", elem_id="status", js_on_load=LIVE)
             camera_button = gr.Button(label("camera"), size="sm", scale=0, min_width=72)
+        refused = gr.JSON(visible=False)  # files
         camera_open = gr.State(False)
         camera = gr.Image(
             sources=["webcam"],
@@ -123,15 +135,18 @@ def build_page(
         undoing = chatbot.undo(turns.undo, session, answered, **event)
         for said in (*answering, undoing):
             said.then(panel.record, session, panel.keeper, **event)
+            said.then(renew, session, session, **event)
+        page.load(renew, session, session, **event)
 
         attaching = Events.upload.listener(
             box,
             files.attach,
             [box, session],
-            [box, status],
+            [refused, status],
             trigger_mode="always_last",
             **event,
         )
+        attaching.then(None, [refused, box], box, js=WITHOUT)
         filling = chatbot.example_select(files.fill, [box, session], [box, status], **event)
         camera_button.click(files.show_camera, camera_open, [camera_open, camera], **event)
         taking = camera.change(
@@ -140,12 +155,14 @@ def build_page(
         for came in (attaching, filling, taking):
             came.then(files.encode, session, status, trigger_mode="multiple", **event)
 
+        opened = [*replaced, panel.settings["system"]]
         for left in (
             fresh.click(files.new_chat, session, replaced, **event),
-            panel.recent.select(files.reopen, session, replaced, **event),
-            panel.upload.upload(files.open, [panel.upload, session], replaced, **event),
+            panel.recent.select(files.reopen, session, opened, **event),
+            panel.upload.upload(files.open, [panel.upload, session], opened, **event),
         ):
             left.then(panel.clear_website, None, panel.site, **event)
+            left.then(panel.record_left, session, panel.keeper, **event)
         panel.wire(sidebar, chatbot, session, event)
         if feedback:
             ratings.wire(chatbot, session, event)
@@ -202,6 +219,7 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
             ssr_mode=False,
             run_history=False,
             enable_monitoring=False,
+            state_session_capacity=MOST_VISITORS,
             **LOOK,
             **(server.launching if server else {}),
         )

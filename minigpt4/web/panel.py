@@ -116,6 +116,11 @@ class Panel:
         data = transcript.to_data(session.conversation, transcript.SMALL_SIDE, self._name())
         return {"name": session.name, "data": data}
 
+    def record_left(self, session: Session) -> dict:
+        """The conversation that was left in the middle of its answer, as far as that had come."""
+        left, session.predecessor = session.predecessor, None
+        return self.record(left) if left else gr.skip()
+
     def save_markdown(self, session: Session, request: gr.Request) -> dict | None:
         """The conversation as a Markdown file."""
         text = transcript.to_markdown(session.conversation, self._name())

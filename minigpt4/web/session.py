@@ -19,9 +19,10 @@ from minigpt4.web.limits import FILES_AT_ONCE
 if TYPE_CHECKING:
     from minigpt4.engine import Engine, Sampling
 
-KEPT_SIDE = 2048  # pixels; longer pictures are kept smaller once the engine has seen them
+KEPT_SIDE = 1024  # pixels; longer pictures are kept smaller once the engine has seen them
 SECONDS_PER_UPDATE = 0.05  # the page shows new words this often, at most
 SECONDS_PER_LOOK = 0.3  # how often the place in the queue is looked up
+TOO_MANY_PICTURES = f"A conversation may hold at most {FILES_AT_ONCE} pictures."
 MIDWAY = {"length", "time", "closed"}  # how an answer ends that may be continued
 
 
@@ -46,7 +47,10 @@ class Session:
     files: dict[str, str] = field(default_factory=dict)  # picture's key -> the file it came from
     answer: Answer | None = None  # the one being given, or the last one
     busy: bool = False  # an answer is being given
-    successor: "Session | None" = None  # what the page shows instead of this one
+    # What the page shows instead of this one.
+    successor: "Session | None" = field(default=None, repr=False, compare=False)
+    # One that was left in the middle of an answer, and is still to be written down.
+    predecessor: "Session | None" = field(default=None, repr=False, compare=False)
     ended: str = ""  # how the last answer ended
     name: str = ""  # among the visitor's recent conversations; given with the first question
 
@@ -57,8 +61,15 @@ class Session:
     def leave(self, successor: "Session") -> "Session":
         """The page goes over to another conversation; what is being answered here ends."""
         self.successor = successor
+        if self.busy:
+            successor.predecessor = self
         self.stop()
         return successor
+
+    @property
+    def latest(self) -> "Session":
+        """What the page shows now."""
+        return self.successor.latest if self.successor else self
 
     def stop(self) -> None:
         """End the answer being given, at once, whichever thread is giving it."""
@@ -75,8 +86,11 @@ class Session:
 
     def shrink_uploads(self) -> None:
         """The engine has seen them: what is still to be shown needs less memory."""
-        for path, picture in [*self.uploads.items()]:
-            self.uploads[path] = image.smaller(picture, KEPT_SIDE)
+        uploads = self.uploads  # another one, once a question has been taken
+        for path, picture in [*uploads.items()]:
+            small = image.smaller(picture, KEPT_SIDE)
+            if path in uploads:
+                uploads[path] = small
 
     @property
     def last(self) -> str:
@@ -107,7 +121,7 @@ class Session:
         conversation = self._until(len(self.conversation.messages))
         conversation.add_question(text, pictures)
         if len(conversation.pictures) > FILES_AT_ONCE:
-            raise UserError(f"A conversation may hold at most {FILES_AT_ONCE} pictures.")
+            raise UserError(TOO_MANY_PICTURES)
         return conversation
 
     def asking_again(self) -> Conversation:
@@ -165,6 +179,9 @@ class Session:
         """
         # A copy: the prompt is built from it in another thread.
         answer = await asyncio.to_thread(ask, engine, conversation, sampling)
+        self.answer = answer  # from here on `stop` reaches it
+        if self.successor:
+            self.stop()
         # The engine has its own hold of the pictures for as long as it needs them.
         conversation.pictures = await asyncio.to_thread(_shrunk, conversation)
         head = ""
@@ -173,7 +190,7 @@ class Session:
         else:
             conversation.add_answer("")
         self.keep(conversation)
-        self.answer, self.ended, self.uploads = answer, "", {}
+        self.ended, self.uploads = "", {}
         self.name = self.name or secrets.token_hex(8)
         place = len(conversation.messages) - 1
         if answer.notice:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
-from PIL import ImageOps
 
+from minigpt4 import image
 from minigpt4.image import Picture
 from minigpt4.prompt import ImageRef
 from minigpt4.web import preview
@@ -76,8 +76,8 @@ def thumbnail(picture: Picture) -> dict | str:
     path = _thumbnails.get(picture.key, "")
     if not path or not Path(path).exists():  # old ones are deleted
         try:
-            small = ImageOps.contain(picture.rgb, (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            small = small if max(small.size) < max(picture.rgb.size) else picture.rgb
+            large = max(picture.rgb.size) > THUMBNAIL_SIDE
+            small = image.fitted(picture.rgb, THUMBNAIL_SIDE) if large else picture.rgb
             path = save_pil_to_cache(small, get_upload_folder(), "picture")
         except OSError:
             return "(picture)"

@@ -14,7 +14,7 @@ from minigpt4.web.limits import FILES_AT_ONCE
 
 FORMAT = "minigpt4-conversation"
 VERSION = 1
-FULL_SIDE, SMALL_SIDE = 2048, 256  # longest side of a picture in a download; in the browser's list
+FULL_SIDE, SMALL_SIDE = 1024, 256  # longest side of a picture in a download; in the browser's list
 MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000

@@ -105,6 +105,9 @@ class Turns:
 
     def undo(self, session: Session, request: gr.Request) -> tuple:
         """Put the last question back into the box, and forget its answer."""
+        if session.busy:
+            warn(say("busy", request))
+            return (gr.skip(),) * 3
         try:
             text, files = session.undo()
         except UserError as error:
@@ -138,6 +141,8 @@ class Turns:
             steps = session.run(engine, conversation, sampling)
             async with aclosing(steps):
                 async for _ in steps:
+                    if session.successor:  # the page has moved on
+                        continue
                     now = waiting(session, sampling.num_beams, request)
                     line, status = gr.skip() if now == status else now, now
                     changes = gr.skip()
@@ -162,8 +167,9 @@ class Turns:
                 warn(say("sorry", request))
         finally:
             session.busy = False
-        if session.successor:  # the page has moved on; what comes last here is shown last
-            yield self.messages(session.successor, request), box(False), ""
+        if session.successor:  # what comes last here is shown last
+            shown_now = session.latest
+            yield self.messages(shown_now, request), box(shown_now.busy), gr.skip()
         else:
             yield self.messages(session, request), box(False), status
 
