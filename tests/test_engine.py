@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,13 +82,20 @@ def alone(model, asked: Request) -> list[int]:
         engine.close()
 
 
-def settled(engine: Engine) -> bool:
-    """Nothing runs, and every page is free again (within two seconds)."""
+def until(condition: Callable[[], bool]) -> bool:
+    """Does it come true within two seconds?"""
     for _ in range(200):
-        if not engine.running and not engine.waiting and engine._cache.free == engine._cache.count:
+        if condition():
             return True
         time.sleep(0.01)
     return False
+
+
+def settled(engine: Engine) -> bool:
+    """Nothing runs, and every page is free again (within two seconds)."""
+    return until(
+        lambda: not (engine.running or engine.waiting) and engine._cache.free == engine._cache.count
+    )
 
 
 # --- joining, leaving, isolation -----------------------------------------------------------------
@@ -508,3 +516,20 @@ def test_health_is_a_real_token_and_waits_for_nobody(model, monkeypatch):
     engine.close()
     with pytest.raises(UserError, match="ending"):
         engine.submit(request(1))
+
+
+def test_a_probe_that_comes_while_another_is_let_in(engine, monkeypatch):
+    expected = list(engine.submit(request(1)))
+    real, healthy = engine._give_pages, []
+    probing = threading.Thread(target=lambda: healthy.append(engine.health(2.0)))
+
+    def meanwhile(task):
+        if not task.urgent:
+            probing.start()
+            until(lambda: engine.waiting == 2)
+        return real(task)
+
+    monkeypatch.setattr(engine, "_give_pages", meanwhile)
+    assert list(engine.submit(request(1))) == expected
+    probing.join()
+    assert healthy == [True] and settled(engine)

@@ -239,12 +239,12 @@ class Engine(Queue):
     def _admit(self) -> None:
         """Let waiting requests in, first come first, while there are slots and pages."""
         while self._waiting:
-            task = self._waiting[0]
+            task = self._waiting[0]  # a probe of `health` may come in before it at any time
             if len(self._running) >= self.max_running and not task.urgent:
                 return
             if task.stream.stop_reason:
                 with self._condition:
-                    self._waiting.popleft()
+                    self._waiting.remove(task)
                 continue
             with self._condition:
                 if self._missing(task):
@@ -252,7 +252,7 @@ class Engine(Queue):
             if not self._give_pages(task):
                 return
             with self._condition:
-                self._waiting.popleft()
+                self._waiting.remove(task)
             stats = task.stream.stats
             stats.seconds_waiting = task.stream._seconds()
             stats.reused_tokens = task.sequences[0].computed
