@@ -435,6 +435,22 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     engine.close()
 
 
+def test_a_beam_that_cannot_be_copied_gives_its_memory_back(engine, monkeypatch):
+    real, copied = engine.decoder.copy_page, []
+
+    def fail(source, target):
+        copied.append(target)
+        if len(copied) == 3:
+            raise RuntimeError("no")
+        real(source, target)
+
+    monkeypatch.setattr(engine.decoder, "copy_page", fail)
+    wide = replace(GREEDY, num_beams=6)
+    with pytest.raises(UserError, match="try again"):
+        list(engine.submit(request(1, sampling=wide)))
+    assert settled(engine) and len(list(engine.submit(request(1, sampling=wide)))) > 0
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_thread_is_replaced(engine, monkeypatch):
     expected = list(engine.submit(request(1)))

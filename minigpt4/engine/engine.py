@@ -408,13 +408,12 @@ class Engine(Queue):
                 self._give(task, token)
             task.stream._end("stop")
             return
-        old, used = task.sequences, set()
-        task.sequences = []
+        old, new, used = [*task.sequences], [], set()
         for parent in parents:
-            sequence = old[parent] if parent not in used else self._fork(task, old[parent])
+            new.append(old[parent] if parent not in used else self._fork(task, old[parent]))
             used.add(parent)
-            task.sequences.append(sequence)
-        for sequence, ids in zip(task.sequences, task.search.beams, strict=True):
+        task.sequences = new
+        for sequence, ids in zip(new, task.search.beams, strict=True):
             sequence.add(ids[-1])
         for place, sequence in enumerate(old):
             if place not in used:
@@ -425,17 +424,20 @@ class Engine(Queue):
                 task.promised += freed
 
     def _fork(self, task: Task, sequence: Sequence) -> Sequence:
-        """Another sequence that goes on from this one's tokens: full pages are shared."""
+        """Another sequence that goes on from this one's tokens: full pages are shared.
+
+        It is among the task's from the start, so that its pages come back where copying fails.
+        """
         fork = Sequence([*sequence.ids], [*sequence.keys], [], sequence.digest)
+        task.sequences.append(fork)
         full = sequence.computed // PAGE
         for page in sequence.pages[:full]:
             self._cache.share(page)
         fork.pages = sequence.pages[:full]
         fork.filed, fork.computed = full, sequence.computed
         for page in sequence.pages[full:]:
-            copy = self._take_page(task)
-            self.decoder.copy_page(page, copy)
-            fork.pages.append(copy)
+            fork.pages.append(self._take_page(task))
+            self.decoder.copy_page(page, fork.pages[-1])
         return fork
 
     # --- faults --------------------------------------------------------------------------------
