@@ -266,11 +266,9 @@ class Engine(Queue):
         prompt = task.request.prompt
         known = self._cache.match(prompt.keys[:-1])  # the last token's logits are wanted
         needed = task.pages_needed - len(known)
-        left = 0 if task.urgent else PROBE_PAGES
-        if needed + left > self._cache.free:
+        if not self._cache.reserve(needed, spare=0 if task.urgent else PROBE_PAGES):
             self._cache.release(known)
             return False
-        self._cache.reserve(needed)
         task.promised = needed
         digests = self._cache.digests(prompt.keys[: len(known) * PAGE])
         digest = digests[-1] if digests else b""
