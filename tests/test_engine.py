@@ -394,6 +394,29 @@ def test_out_of_memory_shrinks_the_step_and_goes_on(model, engine, monkeypatch):
     assert settled(engine)
 
 
+def test_more_beams_than_a_step_has_rows(model, engine, monkeypatch):
+    """After a shortage of memory a step is smaller than one answer's beams: it is tried on its own,
+    others are answered beside it, and where the shortage lasts it gets an error."""
+    real = engine.decoder.forward
+
+    def scarce(rows):
+        if len(rows.tokens) > 3:
+            raise MemoryError
+        return real(rows)
+
+    asked = [request(seed, 100, max_seconds=5.0) for seed in range(3)]
+    wide = request(9, sampling=replace(GREEDY, num_beams=6), max_seconds=5.0)
+    expected = [alone(model, one) for one in (*asked, wide)]
+    monkeypatch.setattr(engine.decoder, "forward", scarce)
+    with pytest.raises(UserError, match="not enough memory"):
+        list(engine.submit(wide))
+    assert engine._row_limit < 6
+    monkeypatch.undo()
+    streams = [engine.submit(one) for one in (*asked, wide)]
+    assert [list(stream) for stream in streams] == expected
+    assert settled(engine)
+
+
 def test_logits_that_are_no_numbers_are_an_error(engine, monkeypatch):
     real = engine.decoder.forward
 

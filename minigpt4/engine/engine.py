@@ -288,13 +288,16 @@ class Engine(Queue):
     # --- a step's rows -------------------------------------------------------------------------
 
     def _plan(self) -> list[Piece]:
-        """One row of every answer, then a chunk of the prompts being read, in equal shares."""
+        """One row of every answer, then a chunk of the prompts being read, in equal shares.
+
+        An answer that is first in line runs, even with more beams than there is room for.
+        """
         pieces, room = [], self._row_limit
         reading = [t for t in self._running if t.reading]
-        for task in self._running:
-            if not task.reading and room >= len(task.sequences):
+        for place, task in enumerate(self._running):
+            if not task.reading and (place == 0 or room >= len(task.sequences)):
                 pieces += [Piece(task, sequence, 1) for sequence in task.sequences]
-                room -= len(task.sequences)
+                room = max(0, room - len(task.sequences))
         if reading:
             chunk = min(room, CHUNK_AMONG_OTHERS if pieces else CHUNK_ALONE)
             share = max(1, chunk // len(reading))
@@ -305,8 +308,8 @@ class Engine(Queue):
                     pieces.append(Piece(task, sequence, count))
                     room -= count
         # Whoever did not fit into this step is first in the next.
-        left_out = {id(p.task) for p in pieces}
-        self._running.sort(key=lambda task: id(task) in left_out)
+        planned = {id(p.task) for p in pieces}
+        self._running.sort(key=lambda task: id(task) in planned)
         return pieces
 
     def _take_page(self, task: Task) -> int:
