@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minigpt4 import image
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.engine.native import library
 from minigpt4.engine.sampling import log_softmax
@@ -223,6 +224,32 @@ def test_memory_for_conversations_is_bounded(model):
     assert settled(engine)
     with pytest.raises(UserError, match="memory"):
         engine.submit(request(1, 400, sampling=replace(GREEDY, max_new_tokens=50, num_beams=8)))
+    engine.close()
+
+
+def test_pictures_are_let_go_once_they_are_encoded(model, monkeypatch):
+    """While the answer runs, and while another waits for its turn."""
+    engine = Engine(model, max_running=1)
+    real, before = engine.decoder.forward, image.held.pixels
+    monkeypatch.setattr(engine.decoder, "forward", lambda rows: time.sleep(0.01) or real(rows))
+
+    def held(seed: int) -> Picture:
+        image.held.take(64)
+        return image.hold(picture(seed).rgb, picture(seed).key)
+
+    def asked(seed: int) -> Request:
+        endless = replace(GREEDY, max_new_tokens=400)
+        return request(seed, 20, (held(seed), held(seed + 1)), sampling=endless)
+
+    running = engine.submit(asked(1))
+    next(running)
+    assert until(lambda: image.held.pixels <= before) and not running.stop_reason
+    waiting = engine.submit(asked(3))
+    assert until(lambda: image.held.pixels <= before) and waiting.position == 1
+    running.close()
+    tokens = [next(waiting) for _ in range(5)]
+    waiting.close()
+    assert tokens == alone(model, replace(asked(3), sampling=GREEDY))[:5] and settled(engine)
     engine.close()
 
 

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -171,13 +172,19 @@ class Engine(Queue):
         super()._refuse_any()
 
     def _missing(self, task: Task) -> bool:
-        """Have those of its pictures encoded that are not; were there any? The lock is held."""
-        found = {key: self._pictures.find(key) for key in task.picture_keys}
+        """Have those of its pictures encoded that are not; were there any? The lock is held.
+
+        Where there are none, the embeddings are all it needs: the pictures, which may be large, are
+        let go long before the answer ends.
+        """
+        keys = task.picture_keys - task.embeds.keys()
+        found = {key: self._pictures.find(key) for key in keys}
         missing = [key for key, embeds in found.items() if embeds is None]
         for key in missing:
             self._pictures.want(task.request.pictures[key])
         if not missing:
-            task.embeds = found
+            task.embeds |= found
+            task.request = replace(task.request, pictures={})
         return bool(missing)
 
     def _position(self, stream: Stream) -> int:
@@ -235,6 +242,9 @@ class Engine(Queue):
                     for task in self._waiting:
                         if picture.key in task.picture_keys:
                             self._fail(task, str(outcome))
+            for task in self._waiting:
+                if not task.stream.stop_reason:
+                    self._missing(task)
 
     def _admit(self) -> None:
         """Let waiting requests in, first come first, while there are slots and pages."""
