@@ -168,6 +168,36 @@ def test_the_queue_has_places_and_an_end(model):
     engine.close()
 
 
+def test_a_request_that_is_let_in_is_not_overlooked(engine):
+    """Though it has left the queue, and is not among the running ones yet."""
+
+    class Slow(list):
+        def append(self, task):
+            time.sleep(0.1)
+            super().append(task)
+
+    engine._running = Slow()
+    stream = engine.submit(request(1))
+    assert engine.drain(5.0) and stream.stop_reason == "length"
+
+
+def test_a_running_request_is_running_all_the_time(engine, monkeypatch):
+    """Seen from another thread, also while the requests are brought into another order."""
+
+    def slow_id(thing):
+        time.sleep(0.001)
+        return id(thing)
+
+    monkeypatch.setattr("minigpt4.engine.engine.id", slow_id, raising=False)
+    stream = engine.submit(request(1, sampling=replace(GREEDY, max_new_tokens=400)))
+    next(stream)
+    seen = set()
+    while stream.stats.tokens < 20:
+        seen.add(engine.running)
+    assert seen == {1}
+    stream.close()
+
+
 # --- reuse ---------------------------------------------------------------------------------------
 
 

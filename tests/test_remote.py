@@ -220,6 +220,21 @@ def test_the_queue_has_places_and_an_end(model, served, server):
         list(last)
 
 
+def test_a_request_that_begins_is_not_overlooked(model, served, server):
+    """Though it has left the queue, and is not among the running ones yet."""
+
+    class Slow(set):
+        def add(self, job):
+            time.sleep(0.1)
+            super().add(job)
+
+    engine = RemoteEngine(model, VllmServers(model, [served.url]))
+    engine._running = Slow()
+    stream = engine.submit(request())
+    assert engine.drain(5.0) and stream.stop_reason == "length"
+    engine.close()
+
+
 def test_who_leaves_the_queue_makes_room(model, served, server):
     engine = RemoteEngine(model, VllmServers(model, [served.url]), max_running=1, max_waiting=2)
     server.pace = 0.05

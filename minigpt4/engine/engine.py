@@ -263,13 +263,13 @@ class Engine(Queue):
                 return
             with self._condition:
                 self._waiting.remove(task)
+                self._running.append(task)
             stats = task.stream.stats
             stats.seconds_waiting = task.stream._seconds()
             stats.reused_tokens = task.sequences[0].computed
             if not task.urgent:
                 self.totals.prompt_tokens += stats.prompt_tokens
                 self.totals.reused_tokens += stats.reused_tokens
-            self._running.append(task)
 
     def _give_pages(self, task: Task) -> bool:
         """Reuse what is known of the prompt, promise the rest."""
@@ -317,9 +317,10 @@ class Engine(Queue):
                 if count:
                     pieces.append(Piece(task, sequence, count))
                     room -= count
-        # Whoever did not fit into this step is first in the next.
+        # Whoever did not fit into this step is first in the next. Another list: others look at this
+        # one, and while a list is sorted it is empty.
         planned = {id(p.task) for p in pieces}
-        self._running.sort(key=lambda task: id(task) in planned)
+        self._running = sorted(self._running, key=lambda task: id(task) in planned)
         return pieces
 
     def _take_page(self, task: Task) -> int:
