@@ -573,6 +573,19 @@ def test_a_hang_is_noticed_and_forgiven(model, monkeypatch):
     engine.close()
 
 
+def test_a_thread_that_was_ended_has_not_died(model, monkeypatch):
+    """Whoever waits when the engine is closed hears that it ends, whoever notices first."""
+    engine = Engine(model, hang_seconds=0.4)
+    stream = engine.submit(request(1, sampling=replace(GREEDY, max_new_tokens=400)))
+    next(stream)
+    real, thread = engine._ended.set, engine._thread
+    monkeypatch.setattr(engine._ended, "set", lambda: time.sleep(0.3) or real())
+    engine.close()
+    assert engine._thread is thread
+    with pytest.raises(UserError, match="ending"):
+        list(stream)
+
+
 def test_a_program_that_ends_amid_an_answer_ends_cleanly(tmp_path):
     """As after Ctrl-C or an error: status 3 here, no crash of a thread inside the model."""
     code = (

@@ -164,8 +164,10 @@ class Engine(Queue):
         return task.stream
 
     def _refuse_if_faulty(self) -> None:
-        if self.fault or self._closing or self._draining:
-            raise fault(self.fault or ENDING)
+        # The fault is read once: `_watch` may take it back at any time.
+        sentence = self.fault or (ENDING if self._closing or self._draining else "")
+        if sentence:
+            raise fault(sentence)
 
     def _refuse_any(self) -> None:
         self._refuse_if_faulty()
@@ -478,7 +480,7 @@ class Engine(Queue):
             started = self._step_started
             lasted = lasted + tick if started == watched else 0.0
             watched = started
-            if not self._thread.is_alive():
+            if not self._thread.is_alive() and not self._closing:
                 log.error("the engine's thread died; starting it again")
                 with self._condition:  # who came in between would wait for ever
                     self._fail_all(BROKEN)

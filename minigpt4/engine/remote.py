@@ -138,10 +138,11 @@ class RemoteEngine(Queue):
                 self._refuse_any()
                 self._waiting.append(job)
                 self.totals.requests += 1
+                # Within the lock, for which `close` waits: the loop is there still.
+                self._loop.call_soon_threadsafe(self._start_some)
         except UserError as error:
             self.totals.errors[error.kind] += 1
             raise
-        self._loop.call_soon_threadsafe(self._start_some)
         return job.stream
 
     def health(self, seconds: float = 10.0) -> bool:
