@@ -186,7 +186,8 @@ def test_pages_come_back_and_the_oldest_goes_first():
     cache.release(old)
     cache.release(new)
     assert cache.free == 6
-    assert cache.reserve(3)
+    assert not cache.reserve(3, spare=4) and not cache.reserve(7) and cache.free == 6
+    assert cache.reserve(3, spare=3)
     taken = [cache.take() for _ in range(3)]
     assert not set(taken) & set(new)  # two blank pages, then the end of the older conversation
     assert cache.match(list(range(32))) == old[:1]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minigpt4 import image
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.engine.native import library
 from minigpt4.engine.sampling import log_softmax
@@ -81,13 +83,20 @@ def alone(model, asked: Request) -> list[int]:
         engine.close()
 
 
-def settled(engine: Engine) -> bool:
-    """Nothing runs, and every page is free again (within two seconds)."""
+def until(condition: Callable[[], bool]) -> bool:
+    """Does it come true within two seconds?"""
     for _ in range(200):
-        if not engine.running and not engine.waiting and engine._cache.free == engine._cache.count:
+        if condition():
             return True
         time.sleep(0.01)
     return False
+
+
+def settled(engine: Engine) -> bool:
+    """Nothing runs, and every page is free again (within two seconds)."""
+    return until(
+        lambda: not (engine.running or engine.waiting) and engine._cache.free == engine._cache.count
+    )
 
 
 # --- joining, leaving, isolation -----------------------------------------------------------------
@@ -159,6 +168,36 @@ def test_the_queue_has_places_and_an_end(model):
     engine.close()
 
 
+def test_a_request_that_is_let_in_is_not_overlooked(engine):
+    """Though it has left the queue, and is not among the running ones yet."""
+
+    class Slow(list):
+        def append(self, task):
+            time.sleep(0.1)
+            super().append(task)
+
+    engine._running = Slow()
+    stream = engine.submit(request(1))
+    assert engine.drain(5.0) and stream.stop_reason == "length"
+
+
+def test_a_running_request_is_running_all_the_time(engine, monkeypatch):
+    """Seen from another thread, also while the requests are brought into another order."""
+
+    def slow_id(thing):
+        time.sleep(0.001)
+        return id(thing)
+
+    monkeypatch.setattr("minigpt4.engine.engine.id", slow_id, raising=False)
+    stream = engine.submit(request(1, sampling=replace(GREEDY, max_new_tokens=400)))
+    next(stream)
+    seen = set()
+    while stream.stats.tokens < 20:
+        seen.add(engine.running)
+    assert seen == {1}
+    stream.close()
+
+
 # --- reuse ---------------------------------------------------------------------------------------
 
 
@@ -215,6 +254,32 @@ def test_memory_for_conversations_is_bounded(model):
     assert settled(engine)
     with pytest.raises(UserError, match="memory"):
         engine.submit(request(1, 400, sampling=replace(GREEDY, max_new_tokens=50, num_beams=8)))
+    engine.close()
+
+
+def test_pictures_are_let_go_once_they_are_encoded(model, monkeypatch):
+    """While the answer runs, and while another waits for its turn."""
+    engine = Engine(model, max_running=1)
+    real, before = engine.decoder.forward, image.held.pixels
+    monkeypatch.setattr(engine.decoder, "forward", lambda rows: time.sleep(0.01) or real(rows))
+
+    def held(seed: int) -> Picture:
+        image.held.take(64)
+        return image.hold(picture(seed).rgb, picture(seed).key)
+
+    def asked(seed: int) -> Request:
+        endless = replace(GREEDY, max_new_tokens=400)
+        return request(seed, 20, (held(seed), held(seed + 1)), sampling=endless)
+
+    running = engine.submit(asked(1))
+    next(running)
+    assert until(lambda: image.held.pixels <= before) and not running.stop_reason
+    waiting = engine.submit(asked(3))
+    assert until(lambda: image.held.pixels <= before) and waiting.position == 1
+    running.close()
+    tokens = [next(waiting) for _ in range(5)]
+    waiting.close()
+    assert tokens == alone(model, replace(asked(3), sampling=GREEDY))[:5] and settled(engine)
     engine.close()
 
 
@@ -386,6 +451,29 @@ def test_out_of_memory_shrinks_the_step_and_goes_on(model, engine, monkeypatch):
     assert settled(engine)
 
 
+def test_more_beams_than_a_step_has_rows(model, engine, monkeypatch):
+    """After a shortage of memory a step is smaller than one answer's beams: it is tried on its own,
+    others are answered beside it, and where the shortage lasts it gets an error."""
+    real = engine.decoder.forward
+
+    def scarce(rows):
+        if len(rows.tokens) > 3:
+            raise MemoryError
+        return real(rows)
+
+    asked = [request(seed, 100, max_seconds=5.0) for seed in range(3)]
+    wide = request(9, sampling=replace(GREEDY, num_beams=6), max_seconds=5.0)
+    expected = [alone(model, one) for one in (*asked, wide)]
+    monkeypatch.setattr(engine.decoder, "forward", scarce)
+    with pytest.raises(UserError, match="not enough memory"):
+        list(engine.submit(wide))
+    assert engine._row_limit < 6
+    monkeypatch.undo()
+    streams = [engine.submit(one) for one in (*asked, wide)]
+    assert [list(stream) for stream in streams] == expected
+    assert settled(engine)
+
+
 def test_logits_that_are_no_numbers_are_an_error(engine, monkeypatch):
     real = engine.decoder.forward
 
@@ -425,6 +513,22 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     assert engine.encode(good).shape == (IMAGE_TOKENS, 64)
     assert settled(engine)
     engine.close()
+
+
+def test_a_beam_that_cannot_be_copied_gives_its_memory_back(engine, monkeypatch):
+    real, copied = engine.decoder.copy_page, []
+
+    def fail(source, target):
+        copied.append(target)
+        if len(copied) == 3:
+            raise RuntimeError("no")
+        real(source, target)
+
+    monkeypatch.setattr(engine.decoder, "copy_page", fail)
+    wide = replace(GREEDY, num_beams=6)
+    with pytest.raises(UserError, match="try again"):
+        list(engine.submit(request(1, sampling=wide)))
+    assert settled(engine) and len(list(engine.submit(request(1, sampling=wide)))) > 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -469,6 +573,19 @@ def test_a_hang_is_noticed_and_forgiven(model, monkeypatch):
     engine.close()
 
 
+def test_a_thread_that_was_ended_has_not_died(model, monkeypatch):
+    """Whoever waits when the engine is closed hears that it ends, whoever notices first."""
+    engine = Engine(model, hang_seconds=0.4)
+    stream = engine.submit(request(1, sampling=replace(GREEDY, max_new_tokens=400)))
+    next(stream)
+    real, thread = engine._ended.set, engine._thread
+    monkeypatch.setattr(engine._ended, "set", lambda: time.sleep(0.3) or real())
+    engine.close()
+    assert engine._thread is thread
+    with pytest.raises(UserError, match="ending"):
+        list(stream)
+
+
 def test_a_program_that_ends_amid_an_answer_ends_cleanly(tmp_path):
     """As after Ctrl-C or an error: status 3 here, no crash of a thread inside the model."""
     code = (
@@ -508,3 +625,20 @@ def test_health_is_a_real_token_and_waits_for_nobody(model, monkeypatch):
     engine.close()
     with pytest.raises(UserError, match="ending"):
         engine.submit(request(1))
+
+
+def test_a_probe_that_comes_while_another_is_let_in(engine, monkeypatch):
+    expected = list(engine.submit(request(1)))
+    real, healthy = engine._give_pages, []
+    probing = threading.Thread(target=lambda: healthy.append(engine.health(2.0)))
+
+    def meanwhile(task):
+        if not task.urgent:
+            probing.start()
+            until(lambda: engine.waiting == 2)
+        return real(task)
+
+    monkeypatch.setattr(engine, "_give_pages", meanwhile)
+    assert list(engine.submit(request(1))) == expected
+    probing.join()
+    assert healthy == [True] and settled(engine)

@@ -220,6 +220,38 @@ def test_the_queue_has_places_and_an_end(model, served, server):
         list(last)
 
 
+def test_a_request_that_begins_is_not_overlooked(model, served, server):
+    """Though it has left the queue, and is not among the running ones yet."""
+
+    class Slow(set):
+        def add(self, job):
+            time.sleep(0.1)
+            super().add(job)
+
+    engine = RemoteEngine(model, VllmServers(model, [served.url]))
+    engine._running = Slow()
+    stream = engine.submit(request())
+    assert engine.drain(5.0) and stream.stop_reason == "length"
+    engine.close()
+
+
+def test_who_leaves_the_queue_makes_room(model, served, server):
+    engine = RemoteEngine(model, VllmServers(model, [served.url]), max_running=1, max_waiting=2)
+    server.pace = 0.05
+    first = engine.submit(request(500))
+    until(lambda: engine.running == 1)
+    left, second = engine.submit(request()), engine.submit(request(2))
+    left.close()
+    assert second.position == 1 and engine.waiting == 1
+    third = engine.submit(request(3))
+    second.close()
+    engine.refuse_if_full()
+    assert third.position == 1
+    first.close()
+    assert len([*third]) == 3 and at_rest(engine)
+    engine.close()
+
+
 def test_a_conversation_stays_at_its_server_until_it_is_much_busier(model):
     servers = VllmServers(model, [f"http://127.0.0.1:{port}/v1" for port in range(1, 5)])
     chosen = {session: servers._choose(session) for session in map(str, range(40))}

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -163,21 +164,29 @@ class Engine(Queue):
         return task.stream
 
     def _refuse_if_faulty(self) -> None:
-        if self.fault or self._closing or self._draining:
-            raise fault(self.fault or ENDING)
+        # The fault is read once: `_watch` may take it back at any time.
+        sentence = self.fault or (ENDING if self._closing or self._draining else "")
+        if sentence:
+            raise fault(sentence)
 
     def _refuse_any(self) -> None:
         self._refuse_if_faulty()
         super()._refuse_any()
 
     def _missing(self, task: Task) -> bool:
-        """Have those of its pictures encoded that are not; were there any? The lock is held."""
-        found = {key: self._pictures.find(key) for key in task.picture_keys}
+        """Have those of its pictures encoded that are not; were there any? The lock is held.
+
+        Where there are none, the embeddings are all it needs: the pictures, which may be large, are
+        let go long before the answer ends.
+        """
+        keys = task.picture_keys - task.embeds.keys()
+        found = {key: self._pictures.find(key) for key in keys}
         missing = [key for key, embeds in found.items() if embeds is None]
         for key in missing:
             self._pictures.want(task.request.pictures[key])
         if not missing:
-            task.embeds = found
+            task.embeds |= found
+            task.request = replace(task.request, pictures={})
         return bool(missing)
 
     def _position(self, stream: Stream) -> int:
@@ -235,16 +244,19 @@ class Engine(Queue):
                     for task in self._waiting:
                         if picture.key in task.picture_keys:
                             self._fail(task, str(outcome))
+            for task in self._waiting:
+                if not task.stream.stop_reason:
+                    self._missing(task)
 
     def _admit(self) -> None:
         """Let waiting requests in, first come first, while there are slots and pages."""
         while self._waiting:
-            task = self._waiting[0]
+            task = self._waiting[0]  # a probe of `health` may come in before it at any time
             if len(self._running) >= self.max_running and not task.urgent:
                 return
             if task.stream.stop_reason:
                 with self._condition:
-                    self._waiting.popleft()
+                    self._waiting.remove(task)
                 continue
             with self._condition:
                 if self._missing(task):
@@ -252,25 +264,23 @@ class Engine(Queue):
             if not self._give_pages(task):
                 return
             with self._condition:
-                self._waiting.popleft()
+                self._waiting.remove(task)
+                self._running.append(task)
             stats = task.stream.stats
             stats.seconds_waiting = task.stream._seconds()
             stats.reused_tokens = task.sequences[0].computed
             if not task.urgent:
                 self.totals.prompt_tokens += stats.prompt_tokens
                 self.totals.reused_tokens += stats.reused_tokens
-            self._running.append(task)
 
     def _give_pages(self, task: Task) -> bool:
         """Reuse what is known of the prompt, promise the rest."""
         prompt = task.request.prompt
         known = self._cache.match(prompt.keys[:-1])  # the last token's logits are wanted
         needed = task.pages_needed - len(known)
-        left = 0 if task.urgent else PROBE_PAGES
-        if needed + left > self._cache.free:
+        if not self._cache.reserve(needed, spare=0 if task.urgent else PROBE_PAGES):
             self._cache.release(known)
             return False
-        self._cache.reserve(needed)
         task.promised = needed
         digests = self._cache.digests(prompt.keys[: len(known) * PAGE])
         digest = digests[-1] if digests else b""
@@ -290,13 +300,16 @@ class Engine(Queue):
     # --- a step's rows -------------------------------------------------------------------------
 
     def _plan(self) -> list[Piece]:
-        """One row of every answer, then a chunk of the prompts being read, in equal shares."""
+        """One row of every answer, then a chunk of the prompts being read, in equal shares.
+
+        An answer that is first in line runs, even with more beams than there is room for.
+        """
         pieces, room = [], self._row_limit
         reading = [t for t in self._running if t.reading]
-        for task in self._running:
-            if not task.reading and room >= len(task.sequences):
+        for place, task in enumerate(self._running):
+            if not task.reading and (place == 0 or room >= len(task.sequences)):
                 pieces += [Piece(task, sequence, 1) for sequence in task.sequences]
-                room -= len(task.sequences)
+                room = max(0, room - len(task.sequences))
         if reading:
             chunk = min(room, CHUNK_AMONG_OTHERS if pieces else CHUNK_ALONE)
             share = max(1, chunk // len(reading))
@@ -306,9 +319,10 @@ class Engine(Queue):
                 if count:
                     pieces.append(Piece(task, sequence, count))
                     room -= count
-        # Whoever did not fit into this step is first in the next.
-        left_out = {id(p.task) for p in pieces}
-        self._running.sort(key=lambda task: id(task) in left_out)
+        # Whoever did not fit into this step is first in the next. Another list: others look at this
+        # one, and while a list is sorted it is empty.
+        planned = {id(p.task) for p in pieces}
+        self._running = sorted(self._running, key=lambda task: id(task) in planned)
         return pieces
 
     def _take_page(self, task: Task) -> int:
@@ -408,13 +422,12 @@ class Engine(Queue):
                 self._give(task, token)
             task.stream._end("stop")
             return
-        old, used = task.sequences, set()
-        task.sequences = []
+        old, new, used = [*task.sequences], [], set()
         for parent in parents:
-            sequence = old[parent] if parent not in used else self._fork(task, old[parent])
+            new.append(old[parent] if parent not in used else self._fork(task, old[parent]))
             used.add(parent)
-            task.sequences.append(sequence)
-        for sequence, ids in zip(task.sequences, task.search.beams, strict=True):
+        task.sequences = new
+        for sequence, ids in zip(new, task.search.beams, strict=True):
             sequence.add(ids[-1])
         for place, sequence in enumerate(old):
             if place not in used:
@@ -425,17 +438,20 @@ class Engine(Queue):
                 task.promised += freed
 
     def _fork(self, task: Task, sequence: Sequence) -> Sequence:
-        """Another sequence that goes on from this one's tokens: full pages are shared."""
+        """Another sequence that goes on from this one's tokens: full pages are shared.
+
+        It is among the task's from the start, so that its pages come back where copying fails.
+        """
         fork = Sequence([*sequence.ids], [*sequence.keys], [], sequence.digest)
+        task.sequences.append(fork)
         full = sequence.computed // PAGE
         for page in sequence.pages[:full]:
             self._cache.share(page)
         fork.pages = sequence.pages[:full]
         fork.filed, fork.computed = full, sequence.computed
         for page in sequence.pages[full:]:
-            copy = self._take_page(task)
-            self.decoder.copy_page(page, copy)
-            fork.pages.append(copy)
+            fork.pages.append(self._take_page(task))
+            self.decoder.copy_page(page, fork.pages[-1])
         return fork
 
     # --- faults --------------------------------------------------------------------------------
@@ -464,7 +480,7 @@ class Engine(Queue):
             started = self._step_started
             lasted = lasted + tick if started == watched else 0.0
             watched = started
-            if not self._thread.is_alive():
+            if not self._thread.is_alive() and not self._closing:
                 log.error("the engine's thread died; starting it again")
                 with self._condition:  # who came in between would wait for ever
                     self._fail_all(BROKEN)

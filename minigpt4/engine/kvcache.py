@@ -54,9 +54,9 @@ class PageCache:
             del self._left[page]
         self._users[page] += 1
 
-    def reserve(self, pages: int) -> bool:
-        """Promise that many pages; false where there are too few."""
-        if pages > self.free:
+    def reserve(self, pages: int, spare: int = 0) -> bool:
+        """Promise that many pages; false where fewer than `spare` would be left."""
+        if pages + spare > self.free:
             return False
         self._reserved += pages
         return True

@@ -50,8 +50,10 @@ class Queue:
     def _drained(self, seconds: float) -> bool:
         """Was everything answered within `seconds`?"""
         end = time.monotonic() + seconds
-        while self._waiting or self._running:
+        while True:
+            with self._lock:  # on its way from the one to the other, a request is in neither
+                if not (self._waiting or self._running):
+                    return True
             if time.monotonic() > end:
                 return False
             time.sleep(0.02)
-        return True

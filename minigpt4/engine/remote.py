@@ -138,10 +138,11 @@ class RemoteEngine(Queue):
                 self._refuse_any()
                 self._waiting.append(job)
                 self.totals.requests += 1
+                # Within the lock, for which `close` waits: the loop is there still.
+                self._loop.call_soon_threadsafe(self._start_some)
         except UserError as error:
             self.totals.errors[error.kind] += 1
             raise
-        self._loop.call_soon_threadsafe(self._start_some)
         return job.stream
 
     def health(self, seconds: float = 10.0) -> bool:
@@ -201,22 +202,26 @@ class RemoteEngine(Queue):
     def _refuse_any(self) -> None:
         if self._ending:
             raise fault(ENDING)
+        self._drop_ended()
         super()._refuse_any()
+
+    def _drop_ended(self) -> None:
+        """Requests that were closed while they waited take nobody's place. The lock is held."""
+        self._waiting = deque(job for job in self._waiting if not job.stream.stop_reason)
 
     def _position(self, stream: Stream) -> int:
         with self._lock:
+            self._drop_ended()
             return next((i for i, job in enumerate(self._waiting, 1) if job.stream is stream), 0)
 
     def _start_some(self) -> None:
         """Begin to answer those who have waited longest."""
         with self._lock:
+            self._drop_ended()
             while self._waiting and len(self._running) < self.max_running:
                 job = self._waiting.popleft()
-                if not job.stream.stop_reason:
-                    self._running.add(job)
-                    job.stream.cancel = self._loop.create_task(
-                        self._answer(job), context=job.context
-                    )
+                self._running.add(job)
+                job.stream.cancel = self._loop.create_task(self._answer(job), context=job.context)
 
     async def _answer(self, job: _Job) -> None:
         stream = job.stream
