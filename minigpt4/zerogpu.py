@@ -160,7 +160,8 @@ class ZeroEngine:
 
     def drain(self, seconds: float) -> bool:
         """Take no more requests, and let those that were taken end: did they, within `seconds`?"""
-        self._draining = True
+        with self._lock:  # nobody is between being let in and being counted
+            self._draining = True
         with self._ended:
             return self._ended.wait_for(lambda: not self._streams, seconds)
 
