@@ -105,7 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options(sys.argv[1:] if arguments is None else arguments)
     sys.stderr = Unfailing(sys.stderr)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ.setdefault("GRADIO_TEMP_DIR", start.upload_folder())
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = start.upload_folder()
     try:
         from minigpt4 import zerogpu
         from minigpt4.web.feedback import Feedback

@@ -276,10 +276,9 @@ def _chat(options: argparse.Namespace) -> None:
                 case _:
                     asked = Conversation([*conversation.messages], {**conversation.pictures})
                     asked.add_question(line, pictures)
-                    answer = ask(engine, asked, sampling)
+                    _say_answer(ask(engine, asked, sampling), asked)
                     conversation, pictures = asked, []
-                    _say_answer(answer, conversation)
-        except UserError as error:  # nothing was asked, and nothing is lost
+        except UserError as error:  # as if nothing had been asked: it can be asked again
             start.say(str(error))
 
 
@@ -292,7 +291,8 @@ def _say_answer(answer, conversation) -> None:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         answer.close()
-    print()
+    finally:
+        print()
     conversation.add_answer(answer.text)
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,9 +138,21 @@ def free_gpu_memory() -> int | None:
 
 def upload_folder() -> str:
     """Where the page keeps uploads for its time: this user's alone, so that nobody else reads them
-    and nobody else's files are there when old ones are deleted."""
-    user = getattr(os, "getuid", lambda: 0)()
-    return str(Path(tempfile.gettempdir(), f"minigpt4-{user}"))
+    and nobody else's files are there when old ones are deleted.
+
+    It is made here. Where something else has its name, as another user could have arranged, it is
+    a new folder of another name.
+    """
+    if not hasattr(os, "getuid"):  # Windows, where each user has temporary files of their own
+        return str(Path(tempfile.gettempdir(), "minigpt4"))
+    folder = Path(tempfile.gettempdir(), f"minigpt4-{os.getuid()}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()  # not where a link leads to
+    others = found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others:
+        return str(folder)
+    return tempfile.mkdtemp(prefix="minigpt4-")
 
 
 def device_of(name: str) -> "torch.device":

@@ -1,9 +1,14 @@
 """The paper's ablations on a tiny random model: every arm is really trained, and alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from minigpt4 import weights
 from minigpt4.__main__ import main
+from minigpt4.config import get_model
 from minigpt4.evaluation import architecture, arms
 from minigpt4.evaluation.architecture import shortened
 from minigpt4.training.data import read_shards
@@ -61,6 +66,37 @@ def test_a_tiny_q_former_takes_the_place_of_a_bridge_without_one(shard):
     # An arm begins alike whatever was made before it.
     again, _ = arms.variant(model, "bridge", seed=1)
     assert torch.equal(again.projection.weight, made.projection.weight)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    """Its own encoder, bridge and tokenizer; training through its language model takes longer."""
+    config = get_model("nano")
+    model = weights.load_model(config, weights.find(config), quantize="none")
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 2, "vocab_size": model.llm.config.vocab_size}
+    model.llm = LlamaForCausalLM(LlamaConfig(**size)).requires_grad_(False)
+    model.config = replace(config, llm_hidden_size=64)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["linear", "deeper", "bridge"])
+def test_nanos_feature_maps(kind, nano, shard):
+    """An arm is trained on maps that were kept, and answers from pictures alike."""
+    examples = read_shards(str(shard))[:3]
+    maps = arms.encode(nano, examples)
+    corpus = arms.Corpus(examples, maps, ("Describe.",))
+    unseen = corpus.part(2, None)
+    made, groups = arms.variant(nano, kind, seed=1)
+    schedule = shortened(SCHEDULE, 1, 2)
+    untrained = arms.held_out_loss(made, unseen, schedule)
+    arms.train(made, groups, corpus.part(0, 2), schedule, 1, lambda _: None)
+    assert arms.held_out_loss(made, unseen, schedule) != untrained
+    kept = made.bridge(arms.on_each(maps, torch.Tensor.float))
+    assert kept.shape == (3, nano.config.image_tokens, made.config.projection_in)
+    seen = made.encode_features(made.pixel_values([e.picture() for e in examples]))
+    torch.testing.assert_close(kept, seen, atol=1e-2, rtol=1e-2)
+    assert (seen[0] - seen[2]).abs().max() > 0.05
 
 
 def test_the_experiment(shard, tmp_path, monkeypatch):

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from minigpt4 import image
+from minigpt4 import chat, image, start
+from minigpt4.__main__ import main
 from minigpt4.chat import Conversation, ask, fit
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.prompt import stop_sequences
 from minigpt4.text import TextStream
+from tests.fake_engine import FakeAnswer, FakeEngine
 from tests.parity_case import ParityCase
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -175,6 +178,20 @@ def test_answers_stream_as_they_are_decoded_whole(engine):
         stream = TextStream(decode)
         pieces = [stream.push(i) for i in ids]
         assert "".join(pieces) + stream.finish() == decode(ids)
+
+
+def test_a_failed_answer_in_the_terminal_takes_its_question_back(tmp_path, monkeypatch, capsys):
+    engine, photo = FakeEngine(0.0), tmp_path / "a.png"
+    Image.new("RGB", (30, 20), "teal").save(photo)
+    monkeypatch.setattr(start, "open_engine", lambda options: engine)
+    monkeypatch.setattr(chat, "ask", FakeAnswer)
+    lines = iter(["Please fail.", "What is it?", "And now?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", str(photo)]) == 0
+    assert "ran out of memory" in capsys.readouterr().err
+    roles = [[m.role for m in conversation.messages] for conversation in engine.asked]
+    assert roles[1:] == [["user", "assistant"], ["user", "assistant"] * 2]
+    assert len(engine.asked[1].messages[0].images) == 1  # the photo goes with the next question
 
 
 def test_two_answers_at_once_are_as_alone(engine, pictures):

@@ -15,12 +15,14 @@ from minigpt4.curation.export import chosen, export
 from minigpt4.curation.generate import Generator, paper_template
 from minigpt4.curation.pictures import find_pictures, load_picture
 from minigpt4.curation.records import Records, read_records, write_records
+from minigpt4.curation.refiners import LocalRefiner
 from minigpt4.curation.thresholds import Thresholds
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
+from minigpt4.evaluation.asking import Question, answer_all, greedy
 from minigpt4.prompt import CHATML, VICUNA
 from minigpt4.training.data import read_descriptions
-from tests.training_case import picture, tiny_model, write_shard
+from tests.training_case import picture, room_for, tiny_model, write_shard
 
 GREEDY = Sampling(0.0, 1.0, repetition_penalty=1.0, max_new_tokens=6)
 
@@ -87,6 +89,20 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
         Records(path)
 
 
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    """The system takes a part of a line and refuses the rest, as where a disk is full."""
+    path = tmp_path / "records.jsonl"
+    with Records(path) as records:
+        records.append({"image_id": "a", "text": "one"})
+        with room_for(path.stat().st_size + 10):
+            with pytest.raises(UserError, match="cannot be written .*: make room"):
+                records.append({"image_id": "b", "text": "two"})
+            assert set(records.records) == {"a"}
+        records.append({"image_id": "b", "text": "two"})
+    assert [record["text"] for record in read_records(path).values()] == ["one", "two"]
+    assert path.read_text().count("\n") == 2
+
+
 def test_two_programs_do_not_write_one_file(tmp_path):
     with Records(tmp_path / "a.jsonl"), pytest.raises(UserError, match="another program"):
         Records(tmp_path / "a.jsonl")
@@ -116,6 +132,16 @@ def test_pictures_of_folders_and_shards(folder, tmp_path):
     for wrong in ("nowhere", "nowhere*.tar", str(tmp_path / "none.tar")):
         with pytest.raises(UserError):
             find_pictures(wrong)
+
+
+def test_an_answer_that_ran_out_of_time_is_cut(engine, folder, monkeypatch):
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda r: submit(replace(r, max_seconds=0.0)))
+    [record] = Generator(engine, GREEDY, continues=0)(find_pictures(str(folder / "p0.jpg")))
+    assert record["tokens"] < 6 and record["cut"]
+    assert LocalRefiner(engine)("Mend this.", 100).cut
+    asked = [Question("a", "What is this?", lambda: folder / "p0.jpg")]
+    assert [reply.truncated for reply in answer_all(engine, asked, greedy(100))] == [True]
 
 
 def test_the_papers_prompt(engine, folder, monkeypatch):

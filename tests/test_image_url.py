@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import tracemalloc
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -61,6 +62,35 @@ def test_data_urls():
     assert read(ImageUrls(), spaced[:50] + "\n" + spaced[50:]) == PICTURE
     with pytest.raises(TooLarge):
         read(ImageUrls(max_bytes=10), data_url(PICTURE))
+
+
+def test_a_picture_with_a_blank_after_each_pair_of_letters():
+    """Nobody waits for it, and it takes its own size a few times over, not a string for each."""
+    urls, order = ImageUrls(), []
+    url = "data:image/png;base64," + "AAAA\n" * 200_000
+
+    async def decode():
+        assert await urls.read(url) == bytes(600_000)
+        order.append("decoded")
+
+    async def other():
+        order.append("other")
+
+    async def both():
+        await asyncio.gather(decode(), other())
+
+    tracemalloc.start()
+    asyncio.run(both())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert order == ["other", "decoded"]
+    assert most < 5 * len(url)
+
+
+@pytest.mark.parametrize("data", ["AAA", "A\u00e4AA", "AA\ud83dA", "A=AA", "AA-_"])
+def test_damaged_base64(data):
+    with pytest.raises(UserError, match="base64 is damaged"):
+        read(ImageUrls(), "data:image/png;base64," + data)
 
 
 def test_a_named_host(host):

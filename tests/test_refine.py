@@ -39,12 +39,13 @@ class Endpoint:
     """An OpenAI-compatible endpoint over HTTP that takes out what is said twice or breaks off.
 
     `moods`: what it does with the next requests instead: a status, or a text as the answer.
-    `refused`: fields that it does not know.
+    `refused`: fields that it does not know, and says so with the status `refusal`.
     """
 
     def __init__(self) -> None:
         self.moods: list[int | str] = []
         self.refused: set[str] = set()
+        self.refusal = 400
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
         self.times: list[float] = []
@@ -58,7 +59,7 @@ class Endpoint:
             return mood, {"error": {"message": f"mood {mood}", "type": "x", "code": None}}
         for name in self.refused & body.keys():
             said = f"Unsupported parameter: '{name}' is not supported with this model."
-            return 400, {"error": {"message": said, "type": "x", "param": name}}
+            return self.refusal, {"error": {"message": said, "type": "x", "param": name}}
         text = body["messages"][0]["content"].split("\n\n", 1)[1]
         kept: list[str] = []
         for sentence in text.split(". "):
@@ -206,12 +207,21 @@ def test_a_wrong_key_or_address_is_said(refine, endpoint, capsys, mood, said):
     assert said in (err := capsys.readouterr().err) and "Traceback" not in err
 
 
-def test_an_endpoint_that_knows_other_fields(refine, endpoint):
-    endpoint.refused = {"max_tokens", "temperature"}
+@pytest.mark.parametrize("refusal", [400, 422])
+def test_an_endpoint_that_knows_other_fields(refine, endpoint, refusal):
+    endpoint.refused, endpoint.refusal = {"max_tokens", "temperature"}, refusal
     status, records = refine("--together", "1")
     assert status == 0 and records["0"]["text"] == MENDED
     assert len(endpoint.bodies) == 4 + 2  # the two refusals are not repeated
     assert "max_completion_tokens" in endpoint.bodies[-1]
+
+
+@pytest.mark.parametrize("refusal", [400, 422])
+def test_an_endpoint_that_refuses_one_text(refine, endpoint, refusal):
+    endpoint.moods = [refusal]
+    status, records = refine("--together", "1")
+    assert status == 0 and len(records) == 5 and records["0"]["text"] == TWICE
+    assert records["0"]["refined"] == f"kept: the endpoint refused it: mood {refusal}"
 
 
 def test_estimates(refine, endpoint, capsys):

@@ -13,7 +13,7 @@ from minigpt4.curation.review_page import ReviewPage, serve
 from minigpt4.errors import UserError
 from tests.api_case import free_port
 from tests.page_case import SECONDS, wait_for
-from tests.training_case import picture
+from tests.training_case import picture, room_for
 
 
 @pytest.fixture
@@ -151,13 +151,31 @@ def draft(out) -> str:
 
 def test_an_empty_description_is_not_kept(visit, out):
     page = visit()
+    before = shown(page).input_value()
     text(page).fill(" ")
     page.keyboard.press("Control+Enter")
     expect(page.get_by_text("The description is empty")).to_be_visible()
+    wait_for(lambda: shown(page).input_value() != before)
     at(page, "p0")
     page.keyboard.press("d")  # the key works again
     at(page, "p1")
     assert lines(out)[-1]["decision"] == "drop" and lines(out)[-1]["text"] == "Pattern 0."
+
+
+def test_a_full_disk_is_said_and_the_keys_go_on(visit, out):
+    page = visit()
+    at(page, "p0")
+    page.keyboard.press("k")
+    at(page, "p1")
+    before = shown(page).input_value()
+    with room_for(out.stat().st_size + 10):
+        page.keyboard.press("k")
+        expect(page.get_by_text("make room")).to_be_visible()
+        wait_for(lambda: shown(page).input_value() != before)
+    at(page, "p1")
+    page.keyboard.press("k")
+    at(page, "p2")
+    assert [(r["image_id"], r["decision"]) for r in lines(out)] == [("p0", "keep"), ("p1", "keep")]
 
 
 def test_keys_pressed_twice_decide_once(visit, out):

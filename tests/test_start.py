@@ -1,6 +1,9 @@
 """Which model `auto` chooses, and what happens where its weights are missing."""
 
 import argparse
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +41,34 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     assert loaded == ["nano"]
     said = capsys.readouterr().err
     assert "vicuna-13b, because it is big" in said and "Going on with nano" in said
+
+
+def test_the_folder_of_uploads_is_this_users_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = Path(start.upload_folder())
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    assert start.upload_folder() == str(folder)  # the next start finds what this one left
+
+    def another() -> bool:
+        found = Path(start.upload_folder())
+        return found != folder and found.stat().st_mode & 0o777 == 0o700
+
+    folder.chmod(0o777)
+    assert another()
+    folder.rmdir()
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "theirs")
+    assert another()
+    folder.unlink()
+    folder.symlink_to(tmp_path / "nowhere")
+    assert another() and not (tmp_path / "nowhere").exists()
+    folder.unlink()
+    folder.write_text("")
+    assert another()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # for whom we are the other user
+    folder = tmp_path / "minigpt4-12345"
+    folder.mkdir(mode=0o700)
+    assert another()
 
 
 def test_unknown_names():

@@ -19,7 +19,7 @@ from minigpt4.__main__ import main
 from minigpt4.config import MODELS
 from minigpt4.errors import UserError
 from minigpt4.training import data, questions
-from minigpt4.training.trainer import Recipe, Trainer, learning_rate
+from minigpt4.training.trainer import Features, Recipe, Trainer, learning_rate
 from minigpt4.weights import load_model, read_projection
 from tests import training_case
 from tests.parity_case import ParityCase
@@ -216,6 +216,46 @@ def test_other_pictures_are_encoded_anew(tmp_path):
     assert losses[0] != losses[1]
 
 
+def test_another_encoder_encodes_anew(examples, tmp_path):
+    """The same model and pictures, and one number of the encoder's or the bridge's is another."""
+    for change in ("", "encoder", "bridge", ""):
+        model = tiny_model()
+        if change:
+            next(getattr(model, change).parameters()).data.view(-1)[0] += 1
+        Features(model, examples[:1], cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_two_runs_fill_one_cache(examples, tmp_path, monkeypatch):
+    """One begins and ends while the other is at it."""
+    encode, model, others = Features._encode, tiny_model(), []
+
+    def with_another(self, *arguments):
+        if not others:
+            others.append(os.getpid() + 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: others[0])
+                Features(model, examples[:2], cache=tmp_path)
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(Features, "_encode", with_another)
+    found = Features(model, examples[:2], cache=tmp_path)([(0, 0), (1, 0)])
+    monkeypatch.undo()
+    expected = Features(model, examples[:2])([(0, 0), (1, 0)])
+    torch.testing.assert_close(found.float(), expected, atol=1e-2, rtol=1e-2)
+    assert len(list(tmp_path.iterdir())) == 2  # the shard and the cache
+
+
+def test_an_encoding_that_fails_leaves_nothing(examples, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("damaged")
+
+    monkeypatch.setattr(Features, "_encode", fail)
+    with pytest.raises(UserError):
+        Features(tiny_model(), examples, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_cached_features_train_the_same(examples, tmp_path):
     fresh = train(examples, tmp_path / "fresh")
     cached = train(examples, tmp_path / "cached", feature_cache=tmp_path / "cache")
@@ -350,6 +390,13 @@ def test_crops_are_not_kept(examples, tmp_path, capsys):
     shard = str(tmp_path / "train-00000.tar")
     assert main(["train", "--stage", "1", "--data", shard, "--crop", "--cache", "kept"]) == 2
     assert capsys.readouterr().err.endswith("leave “--cache” out.\n")
+
+
+def test_questions_beside_samples_would_not_be_asked(examples, tmp_path, capsys):
+    shard = str(tmp_path / "train-00000.tar")
+    options = ["--stage", "1", "--data", shard, "--samples", "2", "--questions", "3"]
+    assert main(["train", *options]) == 2
+    assert capsys.readouterr().err.endswith("leave one of them out.\n")
 
 
 def test_a_comparison_with_mirror_images_does_not_show_them(examples, tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,6 +64,19 @@ def write_descriptions(folder: Path, count: int = 6) -> Path:
         annotations.append({"image_id": str(i), "caption": f"The image shows pattern {i}."})
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
     return folder
+
+
+@contextmanager
+def room_for(size: int):
+    """Files cannot grow above so many bytes meanwhile."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tiny_model(case: str = "vicuna_qformer_a"):

@@ -132,7 +132,7 @@ class Generator:
             "text": task.text,
             "tokens": task.tokens,
             "continued": task.continued,
-            "cut": task.answer.stop_reason == "length",
+            "cut": task.answer.stop_reason != "stop",
             "model": self.model,
             "prompt": self.prompt,
         }

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt4.errors import UserError
@@ -49,6 +50,17 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made a folder: give another by “--out”.") from error
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file: UserError where the disk refuses it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): make room, then do it again."
+        ) from error
+
+
 class Records:
     """A file that is appended to: what it holds already, and `append`.
 
@@ -72,9 +84,18 @@ class Records:
         self.records = _parse(self.path, self._repaired())
 
     def append(self, record: dict) -> None:
-        """Write one line; it is on the disk when this returns."""
-        self._file.write(_line(record))  # unbuffered, to a file opened for appending: one write
-        os.fsync(self._file.fileno())
+        """Write one line; it is on the disk when this returns. UserError where there is no room:
+        then the file is as it was."""
+        end = os.fstat(self._file.fileno()).st_size
+        left = _line(record)
+        with writing(self.path):
+            try:
+                while left:  # the disk may take a part, and only then say that it is full
+                    left = left[self._file.write(left) :]
+                os.fsync(self._file.fileno())
+            except OSError:  # its part must go, or the next line would be glued to it
+                os.ftruncate(self._file.fileno(), end)
+                raise
         self.records[record[KEY]] = record
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ RETRIES = 6  # with back-off from half a second to eight, or as Retry-After says
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back; `cut`: the length limit ended it. Tokens are 0 where they were not told."""
+    """What came back; `cut`: a limit ended it. Tokens are 0 where they were not told."""
 
     text: str
     cut: bool
@@ -51,7 +51,7 @@ class LocalRefiner:
         sampling = Sampling(0.0, 1.0, repetition_penalty=1.0, max_new_tokens=max_tokens)
         answer = ask(self._engine, conversation, sampling)
         text = "".join(answer)
-        cut = answer.stop_reason == "length"
+        cut = answer.stop_reason != "stop"
         return Reply(text, cut, answer.stats.prompt_tokens, answer.stats.tokens)
 
 
@@ -79,11 +79,12 @@ class EndpointRefiner:
         self._temperature, self._limit = True, "max_tokens"
 
     def __call__(self, request: str, max_tokens: int) -> Reply:
+        openai = self._openai
         for _ in range(3):  # once more for each field that may have to change
             fields = self._fields(max_tokens)
             try:
                 return self._ask(request, fields)
-            except self._openai.BadRequestError as error:
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if not self._adapt(error, fields):
                     raise UserError(f"the endpoint refused it: {_message(error)}") from error
         raise UserError("the endpoint refuses every form of the request")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4.curation.pictures import load_picture
-from minigpt4.curation.records import Records
+from minigpt4.curation.records import Records, writing
 from minigpt4.errors import UserError
 from minigpt4.image import Picture
 
@@ -124,9 +124,10 @@ class Review:
         return {k: v for k, v in found.items() if k in self._items and isinstance(v, str)}
 
     def _write_drafts(self) -> None:
-        if not self._drafts:
-            self._draft_file.unlink(missing_ok=True)
-            return
-        partial: Path = self._draft_file.with_suffix(".part")
-        partial.write_text(json.dumps(self._drafts, ensure_ascii=False), encoding="utf-8")
-        partial.replace(self._draft_file)
+        with writing(self._draft_file):
+            if not self._drafts:
+                self._draft_file.unlink(missing_ok=True)
+                return
+            partial: Path = self._draft_file.with_suffix(".part")
+            partial.write_text(json.dumps(self._drafts, ensure_ascii=False), encoding="utf-8")
+            partial.replace(self._draft_file)

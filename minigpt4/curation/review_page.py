@@ -91,7 +91,10 @@ class ReviewPage:
 
     def note(self, shown: str, text: str) -> None:
         """What is being typed."""
-        self._review.note(self._read(shown)[1], text)
+        try:
+            self._review.note(self._read(shown)[1], text)
+        except UserError as error:
+            _warn(error)
 
     def _decide(self, shown: str, drop: bool, text: str) -> tuple:
         turn, image_id = self._read(shown)
@@ -99,7 +102,7 @@ class ReviewPage:
             try:
                 self._review.decide(image_id, drop, text)
             except UserError as error:
-                gr.Warning(str(error), title="", duration=6)
+                _warn(error)
                 return f"{turn + 1} {image_id}", gr.skip(), gr.skip(), gr.skip()
         return self._show(self._review.next(image_id), turn + 1)
 
@@ -127,6 +130,10 @@ class ReviewPage:
         value = self._review.text(image_id)
         text = gr.update(value=value, interactive=True)
         return f"{turn} {image_id}", f"{line}\n{progress}", picture, text
+
+
+def _warn(error: UserError) -> None:
+    gr.Warning(str(error), title="", duration=6)
 
 
 WORDS = {"keep": "kept", "edit": "edited", "drop": "dropped"}

@@ -18,6 +18,7 @@ the model's schedule, scaled for new modules, and not tuned for any arm.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -158,12 +159,15 @@ class Bench:
     def answer(self, made: MiniGPT4) -> dict[str, float]:
         """Scores of the trained model's captions and descriptions of the unseen pictures."""
         model = self.answering
+        # Trained in 32 bit, and used in the precision of the model that answers.
+        trained = copy.deepcopy((made.bridge, made.projection))
+        bridge, projection = (part.to(model.projection.weight.dtype) for part in trained)
         engine = Engine(
             MiniGPT4(
                 made.config,
                 model.encoder,
-                made.bridge,
-                made.projection,
+                bridge,
+                projection,
                 model.llm,
                 model.tokenizer,
                 model.quantize,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minigpt4.config import ConcatPatches, ModelConfig, QFormer, Schedule
-from minigpt4.model import MiniGPT4, build_bridge
+from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, QFormer, Schedule
+from minigpt4.model import MiniGPT4, QFormerBridge, build_bridge
 from minigpt4.prompt import ImageRef, Prompt, encode_training
 from minigpt4.training.data import Example, batches, published_caption
 from minigpt4.training.packing import pack
@@ -25,6 +25,8 @@ from minigpt4.training.trainer import PUBLISHED_STAGE1_END, learning_rate
 TINY_QFORMER = QFormer(hidden_size=256, layers=2, heads=4, intermediate_size=1024)
 ENCODED_AT_ONCE = 8  # pictures
 CLIP = 1.0  # norm of the gradient
+
+Encoded = Tensor | list[Tensor]  # [pictures, patches, hidden], or feature maps of pictures
 
 
 class DeepProjection(nn.Module):
@@ -46,6 +48,13 @@ class DeepProjection(nn.Module):
         return self.last(vectors)
 
 
+class MapQFormer(QFormerBridge):
+    """A Q-Former over the encoder's last feature map: each of its cells is a patch."""
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return super().forward(maps[0].flatten(2).transpose(1, 2))
+
+
 def other_bridge(config: ModelConfig) -> tuple[str, ModelConfig]:
     """(what it is called, the config): without the Q-Former where there is one, else with a tiny
     one, of as many vectors as the model's own bridge gives."""
@@ -65,7 +74,11 @@ def variant(model: MiniGPT4, name: str, seed: int) -> tuple[MiniGPT4, list[dict]
     config, bridge, groups = model.config, model.bridge, []
     if name == "bridge":
         _, config = other_bridge(config)
-        bridge = build_bridge(config).to(model.device)
+        if isinstance(config.vision, EfficientNetLite):
+            bridge = MapQFormer(config.bridge, config.vision.hidden_size)
+        else:
+            bridge = build_bridge(config)
+        bridge = bridge.to(model.device)
         if isinstance(config.bridge, QFormer):
             nn.init.normal_(bridge.query_tokens, std=0.02)
             groups.append({"params": list(bridge.parameters()), "scale": 0.1})
@@ -88,27 +101,41 @@ def variant(model: MiniGPT4, name: str, seed: int) -> tuple[MiniGPT4, list[dict]
 
 
 @torch.inference_mode()
-def encode(model: MiniGPT4, examples: Sequence[Example]) -> Tensor:
-    """What the frozen encoder makes of the pictures, 16 bit [examples, patches, hidden]."""
-    parts = []
+def encode(model: MiniGPT4, examples: Sequence[Example]) -> Encoded:
+    """What the frozen encoder makes of the pictures, in 16 bit."""
+    kept: list[Tensor] = []
     for start in tqdm(range(0, len(examples), ENCODED_AT_ONCE), desc="encoding pictures"):
-        pictures = [e.picture() for e in examples[start : start + ENCODED_AT_ONCE]]
-        parts.append(model.encoder(model.pixel_values(pictures)).half().cpu())
-    return torch.cat(parts).clone()
+        part = examples[start : start + ENCODED_AT_ONCE]
+        found = model.encoder(model.pixel_values([e.picture() for e in part]))
+        maps = [found] if isinstance(found, Tensor) else found
+        if not kept:  # nano's maps of a picture are nearly a megabyte: they are not held twice
+            shapes = [(len(examples), *one.shape[1:]) for one in maps]
+            kept = [torch.empty(shape, dtype=torch.float16) for shape in shapes]
+        for all_of_it, one in zip(kept, maps, strict=True):
+            all_of_it[start : start + len(part)] = one
+    return kept[0] if isinstance(found, Tensor) else kept
+
+
+def on_each(encoded: Encoded, change: Callable[[Tensor], Tensor]) -> Encoded:
+    """The encodings with each tensor changed."""
+    if isinstance(encoded, Tensor):
+        return change(encoded)
+    return [change(one) for one in encoded]
 
 
 @dataclass
 class Corpus:
-    """Pictures with texts, their encodings [pictures, patches, hidden], and what is asked of texts
-    without an instruction of their own (nothing: the published first stage)."""
+    """Pictures with texts, their encodings, and what is asked of texts without an instruction of
+    their own (nothing: the published first stage)."""
 
     examples: Sequence[Example]
-    encoded: Tensor
+    encoded: Encoded
     instructions: tuple[str, ...]
 
     def part(self, start: int | None, end: int | None) -> "Corpus":
         """Those from `start` to `end`."""
-        return replace(self, examples=self.examples[start:end], encoded=self.encoded[start:end])
+        encoded = on_each(self.encoded, lambda one: one[start:end])
+        return replace(self, examples=self.examples[start:end], encoded=encoded)
 
     def prompts(
         self, model: MiniGPT4, schedule: Schedule, index: int, place: int, draw: random.Random
@@ -144,7 +171,10 @@ def loss_of(
         for place, index in enumerate(indices)
     ]
     places = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
-    encoded = corpus.encoded[list(indices)].to(model.device, model.projection.weight.dtype)
+    # A bridge of the model's own is 16 bit on a GPU, a new one 32 bit; one kind has no weights.
+    dtype = next(model.bridge.parameters(), model.projection.weight).dtype
+    chosen = list(indices)
+    encoded = on_each(corpus.encoded, lambda one: one[chosen].to(model.device, dtype))
     batch = pack(rows, places).to(model.device)
     return model.training_loss(model.bridge(encoded), batch)
 

@@ -20,7 +20,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer; `truncated`: the length limit ended it."""
+    """An answer; `truncated`: a limit, of length or time, ended it."""
 
     text: str
     truncated: bool
@@ -54,4 +54,4 @@ def answer_all(
 
 def _finished(answer: Answer) -> Reply:
     text = "".join(answer).strip()
-    return Reply(text, answer.stop_reason == "length")
+    return Reply(text, answer.stop_reason != "stop")

@@ -1,7 +1,5 @@
 """Another model judges answers, through any OpenAI-compatible API."""
 
-import base64
-import io
 import json
 import os
 import re
@@ -11,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt4 import image
+from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
 from minigpt4.training.data import PROMPTS
 
 AT_ONCE = 4  # requests
 RETRIES = 5  # with back-off, where the server is busy or fails
 SECONDS = 120.0  # for one reply
-SIDE = 768  # longest side of the picture that is sent, in pixels
+SIDE = 768  # longest side of a picture that is judged by, in pixels
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ class Judge:
         )
         content: list[dict] = [{"type": "text", "text": text}]
         if not self.blind:
-            content.append({"type": "image_url", "image_url": {"url": data_url(case.picture)}})
+            url = data_url(image.load(case.picture), SIDE)
+            content.append({"type": "image_url", "image_url": {"url": url}})
         return {"role": "user", "content": content}
 
 
@@ -109,15 +109,6 @@ def fill(template: str, **values: str) -> str:
     """The template with {name} filled in, in one pass: what is filled in is not looked into."""
     names = "|".join(values)
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
-
-
-def data_url(path: Path) -> str:
-    """The picture, at most `SIDE` pixels wide and high, as a JPEG in a data: URL."""
-    picture = image.load(path).rgb.copy()
-    picture.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def read_verdict(reply: str) -> Verdict | None:

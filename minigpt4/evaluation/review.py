@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minigpt4 import image
+from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.judge import Verdict, data_url, read_rubric
+from minigpt4.evaluation.judge import SIDE, Verdict, read_rubric
 
 if TYPE_CHECKING:
     from minigpt4.evaluation.abilities import Item
@@ -34,7 +36,7 @@ def write_page(path: str, items: "Sequence[Item]", models: Mapping[str, Mapping[
         if item.id in answers
     ]
     random.Random(len(cards)).shuffle(cards)
-    pictures = {item.id: data_url(item.picture) for item in items}
+    pictures = {item.id: data_url(image.load(item.picture), SIDE) for item in items}
     data = json.dumps({"cards": cards, "pictures": pictures}, ensure_ascii=False)
     # "</script>" in an answer must not end the element that holds the data.
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

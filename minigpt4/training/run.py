@@ -39,6 +39,11 @@ def train(options: argparse.Namespace) -> None:
             "“--crop” shows another part of a picture each time, so nothing can be kept: leave "
             "“--cache” out."
         )
+    if options.samples and options.questions and options.stage == 1 and not options.replay:
+        raise UserError(
+            "“--samples” takes all of the first stage's pictures, so “--questions” would never be "
+            "asked: leave one of them out."
+        )
     examples = read_examples(options)[: options.limit]
     if not examples:
         raise UserError(f"{options.data} holds no pictures with texts: there is nothing to learn.")

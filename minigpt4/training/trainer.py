@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import math
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -87,8 +88,8 @@ class Features:
     """What the frozen encoder and bridge make of the pictures of one source of examples.
 
     With a cache folder each picture is encoded once and kept as 16-bit floats in one file, named
-    by the model and the pictures' keys: [examples, views, image_tokens, projection_in]. View 1 is
-    the mirror image.
+    by the model, its weights and the pictures' keys: [examples, views, image_tokens,
+    projection_in]. View 1 is the mirror image.
     """
 
     def __init__(
@@ -139,28 +140,42 @@ class Features:
         config = self._model.config
         shape = (len(self._examples), self.views, config.image_tokens, config.projection_in)
         what = [config.name, repr(config.vision), repr(config.bridge), str(shape)]
-        what += [fingerprint(self._examples)]
+        what += [_fingerprint_of_weights(self._model), fingerprint(self._examples)]
         name = hashlib.sha256(" ".join(what).encode()).hexdigest()[:16]
         cache.mkdir(parents=True, exist_ok=True)
         path = cache / f"features-{config.name}-{name}.npy"
         if not path.exists():
-            partial = path.with_suffix(".part")
-            stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
-            starts = range(0, len(self._examples), _ENCODED_AT_ONCE)
-            for start in tqdm(starts, desc="encoding pictures", disable=not progress):
-                numbers = range(start, min(start + _ENCODED_AT_ONCE, len(self._examples)))
-                for view in range(self.views):
-                    encoded = self._encode([(i, view) for i in numbers])
-                    stored[start : start + len(numbers), view] = encoded.half().cpu().numpy()
-            stored.flush()
-            partial.rename(path)
+            partial = path.with_suffix(f".{os.getpid()}.part")  # another run may fill it as well
+            try:
+                stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+                self._encode_all(stored, progress)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
         return np.load(path, mmap_mode="r")
+
+    def _encode_all(self, stored: np.memmap, progress: bool) -> None:
+        starts = range(0, len(self._examples), _ENCODED_AT_ONCE)
+        for start in tqdm(starts, desc="encoding pictures", disable=not progress):
+            numbers = range(start, min(start + _ENCODED_AT_ONCE, len(self._examples)))
+            for view in range(self.views):
+                encoded = self._encode([(i, view) for i in numbers])
+                stored[start : start + len(numbers), view] = encoded.half().cpu().numpy()
+        stored.flush()
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """A hash of which pictures these are, in order, as their files stood."""
     lines = "\n".join(f"{example.key} {example.version}" for example in examples)
     return hashlib.sha256(lines.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _fingerprint_of_weights(model: MiniGPT4) -> str:
+    """A hash of the first numbers of each of the frozen encoder's and bridge's tensors, in 16 bit,
+    as which all devices have them."""
+    tensors = [*model.encoder.state_dict().values(), *model.bridge.state_dict().values()]
+    first = torch.cat([tensor.flatten()[:16].half() for tensor in tensors])
+    return hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 class Trainer:

@@ -15,9 +15,10 @@ from starlette.routing import Route
 
 from minigpt4.chat import Answer
 from minigpt4.engine import Engine
+from minigpt4.engine.faults import BROKEN, fault
 from minigpt4.errors import UserError
 from minigpt4.web import openapi
-from minigpt4.web.api_errors import SORRY, error_response, failure, json_response
+from minigpt4.web.api_errors import error_response, failure, json_response
 from minigpt4.web.asking import Asking
 from minigpt4.web.chat_reply import Reply
 from minigpt4.web.chat_request import parse, read_json
@@ -71,7 +72,7 @@ class Api:
                 response = failure(error)
             except Exception:
                 log.exception("while answering a program")
-                response = error_response(500, SORRY, "internal_error")
+                response = failure(fault(BROKEN))
             self.responses[name, response.status_code] += 1
             return response
 

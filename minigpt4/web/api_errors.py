@@ -7,7 +7,6 @@ from starlette.responses import Response
 from minigpt4.errors import UserError
 from minigpt4.web.image_url import TooLarge
 
-SORRY = "Something went wrong while answering; please try again."
 RETRY_SECONDS = 5
 # UserError.kind -> HTTP status and OpenAI's code; the others are 400
 STATUS: dict[str, tuple[int, str]] = {

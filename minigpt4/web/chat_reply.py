@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator
 
 from minigpt4.chat import Answer
 from minigpt4.engine import Engine
+from minigpt4.engine.faults import BROKEN, fault
 from minigpt4.errors import UserError
-from minigpt4.web.api_errors import SORRY, error_response, failure
+from minigpt4.web.api_errors import failure
 
 PAUSE_SECONDS = 15.0  # proxies close connections on which nothing comes for a minute
 WAITING = b": waiting\n\n"  # a comment, which clients skip
@@ -59,7 +60,7 @@ class Reply:
             return
         except Exception:
             log.exception("while answering a program")
-            yield _event(json.loads(error_response(500, SORRY, "internal_error").body))
+            yield _event(json.loads(failure(fault(BROKEN)).body))
             return
         yield self._chunk({}, self._finish_reason)
         if self._with_usage:

@@ -12,8 +12,9 @@ from minigpt4.config import ModelConfig
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError
 from minigpt4.start import default_sampling
+from minigpt4.web.limits import FILES_AT_ONCE
 
-MAX_MESSAGES, MAX_PICTURES, MAX_CHARACTERS = 1000, 16, 200_000
+MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 200
 
 # field -> Sampling's
@@ -174,8 +175,8 @@ def _conversation(messages: list) -> dict:
             said.append(Said(role, text, pictures))
     if not said or said[0].role != "user" or said[-1].role != "user":
         raise UserError("The first and the last of messages, after system's, must be a user's.")
-    if sum(len(m.pictures) for m in said) > MAX_PICTURES:
-        raise UserError(f"A conversation may hold at most {MAX_PICTURES} pictures.")
+    if sum(len(m.pictures) for m in said) > FILES_AT_ONCE:
+        raise UserError(f"A conversation may hold at most {FILES_AT_ONCE} pictures.")
     if sum(len(text) for text in [*system, *(m.text for m in said)]) > MAX_CHARACTERS:
         raise UserError(
             f"The conversation has more than {MAX_CHARACTERS} characters: shorten it.", "too_long"

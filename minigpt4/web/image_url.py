@@ -2,16 +2,18 @@
 
 import asyncio
 import base64
-import binascii
+import string
 from collections.abc import Collection
 
 import httpx
+from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
 
 SECONDS = 15  # for all of a remote picture
 REDIRECTS = 3
 MEGABYTE = 2**20
+BLANKS = string.whitespace.encode()
 
 
 class TooLarge(UserError):
@@ -32,7 +34,7 @@ class ImageUrls:
     async def read(self, url: str) -> bytes:
         """The picture file's bytes. UserError where it may not or cannot be had."""
         if url[:5].lower() == "data:":
-            return self._decode(url)
+            return await run_in_threadpool(self._decode, url)
         return await self._fetch(url)
 
     def _decode(self, url: str) -> bytes:
@@ -42,8 +44,10 @@ class ImageUrls:
         if len(data) > self.max_bytes * 4 // 3 + 4096:
             raise self._too_large()
         try:
-            content = base64.b64decode("".join(data.split()), validate=True)
-        except (binascii.Error, ValueError):
+            # Some break it into lines. Taken apart at its blanks it could be millions of strings.
+            plain = data.encode("ascii").translate(None, BLANKS)
+            content = base64.b64decode(plain, validate=True)
+        except ValueError:
             raise UserError("The picture's base64 is damaged: encode the file again.") from None
         if len(content) > self.max_bytes:
             raise self._too_large()
