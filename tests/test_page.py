@@ -4,7 +4,7 @@ import json
 import re
 import time
 
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
 from minigpt4.web.page import build_page, serve
 from minigpt4.web.session import Session
@@ -48,12 +48,24 @@ def test_words_appear_one_after_another(visit, engine):
     assert len(seen) > 3
     shortest, longest = min(seen, key=len), max(seen, key=len)
     assert longest.startswith(shortest)
+    compose(page, "Escape")  # puts a suggested word away
+    count = len(answers(page).inner_text().split())
+    expect(answers(page)).to_contain_text(f"word{count + 30}")
     page.keyboard.press("Escape")  # stops
     expect(page.get_by_label("Submit")).to_be_visible()
     expect(status(page)).to_contain_text("stopped")
     count = len(answers(page).inner_text().split())
     time.sleep(0.3)
     assert len(answers(page).inner_text().split()) == count < 200
+
+
+def compose(page: Page, key: str) -> None:
+    """Press a key in the box while a word is being composed there."""
+    page.evaluate(
+        """(key) => document.querySelector("#box textarea").dispatchEvent(new KeyboardEvent(
+        "keydown", { key, bubbles: true, cancelable: true, isComposing: true }))""",
+        key,
+    )
 
 
 def test_stop_and_continue(visit, engine):
@@ -313,10 +325,7 @@ def test_likes_are_stored_with_a_reason(visit, folder):
 def test_enter_that_ends_a_composed_word_does_not_send(visit):
     page = visit()
     box(page).fill("你好")
-    page.evaluate(
-        """document.querySelector("#box textarea").dispatchEvent(new KeyboardEvent("keydown",
-        { key: "Enter", bubbles: true, cancelable: true, isComposing: true }))"""
-    )
+    compose(page, "Enter")
     time.sleep(0.5)
     expect(questions(page)).to_have_count(0)
     box(page).press("Shift+Enter")

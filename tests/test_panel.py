@@ -25,6 +25,7 @@ from tests.page_case import (
     say,
     served,
     status,
+    wait_for,
 )
 
 AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
@@ -50,20 +51,30 @@ def test_a_website_is_previewed_in_a_closed_frame(visit):
     inner = page.frames[1]
     assert inner.evaluate("document.title") == "kept out"
     assert inner.evaluate("typeof RTCPeerConnection") == "undefined"
-    tab(page, "Code")
-    expect(page.locator("#code")).to_contain_text("Why did the chicken")
     tab(page, "Download")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the website").click()
     assert download.value.suggested_filename == "website.html"
     saved = Path(download.value.path()).read_text()
     assert saved.startswith("<!doctype html>") and "Content-Security" not in saved
+    tab(page, "Code")
+    expect(page.locator("#code")).to_contain_text("Why did the chicken")
 
     ask(page, "Another website, please.")
     page.get_by_role("button", name="Preview the website").click()
     expect(page.get_by_label("Answer 2")).to_be_checked()
     page.get_by_label("Answer 1").click()
     expect(page.get_by_label("Answer 1")).to_be_checked()
+
+    # What is shown can be saved, though its answer is gone.
+    tab(page, "Download")
+    page.get_by_label("Answer 2").click()
+    expect(page.get_by_label("Answer 2")).to_be_checked()
+    page.get_by_role("button", name="Undo").click()
+    expect(answers(page)).to_have_count(1)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the website").click()
+    assert Path(download.value.path()).read_text() == saved
 
 
 def test_a_previewed_website_cannot_lead_elsewhere(visit):
@@ -129,11 +140,13 @@ def test_recent_conversations_stay_in_the_browser(visit, photo):
     attach(page, photo)
     ask(page, "Describe it <b>well</b>.")
     page.wait_for_function("minigpt4.recent.load().length")
+    page.evaluate("for (const name of 'abc') localStorage[`minigpt4:chat:${name}`] = '{damaged'")
     page.reload()
     expect(answers(page)).to_have_count(0)
     tab(page, "Conversations")
     recent = page.locator("#recent li")
     expect(recent).to_have_count(1)
+    assert not page.evaluate("Object.values(localStorage).includes('{damaged')")
     expect(recent).to_contain_text("Describe it <b>well</b>.")
     assert recent.locator("img").evaluate("image => image.naturalWidth") == 256
     recent.locator("button.title").click()
@@ -170,6 +183,79 @@ def test_recent_conversations_stay_in_the_browser(visit, photo):
     page.get_by_role("button", name="Delete all").click()
     expect(page.get_by_text("None yet.")).to_be_visible()
     visit.expected("AbortError|Connection errored out")  # what the reloaded page still listened to
+
+
+def test_the_list_while_an_answer_is_given(visit, engine):
+    page = visit(**WIDE)
+    tab(page, "Conversations")
+    row = page.locator("#recent li")
+    title = page.locator("#recent button.title")
+    field = page.get_by_label("Rename", exact=True)
+    ask(page, "First?")
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    ask(page, "Second?")
+    expect(title).to_contain_text(["Second?", "First?"])
+
+    # The click that ends the writing of a name does what it would do anyway.
+    page.get_by_label("Rename: Second?").click()
+    field.fill("The other")
+    title.filter(has_text="First?").click()
+    expect(questions(page)).to_contain_text("First?")
+    expect(title).to_contain_text(["The other", "First?"])
+
+    engine.word_seconds = 0.03
+    say(page, "A long one, please.")
+    expect(answers(page).last).to_contain_text("word3")
+    page.get_by_label("Rename: First?").click()
+    field.fill("Never mind")
+    field.press("Escape")  # ends the writing, not the answer
+    expect(title).to_contain_text(["The other", "First?"])
+    expect(answers(page).last).to_contain_text("word40")
+
+    # The answer's end puts its conversation first, but not under a finger.
+    title.filter(has_text="The other").hover()
+    page.mouse.down()
+    box(page).press("Escape")
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    page.wait_for_function("minigpt4.recent.load()[0].title === 'First?'")
+    expect(title).to_contain_text(["The other", "First?"])
+    page.mouse.up()
+    expect(questions(page)).to_contain_text(["Second?"])
+    expect(title).to_contain_text(["First?", "The other"])
+
+    page.get_by_label("Rename: First?").click()
+    page.get_by_label("Delete: First?").click()
+    expect(row).to_have_count(1)
+
+    # Where a name cannot be stored, the old one stays.
+    page.get_by_label("Rename: The other").click()
+    page.evaluate("void (Storage.prototype.setItem = () => { throw new Error('full') })")
+    field.fill("No room")
+    field.press("Enter")
+    expect(row).to_contain_text(["The other"])
+
+
+def test_two_pages_go_on_with_one_conversation(visit):
+    page = visit(**WIDE)
+    tab(page, "Conversations")
+    ask(page, "First?")
+    recent = page.locator("#recent li")
+    expect(recent).to_have_count(1)
+    other = page.context.new_page()
+    other.goto(page.url)
+    tab(other, "Conversations")
+    other.locator("#recent button.title").click()
+    expect(answers(other)).to_have_count(1)
+    ask(other, "Second?")
+    ask(other, "Third?")
+    turns = "() => minigpt4.recent.load().map((e) => e.data.messages.length / 2).join()"
+    wait_for(lambda: page.evaluate(turns) == "3")
+    ask(page, "Another?")
+    wait_for(lambda: page.evaluate(turns) == "2,3")  # both are kept
+    ask(page, "More?")
+    wait_for(lambda: page.evaluate(turns) == "3,3")
+    expect(recent).to_have_count(2)
 
 
 def test_chinese(visit):

@@ -17,6 +17,8 @@ RECENT_HTML = (
 )
 KEEP_JS = "watch('value', () => minigpt4.recent.keep(props.value));"
 SAVE_JS = "(file) => { if (file) minigpt4.save(file); }"
+# Saves the website that is shown, whatever became of its answer since.
+SAVE_WEBSITE_JS = "(text) => minigpt4.save({ name: 'website.html', type: 'text/html', text })"
 
 
 class Panel:
@@ -101,9 +103,7 @@ class Panel:
         site = self.site
         chatbot.option_select(self.show_website, session, [sidebar, self.tabs, *site], **event)
         self.version.input(self.show_version, [self.version, session], site, **event)
-        self.download.click(self.save_website, [self.version, session], self.saved, **event).then(
-            None, self.saved, None, js=SAVE_JS
-        )
+        self.download.click(None, self.code, None, js=SAVE_WEBSITE_JS)
 
     def choose_preset(self, name: str) -> list[float]:
         """The sliders that a preset sets."""
@@ -172,12 +172,3 @@ class Panel:
             preview.frame(sites[number], say("website", request)),
             sites[number],
         ]
-
-    def save_website(
-        self, number: int | None, session: Session, request: gr.Request
-    ) -> dict | None:
-        """The website as one HTML file."""
-        sites = session.websites
-        if number is None or not 0 <= number < len(sites):
-            return None
-        return {"name": "website.html", "type": "text/html", "text": sites[number]}

@@ -27,11 +27,13 @@
   }).observe(document.documentElement, { childList: true, subtree: true });
 
   document.addEventListener("keydown", (event) => {
-    // Enter that ends a word being composed (Chinese, Japanese, ...) does not send.
-    if (event.key === "Enter" && (event.isComposing || event.keyCode === 229)) {
-      event.stopImmediatePropagation();
+    if (event.isComposing || event.keyCode === 229) {
+      // What ends a word being composed (Chinese, Japanese, ...) neither sends nor stops.
+      if (["Enter", "Escape"].includes(event.key)) event.stopImmediatePropagation();
+    } else if (event.key === "Escape" && !event.target.closest?.("#panel")) {
+      // In the panel it ends the writing of a name.
+      document.querySelector("#box .stop-button")?.click();
     }
-    if (event.key === "Escape") document.querySelector("#box .stop-button")?.click();
   }, true);
 
   const save = ({ name, type, text }) => {
@@ -57,14 +59,13 @@
   };
   if (document.body) follow(); else addEventListener("DOMContentLoaded", follow);
 
-  // Recent conversations live in this browser's localStorage, each under a key of its own, so that
-  // two open pages do not overwrite each other.
+  // Recent conversations live in this browser's localStorage, each under a key of its own. Where two
+  // pages go on with the same one, the later to store it does so under another key.
   const KEY = "minigpt4:chat:", MOST = 20;
   const changed = () => dispatchEvent(new Event("minigpt4:recent"));
   const load = () => {
     const found = [];
-    for (let i = 0; i < localStorage.length; i++) {
-      const key = localStorage.key(i);
+    for (const key of Object.keys(localStorage)) { // all of them first: damaged ones are removed
       if (!key.startsWith(KEY)) continue;
       try {
         const entry = JSON.parse(localStorage.getItem(key));
@@ -73,6 +74,7 @@
     }
     return found.sort((a, b) => b.time - a.time);
   };
+  const find = (key) => load().find((entry) => entry.key === key);
 
   const store = (key, entry) => {
     // The oldest make room: for the number kept, and for the browser's limit.
@@ -80,13 +82,14 @@
       localStorage.removeItem(old.key);
     }
     for (;;) {
-      try { localStorage.setItem(key, JSON.stringify(entry)); return changed(); }
+      try { localStorage.setItem(key, JSON.stringify(entry)); break; }
       catch {
         const oldest = load().filter((e) => e.key !== key).pop();
-        if (!oldest) return;
+        if (!oldest) break;
         localStorage.removeItem(oldest.key);
       }
     }
+    changed();
   };
 
   const remove = (key) => {
@@ -94,12 +97,25 @@
     changed();
   };
 
+  // A conversation's name -> where this page last stored or opened it, and as of when.
+  const places = new Map();
   const keep = (record) => {
     if (!record?.data) return;
-    const key = KEY + record.name;
-    const old = load().find((entry) => entry.key === key);
-    const title = old?.named ? old.title : record.data.title;
-    store(key, { title, named: old?.named, time: Date.now(), data: record.data });
+    const { name, data } = record;
+    let { key, time } = places.get(name) ?? { key: KEY + name };
+    const old = find(key);
+    if (old && old.time !== time) key = KEY + Math.random().toString(36).slice(2);
+    const title = old?.named ? old.title : data.title;
+    store(key, { title, named: old?.named, time: Date.now(), data });
+    places.set(name, { key, time: find(key)?.time }); // where there was no room, that of before
   };
-  Object.assign(window.minigpt4, { save, theme, recent: { KEY, load, store, remove, keep } });
+  // What opening an entry of the list hands to the server.
+  const opening = ({ key, time, data }) => {
+    const name = key.slice(KEY.length);
+    places.set(name, { key, time });
+    return { name, data };
+  };
+  Object.assign(window.minigpt4, {
+    save, theme, recent: { load, find, store, remove, keep, opening },
+  });
 })();

@@ -3,7 +3,7 @@
 const list = element.querySelector(".recent");
 const none = element.querySelector(".none");
 const all = element.querySelector(".all");
-const { say, recent: { KEY, load, store, remove } } = minigpt4;
+const { say, recent: { load, find, store, remove, opening } } = minigpt4;
 const icons = {
   rename: "M4 20h4L19 9l-4-4L4 16zM13.5 6.5l4 4",
   delete: "M5 7h14M10 4h4M7 7l1 13h8l1-13M10 11v5M14 11v5",
@@ -40,9 +40,7 @@ const row = (entry) => {
   const time = document.createElement("time");
   time.textContent = new Date(entry.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
   open.append(time);
-  open.addEventListener("click", () => {
-    trigger("select", { index: 0, value: { name: entry.key.slice(KEY.length), data: entry.data } });
-  });
+  open.addEventListener("click", () => trigger("select", { index: 0, value: opening(entry) }));
   const rename = button(`${say("rename")}: ${title}`, "rename", () => {
     const input = document.createElement("input");
     input.value = title;
@@ -51,9 +49,9 @@ const row = (entry) => {
     const finish = (keep) => {
       if (done) return;
       done = true;
-      input.remove();
+      input.replaceWith(open);
       // The conversation may have gone on, or been deleted, while its name was written.
-      const { key, ...rest } = load().find(({ key }) => key === entry.key) ?? {};
+      const { key, ...rest } = find(entry.key) ?? {};
       const name = input.value.trim();
       if (keep && key && name) store(key, { ...rest, title: name, named: true });
       else draw();
@@ -75,8 +73,27 @@ const row = (entry) => {
   return item;
 };
 
+// While the list is pressed its rows stay where they are: drawn anew, the click would miss its row,
+// or hit another that moved there.
+let pressed = false, late = false, releasing;
+const release = () => {
+  pressed = false;
+  if (late) draw();
+};
+list.addEventListener("pointerdown", () => {
+  clearTimeout(releasing);
+  pressed = true;
+});
+list.addEventListener("click", release); // the row's own button has had it by now
+for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => {
+  clearTimeout(releasing);
+  releasing = setTimeout(release, 300); // a finger's click comes a moment later, or none comes
+});
+
 const draw = () => {
   if (list.querySelector("input")) return; // a name is being written; it draws when it is done
+  late = pressed;
+  if (late) return;
   const entries = load();
   list.replaceChildren(...entries.map(row));
   none.hidden = entries.length > 0;
