@@ -1,12 +1,12 @@
 """A conversation written down: as Markdown to be read, as JSON to be opened again."""
 
 import base64
-import io
 import json
 from binascii import Error as NotBase64
 
 from minigpt4 import image
 from minigpt4.chat import Conversation
+from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.prompt import ImageRef, Message
@@ -45,7 +45,7 @@ def to_data(conversation: Conversation, side: int, model: str = "") -> dict:
             {"role": m.role, "parts": [_part(p) for p in m.parts]} for m in conversation.messages
         ],
         "pictures": {
-            key: data_url(picture, side)
+            key: data_url(picture, side, quality=75 if side <= SMALL_SIDE else 90)
             for key, picture in conversation.pictures.items()
             if key in used
         },
@@ -107,15 +107,6 @@ def to_markdown(conversation: Conversation, model: str = "") -> str:
             else:
                 lines += [part, ""]
     return "\n".join(lines)
-
-
-def data_url(picture: Picture, side: int) -> str:
-    """The picture as a JPEG `data:` URL, scaled down to `side` where it is longer."""
-    small = picture.rgb.copy()
-    small.thumbnail((side, side))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=75 if side <= SMALL_SIDE else 90)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _part(part: str | ImageRef) -> dict:
