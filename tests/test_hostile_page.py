@@ -1,11 +1,13 @@
 """What a browser might execute or fetch: in the model's text, in error messages, in downloads."""
 
+import html
 import json
 import re
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
+from minigpt4.web.preview import frame
 from minigpt4.web.transcript import FORMAT, VERSION
 from tests.fake_engine import ATTACKS
 from tests.page_case import WIDE, answers, ask, box, done, questions, say
@@ -105,3 +107,48 @@ def test_error_messages_are_text(visit, engine, tmp_path):
     say(page, "Hello?")
     done(page)
     expect(box(page)).to_have_value("")
+
+
+INNER = "<script>new RTCPeerConnection(); parent.postMessage('made', '*')</script>"
+WAYS = {  # to a frame within the frame: scripts that have `inner`, `quoted`, `div` and `frame`
+    "property": "frame['src' + 'doc'] = inner",
+    "attribute": "frame.setAttribute('src' + 'doc', inner)",
+    "attribute's node": "const a = document.createAttribute('src' + 'doc'); a.value = inner;"
+    "frame.setAttributeNode(a)",
+    "HTML": "div.innerHTML = '<iframe src' + 'doc=\"' + quoted + '\"></iframe>'",
+    "pieces": "document.write('<iframe src'); document.write('doc=\"' + quoted + '\"></iframe>')",
+    "parser": "div.append(new DOMParser().parseFromString('<iframe src' + 'doc=\"' + quoted + "
+    "'\"></iframe>', 'text/html').body.firstChild)",
+    "a file": "frame.src = URL.createObjectURL(new Blob([inner], {type: 'text/html'}))",
+}
+
+
+def test_a_previewed_website_has_no_frames_with_webrtc(browser):
+    """No policy closes WebRTC, so neither the frame nor what it holds may have it."""
+
+    inner = json.dumps(INNER).replace("</", r"<\/")
+
+    def attempt(way: str) -> str:
+        return f"""<!doctype html><body><div></div><p></p><script>
+            addEventListener("message", (event) => window.said = event.data);
+            const inner = {inner};
+            const quoted = inner.replaceAll('"', "&quot;"), div = document.querySelector("div");
+            const frame = document.createElement("iframe"); div.append(frame);
+            try {{ {way} }} catch (error) {{ window.error = String(error) }}
+            </script><script>document.querySelector("p").innerHTML = "<b>an ordinary page</b>"
+            </script>"""
+
+    def said(frame: str) -> str | None:
+        page.set_content(frame)
+        page.wait_for_timeout(300)
+        return page.frames[1].evaluate("window.said")
+
+    listens = "<script>addEventListener('message', (event) => window.said = event.data)</script>"
+    static = f'<!doctype html><body>{listens}<iframe SrcDoc="{html.escape(INNER)}"></iframe>'
+    page = browser.new_page()
+    for name, way in {"static": static, **{n: attempt(w) for n, w in WAYS.items()}}.items():
+        assert said(f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(way)}"></iframe>'), name
+        assert said(frame(way, "Website")) is None, name
+        if name not in ("static", "pieces"):
+            expect(page.frame_locator("iframe").get_by_text("ordinary")).to_be_visible()
+    page.close()

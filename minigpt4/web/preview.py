@@ -22,10 +22,22 @@ _MARKUP = re.compile(
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; media-src data: blob:; form-action 'none'; "
-    "base-uri 'none'"
+    "base-uri 'none'; require-trusted-types-for 'script'; trusted-types default"
 )
-# No policy covers WebRTC, which could tell another host something.
-_NO_WEBRTC = "<script>delete RTCPeerConnection; delete window.webkitRTCPeerConnection</script>"
+# No policy covers WebRTC, which could tell another host something, nor frames within the frame that
+# are written in `srcdoc` and have WebRTC again. So no HTML may name that attribute, whether it was
+# there from the start or comes by script; of what is written in pieces only the whole could tell.
+_SRCDOC = re.compile("srcdoc", re.IGNORECASE)
+_CLOSED = """<script>
+delete RTCPeerConnection; delete window.webkitRTCPeerConnection; delete window.XSLTProcessor;
+delete HTMLIFrameElement.prototype.srcdoc;
+window.trustedTypes?.createPolicy("default", {
+  createHTML: (text, _, sink) =>
+    /srcdoc|document/i.test(sink) ? "" : text.replace(/srcdoc/gi, "src_doc"),
+  createScript: (text) => text,
+  createScriptURL: (text) => text,
+});
+</script>"""
 
 
 def website(answer: str) -> str:
@@ -60,7 +72,7 @@ def frame(document: str, title: str) -> str:
         f'<!doctype html><meta charset="utf-8">{policy}'
         '<meta http-equiv="x-dns-prefetch-control" content="off">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{_NO_WEBRTC}\n{document}"
+        f"{_CLOSED}\n{_SRCDOC.sub('src_doc', document)}"
     )
     return (
         # The mark makes the page show the same website afresh when it is asked to.
