@@ -334,7 +334,6 @@ OUT_OF_ORDER = [
     ("reopen", [None], {"index": 0, "value": {"data": {"format": 1}, "name": 3}}),
     ("reopen", [None], {"index": 0, "value": "x"}),
     ("show_version", [10**9, None], None),
-    ("save_website", [-5, None], None),
     ("choose_preset", ["x"], None),
     ("ask", [{"text": "Hi", "files": []}, "session", *SETTINGS], None),
     ("ask", [{"text": "Hi", "files": []}, None, *["x"] * 7], None),

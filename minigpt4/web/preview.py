@@ -27,6 +27,7 @@ POLICY = (
 # No policy covers WebRTC, which could tell another host something, nor frames within the frame that
 # are written in `srcdoc` and have WebRTC again. So no HTML may name that attribute, whether it was
 # there from the start or comes by script; of what is written in pieces only the whole could tell.
+# (Trusted types do the latter, in browsers that have them: Chromium's, where it was tried.)
 _SRCDOC = re.compile("srcdoc", re.IGNORECASE)
 _CLOSED = """<script>
 delete RTCPeerConnection; delete window.webkitRTCPeerConnection; delete window.XSLTProcessor;
