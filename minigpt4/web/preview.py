@@ -3,6 +3,7 @@
 import html
 import re
 import secrets
+from pathlib import Path
 
 # A whole document, or the beginning of one, that stands in an answer without a code fence.
 _DOCUMENT = re.compile(
@@ -22,23 +23,12 @@ _MARKUP = re.compile(
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; media-src data: blob:; form-action 'none'; "
-    "base-uri 'none'; require-trusted-types-for 'script'; trusted-types default"
+    "base-uri 'none'"
 )
-# No policy covers WebRTC, which could tell another host something, nor frames within the frame that
-# are written in `srcdoc` and have WebRTC again. So no HTML may name that attribute, whether it was
-# there from the start or comes by script; of what is written in pieces only the whole could tell.
-# (Trusted types do the latter, in browsers that have them: Chromium's, where it was tried.)
-_SRCDOC = re.compile("srcdoc", re.IGNORECASE)
-_CLOSED = """<script>
-delete RTCPeerConnection; delete window.webkitRTCPeerConnection; delete window.XSLTProcessor;
-delete HTMLIFrameElement.prototype.srcdoc;
-window.trustedTypes?.createPolicy("default", {
-  createHTML: (text, _, sink) =>
-    /srcdoc|document/i.test(sink) ? "" : text.replace(/srcdoc/gi, "src_doc"),
-  createScript: (text) => text,
-  createScriptURL: (text) => text,
-});
-</script>"""
+# Keeps WebRTC away, which no policy covers.
+_FIRST_SCRIPT = (Path(__file__).parent / "assets" / "frame.js").read_text(encoding="utf-8")
+# What would make a shadow root of markup.
+_SHADOW = re.compile("shadowrootmode", re.IGNORECASE)
 
 
 def website(answer: str) -> str:
@@ -73,7 +63,7 @@ def frame(document: str, title: str) -> str:
         f'<!doctype html><meta charset="utf-8">{policy}'
         '<meta http-equiv="x-dns-prefetch-control" content="off">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{_CLOSED}\n{_SRCDOC.sub('src_doc', document)}"
+        f"<script>\n{_FIRST_SCRIPT}</script>\n{_SHADOW.sub('data-shadow', document)}"
     )
     return (
         # The mark makes the page show the same website afresh when it is asked to.
