@@ -248,8 +248,9 @@ def test_an_opened_conversation_keeps_its_system_prompt():
     path = Path(get_upload_folder()) / "kept.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(transcript.to_data(conversation, 64)))
-    *_, system = files_of_a_page().open(str(path), Session(), None)
+    session, *_, system = files_of_a_page().open(str(path), Session(), None)
     assert system["value"] == "Answer in French."
+    assert session.name  # what becomes of it has an entry of its own in the browser's list
 
 
 def test_text_is_shown_as_it_was_written():

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
@@ -119,7 +120,7 @@ class Files:
     def _opened(
         self, conversation: Conversation, old: Session, request: gr.Request, name: str = ""
     ) -> tuple:
-        session = Session(conversation, name=name)
+        session = Session(conversation, name=name or secrets.token_hex(8))
         system = gr.update(value=conversation.system or "")
         for key, picture in conversation.pictures.items():
             session.files[key] = save_pil_to_cache(picture.rgb, get_upload_folder(), "picture")
