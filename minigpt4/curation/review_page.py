@@ -7,6 +7,7 @@ import gradio as gr
 
 from minigpt4.curation.review import Review
 from minigpt4.errors import UserError
+from minigpt4.web.serving import start_server, warn
 
 ASSETS = Path(__file__).parent / "assets"
 LONGEST_SIDE = 1600  # pixels of what the browser is sent
@@ -94,7 +95,7 @@ class ReviewPage:
         try:
             self._review.note(self._read(shown)[1], text)
         except UserError as error:
-            _warn(error)
+            warn(error, seconds=6)
 
     def _decide(self, shown: str, drop: bool, text: str) -> tuple:
         turn, image_id = self._read(shown)
@@ -102,7 +103,7 @@ class ReviewPage:
             try:
                 self._review.decide(image_id, drop, text)
             except UserError as error:
-                _warn(error)
+                warn(error, seconds=6)
                 return f"{turn + 1} {image_id}", gr.skip(), gr.skip(), gr.skip()
         return self._show(self._review.next(image_id), turn + 1)
 
@@ -132,31 +133,10 @@ class ReviewPage:
         return f"{turn} {image_id}", f"{line}\n{progress}", picture, text
 
 
-def _warn(error: UserError) -> None:
-    gr.Warning(str(error), title="", duration=6)
-
-
 WORDS = {"keep": "kept", "edit": "edited", "drop": "dropped"}
 
 
 def serve(page: gr.Blocks, options: argparse.Namespace) -> str:
     """Start the server in the background; the page's address."""
     page.queue(default_concurrency_limit=1)  # decisions in the order they were made
-    try:
-        _, address, _ = page.launch(
-            server_name=options.host,
-            server_port=options.port,
-            footer_links=[],
-            quiet=True,
-            show_error=False,
-            prevent_thread_lock=True,
-            ssr_mode=False,
-            enable_monitoring=False,
-            **LOOK,
-        )
-    except (OSError, OverflowError):
-        raise UserError(
-            f"Port {options.port} of {options.host} cannot be used, or is used already: choose "
-            "another with --port or --host."
-        ) from None
-    return address.rstrip("/")
+    return start_server(page, options, **LOOK)

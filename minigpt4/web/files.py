@@ -14,9 +14,10 @@ from minigpt4.web import transcript
 from minigpt4.web.examples import chosen
 from minigpt4.web.limits import FILES_AT_ONCE
 from minigpt4.web.loading import Loading
+from minigpt4.web.serving import warn
 from minigpt4.web.session import TOO_MANY_PICTURES, Session
 from minigpt4.web.texts import say
-from minigpt4.web.turns import Turns, box, warn
+from minigpt4.web.turns import Turns, box
 from minigpt4.web.uploads import uploaded
 
 log = logging.getLogger(__name__)

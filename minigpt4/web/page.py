@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import gradio as gr
 from gradio.events import Events
 
-from minigpt4.errors import UserError
 from minigpt4.web import controls, sweep, texts
 from minigpt4.web.chat_endpoint import add_chat_endpoint
 from minigpt4.web.examples import FOLDER, examples
@@ -15,6 +14,7 @@ from minigpt4.web.files import Files
 from minigpt4.web.loading import Loading
 from minigpt4.web.panel import Panel
 from minigpt4.web.server import Server
+from minigpt4.web.serving import start_server
 from minigpt4.web.session import Session
 from minigpt4.web.shown import ASSETS
 from minigpt4.web.texts import label, say
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]  # those some systems do not know
 MOST_VISITORS = 500  # whose conversations are kept; who was quiet the longest goes first
-# Seconds that a connection waits for its next request: longer than a proxy keeps it (nginx: 60), or
-# a question that is sent while the server closes it meets a reset. Uvicorn's default is 5.
-KEEP_ALIVE = 75
 # Whatever an answer holds, the browser fetches nothing from elsewhere, and no frame leads anywhere.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'none'; "
@@ -206,31 +203,16 @@ def build_page(
 def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
     """Start the server in the background, endpoints for programs included; its address here."""
     page.queue(max_size=None, default_concurrency_limit=None)
-    try:
-        _, address, _ = page.launch(
-            server_name=options.host,
-            server_port=options.port,
-            share=options.share,
-            max_file_size=options.max_upload_mb * 2**20,
-            footer_links=[],
-            show_error=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            ssr_mode=False,
-            run_history=False,
-            enable_monitoring=False,
-            state_session_capacity=MOST_VISITORS,
-            **LOOK,
-            **(server.launching if server else {}),
-        )
-    except (OSError, OverflowError):
-        raise UserError(
-            f"Port {options.port} of {options.host} cannot be used, or is used already: choose "
-            "another with --port or --host."
-        ) from None
-    # Gradio has no option for it; connections read it when they are made.
-    page.server.config.timeout_keep_alive = KEEP_ALIVE
-    return address.rstrip("/")
+    return start_server(
+        page,
+        options,
+        share=options.share,
+        max_file_size=options.max_upload_mb * 2**20,
+        run_history=False,
+        state_session_capacity=MOST_VISITORS,
+        **LOOK,
+        **(server.launching if server else {}),
+    )
 
 
 def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, server: Server) -> None:

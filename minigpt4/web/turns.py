@@ -1,7 +1,6 @@
 """What happens in a conversation: asked, asked again, edited, continued, stopped, taken back."""
 
 import asyncio
-import html
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -13,6 +12,7 @@ from minigpt4.chat import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web import preview, shown
 from minigpt4.web.loading import Loading
+from minigpt4.web.serving import warn
 from minigpt4.web.session import Session
 from minigpt4.web.texts import say
 from minigpt4.web.uploads import uploaded
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from minigpt4.engine import Engine, Sampling
 
 log = logging.getLogger(__name__)
-
-
-def warn(text: str | UserError) -> None:
-    """A note that goes away again."""
-    gr.Warning(html.escape(str(text)), title="")  # Gradio shows it as HTML
 
 
 def box(answering: bool, **changes: object) -> dict:
