@@ -67,6 +67,7 @@ def test_json_lines(folder):
         ("c.csv", "file_name,caption\na.jpg,\n", "Line 2 .* no caption"),
         ("c.csv", "file_name,caption\n,One.\n", "Line 2 .* no picture"),
         ("c.csv", "file_name,caption\n", "no lines"),
+        ("c.csv", "file_name,caption\na.jpg,A dog, wet.\n", "Line 2 .* quotes"),
         ("c.csv", b"file_name,caption\na.jpg,gr\xfcn\n", "UTF-8"),
         ("c.jsonl", '{"file_name": "a.jpg", "caption": "One."}\n{"file\n', "Line 2 .* JSON"),
         ("c.jsonl", '{"file_name": "a.jpg", "captions": [7]}\n', "Line 1 .* no caption"),

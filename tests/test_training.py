@@ -1,10 +1,12 @@
 """Training: only the projection learns, runs resume exactly, processes share a batch exactly."""
 
+import argparse
 import gzip
 import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,6 +21,7 @@ from minigpt4.__main__ import main
 from minigpt4.config import MODELS
 from minigpt4.errors import UserError
 from minigpt4.training import data, questions
+from minigpt4.training.run import captioning, schedule_of
 from minigpt4.training.trainer import Features, Recipe, Trainer, learning_rate
 from minigpt4.weights import load_model, read_projection
 from tests import training_case
@@ -88,8 +91,10 @@ def test_resuming_with_other_hyperparameters_is_refused(examples, tmp_path):
     for changed in ({"recipe": other}, {"recipe": replace(PROMPTED, seed=1)}):
         with pytest.raises(UserError, match="hyperparameters"):
             train(examples, tmp_path / "run", **changed)
-    with pytest.raises(UserError, match="other data"):
-        train(examples[:8], tmp_path / "run")
+    mended = replace(examples[0], texts=(data.Text("Another caption."),))
+    for other in (examples[:8], [mended, *examples[1:]]):
+        with pytest.raises(UserError, match="other data"):
+            train(other, tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match="damaged"):
         train(examples, tmp_path / "run")
@@ -119,6 +124,27 @@ def test_an_interrupted_run_is_saved(examples, tmp_path):
         trainer.run()
     again = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
     assert again.resume() and again.step == 2
+
+
+def test_ctrl_c_waits_for_the_step_to_be_whole(examples, tmp_path):
+    """Pressed while the optimizer works, the step counts, with its loss."""
+    trainer = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    step = trainer.optimizer.step
+
+    def pressed_in():
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        step()
+
+    trainer.optimizer.step = pressed_in
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.step == len(trainer.rows) == 3
+    again = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    assert again.resume() and again.step == 3
+    whole = train(examples, tmp_path / "whole")
+    again.run()
+    assert [r["loss"] for r in again.rows] == [r["loss"] for r in whole.rows]
 
 
 def test_a_trained_llama2_projection_loads_again(examples, tmp_path):
@@ -200,6 +226,29 @@ def test_questions_follow_the_captions(tmp_path):
             if text.answer == "Yes.":
                 assert pattern.search(told)
     assert questions.ask_about([one, other], 2, 1) == questions.ask_about([one, other], 2, 1)
+
+
+def test_questions_of_few_things(monkeypatch):
+    """Three things known, two of them in the picture: one is asked about each way."""
+    known = [f"{name}: {name.split()[1]}" for name in ("a dog", "a cat", "a boat")]
+    monkeypatch.setattr(questions, "read_lines", lambda name: known)
+    one = data.Example("a", bytes, (), ("A dog and a cat.", "Two animals."))
+    (asked,) = questions.ask_about([one], 1, 0)
+    assert sorted(text.answer for text in asked.texts) == ["No.", "Yes."]
+    with pytest.raises(UserError, match="“--replay”"):
+        questions.ask_about([replace(one, captions=())], 1, 0)
+
+
+def test_prompts_that_cannot_be_used_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PROMPTS", tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        captioning()
+    (tmp_path / "caption.txt").write_bytes("Décrivez.".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        captioning()
+    (tmp_path / "caption.txt").write_text("# nothing yet\n")
+    with pytest.raises(UserError, match="empty"):
+        captioning()
 
 
 def test_other_pictures_are_encoded_anew(tmp_path):
@@ -300,6 +349,14 @@ def test_published_schedules():
     assert learning_rate(stage2, 1000) == pytest.approx(1e-5)
     rates = [learning_rate(stage2, s) for s in range(200, 1001)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_fewer_steps_warm_up_shorter():
+    """Of a hundred steps, twenty: two hundred, as published, would be longer than the run."""
+    options = argparse.Namespace(stage=2, steps=100, batch_size=None, peak_lr=None)
+    assert schedule_of(options, MODELS["vicuna-7b"]).warmup_steps == 20
+    options.steps = 1000
+    assert schedule_of(options, MODELS["vicuna-7b"]) == MODELS["vicuna-7b"].stage2
 
 
 def test_published_captions():

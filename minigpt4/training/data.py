@@ -46,7 +46,10 @@ class Example:
 
 def read_lines(name: str) -> list[str]:
     """The non-empty lines of a file in `prompts/` that are no comments (#)."""
-    lines = (PROMPTS / name).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (PROMPTS / name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts/{name} cannot be read: it must be there, in UTF-8.") from error
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -156,7 +159,8 @@ def _described(folder: Path, key: str, texts: tuple[Text, ...]) -> Example:
 def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image."""
     try:
-        records = [json.loads(x) for x in Path(file).read_text(encoding="utf-8").splitlines() if x]
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line.strip()]
         found = [
             (
                 str(r["image_id"]),

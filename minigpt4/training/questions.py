@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from minigpt4.errors import UserError
 from minigpt4.training.data import Example, Text, read_lines
 
 _ASKED = (
@@ -35,6 +36,11 @@ def ask_about(examples: Sequence[Example], count: int, seed: int) -> list[Exampl
     things = read_things()
     draw = random.Random(f"questions {seed}")
     several = [example for example in examples if len(example.captions) > 1]
+    if not several:
+        raise UserError(
+            "“--questions” are made from captions, and there are no pictures with two or more of "
+            "them: give such pictures by “--replay”, or leave it out."
+        )
     seen = {
         e.key: [n for n, p in things.items() if p.search(" ".join(e.captions))] for e in several
     }
@@ -45,7 +51,7 @@ def ask_about(examples: Sequence[Example], count: int, seed: int) -> list[Exampl
         # People are called many things: "a person" may be a man or a girl.
         people = any(name in _PEOPLE for name in there)
         absent = [n for n in things if n not in there and not (people and n in _PEOPLE)]
-        present = draw.sample(there, min(_A_PICTURE, len(there)))
+        present = draw.sample(there, min(_A_PICTURE, len(there), len(absent)))
         missing: list[str] = []
         while len(missing) < len(present):
             name = draw.choice(common if draw.random() < _SHARE_SEEN else absent)

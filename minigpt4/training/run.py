@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from minigpt4 import start, weights
-from minigpt4.config import ModelConfig, PooledMap, get_model
+from minigpt4.config import ModelConfig, PooledMap, Schedule, get_model
 from minigpt4.errors import UserError
 from minigpt4.model import MiniGPT4
 from minigpt4.training import data, questions
@@ -21,13 +21,7 @@ from minigpt4.training.trainer import Recipe, Trainer
 def train(options: argparse.Namespace) -> None:
     """Run one stage and say where the projection is."""
     config = get_model("nano" if options.model == "auto" else options.model)
-    schedule = config.stage1 if options.stage == 1 else config.stage2
-    overrides = {
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "peak_lr": options.peak_lr,
-    }
-    schedule = replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
+    schedule = schedule_of(options, config)
     embedded = isinstance(config.bridge, PooledMap)
     if options.denoise and not embedded:
         raise UserError(
@@ -84,6 +78,19 @@ def train(options: argparse.Namespace) -> None:
         start.say(f"The projection is in {path}; the loss curve beside it in loss.png, loss.csv.")
 
 
+def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
+    """The stage's schedule with what the options change; fewer steps warm up as much shorter."""
+    schedule = config.stage1 if options.stage == 1 else config.stage2
+    overrides = {
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "peak_lr": options.peak_lr,
+    }
+    if options.steps is not None and options.steps < schedule.steps:
+        overrides["warmup_steps"] = schedule.warmup_steps * options.steps // schedule.steps
+    return replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
+
+
 def read_examples(options: argparse.Namespace) -> list[data.Example]:
     """The data that the options name, pictures in a fixed order."""
     if options.stage == 1:
@@ -117,13 +124,20 @@ def instructions(stage: int, embedded: bool) -> tuple[str, ...]:
     The published first stage asks nothing; nano's asks for a short caption.
     """
     if stage == 2:
-        return tuple(data.read_lines("alignment.txt"))
+        return _prompts("alignment.txt")
     return captioning() if embedded else ()
 
 
 def captioning() -> tuple[str, ...]:
     """Ways to ask for a short caption."""
-    return tuple(data.read_lines("caption.txt"))
+    return _prompts("caption.txt")
+
+
+def _prompts(name: str) -> tuple[str, ...]:
+    lines = tuple(data.read_lines(name))
+    if not lines:
+        raise UserError(f"prompts/{name} is empty: write one instruction a line.")
+    return lines
 
 
 def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Accelerator):

@@ -99,7 +99,12 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         )
     try:
         for row in reader:
-            yield reader.line_num, {k: v for k, v in row.items() if k is not None}
+            if any(row.pop(None, ())):
+                raise UserError(
+                    f"Line {reader.line_num} of {path} has more cells than the first line: put a "
+                    f"caption that holds a “{mark}” in double quotes."
+                )
+            yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"Line {reader.line_num} of {path} is no CSV: check its quotes.") from error
 

@@ -5,14 +5,18 @@ import hashlib
 import math
 import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm import tqdm
 
@@ -104,7 +108,7 @@ class Features:
         self._model = model
         self._examples = examples
         self.views = views
-        self._crop = crop and cache is None
+        self.crops = crop and cache is None
         self._stored: np.ndarray | None = None
         if cache is not None and examples:
             self._stored = self._fill(cache, progress)
@@ -121,7 +125,7 @@ class Features:
 
     def _encode(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
         pictures = [self._examples[example].picture() for example, _ in chosen]
-        if self._crop:
+        if self.crops:
             draws = (random.Random(f"{seed} {example}") for example, _ in chosen)
             pictures = [random_resized_crop(p, d) for p, d in zip(pictures, draws, strict=True)]
         device = self._model.device
@@ -217,7 +221,8 @@ class Trainer:
         self.identity = self._identity()
         self.basis: Tensor | None = None  # what features are multiplied with
         if recipe.eigenbasis or recipe.denoise:
-            eigenvectors, clean = self._basis()
+            # Another processor's may differ in signs, and gradients are summed.
+            eigenvectors, clean = broadcast(self._basis())
             self.basis = clean.T @ eigenvectors
             projection.weight.data = projection.weight.data @ eigenvectors
         self.optimizer = torch.optim.AdamW(
@@ -248,10 +253,13 @@ class Trainer:
     def _identity(self) -> str:
         """What makes this run itself: a checkpoint of another is not resumed."""
         recipe = replace(self.recipe, metadata={}, checkpoint_every=0)
-        start = hashlib.sha256(self.model.projection.weight.detach().cpu().numpy().tobytes())
-        data = fingerprint(self.examples)
-        lines = [self.model.config.name, repr(recipe), start.hexdigest(), data, str(self.counts)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        lines = [self.model.config.name, self.model.quantize, repr(recipe), str(self.counts)]
+        lines += [fingerprint(self.examples), *(str(source.crops) for source in self.sources)]
+        lines += [repr((example.texts, example.captions)) for example in self.examples]
+        identity = hashlib.sha256("\n".join(lines).encode("utf-8", "replace"))
+        for tensor in self.start.values():
+            identity.update(tensor.cpu().numpy().tobytes())
+        return identity.hexdigest()
 
     def _basis(self) -> tuple[Tensor, Tensor]:
         """(eigenvectors of the features' covariance in columns, filter), each [projection_in] * 2.
@@ -464,13 +472,13 @@ class Trainer:
                 torch.nn.utils.clip_grad_norm_(
                     self.model.projection.parameters(), schedule.clip_norm
                 )
-            self.optimizer.step()
-            self.step += 1
-            seconds = time.perf_counter() - started
-            samples = schedule.batch_size / seconds
-            self.rows.append(
-                {"step": self.step, "loss": loss, "lr": rate, "samples_per_s": samples}
-            )
+            with _whole():
+                self.optimizer.step()
+                self.step += 1
+                samples = schedule.batch_size / (time.perf_counter() - started)
+                self.rows.append(
+                    {"step": self.step, "loss": loss, "lr": rate, "samples_per_s": samples}
+                )
             recent = [row["loss"] for row in self.rows[-50:]]
             said = f"loss {sum(recent) / len(recent):.3f}, lr {rate:.1e}, {samples:.1f} pictures/s"
             if recent_rewards := self.rewards[-400:]:
@@ -534,6 +542,23 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows = state["step"], state["rows"]
         return True
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended (in the main thread, where it is heard)."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pressed = []
+    signal.signal(signal.SIGINT, lambda *call: pressed.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(*pressed[0])
 
 
 def _products(vectors: Tensor) -> Tensor:
