@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import struct
 import threading
 import warnings
 import weakref
@@ -12,19 +13,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 
 from minigpt4.errors import UserError
 
 MAX_PIXELS = 40_000_000
 HELD_PIXELS = 500_000_000  # of all pictures that are in use at one time: 2 GB, at 4 bytes each
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
+DECODING_WAIT = 60.0  # seconds, until one of those is done
 _STRIPE = 64  # rows that are worked on together
 MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each one costs a full pass
+MAX_SEGMENTS = 1000  # of a JPEG file; joining those of its EXIF takes a quadratic time
+MAX_COMMENTS = 1000  # blocks of 255 bytes of a GIF file; joining them takes a quadratic time
+MAX_COMPRESSED = 200  # texts and profiles of a PNG file; each may unfold to a megabyte
+MAX_PARTS = 100_000  # chunks of a PNG file, blocks before the first frame of a GIF
+MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
+MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
+MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
+MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, though it has but one
+MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 
 # MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF stands before HEIF because
@@ -32,6 +43,9 @@ READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 _FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
 _SUFFIX = re.compile(r"(?i)\.(jpe?g|jpe|jfif|mpo|a?png|webp|avifs?|hei[cf]s?|hif|gif|bmp|tiff?)")
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # others stand within compressed data
+_TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes, of TIFF's types
+_TYPES_OF_BYTES = (1, 2, 7)  # whose values are not taken apart
+_TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
 _OTHER_KINDS = {
     rb"(?is).*(<!doctype html|<html)": "a web page",
     rb"(?is).*<svg": "an SVG drawing",
@@ -48,6 +62,7 @@ _OTHER_KINDS = {
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
 
 _decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
+_load_directory = TiffImagePlugin.ImageFileDirectory_v2.load
 
 # What the libraries have to say about an odd file is not for the user's terminal.
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
@@ -172,6 +187,19 @@ def _file_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be opened: check the path and its disk.") from None
 
 
+@contextmanager
+def _turn() -> Iterator[None]:
+    """One of the places for decoding; UserError where none is free for too long."""
+    if not _decoding.acquire(timeout=DECODING_WAIT):
+        raise UserError(
+            "Too many pictures are being opened at the moment: try again in a minute.", "queue_full"
+        )
+    try:
+        yield
+    finally:
+        _decoding.release()
+
+
 def _decode(file: BinaryIO, name: str) -> Picture:
     head = file.read(1024)
     file.seek(0)
@@ -179,12 +207,12 @@ def _decode(file: BinaryIO, name: str) -> Picture:
         raise UserError(f"{name} is empty: save or download the picture again.")
     taken = 0
     try:
-        with _decoding:
+        with _turn():
+            _check_parts(file, head)
             image = Image.open(file, formats=_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            if image.format in ("JPEG", "MPO") and _too_many_scans(file):
-                raise ValueError
+            _check_work(image)
             held.take(image.width * image.height)
             taken = image.width * image.height
             image.load()
@@ -220,26 +248,106 @@ def _key(rgb: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def _too_many_scans(file: BinaryIO) -> bool:
-    place = file.tell()
+def _check_parts(file: BinaryIO, head: bytes) -> None:
+    """ValueError where a file has more parts than a sound one, each of which costs time."""
+    if head.startswith(b"MM\0\x2b"):  # a BigTIFF: libtiff's first directory is not Pillow's
+        raise ValueError
+    for start, (parts, most, costly, most_costly) in _PARTS.items():
+        if head.startswith(start):
+            expensive = 0
+            for number, kind in enumerate(parts(file), 1):
+                expensive += kind in costly
+                if number > most or expensive > most_costly:
+                    raise ValueError
     file.seek(0)
-    try:
-        return _scans(file.read()) > MAX_SCANS
-    finally:
-        file.seek(place)
 
 
-def _scans(data: bytes) -> int:
-    """How many scans a JPEG file begins before its end; what stands behind that may be a video."""
-    place = count = 0
-    while count <= MAX_SCANS and (found := _MARKER.search(data, place)):
+def _jpeg_segments(file: BinaryIO) -> Iterator[int]:
+    """The kinds of a JPEG file's markers before its end; what stands behind may be a video."""
+    data, place = file.read(), 0
+    while (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
         kind, place = found[1][0], found.end()
-        if kind == 0xD9:  # the end of the picture
-            break
-        count += kind == 0xDA
-        if kind not in (0x01, 0xD8):  # all others have a length, which counts itself
+        yield kind
+        # The others' lengths, which count themselves; libjpeg skips those below without one.
+        if kind >= 0xC0 and kind != 0xD8:
             place += int.from_bytes(data[place : place + 2], "big")
-    return count
+
+
+def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The kinds of a PNG file's chunks."""
+    file.seek(8)
+    while len(chunk := file.read(8)) == 8:
+        yield chunk[4:]
+        file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
+
+
+def _gif_blocks(file: BinaryIO) -> Iterator[int]:
+    """The kind of extension of each block before a GIF file's first frame; 0 for a stray byte."""
+    flags = file.read(13)[10]
+    if flags & 0x80:
+        file.seek(3 << (flags & 7) + 1, os.SEEK_CUR)
+    while (byte := file.read(1)) and byte not in b",;":
+        kind = file.read(1)[0] if byte == b"!" else 0
+        yield kind
+        while kind and (length := file.read(1)[0]):
+            file.seek(length, os.SEEK_CUR)
+            yield kind
+
+
+# By a file's start: its parts and how many it may have, those that cost most and how many.
+_PARTS = {
+    b"\xff\xd8\xff": (_jpeg_segments, MAX_SEGMENTS, (0xDA,), MAX_SCANS),
+    b"\x89PNG": (_png_chunks, MAX_PARTS, (b"iCCP", b"iTXt", b"zTXt"), MAX_COMPRESSED),
+    b"GIF8": (_gif_blocks, MAX_PARTS, (0xFE,), MAX_COMMENTS),
+}
+
+
+def _load_bounded_directory(
+    directory: TiffImagePlugin.ImageFileDirectory_v2, file: IO[bytes]
+) -> None:
+    """Pillow's, which copies the data of every tag, though many may name the same.
+
+    ValueError where they are more than the file has. Data beyond its end are left to Pillow, which
+    stops there.
+    """
+    start = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    big = directory._bigtiff
+    entry = struct.Struct(directory._endian + ("HHQQ" if big else "HHLL"))
+    order = "little" if directory._endian == "<" else "big"
+    tags = int.from_bytes(file.read(8 if big else 2), order)
+    if tags > MAX_TAGS:
+        raise ValueError
+    total = numbers = 0
+    entries = file.read(tags * entry.size)
+    for place in range(0, len(entries) - entry.size + 1, entry.size):
+        tag, kind, count, offset = entry.unpack_from(entries, place)
+        size = count * (_TYPE_SIZES[kind] if kind < len(_TYPE_SIZES) else 0)
+        if size + offset <= length:
+            total += size
+            numbers += 0 if kind in _TYPES_OF_BYTES else count
+        endless = tag in _TABLES and count > MAX_STRIPS
+        if endless or total > length or numbers > MAX_NUMBERS:
+            raise ValueError
+    file.seek(start)
+    _load_directory(directory, file)
+
+
+# TIFF and EXIF are read while a file is opened, while it is loaded and later, always with this.
+TiffImagePlugin.ImageFileDirectory_v2.load = _load_bounded_directory
+
+
+def _check_work(image: Image.Image) -> None:
+    """ValueError where decoding would write many more pixels than the picture has."""
+    rle = image.format == "BMP" and image.tile[0].codec_name == "bmp_rle"
+    if rle and image.width > MAX_RLE_WIDTH:
+        raise ValueError
+    if image.format == "TIFF":  # its strips may lie on each other; four bands may have their own
+        boxes = [tile.extents for tile in image.tile]
+        drawn = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+        if drawn > 4 * image.width * image.height:
+            raise ValueError
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -271,16 +379,20 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _srgb(image: Image.Image) -> Image.Image:
-    """RGB without alpha; an embedded profile is applied where it is sound and tells of a change."""
+    """RGB without alpha; an embedded profile is applied where it is sound and tells of a change.
+
+    Not one of multi-process elements, of which there may be any number: they take minutes to read.
+    """
     profile = image.info.get("icc_profile")
     if not profile:
         return image.convert("RGB")
     plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     with suppress(Exception):  # it may be broken, or meant for other channels
-        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" not in ImageCms.getProfileDescription(embedded):
-            target = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
+        if len(profile) <= MAX_PROFILE and b"mpet" not in profile:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(embedded):
+                target = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
     return plain.convert("RGB")
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,18 @@ from PIL import Image
 from minigpt4 import image
 from minigpt4.errors import UserError
 from minigpt4.image import Picture, load, smaller
-from tests.test_image import FORMATS, encoded, png, quarters, refusal
+from tests.test_image import (
+    FORMATS,
+    RED,
+    assert_colour,
+    encoded,
+    noise,
+    png,
+    quarters,
+    refusal,
+    swapped_profile,
+    turned,
+)
 
 ROOT = Path(__file__).parent.parent
 CORPUS_FOLDER = ROOT / "tests" / "corpus" / "pictures"
@@ -123,6 +135,21 @@ def test_two_are_decoded_at_a_time(monkeypatch):
     assert most == image.DECODED_AT_ONCE
 
 
+def test_nobody_waits_for_ever_to_be_decoded(monkeypatch):
+    monkeypatch.setattr(image, "DECODING_WAIT", 0.01)
+    data = encoded(quarters(), "PNG")
+    for _ in range(image.DECODED_AT_ONCE):
+        assert image._decoding.acquire(timeout=1)
+    try:
+        with pytest.raises(UserError, match="try again in a minute") as caught:
+            load(data)
+        assert caught.value.kind == "queue_full"
+    finally:
+        for _ in range(image.DECODED_AT_ONCE):
+            image._decoding.release()
+    load(data)
+
+
 # --- bombs ----------------------------------------------------------------------------------------
 
 
@@ -131,10 +158,10 @@ def packed_zeros() -> bytes:
     return zlib.compress(bytes(100_000_000), 9)
 
 
-def with_chunk(kind: bytes, body: bytes) -> bytes:
-    """A sound PNG with one more chunk after its header."""
+def png_with(chunks: bytes) -> bytes:
+    """A sound PNG with more behind its header."""
     data = png(1, 1, data=bytes(4))
-    return data[:33] + chunk(kind, body) + data[33:]
+    return data[:33] + chunks + data[33:]
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
@@ -142,7 +169,7 @@ def test_compressed_chunks_do_not_unfold(kind):
     """100 MB of zeros in 100 kB: refused or left folded, never taken into memory."""
     packed = packed_zeros()
     body = b"key\0\1\0\0\0" + packed if kind == b"iTXt" else b"key\0\0" + packed
-    data = with_chunk(kind, body)
+    data = png_with(chunk(kind, body))
     tracemalloc.start()
     try:
         load(data)
@@ -185,6 +212,226 @@ def test_a_tiff_directory_that_leads_to_itself():
     assert load(looped).rgb.getpixel((0, 0)) == (9, 9, 9)
 
 
+BYTE, SHORT, SIGNED_BYTE, UNDEFINED = 1, 3, 6, 7  # TIFF's types
+GREY = {256: 4, 257: 4, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 4, 279: 16}  # 4 x 4 pixels
+
+
+def directory(tags: dict[int, int | tuple[int, bytes]], before: bytes = bytes(16)) -> bytes:
+    """A TIFF file, or EXIF. A tag has a number, or a type and its data; equal data stand there
+    once, behind the directory, and `before` at place 8."""
+    start = 8 + len(before)
+    end = start + 2 + 12 * len(tags) + 4
+    entries = data = b""
+    places = {}
+    for tag, value in sorted(tags.items()):
+        kind, written = (4, struct.pack("<I", value)) if isinstance(value, int) else value
+        count = len(written) // {SHORT: 2, 4: 4}.get(kind, 1)
+        if len(written) > 4:
+            if written not in places:
+                places[written] = end + len(data)
+                data += written
+            written = struct.pack("<I", places[written])
+        entries += struct.pack("<2HI4s", tag, kind, count, written)
+    head = struct.pack("<2sHI", b"II", 42, start) + before + struct.pack("<H", len(tags))
+    return head + entries + bytes(4) + data
+
+
+def shared(number: int, size: int) -> dict[int, tuple[int, bytes]]:
+    """Tags that all have the same data."""
+    return dict.fromkeys(range(50_000, 50_000 + number), (UNDEFINED, bytes(size)))
+
+
+@contextmanager
+def little_memory():
+    """Of Python's own, which is where Pillow keeps a file's directories."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "HEIF"])
+def test_exif_that_names_the_same_data_again_and_again(format):
+    """50 kB that were 40 MB; the picture itself is sound."""
+    exif = b"Exif\0\0" + directory(shared(1000, 40_000))
+    data = encoded(quarters(), format, exif=exif)
+    with little_memory():
+        assert load(data).rgb.size == (64, 48)
+
+
+@pytest.mark.parametrize("compression", [1, 8], ids=["raw, by Pillow", "deflate, by libtiff"])
+def test_a_tiff_that_names_the_same_data_again_and_again(compression):
+    """Half a megabyte that were 300, in each of the two that read the directory."""
+    packed = zlib.compress(bytes(16)) if compression == 8 else bytes(16)
+    tags = GREY | {259: compression, 279: len(packed)}
+    assert load(directory(tags, packed)).rgb.size == (4, 4)
+    data = directory(tags | shared(300, 500_000), packed)
+    with little_memory():
+        assert "unusual" in refusal(data)
+
+
+def test_a_tiff_with_one_directory_for_pillow_and_one_for_libtiff():
+    """Pillow takes a big-endian BigTIFF for a TIFF, whose directory stands elsewhere."""
+    packed = zlib.compress(bytes(16))
+    tags = GREY | {259: 8, 273: 0x80100, 279: len(packed)}
+    short = b"".join(struct.pack(">2H2I", tag, 4, 1, value) for tag, value in tags.items())
+    long = b"".join(struct.pack(">2HQI4x", tag, 4, 1, value) for tag, value in tags.items())
+    data = struct.pack(">2s3H2Q", b"MM", 43, 8, 0, 16, len(tags)) + long
+    data = data.ljust(0x80000, b"\0") + struct.pack(">H", len(tags)) + short
+    assert "unusual" in refusal(data.ljust(0x80100, b"\0") + packed)
+
+
+def test_a_tiff_of_many_tags():
+    assert "unusual" in refusal(directory(GREY | dict.fromkeys(range(50_000, 55_000), 1)))
+
+
+def test_a_tiff_of_many_numbers():
+    """Pillow reads all values of a directory that a tag leads to, and makes objects of them."""
+    inner = struct.pack("<H2H3I", 1, 40_000, SIGNED_BYTE, 300_000, 8 + 18, 0) + bytes(300_000)
+    assert "unusual" in refusal(directory(GREY | {34_665: 8}, inner))
+
+
+@pytest.mark.parametrize("kind", [BYTE, SHORT])
+def test_a_tiff_of_many_strips(kind):
+    """Each took 15 microseconds and some objects, of one byte in the file."""
+    places = (kind, b"\x08" * 70_000 if kind == BYTE else b"\x08\0" * 70_000)
+    tags = {256: 1, 257: 70_000, 273: places, 278: 1, 279: places}
+    assert "unusual" in refusal(directory(GREY | tags))
+
+
+def test_a_tiff_whose_strips_lie_on_each_other():
+    """Two of them fill the picture, and each two more fill it again."""
+    places = (SHORT, b"\x08\0" * 100)
+    assert "unusual" in refusal(directory(GREY | {273: places, 278: 2, 279: places}))
+
+
+def test_a_tiff_of_many_colours():
+    """19 MB of them took half a minute and 2.5 GB."""
+    data = directory(GREY | {262: 3, 320: (BYTE, bytes(500_000))})
+    with little_memory():
+        assert "unusual" in refusal(data)
+
+
+def longs(*values: int) -> tuple[int, bytes]:
+    return 4, struct.pack(f"<{len(values)}I", *values)
+
+
+def test_sound_tiffs():
+    """A row in a strip, tiles, one band behind the other."""
+    stored = noise(32, 48)
+    tags = {256: 32, 257: 48, 258: (SHORT, b"\x08\0" * 3), 259: 1, 262: 2, 277: 3}
+    rows = {273: longs(*range(8, 8 + 48 * 96, 96)), 278: 1, 279: longs(*[96] * 48)}
+    places = longs(*range(8, 8 + 6 * 768, 768))
+    tiles = {322: 16, 323: 16, 324: places, 325: longs(*[768] * 6)}
+    bands = {273: longs(8, 8 + 1536, 8 + 3072), 278: 48, 279: longs(*[1536] * 3), 284: 2}
+    corners = [(left, top) for top in (0, 16, 32) for left in (0, 16)]
+    crops = [stored.crop((left, top, left + 16, top + 16)) for left, top in corners]
+    for more, pixels in [
+        (rows, stored.tobytes()),
+        (tiles, b"".join(crop.tobytes() for crop in crops)),
+        (bands, b"".join(band.tobytes() for band in stored.split())),
+    ]:
+        assert load(directory(tags | more, pixels)).rgb.tobytes() == stored.tobytes()
+
+
+def rle_bmp(width: int, height: int, body: bytes) -> bytes:
+    """A BMP of 8 bits, run-length encoded, whose colours are shades of green."""
+    colours = b"".join(bytes((0, shade, 0, 0)) for shade in range(256))
+    head = struct.pack("<2sI2HI", b"BM", 0, 0, 0, 14 + 40 + 1024)
+    sizes = struct.pack("<I2i2H2I2i2I", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return head + sizes + colours + body
+
+
+@pytest.mark.parametrize("width", [1_000_000, 40_000_000])
+def test_a_bmp_that_skips_rows_it_does_not_have(width):
+    """A kilobyte that asked for 255 times its width."""
+    data = rle_bmp(width, 1, b"\0\2\0\xff\0\1")
+    with little_memory():
+        assert "unusual" in refusal(data)
+
+
+def test_a_sound_bmp_of_runs():
+    body = b"\3\xc8\0\0" + b"\0\2\1\0" + b"\2\x64\0\1"
+    picture = load(rle_bmp(3, 2, body))
+    shades = [picture.rgb.getpixel((x, y))[1] for y in (1, 0) for x in range(3)]
+    assert shades == [200, 200, 200, 0, 100, 100]
+
+
+def endless_profile(elements: int) -> bytes:
+    """swapped_profile() with a tag of multi-process elements, which all are the same matrix."""
+    data = swapped_profile()
+    count = struct.unpack(">I", data[128:132])[0]
+    end = 132 + 12 * count
+    tags = [struct.unpack(">4s2I", data[at : at + 12]) for at in range(132, end, 12)]
+    matrix = b"matf\0\0\0\0" + struct.pack(">2H12f", 3, 3, *(1, 0, 0, 0, 1, 0, 0, 0, 1), 0, 0, 0)
+    chain = b"mpet\0\0\0\0" + struct.pack(">2HI", 3, 3, elements)
+    chain += struct.pack(">2I", 16 + 8 * elements, len(matrix)) * elements + matrix
+    moved = [(name, place + 12, size) for name, place, size in tags]
+    moved.append((b"D2B0", len(data) + 12, len(chain)))
+    table = b"".join(struct.pack(">4s2I", *tag) for tag in moved)
+    made = data[4:128] + struct.pack(">I", count + 1) + table + data[end:] + chain
+    return struct.pack(">I", len(made) + 4) + made
+
+
+def test_a_profile_of_endless_elements():
+    """2 x 2 pixels that took 3 seconds, and 13 of 4000 elements; the picture itself is sound."""
+    data = encoded(Image.new("RGB", (2, 2), RED), "PNG", icc_profile=endless_profile(1000))
+    start = time.perf_counter()
+    assert_colour(load(data), RED)
+    assert time.perf_counter() - start < 1
+
+
+def test_a_profile_larger_than_any(monkeypatch):
+    data = encoded(Image.new("RGB", (2, 2), (255, 0, 0)), "PNG", icc_profile=swapped_profile())
+    assert_colour(load(data), (0, 0, 255), tolerance=2)
+    monkeypatch.setattr(image, "MAX_PROFILE", 100)
+    assert_colour(load(data), (255, 0, 0))
+
+
+def test_large_exif_and_what_is_wrong_in_it_leave_the_orientation():
+    exif = turned(6)
+    exif.get_ifd(0x8769)[0x927C] = bytes(50_000)  # a maker's note
+    data = encoded(quarters(), "JPEG", quality=95, exif=exif.tobytes() + bytes(8000))
+    assert load(data).rgb.size == (48, 64)
+    beyond = tiff([(274, SHORT, 1, 6), (50_000, UNDEFINED, 2**31, 8)], b"")
+    assert load(encoded(quarters(), "PNG", exif=beyond)).rgb.size == (48, 64)
+
+
+def jpeg_with(segments: bytes) -> bytes:
+    """A sound JPEG with more behind its start."""
+    data = encoded(quarters(), "JPEG")
+    return data[:2] + segments + data[2:]
+
+
+def gif_with(blocks: bytes) -> bytes:
+    """A sound GIF with more before its frame."""
+    data = gif_of(1)
+    return data[:19] + blocks + data[19:]
+
+
+PROFILE = chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(1000)))
+PRIVATE = chunk(b"prVt", b"")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [  # as bytes, they would be the tests' names
+        lambda: jpeg_with(b"\xff\xe1\0\x09Exif\0\0x" * 2000),
+        lambda: png_with(PRIVATE * 110_000),
+        lambda: png_with(PROFILE * 300),
+        lambda: gif_with(b"\x21\xfe" + b"\1x" * 2000 + b"\0"),
+        lambda: gif_with(b"\x21\xfe\1x\0" * 2000),
+        lambda: gif_with(b"\x21\xff" + b"\1x" * 200_000 + b"\0"),
+        lambda: gif_with(b"?" * 200_000),
+    ],
+)
+def test_too_many_parts(made):
+    """Of a JPEG, a PNG, a GIF: what takes a quadratic time, what unfolds, what is just many."""
+    assert "unusual" in refusal(made())
+
+
 def test_a_jpeg_of_ten_thousand_scans():
     """A progressive file may repeat its refining scans; each costs a pass over all pixels."""
     data = encoded(quarters(), "JPEG", progressive=True)
@@ -194,6 +441,18 @@ def test_a_jpeg_of_ten_thousand_scans():
     assert "unusual" in refusal(bomb)
     assert time.perf_counter() - start < 5
     assert load(data).rgb.size == (64, 48)
+
+
+def test_scans_behind_a_marker_that_has_no_length():
+    """libjpeg skips it where a restart is due, without the length that would hide 64 kB."""
+    data = encoded(quarters(), "JPEG", progressive=True)
+    first, last = data.index(b"\xff\xda"), data.rindex(b"\xff\xda")
+    restarts = b"\xff\xdd\0\4\0\1"  # after each block, and none of them is there
+    scans = (data[last:-2] + b"\xff\5\xff\xff") * 1000
+    bomb = data[:first] + restarts + data[first:last] + scans + b"\xff\xd9"
+    assert "unusual" in refusal(bomb)
+    sound = encoded(quarters(), "JPEG", progressive=True, restart_marker_blocks=1)
+    assert load(sound).rgb.size == (64, 48)
 
 
 def test_what_stands_behind_a_jpeg_is_no_scan():
