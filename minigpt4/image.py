@@ -36,6 +36,7 @@ MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
 MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
 MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, though it has but one
 MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
+BUSY = "Too many pictures are being opened at the moment: try again in a minute."
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 
 # MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF stands before HEIF because
@@ -191,9 +192,7 @@ def _file_errors(name: str) -> Iterator[None]:
 def _turn() -> Iterator[None]:
     """One of the places for decoding; UserError where none is free for too long."""
     if not _decoding.acquire(timeout=DECODING_WAIT):
-        raise UserError(
-            "Too many pictures are being opened at the moment: try again in a minute.", "queue_full"
-        )
+        raise UserError(BUSY, "queue_full")
     try:
         yield
     finally:

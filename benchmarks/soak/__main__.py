@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -26,7 +27,7 @@ from benchmarks.soak.server import FILE_SECONDS, HANG_SECONDS
 from benchmarks.soak.users import SETTINGS, Asked, Ledger, User, body
 from tests.api_case import free_port
 
-FAULTS = ("exception", "nan", "memory", "encoder", "tokenizer", "disk", "thread", "hang")
+FAULTS = ("exception", "nan", "memory", "encoder", "tokenizer", "decoder", "disk", "thread", "hang")
 AFTER_FAULT = 15.0  # seconds in which its error may reach a slow reader
 WARM_SHARE = 0.25  # of the run, before which memory may still grow: caches fill
 ASKED_AGAIN = 60
@@ -153,12 +154,20 @@ class Soak:
         files = sum(len(names) for _, _, names in os.walk(self._uploads))
         return {
             "seconds": round(time.monotonic() - self._begun),
-            "megabytes": round(self._process.memory_info().rss / 2**20),
+            "megabytes": self._megabytes(),
             "handles": self._process.num_fds(),
             "threads": self._process.num_threads(),
             "files": files,
             "chats": self._ledger.chats,
         }
+
+    def _megabytes(self) -> int:
+        """Resident, of the server and of the processes that open its pictures."""
+        total = 0
+        for process in [self._process, *self._process.children()]:
+            with suppress(psutil.NoSuchProcess):  # a fault has ended it
+                total += process.memory_info().rss
+        return round(total / 2**20)
 
     # --- afterwards ------------------------------------------------------------------------------
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 from starlette.concurrency import run_in_threadpool
 
-from minigpt4 import image
 from minigpt4.chat import Answer, Conversation, ask
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.image import MAX_PIXELS, Picture
+from minigpt4.web import decoding
 from minigpt4.web.chat_request import ChatRequest
 from minigpt4.web.image_url import ImageUrls
 
@@ -77,4 +77,4 @@ class Asking:
 
     async def _open(self, content: bytes) -> Picture:
         async with self._opening:
-            return await run_in_threadpool(image.load, content)
+            return await run_in_threadpool(decoding.load, content)

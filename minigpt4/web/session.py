@@ -13,7 +13,7 @@ from minigpt4.chat import Answer, Conversation, ask
 from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.prompt import Message
-from minigpt4.web import preview
+from minigpt4.web import decoding, preview
 from minigpt4.web.limits import FILES_AT_ONCE
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Session:
     def read(self, path: str) -> Picture:
         """The picture in an uploaded file, decoded once."""
         if path not in self.uploads:
-            picture = image.load(path)
+            picture = decoding.load(path)
             self.uploads[path] = picture
             self.files[picture.key] = path
         return self.uploads[path]

@@ -4,12 +4,12 @@ import base64
 import json
 from binascii import Error as NotBase64
 
-from minigpt4 import image
 from minigpt4.chat import Conversation
 from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.prompt import ImageRef, Message
+from minigpt4.web import decoding
 from minigpt4.web.limits import FILES_AT_ONCE
 
 FORMAT = "minigpt4-conversation"
@@ -126,6 +126,6 @@ def _picture(url: str) -> Picture:
     head, _, encoded = url.partition(",")
     assert head.startswith("data:image/") and head.endswith(";base64")
     try:
-        return image.load(base64.b64decode(encoded, validate=True))
+        return decoding.load(base64.b64decode(encoded, validate=True))
     except NotBase64:
         raise UserError(WRONG) from None

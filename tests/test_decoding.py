@@ -1,0 +1,128 @@
+"""Strangers' pictures are opened in processes whose time and memory have an end."""
+
+import io
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from PIL import Image
+
+from minigpt4 import image
+from minigpt4.errors import UserError
+from minigpt4.web import decoding
+from minigpt4.web.decoding import Decoders
+
+
+def picture_file(colour: str = "teal", side: int = 60) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+pytestmark = pytest.mark.skipif(decoding.resource is None, reason="needs Unix's limits")
+
+
+@pytest.fixture(scope="module")
+def decoders():
+    return Decoders(1)
+
+
+def only(decoders: Decoders):
+    decoder = decoders._free.get()
+    decoders._free.put(decoder)
+    return decoder
+
+
+def test_it_is_the_same_picture(decoders, tmp_path):
+    content = picture_file("teal")
+    path = tmp_path / "teal.png"
+    path.write_bytes(content)
+    expected = image.load(content)
+    for source in (content, path, str(path)):
+        opened = decoders.load(source)
+        assert opened.key == expected.key
+        assert opened.rgb.tobytes() == expected.rgb.tobytes()
+
+
+def test_refusals_are_the_same(decoders, tmp_path):
+    (tmp_path / "odd.png").write_bytes(b"%PDF-1.7\n")
+    for source in (b"", b"<svg>", tmp_path / "odd.png", tmp_path / "missing.png"):
+        with pytest.raises(UserError) as expected:
+            image.load(source)
+        with pytest.raises(UserError) as refused:
+            decoders.load(source)
+        assert str(refused.value) == str(expected.value)
+        assert refused.value.kind == expected.value.kind
+
+
+def test_what_it_takes_is_counted_and_given_back(decoders):
+    before = image.held.pixels
+    opened = decoders.load(picture_file("navy"))
+    assert image.held.pixels == before + opened.rgb.width * opened.rgb.height
+    del opened
+    assert image.held.pixels == before
+
+
+def test_a_picture_that_takes_too_long(decoders):
+    """The clock's limit: a process that does not come back is ended, the next picture opened."""
+    decoders.load(picture_file())
+    decoder = only(decoders)
+    stuck = decoder.process
+    stuck.send_signal(signal.SIGSTOP)
+    decoder._clock_seconds = 0.3
+    with pytest.raises(UserError, match="takes too long"):
+        decoders.load(picture_file())
+    decoder._clock_seconds = decoding.CLOCK_SECONDS
+    assert stuck.poll() is not None
+    assert decoders.load(picture_file()).rgb.width > 0
+
+
+def test_the_processors_time_has_an_end():
+    code = "from minigpt4.web.decoding import limit; limit(0, 2**40)\nwhile True: pass"
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60)
+    assert ended.returncode == -signal.SIGXCPU
+    assert time.monotonic() - began < 30
+
+
+def test_a_picture_that_takes_too_much_memory():
+    narrow = Decoders(1, megabytes=100)
+    with pytest.raises(UserError):
+        narrow.load(picture_file("olive", 6000))
+    assert narrow.load(picture_file()).rgb.width > 0
+
+
+def test_a_process_that_was_killed_between_two_pictures(decoders):
+    decoders.load(picture_file())
+    only(decoders).process.kill()
+    only(decoders).process.wait()
+    assert decoders.load(picture_file()).rgb.width > 0
+
+
+def test_nobody_waits_for_ever(monkeypatch):
+    monkeypatch.setattr(image, "DECODING_WAIT", 0.1)
+    with pytest.raises(UserError, match="try again in a minute"):
+        Decoders(0).load(picture_file())
+
+
+def test_they_end_with_the_program():
+    code = (
+        "import sys; from minigpt4.web.decoding import Decoders; decoders = Decoders(1);"
+        "decoders.load(sys.stdin.buffer.read()); print(decoders._free.get().process.pid)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=picture_file(), stdout=subprocess.PIPE, check=True)
+    end = time.monotonic() + 10
+    while is_running(int(done.stdout)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
