@@ -505,15 +505,27 @@ def test_closing_while_queued(address, engine, monkeypatch):
 # --- faults that are not the engine's -----------------------------------------------------------
 
 
-def test_a_tokenizer_that_fails(address, monkeypatch, caplog):
-    def fail(*_):
-        raise RuntimeError("tokenizer out of cheese")
+@pytest.mark.parametrize(
+    ("kind", "status", "says"),
+    [(RuntimeError, 500, "went wrong"), (MemoryError, 503, "not enough memory")],
+)
+def test_a_tokenizer_that_fails(address, engine, kind, status, says, monkeypatch, caplog):
+    """At the question, and at the answer: that one is told, in a sentence."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(chat, "encode_chat", fail)
-        response = ask(address, "Hello?")
-        assert response.status_code == 500 and "cheese" not in response.text
-        assert "event: error" in call_chat(address)
+    def fail(*_, **__):
+        raise kind("out of cheese")
+
+    for owner, name in (chat, "encode_chat"), (engine.model.tokenizer, "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            response = ask(address, "Hello?")
+            assert response.status_code == status and says in response.text
+            streamed = ask(address, "Hello?", stream=True).text
+            assert says in streamed and "[DONE]" not in streamed
+            said = call_chat(address)
+            assert "event: error" in said
+            assert "cheese" not in response.text + streamed + said
+        assert at_rest(engine) and ask(address, "Hello?").status_code == 200
     assert "cheese" in caplog.text
 
 
