@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from minigpt4.web.chat_request import SAMPLING
 from tests.api_case import (
     GREEDY,
     MODEL,
@@ -233,6 +234,20 @@ def test_what_cannot_be_asked(address, status, says, body):
     error = response.json()["error"]
     assert response.status_code == status and says in error["message"]
     assert error["type"] == "invalid_request_error" and error["message"].count("\n") == 0
+
+
+NUMBERS = [*SAMPLING, "n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty"]
+
+
+@pytest.mark.parametrize("digits", ["1" + "0" * 400, "1e400"])
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_numbers_that_no_float_holds(address, sign, digits):
+    fields = {name: f'"{name}": {sign}{digits}' for name in NUMBERS}
+    fields["include_usage"] = f'"stream_options": {{"include_usage": {sign}{digits}}}'
+    for name, field in fields.items():
+        response = post(address, f'{{"messages": {json.dumps(HELLO)}, {field}}}'.encode())
+        assert response.status_code == 400, name
+        assert response.json()["error"]["message"].startswith(name), name
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -17,7 +18,9 @@ import psutil
 import pytest
 from gradio.utils import get_upload_folder
 
-from minigpt4 import chat
+from minigpt4 import chat, image
+from minigpt4.engine import Engine
+from minigpt4.start import default_sampling
 from minigpt4.web import sweep as sweeping_module
 from minigpt4.web.examples import QUESTIONS, in_folder
 from minigpt4.web.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
@@ -505,15 +508,27 @@ def test_closing_while_queued(address, engine, monkeypatch):
 # --- faults that are not the engine's -----------------------------------------------------------
 
 
-def test_a_tokenizer_that_fails(address, monkeypatch, caplog):
-    def fail(*_):
-        raise RuntimeError("tokenizer out of cheese")
+@pytest.mark.parametrize(
+    ("kind", "status", "says"),
+    [(RuntimeError, 500, "went wrong"), (MemoryError, 503, "not enough memory")],
+)
+def test_a_tokenizer_that_fails(address, engine, kind, status, says, monkeypatch, caplog):
+    """At the question, and at the answer: that one is told, in a sentence."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(chat, "encode_chat", fail)
-        response = ask(address, "Hello?")
-        assert response.status_code == 500 and "cheese" not in response.text
-        assert "event: error" in call_chat(address)
+    def fail(*_, **__):
+        raise kind("out of cheese")
+
+    for owner, name in (chat, "encode_chat"), (engine.model.tokenizer, "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            response = ask(address, "Hello?")
+            assert response.status_code == status and says in response.text
+            streamed = ask(address, "Hello?", stream=True).text
+            assert says in streamed and "[DONE]" not in streamed
+            said = call_chat(address)
+            assert "event: error" in said
+            assert "cheese" not in response.text + streamed + said
+        assert at_rest(engine) and ask(address, "Hello?").status_code == 200
     assert "cheese" in caplog.text
 
 
@@ -538,12 +553,38 @@ def test_a_tokenizer_that_hangs(address, monkeypatch):
 # --- isolation -------------------------------------------------------------------------------
 
 
-def test_thirty_two_at_once_over_http(address):
-    """Each with a word and a picture of its own: each answer is the one it is alone."""
-    colors = [f"rgb({8 * n}, {255 - 7 * n}, {40 * n % 256})" for n in range(32)]
-    asked = [(f"nonce{n}x: what is it?", data_url(picture_file(colors[n]))) for n in range(32)]
-    alone = [text_of(ask(address, *one)) for one in asked]
-    assert len({*alone}) > 8  # or nothing could be confused
+def test_thirty_two_at_once_over_http(address, engine, monkeypatch):
+    """Each with a word and a picture of its own, in the engine at the same time: each answer is the
+    one that an engine without company and without anything to reuse gives, and nobody else's."""
+    real, before, at_once = engine.decoder.forward, engine.totals.requests, []
+
+    def once_all_are_there(rows):
+        end = time.monotonic() + 30
+        while engine.totals.requests < before + 32 and time.monotonic() < end:
+            time.sleep(0.01)
+        at_once.append(len(rows.tables))
+        return real(rows)
+
+    monkeypatch.setattr(engine.decoder, "forward", once_all_are_there)
+    pictures = [picture_file(f"rgb({8 * n}, {255 - 7 * n}, {40 * n % 256})") for n in range(32)]
+    texts = [f"nonce{n}x: what is it?" for n in range(32)]
+
+    def in_the_crowd(text, content) -> tuple[str, list[float]]:
+        response = ask(address, text, data_url(content), logprobs=True)
+        tokens = response.json()["choices"][0]["logprobs"]["content"]
+        return text_of(response), [token["logprob"] for token in tokens]
+
     with ThreadPoolExecutor(32) as pool:
-        together = list(pool.map(lambda one: text_of(ask(address, *one)), asked))
-    assert together == alone
+        together = [*pool.map(in_the_crowd, texts, pictures)]
+    monkeypatch.undo()
+    assert max(at_once) > 8
+    other = Engine(engine.model)
+    sampling = default_sampling(engine.model.config, temperature=0, max_new_tokens=8)
+    for text, content, (said, logprobs) in zip(texts, pictures, together, strict=True):
+        conversation = chat.Conversation()
+        conversation.add_question(text, [image.load(content)])
+        alone = chat.ask(other, conversation, sampling, logprobs=True)
+        assert "".join(alone) == said and logprobs == pytest.approx(alone.logprobs, abs=1e-3)
+    other.close()
+    for (_, one), (_, another) in combinations(together, 2):
+        assert one != pytest.approx(another, abs=1e-2)  # or nobody would notice a swap

@@ -83,7 +83,10 @@ class Faults:
         if "encoder" in self._wanted:
             self._once("encoder", len(pictures) == 1)
             raise RuntimeError("an injected fault")
-        return embed(pictures)
+        embeddings = embed(pictures)
+        if self._once("encoder nan"):
+            embeddings[0][:] = float("nan")
+        return embeddings
 
     def _plan(self, plan):
         if self._once("thread"):

@@ -55,13 +55,20 @@ class Pictures:
     def encode(self, pictures: list[Picture]) -> list[np.ndarray | UserError]:
         """All together; where that fails, one by one, so that one bad picture fails alone."""
         try:
-            return list(self._model.embed_pictures([p.rgb for p in pictures]))
+            return self._embed(pictures)
         except Exception:
             return [self._encode_alone(p) for p in pictures]
 
+    def _embed(self, pictures: list[Picture]) -> list[np.ndarray]:
+        """ArithmeticError where the encoder gives no numbers, which nobody shall be answered by."""
+        outcomes = list(self._model.embed_pictures([p.rgb for p in pictures]))
+        if not all(np.isfinite(embeds).all() for embeds in outcomes):
+            raise ArithmeticError("the encoder's embeddings are no numbers")
+        return outcomes
+
     def _encode_alone(self, picture: Picture) -> np.ndarray | UserError:
         try:
-            return self._model.embed_pictures([picture.rgb])[0]
+            return self._embed([picture])[0]
         except Exception as error:
             log.exception("while encoding a picture")
             return self._explain(error)

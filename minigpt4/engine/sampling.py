@@ -1,6 +1,5 @@
 """Logits -> the next token. No torch."""
 
-import math
 import random
 from dataclasses import dataclass, fields
 
@@ -51,9 +50,8 @@ class Sampling:
             good = (
                 number
                 and not isinstance(value, bool)
-                and math.isfinite(value)
                 and (low <= value if inclusive else low < value)
-                and value <= high
+                and value <= high  # NaN is not, and a whole number may be too long for a float
             )
             if name == "temperature" and good and 0 < value < 0.01:
                 raise UserError("temperature must be 0, or from 0.01 up to 10.0.")

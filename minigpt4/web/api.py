@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from minigpt4.chat import Answer
 from minigpt4.engine import Engine
-from minigpt4.engine.faults import BROKEN, fault
+from minigpt4.engine.faults import explain
 from minigpt4.errors import UserError
 from minigpt4.web import openapi
 from minigpt4.web.api_errors import error_response, failure, json_response
@@ -70,9 +70,9 @@ class Api:
                 response = self._refusal(error)
             except UserError as error:
                 response = failure(error)
-            except Exception:
+            except Exception as error:
                 log.exception("while answering a program")
-                response = failure(fault(BROKEN))
+                response = failure(explain(error))
             self.responses[name, response.status_code] += 1
             return response
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 from minigpt4.chat import Answer
 from minigpt4.engine import Engine
-from minigpt4.engine.faults import BROKEN, fault
+from minigpt4.engine.faults import explain
 from minigpt4.errors import UserError
 from minigpt4.web.api_errors import failure
 
@@ -58,9 +58,9 @@ class Reply:
         except UserError as error:
             yield _event(json.loads(failure(error).body))
             return
-        except Exception:
+        except Exception as error:
             log.exception("while answering a program")
-            yield _event(json.loads(failure(fault(BROKEN)).body))
+            yield _event(json.loads(failure(explain(error)).body))
             return
         yield self._chunk({}, self._finish_reason)
         if self._with_usage:
