@@ -100,6 +100,13 @@ def test_tables():
     assert sentences("A dog. It runs!\nAnd runs…") == 3 and sentences("") == 0
 
 
+def test_answers_may_hold_any_line_end(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    written = [{"id": "1", "answer": "a\u2028b\u0085c\r\nd\x0be"}, {"id": "2", "answer": ""}]
+    report.write_lines(path, written)
+    assert report.read_lines(path, "id", "answer") == written
+
+
 def test_a_report_goes_into_the_page_that_has_a_place_for_it(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A\n\n<!-- pope -->\nold\n<!-- /pope -->\n\nend\n")
