@@ -10,10 +10,11 @@ import pytest
 
 from minigpt4 import image
 from minigpt4.__main__ import main
+from minigpt4.errors import UserError
 from minigpt4.evaluation import abilities
 from minigpt4.evaluation import judge as judging
 from minigpt4.evaluation.abilities import SUITE, read_suite
-from minigpt4.evaluation.judge import Verdict, fill, read_rubric, read_verdict
+from minigpt4.evaluation.judge import Judge, Verdict, fill, read_rubric, read_verdict
 from tests.evaluation_case import run, use_tiny_model
 from tests.training_case import jpeg, picture
 
@@ -210,6 +211,15 @@ def test_people_judge_on_a_page(browser, suite, theirs, tmp_path):
 )
 def test_verdicts_are_read(reply, verdict):
     assert read_verdict(reply) == verdict
+
+
+def test_prompts_in_another_encoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "PROMPTS", tmp_path)
+    (tmp_path / "judge.txt").write_text("Jugez à la lettre.", encoding="latin-1")
+    (tmp_path / "rubric.txt").write_text("poem: a des mètres.", encoding="latin-1")
+    for read in (lambda: Judge("http://127.0.0.1:9/v1", "j"), read_rubric):
+        with pytest.raises(UserError, match="UTF-8"):
+            read()
 
 
 def test_filling_in_looks_at_the_template_alone():

@@ -70,8 +70,8 @@ def test_a_list_of_one_s_own(tmp_path):
     path = tmp_path / "objects.txt"
     path.write_text("# of X-rays\na fracture: fracture, broken bone | crack\n")
     assert Objects(path).mentioned(["Broken bones."]).present == {"a fracture"}
-    for bad in ("a fracture\n", "a fracture: | crack\n", "# nothing\n"):
-        path.write_text(bad)
+    for bad in ("a fracture\n", "a fracture: | crack\n", "# nothing\n", "une fêlure: fêlure\n"):
+        path.write_text(bad, encoding="latin-1")
         with pytest.raises(UserError):
             Objects(path)
 

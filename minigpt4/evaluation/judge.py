@@ -11,6 +11,7 @@ from pathlib import Path
 from minigpt4 import image
 from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
+from minigpt4.evaluation import report
 from minigpt4.training.data import PROMPTS
 
 AT_ONCE = 4  # requests
@@ -48,7 +49,7 @@ class Judge:
         self.url, self.model, self.blind = url, model, blind
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self._client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
-        self._prompt = (PROMPTS / "judge.txt").read_text(encoding="utf-8")
+        self._prompt = report.read_text(PROMPTS / "judge.txt")
         self._criteria = read_rubric()
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict | None]:
@@ -100,7 +101,7 @@ class Judge:
 
 def read_rubric() -> dict[str, str]:
     """Task -> what a good answer does, from prompts/rubric.txt; "other" is for any other task."""
-    lines = (PROMPTS / "rubric.txt").read_text(encoding="utf-8").splitlines()
+    lines = report.read_text(PROMPTS / "rubric.txt").splitlines()
     pairs = (line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
     return {"other": "does what was requested."} | {t.strip(): text.strip() for t, text in pairs}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt4.errors import UserError
+from minigpt4.evaluation import report
 
 LIST = Path(__file__).parent / "objects.txt"
 
@@ -26,7 +27,7 @@ class Objects:
         self.names: list[str] = []
         # phrase -> (object, is it certain)
         self._phrases: dict[tuple[str, ...], list[tuple[str, bool]]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(report.read_text(path).splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
             name, colon, words = line.partition(":")

@@ -101,6 +101,14 @@ def write_lines(path: str | None, records: Sequence[dict]) -> None:
         Path(path).write_text("".join(lines), encoding="utf-8")
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """A text file that people write; UserError where it is not in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
+
+
 def read_lines(path: str | os.PathLike, *needed: str) -> list[dict]:
     """The objects of a JSON-lines file; UserError where one lacks a field of `needed`."""
     records = []
