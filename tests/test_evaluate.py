@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from minigpt4.__main__ import main
+from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.java import SPICE_FILES, java_scores, no_spice
 from minigpt4.evaluation.stages import sentences
@@ -113,5 +114,19 @@ def test_a_report_goes_into_the_page_that_has_a_place_for_it(tmp_path):
     report.write_markdown(str(page), "pope", "new\n")
     report.write_markdown(str(page), "pope", "newer")
     assert page.read_text() == "# A\n\n<!-- pope -->\nnewer\n<!-- /pope -->\n\nend\n"
-    report.write_markdown(str(page), "stages", "alone")
-    assert page.read_text() == "alone\n"
+    with pytest.raises(UserError, match="<!-- stages -->"):
+        report.write_markdown(str(page), "stages", "alone")
+    assert page.read_text() == "# A\n\n<!-- pope -->\nnewer\n<!-- /pope -->\n\nend\n"
+    for text in ("alone", "again"):  # a new page has a place for what replaces it
+        report.write_markdown(str(tmp_path / "new.md"), "stages", text)
+    assert (tmp_path / "new.md").read_text() == "<!-- stages -->\nagain\n<!-- /stages -->\n"
+
+
+def test_a_page_without_a_place_is_refused_before_anything_runs(shard, tmp_path, capsys):
+    (tmp_path / "page.md").write_text("My own text.\n")
+    options = ["--experiment", "stages", "--markdown", tmp_path / "page.md"]
+    options += ["--json", tmp_path / "out.json"]
+    assert main(["evaluate", *map(str, [shard, *options])]) == 2
+    assert "<!-- stages -->" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == "My own text.\n"
+    assert not (tmp_path / "out.json").exists()

@@ -61,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
     parser.add_argument(
         "--markdown",
         metavar="OUT",
-        help="write an experiment's tables here, or into the page that has a place for them",
+        help="write an experiment's tables here, or into the page that has a place for them"
+        " (the lines <!-- EXPERIMENT --> and <!-- /EXPERIMENT -->)",
     )
     parser.add_argument("--detail", action="store_true", help="detailed descriptions instead")
     parser.add_argument("--batch-size", type=count, default=16, help="answered together")

@@ -127,15 +127,33 @@ def read_lines(path: str | os.PathLike, *needed: str) -> list[dict]:
     return records
 
 
+def find_place(path: str | os.PathLike, name: str) -> tuple[str, str]:
+    """What a page has before and after the place of this report: what stands between the lines
+    `<!-- NAME -->` and `<!-- /NAME -->`; ("", "") of a page that is empty or not there yet.
+
+    UserError where the page has other text and no such place, for it would be lost.
+    """
+    begin, end = _marks(name)
+    old = read_text(path) if Path(path).exists() else ""
+    before, _, rest = old.partition(begin)
+    _, closed, after = rest.partition(end)
+    if old.strip() and not closed:
+        raise UserError(
+            f"{path} has text and no place for the tables: give it the lines “{begin.strip()}” and "
+            f"“{end}”, or name a new file."
+        )
+    return (before, after) if closed else ("", "")
+
+
 def write_markdown(path: str | None, name: str, text: str) -> None:
-    """Write the report, or put it between `<!-- NAME -->` and `<!-- /NAME -->` where the file has
-    these two lines: so a page of the docs is brought up to date by the command it shows."""
-    if not path:
-        return
-    target = Path(path)
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    old = target.read_text(encoding="utf-8") if target.exists() else ""
-    if begin in old and end in old.split(begin, 1)[1]:
-        before, rest = old.split(begin, 1)
-        text = f"{before}{begin}{text.strip()}\n{end}{rest.split(end, 1)[1]}"
-    target.write_text(text.rstrip() + "\n", encoding="utf-8")
+    """Put the report into its place in the page (`find_place`), or into a new page that has one:
+    so a page of the docs is brought up to date by the command it shows."""
+    if path:
+        before, after = find_place(path, name)
+        begin, end = _marks(name)
+        page = f"{before}{begin}{text.strip()}\n{end}{after}"
+        Path(path).write_text(page.rstrip() + "\n", encoding="utf-8")
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name} -->\n", f"<!-- /{name} -->"

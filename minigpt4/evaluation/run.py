@@ -26,6 +26,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if not options.shard and options.experiment != "abilities":
         raise UserError("Name the shard of captioned pictures to score on: evaluate SHARD.tar.")
     refuse_others(options)
+    if options.markdown:
+        report.find_place(options.markdown, options.experiment)
     written = (options.json, options.answers, options.markdown, options.review)
     for path in filter(None, written):
         Path(path).touch()  # a path that cannot be written shows now, not after the work
