@@ -1,18 +1,20 @@
 """The experiments of `evaluate`, on tiny shards and tiny random models, by their commands."""
 
+import json
 import shutil
 
 import pytest
 
 from minigpt4.__main__ import main
 from minigpt4.errors import UserError
-from minigpt4.evaluation import report
+from minigpt4.evaluation import pope, report, stages
+from minigpt4.evaluation import run as scoring
 from minigpt4.evaluation.java import SPICE_FILES, java_scores, no_spice
 from minigpt4.evaluation.stages import sentences
 from minigpt4.weights import read_projection, save_projection
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
-from tests.training_case import PARITY, write_shard
+from tests.training_case import PARITY, write_captioned, write_shard
 
 
 @pytest.fixture
@@ -52,6 +54,20 @@ def test_stages(tiny, other_projection, shard, tmp_path):
     first, second = ([x["answer"] for x in lines if x["stage"] == f"stage {i}"] for i in (1, 2))
     assert first != second
     assert page.count("| description |") == 2 + 2 and result["command"] in page
+
+
+def test_a_folder_with_a_table_of_captions(tiny, other_projection, tmp_path, monkeypatch):
+    folder = write_captioned(tmp_path / "pictures")
+    monkeypatch.setattr(stages, "TOKENS", 3)
+    monkeypatch.setattr(pope, "TOKENS", 3)
+    monkeypatch.setattr(scoring, "CAPTION_TOKENS", 3)
+    result, _ = run(folder, "--experiment", "stages", "--stage1", other_projection, out=tmp_path)
+    assert result["n"] == 3
+    (tmp_path / "out.md").unlink()
+    result, _ = run(folder, "--experiment", "pope", out=tmp_path)
+    assert result["n"] == 3
+    assert main(["evaluate", str(folder), "--json", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 3
 
 
 def test_captions_names_what_was_left_out(tiny, shard, tmp_path):

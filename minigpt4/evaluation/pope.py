@@ -35,7 +35,8 @@ from minigpt4.evaluation import report
 from minigpt4.evaluation.asking import greedy
 from minigpt4.evaluation.objects import Mentions, Objects
 from minigpt4.prompt import Tokenizer, encode_text, stop_ids
-from minigpt4.training.data import Example, read_shards
+from minigpt4.training.data import Example
+from minigpt4.training.run import read_captioned
 
 TOKENS = 24  # longest answer
 WAYS = ("random", "popular", "adversarial")
@@ -68,7 +69,7 @@ class Said:
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(scores by way of choosing and by reading, their tables)."""
-    examples = read_shards(options.shard)
+    examples = read_captioned(options.shard)
     objects = Objects(options.objects)
     mentions = [objects.mentioned(e.captions) for e in examples]
     asked = range(len(examples))[: options.limit]

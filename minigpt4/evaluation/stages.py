@@ -23,7 +23,8 @@ from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy
 from minigpt4.evaluation.meaning import failures
-from minigpt4.training.data import Example, read_shards
+from minigpt4.training.data import Example
+from minigpt4.training.run import read_captioned
 
 POEM = "Write a short poem about this image."
 TOKENS = 200  # longest answer
@@ -32,7 +33,7 @@ SHOWN = 4  # pictures whose answers stand side by side in the report
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates by stage and request, their table and examples)."""
-    examples = read_shards(options.shard)[: options.limit]
+    examples = read_captioned(options.shard)[: options.limit]
     files = {"stage 1": first_stage(options), "stage 2": options.projection}
     replies: dict[str, dict[str, list[Reply]]] = {}
     for stage, projection in files.items():
