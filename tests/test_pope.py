@@ -15,6 +15,7 @@ from minigpt4.errors import UserError
 from minigpt4.evaluation.asking import greedy
 from minigpt4.evaluation.objects import Mentions, Objects
 from minigpt4.evaluation.pope import WAYS, Said, auc, beginnings, make_probes, scores
+from minigpt4.evaluation.report import interval
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, jpeg, picture, write_shard
@@ -143,6 +144,7 @@ def test_scores():
     found = scores(pairs)
     assert found["accuracy"] == 3 / 6 and found["yes_rate"] == 3 / 6 and found["neither"] == 2 / 6
     assert found["precision"] == found["recall"] == pytest.approx(2 / 3) == found["f1"]
+    assert found["accuracy_interval"] == list(interval(3, 6))
     assert scores([(True, None), (False, None)])["f1"] == 0
     assert auc([(True, 2.0), (True, 0.0), (False, 0.0), (False, -1.0)]) == 3.5 / 4
 
@@ -196,4 +198,6 @@ def test_the_experiment(tiny, shard, tmp_path, capsys):
         assert page.count(f"| {WAYS[0]} |") == 2
         for found in result[reading].values():
             assert 0 <= found["accuracy"] <= 1
+            low, high = (round(100 * end) for end in found["accuracy_interval"])
+            assert f" {100 * found['accuracy']:.1f} ({low}–{high}) |" in page
     assert "auc" in result["likelihood"]["random"] and "auc" not in result["read"]["random"]

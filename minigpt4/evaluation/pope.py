@@ -42,6 +42,8 @@ TOKENS = 24  # longest answer
 WAYS = ("random", "popular", "adversarial")
 SEED = 42
 
+Scores = dict[str, float | int | list[float]]
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -205,23 +207,22 @@ def _log_sum(logprobs: Sequence[float]) -> float:
     return highest + math.log(sum(math.exp(x - highest) for x in logprobs))
 
 
-def read_scores(
-    probes: Sequence[Probe], said: dict[tuple[int, str], Said]
-) -> dict[str, float | int]:
+def read_scores(probes: Sequence[Probe], said: dict[tuple[int, str], Said]) -> Scores:
     """Scores of the answers as they are read."""
     return scores([(p.there, said[p.picture, p.object].read) for p in probes])
 
 
-def likelihood_scores(
-    probes: Sequence[Probe], said: dict[tuple[int, str], Said]
-) -> dict[str, float | int]:
+def likelihood_scores(probes: Sequence[Probe], said: dict[tuple[int, str], Said]) -> Scores:
     """Scores of the likelier of “Yes” and “No”, and the area under the ROC curve."""
     odds = [(p.there, said[p.picture, p.object].log_odds) for p in probes]
     return scores([(there, value > 0) for there, value in odds]) | {"auc": auc(odds)}
 
 
-def scores(pairs: Sequence[tuple[bool, bool | None]]) -> dict[str, float | int]:
-    """Of (truth, what was said; None: neither): all are fractions of 1, "yes" is the positive."""
+def scores(pairs: Sequence[tuple[bool, bool | None]]) -> Scores:
+    """Of (truth, what was said; None: neither): all are fractions of 1, "yes" is the positive.
+
+    `accuracy_interval`: the two ends of the 95 % confidence interval.
+    """
     right = sum(there == answer for there, answer in pairs)
     hits = sum(there and answer is True for there, answer in pairs)
     positives, yes = sum(there for there, _ in pairs), sum(a is True for _, a in pairs)
@@ -229,6 +230,7 @@ def scores(pairs: Sequence[tuple[bool, bool | None]]) -> dict[str, float | int]:
     recall = hits / positives if positives else 0.0
     return {
         "accuracy": right / len(pairs),
+        "accuracy_interval": list(report.interval(right, len(pairs))),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
@@ -259,15 +261,17 @@ def as_text(result: dict) -> str:
         ("read", "neither", "The first “yes” or “no” of the greedy answer:"),
         ("likelihood", "auc", "Whichever of “Yes” and “No” is the likelier beginning:"),
     ):
-        rows = [
-            [way, *(f"{100 * found[k]:.1f}" for k in (*shown, more)), found["questions"]]
-            for way, found in result[reading].items()
-        ]
+        rows = []
+        for way, found in result[reading].items():
+            accuracy, *others = (f"{100 * found[k]:.1f}" for k in (*shown, more))
+            accuracy = report.with_interval(accuracy, found["accuracy_interval"])
+            rows.append([way, accuracy, *others, found["questions"]])
         means = [
             sum(found[k] for found in result[reading].values()) / len(WAYS) for k in (*shown, more)
         ]
         rows.append(["mean", *(f"{100 * m:.1f}" for m in means), ""])
-        header = ["objects that are not there", "accuracy", "precision", "recall", "F1", "“yes”"]
+        header = ["objects that are not there", "accuracy (95 % interval)"]
+        header += ["precision", "recall", "F1", "“yes”"]
         parts.append(title)
         parts.append(report.table([*header, "AUC" if more == "auc" else more, "questions"], rows))
     return "\n\n".join(parts) + "\n\nAll but the number of questions in percent."

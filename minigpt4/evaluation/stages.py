@@ -128,13 +128,9 @@ def as_text(
     for kind in result["requests"]:
         for stage, found in result["rates"].items():
             rate = found[kind]
-            low, high = rate["failed_interval"]
+            failed = report.with_interval(report.percent(rate["failed"]), rate["failed_interval"])
             rows.append(
-                [
-                    kind,
-                    stage,
-                    f"{report.percent(rate['failed'])} ({100 * low:.0f}–{100 * high:.0f})",
-                ]
+                [kind, stage, failed]
                 + [report.percent(rate[k]) for k in ("repetition", "fragment", "meaningless")]
                 + [report.percent(rate["one_sentence"]), f"{rate['words']:.1f}"]
             )
