@@ -67,6 +67,22 @@ def test_what_may_be_there_is_left_open():
     assert present == {"a kite"} and unclear == {"an orange"}
 
 
+@pytest.mark.parametrize(
+    ("caption", "present", "unclear"),
+    [
+        ("There are no people on the street.", set(), "a person"),
+        ("A street without cars, buses or people", set(), "a bus"),
+        ("A dog without a leash beside a cat", {"a dog"}, "a cat"),
+        ("No cars are to be seen. A dog runs.", {"a dog"}, "a car"),
+        ("A notable dog", {"a dog"}, None),
+    ],
+)
+def test_what_is_said_not_to_be_there_is_left_open(caption, present, unclear):
+    found = mentioned(caption)
+    assert found[0] == present and (unclear in found[1] or unclear is None)
+    assert unclear not in mentioned(caption, "Some people, a car, a bus and a cat.")[1]
+
+
 def test_a_list_of_one_s_own(tmp_path):
     path = tmp_path / "objects.txt"
     path.write_text("# of X-rays\na fracture: fracture, broken bone | crack\n")
