@@ -127,11 +127,13 @@ def test_the_experiment(shard, tmp_path, monkeypatch):
     assert result["arms"]["deeper"]["caption_loss"] == found["deeper"]["caption_loss"]
 
 
-def test_folders_with_tables_of_captions(tmp_path, monkeypatch):
+def test_folders_with_tables_of_captions_and_damaged_pictures(tmp_path, monkeypatch):
     use_tiny_model(monkeypatch)
     monkeypatch.setattr(architecture, "CAPTION_TOKENS", 3)
     monkeypatch.setattr(architecture, "DETAIL_TOKENS", 3)
-    shown, trained = (write_captioned(tmp_path / name, 2) for name in ("shown", "trained"))
+    shown, trained = (write_captioned(tmp_path / name) for name in ("shown", "trained"))
+    for folder in (shown, trained):
+        (folder / "1.jpg").write_bytes(b"no picture")
     options = ["--experiment", "architecture", "--train", trained, "--arms", "linear"]
     result, _ = run(shown, *options, "--steps", 1, "--train-batch", 2, out=tmp_path)
     assert result["n"] == result["trained_on"] == 2

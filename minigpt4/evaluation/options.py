@@ -69,7 +69,9 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
         " (the lines <!-- EXPERIMENT --> and <!-- /EXPERIMENT -->)",
     )
     parser.add_argument("--detail", action="store_true", help="detailed descriptions instead")
-    parser.add_argument("--batch-size", type=count, default=16, help="answered together")
+    parser.add_argument(
+        "--batch-size", type=count, default=16, help="answered together (at most 64)"
+    )
 
     stages = parser.add_argument_group("stages (and abilities)")
     stages.add_argument(

@@ -32,7 +32,7 @@ from minigpt4.chat import Conversation, fit, penalized
 from minigpt4.engine import Engine, Request
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import greedy
+from minigpt4.evaluation.asking import greedy, usable
 from minigpt4.evaluation.objects import Mentions, Objects
 from minigpt4.prompt import Tokenizer, encode_text, stop_ids
 from minigpt4.training.data import Example
@@ -74,9 +74,10 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     examples = read_captioned(options.shard)
     objects = Objects(options.objects)
     mentions = [objects.mentioned(e.captions) for e in examples]
-    asked = range(len(examples))[: options.limit]
     if "{}" not in options.question:
         raise UserError("“--question” must hold {} where the object goes: “Is there {} here?”.")
+    pictures = set(usable(examples[: options.limit]))
+    asked = [i for i, e in enumerate(examples) if e in pictures]
     probes = make_probes(objects.names, mentions, asked, options.per_picture)
     if not probes:
         raise UserError("The captions name no object of the list: give another by “--objects”.")
@@ -170,6 +171,7 @@ def ask_all(
         return Said(text.strip(), _log_sum(first) - _log_sum(second))
 
     stops, streams = stop_ids(template, tokenizer), deque()
+    together = min(together, engine.max_waiting)
     for picture, name in asked:
         conversation = Conversation()
         loaded = image.load(examples[picture].read())

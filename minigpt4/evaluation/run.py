@@ -13,7 +13,7 @@ from minigpt4 import start
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import Question, answer_all, greedy
+from minigpt4.evaluation.asking import Question, answer_all, greedy, usable
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
 from minigpt4.evaluation.options import refuse_others
 from minigpt4.training.run import read_captioned
@@ -50,7 +50,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The scores of short captions (or, with `detail`, descriptions), and every answer."""
-    examples = read_captioned(options.shard)[: options.limit]
+    examples = usable(read_captioned(options.shard)[: options.limit])
     engine = Engine(start.open_model(options))
     config = engine.model.config
     instruction = config.detail_instruction if options.detail else config.short_instruction

@@ -21,7 +21,7 @@ from minigpt4 import places, start
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy
+from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usable
 from minigpt4.evaluation.meaning import failures
 from minigpt4.training.data import Example
 from minigpt4.training.run import read_captioned
@@ -33,8 +33,8 @@ SHOWN = 4  # pictures whose answers stand side by side in the report
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates by stage and request, their table and examples)."""
-    examples = read_captioned(options.shard)[: options.limit]
     files = {"stage 1": first_stage(options), "stage 2": options.projection}
+    examples = usable(read_captioned(options.shard)[: options.limit])
     replies: dict[str, dict[str, list[Reply]]] = {}
     for stage, projection in files.items():
         chosen = argparse.Namespace(**vars(options) | {"projection": projection})
