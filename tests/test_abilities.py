@@ -134,6 +134,33 @@ def test_answers_are_stored_judged_and_compared(tiny, suite, theirs, tmp_path, m
     assert any("BAD {answer} BAD" in c[0]["text"] for c in sent)
 
 
+def test_stored_answers_say_whose_they_are_and_how_they_were_sampled(
+    tiny, suite, theirs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(abilities, "TOKENS", 5)
+    options = [suite, *ABILITIES, "--answers", tmp_path / "own.jsonl"]
+    drawn, _ = run(*options, "--drawn", out=tmp_path)
+    assert drawn["sampling"] == "as in the chat" and drawn["model"] != "nano"
+    again, page = run(*options, "--reuse", out=tmp_path)
+    assert {k: again[k] for k in ("model", "sampling", "scores")} == {
+        k: drawn[k] for k in ("model", "sampling", "scores")
+    }
+    assert "as in the chat" in page
+    unsaid, page = run(*options[:-1], theirs, "--reuse", out=tmp_path)
+    assert (unsaid["model"], unsaid["sampling"]) == ("nano", None) and "not recorded" in page
+    # No other's answers take the place of its own, nor of one another.
+    own = drawn["model"]
+    for beside in ([own], ["theirs", "theirs"]):
+        named = [x for name in beside for x in ("--beside", f"{name}={theirs}")]
+        for reuse in (["--reuse"], []):
+            assert main(["evaluate", *map(str, [*options, *named, *reuse])]) == 2
+            assert "another name" in capsys.readouterr().err
+    with (tmp_path / "own.jsonl").open("a") as file:
+        file.write('{"id": "x", "answer": "y", "model": "vicuna-7b"}\n')
+    assert main(["evaluate", *map(str, [*options, "--reuse"])]) == 2
+    assert "vicuna-7b" in capsys.readouterr().err
+
+
 def test_stored_answers_are_judged_by_people(suite, theirs, tmp_path):
     """Nothing is asked of a model: there is none."""
     ratings = []
