@@ -196,7 +196,7 @@ def test_the_project_s_own_endpoint_is_a_judge(suite, theirs, tmp_path):
     engine.close()
 
 
-def test_people_judge_on_a_page(browser, suite, theirs, tmp_path):
+def test_people_judge_on_a_page(browser, suite, theirs, tmp_path, capsys):
     page_file = tmp_path / "review.html"
     options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--review", page_file]
     run(*options, out=tmp_path)
@@ -223,6 +223,13 @@ def test_people_judge_on_a_page(browser, suite, theirs, tmp_path):
     result, _ = run(*options[:-2], "--ratings", saved, out=tmp_path)
     found = result["scores"]["nano"]
     assert (found["poem"]["fulfilled_people"], found["recipe"]["fulfilled_people"]) == (1.0, 0.0)
+    # What was said of an answer does not count for the next one.
+    lines = theirs.read_text().splitlines(keepends=True)
+    theirs.write_text(json.dumps({"id": "poem-0", "answer": "Another verse."}) + "\n" + lines[1])
+    result, _ = run(*options[:-2], "--ratings", saved, out=tmp_path)
+    found = result["scores"]["nano"]
+    assert (found["poem"]["rated"], found["recipe"]["rated"]) == (0, 1)
+    assert f"do not count: 1 in {saved}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

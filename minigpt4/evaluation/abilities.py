@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         judged = {key: verdict for (key, _), verdict in zip(cases, found, strict=True)}
         if lost := found.count(None):
             start.say(f"{lost} of {len(found)} verdicts never came, or were none.")
-    rated = read_ratings(options.ratings)
+    rated = read_ratings(options.ratings, {key: case.answer for key, case in cases})
     if options.review:
         write_page(options.review, items, {n: {i: a.text for i, a in f.items()} for n, f in
                                            models.items()})  # fmt: skip
