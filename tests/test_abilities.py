@@ -50,9 +50,10 @@ def theirs(tmp_path):
 
 
 @contextmanager
-def judge_server(busy: int = 0, status: int = 200):
+def judge_server(busy: int = 0, status: int = 200, after: int = 0, refused: str = ""):
     """A small OpenAI-compatible server: an answer with “GOOD” in it is fulfilled, one with “BAD” is
-    not, of others it says nothing. `busy`: how many requests are first sent away with 429."""
+    not, of others it says nothing. `busy`: how many requests are first sent away with 429;
+    `status`: of all replies, `after` so many; `refused`: a field it does not take."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,8 +62,10 @@ def judge_server(busy: int = 0, status: int = 200):
             asked.append((self.path, self.headers["authorization"], body))
             if len(asked) <= busy:
                 return self.reply(429, {"error": {"message": "busy"}})
-            if status != 200:
+            if status != 200 and len(asked) > after:
                 return self.reply(status, {"error": {"message": "no"}})
+            if refused in body:
+                return self.reply(400, {"error": {"message": "unsupported", "param": refused}})
             text = body["messages"][0]["content"][0]["text"].split("-" * 10)[1]
             verdict = {"fulfilled": "GOOD" in text, "score": 4 if "GOOD" in text else 2}
             said = (
@@ -132,6 +135,48 @@ def test_answers_are_stored_judged_and_compared(tiny, suite, theirs, tmp_path, m
     data = base64.b64decode(poem[1]["image_url"]["url"].split(",")[1])
     assert image.load(data).rgb.size == picture(0).size
     assert any("BAD {answer} BAD" in c[0]["text"] for c in sent)
+
+
+@pytest.mark.parametrize("status", [400, 422, 401])
+def test_a_refusal_does_not_lose_the_other_verdicts(suite, theirs, tmp_path, monkeypatch, status):
+    monkeypatch.setattr(judging, "AT_ONCE", 1)
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-blind"]
+    with judge_server(status=status, after=1) as (url, _):
+        result, _ = run(*options, "--judge", url, "--judge-model", "j", out=tmp_path)
+    assert [v["fulfilled"] for v in result["verdicts"]] == [True, None]
+    assert result["scores"]["nano"]["all"]["judged"] == 1
+
+
+def test_a_judge_that_takes_no_temperature(suite, theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "AT_ONCE", 1)
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-blind"]
+    with judge_server(refused="temperature") as (url, asked):
+        result, _ = run(*options, "--judge", url, "--judge-model", "j", out=tmp_path)
+    assert result["scores"]["nano"]["all"]["judged"] == 2
+    assert [a[2].get("temperature") for a in asked] == [0, None, None]
+
+
+def test_an_address_that_is_no_judge_s(suite, theirs, capsys):
+    """A web page at it, as where /v1 was forgotten, or none that can be asked."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>Welcome</html>")
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-model", "j"]
+    for url, said in ((f"http://127.0.0.1:{server.server_port}", "/v1"), ("http://h:x/v1", "PORT")):
+        assert main(["evaluate", *map(str, [*options, "--judge", url])]) == 2
+        assert said in capsys.readouterr().err
+    server.shutdown()
+    server.server_close()
 
 
 def test_stored_answers_say_whose_they_are_and_how_they_were_sampled(
