@@ -316,6 +316,7 @@ def test_mistakes(suite, theirs, tmp_path, capsys, monkeypatch):
         for arguments in (
             [tmp_path, *ABILITIES],
             [suite, *ABILITIES, "--reuse"],
+            [*stored, tmp_path / "none.jsonl"],
             [*stored, bad],
             [*stored, other],
             [*stored, theirs, "--beside", theirs],
@@ -327,5 +328,6 @@ def test_mistakes(suite, theirs, tmp_path, capsys, monkeypatch):
             assert main(["evaluate", *map(str, arguments)]) == 2, arguments
             said = capsys.readouterr().err.replace("2 answers are judged by j …\n", "")
             assert said.count("\n") == 1 and said.startswith("minigpt4: "), said
+    assert not (tmp_path / "none.jsonl").exists()
     (suite / "1.jpg").unlink()
     assert main(["evaluate", *map(str, [*stored, theirs])]) == 2
