@@ -10,10 +10,11 @@ import pytest
 
 from minigpt4 import image
 from minigpt4.__main__ import main
+from minigpt4.errors import UserError
 from minigpt4.evaluation import abilities
 from minigpt4.evaluation import judge as judging
 from minigpt4.evaluation.abilities import SUITE, read_suite
-from minigpt4.evaluation.judge import Verdict, fill, read_rubric, read_verdict
+from minigpt4.evaluation.judge import Judge, Verdict, fill, read_rubric, read_verdict
 from tests.evaluation_case import run, use_tiny_model
 from tests.training_case import jpeg, picture
 
@@ -49,9 +50,10 @@ def theirs(tmp_path):
 
 
 @contextmanager
-def judge_server(busy: int = 0, status: int = 200):
+def judge_server(busy: int = 0, status: int = 200, after: int = 0, refused: str = ""):
     """A small OpenAI-compatible server: an answer with “GOOD” in it is fulfilled, one with “BAD” is
-    not, of others it says nothing. `busy`: how many requests are first sent away with 429."""
+    not, of others it says nothing. `busy`: how many requests are first sent away with 429;
+    `status`: of all replies, `after` so many; `refused`: a field it does not take."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -60,8 +62,10 @@ def judge_server(busy: int = 0, status: int = 200):
             asked.append((self.path, self.headers["authorization"], body))
             if len(asked) <= busy:
                 return self.reply(429, {"error": {"message": "busy"}})
-            if status != 200:
+            if status != 200 and len(asked) > after:
                 return self.reply(status, {"error": {"message": "no"}})
+            if refused in body:
+                return self.reply(400, {"error": {"message": "unsupported", "param": refused}})
             text = body["messages"][0]["content"][0]["text"].split("-" * 10)[1]
             verdict = {"fulfilled": "GOOD" in text, "score": 4 if "GOOD" in text else 2}
             said = (
@@ -133,6 +137,75 @@ def test_answers_are_stored_judged_and_compared(tiny, suite, theirs, tmp_path, m
     assert any("BAD {answer} BAD" in c[0]["text"] for c in sent)
 
 
+@pytest.mark.parametrize("status", [400, 422, 401])
+def test_a_refusal_does_not_lose_the_other_verdicts(suite, theirs, tmp_path, monkeypatch, status):
+    monkeypatch.setattr(judging, "AT_ONCE", 1)
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-blind"]
+    with judge_server(status=status, after=1) as (url, _):
+        result, _ = run(*options, "--judge", url, "--judge-model", "j", out=tmp_path)
+    assert [v["fulfilled"] for v in result["verdicts"]] == [True, None]
+    assert result["scores"]["nano"]["all"]["judged"] == 1
+
+
+def test_a_judge_that_takes_no_temperature(suite, theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "AT_ONCE", 1)
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-blind"]
+    with judge_server(refused="temperature") as (url, asked):
+        result, _ = run(*options, "--judge", url, "--judge-model", "j", out=tmp_path)
+    assert result["scores"]["nano"]["all"]["judged"] == 2
+    assert [a[2].get("temperature") for a in asked] == [0, None, None]
+
+
+def test_an_address_that_is_no_judge_s(suite, theirs, capsys):
+    """A web page at it, as where /v1 was forgotten, or none that can be asked."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>Welcome</html>")
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-model", "j"]
+    for url, said in ((f"http://127.0.0.1:{server.server_port}", "/v1"), ("http://h:x/v1", "PORT")):
+        assert main(["evaluate", *map(str, [*options, "--judge", url])]) == 2
+        assert said in capsys.readouterr().err
+    server.shutdown()
+    server.server_close()
+
+
+def test_stored_answers_say_whose_they_are_and_how_they_were_sampled(
+    tiny, suite, theirs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(abilities, "TOKENS", 5)
+    options = [suite, *ABILITIES, "--answers", tmp_path / "own.jsonl"]
+    drawn, _ = run(*options, "--drawn", out=tmp_path)
+    assert drawn["sampling"] == "as in the chat" and drawn["model"] != "nano"
+    again, page = run(*options, "--reuse", out=tmp_path)
+    assert {k: again[k] for k in ("model", "sampling", "scores")} == {
+        k: drawn[k] for k in ("model", "sampling", "scores")
+    }
+    assert "as in the chat" in page
+    unsaid, page = run(*options[:-1], theirs, "--reuse", out=tmp_path)
+    assert (unsaid["model"], unsaid["sampling"]) == ("nano", None) and "not recorded" in page
+    # No other's answers take the place of its own, nor of one another.
+    own = drawn["model"]
+    for beside in ([own], ["theirs", "theirs"]):
+        named = [x for name in beside for x in ("--beside", f"{name}={theirs}")]
+        for reuse in (["--reuse"], []):
+            assert main(["evaluate", *map(str, [*options, *named, *reuse])]) == 2
+            assert "another name" in capsys.readouterr().err
+    with (tmp_path / "own.jsonl").open("a") as file:
+        file.write('{"id": "x", "answer": "y", "model": "vicuna-7b"}\n')
+    assert main(["evaluate", *map(str, [*options, "--reuse"])]) == 2
+    assert "vicuna-7b" in capsys.readouterr().err
+
+
 def test_stored_answers_are_judged_by_people(suite, theirs, tmp_path):
     """Nothing is asked of a model: there is none."""
     ratings = []
@@ -168,7 +241,7 @@ def test_the_project_s_own_endpoint_is_a_judge(suite, theirs, tmp_path):
     engine.close()
 
 
-def test_people_judge_on_a_page(browser, suite, theirs, tmp_path):
+def test_people_judge_on_a_page(browser, suite, theirs, tmp_path, capsys):
     page_file = tmp_path / "review.html"
     options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--review", page_file]
     run(*options, out=tmp_path)
@@ -195,6 +268,13 @@ def test_people_judge_on_a_page(browser, suite, theirs, tmp_path):
     result, _ = run(*options[:-2], "--ratings", saved, out=tmp_path)
     found = result["scores"]["nano"]
     assert (found["poem"]["fulfilled_people"], found["recipe"]["fulfilled_people"]) == (1.0, 0.0)
+    # What was said of an answer does not count for the next one.
+    lines = theirs.read_text().splitlines(keepends=True)
+    theirs.write_text(json.dumps({"id": "poem-0", "answer": "Another verse."}) + "\n" + lines[1])
+    result, _ = run(*options[:-2], "--ratings", saved, out=tmp_path)
+    found = result["scores"]["nano"]
+    assert (found["poem"]["rated"], found["recipe"]["rated"]) == (0, 1)
+    assert f"do not count: 1 in {saved}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -212,6 +292,15 @@ def test_verdicts_are_read(reply, verdict):
     assert read_verdict(reply) == verdict
 
 
+def test_prompts_in_another_encoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "PROMPTS", tmp_path)
+    (tmp_path / "judge.txt").write_text("Jugez à la lettre.", encoding="latin-1")
+    (tmp_path / "rubric.txt").write_text("poem: a des mètres.", encoding="latin-1")
+    for read in (lambda: Judge("http://127.0.0.1:9/v1", "j"), read_rubric):
+        with pytest.raises(UserError, match="UTF-8"):
+            read()
+
+
 def test_filling_in_looks_at_the_template_alone():
     assert fill("{a} {b} {c}", a="{b}", b="2") == "{b} 2 {c}"
 
@@ -227,6 +316,7 @@ def test_mistakes(suite, theirs, tmp_path, capsys, monkeypatch):
         for arguments in (
             [tmp_path, *ABILITIES],
             [suite, *ABILITIES, "--reuse"],
+            [*stored, tmp_path / "none.jsonl"],
             [*stored, bad],
             [*stored, other],
             [*stored, theirs, "--beside", theirs],
@@ -238,5 +328,6 @@ def test_mistakes(suite, theirs, tmp_path, capsys, monkeypatch):
             assert main(["evaluate", *map(str, arguments)]) == 2, arguments
             said = capsys.readouterr().err.replace("2 answers are judged by j …\n", "")
             assert said.count("\n") == 1 and said.startswith("minigpt4: "), said
+    assert not (tmp_path / "none.jsonl").exists()
     (suite / "1.jpg").unlink()
     assert main(["evaluate", *map(str, [*stored, theirs])]) == 2

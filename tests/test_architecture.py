@@ -13,7 +13,13 @@ from minigpt4.evaluation import architecture, arms
 from minigpt4.evaluation.architecture import shortened
 from minigpt4.training.data import read_shards
 from tests.evaluation_case import run, use_tiny_model
-from tests.training_case import SCHEDULE, tiny_model, write_descriptions, write_shard
+from tests.training_case import (
+    SCHEDULE,
+    tiny_model,
+    write_captioned,
+    write_descriptions,
+    write_shard,
+)
 
 
 @pytest.fixture
@@ -119,6 +125,18 @@ def test_the_experiment(shard, tmp_path, monkeypatch):
     assert list(result["arms"]) == ["deeper"] and "Not run: linear, bridge" in page
     # The same seed gives the same arm, whichever ran before it.
     assert result["arms"]["deeper"]["caption_loss"] == found["deeper"]["caption_loss"]
+
+
+def test_folders_with_tables_of_captions_and_damaged_pictures(tmp_path, monkeypatch):
+    use_tiny_model(monkeypatch)
+    monkeypatch.setattr(architecture, "CAPTION_TOKENS", 3)
+    monkeypatch.setattr(architecture, "DETAIL_TOKENS", 3)
+    shown, trained = (write_captioned(tmp_path / name) for name in ("shown", "trained"))
+    for folder in (shown, trained):
+        (folder / "1.jpg").write_bytes(b"no picture")
+    options = ["--experiment", "architecture", "--train", trained, "--arms", "linear"]
+    result, _ = run(shown, *options, "--steps", 1, "--train-batch", 2, out=tmp_path)
+    assert result["n"] == result["trained_on"] == 2
 
 
 def test_mistakes(shard, capsys):

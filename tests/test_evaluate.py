@@ -1,17 +1,24 @@
 """The experiments of `evaluate`, on tiny shards and tiny random models, by their commands."""
 
+import json
 import shutil
+from functools import partial
 
 import pytest
 
 from minigpt4.__main__ import main
-from minigpt4.evaluation import report
+from minigpt4.engine import Engine
+from minigpt4.errors import UserError
+from minigpt4.evaluation import pope, report, stages
+from minigpt4.evaluation import run as scoring
+from minigpt4.evaluation.asking import Question, answer_all, greedy
 from minigpt4.evaluation.java import SPICE_FILES, java_scores, no_spice
 from minigpt4.evaluation.stages import sentences
+from minigpt4.training.data import Example
 from minigpt4.weights import read_projection, save_projection
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
-from tests.training_case import PARITY, write_shard
+from tests.training_case import PARITY, jpeg, picture, write_captioned, write_shard
 
 
 @pytest.fixture
@@ -51,6 +58,44 @@ def test_stages(tiny, other_projection, shard, tmp_path):
     first, second = ([x["answer"] for x in lines if x["stage"] == f"stage {i}"] for i in (1, 2))
     assert first != second
     assert page.count("| description |") == 2 + 2 and result["command"] in page
+
+
+def test_a_folder_with_a_table_of_captions_and_a_damaged_picture(
+    tiny, other_projection, tmp_path, monkeypatch, capsys
+):
+    folder = write_captioned(tmp_path / "pictures", 4)
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:200])
+    monkeypatch.setattr(stages, "TOKENS", 3)
+    monkeypatch.setattr(pope, "TOKENS", 3)
+    monkeypatch.setattr(scoring, "CAPTION_TOKENS", 3)
+    result, _ = run(folder, "--experiment", "stages", "--stage1", other_projection, out=tmp_path)
+    assert result["n"] == 3
+    (tmp_path / "out.md").unlink()
+    result, _ = run(folder, "--experiment", "pope", out=tmp_path)
+    assert result["n"] == 3
+    assert main(["evaluate", str(folder), "--json", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 3
+    said = capsys.readouterr().err
+    assert said.count("Picture 1.jpg of the data cannot be used") == 3
+    assert said.count("1 of 4 pictures cannot be used and are left out.") == 3
+
+
+def test_where_all_pictures_are_damaged(tmp_path, capsys):
+    folder = write_captioned(tmp_path / "pictures", 1)
+    (folder / "0.jpg").write_bytes(b"no picture")
+    assert main(["evaluate", str(folder)]) == 2
+    assert capsys.readouterr().err.count("minigpt4: None of the pictures can be used") == 1
+
+
+def test_no_more_are_asked_at_once_than_the_engine_lets_wait():
+    case = ParityCase(PARITY / "vicuna_qformer_a")
+    engine = Engine(case.load(), max_running=1, max_waiting=2)
+    examples = [Example(str(i), partial(jpeg, picture(i)), ()) for i in range(6)]
+    questions = [Question(e.key, "What is this?", e.read) for e in examples]
+    assert len(list(answer_all(engine, questions, greedy(2), together=128))) == 6
+    asked = [(i, "a dog") for i in range(6)]
+    assert len(list(pope.ask_all(engine, examples, asked, "Is there {}?", together=128))) == 6
+    engine.close()
 
 
 def test_captions_names_what_was_left_out(tiny, shard, tmp_path):
@@ -100,11 +145,32 @@ def test_tables():
     assert sentences("A dog. It runs!\nAnd runs…") == 3 and sentences("") == 0
 
 
+def test_answers_may_hold_any_line_end(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    written = [{"id": "1", "answer": "a\u2028b\u0085c\r\nd\x0be"}, {"id": "2", "answer": ""}]
+    report.write_lines(path, written)
+    assert report.read_lines(path, "id", "answer") == written
+
+
 def test_a_report_goes_into_the_page_that_has_a_place_for_it(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A\n\n<!-- pope -->\nold\n<!-- /pope -->\n\nend\n")
     report.write_markdown(str(page), "pope", "new\n")
     report.write_markdown(str(page), "pope", "newer")
     assert page.read_text() == "# A\n\n<!-- pope -->\nnewer\n<!-- /pope -->\n\nend\n"
-    report.write_markdown(str(page), "stages", "alone")
-    assert page.read_text() == "alone\n"
+    with pytest.raises(UserError, match="<!-- stages -->"):
+        report.write_markdown(str(page), "stages", "alone")
+    assert page.read_text() == "# A\n\n<!-- pope -->\nnewer\n<!-- /pope -->\n\nend\n"
+    for text in ("alone", "again"):  # a new page has a place for what replaces it
+        report.write_markdown(str(tmp_path / "new.md"), "stages", text)
+    assert (tmp_path / "new.md").read_text() == "<!-- stages -->\nagain\n<!-- /stages -->\n"
+
+
+def test_a_page_without_a_place_is_refused_before_anything_runs(shard, tmp_path, capsys):
+    (tmp_path / "page.md").write_text("My own text.\n")
+    options = ["--experiment", "stages", "--markdown", tmp_path / "page.md"]
+    options += ["--json", tmp_path / "out.json"]
+    assert main(["evaluate", *map(str, [shard, *options])]) == 2
+    assert "<!-- stages -->" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == "My own text.\n"
+    assert not (tmp_path / "out.json").exists()

@@ -15,6 +15,7 @@ from minigpt4.errors import UserError
 from minigpt4.evaluation.asking import greedy
 from minigpt4.evaluation.objects import Mentions, Objects
 from minigpt4.evaluation.pope import WAYS, Said, auc, beginnings, make_probes, scores
+from minigpt4.evaluation.report import interval
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, jpeg, picture, write_shard
@@ -66,12 +67,28 @@ def test_what_may_be_there_is_left_open():
     assert present == {"a kite"} and unclear == {"an orange"}
 
 
+@pytest.mark.parametrize(
+    ("caption", "present", "unclear"),
+    [
+        ("There are no people on the street.", set(), "a person"),
+        ("A street without cars, buses or people", set(), "a bus"),
+        ("A dog without a leash beside a cat", {"a dog"}, "a cat"),
+        ("No cars are to be seen. A dog runs.", {"a dog"}, "a car"),
+        ("A notable dog", {"a dog"}, None),
+    ],
+)
+def test_what_is_said_not_to_be_there_is_left_open(caption, present, unclear):
+    found = mentioned(caption)
+    assert found[0] == present and (unclear in found[1] or unclear is None)
+    assert unclear not in mentioned(caption, "Some people, a car, a bus and a cat.")[1]
+
+
 def test_a_list_of_one_s_own(tmp_path):
     path = tmp_path / "objects.txt"
     path.write_text("# of X-rays\na fracture: fracture, broken bone | crack\n")
     assert Objects(path).mentioned(["Broken bones."]).present == {"a fracture"}
-    for bad in ("a fracture\n", "a fracture: | crack\n", "# nothing\n"):
-        path.write_text(bad)
+    for bad in ("a fracture\n", "a fracture: | crack\n", "# nothing\n", "une fêlure: fêlure\n"):
+        path.write_text(bad, encoding="latin-1")
         with pytest.raises(UserError):
             Objects(path)
 
@@ -143,6 +160,7 @@ def test_scores():
     found = scores(pairs)
     assert found["accuracy"] == 3 / 6 and found["yes_rate"] == 3 / 6 and found["neither"] == 2 / 6
     assert found["precision"] == found["recall"] == pytest.approx(2 / 3) == found["f1"]
+    assert found["accuracy_interval"] == list(interval(3, 6))
     assert scores([(True, None), (False, None)])["f1"] == 0
     assert auc([(True, 2.0), (True, 0.0), (False, 0.0), (False, -1.0)]) == 3.5 / 4
 
@@ -196,4 +214,6 @@ def test_the_experiment(tiny, shard, tmp_path, capsys):
         assert page.count(f"| {WAYS[0]} |") == 2
         for found in result[reading].values():
             assert 0 <= found["accuracy"] <= 1
+            low, high = (round(100 * end) for end in found["accuracy_interval"])
+            assert f" {100 * found['accuracy']:.1f} ({low}–{high}) |" in page
     assert "auc" in result["likelihood"]["random"] and "auc" not in result["read"]["random"]

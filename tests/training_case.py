@@ -55,6 +55,17 @@ def write_shard(path: Path, count: int = 10, first: int = 0) -> Path:
     return path
 
 
+def write_captioned(folder: Path, count: int = 3) -> Path:
+    """Pictures beside a table of captions, two lines each."""
+    folder.mkdir()
+    lines = ["file_name,caption"]
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(jpeg(picture(i)))
+        lines += [f"{i}.jpg,A {('dog', 'cat')[i % 2]}.", f"{i}.jpg,It runs."]
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def write_descriptions(folder: Path, count: int = 6) -> Path:
     """The published second-stage layout."""
     (folder / "image").mkdir(parents=True)

@@ -10,7 +10,7 @@ Another model's answers can be judged beside.
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +65,19 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         name, equals, path = given.partition("=")
         if not (name and equals and path):
             raise UserError(f"“--beside {given}” must be NAME=FILE, as in minigpt-4=theirs.jsonl.")
+        if name in others:
+            raise UserError(f"“--beside {given}”: {name} is named already, give another name.")
         others[name] = read_answers(path)
+    own: Mapping[str, Answered] | Iterator[tuple[str, Answered]]
     if options.reuse:
-        if not options.answers:
-            raise UserError("“--reuse” takes the answers of a file: name it by “--answers”.")
-        own, model = read_answers(options.answers), get_model(options.model).name
+        model, sampling, own = stored_answers(options)
     else:
-        own, model = answer_items(items, options)
-    models = {model: own, **others}
+        engine = Engine(start.open_model(options))
+        model, sampling = engine.model.config.name, "as in the chat" if options.drawn else "greedy"
+        own = answer_items(engine, items, options, sampling)
+    if model in others:
+        raise UserError(f"“--beside {model}=…” names the model itself: give another name.")
+    models = {model: dict(own), **others}
     for name, answers in models.items():
         if not any(item.id in answers for item in items):
             raise UserError(f"The answers of {name} are to other requests: none has an id of ours.")
@@ -90,7 +95,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         judged = {key: verdict for (key, _), verdict in zip(cases, found, strict=True)}
         if lost := found.count(None):
             start.say(f"{lost} of {len(found)} verdicts never came, or were none.")
-    rated = read_ratings(options.ratings)
+    rated = read_ratings(options.ratings, {key: case.answer for key, case in cases})
     if options.review:
         write_page(options.review, items, {n: {i: a.text for i, a in f.items()} for n, f in
                                            models.items()})  # fmt: skip
@@ -99,7 +104,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         "model": model,
         "n": len(items),
         "suite": "the project's own" if folder == SUITE else folder.name,
-        "sampling": "as in the chat" if options.drawn else "greedy",
+        "sampling": sampling,
         "judge": options.judge_model if options.judge else None,
         "scores": {
             name: {
@@ -144,15 +149,40 @@ def read_suite(folder: Path) -> list[Item]:
 
 def read_answers(path: str) -> dict[str, Answered]:
     """Item's id -> answer, from a file as `--answers` writes it."""
-    records = report.read_lines(path, "id", "answer")
+    return _by_id(report.read_lines(path, "id", "answer"))
+
+
+def _by_id(records: Iterable[dict]) -> dict[str, Answered]:
     return {str(r["id"]): Answered(str(r["answer"]), r.get("truncated") is True) for r in records}
 
 
+def stored_answers(options: argparse.Namespace) -> tuple[str, str | None, dict[str, Answered]]:
+    """(the model's name, how its answers were sampled, they by item's id), as `--answers` says.
+
+    A file that does not say the one is taken to be of `--model`; the other is then None.
+    """
+    if not options.answers:
+        raise UserError("“--reuse” takes the answers of a file: name it by “--answers”.")
+    records = report.read_lines(options.answers, "id", "answer")
+    said = {}
+    for field in ("model", "sampling"):
+        values = sorted({str(r[field]) for r in records if field in r})
+        if len(values) > 1:
+            raise UserError(
+                f"{options.answers} has more than one “{field}” ({', '.join(values)}): keep the "
+                "lines of one."
+            )
+        said[field] = values[0] if values else None
+    return said["model"] or get_model(options.model).name, said["sampling"], _by_id(records)
+
+
 def answer_items(
-    items: Sequence[Item], options: argparse.Namespace
-) -> tuple[dict[str, Answered], str]:
-    """(the answers by item's id, the model's name); each is stored as soon as it is there."""
-    engine = Engine(start.open_model(options))
+    engine: Engine, items: Sequence[Item], options: argparse.Namespace, sampled: str
+) -> Iterator[tuple[str, Answered]]:
+    """(item's id, answer) of each; it is stored as soon as it is there.
+
+    sampled: how, in words, to be stored with it. The engine is closed after the last.
+    """
     config = engine.model.config
     sampling = greedy(TOKENS)
     if options.drawn:
@@ -160,17 +190,16 @@ def answer_items(
         sampling = start.default_sampling(config, **drawn)
     questions = [Question(i.id, i.instruction, lambda p=i.picture: p) for i in items]
     found = answer_all(engine, questions, sampling, options.batch_size)
-    answers = {}
     with open(options.answers or os.devnull, "w", encoding="utf-8") as file:
         for item, reply in zip(
             items, tqdm(found, desc="answering", total=len(items), unit="answer"), strict=True
         ):
-            answers[item.id] = Answered(reply.text, reply.truncated)
             record = {"id": item.id, "task": item.task, "instruction": item.instruction}
-            record |= {"model": config.name, "answer": reply.text, "truncated": reply.truncated}
+            record |= {"model": config.name, "sampling": sampled}
+            record |= {"answer": reply.text, "truncated": reply.truncated}
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+            yield item.id, Answered(reply.text, reply.truncated)
     engine.close()
-    return answers, config.name
 
 
 def task_scores(
@@ -240,7 +269,8 @@ def as_text(
             words = None if s["words"] is None else f"{s['words']:.0f}"
             rows.append([*row, *map(report.percent, (s["repetition"], s["fragment"])), words])
     judge = f"judged by {result['judge']}" if result["judge"] else "not judged by a model"
-    text = f"{result['n']} requests of {result['suite']} suite, {result['sampling']}, {judge}\n\n"
+    sampling = result["sampling"] or "sampling not recorded"
+    text = f"{result['n']} requests of {result['suite']} suite, {sampling}, {judge}\n\n"
     text += report.table(header, rows)
     first = {item.task: item for item in reversed(items)}
     shown = []

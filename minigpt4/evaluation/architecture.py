@@ -30,10 +30,11 @@ from minigpt4.config import ModelConfig, PooledMap, Schedule
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import arms, report
-from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy
+from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usable
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
 from minigpt4.model import MiniGPT4
-from minigpt4.training.data import Example, read_descriptions, read_lines, read_shards
+from minigpt4.training.data import Example, read_descriptions, read_lines
+from minigpt4.training.run import read_captioned
 
 FIRST, SECOND = ("linear", "deeper", "bridge"), ("stage2", "stage2-quarter", "stage2-alone")
 SCORED = 50  # pictures, where --limit does not say
@@ -43,10 +44,10 @@ CAPTION_TOKENS, DETAIL_TOKENS = 40, 120
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(figures by arm, their table)."""
     chosen = chosen_arms(options)
-    held_out = read_shards(options.shard)[: options.limit or SCORED]
     if not options.train:
-        raise UserError("Name the shards of captions to train on by “--train”.")
-    captioned = read_shards(options.train)[: options.pictures]
+        raise UserError("Name the captioned pictures to train on by “--train”.")
+    held_out = usable(read_captioned(options.shard)[: options.limit or SCORED])
+    captioned = usable(read_captioned(options.train)[: options.pictures])
     described = read_descriptions(options.described) if options.described else []
     if described and len(described) < 8:
         raise UserError(f"{options.described} has too few pictures: 8 or more are needed.")

@@ -1,12 +1,14 @@
 """Many questions to one engine, answered together."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from minigpt4 import image
+from minigpt4 import image, start
 from minigpt4.chat import Answer, Conversation, ask
 from minigpt4.engine import Engine, Sampling
+from minigpt4.errors import UserError
+from minigpt4.training.data import Example
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,26 @@ class Reply:
     truncated: bool
 
 
+def usable(examples: Sequence[Example]) -> list[Example]:
+    """The examples whose pictures can be decoded; the others are named to the user and left out.
+
+    UserError where none is left.
+    """
+    found = []
+    for example in examples:
+        try:
+            example.picture()
+        except UserError as error:
+            start.say(str(error))
+        else:
+            found.append(example)
+    if not found:
+        raise UserError("None of the pictures can be used: give a set with readable ones.")
+    if lost := len(examples) - len(found):
+        start.say(f"{lost} of {len(examples)} pictures cannot be used and are left out.")
+    return found
+
+
 def greedy(max_new_tokens: int) -> Sampling:
     """The likeliest answer, nothing penalised: what scores are computed on."""
     return Sampling(
@@ -36,11 +58,13 @@ def greedy(max_new_tokens: int) -> Sampling:
 def answer_all(
     engine: Engine, questions: Iterable[Question], sampling: Sampling, together: int = 16
 ) -> Iterator[Reply]:
-    """A reply to each question, in order; `together`: how many are being answered at once.
+    """A reply to each question, in order; `together`: how many are being answered at once, at most
+    as many as the engine lets wait.
 
     Where `sampling` has a seed, the next question is drawn with the next one.
     """
     answers: deque[Answer] = deque()
+    together = min(together, engine.max_waiting)
     for number, question in enumerate(questions):
         conversation = Conversation()
         conversation.add_question(question.instruction, [image.load(question.read())])

@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from minigpt4 import image
 from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
+from minigpt4.evaluation import report
 from minigpt4.training.data import PROMPTS
 
 AT_ONCE = 4  # requests
@@ -40,15 +42,23 @@ class Case:
 
 
 class Judge:
-    """url: of the API, as far as /v1; blind: it is sent no picture, and `about` instead."""
+    """url: of the API, as far as /v1; blind: it is sent no picture, and `about` instead.
+
+    It is asked for temperature 0, and without a temperature from when it refuses that.
+    """
 
     def __init__(self, url: str, model: str, blind: bool = False) -> None:
         from openai import OpenAI
 
         self.url, self.model, self.blind = url, model, blind
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        self._client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
-        self._prompt = (PROMPTS / "judge.txt").read_text(encoding="utf-8")
+        try:
+            self._client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
+        except Exception as error:
+            raise UserError(f"“{url}” is no address: give one as http://HOST:PORT/v1.") from error
+        self._fields = {"temperature": 0}
+        self._replied = False
+        self._prompt = report.read_text(PROMPTS / "judge.txt")
         self._criteria = read_rubric()
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict | None]:
@@ -59,28 +69,65 @@ class Judge:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             pending = [pool.submit(self._one, case) for case in cases]
             try:
-                return [p.result() for p in pending]
+                found = [p.result() for p in pending]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        faults = [f for f in found if isinstance(f, UserError)]
+        if faults and len(faults) == len(found):
+            raise faults[0]
+        return [None if isinstance(f, UserError) else f for f in found]
 
-    def _one(self, case: Case) -> Verdict | None:
+    def _one(self, case: Case) -> Verdict | None | UserError:
+        """The verdict; None where there is none, a UserError where the judge refused the case.
+
+        What would befall every case, as with a wrong key, is raised, unless there was a reply
+        before: its verdict must not be lost.
+        """
         import openai
 
         try:
-            reply = self._client.chat.completions.create(
-                model=self.model, temperature=0, messages=[self._message(case)]
-            )
+            reply = self._reply(case)
         except (openai.RateLimitError, openai.InternalServerError, openai.APITimeoutError):
-            return None  # again and again: one lost verdict does not lose the others
+            return None  # again and again
         except openai.APIStatusError as error:
-            raise UserError(
+            fault = UserError(
                 f"The judge at {self.url} refuses with status {error.status_code}: check --judge, "
                 "--judge-model and $OPENAI_API_KEY, or leave the pictures out by --judge-blind."
-            ) from error
-        except openai.OpenAIError as error:
-            raise UserError(f"The judge at {self.url} cannot be reached: check --judge.") from error
-        return read_verdict((reply.choices[0].message.content or "") if reply.choices else "")
+            )
+            lasting = error.status_code in (401, 403, 404)
+        except openai.OpenAIError:
+            fault = UserError(f"The judge at {self.url} cannot be reached: check --judge.")
+            lasting = True
+        except ValueError:
+            fault = UserError(f"The page at {self.url} is no judge: does its address end in /v1?")
+            lasting = True
+        else:
+            self._replied = True
+            return read_verdict(reply)
+        if lasting and not self._replied:
+            raise fault
+        return fault
+
+    def _reply(self, case: Case) -> str:
+        """What the judge says. An error of openai's, or ValueError where it is no API's answer."""
+        import openai
+
+        ask = partial(
+            self._client.chat.completions.create, model=self.model, messages=[self._message(case)]
+        )
+        fields = self._fields
+        try:
+            done = ask(**fields)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if not fields or "temperature" not in f"{error.param} {error}":
+                raise
+            self._fields = {}
+            done = ask()
+        if not hasattr(done, "choices"):  # a web page's text
+            raise ValueError("no chat completion")
+        message = done.choices[0].message if done.choices else None
+        return (message.content if message else None) or ""
 
     def _message(self, case: Case) -> dict:
         about = f"The picture shows: {case.about}" if case.about else ""
@@ -100,7 +147,7 @@ class Judge:
 
 def read_rubric() -> dict[str, str]:
     """Task -> what a good answer does, from prompts/rubric.txt; "other" is for any other task."""
-    lines = (PROMPTS / "rubric.txt").read_text(encoding="utf-8").splitlines()
+    lines = report.read_text(PROMPTS / "rubric.txt").splitlines()
     pairs = (line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
     return {"other": "does what was requested."} | {t.strip(): text.strip() for t, text in pairs}
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt4.errors import UserError
+from minigpt4.evaluation import report
 
 LIST = Path(__file__).parent / "objects.txt"
+NEGATIONS = {"no", "without"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Objects:
         self.names: list[str] = []
         # phrase -> (object, is it certain)
         self._phrases: dict[tuple[str, ...], list[tuple[str, bool]]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(report.read_text(path).splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
             name, colon, words = line.partition(":")
@@ -47,21 +49,26 @@ class Objects:
     def mentioned(self, captions: Iterable[str]) -> Mentions:
         """What one picture's captions say, all of them together."""
         present, unclear = set(), set()
-        for caption in captions:
-            for name, sure in self._found(_words(caption)):
+        sentences = (s for caption in captions for s in re.split(r"[.!?;]\s", caption))
+        for sentence in sentences:
+            for name, sure in self._found(_words(sentence)):
                 (present if sure else unclear).add(name)
         return Mentions(frozenset(present), frozenset(unclear - present))
 
     def _found(self, words: tuple[str, ...]) -> Iterable[tuple[str, bool]]:
-        """At each place the longest phrase of the list; its words count once."""
-        start = 0
+        """At each place of a sentence the longest phrase of the list; its words count once.
+
+        Nothing is certain after “no” or “without”: how far they reach, words alone do not say.
+        """
+        start, denied = 0, False
         while start < len(words):
             for length in range(min(self._longest, len(words) - start), 0, -1):
                 if found := self._phrases.get(words[start : start + length]):
-                    yield from found
+                    yield from ((name, sure and not denied) for name, sure in found)
                     break
             else:
                 length = 1
+                denied = denied or words[start] in NEGATIONS
             start += length
 
 

@@ -50,7 +50,11 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "experiments:\n" + "\n".join(f"  {n:13} {t}" for n, t in EXPERIMENTS.items())
     parser.add_argument(
-        "shard", nargs="?", help="SHARD.tar of captioned pictures (abilities: a suite's folder)"
+        "shard",
+        nargs="?",
+        metavar="data",
+        help="captioned pictures: shards (a path, a glob, {00000..00007}) or a folder with a table "
+        "of captions (CSV or JSON lines); abilities: a suite's folder",
     )
     parser.add_argument(
         "--experiment", choices=list(EXPERIMENTS), help="one of the paper's; left out: the scores"
@@ -61,10 +65,13 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
     parser.add_argument(
         "--markdown",
         metavar="OUT",
-        help="write an experiment's tables here, or into the page that has a place for them",
+        help="write an experiment's tables here, or into the page that has a place for them"
+        " (the lines <!-- EXPERIMENT --> and <!-- /EXPERIMENT -->)",
     )
     parser.add_argument("--detail", action="store_true", help="detailed descriptions instead")
-    parser.add_argument("--batch-size", type=count, default=16, help="answered together")
+    parser.add_argument(
+        "--batch-size", type=count, default=16, help="answered together (at most 64)"
+    )
 
     stages = parser.add_argument_group("stages (and abilities)")
     stages.add_argument(
@@ -113,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
     )
 
     architecture = parser.add_argument_group("architecture")
-    architecture.add_argument("--train", metavar="SHARDS", help="captions to train on")
+    architecture.add_argument("--train", metavar="DATA", help="captions to train on")
     architecture.add_argument(
         "--described", metavar="DIR", help="second-stage data: filter_cap.json and image/"
     )

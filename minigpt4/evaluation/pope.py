@@ -32,14 +32,17 @@ from minigpt4.chat import Conversation, fit, penalized
 from minigpt4.engine import Engine, Request
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import greedy
+from minigpt4.evaluation.asking import greedy, usable
 from minigpt4.evaluation.objects import Mentions, Objects
 from minigpt4.prompt import Tokenizer, encode_text, stop_ids
-from minigpt4.training.data import Example, read_shards
+from minigpt4.training.data import Example
+from minigpt4.training.run import read_captioned
 
 TOKENS = 24  # longest answer
 WAYS = ("random", "popular", "adversarial")
 SEED = 42
+
+Scores = dict[str, float | int | list[float]]
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,13 @@ class Said:
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(scores by way of choosing and by reading, their tables)."""
-    examples = read_shards(options.shard)
+    examples = read_captioned(options.shard)
     objects = Objects(options.objects)
     mentions = [objects.mentioned(e.captions) for e in examples]
-    asked = range(len(examples))[: options.limit]
     if "{}" not in options.question:
         raise UserError("“--question” must hold {} where the object goes: “Is there {} here?”.")
+    pictures = set(usable(examples[: options.limit]))
+    asked = [i for i, e in enumerate(examples) if e in pictures]
     probes = make_probes(objects.names, mentions, asked, options.per_picture)
     if not probes:
         raise UserError("The captions name no object of the list: give another by “--objects”.")
@@ -167,6 +171,7 @@ def ask_all(
         return Said(text.strip(), _log_sum(first) - _log_sum(second))
 
     stops, streams = stop_ids(template, tokenizer), deque()
+    together = min(together, engine.max_waiting)
     for picture, name in asked:
         conversation = Conversation()
         loaded = image.load(examples[picture].read())
@@ -204,23 +209,22 @@ def _log_sum(logprobs: Sequence[float]) -> float:
     return highest + math.log(sum(math.exp(x - highest) for x in logprobs))
 
 
-def read_scores(
-    probes: Sequence[Probe], said: dict[tuple[int, str], Said]
-) -> dict[str, float | int]:
+def read_scores(probes: Sequence[Probe], said: dict[tuple[int, str], Said]) -> Scores:
     """Scores of the answers as they are read."""
     return scores([(p.there, said[p.picture, p.object].read) for p in probes])
 
 
-def likelihood_scores(
-    probes: Sequence[Probe], said: dict[tuple[int, str], Said]
-) -> dict[str, float | int]:
+def likelihood_scores(probes: Sequence[Probe], said: dict[tuple[int, str], Said]) -> Scores:
     """Scores of the likelier of “Yes” and “No”, and the area under the ROC curve."""
     odds = [(p.there, said[p.picture, p.object].log_odds) for p in probes]
     return scores([(there, value > 0) for there, value in odds]) | {"auc": auc(odds)}
 
 
-def scores(pairs: Sequence[tuple[bool, bool | None]]) -> dict[str, float | int]:
-    """Of (truth, what was said; None: neither): all are fractions of 1, "yes" is the positive."""
+def scores(pairs: Sequence[tuple[bool, bool | None]]) -> Scores:
+    """Of (truth, what was said; None: neither): all are fractions of 1, "yes" is the positive.
+
+    `accuracy_interval`: the two ends of the 95 % confidence interval.
+    """
     right = sum(there == answer for there, answer in pairs)
     hits = sum(there and answer is True for there, answer in pairs)
     positives, yes = sum(there for there, _ in pairs), sum(a is True for _, a in pairs)
@@ -228,6 +232,7 @@ def scores(pairs: Sequence[tuple[bool, bool | None]]) -> dict[str, float | int]:
     recall = hits / positives if positives else 0.0
     return {
         "accuracy": right / len(pairs),
+        "accuracy_interval": list(report.interval(right, len(pairs))),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
@@ -258,15 +263,17 @@ def as_text(result: dict) -> str:
         ("read", "neither", "The first “yes” or “no” of the greedy answer:"),
         ("likelihood", "auc", "Whichever of “Yes” and “No” is the likelier beginning:"),
     ):
-        rows = [
-            [way, *(f"{100 * found[k]:.1f}" for k in (*shown, more)), found["questions"]]
-            for way, found in result[reading].items()
-        ]
+        rows = []
+        for way, found in result[reading].items():
+            accuracy, *others = (f"{100 * found[k]:.1f}" for k in (*shown, more))
+            accuracy = report.with_interval(accuracy, found["accuracy_interval"])
+            rows.append([way, accuracy, *others, found["questions"]])
         means = [
             sum(found[k] for found in result[reading].values()) / len(WAYS) for k in (*shown, more)
         ]
         rows.append(["mean", *(f"{100 * m:.1f}" for m in means), ""])
-        header = ["objects that are not there", "accuracy", "precision", "recall", "F1", "“yes”"]
+        header = ["objects that are not there", "accuracy (95 % interval)"]
+        header += ["precision", "recall", "F1", "“yes”"]
         parts.append(title)
         parts.append(report.table([*header, "AUC" if more == "auc" else more, "questions"], rows))
     return "\n\n".join(parts) + "\n\nAll but the number of questions in percent."

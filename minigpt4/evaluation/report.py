@@ -43,6 +43,12 @@ def interval(count: int, total: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def with_interval(share: str, interval: Sequence[float]) -> str:
+    """A share with the ends of its interval: "12.3 %", (0.081, 0.19) -> "12.3 % (8–19)"."""
+    low, high = interval
+    return f"{share} ({100 * low:.0f}–{100 * high:.0f})"
+
+
 def shortened(text: str, characters: int = 400) -> str:
     """The beginning of a long text."""
     return text if len(text) <= characters else text[:characters].rstrip() + " […]"
@@ -101,11 +107,19 @@ def write_lines(path: str | None, records: Sequence[dict]) -> None:
         Path(path).write_text("".join(lines), encoding="utf-8")
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """A text file that people write; UserError where it is not in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
+
+
 def read_lines(path: str | os.PathLike, *needed: str) -> list[dict]:
     """The objects of a JSON-lines file; UserError where one lacks a field of `needed`."""
     records = []
     text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other line ends may stand in answers
         if not line.strip():
             continue
         try:
@@ -119,15 +133,33 @@ def read_lines(path: str | os.PathLike, *needed: str) -> list[dict]:
     return records
 
 
+def find_place(path: str | os.PathLike, name: str) -> tuple[str, str]:
+    """What a page has before and after the place of this report: what stands between the lines
+    `<!-- NAME -->` and `<!-- /NAME -->`; ("", "") of a page that is empty or not there yet.
+
+    UserError where the page has other text and no such place, for it would be lost.
+    """
+    begin, end = _marks(name)
+    old = read_text(path) if Path(path).exists() else ""
+    before, _, rest = old.partition(begin)
+    _, closed, after = rest.partition(end)
+    if old.strip() and not closed:
+        raise UserError(
+            f"{path} has text and no place for the tables: give it the lines “{begin.strip()}” and "
+            f"“{end}”, or name a new file."
+        )
+    return (before, after) if closed else ("", "")
+
+
 def write_markdown(path: str | None, name: str, text: str) -> None:
-    """Write the report, or put it between `<!-- NAME -->` and `<!-- /NAME -->` where the file has
-    these two lines: so a page of the docs is brought up to date by the command it shows."""
-    if not path:
-        return
-    target = Path(path)
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    old = target.read_text(encoding="utf-8") if target.exists() else ""
-    if begin in old and end in old.split(begin, 1)[1]:
-        before, rest = old.split(begin, 1)
-        text = f"{before}{begin}{text.strip()}\n{end}{rest.split(end, 1)[1]}"
-    target.write_text(text.rstrip() + "\n", encoding="utf-8")
+    """Put the report into its place in the page (`find_place`), or into a new page that has one:
+    so a page of the docs is brought up to date by the command it shows."""
+    if path:
+        before, after = find_place(path, name)
+        begin, end = _marks(name)
+        page = f"{before}{begin}{text.strip()}\n{end}{after}"
+        Path(path).write_text(page.rstrip() + "\n", encoding="utf-8")
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name} -->\n", f"<!-- /{name} -->"

@@ -12,6 +12,7 @@ from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.judge import SIDE, Verdict, read_rubric
+from minigpt4.report import say
 
 if TYPE_CHECKING:
     from minigpt4.evaluation.abilities import Item
@@ -44,13 +45,24 @@ def write_page(path: str, items: "Sequence[Item]", models: Mapping[str, Mapping[
     Path(path).write_text(page, encoding="utf-8")
 
 
-def read_ratings(paths: Iterable[str]) -> dict[tuple[str, str], list[Verdict]]:
-    """(model, item's id) -> what people said, one verdict a file."""
+def read_ratings(
+    paths: Iterable[str], answers: Mapping[tuple[str, str], str]
+) -> dict[tuple[str, str], list[Verdict]]:
+    """(model, item's id) -> what people said of its answer, one verdict a file.
+
+    answers: by the same keys. How many ratings of other answers were left out is said.
+    """
     ratings: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for path in paths:
+        others = 0
         for record in report.read_lines(path, "model", "id", "fulfilled"):
             if not isinstance(record["fulfilled"], bool):
                 raise UserError(f"{path}: “fulfilled” must be true or false.")
-            verdict = Verdict(record["fulfilled"], None)
-            ratings[str(record["model"]), str(record["id"])].append(verdict)
+            key = str(record["model"]), str(record["id"])
+            if record.get("answer", answers.get(key)) == answers.get(key):
+                ratings[key].append(Verdict(record["fulfilled"], None))
+            else:
+                others += 1
+        if others:
+            say(f"Ratings of other answers than these do not count: {others} in {path}.")
     return ratings

@@ -13,10 +13,10 @@ from minigpt4 import start
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import Question, answer_all, greedy
+from minigpt4.evaluation.asking import Question, answer_all, greedy, usable
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
 from minigpt4.evaluation.options import refuse_others
-from minigpt4.training.data import read_shards
+from minigpt4.training.run import read_captioned
 
 CAPTION_TOKENS, DETAIL_TOKENS = 40, 200  # longest answers, in tokens
 
@@ -24,9 +24,12 @@ CAPTION_TOKENS, DETAIL_TOKENS = 40, 200  # longest answers, in tokens
 def evaluate(options: argparse.Namespace) -> None:
     """Run what the options name, print and write what comes out."""
     if not options.shard and options.experiment != "abilities":
-        raise UserError("Name the shard of captioned pictures to score on: evaluate SHARD.tar.")
+        raise UserError("Name the captioned pictures to score on: evaluate SHARD.tar, or a folder.")
     refuse_others(options)
-    written = (options.json, options.answers, options.markdown, options.review)
+    if options.markdown:
+        report.find_place(options.markdown, options.experiment)
+    written = [options.json, options.markdown, options.review]
+    written += [] if options.reuse else [options.answers]
     for path in filter(None, written):
         Path(path).touch()  # a path that cannot be written shows now, not after the work
     if options.experiment is None:
@@ -48,7 +51,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The scores of short captions (or, with `detail`, descriptions), and every answer."""
-    examples = read_shards(options.shard)[: options.limit]
+    examples = usable(read_captioned(options.shard)[: options.limit])
     engine = Engine(start.open_model(options))
     config = engine.model.config
     instruction = config.detail_instruction if options.detail else config.short_instruction

@@ -21,9 +21,10 @@ from minigpt4 import places, start
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy
+from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usable
 from minigpt4.evaluation.meaning import failures
-from minigpt4.training.data import Example, read_shards
+from minigpt4.training.data import Example
+from minigpt4.training.run import read_captioned
 
 POEM = "Write a short poem about this image."
 TOKENS = 200  # longest answer
@@ -32,8 +33,8 @@ SHOWN = 4  # pictures whose answers stand side by side in the report
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates by stage and request, their table and examples)."""
-    examples = read_shards(options.shard)[: options.limit]
     files = {"stage 1": first_stage(options), "stage 2": options.projection}
+    examples = usable(read_captioned(options.shard)[: options.limit])
     replies: dict[str, dict[str, list[Reply]]] = {}
     for stage, projection in files.items():
         chosen = argparse.Namespace(**vars(options) | {"projection": projection})
@@ -127,13 +128,9 @@ def as_text(
     for kind in result["requests"]:
         for stage, found in result["rates"].items():
             rate = found[kind]
-            low, high = rate["failed_interval"]
+            failed = report.with_interval(report.percent(rate["failed"]), rate["failed_interval"])
             rows.append(
-                [
-                    kind,
-                    stage,
-                    f"{report.percent(rate['failed'])} ({100 * low:.0f}–{100 * high:.0f})",
-                ]
+                [kind, stage, failed]
                 + [report.percent(rate[k]) for k in ("repetition", "fragment", "meaningless")]
                 + [report.percent(rate["one_sentence"]), f"{rate['words']:.1f}"]
             )
