@@ -10,8 +10,10 @@ import pytest
 
 from minigpt4 import start
 from minigpt4.__main__ import main
+from minigpt4.curation import filters
 from minigpt4.curation.records import read_records, write_records
 from minigpt4.curation.refine import estimate, tidy, useless
+from minigpt4.curation.thresholds import Thresholds
 from tests.api_case import MODEL, served, tiny_engine
 
 TWICE = "A dog runs on the grass. It is brown. A dog runs on the grass. Behind it is a"
@@ -147,6 +149,14 @@ def test_descriptions_are_mended(refine, endpoint, capsys, monkeypatch):
     body = endpoint.bodies[0]
     assert body["model"] == "mender" and body["temperature"] == 0 and body["max_tokens"] > 64
     assert body["messages"][0]["content"].endswith(("\n\n" + TWICE, "\n\n" + CLEAN))
+
+
+def test_what_was_cut_and_still_breaks_off_stays_cut(refine, endpoint):
+    """The answer changed the text, not its end: the filter must see that it is a fragment."""
+    endpoint.moods = ["A dog runs on the green grass. It is brown. Behind it is a fence"]
+    status, records = refine("--together", "1")
+    assert status == 0 and records["0"]["refined"] == "changed" and records["0"]["cut"]
+    assert "breaks_off" in filters.broken_rules(records["0"], Thresholds())
 
 
 def test_it_resumes(refine, endpoint, given, capsys):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from minigpt4.curation.filters import refusal, words
 from minigpt4.curation.refiners import Failed, Refiner, Reply
 from minigpt4.errors import UserError
+from minigpt4.evaluation.metrics import is_fragment
 
 MESSAGE_TOKENS = 8  # what a chat format adds to a request, about
 GIVE_UP_AFTER = 5  # requests in a row that failed after all their retries
@@ -99,8 +100,8 @@ def _refined(record: dict, outcome: Reply | UserError, refiner: str) -> dict:
         text, result = before, f"kept: {why}"
     else:
         text, result = mended, "same" if mended == before else "changed"
-    # What was cut and mended is whole again, or the filter's rule will see that it is not.
-    cut = record.get("cut", False) and result != "changed"
+    # What was cut is whole again only where it was mended to a sentence's end.
+    cut = record.get("cut", False) and (result != "changed" or is_fragment(text, True))
     return record | {
         "text": text,
         "cut": cut,
