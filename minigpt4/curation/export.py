@@ -1,11 +1,10 @@
 """A reviewed set in the published second-stage layout: filter_cap.json and image/ID.jpg."""
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from minigpt4.curation.pictures import load_picture, read_picture
+from minigpt4.curation.pictures import NOT_IN_NAMES, load_picture, read_picture
 from minigpt4.curation.records import make_folder
 from minigpt4.errors import UserError
 
@@ -32,7 +31,7 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
     annotations = []
     for record in records:
         image_id = record["image_id"]
-        if not isinstance(image_id, str) or re.search(r'[\\/:*?"<>|\0]|^\.', image_id):
+        if not isinstance(image_id, str) or NOT_IN_NAMES.search(image_id):
             raise UserError(f"“{image_id}” cannot be a file's name: change the image_id.")
         path = folder / "image" / f"{image_id}.jpg"
         content = read_picture(record["picture"], pictures)

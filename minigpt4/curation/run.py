@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minigpt4 import start
 from minigpt4.curation import agreement, filters
 from minigpt4.curation import export as layout
-from minigpt4.curation.pictures import find_pictures
+from minigpt4.curation.pictures import find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.errors import UserError
 
@@ -55,6 +55,13 @@ def generate(options: argparse.Namespace) -> None:
                 raise UserError(
                     f"{options.out} holds descriptions by {record['model']}, and this is "
                     f"{generator.model}: give another file by “--out”."
+                )
+        for source in sources:
+            picture = described.get(source.image_id, {}).get("picture", source.picture)
+            if not is_same(picture, source.picture):
+                raise UserError(
+                    f"“{source.image_id}” in {options.out} is {picture}, and here it is "
+                    f"{source.picture}: give the new file another name, or another file by “--out”."
                 )
         left = [s for s in sources if s.image_id not in described]
         bar = tqdm(total=len(sources), initial=len(sources) - len(left), unit="picture")
