@@ -426,6 +426,16 @@ def test_merging_reviews(tmp_path, capsys):
     assert "no reviewer's file" in capsys.readouterr().err
 
 
+def test_merging_leaves_the_reviews(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ann", "bob"):
+        write_records(f"{name}.jsonl", reviewed(name, a="keep").values())
+    out = str(tmp_path / "bob.jsonl")
+    assert main(["curate", "merge", "ann.jsonl", "bob.jsonl", "--out", out]) == 2
+    assert "one of the reviews" in capsys.readouterr().err
+    assert read_records(out)["a"]["reviewer"] == "bob"
+
+
 # --- export ------------------------------------------------------------------------------------
 
 
@@ -450,3 +460,18 @@ def test_the_published_layout_comes_out(folder, tmp_path):
             export([found[2] | {"image_id": wrong}], target)
     with pytest.raises(UserError, match="Nothing is left"):
         export([], target)
+
+
+def test_a_set_is_not_exported_over_its_own_pictures(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [vars(s) | {"text": f"Text {s.image_id}."} for s in find_pictures(str(folder))[:2]]
+    export(found, "stage2")
+    again = [vars(s) | {"text": f"Text {s.image_id}."} for s in find_pictures("stage2/image")]
+    again[0]["decision"] = "drop"
+    for records in (again, [again[0], found[1]]):  # the one in the way may be the dropped one
+        with pytest.raises(UserError, match="own pictures"):
+            export(records, "stage2")
+    assert sorted(os.listdir("stage2/image")) == ["p0.jpg", "p1.jpg"]
+    assert export(again, "stage3") == 1
+    shutil.copytree("stage2/image", "copied")
+    assert export(again, "stage2", pictures="copied") == 1

@@ -222,6 +222,11 @@ def review(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Put reviewers' files together and print their agreement as JSON."""
+    if Path(options.out).resolve() in {Path(path).resolve() for path in options.reviews}:
+        raise UserError(
+            f"{options.out} is one of the reviews, which would be lost: give another file by "
+            "“--out”."
+        )
     reviews = {}
     for path in options.reviews:
         records = read_records(path)
@@ -245,6 +250,6 @@ def merge(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write the layout of the second stage."""
-    records = layout.chosen(read_records(options.file).values())
+    records = read_records(options.file).values()
     number = layout.export(records, options.out, options.pictures)
     start.say(f"{number} pictures with descriptions in {options.out}.")
