@@ -283,7 +283,7 @@ BAD = {
 
 
 def records(*texts: str) -> list[dict]:
-    return [{"image_id": str(i), "text": text} for i, text in enumerate(texts)]
+    return [{"image_id": str(i), "picture": "p", "text": text} for i, text in enumerate(texts)]
 
 
 def test_each_rule_finds_its_fault_and_no_other():
@@ -460,6 +460,23 @@ def test_the_published_layout_comes_out(folder, tmp_path):
             export([found[2] | {"image_id": wrong}], target)
     with pytest.raises(UserError, match="Nothing is left"):
         export([], target)
+
+
+@pytest.mark.parametrize("lacking", ["picture", "text", "image_id"])
+def test_a_record_that_lacks_a_field_is_named(tmp_path, capsys, lacking):
+    """As one written by hand may."""
+    given, out = tmp_path / "own.jsonl", str(tmp_path / "out")
+    record = {"image_id": "a", "picture": "a.jpg", "text": "A dog."}
+    left_out = [{"image_id": "b", "text": "", "picture": "p"}, {"image_id": "c", "error": "broken"}]
+    write_records(given, [record | {lacking: 5}, *left_out])
+    assert main(["curate", "export", str(given), "--out", out]) == 2
+    assert f"needs a text as “{lacking}”" in capsys.readouterr().err
+    assert chosen([record, *left_out]) == [record]
+    if lacking != "image_id":
+        del record[lacking]
+        write_records(given, [record])
+        assert main(["curate", "export", str(given), "--out", out]) == 2
+        assert f"“a” needs a text as “{lacking}”" in capsys.readouterr().err
 
 
 def test_a_set_is_not_exported_over_its_own_pictures(folder, tmp_path, monkeypatch):

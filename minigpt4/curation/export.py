@@ -5,19 +5,34 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minigpt4.curation.pictures import NOT_IN_NAMES, load_picture, locate, read_picture
-from minigpt4.curation.records import make_folder
+from minigpt4.curation.records import KEY, make_folder
 from minigpt4.errors import UserError
 
 JPEG_QUALITY = 95
 
 
 def chosen(records: Iterable[dict]) -> list[dict]:
-    """Those that the filter kept and that no reviewer dropped."""
-    return [
+    """Those that the filter kept and that no reviewer dropped.
+
+    Pictures that could not be read, and empty descriptions, are left out. UserError for a record
+    that lacks a field.
+    """
+    found = [
         r
         for r in records
-        if r.get("kept", True) and r.get("decision", "keep") != "drop" and r.get("text")
+        if r.get("kept", True)
+        and r.get("decision", "keep") != "drop"
+        and "error" not in r
+        and r.get("text") != ""
     ]
+    for record in found:
+        for name in (KEY, "picture", "text"):
+            if not isinstance(record.get(name), str):
+                raise UserError(
+                    f"The record of “{record[KEY]}” needs a text as “{name}”: add it, or take the "
+                    "line out."
+                )
+    return found
 
 
 def export(records: Iterable[dict], folder: str | Path, pictures: str | None = None) -> int:
@@ -39,7 +54,7 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
     annotations = []
     for record in chosen(records):
         image_id = record["image_id"]
-        if not isinstance(image_id, str) or NOT_IN_NAMES.search(image_id):
+        if NOT_IN_NAMES.search(image_id):
             raise UserError(f"“{image_id}” cannot be a file's name: change the image_id.")
         path = folder / "image" / f"{image_id}.jpg"
         content = read_picture(record["picture"], pictures)
