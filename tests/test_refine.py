@@ -171,6 +171,18 @@ def test_it_resumes(refine, endpoint, given, capsys):
     assert len(endpoint.bodies) == asked + 1 and "blue" in records["1"]["text"]
 
 
+def test_another_refiner_or_prompt_takes_another_file(refine, endpoint, capsys, monkeypatch):
+    _, done = refine()
+    asked = len(endpoint.bodies)
+    status, records = refine("--refiner", "other")
+    assert status == 2 and records == done
+    assert "refined by mender, and this is other" in capsys.readouterr().err
+    monkeypatch.setattr("minigpt4.curation.generate.read_prompt", lambda name: "Mend it.")
+    status, records = refine()
+    assert status == 2 and records == done and len(endpoint.bodies) == asked
+    assert "before prompts/refine.txt was changed" in capsys.readouterr().err
+
+
 def test_what_is_of_no_use_leaves_the_text(refine, endpoint, capsys):
     endpoint.moods = [
         "I'm sorry, but I cannot help with that.",

@@ -101,15 +101,16 @@ def refine(options: argparse.Namespace) -> None:
         if options.estimate:
             return
         failures: list[Failed] = []
-        if texts:
-            together = min(options.together, MOST_TOGETHER)
-            with _refiner(options) as refiner:
-                outcomes = refine_all(refiner, texts, instruction, together)
-                for outcome in tqdm(outcomes, total=len(texts), unit="text"):
-                    if isinstance(outcome, Failed):
-                        failures.append(outcome)
-                    else:
-                        records.append(outcome)
+        together = min(options.together, MOST_TOGETHER)
+        with _refiner(options) as refiner:
+            for record in records.records.values():
+                _check_refiner(record, refiner.name, instruction, options.out)
+            outcomes = refine_all(refiner, texts, instruction, together)
+            for outcome in tqdm(outcomes, total=len(texts), unit="text"):
+                if isinstance(outcome, Failed):
+                    failures.append(outcome)
+                else:
+                    records.append(outcome)
         done = [records.records[i] for i in found if i in records.records]
     _say_refined(done, options.out)
     if failures:
@@ -120,6 +121,20 @@ def refine(options: argparse.Namespace) -> None:
 
 def _is_refined(done: dict | None, record: dict) -> bool:
     return done is not None and done.get("before") == record.get("text")
+
+
+def _check_refiner(record: dict, name: str, instruction: str, out: str) -> None:
+    """UserError where a record was refined by another model, or as another prompt says."""
+    if record.get("refiner", name) != name:
+        raise UserError(
+            f"{out} holds descriptions refined by {record['refiner']}, and this is {name}: give "
+            "another file by “--out”."
+        )
+    if record.get("refine_prompt", instruction) != instruction:
+        raise UserError(
+            f"{out} holds descriptions refined before prompts/refine.txt was changed: give another "
+            "file by “--out”."
+        )
 
 
 def _say_estimate(found, options: argparse.Namespace) -> None:
