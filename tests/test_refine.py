@@ -48,6 +48,7 @@ class Endpoint:
         self.moods: list[int | str] = []
         self.refused: set[str] = set()
         self.refusal = 400
+        self.retry_after = "2"
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
         self.times: list[float] = []
@@ -95,7 +96,7 @@ class Endpoint:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 if status == 429:
-                    self.send_header("Retry-After", "2")
+                    self.send_header("Retry-After", endpoint.retry_after)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -209,6 +210,13 @@ def test_it_waits_as_told_and_tries_again(refine, endpoint):
     first, second, third = endpoint.times[:3]
     assert second - first >= 2.0
     assert third - second >= 0.2
+
+
+def test_it_does_not_wait_longer_than_two_minutes(refine, endpoint, capsys):
+    endpoint.moods, endpoint.retry_after = [429], "121"
+    status, records = refine("--together", "1")
+    assert status == 2 and len(endpoint.bodies) == 4 and "0" not in records
+    assert "1 got no answer" in capsys.readouterr().err
 
 
 def test_what_fails_for_good_is_left_for_later(refine, endpoint, capsys):
