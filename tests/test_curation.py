@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from minigpt4.__main__ import main
 from minigpt4.curation import agreement, filters
 from minigpt4.curation.export import chosen, export
 from minigpt4.curation.generate import Generator, paper_template
-from minigpt4.curation.pictures import find_pictures, load_picture
+from minigpt4.curation.pictures import find_pictures, is_same, load_picture
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.curation.refiners import LocalRefiner
 from minigpt4.curation.thresholds import Thresholds
@@ -134,6 +135,61 @@ def test_pictures_of_folders_and_shards(folder, tmp_path):
             find_pictures(wrong)
 
 
+def test_ids_can_be_names_of_files_everywhere(tmp_path):
+    """What cannot is replaced at the start, not refused at the end; plain names stay theirs."""
+    names = ["a*b.jpg", "a-b.jpg", 'a"b.jpg', "2024-05-01 12:30:15.jpg", "What?.jpg", "ü (1).jpg"]
+    for name in names:
+        picture(1).save(tmp_path / name)
+    found = find_pictures(str(tmp_path))
+    ids = {os.path.basename(s.picture): s.image_id for s in found}
+    assert list(ids) == sorted(names) and ids["a-b.jpg"] == "a-b" and ids["ü (1).jpg"] == "ü (1)"
+    assert ids["2024-05-01 12:30:15.jpg"] == "2024-05-01 12-30-15" and ids["What?.jpg"] == "What-"
+    assert {ids['a"b.jpg'], ids["a*b.jpg"]} == {"a-b-2", "a-b-3"}
+    (tmp_path / ".hidden.jpg").write_bytes((tmp_path / "What?.jpg").read_bytes())
+    assert [s.image_id for s in find_pictures(str(tmp_path / ".hidden.jpg"))] == ["-hidden"]
+    assert export([vars(s) | {"text": "A pattern."} for s in found], tmp_path / "set") == len(names)
+
+
+def test_another_picture_of_the_same_id_is_not_described(model, folder, tmp_path, monkeypatch):
+    """Another folder's, or another file's of that name: moving the folder makes none."""
+    out, other = tmp_path / "out.jsonl", tmp_path / "others"
+    monkeypatch.setattr(start, "open_model", lambda options: model)
+
+    def generate(pictures) -> int:
+        options = ["--max-new-tokens", "2", "--continues", "0"]
+        return main(["curate", "generate", str(pictures), "--out", str(out), *options])
+
+    (folder / "p1.jpg").rename(tmp_path / "p1.jpg")
+    assert generate(folder) == 0
+    done = read_records(out)
+    (tmp_path / "p1.jpg").rename(folder / "p1.jpg")
+    assert generate(folder) == 2  # p1 was p1.png
+    (folder / "p1.jpg").unlink()
+    shutil.copytree(folder, other)
+    assert generate(other) == 2
+    shutil.copytree(folder, other / "photos")
+    assert generate(other / "photos") == 2  # a folder of the same name, beside the first
+    assert read_records(out) == done
+    shutil.rmtree(folder)
+    assert generate(other / "photos") == 0
+    described = {i: r for i, r in read_records(out).items() if "error" not in r}
+    assert described == {i: r for i, r in done.items() if "error" not in r}
+
+
+def test_which_pictures_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").touch()
+    assert is_same("a/1.jpg", str(tmp_path / "a" / "1.jpg"))
+    assert not is_same("a/1.jpg", "/elsewhere/a/1.jpg")
+    assert is_same("gone/1.jpg", "/elsewhere/gone/1.jpg")
+    assert not is_same("gone/1.jpg", "/elsewhere/a/1.jpg")
+    assert not is_same("gone/1.jpg", "gone/1.png")
+    assert is_same("gone/s.tar:b/c/1.jpg", "/elsewhere/gone/s.tar:b/c/1.jpg")
+    assert not is_same("gone/s.tar:b/c/1.jpg", "gone/s.tar:a/c/1.jpg")
+    assert not is_same("gone/s.tar:b/c/1.jpg", "gone/t.tar:b/c/1.jpg")
+
+
 def test_an_answer_that_ran_out_of_time_is_cut(engine, folder, monkeypatch):
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda r: submit(replace(r, max_seconds=0.0)))
@@ -227,7 +283,7 @@ BAD = {
 
 
 def records(*texts: str) -> list[dict]:
-    return [{"image_id": str(i), "text": text} for i, text in enumerate(texts)]
+    return [{"image_id": str(i), "picture": "p", "text": text} for i, text in enumerate(texts)]
 
 
 def test_each_rule_finds_its_fault_and_no_other():
@@ -370,6 +426,16 @@ def test_merging_reviews(tmp_path, capsys):
     assert "no reviewer's file" in capsys.readouterr().err
 
 
+def test_merging_leaves_the_reviews(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ann", "bob"):
+        write_records(f"{name}.jsonl", reviewed(name, a="keep").values())
+    out = str(tmp_path / "bob.jsonl")
+    assert main(["curate", "merge", "ann.jsonl", "bob.jsonl", "--out", out]) == 2
+    assert "one of the reviews" in capsys.readouterr().err
+    assert read_records(out)["a"]["reviewer"] == "bob"
+
+
 # --- export ------------------------------------------------------------------------------------
 
 
@@ -394,3 +460,35 @@ def test_the_published_layout_comes_out(folder, tmp_path):
             export([found[2] | {"image_id": wrong}], target)
     with pytest.raises(UserError, match="Nothing is left"):
         export([], target)
+
+
+@pytest.mark.parametrize("lacking", ["picture", "text", "image_id"])
+def test_a_record_that_lacks_a_field_is_named(tmp_path, capsys, lacking):
+    """As one written by hand may."""
+    given, out = tmp_path / "own.jsonl", str(tmp_path / "out")
+    record = {"image_id": "a", "picture": "a.jpg", "text": "A dog."}
+    left_out = [{"image_id": "b", "text": "", "picture": "p"}, {"image_id": "c", "error": "broken"}]
+    write_records(given, [record | {lacking: 5}, *left_out])
+    assert main(["curate", "export", str(given), "--out", out]) == 2
+    assert f"needs a text as “{lacking}”" in capsys.readouterr().err
+    assert chosen([record, *left_out]) == [record]
+    if lacking != "image_id":
+        del record[lacking]
+        write_records(given, [record])
+        assert main(["curate", "export", str(given), "--out", out]) == 2
+        assert f"“a” needs a text as “{lacking}”" in capsys.readouterr().err
+
+
+def test_a_set_is_not_exported_over_its_own_pictures(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [vars(s) | {"text": f"Text {s.image_id}."} for s in find_pictures(str(folder))[:2]]
+    export(found, "stage2")
+    again = [vars(s) | {"text": f"Text {s.image_id}."} for s in find_pictures("stage2/image")]
+    again[0]["decision"] = "drop"
+    for records in (again, [again[0], found[1]]):  # the one in the way may be the dropped one
+        with pytest.raises(UserError, match="own pictures"):
+            export(records, "stage2")
+    assert sorted(os.listdir("stage2/image")) == ["p0.jpg", "p1.jpg"]
+    assert export(again, "stage3") == 1
+    shutil.copytree("stage2/image", "copied")
+    assert export(again, "stage2", pictures="copied") == 1

@@ -10,8 +10,10 @@ import pytest
 
 from minigpt4 import start
 from minigpt4.__main__ import main
+from minigpt4.curation import filters
 from minigpt4.curation.records import read_records, write_records
 from minigpt4.curation.refine import estimate, tidy, useless
+from minigpt4.curation.thresholds import Thresholds
 from tests.api_case import MODEL, served, tiny_engine
 
 TWICE = "A dog runs on the grass. It is brown. A dog runs on the grass. Behind it is a"
@@ -46,6 +48,7 @@ class Endpoint:
         self.moods: list[int | str] = []
         self.refused: set[str] = set()
         self.refusal = 400
+        self.retry_after = "2"
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
         self.times: list[float] = []
@@ -93,7 +96,7 @@ class Endpoint:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 if status == 429:
-                    self.send_header("Retry-After", "2")
+                    self.send_header("Retry-After", endpoint.retry_after)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -149,6 +152,14 @@ def test_descriptions_are_mended(refine, endpoint, capsys, monkeypatch):
     assert body["messages"][0]["content"].endswith(("\n\n" + TWICE, "\n\n" + CLEAN))
 
 
+def test_what_was_cut_and_still_breaks_off_stays_cut(refine, endpoint):
+    """The answer changed the text, not its end: the filter must see that it is a fragment."""
+    endpoint.moods = ["A dog runs on the green grass. It is brown. Behind it is a fence"]
+    status, records = refine("--together", "1")
+    assert status == 0 and records["0"]["refined"] == "changed" and records["0"]["cut"]
+    assert "breaks_off" in filters.broken_rules(records["0"], Thresholds())
+
+
 def test_it_resumes(refine, endpoint, given, capsys):
     assert refine("--together", "1")[0] == 0
     asked = len(endpoint.bodies)
@@ -159,6 +170,18 @@ def test_it_resumes(refine, endpoint, given, capsys):
     write_records(given, again.values())
     status, records = refine()
     assert len(endpoint.bodies) == asked + 1 and "blue" in records["1"]["text"]
+
+
+def test_another_refiner_or_prompt_takes_another_file(refine, endpoint, capsys, monkeypatch):
+    _, done = refine()
+    asked = len(endpoint.bodies)
+    status, records = refine("--refiner", "other")
+    assert status == 2 and records == done
+    assert "refined by mender, and this is other" in capsys.readouterr().err
+    monkeypatch.setattr("minigpt4.curation.generate.read_prompt", lambda name: "Mend it.")
+    status, records = refine()
+    assert status == 2 and records == done and len(endpoint.bodies) == asked
+    assert "before prompts/refine.txt was changed" in capsys.readouterr().err
 
 
 def test_what_is_of_no_use_leaves_the_text(refine, endpoint, capsys):
@@ -187,6 +210,13 @@ def test_it_waits_as_told_and_tries_again(refine, endpoint):
     first, second, third = endpoint.times[:3]
     assert second - first >= 2.0
     assert third - second >= 0.2
+
+
+def test_it_does_not_wait_longer_than_two_minutes(refine, endpoint, capsys):
+    endpoint.moods, endpoint.retry_after = [429], "121"
+    status, records = refine("--together", "1")
+    assert status == 2 and len(endpoint.bodies) == 4 and "0" not in records
+    assert "1 got no answer" in capsys.readouterr().err
 
 
 def test_what_fails_for_good_is_left_for_later(refine, endpoint, capsys):

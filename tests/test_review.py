@@ -211,6 +211,33 @@ def test_a_review_goes_on_where_it_stopped(items, out):
         Review([], records, "ann")
 
 
+def test_a_description_that_changed_is_decided_again(items, out):
+    with Records(out) as records:
+        review = Review(items, records, "ann")
+        for item in items:
+            review.decide(item["image_id"], drop=False, text=item["text"])
+    items[1] = items[1] | {"text": "A better pattern.", "before": "Pattern 1."}  # refined anew
+    with Records(out) as records:
+        review = Review(items, records, "ann")
+        assert review.next() == "p1" and review.counts() == {"keep": 3, "": 1}
+        assert review.text("p1") == "A better pattern."
+        review.decide("p1", drop=False, text="A better pattern.")
+        assert review.next() == "" and review.decision("p1") == "keep"
+    assert read_records(out)["p1"]["text"] == "A better pattern."
+
+
+def test_going_back_to_what_was_dropped_shows_what_was_typed(items, out):
+    with Records(out) as records:
+        review = Review(items, records, "ann")
+        review.note("p0", "A long edit")
+        review.decide("p0", drop=True, text="A long edit")  # D, by mistake
+    with Records(out) as records:
+        review = Review(items, records, "ann")
+        assert review.decision("p0") == "drop" and review.text("p0") == "A long edit"
+        assert review.decide("p0", drop=False, text=review.text("p0")) == "edit"
+    assert read_records(out)["p0"]["before"] == "Pattern 0."
+
+
 def test_a_busy_port_is_said(items, out, address, tmp_path, capsys):
     given = tmp_path / "filtered.jsonl"
     write_records(given, items)

@@ -1,6 +1,8 @@
 """Where the pictures of a set are: files of a folder, or members of WebDataset shards. No torch."""
 
 import functools
+import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +15,7 @@ from minigpt4.image import Picture
 from minigpt4.training.data import PICTURE_SUFFIXES, expand
 
 IN_SHARD = ".tar:"  # SHARD.tar:MEMBER
+NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|\0]|^\.')  # of files, on one system or another
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Source:
 def find_pictures(where: str) -> list[Source]:
     """The pictures of a folder (not of folders in it), of one file, or of shards, in order.
 
-    where: a path, or for shards a glob or a brace range too. Ids come from the files' names.
+    where: a path, or for shards a glob or a brace range too. Ids come from the files' names, with
+    "-" for what another system's files cannot be named.
     """
     path = Path(where).expanduser()
     if path.suffix != ".tar" and (path.exists() or not any(c in where for c in "*?{")):
@@ -46,29 +50,53 @@ def find_pictures(where: str) -> list[Source]:
 
 def _named(found: Iterable[tuple[str, str]]) -> list[Source]:
     """Ids that are unique also where letters' case is not told apart, as on some disks."""
-    sources, taken = [], Counter()
-    for name, picture in found:
+    sources, taken = {}, Counter()
+    # Names that can stay as they are come first, so that no other takes theirs.
+    for place, (name, picture) in sorted(
+        enumerate(found), key=lambda item: bool(NOT_IN_NAMES.search(item[1][0]))
+    ):
+        name = NOT_IN_NAMES.sub("-", name)
         taken[name.casefold()] += 1
         times = taken[name.casefold()]
         while times > 1 and f"{name}-{times}".casefold() in taken:
             times += 1
         image_id = name if times == 1 else f"{name}-{times}"
         taken[image_id.casefold()] += times > 1
-        sources.append(Source(image_id, picture))
-    return sources
+        sources[place] = Source(image_id, picture)
+    return [sources[place] for place in sorted(sources)]
 
 
-def read_picture(picture: str, moved_to: str | None = None) -> bytes:
-    """The content of the file that a record names.
+def locate(picture: str, moved_to: str | None = None) -> tuple[Path, str]:
+    """The file that a record names, and the member of it: "" where the file is the picture.
 
-    moved_to: the folder where the pictures, or the shards, are now. UserError where there is none.
+    moved_to: the folder where the pictures, or the shards, are now.
     """
     path, in_shard, member = picture.partition(IN_SHARD)
     file = Path(path + in_shard.rstrip(":"))
-    if moved_to:
-        file = Path(moved_to, file.name)
+    return (Path(moved_to, file.name) if moved_to else file), member
+
+
+def is_same(picture: str, found: str) -> bool:
+    """Whether what a record names is the picture that was found, in its place or moved.
+
+    Moved: nothing is where it was, and the names of the file and of its folder are the same.
+    """
+    (then, then_member), (now, member) = locate(picture), locate(found)
+    if then_member != member:
+        return False
+    if then == now or then.resolve() == now.resolve():
+        return True
+    return then.parts[-2:] == now.parts[-2:] and not os.path.exists(then)
+
+
+def read_picture(picture: str, moved_to: str | None = None) -> bytes:
+    """The content of the picture that a record names; UserError where there is none.
+
+    moved_to: as in `locate`.
+    """
+    file, member = locate(picture, moved_to)
     try:
-        if not in_shard:
+        if not member:
             return file.read_bytes()
         offset, size = _members(file)[member]
         with file.open("rb") as shard:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from minigpt4.curation.filters import refusal, words
 from minigpt4.curation.refiners import Failed, Refiner, Reply
 from minigpt4.errors import UserError
+from minigpt4.evaluation.metrics import is_fragment
 
 MESSAGE_TOKENS = 8  # what a chat format adds to a request, about
 GIVE_UP_AFTER = 5  # requests in a row that failed after all their retries
@@ -46,8 +47,8 @@ def refine(
     """Records with the mended text, as they come; Failed for one that has no reply.
 
     A record gets `before`, the text as it was; `refined`, "changed", "same" or "kept: " and why;
-    and `refiner`. `together`: requests under way at once. After several failures in a row it ends
-    with the last one's sentence, as a UserError.
+    `refiner`; and `refine_prompt`, the instruction. `together`: requests under way at once. After
+    several failures in a row it ends with the last one's sentence, as a UserError.
     """
     waiting = iter(records)
     running: dict[Future[Reply], dict] = {}
@@ -73,7 +74,8 @@ def refine(
                     yield outcome
                     continue
                 failed_in_a_row = 0
-                yield _refined(record, outcome, refiner.name)
+                made_by = {"refiner": refiner.name, "refine_prompt": instruction}
+                yield _refined(record, outcome) | made_by
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -88,7 +90,7 @@ def _outcome(future: Future[Reply]) -> Reply | UserError | Failed:
         return error if error.kind in ("request", "too_long") else Failed(str(error))
 
 
-def _refined(record: dict, outcome: Reply | UserError, refiner: str) -> dict:
+def _refined(record: dict, outcome: Reply | UserError) -> dict:
     before = record["text"]
     if isinstance(outcome, UserError):
         mended, why = before, str(outcome)
@@ -99,15 +101,9 @@ def _refined(record: dict, outcome: Reply | UserError, refiner: str) -> dict:
         text, result = before, f"kept: {why}"
     else:
         text, result = mended, "same" if mended == before else "changed"
-    # What was cut and mended is whole again, or the filter's rule will see that it is not.
-    cut = record.get("cut", False) and result != "changed"
-    return record | {
-        "text": text,
-        "cut": cut,
-        "before": before,
-        "refined": result,
-        "refiner": refiner,
-    }
+    # What was cut is whole again only where it was mended to a sentence's end.
+    cut = record.get("cut", False) and (result != "changed" or is_fragment(text, True))
+    return record | {"text": text, "cut": cut, "before": before, "refined": result}
 
 
 def tidy(answer: str) -> str:

@@ -12,7 +12,7 @@ from minigpt4.errors import UserError
 if TYPE_CHECKING:
     from minigpt4.engine import Engine
 
-RETRIES = 6  # with back-off from half a second to eight, or as Retry-After says
+RETRIES = 6  # with back-off from half a second to eight, or as Retry-After says, 120 at most
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Review:
     """What is to be decided, what has been, and what is being typed.
 
     items: records of the step before, in the order of the review. records: the reviewer's own
-    file. What is typed and not yet decided is kept beside it, in FILE.draft.
+    file; a decision on a description that has changed since is none. What is typed and not yet
+    decided is kept beside it, in FILE.draft.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Review:
 
     def decision(self, image_id: str) -> str:
         """ "keep", "edit", "drop", or "" where there is none yet."""
-        return self._records.records.get(image_id, {}).get("decision", "")
+        return self._decided(image_id).get("decision", "")
 
     def counts(self) -> Counter[str]:
         """Decision -> how many; "" is of those without one."""
@@ -74,8 +75,13 @@ class Review:
         return self._settled(image_id)
 
     def _settled(self, image_id: str) -> str:
-        item = self._items[image_id]
-        return self._records.records.get(image_id, item).get("text", item["text"])
+        return self._decided(image_id).get("text", self._items[image_id]["text"])
+
+    def _decided(self, image_id: str) -> dict:
+        """The record of a decision on the description as it is now, else an empty one."""
+        record = self._records.records.get(image_id, {})
+        now = self._items[image_id]["text"]
+        return record if record.get("before", now) == now else {}
 
     def place(self, image_id: str) -> int:
         """From 1."""
@@ -96,7 +102,7 @@ class Review:
             "image_id": image_id,
             "picture": item["picture"],
             "decision": decision,
-            "text": item["text"] if drop else text,
+            "text": text or item["text"],  # dropped: what was typed is there to go back to
             "before": item["text"],
             "reviewer": self.reviewer,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

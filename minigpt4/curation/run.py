@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minigpt4 import start
 from minigpt4.curation import agreement, filters
 from minigpt4.curation import export as layout
-from minigpt4.curation.pictures import find_pictures
+from minigpt4.curation.pictures import find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.errors import UserError
 
@@ -56,6 +56,13 @@ def generate(options: argparse.Namespace) -> None:
                     f"{options.out} holds descriptions by {record['model']}, and this is "
                     f"{generator.model}: give another file by “--out”."
                 )
+        for source in sources:
+            picture = described.get(source.image_id, {}).get("picture", source.picture)
+            if not is_same(picture, source.picture):
+                raise UserError(
+                    f"“{source.image_id}” in {options.out} is {picture}, and here it is "
+                    f"{source.picture}: give the new file another name, or another file by “--out”."
+                )
         left = [s for s in sources if s.image_id not in described]
         bar = tqdm(total=len(sources), initial=len(sources) - len(left), unit="picture")
         with bar:
@@ -94,15 +101,16 @@ def refine(options: argparse.Namespace) -> None:
         if options.estimate:
             return
         failures: list[Failed] = []
-        if texts:
-            together = min(options.together, MOST_TOGETHER)
-            with _refiner(options) as refiner:
-                outcomes = refine_all(refiner, texts, instruction, together)
-                for outcome in tqdm(outcomes, total=len(texts), unit="text"):
-                    if isinstance(outcome, Failed):
-                        failures.append(outcome)
-                    else:
-                        records.append(outcome)
+        together = min(options.together, MOST_TOGETHER)
+        with _refiner(options) as refiner:
+            for record in records.records.values():
+                _check_refiner(record, refiner.name, instruction, options.out)
+            outcomes = refine_all(refiner, texts, instruction, together)
+            for outcome in tqdm(outcomes, total=len(texts), unit="text"):
+                if isinstance(outcome, Failed):
+                    failures.append(outcome)
+                else:
+                    records.append(outcome)
         done = [records.records[i] for i in found if i in records.records]
     _say_refined(done, options.out)
     if failures:
@@ -113,6 +121,20 @@ def refine(options: argparse.Namespace) -> None:
 
 def _is_refined(done: dict | None, record: dict) -> bool:
     return done is not None and done.get("before") == record.get("text")
+
+
+def _check_refiner(record: dict, name: str, instruction: str, out: str) -> None:
+    """UserError where a record was refined by another model, or as another prompt says."""
+    if record.get("refiner", name) != name:
+        raise UserError(
+            f"{out} holds descriptions refined by {record['refiner']}, and this is {name}: give "
+            "another file by “--out”."
+        )
+    if record.get("refine_prompt", instruction) != instruction:
+        raise UserError(
+            f"{out} holds descriptions refined before prompts/refine.txt was changed: give another "
+            "file by “--out”."
+        )
 
 
 def _say_estimate(found, options: argparse.Namespace) -> None:
@@ -215,6 +237,11 @@ def review(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Put reviewers' files together and print their agreement as JSON."""
+    if Path(options.out).resolve() in {Path(path).resolve() for path in options.reviews}:
+        raise UserError(
+            f"{options.out} is one of the reviews, which would be lost: give another file by "
+            "“--out”."
+        )
     reviews = {}
     for path in options.reviews:
         records = read_records(path)
@@ -238,6 +265,6 @@ def merge(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write the layout of the second stage."""
-    records = layout.chosen(read_records(options.file).values())
+    records = read_records(options.file).values()
     number = layout.export(records, options.out, options.pictures)
     start.say(f"{number} pictures with descriptions in {options.out}.")
