@@ -18,6 +18,7 @@ import pytest
 from gradio.utils import get_upload_folder
 
 from minigpt4 import chat
+from minigpt4.web import session as session_module
 from minigpt4.web import sweep as sweeping_module
 from minigpt4.web.examples import QUESTIONS, in_folder
 from minigpt4.web.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
@@ -27,9 +28,12 @@ from tests.api_case import (
     at_rest,
     data_url,
     engine_fixture,
+    join,
     page_event,
+    page_messages,
     picture_file,
     question,
+    web,
 )
 
 FILE = {"meta": {"_type": "gradio.FileData"}}
@@ -50,7 +54,7 @@ def works_afterwards(address, engine):
 
 def ask(address, text, *urls, **settings) -> httpx.Response:
     body = {"messages": [question(text, *urls)], "max_tokens": 8, "temperature": 0, **settings}
-    return httpx.post(address + "/v1/chat/completions", json=body, timeout=120)
+    return web.post(address + "/v1/chat/completions", json=body, timeout=120)
 
 
 def text_of(response: httpx.Response) -> str:
@@ -65,7 +69,7 @@ def connect(address: str) -> socket.socket:
 
 def upload(address, content: bytes, name: str = "a.png", **more) -> httpx.Response:
     files = {"files": (name, content, "image/png")}
-    return httpx.post(address + "/gradio_api/upload", files=files, timeout=120, **more)
+    return web.post(address + "/gradio_api/upload", files=files, timeout=120, **more)
 
 
 # --- uploads ---------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def test_bodies_without_end(address, path, kind, size):
     """A form's field, or JSON, of any length: gradio itself would take it into memory."""
     memory = psutil.Process().memory_info().rss
     try:
-        response = httpx.post(
+        response = web.post(
             address + path,
             content=multipart("field", size),
             headers={"content-type": kind},
@@ -230,16 +234,16 @@ def test_names_of_uploads(address, name):
 def test_too_many_parts_and_headers(address):
     part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\nc\r\n'
     many = {"content-type": "multipart/form-data; boundary=x"}
-    response = httpx.post(
+    response = web.post(
         address + "/gradio_api/upload", content=part * 1500 + b"--x--\r\n", headers=many, timeout=60
     )
     assert response.status_code in (400, 413)
     long = b'--x\r\nContent-Disposition: form-data; name="a"\r\nX: ' + b"y" * 20_000 + b"\r\n\r\n"
-    response = httpx.post(address + "/gradio_api/upload", content=long, headers=many)
+    response = web.post(address + "/gradio_api/upload", content=long, headers=many)
     assert response.status_code in (400, 413)
     for headers in ({f"x-{i}": "y" * 1000 for i in range(2000)}, {"x": "y" * 10**6}):
         try:
-            status = httpx.get(address + "/healthz", headers=headers).status_code
+            status = web.get(address + "/healthz", headers=headers).status_code
         except httpx.TransportError:  # it hung up
             status = 431
         assert 400 <= status < 500
@@ -251,16 +255,33 @@ def test_too_many_parts_and_headers(address):
 def call_chat(address, image=None, **more) -> str:
     """All that is said on a call of /chat."""
     sent = {"data": ["What is this?", image, None, None, 0, 1.0, 5, *[None] * 3], **more}
-    called = httpx.post(address + "/gradio_api/call/chat", json=sent, timeout=60)
+    called = web.post(address + "/gradio_api/call/chat", json=sent, timeout=60)
     assert called.status_code == 200, called.text
     url = f"{address}/gradio_api/call/chat/{called.json()['event_id']}"
-    return httpx.get(url, timeout=120).text
+    return web.get(url, timeout=120).text
 
 
 @pytest.fixture(scope="module")
 def events(address) -> dict[str, int]:
-    config = httpx.get(address + "/config").json()
+    config = web.get(address + "/config").json()
     return {d["api_name"]: d["id"] for d in config["dependencies"]}
+
+
+def box(text: str) -> dict:
+    return {"text": text, "files": []}
+
+
+def stop(address, events, session: str) -> None:
+    """As the page's button does it."""
+    sent = {"data": [None], "fn_index": events["stop"], "session_hash": session}
+    assert web.post(address + "/gradio_api/run/predict", json=sent).status_code == 200
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 PRIVATE = "the file of another"
@@ -294,7 +315,7 @@ def test_no_file_of_this_machine_through_the_page(address, events, tmp_path, eve
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "file:///etc/passwd"])
 def test_no_file_of_this_machine_is_served(address, path):
     for start in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/gradio_api/proxy="):
-        response = httpx.get(address + start + path)
+        response = web.get(address + start + path)
         assert 400 <= response.status_code < 500 and "root:" not in response.text
     assert "event: error" in call_chat(address, {"path": path, **FILE})
 
@@ -304,8 +325,8 @@ def test_another_sessions_upload_has_a_name_that_nobody_guesses(address):
     [path] = upload(address, picture_file("olive")).json()
     assert len(Path(path).parent.name) >= 40
     nearby = Path(path).parent.parent / ("0" * 64) / "a.png"
-    assert httpx.get(f"{address}/gradio_api/file={nearby}").status_code in (403, 404)
-    assert httpx.get(f"{address}/gradio_api/file={Path(path).parent}").status_code in (403, 404)
+    assert web.get(f"{address}/gradio_api/file={nearby}").status_code in (403, 404)
+    assert web.get(f"{address}/gradio_api/file={Path(path).parent}").status_code in (403, 404)
 
 
 CLOSED = ["process_recording", "deep_link?session_hash=x", "component_server", "vibe-edit/"]
@@ -317,9 +338,9 @@ def test_what_the_page_does_not_need_is_closed(address, path):
     """Gradio starts ffmpeg, writes conversations to the disk, fetches: not here."""
     for url in (f"{address}/gradio_api/{path}", f"{address}//gradio_api//{path}"):
         for method in ("GET", "POST", "HEAD"):
-            assert httpx.request(method, url, content=b"x").status_code in (404, 405)
+            assert web.request(method, url, content=b"x").status_code in (404, 405)
     for url in ("/monitoring", "/monitoring/summary", "/monitoring/x"):
-        assert httpx.get(address + url).status_code == 404
+        assert web.get(address + url).status_code == 404
 
 
 OUT_OF_ORDER = [
@@ -360,20 +381,20 @@ def test_events_that_make_no_sense(address, events, number, caplog):
 
 
 def test_unknown_sessions_events_and_replays(address):
-    unknown = httpx.get(address + "/gradio_api/queue/data?session_hash=nobody", timeout=60)
+    unknown = web.get(address + "/gradio_api/queue/data?session_hash=nobody", timeout=60)
     assert "not_found" in unknown.text or unknown.status_code == 404
     for event in ("nothing", "../x", "0" * 4000):
         body = {"session_hash": "nobody", "fn_index": 0, "event_id": event}
-        assert httpx.post(address + "/gradio_api/cancel", json=body).status_code < 500
-    assert httpx.post(address + "/gradio_api/reset", json={"event_id": "x"}).status_code < 500
+        assert web.post(address + "/gradio_api/cancel", json=body).status_code < 500
+    assert web.post(address + "/gradio_api/reset", json={"event_id": "x"}).status_code < 500
     body = {"session_hash": "nobody", "fn_index": 9999, "data": []}
-    joined = httpx.post(address + "/gradio_api/queue/join", json=body)
+    joined = web.post(address + "/gradio_api/queue/join", json=body)
     assert joined.status_code == 404 and "no such event" in joined.text
-    called = httpx.post(address + "/gradio_api/call/chat", json={"data": ["Hi"] + [None] * 9})
+    called = web.post(address + "/gradio_api/call/chat", json={"data": ["Hi"] + [None] * 9})
     url = f"{address}/gradio_api/call/chat/{called.json()['event_id']}"
-    assert "event: complete" in httpx.get(url, timeout=60).text
+    assert "event: complete" in web.get(url, timeout=60).text
     try:
-        again = httpx.get(url, timeout=3).text
+        again = web.get(url, timeout=3).text
     except httpx.ReadTimeout:  # nothing is said of it
         again = ""
     assert "event: complete" not in again
@@ -384,7 +405,7 @@ def test_unknown_sessions_events_and_replays(address):
 def test_json_that_is_none_or_too_deep(address, path, body):
     headers = {"content-type": "application/json"}
     url = f"{address}/gradio_api/{path}"
-    response = httpx.post(url, content=body, headers=headers, timeout=60)
+    response = web.post(url, content=body, headers=headers, timeout=60)
     assert 400 <= response.status_code < 500 and len(response.text) < 2000
 
 
@@ -392,7 +413,7 @@ def test_the_answer_to_a_body_that_is_not_read_arrives(address):
     headers = {"content-type": "multipart/form-data; boundary=x"}
     for _ in range(20):
         content = b"--x\r\n" + b"a" * 500_000
-        response = httpx.post(address + "/gradio_api/upload", headers=headers, content=content)
+        response = web.post(address + "/gradio_api/upload", headers=headers, content=content)
         assert 400 <= response.status_code < 500
 
 
@@ -481,9 +502,9 @@ def test_probes_while_the_queue_is_full(address, engine, monkeypatch):
     monkeypatch.setattr(engine, "max_waiting", 0)
     engine.pace = 0.02
     assert ask(address, "Hello?").status_code == 429
-    assert httpx.get(address + "/healthz", timeout=60).status_code == 200
-    assert httpx.get(address + "/metrics", timeout=60).status_code == 200
-    assert httpx.get(address + "/readyz", timeout=60).status_code == 200
+    assert web.get(address + "/healthz", timeout=60).status_code == 200
+    assert web.get(address + "/metrics", timeout=60).status_code == 200
+    assert web.get(address + "/readyz", timeout=60).status_code == 200
 
 
 def test_closing_while_queued(address, engine, monkeypatch):
@@ -493,13 +514,32 @@ def test_closing_while_queued(address, engine, monkeypatch):
     lines = [connect(address) for _ in range(3)]
     for line in lines:
         line.sendall(stream_request("Hello?", 500))
-    end = time.monotonic() + 30
-    while engine.waiting < 2:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for(lambda: engine.waiting == 2)
     for line in lines:
         line.close()
     assert at_rest(engine, 30)
+
+
+def test_nothing_stands_behind_the_answers(address, engine, events, monkeypatch):
+    """41 questions on the page, one more than Gradio has workers by default: the next one is told
+    that there are too many, New chat works, and so does Stop, also in the queue."""
+    monkeypatch.setattr(engine, "max_running", 1)
+    monkeypatch.setattr(engine, "max_waiting", 40)
+    monkeypatch.setattr(session_module, "SECONDS_PER_LOOK", 60)  # each look costs the page a while
+    engine.pace = 0.2
+    sessions = [f"slow-{n}" for n in range(41)]
+    settings = [*SETTINGS[:3], 300, *SETTINGS[4:]]
+    for session in sessions:
+        assert join(address, events["ask"], [box("Hello?"), None, *settings], session).is_success
+    wait_for(lambda: (engine.running, engine.waiting) == (1, 40))
+    assert join(address, events["ask"], [box("Me?"), None, *settings], "late").is_success
+    assert "Too many people" in str([*page_messages(address, "late", 20)])
+    assert page_event(address, events["new_chat"], [None], "new", seconds=20)["success"]
+    stop(address, events, sessions[40])
+    wait_for(lambda: engine.waiting == 39)
+    for session in sessions:
+        stop(address, events, session)
+    assert at_rest(engine, 20)
 
 
 # --- faults that are not the engine's -----------------------------------------------------------

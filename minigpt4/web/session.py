@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 KEPT_SIDE = 1024  # pixels; longer pictures are kept smaller once the engine has seen them
 SECONDS_PER_UPDATE = 0.05  # the page shows new words this often, at most
-SECONDS_PER_LOOK = 0.3  # how often the place in the queue is looked up
+SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and who left it is noticed
 TOO_MANY_PICTURES = f"A conversation may hold at most {FILES_AT_ONCE} pictures."
 MIDWAY = {"length", "time", "closed"}  # how an answer ends that may be continued
 
