@@ -24,12 +24,15 @@ from minigpt4.web.examples import QUESTIONS, in_folder
 from minigpt4.web.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
 from minigpt4.web.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
 from tests.api_case import (
+    SETTINGS,
     address_fixture,
     at_rest,
+    box,
     data_url,
     engine_fixture,
     join,
     page_event,
+    page_events,
     page_messages,
     picture_file,
     question,
@@ -37,7 +40,6 @@ from tests.api_case import (
 )
 
 FILE = {"meta": {"_type": "gradio.FileData"}}
-SETTINGS = [0, 1.0, 1.0, 10, 1, "", ""]  # the page's controls, in their order
 
 
 engine, address = engine_fixture(), address_fixture("--max-upload-mb", "1")
@@ -263,12 +265,7 @@ def call_chat(address, image=None, **more) -> str:
 
 @pytest.fixture(scope="module")
 def events(address) -> dict[str, int]:
-    config = web.get(address + "/config").json()
-    return {d["api_name"]: d["id"] for d in config["dependencies"]}
-
-
-def box(text: str) -> dict:
-    return {"text": text, "files": []}
+    return page_events(address)
 
 
 def stop(address, events, session: str) -> None:

@@ -8,6 +8,7 @@ from gradio.events import Events
 
 from minigpt4.web import controls, sweep, texts
 from minigpt4.web.chat_endpoint import add_chat_endpoint
+from minigpt4.web.events import guard
 from minigpt4.web.examples import FOLDER, examples
 from minigpt4.web.feedback import Feedback, Ratings
 from minigpt4.web.files import Files
@@ -205,6 +206,7 @@ def build_page(
 def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
     """Start the server in the background, endpoints for programs included; its address here."""
     page.queue(api_open=False, max_size=MOST_EVENTS, default_concurrency_limit=None)
+    guard(page._queue)
     # An answer is one of Gradio's jobs from its place in the engine's queue on to its end.
     machines = (options.llm_url or "").count(",") + 1
     answers = options.max_running * machines + options.max_queue

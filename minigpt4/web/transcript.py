@@ -10,6 +10,7 @@ from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.prompt import ImageRef, Message
+from minigpt4.web.events import whole
 from minigpt4.web.limits import FILES_AT_ONCE
 
 FORMAT = "minigpt4-conversation"
@@ -87,7 +88,7 @@ def from_file(path: str) -> Conversation:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise UserError(WRONG)
-        data = json.loads(text)
+        data = whole(json.loads(text))
     except (OSError, ValueError, RecursionError):
         raise UserError(WRONG) from None
     return from_data(data)
