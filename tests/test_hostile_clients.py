@@ -20,6 +20,7 @@ from gradio.utils import get_upload_folder
 from minigpt4 import chat
 from minigpt4.web import session as session_module
 from minigpt4.web import sweep as sweeping_module
+from minigpt4.web.events import MOST_UNREAD
 from minigpt4.web.examples import QUESTIONS, in_folder
 from minigpt4.web.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
 from minigpt4.web.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
@@ -375,6 +376,17 @@ def test_events_that_make_no_sense(address, events, number, caplog):
     last = page_event(address, events[name], data, session, event_data)
     said = json.dumps(last)
     assert not any(bad in said for bad in ("Traceback", "site-packages", " object at 0x"))
+
+
+def test_what_nobody_listens_to_has_an_end(address, events):
+    """Each event leaves what it has to say with the server, until the page has read it."""
+    statuses = [join(address, events["save_json"], [None], "deaf").status_code for _ in range(40)]
+    assert statuses == [200] * MOST_UNREAD + [429] * (40 - MOST_UNREAD)
+    assert (
+        len([m for m in page_messages(address, "deaf") if m["msg"] == "process_completed"])
+        == MOST_UNREAD
+    )
+    assert join(address, events["save_json"], [None], "deaf").status_code == 200
 
 
 def test_unknown_sessions_events_and_replays(address):

@@ -6,15 +6,20 @@ from typing import Any
 from gradio.queueing import Queue
 from starlette.exceptions import HTTPException
 
+MOST_UNREAD = 32  # events of one page whose end it has not been told yet
+TOO_MANY = "This page has asked for too much without listening: load it again."
 TOO_DEEP = "The request is nested too deeply."
 
 
 def guard(queue: Queue) -> None:
-    """Check what comes in: halves of characters Gradio could not send back. HTTPException 400 where
-    the JSON is too deep."""
+    """Check what comes in. Gradio keeps what it has to say until somebody listens, without end;
+    and it could not say halves of characters. HTTPException 429, or 400 where JSON is too deep.
+    """
     push = queue.push
 
     async def guarded(body: Any, **others: Any) -> tuple:
+        if len(queue.pending_event_ids_session.get(body.session_hash, ())) >= MOST_UNREAD:
+            raise HTTPException(429, TOO_MANY)
         try:
             body.data, body.event_data = whole([body.data, body.event_data])
         except RecursionError:
