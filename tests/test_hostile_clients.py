@@ -349,7 +349,7 @@ OUT_OF_ORDER = [
     ("edit", [None, *SETTINGS], {"index": 99, "value": "x", "previous_value": "y"}),
     ("edit", [None, *SETTINGS], {"index": -1, "value": "x", "previous_value": "y"}),
     ("edit", [None, *SETTINGS], {"index": "x", "value": 3, "previous_value": None}),
-    ("encode", [None], None),
+    ("attach", [box("Hi"), "x"], None),
     ("reopen", [None], {"index": 0, "value": {"data": {"format": 1}, "name": 3}}),
     ("reopen", [None], {"index": 0, "value": "x"}),
     ("show_version", [10**9, None], None),

@@ -147,13 +147,11 @@ def build_page(
             **event,
         )
         attaching.then(None, [refused, box], box, js=WITHOUT)
-        filling = chatbot.example_select(files.fill, [box, session], [box, status], **event)
+        chatbot.example_select(files.fill, [box, session], [box, status], **event)
         camera_button.click(files.show_camera, camera_open, [camera_open, camera], **event)
-        taking = camera.change(
+        camera.change(
             files.photograph, [camera, box, session], [box, camera_open, camera, status], **event
         )
-        for came in (attaching, filling, taking):
-            came.then(files.encode, session, status, trigger_mode="multiple", **event)
 
         opened = [*replaced, panel.settings["system"]]
         for left in (

@@ -43,7 +43,8 @@ class Session:
 
     conversation: Conversation = field(default_factory=Conversation)
     remarks: list[Remark] = field(default_factory=list)
-    uploads: dict[str, Picture] = field(default_factory=dict)  # by file
+    # By file, not yet sent: those that the engine has seen, no longer than KEPT_SIDE.
+    uploads: dict[str, Picture] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # picture's key -> the file it came from
     answer: Answer | None = None  # the one being given, or the last one
     busy: bool = False  # an answer is being given
@@ -77,20 +78,10 @@ class Session:
             self.answer.close()
 
     def read(self, path: str) -> Picture:
-        """The picture in an uploaded file, decoded once."""
-        if path not in self.uploads:
-            picture = image.load(path)
-            self.uploads[path] = picture
-            self.files[picture.key] = path
-        return self.uploads[path]
-
-    def shrink_uploads(self) -> None:
-        """The engine has seen them: what is still to be shown needs less memory."""
-        uploads = self.uploads  # another one, once a question has been taken
-        for path, picture in [*uploads.items()]:
-            small = image.smaller(picture, KEPT_SIDE)
-            if path in uploads:
-                uploads[path] = small
+        """The picture in an uploaded file. UserError where it is none."""
+        picture = self.uploads.get(path) or image.load(path)
+        self.files[picture.key] = path
+        return picture
 
     @property
     def last(self) -> str:

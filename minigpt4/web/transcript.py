@@ -127,6 +127,8 @@ def _picture(url: str) -> Picture:
     head, _, encoded = url.partition(",")
     assert head.startswith("data:image/") and head.endswith(";base64")
     try:
-        return image.load(base64.b64decode(encoded, validate=True))
+        picture = image.load(base64.b64decode(encoded, validate=True))
     except NotBase64:
         raise UserError(WRONG) from None
+    assert max(picture.rgb.size) <= FULL_SIDE  # larger ones are in no download, and take memory
+    return picture
