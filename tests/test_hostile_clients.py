@@ -551,6 +551,33 @@ def test_nothing_stands_behind_the_answers(address, engine, events, monkeypatch)
     assert at_rest(engine, 20)
 
 
+def test_a_tab_that_is_closed(address, engine, events, monkeypatch):
+    """While it waits, while it is answered: the answer ends, and the session can ask again."""
+    monkeypatch.setattr(engine, "max_running", 1)
+    monkeypatch.setattr(session_module, "SECONDS_PER_LOOK", 0.1)
+    engine.pace = 0.02
+    tabs = {}
+    for session in ("answered", "queued"):
+        data = [box("Hello?"), None, *SETTINGS[:3], 500, *SETTINGS[4:]]
+        assert join(address, events["ask"], data, session).is_success
+        tabs[session] = page_messages(address, session, 20)
+        while next(tabs[session])["msg"] != "process_generating":
+            pass
+    assert (engine.running, engine.waiting) == (1, 1)
+    tabs["queued"].close()
+    wait_for(lambda: not engine.waiting)
+    assert engine.running == 1
+    tabs["answered"].close()
+    assert at_rest(engine, 20)
+    for session in tabs:
+        join(address, events["ask"], [box("Again?"), None, *SETTINGS], session)
+        said, tabs[session] = "", page_messages(address, session, 20)
+        while "process_completed" not in said:
+            said = str(next(tabs[session]))
+            assert "stop it first" not in said
+        assert "Again?" in said
+
+
 # --- faults that are not the engine's -----------------------------------------------------------
 
 
