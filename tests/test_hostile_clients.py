@@ -354,9 +354,10 @@ OUT_OF_ORDER = [
     ("reopen", [None], {"index": 0, "value": "x"}),
     ("show_version", [10**9, None], None),
     ("choose_preset", ["x"], None),
-    ("ask", [{"text": "Hi", "files": []}, "session", *SETTINGS], None),
+    ("retry", ["session", *SETTINGS], None),
     ("ask", [{"text": "Hi", "files": []}, None, *["x"] * 7], None),
     ("ask", [{"text": "Hi", "files": []}, None, float("inf"), *SETTINGS[1:]], None),
+    ("ask", [{"text": "Hi", "files": []}, None, float("nan"), *SETTINGS[1:]], None),
     ("ask", [{"text": "Hi", "files": []}, None, *SETTINGS[:5], "9" * 5000, ""], None),
     ("ask", [{"text": "Hi", "files": []}], None),
     ("ask", ["Hi", None, *SETTINGS], None),
@@ -365,17 +366,41 @@ OUT_OF_ORDER = [
 ]
 
 
+def kept(address, events, session: str) -> str | None:
+    """The session's conversation as its page can save it."""
+    [file] = page_event(address, events["save_json"], [None], session)["output"]["data"]
+    return file and file["text"]
+
+
 @pytest.mark.parametrize("number", range(len(OUT_OF_ORDER)))
-def test_events_that_make_no_sense(address, events, number, caplog):
+def test_events_that_make_no_sense(address, events, number):
     """Each is answered; what it meant is not done; no library's words come back."""
     name, data, event_data = OUT_OF_ORDER[number]
     session = f"odd-{number}"
-    data = json.loads(json.dumps(data).replace("Infinity", "1e999"))
     if isinstance(data, list):
-        data = [None if d == float("inf") else d for d in data]
-    last = page_event(address, events[name], data, session, event_data)
-    said = json.dumps(last)
-    assert not any(bad in said for bad in ("Traceback", "site-packages", " object at 0x"))
+        last = page_event(address, events[name], data, session, event_data)
+        assert last is not None
+        said = json.dumps(last)
+        assert not any(bad in said for bad in ("Traceback", "site-packages", " object at 0x"))
+    else:
+        assert join(address, events[name], data, session, event_data).status_code == 422
+    assert kept(address, events, session) is None
+
+
+def test_another_sessions_conversation(address, events):
+    """No event of one page gives away, or changes, what was said on another."""
+    ask_data = [box("nonce4711x"), None, *SETTINGS]
+    assert page_event(address, events["ask"], ask_data, "first")["success"]
+    before = kept(address, events, "first")
+    assert "nonce4711x" in before
+    for state in (None, "first", {"session_hash": "first"}, 1):
+        for name in ("save_json", "save_markdown", "record", "record_left", "undo", "renew"):
+            assert join(address, events[name], [state], "second").is_success
+        data = [state, *SETTINGS]
+        assert join(address, events["retry"], data, "second").is_success
+        assert join(address, events["ask"], [box("Mine?"), *data], "second").is_success
+        assert "nonce4711x" not in str([*page_messages(address, "second")])
+    assert kept(address, events, "first") == before
 
 
 def test_what_nobody_listens_to_has_an_end(address, events):
