@@ -443,6 +443,19 @@ def test_json_that_is_none_or_too_deep(address, path, body):
     assert 400 <= response.status_code < 500 and len(response.text) < 2000
 
 
+@pytest.mark.parametrize("depth", [100, 300, 600, 900])
+def test_json_that_is_deep(address, events, depth):
+    """As deep as Python reads it: answered, or refused."""
+    data = "[" * depth + "]" * depth
+    content = f'{{"data": [{data}], "fn_index": {events["save_json"]}, "session_hash": "{depth}"}}'
+    joined = web.post(
+        address + "/gradio_api/queue/join",
+        content=content,
+        headers={"content-type": "application/json"},
+    )
+    assert joined.status_code in (200, 400, 422) and len(joined.text) < 9000, joined.text
+
+
 def test_the_answer_to_a_body_that_is_not_read_arrives(address):
     headers = {"content-type": "multipart/form-data; boundary=x"}
     for _ in range(20):
@@ -634,6 +647,23 @@ def test_a_tokenizer_that_hangs(address, monkeypatch):
         assert ask(address, "Hello?").status_code == 200 and not hung.done()
         released.set()
         assert hung.result().status_code == 200
+
+
+def test_an_encoder_that_hangs(address, engine, monkeypatch):
+    """Whoever asks is told; when it comes back, the next one is answered."""
+    embed, released = engine.model.embed_pictures, threading.Event()
+
+    def hang(pictures):
+        released.wait(30)
+        return embed(pictures)
+
+    monkeypatch.setattr(engine, "_hang_seconds", 0.4)
+    monkeypatch.setattr(engine.model, "embed_pictures", hang)
+    response = ask(address, "What is this?", data_url(picture_file("lime")))
+    assert response.status_code == 503 and "stopped responding" in response.text
+    released.set()
+    wait_for(lambda: not engine.fault)
+    assert ask(address, "What is this?", data_url(picture_file("lime"))).status_code == 200
 
 
 # --- isolation -------------------------------------------------------------------------------
