@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from gradio.queueing import Queue
 from gradio.utils import get_upload_folder
 
 from minigpt4 import chat
@@ -412,6 +413,15 @@ def test_what_nobody_listens_to_has_an_end(address, events):
         == MOST_UNREAD
     )
     assert join(address, events["save_json"], [None], "deaf").status_code == 200
+
+
+def test_many_events_make_the_next_no_slower(address, events, monkeypatch):
+    """Gradio counts what it did, though nobody sees it: a table of 10,000 events each time."""
+    counted = []
+    monkeypatch.setattr(Queue, "compute_analytics_summary", lambda _, all: counted.append(len(all)))
+    for _ in range(3):
+        page_event(address, events["save_json"], [None], "many")
+    wait_for(lambda: counted == [1, 1, 1])
 
 
 def test_unknown_sessions_events_and_replays(address):

@@ -205,6 +205,7 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
     """Start the server in the background, endpoints for programs included; its address here."""
     page.queue(api_open=False, max_size=MOST_EVENTS, default_concurrency_limit=None)
     guard(page._queue)
+    page._queue.ANALYTICS_MAX_EVENTS = 1  # Gradio makes a table of all that it keeps after each
     # An answer is one of Gradio's jobs from its place in the engine's queue on to its end.
     machines = (options.llm_url or "").count(",") + 1
     answers = options.max_running * machines + options.max_queue
