@@ -22,6 +22,10 @@ from minigpt4.web.server import Server
 from tests.parity_case import ParityCase
 
 MODEL = "vicuna_qformer_a"
+web = httpx.Client(timeout=120)  # one for all: making one takes longer than asking
+# The page's controls, in their order: temperature, top-p, penalty, tokens, beams, seed, system.
+SETTINGS = [0, 1.0, 1.0, 10, 1, "", ""]
+JSON = {"content-type": "application/json"}
 GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
 
 
@@ -102,24 +106,48 @@ def question(text: str, *urls: str) -> dict:
     return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
 
 
+def page_events(address: str) -> dict[str, int]:
+    """The page's events by the names of their handlers."""
+    return {d["api_name"]: d["id"] for d in web.get(address + "/config").json()["dependencies"]}
+
+
+def box(text: str) -> dict:
+    """The message box."""
+    return {"text": text, "files": []}
+
+
+def join(address: str, event: int, data: object, session: str, event_data=None) -> httpx.Response:
+    """Have the page do something, without listening to what comes of it."""
+    sent = {"data": data, "fn_index": event, "session_hash": session, "event_data": event_data}
+    content = json.dumps(sent)  # ASCII: halves of characters stay what they are
+    return web.post(address + "/gradio_api/queue/join", content=content, headers=JSON)
+
+
+def page_messages(address: str, session: str, seconds: float = 120) -> Iterator[dict]:
+    """What the page is told until nothing of the session goes on."""
+    end = time.monotonic() + seconds  # heartbeats keep a stream open for ever
+    url = f"{address}/gradio_api/queue/data?session_hash={session}"
+    rest = ""
+    with web.stream("GET", url, timeout=seconds) as response:
+        for text in response.iter_text():
+            assert time.monotonic() < end, "only heartbeats"
+            *lines, rest = (rest + text).split("\n")  # not at U+2028, as iter_lines does
+            for line in lines:
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
+
+
 def page_event(
     address: str, event: int, data: object, session: str, event_data=None, seconds: float = 120
 ) -> dict | None:
     """The last message on an event of the page; None where it was not taken."""
-    end = time.monotonic() + seconds  # heartbeats keep a stream open for ever
-    sent = {"data": data, "fn_index": event, "session_hash": session, "event_data": event_data}
-    joined = httpx.post(address + "/gradio_api/queue/join", json=sent, timeout=60)
+    joined = join(address, event, data, session, event_data)
     if joined.status_code != 200:
         assert joined.status_code < 500, joined.text
         return None
-    url = f"{address}/gradio_api/queue/data?session_hash={session}"
     last = None
-    with httpx.stream("GET", url, timeout=seconds) as response:
-        for line in response.iter_lines():
-            assert time.monotonic() < end, "only heartbeats"
-            if line.startswith("data: "):
-                message = json.loads(line.removeprefix("data: "))
-                last = message if message["msg"] == "process_completed" else last
+    for message in page_messages(address, session, seconds):
+        last = message if message["msg"] == "process_completed" else last
     return last
 
 

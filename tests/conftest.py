@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Processes that run tests side by side share the processors: a thread that waits must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def pytest_addoption(parser):
     parser.addoption(

@@ -26,8 +26,9 @@ def options(**changes) -> Namespace:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    values = {"host": "127.0.0.1", "port": port, "share": False}
-    return Namespace(**{**values, "max_upload_mb": 20, "max_queue": 32, **changes})
+    values = {"host": "127.0.0.1", "port": port, "share": False, "llm_url": None}
+    values |= {"max_upload_mb": 20, "max_queue": 32, "max_running": 32}
+    return Namespace(**{**values, **changes})
 
 
 @contextmanager

@@ -16,27 +16,35 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from gradio.queueing import Queue
 from gradio.utils import get_upload_folder
 
 from minigpt4 import chat, image
 from minigpt4.engine import Engine
 from minigpt4.start import default_sampling
+from minigpt4.web import session as session_module
 from minigpt4.web import sweep as sweeping_module
+from minigpt4.web.events import MOST_UNREAD
 from minigpt4.web.examples import QUESTIONS, in_folder
 from minigpt4.web.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
 from minigpt4.web.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
 from tests.api_case import (
+    SETTINGS,
     address_fixture,
     at_rest,
+    box,
     data_url,
     engine_fixture,
+    join,
     page_event,
+    page_events,
+    page_messages,
     picture_file,
     question,
+    web,
 )
 
 FILE = {"meta": {"_type": "gradio.FileData"}}
-SETTINGS = [0, 1.0, 1.0, 10, 1, "", ""]  # the page's controls, in their order
 
 
 engine, address = engine_fixture(), address_fixture("--max-upload-mb", "1")
@@ -53,7 +61,7 @@ def works_afterwards(address, engine):
 
 def ask(address, text, *urls, **settings) -> httpx.Response:
     body = {"messages": [question(text, *urls)], "max_tokens": 8, "temperature": 0, **settings}
-    return httpx.post(address + "/v1/chat/completions", json=body, timeout=120)
+    return web.post(address + "/v1/chat/completions", json=body, timeout=120)
 
 
 def text_of(response: httpx.Response) -> str:
@@ -68,7 +76,7 @@ def connect(address: str) -> socket.socket:
 
 def upload(address, content: bytes, name: str = "a.png", **more) -> httpx.Response:
     files = {"files": (name, content, "image/png")}
-    return httpx.post(address + "/gradio_api/upload", files=files, timeout=120, **more)
+    return web.post(address + "/gradio_api/upload", files=files, timeout=120, **more)
 
 
 # --- uploads ---------------------------------------------------------------------------------
@@ -100,7 +108,7 @@ def test_bodies_without_end(address, path, kind, size):
     """A form's field, or JSON, of any length: gradio itself would take it into memory."""
     memory = psutil.Process().memory_info().rss
     try:
-        response = httpx.post(
+        response = web.post(
             address + path,
             content=multipart("field", size),
             headers={"content-type": kind},
@@ -233,16 +241,16 @@ def test_names_of_uploads(address, name):
 def test_too_many_parts_and_headers(address):
     part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\nc\r\n'
     many = {"content-type": "multipart/form-data; boundary=x"}
-    response = httpx.post(
+    response = web.post(
         address + "/gradio_api/upload", content=part * 1500 + b"--x--\r\n", headers=many, timeout=60
     )
     assert response.status_code in (400, 413)
     long = b'--x\r\nContent-Disposition: form-data; name="a"\r\nX: ' + b"y" * 20_000 + b"\r\n\r\n"
-    response = httpx.post(address + "/gradio_api/upload", content=long, headers=many)
+    response = web.post(address + "/gradio_api/upload", content=long, headers=many)
     assert response.status_code in (400, 413)
     for headers in ({f"x-{i}": "y" * 1000 for i in range(2000)}, {"x": "y" * 10**6}):
         try:
-            status = httpx.get(address + "/healthz", headers=headers).status_code
+            status = web.get(address + "/healthz", headers=headers).status_code
         except httpx.TransportError:  # it hung up
             status = 431
         assert 400 <= status < 500
@@ -254,16 +262,28 @@ def test_too_many_parts_and_headers(address):
 def call_chat(address, image=None, **more) -> str:
     """All that is said on a call of /chat."""
     sent = {"data": ["What is this?", image, None, None, 0, 1.0, 5, *[None] * 3], **more}
-    called = httpx.post(address + "/gradio_api/call/chat", json=sent, timeout=60)
+    called = web.post(address + "/gradio_api/call/chat", json=sent, timeout=60)
     assert called.status_code == 200, called.text
     url = f"{address}/gradio_api/call/chat/{called.json()['event_id']}"
-    return httpx.get(url, timeout=120).text
+    return web.get(url, timeout=120).text
 
 
 @pytest.fixture(scope="module")
 def events(address) -> dict[str, int]:
-    config = httpx.get(address + "/config").json()
-    return {d["api_name"]: d["id"] for d in config["dependencies"]}
+    return page_events(address)
+
+
+def stop(address, events, session: str) -> None:
+    """As the page's button does it."""
+    sent = {"data": [None], "fn_index": events["stop"], "session_hash": session}
+    assert web.post(address + "/gradio_api/run/predict", json=sent).status_code == 200
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 PRIVATE = "the file of another"
@@ -297,7 +317,7 @@ def test_no_file_of_this_machine_through_the_page(address, events, tmp_path, eve
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "file:///etc/passwd"])
 def test_no_file_of_this_machine_is_served(address, path):
     for start in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/gradio_api/proxy="):
-        response = httpx.get(address + start + path)
+        response = web.get(address + start + path)
         assert 400 <= response.status_code < 500 and "root:" not in response.text
     assert "event: error" in call_chat(address, {"path": path, **FILE})
 
@@ -307,8 +327,8 @@ def test_another_sessions_upload_has_a_name_that_nobody_guesses(address):
     [path] = upload(address, picture_file("olive")).json()
     assert len(Path(path).parent.name) >= 40
     nearby = Path(path).parent.parent / ("0" * 64) / "a.png"
-    assert httpx.get(f"{address}/gradio_api/file={nearby}").status_code in (403, 404)
-    assert httpx.get(f"{address}/gradio_api/file={Path(path).parent}").status_code in (403, 404)
+    assert web.get(f"{address}/gradio_api/file={nearby}").status_code in (403, 404)
+    assert web.get(f"{address}/gradio_api/file={Path(path).parent}").status_code in (403, 404)
 
 
 CLOSED = ["process_recording", "deep_link?session_hash=x", "component_server", "vibe-edit/"]
@@ -320,9 +340,9 @@ def test_what_the_page_does_not_need_is_closed(address, path):
     """Gradio starts ffmpeg, writes conversations to the disk, fetches: not here."""
     for url in (f"{address}/gradio_api/{path}", f"{address}//gradio_api//{path}"):
         for method in ("GET", "POST", "HEAD"):
-            assert httpx.request(method, url, content=b"x").status_code in (404, 405)
+            assert web.request(method, url, content=b"x").status_code in (404, 405)
     for url in ("/monitoring", "/monitoring/summary", "/monitoring/x"):
-        assert httpx.get(address + url).status_code == 404
+        assert web.get(address + url).status_code == 404
 
 
 OUT_OF_ORDER = [
@@ -333,14 +353,15 @@ OUT_OF_ORDER = [
     ("edit", [None, *SETTINGS], {"index": 99, "value": "x", "previous_value": "y"}),
     ("edit", [None, *SETTINGS], {"index": -1, "value": "x", "previous_value": "y"}),
     ("edit", [None, *SETTINGS], {"index": "x", "value": 3, "previous_value": None}),
-    ("encode", [None], None),
+    ("attach", [box("Hi"), "x"], None),
     ("reopen", [None], {"index": 0, "value": {"data": {"format": 1}, "name": 3}}),
     ("reopen", [None], {"index": 0, "value": "x"}),
     ("show_version", [10**9, None], None),
     ("choose_preset", ["x"], None),
-    ("ask", [{"text": "Hi", "files": []}, "session", *SETTINGS], None),
+    ("retry", ["session", *SETTINGS], None),
     ("ask", [{"text": "Hi", "files": []}, None, *["x"] * 7], None),
     ("ask", [{"text": "Hi", "files": []}, None, float("inf"), *SETTINGS[1:]], None),
+    ("ask", [{"text": "Hi", "files": []}, None, float("nan"), *SETTINGS[1:]], None),
     ("ask", [{"text": "Hi", "files": []}, None, *SETTINGS[:5], "9" * 5000, ""], None),
     ("ask", [{"text": "Hi", "files": []}], None),
     ("ask", ["Hi", None, *SETTINGS], None),
@@ -349,34 +370,78 @@ OUT_OF_ORDER = [
 ]
 
 
+def kept(address, events, session: str) -> str | None:
+    """The session's conversation as its page can save it."""
+    [file] = page_event(address, events["save_json"], [None], session)["output"]["data"]
+    return file and file["text"]
+
+
 @pytest.mark.parametrize("number", range(len(OUT_OF_ORDER)))
-def test_events_that_make_no_sense(address, events, number, caplog):
+def test_events_that_make_no_sense(address, events, number):
     """Each is answered; what it meant is not done; no library's words come back."""
     name, data, event_data = OUT_OF_ORDER[number]
     session = f"odd-{number}"
-    data = json.loads(json.dumps(data).replace("Infinity", "1e999"))
     if isinstance(data, list):
-        data = [None if d == float("inf") else d for d in data]
-    last = page_event(address, events[name], data, session, event_data)
-    said = json.dumps(last)
-    assert not any(bad in said for bad in ("Traceback", "site-packages", " object at 0x"))
+        last = page_event(address, events[name], data, session, event_data)
+        assert last is not None
+        said = json.dumps(last)
+        assert not any(bad in said for bad in ("Traceback", "site-packages", " object at 0x"))
+    else:
+        assert join(address, events[name], data, session, event_data).status_code == 422
+    assert kept(address, events, session) is None
+
+
+def test_another_sessions_conversation(address, events):
+    """No event of one page gives away, or changes, what was said on another."""
+    ask_data = [box("nonce4711x"), None, *SETTINGS]
+    assert page_event(address, events["ask"], ask_data, "first")["success"]
+    before = kept(address, events, "first")
+    assert "nonce4711x" in before
+    for state in (None, "first", {"session_hash": "first"}, 1):
+        for name in ("save_json", "save_markdown", "record", "record_left", "undo", "renew"):
+            assert join(address, events[name], [state], "second").is_success
+        data = [state, *SETTINGS]
+        assert join(address, events["retry"], data, "second").is_success
+        assert join(address, events["ask"], [box("Mine?"), *data], "second").is_success
+        assert "nonce4711x" not in str([*page_messages(address, "second")])
+    assert kept(address, events, "first") == before
+
+
+def test_what_nobody_listens_to_has_an_end(address, events):
+    """Each event leaves what it has to say with the server, until the page has read it."""
+    statuses = [join(address, events["save_json"], [None], "deaf").status_code for _ in range(40)]
+    assert statuses == [200] * MOST_UNREAD + [429] * (40 - MOST_UNREAD)
+    assert (
+        len([m for m in page_messages(address, "deaf") if m["msg"] == "process_completed"])
+        == MOST_UNREAD
+    )
+    assert join(address, events["save_json"], [None], "deaf").status_code == 200
+
+
+def test_many_events_make_the_next_no_slower(address, events, monkeypatch):
+    """Gradio counts what it did, though nobody sees it: a table of 10,000 events each time."""
+    counted = []
+    monkeypatch.setattr(Queue, "compute_analytics_summary", lambda _, all: counted.append(len(all)))
+    for _ in range(3):
+        page_event(address, events["save_json"], [None], "many")
+    wait_for(lambda: counted == [1, 1, 1])
 
 
 def test_unknown_sessions_events_and_replays(address):
-    unknown = httpx.get(address + "/gradio_api/queue/data?session_hash=nobody", timeout=60)
+    unknown = web.get(address + "/gradio_api/queue/data?session_hash=nobody", timeout=60)
     assert "not_found" in unknown.text or unknown.status_code == 404
     for event in ("nothing", "../x", "0" * 4000):
         body = {"session_hash": "nobody", "fn_index": 0, "event_id": event}
-        assert httpx.post(address + "/gradio_api/cancel", json=body).status_code < 500
-    assert httpx.post(address + "/gradio_api/reset", json={"event_id": "x"}).status_code < 500
+        assert web.post(address + "/gradio_api/cancel", json=body).status_code < 500
+    assert web.post(address + "/gradio_api/reset", json={"event_id": "x"}).status_code < 500
     body = {"session_hash": "nobody", "fn_index": 9999, "data": []}
-    joined = httpx.post(address + "/gradio_api/queue/join", json=body)
+    joined = web.post(address + "/gradio_api/queue/join", json=body)
     assert joined.status_code == 404 and "no such event" in joined.text
-    called = httpx.post(address + "/gradio_api/call/chat", json={"data": ["Hi"] + [None] * 9})
+    called = web.post(address + "/gradio_api/call/chat", json={"data": ["Hi"] + [None] * 9})
     url = f"{address}/gradio_api/call/chat/{called.json()['event_id']}"
-    assert "event: complete" in httpx.get(url, timeout=60).text
+    assert "event: complete" in web.get(url, timeout=60).text
     try:
-        again = httpx.get(url, timeout=3).text
+        again = web.get(url, timeout=3).text
     except httpx.ReadTimeout:  # nothing is said of it
         again = ""
     assert "event: complete" not in again
@@ -387,15 +452,28 @@ def test_unknown_sessions_events_and_replays(address):
 def test_json_that_is_none_or_too_deep(address, path, body):
     headers = {"content-type": "application/json"}
     url = f"{address}/gradio_api/{path}"
-    response = httpx.post(url, content=body, headers=headers, timeout=60)
+    response = web.post(url, content=body, headers=headers, timeout=60)
     assert 400 <= response.status_code < 500 and len(response.text) < 2000
+
+
+@pytest.mark.parametrize("depth", [100, 300, 600, 900])
+def test_json_that_is_deep(address, events, depth):
+    """As deep as Python reads it: answered, or refused."""
+    data = "[" * depth + "]" * depth
+    content = f'{{"data": [{data}], "fn_index": {events["save_json"]}, "session_hash": "{depth}"}}'
+    joined = web.post(
+        address + "/gradio_api/queue/join",
+        content=content,
+        headers={"content-type": "application/json"},
+    )
+    assert joined.status_code in (200, 400, 422) and len(joined.text) < 9000, joined.text
 
 
 def test_the_answer_to_a_body_that_is_not_read_arrives(address):
     headers = {"content-type": "multipart/form-data; boundary=x"}
     for _ in range(20):
         content = b"--x\r\n" + b"a" * 500_000
-        response = httpx.post(address + "/gradio_api/upload", headers=headers, content=content)
+        response = web.post(address + "/gradio_api/upload", headers=headers, content=content)
         assert 400 <= response.status_code < 500
 
 
@@ -484,9 +562,9 @@ def test_probes_while_the_queue_is_full(address, engine, monkeypatch):
     monkeypatch.setattr(engine, "max_waiting", 0)
     engine.pace = 0.02
     assert ask(address, "Hello?").status_code == 429
-    assert httpx.get(address + "/healthz", timeout=60).status_code == 200
-    assert httpx.get(address + "/metrics", timeout=60).status_code == 200
-    assert httpx.get(address + "/readyz", timeout=60).status_code == 200
+    assert web.get(address + "/healthz", timeout=60).status_code == 200
+    assert web.get(address + "/metrics", timeout=60).status_code == 200
+    assert web.get(address + "/readyz", timeout=60).status_code == 200
 
 
 def test_closing_while_queued(address, engine, monkeypatch):
@@ -496,13 +574,59 @@ def test_closing_while_queued(address, engine, monkeypatch):
     lines = [connect(address) for _ in range(3)]
     for line in lines:
         line.sendall(stream_request("Hello?", 500))
-    end = time.monotonic() + 30
-    while engine.waiting < 2:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for(lambda: engine.waiting == 2)
     for line in lines:
         line.close()
     assert at_rest(engine, 30)
+
+
+def test_nothing_stands_behind_the_answers(address, engine, events, monkeypatch):
+    """41 questions on the page, one more than Gradio has workers by default: the next one is told
+    that there are too many, New chat works, and so does Stop, also in the queue."""
+    monkeypatch.setattr(engine, "max_running", 1)
+    monkeypatch.setattr(engine, "max_waiting", 40)
+    monkeypatch.setattr(session_module, "SECONDS_PER_LOOK", 60)  # each look costs the page a while
+    engine.pace = 0.2
+    sessions = [f"slow-{n}" for n in range(41)]
+    settings = [*SETTINGS[:3], 300, *SETTINGS[4:]]
+    for session in sessions:
+        assert join(address, events["ask"], [box("Hello?"), None, *settings], session).is_success
+    wait_for(lambda: (engine.running, engine.waiting) == (1, 40))
+    assert join(address, events["ask"], [box("Me?"), None, *settings], "late").is_success
+    assert "Too many people" in str([*page_messages(address, "late", 20)])
+    assert page_event(address, events["new_chat"], [None], "new", seconds=20)["success"]
+    stop(address, events, sessions[40])
+    wait_for(lambda: engine.waiting == 39)
+    for session in sessions:
+        stop(address, events, session)
+    assert at_rest(engine, 20)
+
+
+def test_a_tab_that_is_closed(address, engine, events, monkeypatch):
+    """While it waits, while it is answered: the answer ends, and the session can ask again."""
+    monkeypatch.setattr(engine, "max_running", 1)
+    monkeypatch.setattr(session_module, "SECONDS_PER_LOOK", 0.1)
+    engine.pace = 0.02
+    tabs = {}
+    for session in ("answered", "queued"):
+        data = [box("Hello?"), None, *SETTINGS[:3], 500, *SETTINGS[4:]]
+        assert join(address, events["ask"], data, session).is_success
+        tabs[session] = page_messages(address, session, 20)
+        while next(tabs[session])["msg"] != "process_generating":
+            pass
+    assert (engine.running, engine.waiting) == (1, 1)
+    tabs["queued"].close()
+    wait_for(lambda: not engine.waiting)
+    assert engine.running == 1
+    tabs["answered"].close()
+    assert at_rest(engine, 20)
+    for session in tabs:
+        join(address, events["ask"], [box("Again?"), None, *SETTINGS], session)
+        said, tabs[session] = "", page_messages(address, session, 20)
+        while "process_completed" not in said:
+            said = str(next(tabs[session]))
+            assert "stop it first" not in said
+        assert "Again?" in said
 
 
 # --- faults that are not the engine's -----------------------------------------------------------
@@ -548,6 +672,23 @@ def test_a_tokenizer_that_hangs(address, monkeypatch):
         assert ask(address, "Hello?").status_code == 200 and not hung.done()
         released.set()
         assert hung.result().status_code == 200
+
+
+def test_an_encoder_that_hangs(address, engine, monkeypatch):
+    """Whoever asks is told; when it comes back, the next one is answered."""
+    embed, released = engine.model.embed_pictures, threading.Event()
+
+    def hang(pictures):
+        released.wait(30)
+        return embed(pictures)
+
+    monkeypatch.setattr(engine, "_hang_seconds", 0.4)
+    monkeypatch.setattr(engine.model, "embed_pictures", hang)
+    response = ask(address, "What is this?", data_url(picture_file("lime")))
+    assert response.status_code == 503 and "stopped responding" in response.text
+    released.set()
+    wait_for(lambda: not engine.fault)
+    assert ask(address, "What is this?", data_url(picture_file("lime"))).status_code == 200
 
 
 # --- isolation -------------------------------------------------------------------------------

@@ -6,7 +6,18 @@ import re
 import httpx
 import pytest
 
-from tests.api_case import address_fixture, at_rest, engine_fixture
+from minigpt4.web.transcript import FORMAT, VERSION
+from tests.api_case import (
+    SETTINGS,
+    address_fixture,
+    at_rest,
+    box,
+    engine_fixture,
+    join,
+    page_events,
+    page_messages,
+    web,
+)
 
 ODD = {
     "emoji": "👩‍👩‍👧‍👦" * 40,
@@ -33,7 +44,7 @@ def works_afterwards(address, engine):
 def post(address: str, text: str, **settings) -> httpx.Response:
     body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **settings}
     content = json.dumps(body).encode()  # ASCII: halves of characters stay what they are
-    return httpx.post(address + "/v1/chat/completions", content=content, timeout=120)
+    return web.post(address + "/v1/chat/completions", content=content)
 
 
 def said(response: httpx.Response) -> str:
@@ -49,6 +60,44 @@ def test_odd_texts(address, name):
     chunks = [json.loads(found) for found in re.findall(r"(?m)^data: (\{.*\})$", stream.text)]
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert "".join(pieces) == whole and stream.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.fixture(scope="module")
+def on_page(address):
+    """Has the page do something in a session; all that is said of it."""
+    events = page_events(address)
+
+    def do(session: str, name: str, *data, event_data=None) -> str:
+        assert join(address, events[name], [*data], session, event_data).status_code == 200
+        messages = [*page_messages(address, session, 20)]
+        assert [m["success"] for m in messages if m["msg"] == "process_completed"] == [True]
+        return json.dumps(messages, ensure_ascii=False)
+
+    return do
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_texts_on_the_page(on_page, name):
+    """Asked, as system prompt, edited; what was said can be kept and gone on with."""
+    text = ODD[name]
+    settings = [*SETTINGS[:6], text]
+    on_page(name, "ask", box(text), None, *settings)
+    edited = {"index": 0, "value": text + "!", "previous_value": text}
+    on_page(name, "edit", None, *settings, event_data=edited)
+    on_page(name, "ask", box("And?"), None, *settings)
+    assert "And?" in on_page(name, "save_json", None)
+
+
+def test_a_conversation_with_halves_of_characters_is_opened(address, on_page):
+    said = {"role": "user", "parts": [{"type": "text", "text": "half \ud800"}]}
+    kept = {"format": FORMAT, "version": VERSION, "system": "\udfff", "pictures": {}}
+    file = {"files": ("kept.json", json.dumps(kept | {"messages": [said]}).encode())}
+    [path] = web.post(address + "/gradio_api/upload", files=file).json()
+    on_page("opened", "open", {"path": path, "meta": {"_type": "gradio.FileData"}}, None)
+    assert "half ?" in on_page("opened", "save_json", None)
+    again = {"value": {"name": "\ud800", "data": kept | {"messages": [said]}}, "index": 0}
+    on_page("again", "reopen", None, event_data=again)
+    assert "half ?" in on_page("again", "retry", None, *SETTINGS)
 
 
 @pytest.mark.parametrize("text", ["😀" * 10_000, "ש" * 20_000, "a\0" * 20_000, "\ud83d" * 20_000])

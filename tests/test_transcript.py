@@ -7,7 +7,9 @@ from PIL import Image
 
 from minigpt4 import image
 from minigpt4.chat import Conversation
+from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
+from minigpt4.image import Picture
 from minigpt4.web import preview, transcript
 
 
@@ -57,6 +59,7 @@ def test_what_is_written_can_be_read(conversation, tmp_path, side):
         lambda d: d["pictures"].update(x="https://192.0.2.1/a.png"),
         lambda d: d["pictures"].update(x="data:image/png;base64,!!!"),
         lambda d: d["pictures"].update(x="data:image/png;base64,aGVsbG8="),
+        lambda d: d["pictures"].update(x=data_url(Picture(Image.new("RGB", (1025, 9)), ""), 2000)),
         lambda d: d.update(pictures=3),
         lambda d: d.update(messages=d["messages"] * 1000),
     ],

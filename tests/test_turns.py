@@ -12,6 +12,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
 
+from minigpt4 import image
 from minigpt4.chat import ask as chat_ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
@@ -198,14 +199,14 @@ def test_an_answer_that_nobody_has_any_more_ends(engine):
     assert at_rest(engine) and stream.stop_reason == "closed"
 
 
-def test_thin_strips_can_be_shown_and_kept(tmp_path):
+def test_thin_strips_can_be_shown_and_kept():
     for size in ((5000, 1), (1, 1200)):
-        session, path = Session(), tmp_path / f"{size[0]}.png"
+        session, path = Session(), uploads_folder() / f"{size[0]}.png"
         Image.new("RGB", size, "teal").save(path)
         session.keep(session.asking("", [str(path)]))
         shown, _ = show(session)
         assert Path(shown[0]["content"]["path"]).is_file()
-        session.shrink_uploads()
+        attached(files_of_a_page(), [str(path)], session)
         (kept,) = session.uploads.values()
         assert sorted(kept.rgb.size) == [1, session_module.KEPT_SIDE]
 
@@ -230,23 +231,62 @@ def files_of_a_page() -> Files:
     return Files(loading, Turns(loading, []))
 
 
-def test_pictures_taken_out_of_the_box_are_given_back(warnings):
+def uploads_folder() -> Path:
     folder = Path(get_upload_folder())
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def attached(files: Files, paths: list[str], session: Session) -> tuple:
+    """The last that the page is told: files to be taken out of the box, status."""
+    *_, last = files.attach({"text": "", "files": paths}, session, None)
+    return last
+
+
+def test_pictures_taken_out_of_the_box_are_given_back(warnings):
+    folder = uploads_folder()
     paths = [str(picture(folder / f"{n}.png", f"#0000{n:02x}")) for n in range(20)]
     files, session = files_of_a_page(), Session()
-    files.attach({"text": "", "files": paths[:2]}, session, None)
-    files.attach({"text": "", "files": paths[1:3]}, session, None)
+    attached(files, paths[:2], session)
+    assert attached(files, paths[1:3], session) == ([], say("looked", None))
     assert [*session.uploads] == paths[1:3]
-    refused, _ = files.attach({"text": "x", "files": paths}, session, None)
+    refused, _ = attached(files, paths, session)
     assert refused == paths[16:] and "at most 16" in warnings[0]
+
+
+def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
+    """The engine sees them whole; neither what waits in the box nor a question that was refused
+    keeps them so."""
+    area, before, seen = 2000 * 2000, image.held.pixels, []
+
+    def encode(seeing) -> None:
+        seen.append((seeing.rgb.size, image.held.pixels - before))
+
+    files, session, paths = files_of_a_page(), Session(), []
+    monkeypatch.setattr(files._loading.engine, "encode", encode)
+    for number in range(4):
+        paths.append(str(uploads_folder() / f"large-{number}.png"))
+        Image.new("1", (2000, 2000), number % 2).save(paths[-1])
+    attached(files, paths, session)
+    small = session_module.KEPT_SIDE**2
+    assert [size for size, _ in seen] == [(2000, 2000)] * 4
+    assert [held for _, held in seen] == [area + n * small for n in range(4)]
+    assert image.held.pixels - before == 4 * small
+    monkeypatch.setattr(files._loading, "engine", None)
+    attached(files, paths, session := Session())
+    full = FakeEngine()
+    full.full = True
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    turns = Turns(Loading.done(full), [])
+    answered(turns.ask({"text": "", "files": paths}, session, None, ""))
+    assert "Too many people" in warnings[-1]
+    assert image.held.pixels == before
 
 
 def test_an_opened_conversation_keeps_its_system_prompt():
     conversation = Session().asking("Hello?", [])
     conversation.system = "Answer in French."
-    path = Path(get_upload_folder()) / "kept.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = uploads_folder() / "kept.json"
     path.write_text(json.dumps(transcript.to_data(conversation, 64)))
     session, *_, system = files_of_a_page().open(str(path), Session(), None)
     assert system["value"] == "Answer in French."

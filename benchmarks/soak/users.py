@@ -184,13 +184,33 @@ class User:
         await self._ask_streamed(pause=0.5)
 
     async def _vanish(self) -> None:
-        """In the middle of an answer, or before it."""
+        """In the middle of an answer, or before it: of the API's, or of the page's."""
+        if self._random.random() < 0.5:
+            await self._close_tab()
+            return
         question, content, _ = self._question()
         sent = body(question, content, stream=True) | {"max_tokens": 400}
         with Chatting(self._ledger):
             async with self._client.stream("POST", "/v1/chat/completions", json=sent) as response:
                 count = self._random.randrange(6)
                 async for _ in response.aiter_bytes():
+                    count -= 1
+                    if count < 0:
+                        break
+        self._ledger.outcomes["vanished"] += 1
+
+    async def _close_tab(self) -> None:
+        question, _, _ = self._question()
+        session = secrets.token_hex(6)
+        data = [{"text": question, "files": []}, None, *self._settings(400)]
+        with Chatting(self._ledger):
+            await self._join(session, "ask", data)
+            query = {"session_hash": session}
+            async with self._client.stream(
+                "GET", "/gradio_api/queue/data", params=query
+            ) as response:
+                count = self._random.randrange(12)
+                async for _ in _events(response):
                     count -= 1
                     if count < 0:
                         break
@@ -240,11 +260,12 @@ class User:
                 return None
             meta = {"_type": "gradio.FileData"}
             files = [{"path": uploaded.json()[0], "orig_name": "picture.png", "meta": meta}]
-        values = {**SETTINGS, "max_new_tokens": 400 if stop else TOKENS, "seed": "", "system": ""}
-        settings = [values[name] for name in self._page["settings"]]
-        event = await self._join(
-            session, "ask", [{"text": question, "files": files}, None, *settings]
-        )
+        data = [
+            {"text": question, "files": files},
+            None,
+            *self._settings(400 if stop else TOKENS),
+        ]
+        event = await self._join(session, "ask", data)
         stopping = None
         if stop:
             stopping = asyncio.create_task(self._stop_soon(session))
@@ -253,6 +274,10 @@ class User:
         finally:
             if stopping:
                 await asyncio.gather(stopping, return_exceptions=True)
+
+    def _settings(self, tokens: int) -> list:
+        values = {**SETTINGS, "max_new_tokens": tokens, "seed": "", "system": ""}
+        return [values[name] for name in self._page["settings"]]
 
     async def _join(self, session: str, name: str, data: list) -> str:
         sent = {"data": data, "fn_index": self._page["events"][name], "session_hash": session}
@@ -277,7 +302,8 @@ class User:
 
     async def _stop_soon(self, session: str) -> None:
         await asyncio.sleep(self._random.expovariate(0.5))
-        await self._join(session, "stop", [None])
+        sent = {"data": [None], "fn_index": self._page["events"]["stop"], "session_hash": session}
+        (await self._client.post("/gradio_api/run/predict", json=sent)).raise_for_status()
 
     async def _stop(self) -> None:
         await self._ask_on_page(stop=True)

@@ -1,13 +1,14 @@
 """What comes into a conversation from outside: pictures, examples, conversations kept before."""
 
-import asyncio
 import logging
 import secrets
+from collections.abc import Iterator
 
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
 from gradio.utils import get_upload_folder
 
+from minigpt4 import image
 from minigpt4.chat import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web import transcript
@@ -15,7 +16,7 @@ from minigpt4.web.examples import chosen
 from minigpt4.web.limits import FILES_AT_ONCE
 from minigpt4.web.loading import Loading
 from minigpt4.web.serving import warn
-from minigpt4.web.session import TOO_MANY_PICTURES, Session
+from minigpt4.web.session import KEPT_SIDE, TOO_MANY_PICTURES, Session
 from minigpt4.web.texts import say
 from minigpt4.web.turns import Turns, box
 from minigpt4.web.uploads import uploaded
@@ -30,26 +31,47 @@ class Files:
         self._loading = loading
         self._turns = turns
 
-    def attach(self, value: dict, session: Session, request: gr.Request) -> tuple:
-        """Read pictures as soon as they are in the box.
+    def attach(self, value: dict, session: Session, request: gr.Request) -> Iterator[tuple]:
+        """Look at pictures as soon as they are in the box.
 
-        Returns (files that must leave the box, status): not the box itself, in which somebody types
+        Yields (files that must leave the box, status): not the box itself, in which somebody types
         meanwhile.
         """
+        yield gr.skip(), say("looking", request)
+        good, status = self._look_at(value["files"], session, request)
+        yield [path for path in value["files"] if path not in good], status
+
+    def _look_at(
+        self, paths: list[str], session: Session, request: gr.Request
+    ) -> tuple[list[str], str | dict]:
+        """Have pictures encoded while the question is still being typed: (those that are some,
+        status).
+
+        One after another, and only what the engine has seen is kept, as small as it is shown: of
+        all that a visitor attaches, one picture at a time is held at its full size.
+        """
         # What was taken out of the box again is not kept.
-        session.uploads = {p: u for p, u in session.uploads.items() if p in value["files"]}
-        room = FILES_AT_ONCE - len(session.conversation.pictures)
-        if len(value["files"]) > room:
+        session.uploads = uploads = {p: u for p, u in session.uploads.items() if p in paths}
+        room = max(0, FILES_AT_ONCE - len(session.conversation.pictures))
+        if len(paths) > room:
             warn(TOO_MANY_PICTURES)
         good = []
-        for path in value["files"][: max(0, room)]:
+        for path in paths[:room]:
             try:
-                session.read(uploaded(path))
-                good.append(path)
+                picture = session.read(uploaded(path))
             except UserError as error:
                 warn(error)
-        refused = [path for path in value["files"] if path not in good]
-        return refused, say("looking", request) if good else ""
+                continue
+            good.append(path)
+            try:
+                if engine := self._loading.engine:
+                    engine.encode(picture)
+                    uploads[path] = image.smaller(picture, KEPT_SIDE)
+            except Exception:  # only a head start: the answer will tell
+                log.exception("while encoding a picture")
+        if session.busy or session.uploads is not uploads:  # a question has been sent
+            return good, gr.skip()
+        return good, say("looked", request) if good and all(p in uploads for p in good) else ""
 
     def show_camera(self, is_open: bool) -> tuple:
         """Show the camera, or put it away: (is it open, camera)."""
@@ -73,25 +95,10 @@ class Files:
         files = value["files"] or [save_file_to_cache(path, get_upload_folder())]
         return self._sound({"text": text, "files": files}, session, request)
 
-    def _sound(self, value: dict, session: Session, request: gr.Request) -> tuple[dict, str]:
+    def _sound(self, value: dict, session: Session, request: gr.Request) -> tuple[dict, str | dict]:
         """The box's value without the files that are no uploaded pictures, and the status."""
-        _, status = self.attach(value, session, request)
-        return {**value, "files": [p for p in value["files"] if p in session.uploads]}, status
-
-    async def encode(self, session: Session, request: gr.Request) -> str | dict:
-        """Have the pictures encoded while the question is still being typed; the status."""
-        engine = self._loading.engine
-        pictures = list(session.uploads.values())
-        if engine is None or not pictures or session.busy:
-            return gr.skip()
-        try:
-            for picture in pictures:
-                await asyncio.to_thread(engine.encode, picture)
-            await asyncio.to_thread(session.shrink_uploads)
-        except Exception:  # only a head start: the answer will tell
-            log.exception("while encoding a picture")
-            return ""
-        return gr.skip() if session.busy else say("looked", request)
+        good, status = self._look_at(value["files"], session, request)
+        return {**value, "files": good}, status
 
     def new_chat(self, session: Session) -> tuple:
         """Nothing said, nothing attached: (session, messages, box, status)."""

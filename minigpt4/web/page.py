@@ -8,6 +8,7 @@ from gradio.events import Events
 
 from minigpt4.web import controls, sweep, texts
 from minigpt4.web.chat_endpoint import add_chat_endpoint
+from minigpt4.web.events import guard
 from minigpt4.web.examples import FOLDER, examples
 from minigpt4.web.feedback import Feedback, Ratings
 from minigpt4.web.files import Files
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]  # those some systems do not know
 MOST_VISITORS = 500  # whose conversations are kept; who was quiet the longest goes first
+MOST_EVENTS = 500  # of all visitors' pages that may wait to begin
+OTHER_EVENTS = 40  # at once, beside the answers: New chat, pictures that are read, pages that load
 # Whatever an answer holds, the browser fetches nothing from elsewhere, and no frame leads anywhere.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'none'; "
@@ -128,7 +131,7 @@ def build_page(
             chatbot.edit(turns.edit, [session, *given], answered, **event),
             chatbot.option_select(turns.option, [session, *given], answered, **event),
         ]
-        box.stop(turns.stop, session, None, **event)
+        box.stop(turns.stop, session, None, queue=False, **event)  # stands behind nobody
         undoing = chatbot.undo(turns.undo, session, answered, **event)
         for said in (*answering, undoing):
             said.then(panel.record, session, panel.keeper, **event)
@@ -144,13 +147,11 @@ def build_page(
             **event,
         )
         attaching.then(None, [refused, box], box, js=WITHOUT)
-        filling = chatbot.example_select(files.fill, [box, session], [box, status], **event)
+        chatbot.example_select(files.fill, [box, session], [box, status], **event)
         camera_button.click(files.show_camera, camera_open, [camera_open, camera], **event)
-        taking = camera.change(
+        camera.change(
             files.photograph, [camera, box, session], [box, camera_open, camera, status], **event
         )
-        for came in (attaching, filling, taking):
-            came.then(files.encode, session, status, trigger_mode="multiple", **event)
 
         opened = [*replaced, panel.settings["system"]]
         for left in (
@@ -202,11 +203,17 @@ def build_page(
 
 def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
     """Start the server in the background, endpoints for programs included; its address here."""
-    page.queue(max_size=None, default_concurrency_limit=None)
+    page.queue(api_open=False, max_size=MOST_EVENTS, default_concurrency_limit=None)
+    guard(page._queue)
+    page._queue.ANALYTICS_MAX_EVENTS = 1  # Gradio makes a table of all that it keeps after each
+    # An answer is one of Gradio's jobs from its place in the engine's queue on to its end.
+    machines = (options.llm_url or "").count(",") + 1
+    answers = options.max_running * machines + options.max_queue
     return start_server(
         page,
         options,
         share=options.share,
+        max_threads=answers + OTHER_EVENTS,
         max_file_size=options.max_upload_mb * 2**20,
         run_history=False,
         state_session_capacity=MOST_VISITORS,

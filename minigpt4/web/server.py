@@ -98,7 +98,7 @@ class Server:
 
 async def _no_such_event(request: Request, error: KeyError) -> Response:
     """Gradio looks an event's number up before it knows whether there is one."""
-    if request.url.path.endswith("/queue/join"):
+    if request.url.path.endswith(("/queue/join", "/run/predict")):
         return PlainTextResponse("The page has no such event: load it again.\n", 404)
     raise error
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 KEPT_SIDE = 1024  # pixels; longer pictures are kept smaller once the engine has seen them
 SECONDS_PER_UPDATE = 0.05  # the page shows new words this often, at most
-SECONDS_PER_LOOK = 0.3  # how often the place in the queue is looked up
+SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and who left it is noticed
 TOO_MANY_PICTURES = f"A conversation may hold at most {FILES_AT_ONCE} pictures."
 MIDWAY = {"length", "time", "closed"}  # how an answer ends that may be continued
 
@@ -43,7 +43,8 @@ class Session:
 
     conversation: Conversation = field(default_factory=Conversation)
     remarks: list[Remark] = field(default_factory=list)
-    uploads: dict[str, Picture] = field(default_factory=dict)  # by file
+    # By file, not yet sent: those that the engine has seen, no longer than KEPT_SIDE.
+    uploads: dict[str, Picture] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # picture's key -> the file it came from
     answer: Answer | None = None  # the one being given, or the last one
     busy: bool = False  # an answer is being given
@@ -77,20 +78,10 @@ class Session:
             self.answer.close()
 
     def read(self, path: str) -> Picture:
-        """The picture in an uploaded file, decoded once."""
-        if path not in self.uploads:
-            picture = decoding.load(path)
-            self.uploads[path] = picture
-            self.files[picture.key] = path
-        return self.uploads[path]
-
-    def shrink_uploads(self) -> None:
-        """The engine has seen them: what is still to be shown needs less memory."""
-        uploads = self.uploads  # another one, once a question has been taken
-        for path, picture in [*uploads.items()]:
-            small = image.smaller(picture, KEPT_SIDE)
-            if path in uploads:
-                uploads[path] = small
+        """The picture in an uploaded file. UserError where it is none."""
+        picture = self.uploads.get(path) or decoding.load(path)
+        self.files[picture.key] = path
+        return picture
 
     @property
     def last(self) -> str:

@@ -10,6 +10,7 @@ from minigpt4.errors import UserError
 from minigpt4.image import Picture
 from minigpt4.prompt import ImageRef, Message
 from minigpt4.web import decoding
+from minigpt4.web.events import whole
 from minigpt4.web.limits import FILES_AT_ONCE
 
 FORMAT = "minigpt4-conversation"
@@ -87,7 +88,7 @@ def from_file(path: str) -> Conversation:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise UserError(WRONG)
-        data = json.loads(text)
+        data = whole(json.loads(text))
     except (OSError, ValueError, RecursionError):
         raise UserError(WRONG) from None
     return from_data(data)
@@ -126,6 +127,8 @@ def _picture(url: str) -> Picture:
     head, _, encoded = url.partition(",")
     assert head.startswith("data:image/") and head.endswith(";base64")
     try:
-        return decoding.load(base64.b64decode(encoded, validate=True))
+        picture = decoding.load(base64.b64decode(encoded, validate=True))
     except NotBase64:
         raise UserError(WRONG) from None
+    assert max(picture.rgb.size) <= FULL_SIDE  # larger ones are in no download, and take memory
+    return picture
