@@ -9,8 +9,9 @@ INSTALL := $(BIN)/python -m pip install --no-compile
 demo: setup
 	$(BIN)/python app.py
 
+# In the files' order: by their number of tests, those of few and long ones would come last, alone.
 test: setup weights .venv/dev-installed node_modules/installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A cluster on this machine, with an environment of its own: Ray changes what the server runs on.
 test-ray: setup weights .venv-ray/installed

@@ -22,7 +22,7 @@ from minigpt4.web.server import Server
 
 HANG_SECONDS = 30.0  # a step that takes longer is a hang: the soak's machine may be busy
 PATIENCE = 60.0  # in which a fault finds somebody
-FILE_SECONDS = 300  # uploaded files live so long here, to see them go
+FILE_SECONDS = 300  # uploaded files live so long here, cut ones as well, to see them go
 
 
 class Faults:
@@ -106,7 +106,8 @@ def main() -> None:
     engine = app.load(chosen, lambda line: None)
     engine._hang_seconds = HANG_SECONDS
     faults = Faults(engine)
-    sweep.EVERY_SECONDS, sweep.KEPT_SECONDS = 15, FILE_SECONDS
+    sweep.EVERY_SECONDS = 15
+    sweep.KEPT_SECONDS = sweep.CUT_SECONDS = FILE_SECONDS
     server = Server(lambda: engine, chosen)
     page = build_page(Loading.done(engine), server=server)
     with server.until_terminated(page):
