@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# A minute saved: Python compiles what is imported, when it first is.
-INSTALL := $(BIN)/python -m pip install --no-compile
 
 .PHONY: demo test test-ray setup weights lint claims clean
 demo: setup
@@ -33,11 +31,12 @@ weights: setup
 		{ echo "On Debian and Ubuntu, first: sudo apt-get install python3-venv"; rm -rf .venv; exit 1; }
 
 .venv/installed: requirements.txt requirements-train.txt .venv/bin/python
-	$(INSTALL) --progress-bar on -r requirements.txt -r requirements-train.txt
+	$(BIN)/python -m pip install --progress-bar on \
+		-r requirements.txt -r requirements-train.txt
 	@touch $@
 
 .venv/dev-installed: requirements-dev.txt .venv/installed
-	$(INSTALL) -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@
 
 .venv-ray/installed: requirements-ray.txt .venv/dev-installed
