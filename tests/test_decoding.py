@@ -22,9 +22,6 @@ def picture_file(colour: str = "teal", side: int = 60) -> bytes:
     return file.getvalue()
 
 
-pytestmark = pytest.mark.skipif(decoding.resource is None, reason="needs Unix's limits")
-
-
 @pytest.fixture(scope="module")
 def decoders():
     return Decoders(1)
