@@ -645,6 +645,18 @@ def test_a_thread_that_was_ended_has_not_died(model, monkeypatch):
         list(stream)
 
 
+def test_no_thread_outlives_the_engine(model, monkeypatch):
+    """One that lets go of the model while the interpreter ends aborts the program."""
+    others = set(threading.enumerate())
+    engine = Engine(model, hang_seconds=0.4)
+    list(engine.submit(request(1)))
+    real = engine._ended.wait
+    monkeypatch.setattr(engine._ended, "wait", lambda tick: real(tick) and not time.sleep(0.3))
+    time.sleep(0.2)  # the watcher waits by the slow one from here on
+    engine.close()
+    assert not [t for t in set(threading.enumerate()) - others if "engine" in t.name]
+
+
 def test_a_program_that_ends_amid_an_answer_ends_cleanly(tmp_path):
     """As after Ctrl-C or an error: status 3 here, no crash of a thread inside the model."""
     code = (

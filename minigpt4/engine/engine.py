@@ -79,7 +79,8 @@ class Engine(Queue):
         self.fault = ""  # a sentence while the engine cannot answer
         self._thread = self._start_thread()
         self._ended = threading.Event()
-        threading.Thread(target=self._watch, name="engine watch", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="engine watch", daemon=True)
+        self._watcher.start()
         atexit.register(self.close)  # a thread within the model would not outlive the interpreter
 
     # --- what callers use ----------------------------------------------------------------------
@@ -133,13 +134,18 @@ class Engine(Queue):
         return self._drained(seconds)
 
     def close(self) -> None:
-        """End the thread; whoever waits gets an error."""
+        """End the threads; whoever waits gets an error.
+
+        Both are waited for: a thread that let go of the model while the interpreter ends would
+        abort the program.
+        """
         atexit.unregister(self.close)
         with self._condition:
             self._closing = True
             self._condition.notify_all()
         self._ended.set()
         self._thread.join(timeout=5)
+        self._watcher.join(timeout=5)
         self._fail_all(ENDING)
 
     def _submit(self, request: Request, urgent: bool) -> Stream:
