@@ -1,6 +1,7 @@
 """What several tests share."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 
 # Processes that run tests side by side share the processors: a thread that waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell's background jobs ignore Ctrl-C, and so would the tests of it, run there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
