@@ -78,15 +78,15 @@ def _size(kind: str, shape: list[int]) -> int:
     return count * 4 if kind == "F32" else count // _BLOCK * _BLOCK_BYTES[kind]
 
 
-def write_index(gguf: str | Path) -> None:
-    """Note beside a GGUF file of a Llama where its tensors lie.
+def write_index(gguf: str | Path) -> Path:
+    """Note beside a GGUF file of a Llama where its tensors lie; the note's own place.
 
     ValueError where the file holds another kind of model or of block.
     """
     from gguf import GGUFReader
 
     gguf = Path(gguf)
-    reader = GGUFReader(gguf)
+    reader = GGUFReader(str(gguf))
 
     def field(name: str) -> float:
         return reader.fields[f"llama.{name}"].contents()
@@ -110,4 +110,6 @@ def write_index(gguf: str | Path) -> None:
         "rope_theta": field("rope.freq_base"),
     }
     index = {"file": gguf.name, "sizes": sizes, "tensors": tensors}
-    gguf.with_name(INDEX).write_text(json.dumps(index), encoding="utf-8")
+    place = gguf.with_name(INDEX)
+    place.write_text(json.dumps(index), encoding="utf-8")
+    return place

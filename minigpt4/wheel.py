@@ -1,14 +1,18 @@
 """nano's parts, which come inside Python packages."""
 
+import functools
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import gguf
 import torch
 
 from minigpt4.config import Source
@@ -59,20 +63,36 @@ def _run(command: list[str], source: Source, target: Path, progress: Progress) -
     progress.add(source.megabytes * 10**6 - done)
 
 
-def _convert_gguf(gguf: Path, target: Path) -> None:
+def _convert_gguf(path: Path, target: Path) -> None:
     """GGUF -> a folder with the file, its index, and its weights and tokenizer as transformers
     reads them: loads in a tenth of a second, not 14."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print("Unpacking the language model (once) …", file=sys.stderr)
-    options = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-        **options,
-    )
-    # Q4_1 holds 4-bit steps between 16-bit scales: 16 bits are enough for what is in the file.
-    model.to(torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(target)
-    write_index(gguf.rename(target / gguf.name))
+    options = {"gguf_file": path.name}
+    with _each_once("GGUFReader", "get_tensor_name_map"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            **options,
+        )
+        # Q4_1 holds 4-bit steps between 16-bit scales: 16 bits are enough for what is in the file.
+        model.to(torch.bfloat16).save_pretrained(target)
+        AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(target)
+        index = write_index(path)
+    for file in (path, index):
+        file.rename(target / file.name)
+
+
+@contextmanager
+def _each_once(*names: str) -> Iterator[None]:
+    """What these of gguf's functions give for the same arguments is kept: transformers reads the
+    file's header three times, some seconds each, and maps the tensors' names 400 times.
+    """
+    given = {name: getattr(gguf, name) for name in names}
+    vars(gguf).update({name: functools.cache(function) for name, function in given.items()})
+    try:
+        yield
+    finally:
+        vars(gguf).update(given)
