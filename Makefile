@@ -2,13 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Python compiles what it imports, and keeps it, where pip would compile everything for a minute.
+INSTALL := -m pip install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-ray setup weights lint claims clean
 demo: setup
 	$(BIN)/python app.py
 
-# In the files' order: by their number of tests, those of few and long ones would come last, alone.
-test: setup weights .venv/dev-installed node_modules/installed lint
+# What is fetched and unpacked, side by side. The tests in their files' order: by their number, files
+# of few and long ones would come last, alone.
+test: setup
+	@$(MAKE) --no-print-directory --jobs --output-sync=target \
+		weights .venv/dev-installed node_modules/installed
+	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A cluster on this machine, with an environment of its own: Ray changes what the server runs on.
@@ -31,19 +38,19 @@ weights: setup
 		{ echo "On Debian and Ubuntu, first: sudo apt-get install python3-venv"; rm -rf .venv; exit 1; }
 
 .venv/installed: requirements.txt requirements-train.txt .venv/bin/python
-	$(BIN)/python -m pip install --progress-bar on \
+	$(BIN)/python $(INSTALL) --progress-bar on \
 		-r requirements.txt -r requirements-train.txt
 	@touch $@
 
 .venv/dev-installed: requirements-dev.txt .venv/installed
-	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python $(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 .venv-ray/installed: requirements-ray.txt .venv/dev-installed
 	$(PYTHON) -m venv .venv-ray
 	@echo "$(CURDIR)/$$(ls -d .venv/lib/python3.*/site-packages)" > \
 		$$(ls -d .venv-ray/lib/python3.*/site-packages)/minigpt4.pth
-	.venv-ray/bin/python -m pip install -r requirements-ray.txt
+	.venv-ray/bin/python $(INSTALL) -r requirements-ray.txt
 	@touch $@
 
 # The paper's experiments on nano, their tables written into docs/evaluation.md.
