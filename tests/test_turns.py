@@ -79,11 +79,17 @@ def test_an_error_while_answering_is_one_sentence(engine, caplog, warnings, monk
     assert not session.busy
 
 
-def test_a_visitor_who_leaves_ends_the_answer(engine):
-    session = Session()
+def test_a_visitor_who_leaves_ends_the_answer(engine, monkeypatch):
+    session, real = Session(), engine.decoder.forward
+
+    def slowly(rows):  # the answer to this seed has hundreds of tokens: seconds
+        time.sleep(0.01)
+        return real(rows)
+
+    monkeypatch.setattr(engine.decoder, "forward", slowly)
 
     async def leave() -> None:
-        steps = ask(engine, session, "Hello?", 1000)
+        steps = ask(engine, session, "Hello?", 1000, seed="4")
         for _ in range(4):
             await anext(steps)
         await steps.aclose()
