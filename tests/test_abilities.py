@@ -147,6 +147,28 @@ def test_a_refusal_does_not_lose_the_other_verdicts(suite, theirs, tmp_path, mon
     assert result["scores"]["nano"]["all"]["judged"] == 1
 
 
+def test_a_judge_is_not_asked_again(suite, theirs, tmp_path, monkeypatch):
+    """What was kept counts as it did; another answer, picture or judge is another question."""
+    monkeypatch.setattr(judging, "AT_ONCE", 1)
+    kept = tmp_path / "verdicts.jsonl"
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--verdicts", kept]
+
+    def verdicts(model: str = "j", **behaviour) -> tuple[list, int]:
+        with judge_server(**behaviour) as (url, asked):
+            result, _ = run(*options, "--judge", url, "--judge-model", model, out=tmp_path)
+        return [v["fulfilled"] for v in result["verdicts"]], len(asked)
+
+    assert verdicts(status=401, after=1) == ([True, None], 2)
+    assert len(kept.read_text().splitlines()) == 1
+    assert verdicts() == ([True, False], 1)
+    assert verdicts() == ([True, False], 0)
+    assert verdicts("another") == ([True, False], 2)
+    (suite / "0.jpg").write_bytes(jpeg(picture(7)))
+    assert verdicts() == ([True, False], 1)
+    theirs.write_text(theirs.read_text().replace("BAD {answer}", "GOOD"))
+    assert verdicts() == ([True, True], 1)
+
+
 def test_a_judge_that_takes_no_temperature(suite, theirs, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "AT_ONCE", 1)
     options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-blind"]
@@ -324,6 +346,7 @@ def test_mistakes(suite, theirs, tmp_path, capsys, monkeypatch):
             [*stored, theirs, "--judge", url, "--judge-model", "j"],
             [*stored, theirs, "--judge", "http://127.0.0.1:9/v1", "--judge-model", "j"],
             [*stored, theirs, "--ratings", bad],
+            [*stored, theirs, "--judge", url, "--judge-model", "j", "--verdicts", bad],
         ):
             assert main(["evaluate", *map(str, arguments)]) == 2, arguments
             said = capsys.readouterr().err.replace("2 answers are judged by j …\n", "")

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     if options.judge:
         judge = Judge(options.judge, options.judge_model, options.judge_blind)
         start.say(f"{len(cases)} answers are judged by {options.judge_model} …")
-        found = judge.judge([case for _, case in cases])
+        found = judge.judge([case for _, case in cases], options.verdicts)
         judged = {key: verdict for (key, _), verdict in zip(cases, found, strict=True)}
         if lost := found.count(None):
             start.say(f"{lost} of {len(found)} verdicts never came, or were none.")

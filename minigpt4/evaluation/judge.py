@@ -1,5 +1,6 @@
 """Another model judges answers, through any OpenAI-compatible API."""
 
+import hashlib
 import json
 import os
 import re
@@ -61,15 +62,33 @@ class Judge:
         self._prompt = report.read_text(PROMPTS / "judge.txt")
         self._criteria = read_rubric()
 
-    def judge(self, cases: Sequence[Case]) -> list[Verdict | None]:
+    def judge(self, cases: Sequence[Case], kept: str | None = None) -> list[Verdict | None]:
         """A verdict for each; None where the reply was none, or none came.
 
-        UserError where the judge cannot be reached or refuses all of it.
+        kept: a file of verdicts: those of the same questions to the same model are taken from it,
+        and others are written into it as they come. UserError where the judge cannot be reached or
+        refuses all of it.
         """
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            pending = [pool.submit(self._one, case) for case in cases]
+        known = self._known(kept)
+        found: list[Verdict | None | UserError] = []
+        with (
+            open(kept or os.devnull, "a", encoding="utf-8") as file,
+            ThreadPoolExecutor(AT_ONCE) as pool,
+        ):
+            keys = [self._key(case) for case in cases]
+            pending = {
+                key: pool.submit(self._one, case)
+                for key, case in dict(zip(keys, cases, strict=True)).items()
+                if key not in known
+            }
             try:
-                found = [p.result() for p in pending]
+                for key, case in zip(keys, cases, strict=True):
+                    if key not in known:
+                        known[key] = verdict = pending[key].result()
+                        if isinstance(verdict, Verdict):
+                            record = {"key": key, "answer": case.answer, **vars(verdict)}
+                            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+                    found.append(known[key])
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -77,6 +96,21 @@ class Judge:
         if faults and len(faults) == len(found):
             raise faults[0]
         return [None if isinstance(f, UserError) else f for f in found]
+
+    def _known(self, kept: str | None) -> dict[str, Verdict | None | UserError]:
+        """The verdicts of an earlier run, where it left some."""
+        if not kept or not Path(kept).exists():
+            return {}
+        records = report.read_lines(kept, "key", "fulfilled", "score", "reason")
+        if not all(isinstance(r["fulfilled"], bool) for r in records):
+            raise UserError(f"{kept}: “fulfilled” must be true or false.")
+        return {r["key"]: Verdict(r["fulfilled"], r["score"], r["reason"]) for r in records}
+
+    def _key(self, case: Case) -> str:
+        """Stands for all that a verdict depends on: who is asked, what, and about which picture."""
+        asked = [self.model, self._text(case)]
+        asked += [] if self.blind else [hashlib.sha256(case.picture.read_bytes()).hexdigest()]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def _one(self, case: Case) -> Verdict | None | UserError:
         """The verdict; None where there is none, a UserError where the judge refused the case.
@@ -129,16 +163,18 @@ class Judge:
         message = done.choices[0].message if done.choices else None
         return (message.content if message else None) or ""
 
-    def _message(self, case: Case) -> dict:
+    def _text(self, case: Case) -> str:
         about = f"The picture shows: {case.about}" if case.about else ""
-        text = fill(
+        return fill(
             self._prompt,
             picture=about if case.about or not self.blind else "The picture is not known to you.",
             instruction=case.instruction,
             criterion=self._criteria.get(case.task, self._criteria["other"]),
             answer=case.answer,
         )
-        content: list[dict] = [{"type": "text", "text": text}]
+
+    def _message(self, case: Case) -> dict:
+        content: list[dict] = [{"type": "text", "text": self._text(case)}]
         if not self.blind:
             url = data_url(image.load(case.picture), SIDE)
             content.append({"type": "image_url", "image_url": {"url": url}})

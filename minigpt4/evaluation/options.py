@@ -103,6 +103,11 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
         help="tell the judge what the picture shows, do not send it: for models that read only",
     )
     abilities.add_argument(
+        "--verdicts",
+        metavar="FILE",
+        help="keep each verdict here as it comes; what the file holds already is not asked again",
+    )
+    abilities.add_argument(
         "--beside",
         metavar="NAME=FILE",
         action="append",
