@@ -23,7 +23,7 @@ _ONLY: dict[str, set[str | None]] = {
     "seed": {"stages", "abilities", "architecture"},
     **dict.fromkeys(("objects", "question", "per_picture"), {"pope"}),
     **dict.fromkeys(
-        ("judge", "judge_model", "judge_blind", "beside", "reuse", "review", "ratings"),
+        ("judge", "judge_model", "judge_blind", "verdicts", "beside", "reuse", "review", "ratings"),
         {"abilities"},
     ),
     **dict.fromkeys(

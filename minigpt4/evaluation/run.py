@@ -28,7 +28,7 @@ def evaluate(options: argparse.Namespace) -> None:
     refuse_others(options)
     if options.markdown:
         report.find_place(options.markdown, options.experiment)
-    written = [options.json, options.markdown, options.review]
+    written = [options.json, options.markdown, options.review, options.verdicts]
     written += [] if options.reuse else [options.answers]
     for path in filter(None, written):
         Path(path).touch()  # a path that cannot be written shows now, not after the work
