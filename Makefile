@@ -14,8 +14,7 @@ demo: setup
 # of few and long ones would come last, alone.
 test: setup
 	@$(MAKE) --no-print-directory --jobs --output-sync=target \
-		weights .venv/dev-installed node_modules/installed
-	@$(MAKE) --no-print-directory lint
+		weights node_modules/installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A cluster on this machine, with an environment of its own: Ray changes what the server runs on.

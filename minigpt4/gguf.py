@@ -86,7 +86,7 @@ def write_index(gguf: str | Path) -> Path:
     from gguf import GGUFReader
 
     gguf = Path(gguf)
-    reader = GGUFReader(str(gguf))
+    reader = GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
 
     def field(name: str) -> float:
         return reader.fields[f"llama.{name}"].contents()

@@ -70,28 +70,23 @@ class Judge:
         refuses all of it.
         """
         known = self._known(kept)
-        found: list[Verdict | None | UserError] = []
+        keys = [self._key(case) for case in cases]
+        asked = {k: case for k, case in zip(keys, cases, strict=True) if k not in known}
         with (
             open(kept or os.devnull, "a", encoding="utf-8") as file,
             ThreadPoolExecutor(AT_ONCE) as pool,
         ):
-            keys = [self._key(case) for case in cases]
-            pending = {
-                key: pool.submit(self._one, case)
-                for key, case in dict(zip(keys, cases, strict=True)).items()
-                if key not in known
-            }
+            pending = {key: pool.submit(self._one, case) for key, case in asked.items()}
             try:
-                for key, case in zip(keys, cases, strict=True):
-                    if key not in known:
-                        known[key] = verdict = pending[key].result()
-                        if isinstance(verdict, Verdict):
-                            record = {"key": key, "answer": case.answer, **vars(verdict)}
-                            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-                    found.append(known[key])
+                for key, case in asked.items():
+                    known[key] = verdict = pending[key].result()
+                    if isinstance(verdict, Verdict):
+                        record = {"key": key, "answer": case.answer, **vars(verdict)}
+                        print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        found = [known[key] for key in keys]
         faults = [f for f in found if isinstance(f, UserError)]
         if faults and len(faults) == len(found):
             raise faults[0]
@@ -101,9 +96,7 @@ class Judge:
         """The verdicts of an earlier run, where it left some."""
         if not kept or not Path(kept).exists():
             return {}
-        records = report.read_lines(kept, "key", "fulfilled", "score", "reason")
-        if not all(isinstance(r["fulfilled"], bool) for r in records):
-            raise UserError(f"{kept}: “fulfilled” must be true or false.")
+        records = read_judged(kept, "key", "score", "reason")
         return {r["key"]: Verdict(r["fulfilled"], r["score"], r["reason"]) for r in records}
 
     def _key(self, case: Case) -> str:
@@ -192,6 +185,14 @@ def fill(template: str, **values: str) -> str:
     """The template with {name} filled in, in one pass: what is filled in is not looked into."""
     names = "|".join(values)
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
+
+
+def read_judged(path: str, *needed: str) -> list[dict]:
+    """Lines of "fulfilled" and the fields `needed`; UserError where one lacks them."""
+    records = report.read_lines(path, *needed, "fulfilled")
+    if not all(isinstance(r["fulfilled"], bool) for r in records):
+        raise UserError(f"{path}: “fulfilled” must be true or false.")
+    return records
 
 
 def read_verdict(reply: str) -> Verdict | None:

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 
 from minigpt4 import image
 from minigpt4.data_url import data_url
-from minigpt4.errors import UserError
-from minigpt4.evaluation import report
-from minigpt4.evaluation.judge import SIDE, Verdict, read_rubric
+from minigpt4.evaluation.judge import SIDE, Verdict, read_judged, read_rubric
 from minigpt4.report import say
 
 if TYPE_CHECKING:
@@ -55,9 +53,7 @@ def read_ratings(
     ratings: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for path in paths:
         others = 0
-        for record in report.read_lines(path, "model", "id", "fulfilled"):
-            if not isinstance(record["fulfilled"], bool):
-                raise UserError(f"{path}: “fulfilled” must be true or false.")
+        for record in read_judged(path, "model", "id"):
             key = str(record["model"]), str(record["id"])
             if record.get("answer", answers.get(key)) == answers.get(key):
                 ratings[key].append(Verdict(record["fulfilled"], None))

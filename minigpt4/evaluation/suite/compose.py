@@ -147,14 +147,14 @@ def place(canvas: Canvas, character: str, x: int, y: int, size: int) -> None:
     canvas.image.paste(picture, corner, picture)
 
 
-def compose(background: str, things: str) -> Image.Image:
-    """The picture, 640 x 480. things: of each the emoji ("<" behind it: mirrored), its middle's x
+def compose(background: str, things: str) -> Canvas:
+    """The picture. things: of each the emoji ("<" behind it: mirrored), its middle's x
     and y and its longer side."""
     canvas = BACKGROUNDS[background]()
     words = things.split()
     for at in range(0, len(words), 4):
         place(canvas, words[at], *map(int, words[at + 1 : at + 4]))
-    return canvas.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    return canvas
 
 
 def main() -> None:
@@ -162,8 +162,7 @@ def main() -> None:
     for line in (FOLDER / "suite.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "things" in record:
-            picture = compose(record["background"], record["things"])
-            picture.save(FOLDER / record["image"], quality=82, optimize=True)
+            compose(record["background"], record["things"]).save(FOLDER / record["image"])
 
 
 if __name__ == "__main__":

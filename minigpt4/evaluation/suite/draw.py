@@ -4,8 +4,6 @@ page's examples."""
 import math
 from pathlib import Path
 
-from PIL import Image
-
 from minigpt4.web.examples.draw import HEIGHT, WIDTH, Canvas
 
 FOLDER = Path(__file__).parent
@@ -150,5 +148,4 @@ def fishbowl() -> Canvas:
 
 if __name__ == "__main__":
     for make in (burger, eggs, lamp, umbrella, snowman, fishbowl):
-        small = make().image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-        small.save(FOLDER / f"{make.__name__}.jpg", quality=82, optimize=True)
+        make().save(FOLDER / f"{make.__name__}.jpg")

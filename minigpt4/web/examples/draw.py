@@ -52,9 +52,9 @@ class Canvas:
         ]
         self.shape((0, HEIGHT), *points, (WIDTH, HEIGHT), colour=colour)
 
-    def save(self, name: str) -> None:
+    def save(self, path: Path) -> None:
         small = self.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-        small.save(FOLDER / f"{name}.jpg", quality=82, optimize=True)
+        small.save(path, quality=82, optimize=True)
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
@@ -326,4 +326,4 @@ PICTURES: tuple[Callable[[], Canvas], ...] = (
 
 if __name__ == "__main__":
     for picture in PICTURES:
-        picture().save(picture.__name__)
+        picture().save(FOLDER / f"{picture.__name__}.jpg")
