@@ -8,8 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from minigpt4 import start
-from minigpt4.errors import UserError
-from minigpt4.report import Unfailing
+from minigpt4.errors import Unfailing, UserError
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine
@@ -108,10 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = start.upload_folder()
     try:
-        from minigpt4 import zerogpu
-        from minigpt4.web.feedback import Feedback
-        from minigpt4.web.loading import Loading
-        from minigpt4.web.page import build_page, launch
+        from minigpt4.remote import zerogpu
+        from minigpt4.web.page.feedback import Feedback
+        from minigpt4.web.page.loading import Loading
+        from minigpt4.web.page.page import build_page, launch
         from minigpt4.web.server import Server
 
         # Options are checked before the model is loaded.

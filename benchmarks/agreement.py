@@ -12,7 +12,6 @@ import json
 import numpy as np
 import torch
 
-from minigpt4 import image, weights
 from minigpt4.config import get_model
 from minigpt4.engine.native import NativeDecoder
 from minigpt4.engine.rows import PAGE, Rows
@@ -20,8 +19,10 @@ from minigpt4.engine.sampling import log_softmax
 from minigpt4.engine.stream import Stream
 from minigpt4.engine.task import Piece, Request, Sequence, Task, rows_of
 from minigpt4.engine.torch_decoder import TorchDecoder
-from minigpt4.prompt import ImageRef, encode_training
+from minigpt4.model import image
+from minigpt4.model.prompt import ImageRef, encode_training
 from minigpt4.training.data import read_shards
+from minigpt4.weights import load as weights
 
 
 def main() -> None:

@@ -19,9 +19,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from minigpt4 import start, weights
+from minigpt4 import start
 from minigpt4.config import get_model
-from minigpt4.prompt import Prompt
+from minigpt4.model.prompt import Prompt
+from minigpt4.weights import load as weights
 
 PROMPT_TOKENS, NEW_TOKENS = 60, 100  # of each answer that is timed
 LONG_CONVERSATION = 1500  # tokens before the next turn
@@ -230,7 +231,7 @@ def probe_startup() -> None:
 
 def probe_memory() -> None:
     """Peak resident MB of eight chats about a picture each, three turns long."""
-    from minigpt4.chat import Conversation, ask
+    from minigpt4.conversation import Conversation, ask
     from minigpt4.engine import Sampling
 
     engine = open_engine()
@@ -307,7 +308,7 @@ def noise(seed: int):
     """A picture of 640 x 480 that no other seed gives."""
     from PIL import Image
 
-    from minigpt4 import image
+    from minigpt4.model import image
 
     file = io.BytesIO()
     Image.effect_noise((640, 480), 10 + seed).convert("RGB").save(file, "PNG")

@@ -32,8 +32,8 @@ def main() -> None:
     except ImportError:
         sys.exit("atheris must be installed first: pip install -r requirements-dev.txt.")
     with atheris.instrument_imports(include=["minigpt4", "PIL", "pillow_heif"]):
-        from minigpt4 import image  # noqa: F401
-        from minigpt4.web import chat_request  # noqa: F401
+        from minigpt4.model import image  # noqa: F401
+        from minigpt4.web.api import chat_request  # noqa: F401
     # What reaches something new is kept there; tests/corpus stays as it is.
     with tempfile.TemporaryDirectory() as kept:
         shutil.copytree(CORPUS / options.target, kept, dirs_exist_ok=True)
@@ -57,8 +57,8 @@ def main() -> None:
 
 def pictures(data: bytes) -> None:
     """Open the bytes as a picture; what was counted as held must go back."""
-    from minigpt4 import image
     from minigpt4.errors import UserError
+    from minigpt4.model import image
 
     before = image.held.pixels
     try:
@@ -72,7 +72,7 @@ def requests(data: bytes) -> None:
     """Read the bytes as the body of a request; its text must be fit to be written as JSON."""
     from minigpt4.config import MODELS
     from minigpt4.errors import UserError
-    from minigpt4.web.chat_request import parse, read_json
+    from minigpt4.web.api.chat_request import parse, read_json
 
     try:
         asked = parse(read_json(data), MODELS["nano"])

@@ -176,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from minigpt4 import image
-    from minigpt4.chat import Conversation, ask
+    from minigpt4.conversation import Conversation, ask
+    from minigpt4.model import image
 
     *photos, question = options.photos
     if not photos:
@@ -205,8 +205,8 @@ def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | Non
 
     from tqdm import tqdm
 
-    from minigpt4 import image
-    from minigpt4.chat import Answer, Conversation, ask
+    from minigpt4.conversation import Answer, Conversation, ask
+    from minigpt4.model import image
 
     def begin(path: Path) -> "Answer | UserError":
         try:
@@ -247,8 +247,8 @@ def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | Non
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from minigpt4 import image
-    from minigpt4.chat import Conversation, ask
+    from minigpt4.conversation import Conversation, ask
+    from minigpt4.model import image
 
     pictures = [image.load(path) for path in options.photos]
     given = start.given_sampling(options)
@@ -323,7 +323,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from minigpt4 import weights
+    from minigpt4.weights import load as weights
 
     out = Path(options.out)
     if out.suffix != ".safetensors":
@@ -336,7 +336,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from minigpt4 import weights
+    from minigpt4.weights import load as weights
 
     config = get_model(options.model)
     given = start.given_places(options)

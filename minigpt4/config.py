@@ -6,8 +6,8 @@ Adding a model is adding an entry to `MODELS`. Nothing here imports torch.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from minigpt4 import prompt
 from minigpt4.errors import UserError
+from minigpt4.model import prompt
 
 Quantize = Literal["auto", "none", "int8", "nf4", "int4", "remote"]
 

@@ -1,6 +1,8 @@
-"""The one kind of error a user may see."""
+"""UserError, the one kind of error a user may see; and how progress is reported."""
 
-from typing import Literal
+import contextlib
+import sys
+from typing import Any, Literal, Protocol, TextIO
 
 Kind = Literal[
     "request", "too_long", "queue_full", "loading", "memory", "broken", "hanging", "ending"
@@ -18,3 +20,38 @@ class UserError(Exception):
     def __init__(self, sentence: str, kind: Kind = "request") -> None:
         super().__init__(sentence)
         self.kind: Kind = kind
+
+
+class Report(Protocol):
+    """Is told in one line what is being done; passing: soon to be replaced by another line."""
+
+    def __call__(self, line: str, passing: bool = False) -> None: ...
+
+
+def say(line: str, passing: bool = False) -> None:
+    """A line for the person who started the program, who sees a bar for what is passing."""
+    if not passing:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Unfailing:
+    """A stream that forgets what cannot be written, where another would raise.
+
+    Gradio writes tracebacks to standard error before it tells the visitor: with a log on a full
+    disk, he would wait for ever.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt4.config import MODELS, ModelConfig, Quantize, get_model
-from minigpt4.errors import UserError
-from minigpt4.report import Report, say
+from minigpt4.errors import Report, UserError, say
 
 if TYPE_CHECKING:
     import torch
 
     from minigpt4.engine import Engine, Sampling
-    from minigpt4.engine.remote import RemoteEngine
-    from minigpt4.model import MiniGPT4
+    from minigpt4.model.minigpt4 import MiniGPT4
+    from minigpt4.remote.engine import RemoteEngine
 
 
 PROBE_SECONDS = 30.0  # for a first token of each server
@@ -197,7 +196,7 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
 
     `report` is told in one line what is being done.
     """
-    from minigpt4 import weights
+    from minigpt4.weights import load as weights
 
     device, given = device_of(options.device), given_places(options)
 
@@ -254,8 +253,8 @@ def _open_remote(
         )
     options.quantize = "remote"
     model = open_model(options, report)
-    from minigpt4.engine.remote import RemoteEngine
-    from minigpt4.engine.vllm import VllmServers
+    from minigpt4.remote.engine import RemoteEngine
+    from minigpt4.remote.vllm import VllmServers
 
     urls = options.llm_url.split(",")
     servers = VllmServers(model, urls, options.llm_key)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import app
 from minigpt4.engine import Engine
-from minigpt4.web.page import build_page, serve
+from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.server import Server
 from tests.parity_case import ParityCase
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt4.config import get_model
-from minigpt4.gguf import BlockLlama, BlockTensor
+from minigpt4.weights.gguf import BlockLlama, BlockTensor
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INNER, VOCABULARY, CONTEXT = 64, 2, 2, 1, 96, 320, 512
 IMAGE_TOKENS = 5

@@ -67,8 +67,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(engine, folder):
-    from minigpt4.web import session
-    from minigpt4.web.feedback import Feedback
+    from minigpt4.web.page import session
+    from minigpt4.web.page.feedback import Feedback
     from tests.fake_engine import FakeAnswer
     from tests.page_case import served
 

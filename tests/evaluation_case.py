@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.weights import load_model
+from minigpt4.weights.load import load_model
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from minigpt4.config import MODELS
 from minigpt4.engine import Stats
 from minigpt4.errors import UserError
-from minigpt4.prompt import ImageRef
+from minigpt4.model.prompt import ImageRef
 
 WEBSITE = """Here it is.
 

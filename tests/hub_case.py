@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import load_file, save_file
 
-from minigpt4.checkpoint import eva_tensors, qformer_tensors, read_checkpoint
 from minigpt4.config import MODELS, ModelConfig
+from minigpt4.weights.checkpoint import eva_tensors, qformer_tensors, read_checkpoint
 from tests.parity_case import ParityCase
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from minigpt4 import prompt
 from minigpt4.config import MODELS, ConcatPatches, EvaViT, ModelConfig, QFormer
-from minigpt4.prompt import ImageRef, Message
-from minigpt4.weights import WeightFiles, load_model
+from minigpt4.model import prompt
+from minigpt4.model.prompt import ImageRef, Message
+from minigpt4.weights.load import WeightFiles, load_model
 
 
 class ParityCase:

@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from minigpt4 import image
 from minigpt4.__main__ import main
 from minigpt4.errors import UserError
 from minigpt4.evaluation import abilities
 from minigpt4.evaluation import judge as judging
-from minigpt4.evaluation.abilities import SUITE, read_suite
 from minigpt4.evaluation.judge import Judge, Verdict, fill, read_rubric, read_verdict
+from minigpt4.evaluation.suite import SUITE, read_suite
+from minigpt4.model import image
 from tests.evaluation_case import run, use_tiny_model
 from tests.training_case import jpeg, picture
 

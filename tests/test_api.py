@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from minigpt4.web.chat_request import SAMPLING
+from minigpt4.web.api.chat_request import SAMPLING
 from tests.api_case import (
     GREEDY,
     MODEL,
@@ -105,7 +105,7 @@ def test_pieces_arrive_before_the_end(address, engine):
 
 
 def test_a_stream_that_waits_says_so(address, engine, monkeypatch):
-    monkeypatch.setattr("minigpt4.web.chat_reply.PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("minigpt4.web.api.chat_reply.PAUSE_SECONDS", 0.05)
     engine.pace = 0.2
     text = post(address, {"messages": HELLO, "max_tokens": 4, "stream": True}).text
     assert text.count(": waiting\n\n") >= 4 and text.endswith("data: [DONE]\n\n")

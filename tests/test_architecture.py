@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minigpt4 import weights
 from minigpt4.__main__ import main
 from minigpt4.config import get_model
 from minigpt4.evaluation import architecture, arms
 from minigpt4.evaluation.architecture import shortened
 from minigpt4.training.data import read_shards
+from minigpt4.weights import load as weights
 from tests.evaluation_case import run, use_tiny_model
 from tests.training_case import (
     SCHEDULE,

@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt4 import chat, image, start
+from minigpt4 import conversation as chat
+from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.chat import Conversation, ask, fit
+from minigpt4.conversation import Conversation, ask, fit
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
-from minigpt4.prompt import stop_sequences
-from minigpt4.text import TextStream
+from minigpt4.model import image
+from minigpt4.model.prompt import stop_sequences
+from minigpt4.model.text import TextStream
 from tests.fake_engine import FakeAnswer, FakeEngine
 from tests.parity_case import ParityCase
 

@@ -21,7 +21,7 @@ from minigpt4.curation.thresholds import Thresholds
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.evaluation.asking import Question, answer_all, greedy
-from minigpt4.prompt import CHATML, VICUNA
+from minigpt4.model.prompt import CHATML, VICUNA
 from minigpt4.training.data import read_descriptions
 from tests.training_case import picture, room_for, tiny_model, write_shard
 

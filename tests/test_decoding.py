@@ -10,10 +10,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from minigpt4 import image
 from minigpt4.errors import UserError
-from minigpt4.web import decoding
-from minigpt4.web.decoding import Decoders
+from minigpt4.model import image
+from minigpt4.web.guard import decoding
+from minigpt4.web.guard.decoding import Decoders
 
 
 def picture_file(colour: str = "teal", side: int = 60) -> bytes:
@@ -78,7 +78,7 @@ def test_a_picture_that_takes_too_long(decoders):
 
 
 def test_the_processors_time_has_an_end():
-    code = "from minigpt4.web.decoding import limit; limit(0, 2**40)\nwhile True: pass"
+    code = "from minigpt4.web.guard.decoding import limit; limit(0, 2**40)\nwhile True: pass"
     began = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", code], timeout=60)
     assert ended.returncode == -signal.SIGXCPU
@@ -107,7 +107,7 @@ def test_nobody_waits_for_ever(monkeypatch):
 
 def test_they_end_with_the_program():
     code = (
-        "import sys; from minigpt4.web.decoding import Decoders; decoders = Decoders(1);"
+        "import sys; from minigpt4.web.guard.decoding import Decoders; decoders = Decoders(1);"
         "decoders.load(sys.stdin.buffer.read()); print(decoders._free.get().process.pid)"
     )
     command = [sys.executable, "-c", code]

@@ -82,8 +82,8 @@ def test_compose_reserves_a_gpu():
 
 
 def test_nano_beside_the_code_is_found_from_an_empty_volume(monkeypatch, tmp_path):
-    from minigpt4 import weights
     from minigpt4.config import get_model
+    from minigpt4.weights import load as weights
 
     if not (ROOT / "weights" / "nano-llm").exists():
         pytest.skip("nano is not here: python -m minigpt4 download nano")

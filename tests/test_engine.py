@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt4 import image
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.engine.native import library
 from minigpt4.engine.sampling import log_softmax
 from minigpt4.errors import UserError
-from minigpt4.image import Picture
-from minigpt4.prompt import ImageRef, Prompt
+from minigpt4.model import image
+from minigpt4.model.image import Picture
+from minigpt4.model.prompt import ImageRef, Prompt
 from tests.block_llama import (
     IMAGE_TOKENS,
     VOCABULARY,

@@ -13,12 +13,16 @@ from safetensors.torch import load_file, save_file
 
 import app
 from minigpt4 import config as configs
-from minigpt4 import fetch, image, start, transfer, weights
+from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.chat import Conversation, ask
+from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
-from minigpt4.llm_folder import check_folder
+from minigpt4.model import image
+from minigpt4.weights import download as fetch
+from minigpt4.weights import load as weights
+from minigpt4.weights import transfer
+from minigpt4.weights.llm_folder import check_folder
 from tests.hub_case import COMMIT, PARITY, TOKEN, hub_server, publish, tiny_vicuna
 from tests.parity_case import ParityCase
 

@@ -19,15 +19,16 @@ import pytest
 from gradio.queueing import Queue
 from gradio.utils import get_upload_folder
 
-from minigpt4 import chat, image
+from minigpt4 import conversation as chat
 from minigpt4.engine import Engine
+from minigpt4.model import image
 from minigpt4.start import default_sampling
-from minigpt4.web import session as session_module
-from minigpt4.web import sweep as sweeping_module
-from minigpt4.web.events import MOST_UNREAD
-from minigpt4.web.examples import QUESTIONS, in_folder
-from minigpt4.web.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
-from minigpt4.web.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
+from minigpt4.web.guard import sweep as sweeping_module
+from minigpt4.web.guard.events import MOST_UNREAD
+from minigpt4.web.guard.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
+from minigpt4.web.guard.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
+from minigpt4.web.page import session as session_module
+from minigpt4.web.page.examples import QUESTIONS, in_folder
 from tests.api_case import (
     SETTINGS,
     address_fixture,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from minigpt4.web import preview
-from minigpt4.web.transcript import FORMAT, VERSION
+from minigpt4.web.page import preview
+from minigpt4.web.page.transcript import FORMAT, VERSION
 from tests.fake_engine import ATTACKS
 from tests.page_case import WIDE, answers, ask, box, done, questions, say, wait_for
 

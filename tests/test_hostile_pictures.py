@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minigpt4 import image
 from minigpt4.errors import UserError
-from minigpt4.image import Picture, load, smaller
+from minigpt4.model import image
+from minigpt4.model.image import Picture, load, smaller
 from tests.test_image import (
     FORMATS,
     RED,
@@ -58,7 +58,7 @@ def in_new_process(code: str) -> str:
 MEASURE = """
 import io, sys, zlib, struct
 from PIL import Image
-from minigpt4.image import load
+from minigpt4.model.image import load
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) >> 10
 def file(mode, **options):

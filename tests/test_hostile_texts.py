@@ -6,7 +6,7 @@ import re
 import httpx
 import pytest
 
-from minigpt4.web.transcript import FORMAT, VERSION
+from minigpt4.web.page.transcript import FORMAT, VERSION
 from tests.api_case import (
     SETTINGS,
     address_fixture,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from minigpt4.errors import UserError
-from minigpt4.image import list_pictures, load
+from minigpt4.model.image import list_pictures, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
 

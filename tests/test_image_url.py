@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from minigpt4.errors import UserError
-from minigpt4.web import image_url
-from minigpt4.web.image_url import ImageUrls, TooLarge
+from minigpt4.web.guard import image_url
+from minigpt4.web.guard.image_url import ImageUrls, TooLarge
 from tests.api_case import data_url, picture_file
 
 PICTURE = picture_file()

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt4 import image, start, weights
+from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.chat import Conversation, ask
 from minigpt4.config import get_model
+from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
+from minigpt4.model import image
+from minigpt4.weights import load as weights
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0.0, max_new_tokens=60)

@@ -9,8 +9,8 @@ from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
 from starlette.testclient import TestClient
 
-from minigpt4.web import openapi
-from minigpt4.web.endpoints import application
+from minigpt4.web.api import openapi
+from minigpt4.web.api.endpoints import application
 from tests.api_case import MODEL, engine_fixture
 
 CHECKS = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt4.prompt import ImageRef, encode_training
+from minigpt4.model.prompt import ImageRef, encode_training
 from minigpt4.training.packing import pack
 from tests.parity_case import ParityCase
 

@@ -6,8 +6,8 @@ import time
 
 from playwright.sync_api import Page, expect
 
-from minigpt4.web.page import build_page, serve
-from minigpt4.web.session import Session
+from minigpt4.web.page.page import build_page, serve
+from minigpt4.web.page.session import Session
 from tests.page_case import (
     WIDE,
     Visitors,

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from minigpt4.config import MODELS
-from minigpt4.web.loading import Loading
+from minigpt4.web.page.loading import Loading
 from tests.fake_engine import FakeEngine
 from tests.page_case import (
     PHONE,
@@ -353,7 +353,7 @@ def _assert_accessible(page: Page, state: str) -> None:
 
 
 def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
-    from minigpt4.web import session
+    from minigpt4.web.page import session
     from tests.fake_engine import FakeAnswer
 
     monkeypatch.setattr(session, "ask", FakeAnswer)

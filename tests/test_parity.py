@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt4 import image
-from minigpt4.chat import penalized
+from minigpt4.conversation import penalized
 from minigpt4.engine import Engine, Request, Sampling
-from minigpt4.prompt import ImageRef, encode_chat, encode_training, stop_ids
+from minigpt4.model import image
+from minigpt4.model.prompt import ImageRef, encode_chat, encode_training, stop_ids
 from minigpt4.training.packing import pack
 from tests.parity_case import ParityCase
 

@@ -8,14 +8,14 @@ import tarfile
 import numpy as np
 import pytest
 
-from minigpt4 import image
-from minigpt4.chat import Conversation, fit
+from minigpt4.conversation import Conversation, fit
 from minigpt4.engine import Engine, Request
 from minigpt4.errors import UserError
 from minigpt4.evaluation.asking import greedy
 from minigpt4.evaluation.objects import Mentions, Objects
 from minigpt4.evaluation.pope import WAYS, Said, auc, beginnings, make_probes, scores
 from minigpt4.evaluation.report import interval
+from minigpt4.model import image
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, jpeg, picture, write_shard

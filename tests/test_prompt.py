@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minigpt4.prompt import (
+from minigpt4.model.prompt import (
     CHATML,
     IMAGE_ID,
     LLAMA2,

@@ -13,16 +13,18 @@ import httpx
 import pytest
 import torch
 
-from minigpt4 import image, start, weights
+from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.chat import Conversation, ask
 from minigpt4.config import get_model
-from minigpt4.embedding import TokenEmbedding, as_base64
+from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Request, Sampling
-from minigpt4.engine.remote import RemoteEngine
-from minigpt4.engine.vllm import VllmServers
 from minigpt4.errors import UserError
-from minigpt4.prompt import Prompt
+from minigpt4.model import image
+from minigpt4.model.prompt import Prompt
+from minigpt4.remote.engine import RemoteEngine
+from minigpt4.remote.vllm import VllmServers
+from minigpt4.weights import load as weights
+from minigpt4.weights.embedding import TokenEmbedding, as_base64
 from tests.api_case import at_rest, free_port
 from tests.parity_case import ParityCase
 from tests.vllm_server import PARITY, Model, Served, Server
@@ -108,7 +110,7 @@ def test_only_the_embedding_is_loaded(model, local):
 
 def test_shards_are_read_by_their_index(tmp_path):
     """As Vicuna's folder is: only the file that the index names is opened."""
-    from minigpt4.embedding import _read
+    from minigpt4.weights.embedding import _read
 
     weight = torch.randn(10, 4)
     torch.save({"model.embed_tokens.weight": weight}, tmp_path / "pytorch_model-00001-of-2.bin")

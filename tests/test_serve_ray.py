@@ -17,11 +17,12 @@ import torch
 
 pytest.importorskip("ray.serve", reason="make test-ray installs Ray")
 
-from minigpt4 import image, weights
-from minigpt4.chat import Conversation, ask
 from minigpt4.config import get_model
+from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
+from minigpt4.model import image
 from minigpt4.start import quantize_of
+from minigpt4.weights import load as weights
 from tests.api_case import client, data_url, free_port, question
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def address(tmp_path_factory):
             {
                 "name": "minigpt4",
                 "route_prefix": "/",
-                "import_path": "minigpt4.serve_ray:app",
+                "import_path": "minigpt4.remote.ray:app",
                 "args": OPTIONS,
             }
         ],

@@ -17,11 +17,11 @@ import pytest
 from gradio_client import Client, handle_file
 
 import app
-from minigpt4 import chat
-from minigpt4.chat import Conversation
+from minigpt4 import conversation as chat
+from minigpt4.conversation import Conversation
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.errors import UserError
-from minigpt4.prompt import Prompt
+from minigpt4.model.prompt import Prompt
 from minigpt4.web.server import Server
 from tests.api_case import (
     GREEDY,
@@ -47,7 +47,7 @@ engine, address = engine_fixture(), address_fixture()
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No probe's result is given a second time."""
-    monkeypatch.setattr("minigpt4.web.health.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("minigpt4.web.api.health.FRESH_SECONDS", 0.0)
 
 
 def metrics(address: str) -> dict[str, float]:

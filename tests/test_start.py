@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4 import start, weights
+from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
+from minigpt4.weights import load as weights
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt4.text import TextStream
+from minigpt4.model.text import TextStream
 
 
 def by_bytes(ids: list[int]) -> str:

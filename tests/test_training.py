@@ -23,7 +23,7 @@ from minigpt4.errors import UserError
 from minigpt4.training import data, questions
 from minigpt4.training.run import captioning, schedule_of
 from minigpt4.training.trainer import Features, Recipe, Trainer, learning_rate
-from minigpt4.weights import load_model, read_projection
+from minigpt4.weights.load import load_model, read_projection
 from tests import training_case
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, SCHEDULE, tiny_model, write_descriptions, write_shard

@@ -5,12 +5,12 @@ import json
 import pytest
 from PIL import Image
 
-from minigpt4 import image
-from minigpt4.chat import Conversation
-from minigpt4.data_url import data_url
+from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
-from minigpt4.image import Picture
-from minigpt4.web import preview, transcript
+from minigpt4.model import image
+from minigpt4.model.data_url import data_url
+from minigpt4.model.image import Picture
+from minigpt4.web.page import preview, transcript
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from minigpt4.config import MODELS
 from minigpt4.errors import UserError
-from minigpt4.web import preview
-from minigpt4.web.chat_request import ChatRequest, parse, read_json
+from minigpt4.web.api.chat_request import ChatRequest, parse, read_json
+from minigpt4.web.page import preview
 
 ROOT = Path(__file__).parent.parent
 # package -> the least version that may be used, and why: raised by hand, after reading what was

@@ -12,18 +12,18 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
 
-from minigpt4 import image
-from minigpt4.chat import ask as chat_ask
+from minigpt4.conversation import ask as chat_ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
-from minigpt4.web import session as session_module
-from minigpt4.web import transcript
-from minigpt4.web.files import Files
-from minigpt4.web.loading import Loading
-from minigpt4.web.session import Session
-from minigpt4.web.shown import literal, show, written
-from minigpt4.web.texts import TEXTS, say
-from minigpt4.web.turns import Turns, waiting
+from minigpt4.model import image
+from minigpt4.web.page import session as session_module
+from minigpt4.web.page import transcript
+from minigpt4.web.page.files import Files
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.session import Session
+from minigpt4.web.page.shown import literal, show, written
+from minigpt4.web.page.texts import TEXTS, say
+from minigpt4.web.page.turns import Turns, waiting
 from tests.api_case import at_rest
 from tests.fake_engine import FakeAnswer, FakeEngine
 from tests.page_case import WIDE, Visitors, answers, attach, done, picture, served, status
@@ -338,7 +338,7 @@ def test_the_first_language_that_is_spoken_counts():
 def test_nano_answers_through_the_page(browser, tmp_path):
     """The real model: a picture, a question, a second one, from the file to the words."""
     import app
-    from minigpt4.weights import weights_folder
+    from minigpt4.weights.load import weights_folder
 
     if not (weights_folder() / "nano-llm").exists():
         pytest.skip("nano's weights are missing: python -m minigpt4 download nano")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minigpt4 import weights
 from minigpt4.__main__ import main
 from minigpt4.config import MODELS, get_model
 from minigpt4.errors import UserError
+from minigpt4.weights import load as weights
 from tests.parity_case import ParityCase
 
 PARITY = Path(__file__).parent / "parity"

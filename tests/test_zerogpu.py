@@ -11,11 +11,13 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import argparse, asyncio, json, os, time
 import spaces
-from minigpt4 import config, image, zerogpu
-from minigpt4.chat import Conversation, ask
+from minigpt4 import config
+from minigpt4.model import image
+from minigpt4.remote import zerogpu
+from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
-from minigpt4.weights import load_model
+from minigpt4.weights.load import load_model
 from minigpt4 import start
 from tests.parity_case import ParityCase
 from pathlib import Path

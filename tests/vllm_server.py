@@ -25,12 +25,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from minigpt4 import weights
 from minigpt4.config import get_model
 from minigpt4.engine import Sampling
 from minigpt4.engine.decoder import build_decoder
 from minigpt4.engine.rows import PAGE, Rows
 from minigpt4.engine.sampling import Sampler, log_softmax
+from minigpt4.weights import load as weights
 
 PARITY = Path(__file__).parent / "parity"
 CONTEXT = 2048

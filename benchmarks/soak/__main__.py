@@ -272,7 +272,7 @@ class Soak:
         return found
 
 
-# The page's controls, in its own order: minigpt4/web/controls.py.
+# The page's controls, in its own order: minigpt4/web/page/controls.py.
 SETTINGS_IN_ORDER = (
     "temperature",
     "top_p",

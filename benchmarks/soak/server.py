@@ -14,10 +14,10 @@ import psutil
 
 import app
 from minigpt4.engine import Engine
-from minigpt4.report import Unfailing
-from minigpt4.web import sweep
-from minigpt4.web.loading import Loading
-from minigpt4.web.page import build_page, serve
+from minigpt4.errors import Unfailing
+from minigpt4.web.guard import sweep
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.server import Server
 
 HANG_SECONDS = 30.0  # a step that takes longer is a hang: the soak's machine may be busy
@@ -33,9 +33,9 @@ class Faults:
         self._wrap(engine.decoder, "forward", self._forward)
         self._wrap(engine.model, "embed_pictures", self._embed)
         self._wrap(engine, "_plan", self._plan)
-        import minigpt4.chat
+        import minigpt4.conversation
 
-        self._wrap(minigpt4.chat, "encode_chat", self._encode_chat)
+        self._wrap(minigpt4.conversation, "encode_chat", self._encode_chat)
 
     def _wrap(self, owner, name, wrapper) -> None:
         setattr(owner, name, functools.partial(wrapper, getattr(owner, name)))

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from minigpt4.chat import Answer, Conversation, ask
+from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.curation.pictures import Source, load_picture
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
-from minigpt4.prompt import Template
+from minigpt4.model.prompt import Template
 from minigpt4.training.data import read_lines
 
 MIN_TOKENS = 80  # the paper's

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt4 import image
 from minigpt4.errors import UserError
-from minigpt4.image import Picture
+from minigpt4.model import image
+from minigpt4.model.image import Picture
 from minigpt4.training.data import PICTURE_SUFFIXES, expand
 
 IN_SHARD = ".tar:"  # SHARD.tar:MEMBER

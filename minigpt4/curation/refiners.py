@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from minigpt4.chat import Conversation, ask
+from minigpt4.conversation import Conversation, ask
 from minigpt4.curation.generate import name_of
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 from minigpt4.curation.pictures import load_picture
 from minigpt4.curation.records import Records, writing
 from minigpt4.errors import UserError
-from minigpt4.image import Picture
+from minigpt4.model.image import Picture
 
 
 class Review:

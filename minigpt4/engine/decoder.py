@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from minigpt4.engine.rows import PAGE, Rows
-from minigpt4.gguf import BlockLlama
+from minigpt4.weights.gguf import BlockLlama
 
 if TYPE_CHECKING:
-    from minigpt4.model import MiniGPT4
+    from minigpt4.model.minigpt4 import MiniGPT4
 
 USUAL_CPU_MEGABYTES = 384
 GPU_SHARE = 0.3  # of what is free once the model is loaded

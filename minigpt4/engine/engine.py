@@ -34,11 +34,11 @@ from minigpt4.engine.sampling import Sampling, log_softmax
 from minigpt4.engine.stream import Stream
 from minigpt4.engine.task import Piece, Request, Sequence, Task, answer_limit, by_task, rows_of
 from minigpt4.errors import UserError
-from minigpt4.image import Picture
-from minigpt4.prompt import Prompt
+from minigpt4.model.image import Picture
+from minigpt4.model.prompt import Prompt
 
 if TYPE_CHECKING:  # it imports torch, in seconds
-    from minigpt4.model import MiniGPT4
+    from minigpt4.model.minigpt4 import MiniGPT4
 
 ENCODED_ALONE, ENCODED_AMONG_OTHERS = 4, 1  # pictures in a step, so that nobody's words stall
 PROBE_PAGES = 1  # kept for `health`

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt4.engine.rows import PAGE, Rows
-from minigpt4.gguf import BlockLlama
+from minigpt4.weights.gguf import BlockLlama
 
 MAX_ROWS = 256  # in one call of the library; longer ones are cut
 _SOURCE = Path(__file__).with_name("native.c")

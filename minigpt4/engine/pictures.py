@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minigpt4.errors import UserError
-from minigpt4.image import Picture
+from minigpt4.model.image import Picture
 
 if TYPE_CHECKING:
-    from minigpt4.model import MiniGPT4
+    from minigpt4.model.minigpt4 import MiniGPT4
 
 KEPT = 256  # most recently used: 60 KB each for nano
 

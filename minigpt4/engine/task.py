@@ -11,8 +11,8 @@ from minigpt4.engine.rows import PAGE, Rows
 from minigpt4.engine.sampling import Sampler, Sampling
 from minigpt4.engine.stream import Stream
 from minigpt4.errors import UserError
-from minigpt4.image import Picture
-from minigpt4.prompt import IMAGE_ID, Prompt
+from minigpt4.model.image import Picture
+from minigpt4.model.prompt import IMAGE_ID, Prompt
 
 
 @dataclass(frozen=True)

@@ -25,21 +25,10 @@ from minigpt4.evaluation.asking import Question, answer_all, greedy
 from minigpt4.evaluation.judge import Case, Judge, Verdict
 from minigpt4.evaluation.metrics import is_fragment, is_repetitive
 from minigpt4.evaluation.review import read_ratings, write_page
+from minigpt4.evaluation.suite import SUITE, Item, read_suite
 
-SUITE = Path(__file__).parent / "suite"
 TOKENS = 300  # longest answer
 SHOWN = 260  # characters of an answer in the report
-
-
-@dataclass(frozen=True)
-class Item:
-    """One request about one picture."""
-
-    id: str
-    task: str
-    picture: Path
-    instruction: str
-    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,32 +108,6 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         ],
     }
     return result, as_text(result, items, models, judged)
-
-
-def read_suite(folder: Path) -> list[Item]:
-    """The suite's items; UserError where its file or a picture is missing or two have one id."""
-    path = folder / "suite.jsonl"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} is no suite: it needs suite.jsonl, each line an object with “id”, “task”, "
-            "“image” and “instruction”, and the pictures."
-        )
-    items = [
-        Item(
-            str(r["id"]),
-            str(r["task"]),
-            folder / str(r["image"]),
-            str(r["instruction"]),
-            str(r.get("about", "")),
-        )
-        for r in report.read_lines(path, "id", "task", "image", "instruction")
-    ]
-    missing = [i for i in items if not i.picture.is_file()]
-    if missing:
-        raise UserError(f"The picture {missing[0].picture} of the suite is missing.")
-    if not items or len({i.id for i in items}) < len(items):
-        raise UserError(f"{path} must have requests, each with an “id” of its own.")
-    return items
 
 
 def read_answers(path: str) -> dict[str, Answered]:

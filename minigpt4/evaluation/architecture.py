@@ -32,7 +32,7 @@ from minigpt4.errors import UserError
 from minigpt4.evaluation import arms, report
 from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usable
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
-from minigpt4.model import MiniGPT4
+from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training.data import Example, read_descriptions, read_lines
 from minigpt4.training.run import read_captioned
 

@@ -4,10 +4,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from minigpt4 import image, start
-from minigpt4.chat import Answer, Conversation, ask
+from minigpt4 import start
+from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
+from minigpt4.model import image
 from minigpt4.training.data import Example
 
 

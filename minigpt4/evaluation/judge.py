@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from minigpt4 import image
-from minigpt4.data_url import data_url
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
+from minigpt4.model import image
+from minigpt4.model.data_url import data_url
 from minigpt4.training.data import PROMPTS
 
 AT_ONCE = 4  # requests

@@ -27,14 +27,15 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from minigpt4 import image, start
-from minigpt4.chat import Conversation, fit, penalized
+from minigpt4 import start
+from minigpt4.conversation import Conversation, fit, penalized
 from minigpt4.engine import Engine, Request
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.asking import greedy, usable
 from minigpt4.evaluation.objects import Mentions, Objects
-from minigpt4.prompt import Tokenizer, encode_text, stop_ids
+from minigpt4.model import image
+from minigpt4.model.prompt import Tokenizer, encode_text, stop_ids
 from minigpt4.training.data import Example
 from minigpt4.training.run import read_captioned
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt4 import image
-from minigpt4.data_url import data_url
+from minigpt4.errors import say
 from minigpt4.evaluation.judge import SIDE, Verdict, read_judged, read_rubric
-from minigpt4.report import say
+from minigpt4.model import image
+from minigpt4.model.data_url import data_url
 
 if TYPE_CHECKING:
-    from minigpt4.evaluation.abilities import Item
+    from minigpt4.evaluation.suite import Item
 
 TEMPLATE = Path(__file__).parent / "review.html"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minigpt4 import places, start
+from minigpt4 import start
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
@@ -25,6 +25,7 @@ from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usab
 from minigpt4.evaluation.meaning import failures
 from minigpt4.training.data import Example
 from minigpt4.training.run import read_captioned
+from minigpt4.weights import sources as places
 
 POEM = "Write a short poem about this image."
 TOKENS = 200  # longest answer

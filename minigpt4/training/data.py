@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from minigpt4 import image
 from minigpt4.errors import UserError
+from minigpt4.model import image
 
 PROMPTS = Path(__file__).resolve().parent.parent.parent / "prompts"
 

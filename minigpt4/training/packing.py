@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from minigpt4.model import TrainingBatch
-from minigpt4.prompt import ImageRef, Prompt
+from minigpt4.model.minigpt4 import TrainingBatch
+from minigpt4.model.prompt import ImageRef, Prompt
 
 
 def pack(

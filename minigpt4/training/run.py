@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from minigpt4 import start, weights
+from minigpt4 import start
 from minigpt4.config import ModelConfig, PooledMap, Schedule, get_model
 from minigpt4.errors import UserError
-from minigpt4.model import MiniGPT4
+from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training import data, questions
 from minigpt4.training.table import is_table, read_table
 from minigpt4.training.trainer import Recipe, Trainer
+from minigpt4.weights import load as weights
 
 
 def train(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minigpt4.evaluation.metrics import ptb_tokens
-from minigpt4.model import MiniGPT4
+from minigpt4.model.minigpt4 import MiniGPT4
 
 _SIGMA = 6.0  # CIDEr-D's width, in words, of the penalty on a length unlike the reference's
 _LONGEST = 4  # words in an n-gram

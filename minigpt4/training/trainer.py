@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from minigpt4.config import ModelConfig, PooledMap, Schedule
 from minigpt4.errors import UserError
-from minigpt4.llm import cpu_dtype
-from minigpt4.model import MiniGPT4
-from minigpt4.prompt import ImageRef, Prompt, encode_training
+from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.prompt import ImageRef, Prompt, encode_training
 from minigpt4.training.data import (
     Example,
     Text,
@@ -34,7 +33,8 @@ from minigpt4.training.data import (
 )
 from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import CiderReward, advantages, sample
-from minigpt4.weights import projection_tensors, save_projection
+from minigpt4.weights.llm import cpu_dtype
+from minigpt4.weights.load import projection_tensors, save_projection
 
 _ENCODED_AT_ONCE = 8  # pictures: on a CPU more of them fall out of its cache
 

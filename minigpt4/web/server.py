@@ -17,12 +17,12 @@ from starlette.routing import BaseRoute
 
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
-from minigpt4.web.asking import Asking
-from minigpt4.web.endpoints import endpoints
-from minigpt4.web.image_url import ImageUrls
-from minigpt4.web.keys import Keys
-from minigpt4.web.limits import Limits
-from minigpt4.web.sweep import sweeping
+from minigpt4.web.api.asking import Asking
+from minigpt4.web.api.endpoints import endpoints
+from minigpt4.web.api.keys import Keys
+from minigpt4.web.guard.image_url import ImageUrls
+from minigpt4.web.guard.limits import Limits
+from minigpt4.web.guard.sweep import sweeping
 
 LAST_WORDS = 0.5  # seconds for what was answered to reach the page
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from minigpt4.web.examples.draw import HEIGHT, SCALE, WIDTH, Canvas
+from minigpt4.web.page.examples.draw import HEIGHT, SCALE, WIDTH, Canvas
 
 FOLDER = Path(__file__).parent
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"

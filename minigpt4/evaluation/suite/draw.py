@@ -4,7 +4,7 @@ page's examples."""
 import math
 from pathlib import Path
 
-from minigpt4.web.examples.draw import HEIGHT, WIDTH, Canvas
+from minigpt4.web.page.examples.draw import HEIGHT, WIDTH, Canvas
 
 FOLDER = Path(__file__).parent
 

@@ -1,0 +1,257 @@
+"""A conversation, and how it is asked: prompt, trimming to the context, streamed text. No torch."""
+
+import bisect
+import functools
+import hashlib
+import weakref
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from minigpt4.errors import UserError
+from minigpt4.model.image import Picture
+from minigpt4.model.prompt import (
+    ImageRef,
+    Message,
+    Prompt,
+    Template,
+    encode_chat,
+    stop_ids,
+    stop_sequences,
+    stop_strings,
+)
+from minigpt4.model.text import TextStream
+
+if TYPE_CHECKING:
+    from minigpt4.engine import Engine, Sampling, Stats
+
+
+MAX_CHARACTERS = 200_000  # of a question, in which no context could have room for more
+
+
+@dataclass
+class Conversation:
+    """What was said, and the pictures by key. Plain data: copy it, store it, change it."""
+
+    messages: list[Message] = field(default_factory=list)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    system: str | None = None  # None: the template's own
+    template: Template | None = None  # None: the model's own
+
+    def add_question(self, text: str, pictures: Sequence[Picture] = ()) -> None:
+        """Append a user's message: its pictures, then its text."""
+        text = text.strip()
+        if not text and not pictures:
+            raise UserError("The message is empty: write a question.")
+        for picture in pictures:
+            self.pictures[picture.key] = picture
+        parts = tuple(ImageRef(p.key) for p in pictures) + ((text,) if text else ())
+        self.messages.append(Message("user", parts))
+
+    def add_answer(self, text: str) -> None:
+        """Append the assistant's message; blanks around it go, as in the published code."""
+        self.messages.append(Message("assistant", (text.strip(),)))
+
+    @property
+    def session(self) -> str:
+        """The same for all of a conversation: its first picture, else what was said first."""
+        if self.pictures:
+            return next(iter(self.pictures))
+        first = self.messages[0].parts if self.messages else ()
+        return hashlib.sha256(repr(first).encode("utf-8", "replace")).hexdigest()
+
+
+class Answer:
+    """The answer to a conversation's last question: pieces of text, for `for` and `async for`.
+
+    text: all of it so far; tokens: those read for it. dropped_turns: how many old questions and
+    answers did not fit the context and were left out; `notice` says so in words. stats, and
+    stop_reason ("stop", "length", "time" or "closed"), are known once it has ended; a request that
+    failed raises UserError.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        conversation: Conversation,
+        sampling: "Sampling",
+        stop: Sequence[str] = (),
+        trim: bool = True,
+        logprobs: bool = False,
+    ) -> None:
+        from minigpt4.engine import Request
+
+        config, tokenizer = engine.model.config, engine.model.tokenizer
+        prompt, self.dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim)
+        self.text = ""
+        self.tokens: list[int] = []
+        # An answer that goes on begins in the middle of a word or at a space: that stays, and is
+        # seen by decoding from the token before.
+        before = prompt.ids[-1:] if conversation.messages[-1].role == "assistant" else []
+        self._goes_on = bool(before)
+        skipped = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
+        template = conversation.template or config.template
+        self._stop_ids = stop_ids(template, tokenizer)
+        self._stream = engine.submit(
+            Request(
+                prompt,
+                conversation.pictures,
+                sampling,
+                self._stop_ids,
+                stop_sequences(template, tokenizer),
+                penalized(prompt, template),
+                logprobs,
+                session=conversation.session,
+            )
+        )
+
+        def decode(ids: list[int]) -> str:
+            return tokenizer.decode(before + ids, skip_special_tokens=True)[skipped:]
+
+        self._text_stream = TextStream(decode, (*stop_strings(template), *stop))
+        # An answer that is lost on its way to whoever asked must not be written to its end.
+        weakref.finalize(self, self._stream.close).atexit = False
+        self._stopped = False  # at a stop string, which the engine does not know
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for token in self._stream:
+                if piece := self._read(token):
+                    yield piece
+            if piece := self._rest():
+                yield piece
+        finally:
+            self._stream.close()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        try:
+            async for token in self._stream:
+                if piece := self._read(token):
+                    yield piece
+            if piece := self._rest():
+                yield piece
+        finally:
+            self._stream.close()
+
+    def _read(self, token: int) -> str:
+        if token in self._stop_ids:
+            return ""
+        self.tokens.append(token)
+        piece = self._shown(self._text_stream.push(token))
+        if self._text_stream.ended and not self._stopped:
+            self._stopped = True
+            self._stream.close()
+        return piece
+
+    def _rest(self) -> str:
+        return "" if self._stopped else self._shown(self._text_stream.finish())
+
+    def _shown(self, piece: str) -> str:
+        """Keep `text` in step; an answer does not begin with blanks unless it goes on."""
+        if not self.text and not self._goes_on:
+            piece = piece.lstrip()
+        self.text += piece
+        return piece
+
+    def close(self) -> None:
+        """Stop answering before the next token; any thread may call this."""
+        self._stream.close()
+
+    @property
+    def stop_reason(self) -> str:
+        return "stop" if self._stopped else self._stream.stop_reason
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of each of `tokens`, where they were asked for."""
+        return self._stream.logprobs[: len(self.tokens)]
+
+    @property
+    def stats(self) -> "Stats":
+        return self._stream.stats
+
+    @property
+    def position(self) -> int:
+        """Place in the queue, 1 is next; 0 when the answer is being given or has ended."""
+        return self._stream.position
+
+    @property
+    def notice(self) -> str:
+        if not self.dropped_turns:
+            return ""
+        turns = "turn was" if self.dropped_turns == 1 else f"{self.dropped_turns} turns were"
+        return f"The oldest {turns} left out: the conversation no longer fits the model's context."
+
+
+def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
+    """What the repetition penalty covers from the start: the published `generate` put a
+    beginning-of-sequence token in front of the answer, so that token was penalised too."""
+    return tuple(prompt.ids[:1]) if template.bos else ()
+
+
+def ask(
+    engine: "Engine",
+    conversation: Conversation,
+    sampling: "Sampling",
+    stop: Sequence[str] = (),
+    trim: bool = True,
+    logprobs: bool = False,
+) -> Answer:
+    """Answer the conversation's last question. The answer is not added to it: that is the
+    caller's to do, who may stop half-way.
+
+    stop: strings that end the answer, besides the template's; trim: leave old turns out where the
+    conversation is too long, rather than refuse it; logprobs: note each token's log-probability.
+    """
+    return Answer(engine, conversation, sampling, stop, trim, logprobs)
+
+
+def fit(
+    conversation: Conversation, engine: "Engine", max_new_tokens: int, trim: bool = True
+) -> tuple[Prompt, int]:
+    """The prompt that leaves room for the answer, and how many old turns it leaves out.
+
+    The oldest question and its answer go first; system text and every picture stay, the pictures
+    of what goes moving on to the next question. UserError where the last question alone is too
+    long.
+    """
+    config = engine.model.config
+    room = config.context - max_new_tokens
+    last = sum(len(part) for part in conversation.messages[-1].parts if isinstance(part, str))
+    if last > MAX_CHARACTERS:
+        raise UserError(f"The question has more than {MAX_CHARACTERS} characters.", "too_long")
+
+    @functools.cache
+    def without(turns: int) -> Prompt:
+        return encode_chat(
+            _without_oldest(conversation.messages, turns),
+            conversation.template or config.template,
+            engine.model.tokenizer,
+            config.image_tokens,
+            conversation.system,
+        )
+
+    asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
+    most = len(asked) - 1 if trim else 0
+    # The more turns go, the shorter it is: of a thousand, ten lengths have to be looked at.
+    dropped = bisect.bisect_left(range(most), -room, key=lambda turns: -len(without(turns)))
+    prompt = without(dropped)
+    if len(prompt) <= room:
+        return prompt, dropped
+    what = "question" if trim else "conversation"
+    raise UserError(
+        f"The {what} is too long: with its pictures it takes {len(prompt)} tokens, and "
+        f"{max(0, room)} fit beside an answer of {max_new_tokens}; shorten it or allow a "
+        "shorter answer.",
+        "too_long",
+    )
+
+
+def _without_oldest(messages: list[Message], turns: int) -> list[Message]:
+    """`messages` less the first `turns` questions and their answers."""
+    if not turns:
+        return messages
+    heir_place = [i for i, m in enumerate(messages) if m.role == "user"][turns]
+    images = tuple(image for m in messages[:heir_place] for image in m.images)
+    heir = messages[heir_place]
+    return [replace(heir, parts=images + heir.parts), *messages[heir_place + 1 :]]

@@ -1,0 +1,1 @@
+"""The figure of the paper: picture, encoder, bridge, projection, language model, prompt."""

@@ -1,0 +1,1 @@
+"""The engine where others run the language model or the GPU."""

@@ -1,0 +1,300 @@
+"""vLLM servers as an engine's backend: embeddings out, token ids in.
+
+Contract (vLLM's "Prompt Embedding Inputs" and "Completions API"): POST /v1/completions with
+`prompt_embeds`, the whole prompt's embeddings [tokens, hidden_size] as torch.save writes them, in
+base64; `return_token_ids` makes each event of the stream carry the ids of its tokens.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+
+from minigpt4.engine.faults import BROKEN, FULL, explain, fault
+from minigpt4.engine.pictures import Pictures
+from minigpt4.engine.sampling import Sampling
+from minigpt4.engine.task import Request
+from minigpt4.errors import UserError
+from minigpt4.model.image import Picture
+from minigpt4.model.prompt import Prompt
+from minigpt4.remote.engine import Part, Unavailable
+
+if TYPE_CHECKING:
+    from minigpt4.model.minigpt4 import MiniGPT4
+
+DOWN_SECONDS = 10.0  # a server that failed is not asked again before, unless there is no other
+BUSY_SECONDS = 1.0  # one that is full
+SILENCE_SECONDS = 60.0  # nothing comes: the server has died without a word
+SLACK = 4  # answers more than the idlest has, for which a conversation still stays at its server
+PICTURES_TOGETHER = 4
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Server:
+    url: str
+    running: int = 0
+    down_until: float = 0.0  # time.monotonic()
+
+
+class VllmServers:
+    """Any number of servers with the same language model; the encoder and the rest are here.
+
+    urls: where their APIs are, "http://host:8000/v1"; key: what they were started with as
+    --api-key. The network between must be trusted: vLLM warns that embeddings can crash it.
+    """
+
+    pause = 0.05
+
+    def __init__(self, model: "MiniGPT4", urls: Sequence[str], key: str = "") -> None:
+        self._model = model
+        self._servers = [_Server(_checked(url)) for url in urls]
+        self.attempts = len(self._servers)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = httpx.Timeout(SILENCE_SECONDS, connect=3.0, pool=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._client = httpx.AsyncClient(
+            headers=headers, timeout=timeout, limits=limits, trust_env=False
+        )
+        self._pictures = Pictures(model, explain)
+        self._pictures_lock = threading.Lock()
+        self._encoder = ThreadPoolExecutor(1, "encoder")
+
+    def check(self, request: Request) -> None:
+        if request.sampling.num_beams > 1:
+            raise UserError(
+                "Beam search cannot be had where the language model runs on other servers "
+                "(--llm-url): set num_beams to 1."
+            )
+
+    # --- pictures ------------------------------------------------------------------------------
+
+    def encode(self, picture: Picture) -> np.ndarray:
+        return self._want(picture).result()
+
+    def _want(self, picture: Picture) -> Future:
+        with self._pictures_lock:
+            embeds = self._pictures.find(picture.key)
+            if embeds is None:
+                future = self._pictures.want(picture)
+                self._encoder.submit(self._encode_some)
+                return future
+        done: Future = Future()
+        done.set_result(embeds)
+        return done
+
+    def _encode_some(self) -> None:
+        with self._pictures_lock:
+            pictures = self._pictures.next(PICTURES_TOGETHER)
+        if not pictures:  # encoded together with others
+            return
+        outcomes = self._pictures.encode(pictures)
+        with self._pictures_lock:
+            for picture, outcome in zip(pictures, outcomes, strict=True):
+                self._pictures.note(picture, outcome)
+
+    async def _embeds(self, request: Request) -> dict[str, np.ndarray]:
+        futures = {
+            image.key: self._want(request.pictures[image.key]) for _, image in request.prompt.images
+        }
+        # Shielded: others may wait for the same picture.
+        return {k: await asyncio.shield(asyncio.wrap_future(f)) for k, f in futures.items()}
+
+    def _as_text(self, prompt: Prompt, said: list[int], embeds: dict[str, np.ndarray]) -> str:
+        """The embeddings of the prompt and of what was said, as they are sent."""
+        import torch
+
+        from minigpt4.weights.embedding import as_base64
+
+        whole = Prompt([*prompt.ids, *said], [*prompt.keys, *said], prompt.images)
+        device = self._model.device
+        tensors = {k: torch.from_numpy(e).to(device) for k, e in embeds.items()}
+        with torch.inference_mode():
+            return as_base64(self._model.embed(whole, tensors)[0])
+
+    # --- answers -------------------------------------------------------------------------------
+
+    async def generate(self, request: Request, said: list[int], limit: int) -> AsyncIterator[Part]:
+        embeds = await self._embeds(request)
+        text = await asyncio.to_thread(self._as_text, request.prompt, said, embeds)
+        body = body_of(request, text, limit)
+        server = self._choose(request.session)
+        server.running += 1
+        try:
+            async for part in self._ask(server, body):
+                yield part
+        except Unavailable as error:
+            busy = error.error.kind == "queue_full"
+            server.down_until = time.monotonic() + (BUSY_SECONDS if busy else DOWN_SECONDS)
+            raise Unavailable(f"{server.url}: {error}", error.error) from None
+        finally:
+            server.running -= 1
+
+    def _choose(self, session: str) -> _Server:
+        """The conversation's own server, which remembers it, unless others have much less to do;
+        of those that failed lately the one whose time is up first, where all have."""
+        now = time.monotonic()
+        up = [s for s in self._servers if s.down_until <= now]
+        if not up:
+            return min(self._servers, key=lambda s: s.down_until)
+        own = max(up, key=lambda s: hashlib.sha256(f"{session} {s.url}".encode()).digest())
+        idlest = min(up, key=lambda s: s.running)
+        return own if own.running <= idlest.running + SLACK else idlest
+
+    async def _ask(self, server: _Server, body: dict) -> AsyncIterator[Part]:
+        last: Part | None = None
+        try:
+            async with self._client.stream("POST", server.url + "/completions", json=body) as reply:
+                if reply.status_code != 200:
+                    raise _refusal(reply.status_code, (await reply.aread())[:2000])
+                async for line in reply.aiter_lines():
+                    if not line.startswith("data:"):
+                        continue
+                    event = line.removeprefix("data:").strip()
+                    if event == "[DONE]":
+                        break
+                    part = part_of(json.loads(event))
+                    if part.ended:  # how much was reused comes after it
+                        last = part
+                    elif last is not None:
+                        last = Part(last.tokens, last.logprobs, last.ended, part.reused_tokens)
+                    elif part.tokens:
+                        yield part
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            if last is None:
+                raise Unavailable(str(error) or type(error).__name__) from None
+        if last is not None:
+            yield last
+
+    # --- health --------------------------------------------------------------------------------
+
+    async def probe(self, seconds: float) -> bool:
+        outcomes = await self.probe_all(seconds)
+        return any(outcome is None for outcome in outcomes.values())
+
+    async def probe_all(self, seconds: float) -> dict[str, UserError | None]:
+        """A real token of each server: by URL, None where it came, else what was wrong."""
+        request = Request(Prompt([0], [0]), {}, Sampling(temperature=0.0, repetition_penalty=1.0))
+        body = body_of(request, self._as_text(request.prompt, [], {}), 1)
+
+        async def ask(server: _Server) -> UserError | None:
+            try:
+                async with asyncio.timeout(seconds):
+                    tokens = [t async for p in self._ask(server, body) for t in p.tokens]
+                error = None if len(tokens) == 1 else fault(BROKEN)
+            except TimeoutError:
+                error = UserError(f"{server.url} gave no token within {seconds:g} s.", "hanging")
+            except Unavailable as why:
+                log.warning("%s: %s", server.url, why)
+                error = why.error
+            except UserError as why:
+                error = why
+            server.down_until = 0.0 if error is None else time.monotonic() + DOWN_SECONDS
+            return error
+
+        errors = await asyncio.gather(*map(ask, self._servers))
+        return dict(zip((s.url for s in self._servers), errors, strict=True))
+
+    async def close(self) -> None:
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+        with self._pictures_lock:
+            self._pictures.fail_all(fault(BROKEN))
+        await self._client.aclose()
+
+
+def body_of(request: Request, prompt_embeds: str, limit: int) -> dict[str, Any]:
+    """The request as vLLM's CompletionRequest: every field of `Sampling` but the beams."""
+    s = request.sampling
+    body = {
+        "prompt_embeds": prompt_embeds,
+        "max_tokens": limit,
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "top_k": s.top_k,
+        "min_p": s.min_p,
+        "repetition_penalty": s.repetition_penalty,
+        "stop_token_ids": sorted(request.stop_ids),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    if s.seed is not None:
+        body["seed"] = s.seed
+    if request.logprobs:
+        body["logprobs"] = 0  # of the chosen token alone
+    return body
+
+
+def part_of(event: dict) -> Part:
+    """An event of the stream. Unavailable where it reports a failure; LookupError, TypeError or
+    ValueError where it is no such event."""
+    if "error" in event:
+        raise Unavailable(str(event["error"])[:500])
+    details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
+    if not event["choices"]:
+        return Part(reused_tokens=details.get("cached_tokens") or 0)
+    (choice,) = event["choices"]
+    tokens = choice.get("token_ids")
+    if tokens is None:
+        raise UserError(
+            "The language model's server sends no token ids: it must be a vLLM that knows "
+            "return_token_ids.",
+            "broken",
+        )
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    reason = choice.get("finish_reason")
+    if reason not in (None, "stop", "length"):
+        raise Unavailable(f"the answer ended by “{reason}”")
+    return Part([int(t) for t in tokens], [float(p) for p in logprobs], reason or "")
+
+
+def _refusal(status: int, content: bytes) -> Exception:
+    """What a status other than 200 means."""
+    said = content.decode("utf-8", "replace")
+    log.warning("a language model's server answered %d: %s", status, said)
+    if status in (429, 503):
+        return Unavailable(f"status {status}", fault(FULL))
+    if status in (401, 403):
+        return UserError("The language model's server wants another key: see --llm-key.", "broken")
+    if "enable-prompt-embeds" in said:
+        return UserError(
+            "The language model's server takes no embeddings: start vLLM with "
+            "--enable-prompt-embeds.",
+            "broken",
+        )
+    if "hidden_size" in said:
+        return UserError(
+            "The language model's server runs another model than --model says: the widths of "
+            "their embeddings differ.",
+            "broken",
+        )
+    if status < 500:
+        return UserError(
+            f"The language model's server refused the request (status {status}): its own log and "
+            "this program's say why.",
+            "broken",
+        )
+    return Unavailable(f"status {status}")
+
+
+def _checked(url: str) -> str:
+    url = url.strip().rstrip("/")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"“{url}” is no server's address: --llm-url http://HOST:8000/v1.")
+    return url

@@ -1,0 +1,56 @@
+"""GET /healthz: the process is up. GET /readyz: the model gives a real token within its time."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from minigpt4.engine import Engine
+from minigpt4.web.api.asking import LOADING
+
+PROBE_SECONDS = 10.0
+FRESH_SECONDS = 1.0  # a result younger than that is given again
+NO_TOKEN = "The model gives no token."
+
+
+class Health:
+    """find_engine: the engine, None while it is being loaded."""
+
+    def __init__(
+        self, find_engine: Callable[[], Engine | None], probe_seconds: float = PROBE_SECONDS
+    ) -> None:
+        self._find_engine, self._probe_seconds = find_engine, probe_seconds
+        self._probe: asyncio.Task | None = None
+        self._ended = 0.0
+        self.routes = [Route("/healthz", self._alive), Route("/readyz", self._ready)]
+
+    async def _alive(self, request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def _ready(self, request: Request) -> Response:
+        engine = self._find_engine()
+        if engine is None:
+            return _unready(LOADING)
+        # Whoever asks while another's probe is on its way gets the result of that one.
+        old = self._probe is not None and self._probe.done()
+        if self._probe is None or (old and time.monotonic() - self._ended > FRESH_SECONDS):
+            self._probe = asyncio.create_task(self._ask_for_token(engine))
+        ready = await asyncio.shield(self._probe)
+        return PlainTextResponse("ready\n") if ready else _unready(engine.fault or NO_TOKEN)
+
+    async def _ask_for_token(self, engine: Engine) -> bool:
+        """A token, whoever's: where every place is taken the probe waits, and others' do."""
+        before = engine.totals.tokens
+        try:
+            answered = await run_in_threadpool(engine.health, self._probe_seconds)
+            return answered or engine.totals.tokens > before
+        finally:
+            self._ended = time.monotonic()
+
+
+def _unready(sentence: str) -> Response:
+    return PlainTextResponse(sentence + "\n", 503, {"Retry-After": "5"})

@@ -1,0 +1,48 @@
+"""The examples on the empty page, one for each ability. Their pictures: see README.md."""
+
+from pathlib import Path
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+
+from minigpt4.web.page.texts import say
+
+FOLDER = Path(__file__).parent
+# What it shows and its picture -> what is asked. The models were trained on English.
+QUESTIONS = {
+    "describe": "Describe this image in detail.",
+    "story": "Tell a short story about what happens in this image.",
+    "poem": "Write a short poem about this image.",
+    "recipe": "How do I cook this dish? Give me the recipe.",
+    "advertisement": "Write an advertisement for this product.",
+    "unusual": "What is unusual about this image?",
+    "joke": "Why is this image funny?",
+    "draft": "Write the HTML and JavaScript of a working website from this draft.",
+}
+
+
+def examples(request: gr.Request | None) -> list[dict]:
+    """For gr.Chatbot, named in the visitor's language."""
+    return [
+        {
+            "text": question,
+            "display_text": say(name, request),
+            "files": [_picture(name)],
+        }
+        for name, question in QUESTIONS.items()
+    ]
+
+
+def chosen(index: int) -> tuple[str, str]:
+    """An example's question and its picture's file."""
+    name, question = [*QUESTIONS.items()][index]
+    return question, _picture(name)
+
+
+def in_folder(folder: Path) -> set[str]:
+    """Where gradio keeps its copies of the pictures; those that are not there are made."""
+    return {save_file_to_cache(_picture(name), str(folder)) for name in QUESTIONS}
+
+
+def _picture(name: str) -> str:
+    return str(FOLDER / f"{name}.jpg")

@@ -1,0 +1,106 @@
+"""Likes and dislikes, as JSON lines in a folder that the operator names."""
+
+import json
+import secrets
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import gradio as gr
+
+from minigpt4.errors import UserError
+from minigpt4.model.prompt import ImageRef
+from minigpt4.web.page import shown
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.session import Session
+from minigpt4.web.page.texts import label, say
+
+
+@dataclass
+class Rating:
+    """What one visitor thought of one answer. A reason given later is another line of the same
+    id, and stands instead of the first."""
+
+    liked: bool
+    model: str
+    messages: list[dict]  # up to the answer; pictures by the hash of their content alone
+    reason: str = ""
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
+def rate(session: Session, place: int, liked: bool, model: str) -> Rating:
+    """The rating of the answer at `place` of the conversation."""
+    messages = [
+        {
+            "role": m.role,
+            "text": "\n".join(p for p in m.parts if isinstance(p, str)),
+            "pictures": [p.key for p in m.parts if isinstance(p, ImageRef)],
+        }
+        for m in session.conversation.messages[: place + 1]
+    ]
+    return Rating(liked, model, messages)
+
+
+class Feedback:
+    """Appends ratings to `feedback.jsonl` in a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._path = Path(folder, "feedback.jsonl")
+        self._lock = threading.Lock()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.open("a").close()
+        except OSError:
+            raise UserError(
+                f"Feedback cannot be written into {folder}: name a folder that may be written to."
+            ) from None
+
+    def store(self, rating: Rating) -> None:
+        """Write one line."""
+        line = json.dumps(asdict(rating), ensure_ascii=False)
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class Ratings:
+    """The row that asks for a reason, rendered where this is made, and its handlers."""
+
+    def __init__(self, loading: Loading, feedback: Feedback) -> None:
+        self._loading = loading
+        self._feedback = feedback
+        self._rating = gr.State(None)
+        with gr.Row(visible=False) as self._row:
+            self._reason = gr.Textbox(
+                label=label("reason"),
+                info=label("feedback_info"),
+                placeholder=label("reason_placeholder"),
+                max_length=2000,
+                submit_btn=True,
+                elem_id="reason",
+            )
+
+    def wire(self, chatbot: gr.Chatbot, session: gr.State, event: dict) -> None:
+        """Connect the parts to their handlers."""
+        outputs = [self._rating, self._row, self._reason]
+        chatbot.like(self.like, session, outputs, **event)
+        self._reason.submit(self.explain, [self._rating, self._reason], outputs, **event)
+
+    def like(self, session: Session, liked: gr.LikeData) -> tuple:
+        """Store a like or a dislike, and ask why."""
+        _, places = shown.show(session)
+        index = liked.index
+        place = places[index] if isinstance(index, int) and 0 <= index < len(places) else -1
+        if not isinstance(liked.liked, bool) or not session.said(place) or not self._loading.engine:
+            return None, gr.update(visible=False), ""
+        rating = rate(session, place, liked.liked, self._loading.engine.model.config.name)
+        self._feedback.store(rating)
+        return rating, gr.update(visible=True), ""
+
+    def explain(self, rating: Rating | None, reason: str, request: gr.Request) -> tuple:
+        """Store the reason."""
+        if rating is not None and reason.strip():
+            self._feedback.store(replace(rating, reason=reason.strip()))
+            gr.Info(say("thanks", request), title="", duration=4)
+        return None, gr.update(visible=False), ""

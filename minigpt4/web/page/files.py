@@ -1,0 +1,137 @@
+"""What comes into a conversation from outside: pictures, examples, conversations kept before."""
+
+import logging
+import secrets
+from collections.abc import Iterator
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
+from gradio.utils import get_upload_folder
+
+from minigpt4.conversation import Conversation
+from minigpt4.errors import UserError
+from minigpt4.model import image
+from minigpt4.web.guard.limits import FILES_AT_ONCE
+from minigpt4.web.guard.uploads import uploaded
+from minigpt4.web.page import transcript
+from minigpt4.web.page.examples import chosen
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.session import KEPT_SIDE, TOO_MANY_PICTURES, Session
+from minigpt4.web.page.texts import say
+from minigpt4.web.page.turns import Turns, box
+from minigpt4.web.serving import warn
+
+log = logging.getLogger(__name__)
+
+
+class Files:
+    """The handlers of a page that read pictures and conversations."""
+
+    def __init__(self, loading: Loading, turns: Turns) -> None:
+        self._loading = loading
+        self._turns = turns
+
+    def attach(self, value: dict, session: Session, request: gr.Request) -> Iterator[tuple]:
+        """Look at pictures as soon as they are in the box.
+
+        Yields (files that must leave the box, status): not the box itself, in which somebody types
+        meanwhile.
+        """
+        yield gr.skip(), say("looking", request)
+        good, status = self._look_at(value["files"], session, request)
+        yield [path for path in value["files"] if path not in good], status
+
+    def _look_at(
+        self, paths: list[str], session: Session, request: gr.Request
+    ) -> tuple[list[str], str | dict]:
+        """Have pictures encoded while the question is still being typed: (those that are some,
+        status).
+
+        One after another, and only what the engine has seen is kept, as small as it is shown: of
+        all that a visitor attaches, one picture at a time is held at its full size.
+        """
+        # What was taken out of the box again is not kept.
+        session.uploads = uploads = {p: u for p, u in session.uploads.items() if p in paths}
+        room = max(0, FILES_AT_ONCE - len(session.conversation.pictures))
+        if len(paths) > room:
+            warn(TOO_MANY_PICTURES)
+        good = []
+        for path in paths[:room]:
+            try:
+                picture = session.read(uploaded(path))
+            except UserError as error:
+                warn(error)
+                continue
+            good.append(path)
+            try:
+                if engine := self._loading.engine:
+                    engine.encode(picture)
+                    uploads[path] = image.smaller(picture, KEPT_SIDE)
+            except Exception:  # only a head start: the answer will tell
+                log.exception("while encoding a picture")
+        if session.busy or session.uploads is not uploads:  # a question has been sent
+            return good, gr.skip()
+        return good, say("looked", request) if good and all(p in uploads for p in good) else ""
+
+    def show_camera(self, is_open: bool) -> tuple:
+        """Show the camera, or put it away: (is it open, camera)."""
+        return not is_open, gr.update(visible="hidden" if is_open else True)
+
+    def photograph(
+        self, path: str | None, value: dict, session: Session, request: gr.Request
+    ) -> tuple:
+        """Put the camera's picture into the box and the camera away."""
+        if path is None:
+            return (gr.skip(),) * 4
+        value = {"text": value["text"], "files": [*value["files"], path]}
+        value, status = self._sound(value, session, request)
+        return value, False, gr.update(value=None, visible="hidden"), status
+
+    def fill(
+        self, value: dict, session: Session, example: gr.SelectData, request: gr.Request
+    ) -> tuple:
+        """Put a clicked example into the box, with its picture unless there is one already."""
+        text, path = chosen(example.index)
+        files = value["files"] or [save_file_to_cache(path, get_upload_folder())]
+        return self._sound({"text": text, "files": files}, session, request)
+
+    def _sound(self, value: dict, session: Session, request: gr.Request) -> tuple[dict, str | dict]:
+        """The box's value without the files that are no uploaded pictures, and the status."""
+        good, status = self._look_at(value["files"], session, request)
+        return {**value, "files": good}, status
+
+    def new_chat(self, session: Session) -> tuple:
+        """Nothing said, nothing attached: (session, messages, box, status)."""
+        return session.leave(Session()), [], box(False, value=None), ""
+
+    def open(self, path: str, session: Session, request: gr.Request) -> tuple:
+        """The conversation in a file that was downloaded earlier.
+
+        Returns what `new_chat` does, and the system prompt, which is the conversation's own.
+        """
+        try:
+            return self._opened(transcript.from_file(uploaded(path)), session, request)
+        except UserError as error:
+            warn(error)
+            return (gr.skip(),) * 5
+
+    def reopen(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
+        """A conversation that the visitor's browser kept."""
+        try:
+            conversation = transcript.from_data(chosen.value["data"])
+            name = str(chosen.value["name"])[:64]
+            return self._opened(conversation, session, request, name)
+        except (KeyError, TypeError, UserError) as error:
+            warn(error if isinstance(error, UserError) else transcript.WRONG)
+            return (gr.skip(),) * 5
+
+    def _opened(
+        self, conversation: Conversation, old: Session, request: gr.Request, name: str = ""
+    ) -> tuple:
+        session = Session(conversation, name=name or secrets.token_hex(8))
+        system = gr.update(value=conversation.system or "")
+        for key, picture in conversation.pictures.items():
+            session.files[key] = save_pil_to_cache(picture.rgb, get_upload_folder(), "picture")
+        old.leave(session)
+        messages = self._turns.messages(session, request)
+        return session, messages, box(False, value=None), "", system
