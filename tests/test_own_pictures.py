@@ -22,7 +22,7 @@ from tests.api_case import served
 from tests.docs_case import commands
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "minigpt4" / "web" / "examples"
+EXAMPLES = ROOT / "minigpt4" / "web" / "page" / "examples"
 SMALL = ["--steps", "8", "--batch-size", "2", "--peak-lr", "0.02", "--device", "cpu"]
 SHORT = ["--temperature", "0", "--max-new-tokens", "20"]
 STYLE = "In this little picture, painted in water colours, we see this:"
