@@ -87,10 +87,10 @@ def test_stop_and_continue(visit, engine):
 
 def test_an_answer_cut_at_its_length_goes_on(visit):
     page = visit(**WIDE)
-    page.get_by_label("number input for Longest answer").fill("20")
-    page.get_by_label("number input for Longest answer").press("Tab")
+    page.get_by_label("number input for Maximum length").fill("20")
+    page.get_by_label("number input for Maximum length").press("Tab")
     ask(page, "A long one, please.")
-    expect(status(page)).to_contain_text("stopped at the longest answer")
+    expect(status(page)).to_contain_text("stopped at the maximum length")
     page.get_by_role("button", name="Continue").click()
     expect(answers(page)).to_contain_text("word40")
     assert answers(page).inner_text().split() == [f"word{i}" for i in range(1, 41)]
@@ -226,7 +226,7 @@ def test_failures_and_notices_are_said_in_the_conversation(visit):
     page.get_by_role("button", name="Retry").click()
     expect(answers(page)).to_have_count(1)
     say(page, "Forget the first.")
-    expect(page.get_by_text("The oldest turn was left out.")).to_be_visible()
+    expect(page.get_by_text("and were left out")).to_be_visible()
     done(page)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minigpt4.config import MODELS
 from minigpt4.errors import UserError
 from minigpt4.web.api.chat_request import ChatRequest, parse, read_json
-from minigpt4.web.page import preview
+from minigpt4.web.page import render
 
 ROOT = Path(__file__).parent.parent
 # package -> the least version that may be used, and why: raised by hand, after reading what was
@@ -60,8 +60,8 @@ def numbers(text: str) -> tuple[int, ...]:
 def test_no_answer_keeps_the_preview_busy(answer):
     """Looking for a website takes linear time, whatever a model or a file holds."""
     start = time.perf_counter()
-    preview.website(answer)
-    preview.fenced(answer)
+    render.website(answer)
+    render.fenced(answer)
     assert time.perf_counter() - start < 5
 
 

@@ -46,7 +46,7 @@ class Decoders:
         try:
             decoder = self._free.get(timeout=image.DECODING_WAIT)
         except queue.Empty:
-            raise UserError(image.BUSY, "queue_full") from None
+            raise UserError(image.BUSY, "queue_full", "pictures_busy") from None
         try:
             return decoder.load(source)
         finally:
@@ -76,7 +76,7 @@ class _Decoder:
             return self._ask(source)
         except (OSError, EOFError):
             self._end()
-            raise UserError(_HOPELESS) from None
+            raise UserError(_HOPELESS, message_id="picture_hopeless") from None
         finally:
             late.cancel()
 
@@ -138,7 +138,7 @@ def serve() -> None:
         try:
             picture = image.load(source)
         except UserError as error:
-            _reply({"error": [str(error), error.kind]})
+            _reply({"error": error.args})
         else:
             _reply({"size": picture.rgb.size, "key": picture.key}, picture.rgb.tobytes())
             del picture

@@ -19,4 +19,4 @@ def uploaded(path: object) -> str:
             return path
     except (OSError, ValueError):  # too long, or with a NUL
         pass
-    raise UserError("This file is not an uploaded one: upload it again.")
+    raise UserError("This file is not an uploaded one: upload it again.", message_id="not_uploaded")
