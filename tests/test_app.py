@@ -16,7 +16,7 @@ def test_a_port_in_use(monkeypatch, capsys):
         monkeypatch.setattr("app.load", lambda *_: SimpleNamespace())
         assert app.main([]) == 2
     error = capsys.readouterr().err
-    assert "is used already" in error and error.count("\n") == 1
+    assert "is in use" in error and error.count("\n") == 1
 
 
 def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):

@@ -99,6 +99,56 @@ def test_a_process_that_was_killed_between_two_pictures(decoders):
     assert decoders.load(picture_file()).rgb.width > 0
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b'{"size": [1',
+        b'{"si\n',
+        b"[]\n",
+        b"{}\n",
+        b"\xff\n",
+        b'{"error": 3}\n',
+        b'{"size": [9, 9]}\n' + bytes(243),
+        b'{"size": [9, 9], "key": "x"}\n' + bytes(242),
+        b'{"size": [-9, 9], "key": "x"}\n',
+        b'{"size": [99999, 99999], "key": "x"}\n',
+    ],
+)
+def test_a_process_that_ends_within_its_reply(reply, monkeypatch):
+    """Whatever it has written by then: the picture is refused, and the next one is opened."""
+    decoders, before = Decoders(1), image.held.pixels
+    code = f"import sys; sys.stdin.buffer.readline(); sys.stdout.buffer.write({reply!r})"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with monkeypatch.context() as patch:
+        start = lambda _: subprocess.Popen([sys.executable, "-c", code], **pipes)  # noqa: E731
+        patch.setattr(decoding._Decoder, "_start", start)
+        with pytest.raises(UserError, match="takes too long"):
+            decoders.load(picture_file())
+    assert image.held.pixels == before
+    assert decoders.load(picture_file()).rgb.width > 0
+
+
+@pytest.mark.parametrize("owner", [decoding.Image, image])
+def test_memory_that_ends_after_the_pixels_were_counted(decoders, owner, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    before = image.held.pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "frombytes" if owner is decoding.Image else "hold", fail)
+        with pytest.raises(UserError, match="not enough memory") as refused:
+            decoders.load(picture_file())
+    assert refused.value.kind == "memory" and image.held.pixels == before
+    assert decoders.load(picture_file()).rgb.width > 0
+
+
+def test_a_process_that_cannot_be_started(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/missing/python")
+    with pytest.raises(UserError, match="takes too long"):
+        Decoders(1).load(picture_file())
+
+
 def test_nobody_waits_for_ever(monkeypatch):
     monkeypatch.setattr(image, "DECODING_WAIT", 0.1)
     with pytest.raises(UserError, match="try again in a minute"):

@@ -23,10 +23,9 @@ from minigpt4 import conversation as chat
 from minigpt4.engine import Engine
 from minigpt4.model import image
 from minigpt4.start import default_sampling
-from minigpt4.web.guard import sweep as sweeping_module
-from minigpt4.web.guard.events import MOST_UNREAD
-from minigpt4.web.guard.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
-from minigpt4.web.guard.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
+from minigpt4.web.guard import uploads
+from minigpt4.web.guard.limits import FILES_AT_ONCE, MAX_UNREAD, TEXT_BYTES, Limits
+from minigpt4.web.guard.uploads import CUT_SECONDS, KEPT_SECONDS, sweep
 from minigpt4.web.page import session as session_module
 from minigpt4.web.page.examples import QUESTIONS, in_folder
 from tests.api_case import (
@@ -187,7 +186,7 @@ def test_the_sweeper_leaves_what_is_in_use(tmp_path):
     pictures = in_folder(tmp_path)
     for path in pictures:  # as copies of files that were installed long ago
         os.utime(path, (older, older))
-    sweep(tmp_path)
+    sweep(tmp_path, pictures)
     left = {str(path) for path in tmp_path.rglob("*.*")}
     assert left == {str(tmp_path / "a/kept.png"), *pictures} and len(pictures) == len(QUESTIONS)
     assert not (tmp_path / "b").exists() and not (tmp_path / "tmpcut").exists()
@@ -196,7 +195,7 @@ def test_the_sweeper_leaves_what_is_in_use(tmp_path):
 def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
     """While files come; at the end its visitors' go, not what another page shows as well."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr(sweeping_module, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(uploads, "EVERY_SECONDS", 0.01)
     uploaded, other = tmp_path / "a/one.png", tmp_path / "b/other.png"
     for path in (uploaded, other):
         path.parent.mkdir()
@@ -207,7 +206,7 @@ def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
     app = SimpleNamespace(get_blocks=lambda: page)
 
     async def run() -> None:
-        async with sweeping_module.sweeping(app):
+        async with uploads.sweeping(app, in_folder):
             for number in range(3000):
                 files.add(f"{tmp_path}/gone/{number}.png")
                 if not number % 300:
@@ -411,10 +410,10 @@ def test_another_sessions_conversation(address, events):
 def test_what_nobody_listens_to_has_an_end(address, events):
     """Each event leaves what it has to say with the server, until the page has read it."""
     statuses = [join(address, events["save_json"], [None], "deaf").status_code for _ in range(40)]
-    assert statuses == [200] * MOST_UNREAD + [429] * (40 - MOST_UNREAD)
+    assert statuses == [200] * MAX_UNREAD + [429] * (40 - MAX_UNREAD)
     assert (
         len([m for m in page_messages(address, "deaf") if m["msg"] == "process_completed"])
-        == MOST_UNREAD
+        == MAX_UNREAD
     )
     assert join(address, events["save_json"], [None], "deaf").status_code == 200
 

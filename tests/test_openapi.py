@@ -10,7 +10,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from starlette.testclient import TestClient
 
 from minigpt4.web.api import openapi
-from minigpt4.web.api.endpoints import application
+from minigpt4.web.api.routes import application
 from tests.api_case import MODEL, engine_fixture
 
 CHECKS = [

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt4.config import MODELS
 from minigpt4.errors import UserError
-from minigpt4.web.api.chat_request import ChatRequest, parse, read_json
+from minigpt4.web.api.schemas import ChatRequest, parse, read_json
 from minigpt4.web.page import preview
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +80,7 @@ anything = st.recursive(
 @given(st.sampled_from(CORPUS), st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4))
 def test_any_request_is_understood_or_refused_in_a_sentence(sound, changes):
     try:
-        asked = parse(json.loads(sound) | changes, MODELS["nano"])
+        asked = parse(json.loads(sound) | changes)
     except UserError as error:
         assert "\n" not in str(error) and "Traceback" not in str(error)
     else:

@@ -19,7 +19,7 @@ from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import KEPT_SIDE, TOO_MANY_PICTURES, Session
 from minigpt4.web.page.texts import say
 from minigpt4.web.page.turns import Turns, box
-from minigpt4.web.serving import warn
+from minigpt4.web.server import warn
 
 log = logging.getLogger(__name__)
 

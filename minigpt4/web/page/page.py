@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import gradio as gr
 from gradio.events import Events
 
-from minigpt4.web.api.chat_endpoint import add_chat_endpoint
-from minigpt4.web.guard import sweep
-from minigpt4.web.guard.events import guard
+from minigpt4.web.api.gradio_chat import add_chat_endpoint
+from minigpt4.web.guard import uploads
+from minigpt4.web.guard.limits import guard
 from minigpt4.web.page import controls, texts
 from minigpt4.web.page.examples import FOLDER, examples
 from minigpt4.web.page.feedback import Feedback, Ratings
@@ -19,8 +19,7 @@ from minigpt4.web.page.session import Session
 from minigpt4.web.page.shown import ASSETS
 from minigpt4.web.page.texts import label, say
 from minigpt4.web.page.turns import Turns
-from minigpt4.web.server import Server
-from minigpt4.web.serving import start_server
+from minigpt4.web.server import Server, start_server
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine
@@ -75,7 +74,7 @@ def build_page(
     # Questions wait in the engine's own queue, which knows their places, not in Gradio's.
     event = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
     with gr.Blocks(title="MiniGPT-4", fill_height=True, analytics_enabled=False) as page:
-        session = gr.State(Session(), time_to_live=sweep.KEPT_SECONDS)
+        session = gr.State(Session(), time_to_live=uploads.KEPT_SECONDS)
         with gr.Row(elem_id="head"):
             name = gr.HTML(controls.short(loading), html_template=NAME)
             fresh = gr.Button(label("new_chat"), size="sm", scale=0, min_width=96)
@@ -198,7 +197,7 @@ def build_page(
             timer = gr.Timer(0.5)
             timer.tick(look, None, [status, timer, *greeted], **event)
         if server is not None:
-            add_chat_endpoint(server.asking)
+            add_chat_endpoint(server.chat_service)
     return page
 
 

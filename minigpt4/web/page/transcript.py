@@ -10,8 +10,7 @@ from minigpt4.model.data_url import data_url
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.web.guard import decoding
-from minigpt4.web.guard.events import whole
-from minigpt4.web.guard.limits import FILES_AT_ONCE
+from minigpt4.web.guard.limits import FILES_AT_ONCE, whole
 
 FORMAT = "minigpt4-conversation"
 VERSION = 1
@@ -57,26 +56,26 @@ def from_data(data: object) -> Conversation:
     """The conversation in what `to_data` made. UserError where it is something else: whatever a
     file holds is checked here, and its pictures are opened like any others."""
     try:
-        assert isinstance(data, dict)
+        _require(isinstance(data, dict))
         if data.get("format") != FORMAT or data.get("version") != VERSION:
             raise UserError(WRONG)
-        assert len(data["pictures"]) <= FILES_AT_ONCE
+        _require(len(data["pictures"]) <= FILES_AT_ONCE)
         loaded = {key: _picture(url) for key, url in dict(data["pictures"]).items()}
         conversation = Conversation(pictures={p.key: p for p in loaded.values()})
         system = data.get("system")
-        assert system is None or isinstance(system, str)
+        _require(system is None or isinstance(system, str))
         conversation.system = system
-        assert len(data["messages"]) <= MAX_MESSAGES
+        _require(len(data["messages"]) <= MAX_MESSAGES)
         for i, message in enumerate(data["messages"]):
             # Questions and answers take turns; the last answer may be missing.
-            assert message["role"] == ("user", "assistant")[i % 2]
+            _require(message["role"] == ("user", "assistant")[i % 2])
             parts = tuple(_read_part(p, loaded) for p in message["parts"])
-            assert parts
-            assert i % 2 == 0 or all(isinstance(p, str) for p in parts)
+            _require(parts)
+            _require(i % 2 == 0 or all(isinstance(p, str) for p in parts))
             conversation.messages.append(Message(message["role"], parts))
         texts = [p for m in conversation.messages for p in m.parts if isinstance(p, str)]
-        assert sum(len(text) for text in texts) + len(system or "") <= MAX_CHARACTERS
-    except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
+        _require(sum(len(text) for text in texts) + len(system or "") <= MAX_CHARACTERS)
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(WRONG) from None
     return conversation
 
@@ -110,6 +109,12 @@ def to_markdown(conversation: Conversation, model: str = "") -> str:
     return "\n".join(lines)
 
 
+def _require(condition: bool) -> None:
+    """Not an `assert`, which `python -O` leaves out."""
+    if not condition:
+        raise UserError(WRONG)
+
+
 def _part(part: str | ImageRef) -> dict:
     if isinstance(part, ImageRef):
         return {"type": "image", "key": part.key}
@@ -119,16 +124,16 @@ def _part(part: str | ImageRef) -> dict:
 def _read_part(part: dict, pictures: dict[str, Picture]) -> str | ImageRef:
     if part["type"] == "image":
         return ImageRef(pictures[part["key"]].key)  # decoded anew, it has another key
-    assert isinstance(part["text"], str)
+    _require(isinstance(part["text"], str))
     return part["text"]
 
 
 def _picture(url: str) -> Picture:
     head, _, encoded = url.partition(",")
-    assert head.startswith("data:image/") and head.endswith(";base64")
+    _require(head.startswith("data:image/") and head.endswith(";base64"))
     try:
         picture = decoding.load(base64.b64decode(encoded, validate=True))
     except NotBase64:
         raise UserError(WRONG) from None
-    assert max(picture.rgb.size) <= FULL_SIDE  # larger ones are in no download, and take memory
+    _require(max(picture.rgb.size) <= FULL_SIDE)  # larger ones are in no download, and take memory
     return picture

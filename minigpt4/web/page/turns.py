@@ -15,7 +15,7 @@ from minigpt4.web.page import preview, shown
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import say
-from minigpt4.web.serving import warn
+from minigpt4.web.server import warn
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine, Sampling
