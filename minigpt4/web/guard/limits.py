@@ -1,17 +1,13 @@
 """What every request must keep to, the page's own included: its size, its time, its address.
 
-Gradio bounds uploaded files, but no other body, and keeps what it has to tell a page until somebody
-listens. It also has routes that this page does not need: one starts another program, one writes
-conversations to the disk.
+Gradio bounds uploaded files, but no other body, and has routes that this page does not need: one
+starts another program, one writes conversations to the disk.
 """
 
 import asyncio
 import contextlib
 import errno
-import json
-from typing import Any
 
-from gradio.queueing import Queue
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
@@ -21,9 +17,6 @@ FILES_AT_ONCE = 16  # pictures of one upload, or of one conversation
 TEXT_BYTES = 16 * 2**20  # of what the page sends: a conversation with small pictures, at most
 BODY_SECONDS = 120.0
 REST_SECONDS = 1.0  # for the rest of a refused body to arrive
-MAX_UNREAD = 32  # events of one page that it has not been told the end of
-TOO_MANY = "This page has asked for too much without listening: reload it."
-TOO_DEEP = "The request is nested too deeply: simplify it."
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The first part of gradio's paths, after /gradio_api.
 CLOSED = {
@@ -158,28 +151,3 @@ class _BoundedRequest:
     def _too_large(self) -> Response:
         sentence = f"The request is larger than {self._limit / 2**20:.0f} MB: send less.\n"
         return PlainTextResponse(sentence, 413, {"connection": "close"})
-
-
-def guard(queue: Queue) -> None:
-    """Check the page's events before Gradio takes them.
-
-    HTTPException 429 where the page has too many events unread, 400 where JSON is too deep.
-    """
-    push = queue.push
-
-    async def guarded(body: Any, **others: Any) -> tuple:
-        if len(queue.pending_event_ids_session.get(body.session_hash, ())) >= MAX_UNREAD:
-            raise HTTPException(429, TOO_MANY)
-        try:
-            data = [body.data, body.event_data]  # up to 16 MB: not on the event loop
-            body.data, body.event_data = await asyncio.to_thread(whole, data)
-        except RecursionError:
-            raise HTTPException(400, TOO_DEEP) from None
-        return await push(body=body, **others)
-
-    queue.push = guarded
-
-
-def whole(data: Any) -> Any:
-    """Plain data with "?" for each lone surrogate, which JSON can hold and UTF-8 cannot."""
-    return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))

@@ -8,7 +8,7 @@ from gradio.events import Events
 
 from minigpt4.web.api.gradio_chat import add_chat_endpoint
 from minigpt4.web.guard import uploads
-from minigpt4.web.guard.limits import guard
+from minigpt4.web.guard.events import guard
 from minigpt4.web.page import controls, texts
 from minigpt4.web.page.examples import FOLDER, examples
 from minigpt4.web.page.feedback import Feedback, Ratings

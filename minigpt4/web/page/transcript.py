@@ -10,7 +10,8 @@ from minigpt4.model.data_url import data_url
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.web.guard import decoding
-from minigpt4.web.guard.limits import FILES_AT_ONCE, whole
+from minigpt4.web.guard.events import whole
+from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 FORMAT = "minigpt4-conversation"
 VERSION = 1
