@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 
-from pydantic import ValidationError
 from starlette.responses import Response
 
 from minigpt4.errors import UserError
@@ -19,27 +18,6 @@ STATUS: dict[str, tuple[int, str]] = {
     "hanging": (503, "hanging"),
     "ending": (503, "ending"),
     "broken": (500, "internal_error"),
-}
-# pydantic's error types -> the end of our sentence, which begins with the field's path.
-SENTENCES = {
-    "missing": "is missing: add it.",
-    "string_type": "must be a string.",
-    "string_unicode": "must be a string of whole Unicode characters.",
-    "string_too_short": "must have at least {min_length} character.",
-    "string_too_long": "must have at most {max_length} characters.",
-    "bool_type": "must be true or false.",
-    "list_type": "must be a list.",
-    "too_short": "must hold at least {min_length} item.",
-    "too_long": "must hold at most {max_length} items.",
-    "model_type": "must be an object.",
-    "literal_error": "must be {expected}.",
-    "part": 'must be {{"type": "text", "text": …}} or '
-    '{{"type": "image_url", "image_url": {{"url": …}}}}.',
-}
-# The same where a field takes more than its own type.
-ALTERNATIVES = {
-    ("list_type", "content"): "must be a string or a list of parts.",
-    ("list_type", "stop"): "must be a string or a list of strings.",
 }
 
 
@@ -85,19 +63,6 @@ class ApiError(UserError):
     @property
     def response(self) -> Response:
         return json_response(self.body, self.status, self.headers)
-
-
-def invalid(error: ValidationError) -> ApiError:
-    """Our own sentence about the first field that pydantic refuses."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    kind, location, path = first["type"], first["loc"], json_path(first["loc"])
-    if kind == "sentence":  # one of ours already
-        return ApiError(first["msg"], param=path)
-    if kind == "extra_forbidden":
-        return ApiError(f"There is no field “{path}”: leave it out.", param=path)
-    end = ALTERNATIVES.get((kind, location[-1])) or SENTENCES.get(kind, "has a wrong value.")
-    context = {name: str(value).replace("'", "") for name, value in first.get("ctx", {}).items()}
-    return ApiError(f"{path} {end.format(**context)}", param=path)
 
 
 def json_path(location: tuple[int | str, ...]) -> str:

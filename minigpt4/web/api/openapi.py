@@ -1,27 +1,101 @@
-"""The API's own description in OpenAPI 3.1, made from `schemas`: GET /v1/openapi.json.
+"""What the API returns, and its own description in OpenAPI 3.1: GET /v1/openapi.json.
 
 Who speaks first and last, and what fits, only code can say: a request may follow the description
 and still get a 400.
 """
 
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
 
-from minigpt4.web.api import schemas
-from minigpt4.web.api.schemas import Schema
+from minigpt4.web.api.schemas import ChatRequest
 
-SCHEMAS = {
-    "ChatRequest": schemas.ChatRequest,
-    "ChatCompletion": schemas.ChatCompletion,
-    "Model": schemas.Model,
-    "Models": schemas.Models,
-    "Error": schemas.Error,
-}
+Schema = dict[str, Any]
 TEXT = {"schema": {"type": "string"}}
 # What a status says in its headers: how long to wait, how to log in.
 HEADERS = {429: "Retry-After", 503: "Retry-After", 401: "WWW-Authenticate"}
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Response(BaseModel):
+    """A JSON object with just these fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenLogprob(Response):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: Annotated[list, Field(max_length=0)]
+
+
+class Logprobs(Response):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AnswerMessage(Response):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(Response):
+    index: Literal[0]
+    message: AnswerMessage
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class PromptDetails(Response):
+    cached_tokens: Count
+
+
+class Usage(Response):
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptDetails
+
+
+class ChatCompletion(Response):
+    id: str
+    created: Count
+    model: str
+    object: Literal["chat.completion"]
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+    usage: Usage
+
+
+class Model(Response):
+    id: str
+    object: Literal["model"]
+    created: Count
+    owned_by: str
+
+
+class Models(Response):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ErrorMessage(Response):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Response):
+    error: ErrorMessage
+
+
+# --- the document --------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -81,8 +155,10 @@ def _json(schema: str) -> Schema:
 
 
 def _schemas() -> Schema:
-    adapters = [(name, "validation", TypeAdapter(kind)) for name, kind in SCHEMAS.items()]
-    _, found = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
+    models = (ChatRequest, ChatCompletion, Model, Models, Error)
+    _, found = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
     return _untitled(found["$defs"])
 
 

@@ -16,7 +16,8 @@ from minigpt4.engine.faults import explain
 from minigpt4.errors import UserError
 from minigpt4.model.image import MAX_PIXELS, Picture
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.schemas import ChatCompletion, ChatRequest, Message
+from minigpt4.web.api.openapi import ChatCompletion
+from minigpt4.web.api.schemas import ChatRequest, Message
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.image_url import ImageUrls
 
@@ -62,7 +63,7 @@ class ChatService:
                 engine,
                 conversation,
                 request.sampling(engine.model.config),
-                stop=request.stop,
+                stop=request.stop or (),
                 trim=False,
                 logprobs=bool(request.logprobs),
             )

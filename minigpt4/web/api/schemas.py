@@ -1,4 +1,4 @@
-"""What POST /v1/chat/completions takes and returns: parsing, messages and OpenAPI from one source.
+"""What POST /v1/chat/completions takes: one source for parsing, error messages and OpenAPI.
 
 `parse` turns a body into a `ChatRequest`, or raises an `ApiError` whose sentence names the field.
 """
@@ -13,94 +13,33 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    GetJsonSchemaHandler,
     Tag,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from minigpt4.config import ModelConfig
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError
 from minigpt4.start import default_sampling
-from minigpt4.web.api.errors import ApiError, invalid
+from minigpt4.web.api.errors import ApiError, json_path
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 200
-NO_TOOLS = "Tools are not supported: leave them out."
-NO_PENALTY = "Only repetition_penalty is supported: leave this penalty out."
-
-Schema = dict[str, Any]
-
-
-# --- fields that code checks ----------------------------------------------------------------------
-
-
-class CheckedField:
-    """Annotates a field: `check` refuses values in our own words, `schema` describes the rest.
-
-    null means the same as leaving the field out.
-    """
-
-    schema: Schema
-
-    def check(self, value: Any, name: str) -> None:
-        """Raises UserError; `name` is the field's."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        def validate(value: Any, info: ValidationInfo) -> Any:
-            if value is not None:
-                try:
-                    self.check(value, str(info.field_name))
-                except UserError as error:
-                    raise PydanticCustomError("sentence", str(error)) from None
-            return value
-
-        return core_schema.with_info_plain_validator_function(validate)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> Schema:
-        return {"anyOf": [self.schema, {"type": "null"}]}
-
-
-class SamplingField(CheckedField):
-    """One of Sampling's fields: `Sampling` checks it, with its range and its sentence."""
-
-    def __init__(self, field: str) -> None:
-        self._field = field
-        low, high, inclusive = Sampling.RANGES[field]
-        self.schema = {
-            "type": "integer" if isinstance(low, int) else "number",
-            "minimum" if inclusive else "exclusiveMinimum": low,
-            "maximum": high,
-        }
-
-    def check(self, value: Any, name: str) -> None:
-        try:
-            Sampling(**{self._field: value})
-        except UserError as error:  # it calls the field by Sampling's name
-            raise UserError(str(error).replace(self._field, name)) from None
-
-
-class Only(CheckedField):
-    """A field that is accepted while it asks for nothing."""
-
-    def __init__(self, allowed: Sequence[Any], sentence: str) -> None:
-        self._allowed, self._sentence = allowed, sentence
-        self.schema = {"enum": list(allowed)}
-
-    def check(self, value: Any, name: str) -> None:
-        for allowed in self._allowed:  # true equals 1 in Python, but not here
-            if value == allowed and isinstance(value, bool) == isinstance(allowed, bool):
-                return
-        raise UserError(self._sentence)
-
-
-# --- requests ------------------------------------------------------------------------------------
+# pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
+# field has a description, that is the end.
+SENTENCES = {
+    "missing": "is missing: add it.",
+    "string_type": "must be a string.",
+    "bool_type": "must be true or false.",
+    "list_type": "must be a list.",
+    "too_short": "must hold at least {min_length} item.",
+    "too_long": "must hold at most {max_length} items.",
+    "model_type": "must be an object.",
+    "part": 'must be {{"type": "text", "text": …}} or '
+    '{{"type": "image_url", "image_url": {{"url": …}}}}.',
+}
 
 
 class Object(BaseModel):
@@ -139,18 +78,39 @@ def _as_parts(content: Any) -> Any:
 
 
 def _as_list(stop: Any) -> Any:
-    return [] if stop is None else [stop] if isinstance(stop, str) else stop
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _number(name: str) -> Any:
+    """A field with the range of one of Sampling's."""
+    low, high, inclusive = Sampling.RANGES[name]
+    kind = "an integer" if isinstance(low, int) else "a number"
+    sentence = f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}."
+    return Field(**{"ge" if inclusive else "gt": low, "le": high}, description=sentence)
+
+
+def _only(sentence: str, **constraints: Any) -> Any:
+    """A field that is accepted while it asks for nothing."""
+    return Field(description=sentence, **constraints)
+
+
+EMPTY = _only("is not supported: leave it out.", max_length=0)
+NO_PENALTY = _only("is not supported: use repetition_penalty.", ge=0, le=0)
+NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
 
 class Message(Object):
     """One message of a conversation. `content` is a string, or parts in their order."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        Field(description="must be system, developer, user or assistant."),
+    ]
     content: Annotated[
         list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])
     ]
-    tool_calls: Annotated[Any, Only([[]], NO_TOOLS)] = None
-    function_call: Annotated[Any, Only([{}], NO_TOOLS)] = None
+    tool_calls: Annotated[list | None, EMPTY] = None
+    function_call: Annotated[dict | None, EMPTY] = None
 
     @property
     def text(self) -> str:
@@ -174,7 +134,14 @@ class StreamOptions(Object):
     include_obfuscation: Any = None  # changes nothing here
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+class TextFormat(Object):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
 class ChatRequest(Object):
@@ -184,44 +151,43 @@ class ChatRequest(Object):
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    temperature: Annotated[float | None, SamplingField("temperature")] = None
-    top_p: Annotated[float | None, SamplingField("top_p")] = None
-    top_k: Annotated[int | None, SamplingField("top_k")] = None
-    min_p: Annotated[float | None, SamplingField("min_p")] = None
-    repetition_penalty: Annotated[float | None, SamplingField("repetition_penalty")] = None
-    num_beams: Annotated[int | None, SamplingField("num_beams")] = None
-    seed: Annotated[int | None, SamplingField("seed")] = None
-    max_tokens: Annotated[int | None, SamplingField("max_new_tokens")] = None
-    max_completion_tokens: Annotated[int | None, SamplingField("max_new_tokens")] = None
+    temperature: Annotated[float | None, _number("temperature")] = None
+    top_p: Annotated[float | None, _number("top_p")] = None
+    top_k: Annotated[int | None, _number("top_k")] = None
+    min_p: Annotated[float | None, _number("min_p")] = None
+    repetition_penalty: Annotated[float | None, _number("repetition_penalty")] = None
+    num_beams: Annotated[int | None, _number("num_beams")] = None
+    seed: Annotated[int | None, _number("seed")] = None
+    max_tokens: Annotated[int | None, _number("max_new_tokens")] = None
+    max_completion_tokens: Annotated[int | None, _number("max_new_tokens")] = None
     stop: Annotated[
-        Annotated[list[StopString], Field(max_length=MAX_STOPS)],
-        BeforeValidator(
-            _as_list,
-            json_schema_input_type=StopString
-            | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
-            | None,
+        Stops | None,
+        BeforeValidator(_as_list, json_schema_input_type=Stop | Stops | None),
+        Field(
+            description=f"must be a string of 1 to {MAX_STOP_CHARACTERS} characters, or a list of "
+            f"up to {MAX_STOPS} of them."
         ),
-    ] = []
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     # Accepted while they ask for nothing.
-    n: Annotated[Any, Only([1], "n must be 1: ask again for another answer.")] = None
+    n: Annotated[int | None, _only("must be 1: ask again for another answer.", ge=1, le=1)] = None
     top_logprobs: Annotated[
-        Any, Only([0], "top_logprobs must be 0: only the chosen token's logprob is known.")
+        int | None, _only("must be 0: only the chosen token's logprob is known.", ge=0, le=0)
     ] = None
-    presence_penalty: Annotated[Any, Only([0], NO_PENALTY)] = None
-    frequency_penalty: Annotated[Any, Only([0], NO_PENALTY)] = None
-    logit_bias: Annotated[Any, Only([{}], "logit_bias is not supported: leave it out.")] = None
-    tools: Annotated[Any, Only([[]], NO_TOOLS)] = None
-    tool_choice: Annotated[Any, Only(["none", "auto"], NO_TOOLS)] = None
-    parallel_tool_calls: Annotated[Any, Only([True, False], NO_TOOLS)] = None
-    functions: Annotated[Any, Only([[]], NO_TOOLS)] = None
-    function_call: Annotated[Any, Only(["none", "auto"], NO_TOOLS)] = None
-    response_format: Annotated[
-        Any, Only([{"type": "text"}], 'response_format must be {"type": "text"}.')
+    presence_penalty: Annotated[float | None, NO_PENALTY] = None
+    frequency_penalty: Annotated[float | None, NO_PENALTY] = None
+    logit_bias: Annotated[dict | None, EMPTY] = None
+    tools: Annotated[list | None, EMPTY] = None
+    functions: Annotated[list | None, EMPTY] = None
+    tool_choice: NoTool = None
+    function_call: NoTool = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[TextFormat | None, _only('must be {"type": "text"}.')] = None
+    modalities: Annotated[
+        list[Literal["text"]] | None, _only('must be ["text"].', min_length=1, max_length=1)
     ] = None
-    modalities: Annotated[Any, Only([["text"]], 'modalities must be ["text"].')] = None
     # Accepted and not read: they change no answer here.
     user: Any = None
     metadata: Any = None
@@ -250,11 +216,13 @@ class ChatRequest(Object):
 
     def sampling(self, config: ModelConfig) -> Sampling:
         """The settings, over the model's defaults."""
-        names = Sampling.RANGES.keys() - {"max_new_tokens"}
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name, None) for name in Sampling.RANGES}
         # The newer name wins.
         given["max_new_tokens"] = self.max_completion_tokens or self.max_tokens
-        return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
+        try:
+            return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
+        except UserError as error:  # the ranges are checked: what remains is too low a temperature
+            raise ApiError.of(error, "temperature") from None
 
 
 def _check_conversation(messages: Sequence[Message]) -> None:
@@ -304,83 +272,27 @@ def parse(body: dict) -> ChatRequest:
     try:
         return ChatRequest.model_validate(body)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise _explained(error) from None
 
 
-# --- responses -----------------------------------------------------------------------------------
-
-Count = Annotated[int, Field(ge=0)]
-
-
-class Response(BaseModel):
-    """A JSON object with just these fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TokenLogprob(Response):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-    top_logprobs: Annotated[list, Field(max_length=0)]
+def _explained(error: ValidationError) -> ApiError:
+    """The first thing that pydantic refuses, in our words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, location, path = first["type"], first["loc"], json_path(first["loc"])
+    if kind == "extra_forbidden":
+        return ApiError(f"There is no field “{path}”: leave it out.", param=path)
+    if described := _description(location):
+        return ApiError(described, param=path)
+    if kind == "list_type" and location[-1] == "content":
+        return ApiError(f"{path} must be a string or a list of parts.", param=path)
+    end = SENTENCES.get(kind, "has a wrong value.").format(**first.get("ctx", {}))
+    return ApiError(f"{path} {end}", param=path)
 
 
-class Logprobs(Response):
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class AnswerMessage(Response):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class Choice(Response):
-    index: Literal[0]
-    message: AnswerMessage
-    logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class PromptDetails(Response):
-    cached_tokens: Count
-
-
-class Usage(Response):
-    prompt_tokens: Count
-    completion_tokens: Count
-    total_tokens: Count
-    prompt_tokens_details: PromptDetails
-
-
-class ChatCompletion(Response):
-    id: str
-    created: Count
-    model: str
-    object: Literal["chat.completion"]
-    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
-    usage: Usage
-
-
-class Model(Response):
-    id: str
-    object: Literal["model"]
-    created: Count
-    owned_by: str
-
-
-class Models(Response):
-    object: Literal["list"]
-    data: list[Model]
-
-
-class ErrorMessage(Response):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(Response):
-    error: ErrorMessage
+def _description(location: tuple[int | str, ...]) -> str | None:
+    """The sentence of a field that has a description."""
+    place = 2 if location[0] == "messages" and len(location) > 2 else 0
+    fields = (Message if place else ChatRequest).model_fields
+    field = fields.get(str(location[place]))
+    path = json_path(location[: place + 1])
+    return f"{path} {field.description}" if field and field.description else None
