@@ -247,6 +247,8 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (413, None, "The request is larger", image("data:image/png;base64," + "A" * 4_000_000)),
     ],
 )
+@pytest.mark.trust("Text", "empty or too long")
+@pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
 def test_what_cannot_be_asked(address, status, param, sentence, body):
     response = post(address, {"messages": HELLO, "max_tokens": 5, **body})
     error = response.json()["error"]
@@ -296,6 +298,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize("digits", ["1" + "0" * 400, "1e400"])
 @pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
 def test_numbers_that_no_float_holds(address, sign, digits):
     fields = {name: f'"{name}": {sign}{digits}' for name in NUMBERS}
     fields["include_usage"] = f'"stream_options": {{"include_usage": {sign}{digits}}}'
@@ -319,11 +322,13 @@ def test_numbers_that_no_float_holds(address, sign, digits):
     ],
     ids=lambda body: repr(body[:10]),
 )
+@pytest.mark.trust("Protocol", "deep JSON; too many parts and headers")
 def test_bodies_that_are_no_json_object(address, body):
     response = post(address, body)
     assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
 
 
+@pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_halves_of_characters_are_no_fault(address):
     body = {"messages": [{"role": "user", "content": "Hello \ud800?"}], "max_tokens": 3}
     assert post(address, body).status_code == 200

@@ -8,6 +8,7 @@ import pytest
 import app
 
 
+@pytest.mark.trust("Faults", "a port in use")
 def test_a_port_in_use(monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -239,6 +239,7 @@ def test_what_cannot_be_asked(gradio, says, arguments):
         gradio.predict(**arguments, api_name="/chat")
 
 
+@pytest.mark.trust("Protocol", "addresses of other machines, redirects, `file:`")
 def test_no_address_is_fetched(gradio):
     """192.0.2.1 is nobody's, and public as far as gradio knows."""
     image = {"path": "http://192.0.2.1/picture.png", "meta": {"_type": "gradio.FileData"}}
@@ -316,6 +317,7 @@ def _request(max_new_tokens):
     return Request(prompt, {}, Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
 
 
+@pytest.mark.trust("Faults", "SIGTERM while streaming")
 def test_the_real_server_and_its_end():
     """nano from end to end: a picture, a stream that SIGTERM does not cut, exit status 0."""
     port = free_port()

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -27,6 +28,7 @@ from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 200
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON escapes it
 # pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
 # field has a description, that is the end.
 SENTENCES = {
@@ -253,9 +255,11 @@ def _refuse(sentence: str, param: str = "messages", code: str | None = None) -> 
 
 
 def read_json(body: bytes | bytearray) -> dict:
-    """The body's JSON object."""
+    """The body's JSON object, with "?" for each lone surrogate."""
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
+        if SURROGATE.search(body):  # pydantic and UTF-8 cannot hold lone ones
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise ApiError("The body must be JSON, and not deeply nested.") from None
     if not isinstance(value, dict):
