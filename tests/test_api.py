@@ -1,5 +1,6 @@
 """The OpenAI-compatible endpoints, asked by OpenAI's own client on a real server."""
 
+import asyncio
 import json
 import re
 import time
@@ -9,8 +10,12 @@ import httpx
 import openai
 import pytest
 
+from minigpt4 import conversation
+from minigpt4.web.api import routes
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.schemas import ChatRequest, parse
+from minigpt4.web.guard import decoding
+from minigpt4.web.guard.image_url import ImageUrls
 from tests.api_case import (
     GREEDY,
     MODEL,
@@ -147,6 +152,30 @@ def test_two_clients_at_once(address, engine):
     assert texts == [answer.choices[0].message.content for answer in alone]
     assert texts[0] != texts[1]
     assert lasted < 2 * 12 * engine.pace + 2
+
+
+def test_nothing_slow_runs_on_the_event_loop(address, monkeypatch):
+    """Reading 20 MB of JSON or base64 and decoding a picture would stop every stream meanwhile."""
+    on_loop = {}
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*arguments):
+            try:
+                asyncio.get_running_loop()
+                on_loop[name] = True
+            except RuntimeError:
+                on_loop.setdefault(name, False)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(routes, "read_json"), watch(routes, "parse")
+    watch(ImageUrls, "_decode"), watch(decoding, "load"), watch(conversation, "encode_chat")
+    assert ask(address, question("What is this?", data_url(picture_file()))).choices
+    names = ("read_json", "parse", "_decode", "load", "encode_chat")
+    assert on_loop == dict.fromkeys(names, False)
 
 
 # --- ending early --------------------------------------------------------------------------------
