@@ -4,6 +4,7 @@ import json
 import re
 import time
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from minigpt4.web.page.page import build_page, serve
@@ -68,6 +69,7 @@ def compose(page: Page, key: str) -> None:
     )
 
 
+@pytest.mark.trust("Load and interruptions", "Stop while streaming and while queued")
 def test_stop_and_continue(visit, engine):
     engine.word_seconds = 0.03
     page = visit()
@@ -205,6 +207,9 @@ def test_the_place_in_the_queue(visit, engine):
     done(page)
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "storms of connections, a full queue, probes meanwhile"
+)
 def test_a_full_queue_keeps_what_was_typed(visit, engine, photo):
     page = visit()
     attach(page, photo)
@@ -230,6 +235,7 @@ def test_failures_and_notices_are_said_in_the_conversation(visit):
     done(page)
 
 
+@pytest.mark.trust("Text", "empty or too long")
 def test_an_empty_message(visit):
     page = visit()
     say(page, " ")
@@ -258,6 +264,7 @@ def test_settings_and_presets(visit, engine):
         expect(page.locator("#model")).to_contain_text(fact)
 
 
+@pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")
 def test_two_visitors(visit):
     ann, bob = visit(), visit()
     say(ann, "I am Ann.")
@@ -290,6 +297,7 @@ def test_an_example(visit, engine):
     assert len(engine.asked[-1].pictures) == 1
 
 
+@pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")
 def test_nothing_written_runs_in_the_page(visit):
     page = visit()
     ask(page, "<script>window.stolen=1</script><img src=x onerror='window.stolen=1'> Attack!")

@@ -35,6 +35,8 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
+@pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")
+@pytest.mark.trust("What the model writes", "WebRTC in the preview")
 def test_a_website_is_previewed_in_a_closed_frame(visit):
     page = visit(**WIDE)
     ask(page, "Make a website of this draft.")
@@ -77,6 +79,7 @@ def test_a_website_is_previewed_in_a_closed_frame(visit):
     assert Path(download.value.path()).read_text() == saved
 
 
+@pytest.mark.trust("What the model writes", "no request leaves the page")
 def test_a_previewed_website_cannot_lead_elsewhere(visit):
     page = visit(**WIDE)
     ask(page, "Make a website of this draft.")
@@ -95,6 +98,7 @@ def test_a_previewed_website_cannot_lead_elsewhere(visit):
     visit.expected("192.0.2.1|frame-src|/config")
 
 
+@pytest.mark.trust("What the model writes", "no request leaves the page")
 def test_nothing_is_fetched_from_elsewhere(browser, address):
     page = browser.new_page()
     page.goto(address)

@@ -64,6 +64,7 @@ def test_what_is_written_can_be_read(conversation, tmp_path, side):
         lambda d: d.update(messages=d["messages"] * 1000),
     ],
 )
+@pytest.mark.trust("Pictures", "many large pictures at once")
 def test_files_that_hold_something_else(conversation, change):
     data = transcript.to_data(conversation, transcript.SMALL_SIDE)
     change(data)
@@ -118,6 +119,7 @@ def test_a_bare_document_is_shown_as_code():
     assert render.fenced("a < b") == "a < b"
 
 
+@pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")
 def test_a_frame_cannot_be_broken_out_of():
     frame = render.frame('"></iframe><script>alert(1)</script>', 'a"b')
     assert frame.count("<iframe") == 1 and frame.count("</iframe>") == 1

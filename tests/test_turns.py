@@ -92,6 +92,7 @@ def test_an_error_while_answering_is_one_sentence(engine, caplog, warnings, monk
     assert not session.busy
 
 
+@pytest.mark.trust("Load and interruptions", "a tab that is closed")
 def test_a_visitor_who_leaves_ends_the_answer(engine, monkeypatch):
     session, real = Session(), engine.decoder.forward
 
@@ -157,6 +158,7 @@ def test_loading_is_said(warnings):
         loading.wait()
 
 
+@pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")
 def test_two_questions_at_once(monkeypatch, warnings):
     monkeypatch.setattr(session_module, "ask", FakeAnswer)
     engine, session = FakeEngine(), Session()
@@ -347,6 +349,7 @@ def test_pictures_taken_out_of_the_box_are_given_back(warnings):
     assert refused == paths[16:] and "at most 16" in warnings[0]
 
 
+@pytest.mark.trust("Pictures", "many large pictures at once")
 def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
     """The engine sees them whole; neither what waits in the box nor a question that was refused
     keeps them so."""

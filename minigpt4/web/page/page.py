@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.events import Dependency, Events
 
-from minigpt4.web.api.chat_endpoint import add_chat_endpoint
-from minigpt4.web.guard import gradio_patches, sweep
+from minigpt4.web.api.gradio_chat import add_chat_endpoint
+from minigpt4.web.guard.uploads import KEPT_SECONDS
 from minigpt4.web.page import panel, render, texts
 from minigpt4.web.page.examples import FOLDER, examples
 from minigpt4.web.page.feedback import Feedback, Ratings
@@ -17,8 +17,7 @@ from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import label, translate
 from minigpt4.web.page.turns import Turns
 from minigpt4.web.page.uploads import Uploads
-from minigpt4.web.server import Server
-from minigpt4.web.serving import start_server
+from minigpt4.web.server import Server, start_server
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine
@@ -70,7 +69,7 @@ def build_page(
     with gr.Blocks(title="MiniGPT-4", fill_height=True, analytics_enabled=False) as page:
         ChatPage(page, loading, feedback)
         if server is not None:
-            add_chat_endpoint(server.asking)
+            add_chat_endpoint(server.chat_service)
     page.temp_file_sets.append(render.thumbnail_files)  # deleted when the server ends
     return page
 
@@ -81,7 +80,7 @@ class ChatPage:
     def __init__(self, page: gr.Blocks, loading: Loading, feedback: Feedback | None) -> None:
         self._page, self._loading = page, loading
         self._known_when_built = loading.engine is not None
-        self._session = gr.State(Session(), time_to_live=sweep.KEPT_SECONDS)
+        self._session = gr.State(Session(), time_to_live=KEPT_SECONDS)
         self._build_head()
         self._build_chat(feedback is not None)
         ratings = Ratings(loading, feedback) if feedback else None
@@ -243,12 +242,10 @@ async def renew(session: Session) -> Session:
 def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
     """Start the server in the background, endpoints for programs included; returns its address."""
     page.queue(api_open=False, max_size=MAX_EVENTS, default_concurrency_limit=None)
-    gradio_patches.apply()
-    gradio_patches.tune_queue(page)
     # An answer occupies one of Gradio's threads from its place in the engine's queue to its end.
     machines = (options.llm_url or "").count(",") + 1
     answers = options.max_running * machines + options.max_queue
-    address = start_server(
+    return start_server(
         page,
         options,
         share=options.share,
@@ -259,8 +256,6 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
         **LOOK,
         **(server.launching if server else {}),
     )
-    gradio_patches.tune_server(page)
-    return address
 
 
 def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, server: Server) -> None:

@@ -15,7 +15,7 @@ from minigpt4.web.page import render
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Remark, Session
 from minigpt4.web.page.texts import explain, translate
-from minigpt4.web.serving import warn
+from minigpt4.web.server import warn
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine, Sampling

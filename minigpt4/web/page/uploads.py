@@ -23,7 +23,7 @@ from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import KEPT_SIDE, Session, too_many_pictures
 from minigpt4.web.page.texts import explain, translate
 from minigpt4.web.page.turns import box
-from minigpt4.web.serving import warn
+from minigpt4.web.server import warn
 
 log = logging.getLogger(__name__)
 
