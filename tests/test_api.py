@@ -1,5 +1,6 @@
 """The OpenAI-compatible endpoints, asked by OpenAI's own client on a real server."""
 
+import asyncio
 import json
 import re
 import time
@@ -9,7 +10,12 @@ import httpx
 import openai
 import pytest
 
-from minigpt4.web.api.chat_request import SAMPLING
+from minigpt4 import conversation
+from minigpt4.web.api import routes
+from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.schemas import ChatRequest, parse
+from minigpt4.web.guard import decoding
+from minigpt4.web.guard.image_url import ImageUrls
 from tests.api_case import (
     GREEDY,
     MODEL,
@@ -105,7 +111,7 @@ def test_pieces_arrive_before_the_end(address, engine):
 
 
 def test_a_stream_that_waits_says_so(address, engine, monkeypatch):
-    monkeypatch.setattr("minigpt4.web.api.chat_reply.PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("minigpt4.web.api.reply.HEARTBEAT_SECONDS", 0.05)
     engine.pace = 0.2
     text = post(address, {"messages": HELLO, "max_tokens": 4, "stream": True}).text
     assert text.count(": waiting\n\n") >= 4 and text.endswith("data: [DONE]\n\n")
@@ -148,6 +154,30 @@ def test_two_clients_at_once(address, engine):
     assert lasted < 2 * 12 * engine.pace + 2
 
 
+def test_nothing_slow_runs_on_the_event_loop(address, monkeypatch):
+    """Reading 20 MB of JSON or base64 and decoding a picture would stop every stream meanwhile."""
+    on_loop = {}
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*arguments):
+            try:
+                asyncio.get_running_loop()
+                on_loop[name] = True
+            except RuntimeError:
+                on_loop.setdefault(name, False)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(routes, "read_json"), watch(routes, "parse")
+    watch(ImageUrls, "_decode"), watch(decoding, "load"), watch(conversation, "encode_chat")
+    assert ask(address, question("What is this?", data_url(picture_file()))).choices
+    names = ("read_json", "parse", "_decode", "load", "encode_chat")
+    assert on_loop == dict.fromkeys(names, False)
+
+
 # --- ending early --------------------------------------------------------------------------------
 
 
@@ -172,75 +202,132 @@ def test_a_client_that_leaves_ends_its_request(address, engine):
 # --- errors --------------------------------------------------------------------------------------
 
 HELLO = [{"role": "user", "content": "Hello?"}]
+TEXT, IMAGE = {"type": "text"}, {"type": "image_url", "image_url": "data:"}
 
 
 def image(url) -> dict:
     return {"messages": [question("What?", url)]}
 
 
+def says(content) -> dict:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
+
+
 @pytest.mark.parametrize(
-    ("status", "says", "body"),
+    ("status", "param", "sentence", "body"),
     [
-        (400, "n must be 1", {"n": 2}),
-        (400, "n must be 1", {"n": True}),
-        (400, "temperature must be a number", {"temperature": "hot"}),
-        (400, "temperature must be a number", {"temperature": True}),
-        (400, "max_tokens must be a whole number", {"max_tokens": 1.5}),
-        (400, "max_completion_tokens must be", {"max_completion_tokens": 0}),
-        (400, "seed must be", {"seed": -1}),
-        (400, "num_beams must be", {"num_beams": 99}),
-        (400, "stop must be", {"stop": ["a", "b", "c", "d", "e"]}),
-        (400, "stop must be", {"stop": 3}),
-        (400, "stream must be true or false", {"stream": "yes"}),
-        (400, "stream_options", {"stream_options": {"colour": "red"}}),
-        (400, "use repetition_penalty", {"presence_penalty": 0.5}),
-        (400, "use repetition_penalty", {"frequency_penalty": 0.5}),
-        (400, "Tools", {"tools": [{"type": "function"}]}),
-        (400, "response_format", {"response_format": {"type": "json_object"}}),
-        (400, "top_logprobs", {"logprobs": True, "top_logprobs": 3}),
-        (400, "beam", {"logprobs": True, "num_beams": 2}),
-        (400, "no field “colour”", {"colour": "red"}),
-        (404, "no such model", {"model": "gpt-4o"}),
-        (400, "model must be a string", {"model": ["a"]}),
-        (400, "messages must be a list", {"messages": "Hello?"}),
-        (400, "at least one message", {"messages": []}),
-        (400, "at most", {"messages": HELLO * 1001}),
-        (400, "messages[0] must be an object", {"messages": ["Hello?"]}),
-        (400, "role must be", {"messages": [{"role": "tool", "content": "x"}]}),
-        (400, "content must be", {"messages": [{"role": "user", "content": 3}]}),
+        (400, "n", "n must be 1", {"n": 2}),
+        (400, "n", "n must be 1", {"n": True}),
+        (400, "temperature", "temperature must be a number", {"temperature": "hot"}),
+        (400, "temperature", "temperature must be a number", {"temperature": True}),
+        (400, "temperature", "temperature must be 0, or", {"temperature": 0.001}),
+        (400, "max_tokens", "max_tokens must be", {"max_tokens": 1.5}),
+        (400, "max_completion_tokens", "max_completion_tokens must", {"max_completion_tokens": 0}),
+        (400, "seed", "seed must be", {"seed": -1}),
+        (400, "num_beams", "num_beams must be", {"num_beams": 99}),
+        (400, "stop", "a list of up to 4", {"stop": ["a", "b", "c", "d", "e"]}),
+        (400, "stop", "stop must be a string of 1 to", {"stop": 3}),
+        (400, "stop[1]", "stop must be a string of 1 to", {"stop": ["a", ""]}),
+        (400, "stop[0]", "1 to 200 characters", {"stop": "a" * 201}),
+        (400, "stop[0]", "stop must be", {"stop": "\ud800"}),
+        (400, "stream", "stream must be true or false", {"stream": "yes"}),
+        (400, "stream_options.colour", "no field", {"stream_options": {"colour": "red"}}),
+        (400, "presence_penalty", "repetition_penalty", {"presence_penalty": 0.5}),
+        (400, "frequency_penalty", "repetition_penalty", {"frequency_penalty": 0.5}),
+        (400, "tools", "is not supported", {"tools": [{"type": "function"}]}),
+        (400, "response_format.type", "must be", {"response_format": {"type": "json_object"}}),
+        (400, "top_logprobs", "must be 0", {"logprobs": True, "top_logprobs": 3}),
+        (400, "logprobs", "beam search", {"logprobs": True, "num_beams": 2}),
+        (400, "colour", "no field “colour”", {"colour": "red"}),
+        (404, "model", "no such model", {"model": "gpt-4o"}),
+        (400, "model", "model must be a string", {"model": ["a"]}),
+        (400, "messages", "messages must be a list", {"messages": "Hello?"}),
+        (400, "messages", "at least 1 item", {"messages": []}),
+        (400, "messages", "at most 1000 items", {"messages": HELLO * 1001}),
+        (400, "messages[0]", "must be an object", {"messages": ["Hello?"]}),
+        (400, "messages[0].role", "must be", {"messages": [{"role": "tool", "content": "x"}]}),
+        (400, "messages[0].content", "is missing", {"messages": [{"role": "user"}]}),
+        (400, "messages[0].content", "a string or a list of parts", says(3)),
+        (400, "messages[0].content[0]", "content[0] must be", says([{}])),
+        (400, "messages[0].content[0].text", "must be a string", says([{**TEXT, "text": 1}])),
+        (400, "messages[0].content[0].image_url", "must be an object", says([IMAGE])),
         (
             400,
-            "content[0] must be",
-            {"messages": [{"role": "user", "content": [{}]}]},
+            "messages[0].tool_calls",
+            "supported",
+            {"messages": [{**HELLO[0], "tool_calls": [1]}]},
         ),
-        (400, "is empty", {"messages": [{"role": "user", "content": " "}]}),
-        (400, "must be a user's", {"messages": [{"role": "assistant", "content": "x"}]}),
-        (400, "come before", {"messages": HELLO + [{"role": "system", "content": "x"}]}),
-        (400, "at most 16 pictures", {"messages": [question("?", *["data:"] * 17)]}),
-        (400, "too long", {"messages": [{"role": "user", "content": "word " * 3000}]}),
-        (400, "characters", {"messages": [{"role": "user", "content": "x" * 200_001}]}),
-        (400, "beside an answer of 5000", {"max_tokens": 5000}),
-        (400, "fetches no pictures", image("http://127.0.0.1:9/a.png")),
-        (400, "must begin with data:", image("file:///etc/passwd")),
-        (400, "must read data:", image("data:image/png,abc")),
-        (400, "base64 is damaged", image("data:image/png;base64,****")),
-        (400, "not a picture", image("data:image/png;base64,AAAA")),
-        (413, "larger than 1 MB", image("data:image/png;base64," + "A" * 1_400_000)),
-        (413, "The request is larger", image("data:image/png;base64," + "A" * 4_000_000)),
+        (400, "messages[0].content", "is empty", says(" ")),
+        (400, "messages", "must be a user's", {"messages": [{**HELLO[0], "role": "assistant"}]}),
+        (400, "messages[1].role", "before", {"messages": HELLO + [{**HELLO[0], "role": "system"}]}),
+        (400, "messages", "at most 16 pictures", {"messages": [question("?", *["data:"] * 17)]}),
+        (400, "messages", "too long", says("word " * 3000)),
+        (400, "messages", "characters", says("x" * 200_001)),
+        (400, "messages", "beside an answer of 5000", {"max_tokens": 5000}),
+        (400, PART, "fetches no pictures", image("http://127.0.0.1:9/a.png")),
+        (400, PART, "must begin with data:", image("file:///etc/passwd")),
+        (400, PART, "must read data:", image("data:image/png,abc")),
+        (400, PART, "base64 is damaged", image("data:image/png;base64,****")),
+        (400, PART, "not a picture", image("data:image/png;base64,AAAA")),
+        (413, PART, "larger than 1 MB", image("data:image/png;base64," + "A" * 1_400_000)),
+        (413, None, "The request is larger", image("data:image/png;base64," + "A" * 4_000_000)),
     ],
 )
-def test_what_cannot_be_asked(address, status, says, body):
+@pytest.mark.trust("Text", "empty or too long")
+@pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
+def test_what_cannot_be_asked(address, status, param, sentence, body):
     response = post(address, {"messages": HELLO, "max_tokens": 5, **body})
     error = response.json()["error"]
-    assert response.status_code == status and says in error["message"]
+    assert (response.status_code, error["param"]) == (status, param)
+    assert sentence in error["message"] and error["message"].endswith((".", "}}."))
     assert error["type"] == "invalid_request_error" and error["message"].count("\n") == 0
 
 
-NUMBERS = [*SAMPLING, "n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty"]
+def test_every_error_of_pydantic_has_a_sentence_of_ours():
+    """Whatever is put in the place of whatever is sound."""
+    sound = {"messages": [question("Hello?", "data:")], "stop": ["a"], "stream_options": {}}
+    odd = [None, True, 0, -1, 1.5, 10**400, float("inf"), "", "x", "\ud800", b"x", [], [[]], {}]
+    for path in paths(sound | dict.fromkeys(ChatRequest.model_fields.keys() - sound.keys())):
+        for value in odd:
+            body = changed(sound, path, value)
+            try:
+                parse(body)
+            except ApiError as error:
+                assert "wrong value" not in str(error), (path, value)
+                assert not re.search("Input|valid|pydantic", str(error)), (path, value)
+
+
+def paths(value, path=()) -> list[tuple]:
+    """Where everything in JSON data stands."""
+    if not isinstance(value, dict | list):
+        return [path]
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    return [path] * bool(path) + [p for k, v in inner for p in paths(v, (*path, k))]
+
+
+def changed(data, path, value):
+    """A copy of the data with another value at that path."""
+    if not path:
+        return value
+    copy = data.copy()
+    old = data[path[0]] if isinstance(data, list) else data.get(path[0])
+    copy[path[0]] = changed(old, path[1:], value)
+    return copy
+
+
+NUMBERS = [
+    name
+    for name, field in ChatRequest.model_fields.items()
+    if field.annotation in (int | None, float | None, bool | None)
+]
 
 
 @pytest.mark.parametrize("digits", ["1" + "0" * 400, "1e400"])
 @pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
 def test_numbers_that_no_float_holds(address, sign, digits):
     fields = {name: f'"{name}": {sign}{digits}' for name in NUMBERS}
     fields["include_usage"] = f'"stream_options": {{"include_usage": {sign}{digits}}}'
@@ -264,11 +351,13 @@ def test_numbers_that_no_float_holds(address, sign, digits):
     ],
     ids=lambda body: repr(body[:10]),
 )
+@pytest.mark.trust("Protocol", "deep JSON; too many parts and headers")
 def test_bodies_that_are_no_json_object(address, body):
     response = post(address, body)
     assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
 
 
+@pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_halves_of_characters_are_no_fault(address):
     body = {"messages": [{"role": "user", "content": "Hello \ud800?"}], "max_tokens": 3}
     assert post(address, body).status_code == 200

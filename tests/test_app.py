@@ -8,6 +8,7 @@ import pytest
 import app
 
 
+@pytest.mark.trust("Faults", "a port in use")
 def test_a_port_in_use(monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -16,7 +17,7 @@ def test_a_port_in_use(monkeypatch, capsys):
         monkeypatch.setattr("app.load", lambda *_: SimpleNamespace())
         assert app.main([]) == 2
     error = capsys.readouterr().err
-    assert "is used already" in error and error.count("\n") == 1
+    assert "is in use" in error and error.count("\n") == 1
 
 
 def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):

@@ -90,6 +90,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
         Records(path)
 
 
+@pytest.mark.trust("Faults", "a full disk")
 def test_a_full_disk_leaves_whole_lines(tmp_path):
     """The system takes a part of a line and refuses the rest, as where a disk is full."""
     path = tmp_path / "records.jsonl"

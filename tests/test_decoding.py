@@ -63,6 +63,7 @@ def test_what_it_takes_is_counted_and_given_back(decoders):
     assert image.held.pixels == before
 
 
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
 def test_a_picture_that_takes_too_long(decoders):
     """The clock's limit: a process that does not come back is ended, the next picture opened."""
     decoders.load(picture_file())
@@ -77,6 +78,7 @@ def test_a_picture_that_takes_too_long(decoders):
     assert decoders.load(picture_file()).rgb.width > 0
 
 
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
 def test_the_processors_time_has_an_end():
     code = "from minigpt4.web.guard.decoding import limit; limit(0, 2**40)\nwhile True: pass"
     began = time.monotonic()
@@ -85,6 +87,7 @@ def test_the_processors_time_has_an_end():
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
 def test_a_picture_that_takes_too_much_memory():
     narrow = Decoders(1, megabytes=100)
     with pytest.raises(UserError):
@@ -92,11 +95,65 @@ def test_a_picture_that_takes_too_much_memory():
     assert narrow.load(picture_file()).rgb.width > 0
 
 
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
 def test_a_process_that_was_killed_between_two_pictures(decoders):
     decoders.load(picture_file())
     only(decoders).process.kill()
     only(decoders).process.wait()
     assert decoders.load(picture_file()).rgb.width > 0
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b'{"size": [1',
+        b'{"si\n',
+        b"[]\n",
+        b"{}\n",
+        b"\xff\n",
+        b'{"error": 3}\n',
+        b'{"size": [9, 9]}\n' + bytes(243),
+        b'{"size": [9, 9], "key": "x"}\n' + bytes(242),
+        b'{"size": [-9, 9], "key": "x"}\n',
+        b'{"size": [99999, 99999], "key": "x"}\n',
+    ],
+)
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
+def test_a_process_that_ends_within_its_reply(reply, monkeypatch):
+    """Whatever it has written by then: the picture is refused, and the next one is opened."""
+    decoders, before = Decoders(1), image.held.pixels
+    code = f"import sys; sys.stdin.buffer.readline(); sys.stdout.buffer.write({reply!r})"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with monkeypatch.context() as patch:
+        start = lambda _: subprocess.Popen([sys.executable, "-c", code], **pipes)  # noqa: E731
+        patch.setattr(decoding._Decoder, "_start", start)
+        with pytest.raises(UserError, match="takes too long"):
+            decoders.load(picture_file())
+    assert image.held.pixels == before
+    assert decoders.load(picture_file()).rgb.width > 0
+
+
+@pytest.mark.parametrize("owner", [decoding.Image, image])
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
+def test_memory_that_ends_after_the_pixels_were_counted(decoders, owner, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    before = image.held.pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "frombytes" if owner is decoding.Image else "hold", fail)
+        with pytest.raises(UserError, match="not enough memory") as refused:
+            decoders.load(picture_file())
+    assert refused.value.kind == "memory" and image.held.pixels == before
+    assert decoders.load(picture_file()).rgb.width > 0
+
+
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
+def test_a_process_that_cannot_be_started(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/missing/python")
+    with pytest.raises(UserError, match="takes too long"):
+        Decoders(1).load(picture_file())
 
 
 def test_nobody_waits_for_ever(monkeypatch):
@@ -105,6 +162,7 @@ def test_nobody_waits_for_ever(monkeypatch):
         Decoders(0).load(picture_file())
 
 
+@pytest.mark.trust("Pictures", "decoding that takes too much time or memory, or ends its process")
 def test_they_end_with_the_program():
     code = (
         "import sys; from minigpt4.web.guard.decoding import Decoders; decoders = Decoders(1);"

@@ -104,6 +104,9 @@ def settled(engine: Engine) -> bool:
 # --- joining, leaving, isolation -----------------------------------------------------------------
 
 
+@pytest.mark.trust(
+    "Isolation", "32 conversations at once answer as each alone, over HTTP and in the engine"
+)
 def test_thirty_two_conversations_are_as_alone(model, engine):
     """Each with its own words and picture, some greedy, some drawn, of different lengths, joining
     while others run: each answer is the one it is alone. (PyTorch's kernels round otherwise in
@@ -154,6 +157,9 @@ def test_answers_are_given_in_the_order_of_asking(model):
     engine.close()
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "storms of connections, a full queue, probes meanwhile"
+)
 def test_the_queue_has_places_and_an_end(model):
     engine = Engine(model, max_running=1, max_waiting=3)
     first = engine.submit(request(0, sampling=replace(GREEDY, max_new_tokens=400)))
@@ -415,6 +421,7 @@ def test_async_readers(engine):
 # --- faults ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.trust("Faults", "memory, NaN, exception, hang or dead thread in the engine")
 def test_an_exception_ends_its_request_only(engine, monkeypatch):
     """The decoder fails whenever token 299 is fed: only the request that holds it gets an error."""
     real = engine.decoder.forward
@@ -436,6 +443,7 @@ def test_an_exception_ends_its_request_only(engine, monkeypatch):
     assert settled(engine)
 
 
+@pytest.mark.trust("Faults", "memory, NaN, exception, hang or dead thread in the engine")
 def test_out_of_memory_shrinks_the_step_and_goes_on(model, engine, monkeypatch):
     real, sizes = engine.decoder.forward, []
 
@@ -476,6 +484,7 @@ def test_more_beams_than_a_step_has_rows(model, engine, monkeypatch):
     assert settled(engine)
 
 
+@pytest.mark.trust("Faults", "memory, NaN, exception, hang or dead thread in the engine")
 def test_logits_that_are_no_numbers_are_an_error(engine, monkeypatch):
     real = engine.decoder.forward
 
@@ -495,6 +504,7 @@ def test_logits_that_are_no_numbers_are_an_error(engine, monkeypatch):
     assert list(engine.submit(poisoned)) == expected and settled(engine)
 
 
+@pytest.mark.trust("Faults", "exception, memory, NaN or hang in the encoder")
 def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     bad, good = picture(1), picture(2)
     real = model.embed_pictures
@@ -529,6 +539,7 @@ def one_nan(embeds: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("fault", "says"), [(no_memory, "not enough memory"), (one_nan, "went wrong")]
 )
+@pytest.mark.trust("Faults", "exception, memory, NaN or hang in the encoder")
 def test_nothing_is_kept_of_a_fault_in_the_encoder(model, monkeypatch, fault, says):
     """It hits one picture, encoded beside another; the next question about it is answered."""
     bad, good = picture(1), picture(2)
@@ -553,6 +564,7 @@ def test_nothing_is_kept_of_a_fault_in_the_encoder(model, monkeypatch, fault, sa
     engine.close()
 
 
+@pytest.mark.trust("Faults", "exception, memory, NaN or hang in the encoder")
 def test_an_encoder_that_hangs(model, monkeypatch):
     """Everybody is told, and who asks about the same picture afterwards is answered."""
     engine = Engine(model, hang_seconds=0.2)
@@ -591,6 +603,7 @@ def test_a_beam_that_cannot_be_copied_gives_its_memory_back(engine, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.trust("Faults", "memory, NaN, exception, hang or dead thread in the engine")
 def test_a_dead_thread_is_replaced(engine, monkeypatch):
     expected = list(engine.submit(request(1)))
 
@@ -607,6 +620,7 @@ def test_a_dead_thread_is_replaced(engine, monkeypatch):
     assert list(engine.submit(request(1))) == expected and engine.health()
 
 
+@pytest.mark.trust("Faults", "memory, NaN, exception, hang or dead thread in the engine")
 def test_a_hang_is_noticed_and_forgiven(model, monkeypatch):
     engine = Engine(model, hang_seconds=0.4)
     list(engine.submit(request(1)))

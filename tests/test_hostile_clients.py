@@ -23,10 +23,10 @@ from minigpt4 import conversation as chat
 from minigpt4.engine import Engine
 from minigpt4.model import image
 from minigpt4.start import default_sampling
-from minigpt4.web.guard import sweep as sweeping_module
-from minigpt4.web.guard.events import MOST_UNREAD
+from minigpt4.web.guard import uploads
+from minigpt4.web.guard.gradio_patches import MAX_UNREAD_EVENTS
 from minigpt4.web.guard.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
-from minigpt4.web.guard.sweep import CUT_SECONDS, KEPT_SECONDS, sweep
+from minigpt4.web.guard.uploads import CUT_SECONDS, KEPT_SECONDS, sweep
 from minigpt4.web.page import session as session_module
 from minigpt4.web.page.examples import QUESTIONS, in_folder
 from tests.api_case import (
@@ -83,6 +83,7 @@ def upload(address, content: bytes, name: str = "a.png", **more) -> httpx.Respon
 # --- uploads ---------------------------------------------------------------------------------
 
 
+@pytest.mark.trust("Uploads", "larger than the limit")
 def test_a_file_over_the_limit(address):
     response = upload(address, bytes(2**20 + 1))
     assert response.status_code == 413 and "Traceback" not in response.text
@@ -105,6 +106,7 @@ def multipart(name: str, size: int, filename: str = ""):
         ("/login", "application/x-www-form-urlencoded", TEXT_BYTES + 2**20),
     ],
 )
+@pytest.mark.trust("Uploads", "larger than the limit")
 def test_bodies_without_end(address, path, kind, size):
     """A form's field, or JSON, of any length: gradio itself would take it into memory."""
     memory = psutil.Process().memory_info().rss
@@ -141,6 +143,7 @@ def run_limits(app, receive, seconds: float) -> list[dict]:
     return sent
 
 
+@pytest.mark.trust("Uploads", "cut off or dribbled")
 def test_a_dribbled_body_has_an_end():
     """A byte now and then, for as long as the server listens."""
 
@@ -158,6 +161,7 @@ def test_a_dribbled_body_has_an_end():
 
 
 @pytest.mark.parametrize("size", [0, 1, 10, 5000])
+@pytest.mark.trust("Uploads", "cut off or dribbled")
 def test_a_cut_upload_is_swept_away(address, size):
     folder = Path(get_upload_folder())
     before = {*folder.rglob("*")}
@@ -187,7 +191,7 @@ def test_the_sweeper_leaves_what_is_in_use(tmp_path):
     pictures = in_folder(tmp_path)
     for path in pictures:  # as copies of files that were installed long ago
         os.utime(path, (older, older))
-    sweep(tmp_path)
+    sweep(tmp_path, pictures)
     left = {str(path) for path in tmp_path.rglob("*.*")}
     assert left == {str(tmp_path / "a/kept.png"), *pictures} and len(pictures) == len(QUESTIONS)
     assert not (tmp_path / "b").exists() and not (tmp_path / "tmpcut").exists()
@@ -196,7 +200,7 @@ def test_the_sweeper_leaves_what_is_in_use(tmp_path):
 def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
     """While files come; at the end its visitors' go, not what another page shows as well."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr(sweeping_module, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(uploads, "EVERY_SECONDS", 0.01)
     uploaded, other = tmp_path / "a/one.png", tmp_path / "b/other.png"
     for path in (uploaded, other):
         path.parent.mkdir()
@@ -207,7 +211,7 @@ def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
     app = SimpleNamespace(get_blocks=lambda: page)
 
     async def run() -> None:
-        async with sweeping_module.sweeping(app):
+        async with uploads.sweeping(app, in_folder):
             for number in range(3000):
                 files.add(f"{tmp_path}/gone/{number}.png")
                 if not number % 300:
@@ -225,6 +229,7 @@ def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
     + ["/etc/passwd", "..", "con\r\nX-Evil: 1.png"],
     ids=lambda name: repr(name[:8]),
 )
+@pytest.mark.trust("Uploads", "hostile file names")
 def test_names_of_uploads(address, name):
     """Wherever it is stored, it is in the folder; it can be asked about, or is refused plainly."""
     response = upload(address, picture_file(), name)
@@ -239,6 +244,7 @@ def test_names_of_uploads(address, name):
     assert not Path("/evil.png").exists()
 
 
+@pytest.mark.trust("Protocol", "deep JSON; too many parts and headers")
 def test_too_many_parts_and_headers(address):
     part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\nc\r\n'
     many = {"content-type": "multipart/form-data; boundary=x"}
@@ -292,6 +298,7 @@ PRIVATE = "the file of another"
 
 @pytest.mark.parametrize("meta", [FILE, {}, {"meta": {"_type": "x"}}], ids=["meta", "none", "odd"])
 @pytest.mark.parametrize("event", ["ask", "attach", "photograph", "open", "fill"])
+@pytest.mark.trust("Protocol", "another session's files, and the machine's own")
 def test_no_file_of_this_machine_through_the_page(address, events, tmp_path, event, meta):
     """A replayed event that names a file which was never uploaded: nothing of it is shown."""
     secret = f"private-{event}-{len(meta)}-{id(meta)}"
@@ -316,6 +323,7 @@ def test_no_file_of_this_machine_through_the_page(address, events, tmp_path, eve
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "file:///etc/passwd"])
+@pytest.mark.trust("Protocol", "another session's files, and the machine's own")
 def test_no_file_of_this_machine_is_served(address, path):
     for start in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/gradio_api/proxy="):
         response = web.get(address + start + path)
@@ -323,6 +331,7 @@ def test_no_file_of_this_machine_is_served(address, path):
     assert "event: error" in call_chat(address, {"path": path, **FILE})
 
 
+@pytest.mark.trust("Protocol", "another session's files, and the machine's own")
 def test_another_sessions_upload_has_a_name_that_nobody_guesses(address):
     """The address of a file is the hash of its content: who knows that has the file."""
     [path] = upload(address, picture_file("olive")).json()
@@ -337,6 +346,7 @@ CLOSED += ["run-history/connect", "stream/x", "proxy=http://127.0.0.1:9/", "dev/
 
 
 @pytest.mark.parametrize("path", [*CLOSED, "process_recording/", "%70rocess_recording"])
+@pytest.mark.trust("Protocol", "the routes of Gradio that the page does not need")
 def test_what_the_page_does_not_need_is_closed(address, path):
     """Gradio starts ffmpeg, writes conversations to the disk, fetches: not here."""
     for url in (f"{address}/gradio_api/{path}", f"{address}//gradio_api//{path}"):
@@ -378,6 +388,7 @@ def kept(address, events, session: str) -> str | None:
 
 
 @pytest.mark.parametrize("number", range(len(OUT_OF_ORDER)))
+@pytest.mark.trust("Protocol", "events out of order, replays, unknown sessions")
 def test_events_that_make_no_sense(address, events, number):
     """Each is answered; what it meant is not done; no library's words come back."""
     name, data, event_data = OUT_OF_ORDER[number]
@@ -392,6 +403,7 @@ def test_events_that_make_no_sense(address, events, number):
     assert kept(address, events, session) is None
 
 
+@pytest.mark.trust("Protocol", "another session's conversation")
 def test_another_sessions_conversation(address, events):
     """No event of one page gives away, or changes, what was said on another."""
     ask_data = [box("nonce4711x"), None, *SETTINGS]
@@ -408,13 +420,16 @@ def test_another_sessions_conversation(address, events):
     assert kept(address, events, "first") == before
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "slow readers, readers that stop, a page that never listens"
+)
 def test_what_nobody_listens_to_has_an_end(address, events):
     """Each event leaves what it has to say with the server, until the page has read it."""
     statuses = [join(address, events["save_json"], [None], "deaf").status_code for _ in range(40)]
-    assert statuses == [200] * MOST_UNREAD + [429] * (40 - MOST_UNREAD)
+    assert statuses == [200] * MAX_UNREAD_EVENTS + [429] * (40 - MAX_UNREAD_EVENTS)
     assert (
         len([m for m in page_messages(address, "deaf") if m["msg"] == "process_completed"])
-        == MOST_UNREAD
+        == MAX_UNREAD_EVENTS
     )
     assert join(address, events["save_json"], [None], "deaf").status_code == 200
 
@@ -428,6 +443,7 @@ def test_many_events_make_the_next_no_slower(address, events, monkeypatch):
     wait_for(lambda: counted == [1, 1, 1])
 
 
+@pytest.mark.trust("Protocol", "events out of order, replays, unknown sessions")
 def test_unknown_sessions_events_and_replays(address):
     unknown = web.get(address + "/gradio_api/queue/data?session_hash=nobody", timeout=60)
     assert "not_found" in unknown.text or unknown.status_code == 404
@@ -450,6 +466,7 @@ def test_unknown_sessions_events_and_replays(address):
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"data":' * 50_000, b"\xff", b"{}", b"[]"])
 @pytest.mark.parametrize("path", ["queue/join", "call/chat", "cancel", "reset"])
+@pytest.mark.trust("Protocol", "deep JSON; too many parts and headers")
 def test_json_that_is_none_or_too_deep(address, path, body):
     headers = {"content-type": "application/json"}
     url = f"{address}/gradio_api/{path}"
@@ -458,6 +475,7 @@ def test_json_that_is_none_or_too_deep(address, path, body):
 
 
 @pytest.mark.parametrize("depth", [100, 300, 600, 900])
+@pytest.mark.trust("Protocol", "deep JSON; too many parts and headers")
 def test_json_that_is_deep(address, events, depth):
     """As deep as Python reads it: answered, or refused."""
     data = "[" * depth + "]" * depth
@@ -494,6 +512,7 @@ def test_no_websockets(address):
     + ["http://0x7f000001/", "http://127.1/", "file:///etc/passwd", "ftp://127.0.0.1/"]
     + ["http://images.example.org@127.0.0.1/", "//127.0.0.1/a.png", "http://127.0.0.1:port/"],
 )
+@pytest.mark.trust("Protocol", "addresses of other machines, redirects, `file:`")
 def test_no_address_is_asked_for(address, url, monkeypatch):
     """Without --image-hosts no connection is made, whatever is named; redirects: test_image_url."""
     asked = []
@@ -515,6 +534,9 @@ def stream_request(text: str, tokens: int, **settings) -> bytes:
     ) + content
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "slow readers, readers that stop, a page that never listens"
+)
 def test_readers_that_stop_reading(address, engine):
     """Their answers are computed, wait for them, and hold up nobody."""
     lines = [connect(address) for _ in range(8)]
@@ -528,6 +550,9 @@ def test_readers_that_stop_reading(address, engine):
         line.close()
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "slow readers, readers that stop, a page that never listens"
+)
 def test_a_slow_reader_gets_everything(address, engine):
     whole = text_of(ask(address, "Hello?", max_tokens=40))
     with connect(address) as line:
@@ -541,6 +566,9 @@ def test_a_slow_reader_gets_everything(address, engine):
     assert chunks[-1]["finish_reason"] and len(chunks) > 2
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "storms of connections, a full queue, probes meanwhile"
+)
 def test_a_storm_of_connections(address):
     """300 that come and go, with nothing, half a line or half a request; none stays open."""
     handles = psutil.Process().num_fds()
@@ -559,6 +587,9 @@ def test_a_storm_of_connections(address):
         time.sleep(0.1)
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "storms of connections, a full queue, probes meanwhile"
+)
 def test_probes_while_the_queue_is_full(address, engine, monkeypatch):
     monkeypatch.setattr(engine, "max_waiting", 0)
     engine.pace = 0.02
@@ -568,6 +599,7 @@ def test_probes_while_the_queue_is_full(address, engine, monkeypatch):
     assert web.get(address + "/readyz", timeout=60).status_code == 200
 
 
+@pytest.mark.trust("Load and interruptions", "Stop while streaming and while queued")
 def test_closing_while_queued(address, engine, monkeypatch):
     """Who leaves before it is his turn leaves the queue."""
     monkeypatch.setattr(engine, "max_running", 1)
@@ -581,6 +613,10 @@ def test_closing_while_queued(address, engine, monkeypatch):
     assert at_rest(engine, 30)
 
 
+@pytest.mark.trust("Load and interruptions", "Stop while streaming and while queued")
+@pytest.mark.trust(
+    "Load and interruptions", "storms of connections, a full queue, probes meanwhile"
+)
 def test_nothing_stands_behind_the_answers(address, engine, events, monkeypatch):
     """41 questions on the page, one more than Gradio has workers by default: the next one is told
     that there are too many, New chat works, and so does Stop, also in the queue."""
@@ -603,6 +639,7 @@ def test_nothing_stands_behind_the_answers(address, engine, events, monkeypatch)
     assert at_rest(engine, 20)
 
 
+@pytest.mark.trust("Load and interruptions", "a tab that is closed")
 def test_a_tab_that_is_closed(address, engine, events, monkeypatch):
     """While it waits, while it is answered: the answer ends, and the session can ask again."""
     monkeypatch.setattr(engine, "max_running", 1)
@@ -637,6 +674,9 @@ def test_a_tab_that_is_closed(address, engine, events, monkeypatch):
     ("kind", "status", "says"),
     [(RuntimeError, 500, "went wrong"), (MemoryError, 503, "not enough memory")],
 )
+@pytest.mark.trust(
+    "Faults", "exception, memory or hang in the tokenizer (a hang has no limit: see below)"
+)
 def test_a_tokenizer_that_fails(address, engine, kind, status, says, monkeypatch, caplog):
     """At the question, and at the answer: that one is told, in a sentence."""
 
@@ -657,6 +697,9 @@ def test_a_tokenizer_that_fails(address, engine, kind, status, says, monkeypatch
     assert "cheese" in caplog.text
 
 
+@pytest.mark.trust(
+    "Faults", "exception, memory or hang in the tokenizer (a hang has no limit: see below)"
+)
 def test_a_tokenizer_that_hangs(address, monkeypatch):
     """It holds up the one who asked."""
     encode, released = chat.encode_chat, threading.Event()
@@ -675,6 +718,7 @@ def test_a_tokenizer_that_hangs(address, monkeypatch):
         assert hung.result().status_code == 200
 
 
+@pytest.mark.trust("Faults", "exception, memory, NaN or hang in the encoder")
 def test_an_encoder_that_hangs(address, engine, monkeypatch):
     """Whoever asks is told; when it comes back, the next one is answered."""
     embed, released = engine.model.embed_pictures, threading.Event()
@@ -695,6 +739,9 @@ def test_an_encoder_that_hangs(address, engine, monkeypatch):
 # --- isolation -------------------------------------------------------------------------------
 
 
+@pytest.mark.trust(
+    "Isolation", "32 conversations at once answer as each alone, over HTTP and in the engine"
+)
 def test_thirty_two_at_once_over_http(address, engine, monkeypatch):
     """Each with a word and a picture of its own, in the engine at the same time: each answer is the
     one that an engine without company and without anything to reuse gives, and nobody else's."""

@@ -102,6 +102,7 @@ def text_of(answer: dict) -> str:
     return answer["choices"][0]["message"]["content"]
 
 
+@pytest.mark.trust("Faults", "SIGKILL and restart on the same port; no writable home, no network")
 def test_without_a_home_and_a_network(server):
     """It starts, answers about a picture, and has asked nobody for anything."""
     assert text_of(server.ask("What is this?", data_url(picture_file("teal"))))
@@ -109,6 +110,7 @@ def test_without_a_home_and_a_network(server):
     assert not server.asked_for.exists(), server.asked_for.read_text()
 
 
+@pytest.mark.trust("Faults", "a log that cannot be written")
 def test_an_error_that_cannot_be_logged(server):
     """Gradio writes a traceback before it answers; the visitor is told all the same."""
     config = httpx.get(server.address + "/config", timeout=60).json()
@@ -133,6 +135,7 @@ def test_weights_cannot_be_fetched_without_a_network(server, tmp_path):
     server.asked_for.unlink()
 
 
+@pytest.mark.trust("Faults", "a full disk")
 def test_a_full_disk(server):
     """No file may grow beyond 64 kB: what is larger is refused in a sentence, all else works."""
     large = encoded(Image.new("RGB", (900, 900), "olive"), "BMP")
@@ -150,6 +153,7 @@ def test_a_full_disk(server):
     assert server.upload(large).status_code == 200
 
 
+@pytest.mark.trust("Faults", "a real model that repeats itself")
 def test_a_model_that_repeats_itself(server):
     """Without its penalty it says the same again and again, up to the longest answer."""
     answer = server.ask(
@@ -161,6 +165,7 @@ def test_a_model_that_repeats_itself(server):
     assert len({*words}) < len(words) / 3, text_of(answer)  # it does repeat itself
 
 
+@pytest.mark.trust("Faults", "SIGKILL and restart on the same port; no writable home, no network")
 def test_killed_and_started_again(server):
     """In the middle of a stream: the port is free, the answers are what they were."""
     before = text_of(server.ask("What is this?", data_url(picture_file("navy"))))

@@ -5,9 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
-from minigpt4.web.page import preview
+from minigpt4.web.page import render
 from minigpt4.web.page.transcript import FORMAT, VERSION
 from tests.fake_engine import ATTACKS
 from tests.page_case import WIDE, answers, ask, box, done, questions, say, wait_for
@@ -60,6 +61,9 @@ def harmless(page: Page, place: str) -> None:
             assert re.match("https?://|#", link.get_attribute("href") or "#")
 
 
+@pytest.mark.trust(
+    "What the model writes", "scripts, links and remote pictures in errors and downloads"
+)
 def test_what_the_model_writes_is_text(visit, tmp_path):
     page = visit(**WIDE)
     ask(page, "hostile 3")
@@ -77,6 +81,9 @@ def test_what_the_model_writes_is_text(visit, tmp_path):
     visit.expected("192.0.2.1/spy.* violates the following Content Security Policy")
 
 
+@pytest.mark.trust(
+    "What the model writes", "scripts, links and remote pictures in errors and downloads"
+)
 def test_downloads_and_kept_conversations_are_text(visit, tmp_path):
     """A download is a file with a name of ours, never opened in the page; it comes back whole."""
     page = visit(**WIDE)
@@ -107,6 +114,7 @@ def test_downloads_and_kept_conversations_are_text(visit, tmp_path):
     assert len(page.context.pages) == 1
 
 
+@pytest.mark.trust("What the model writes", "WebRTC in the preview")
 def test_no_frame_in_a_previewed_website_has_webrtc(visit):
     page = visit()
     page.evaluate("() => { window.told = []; onmessage = ({ data }) => told.push(data); }")
@@ -114,7 +122,7 @@ def test_no_frame_in_a_previewed_website_has_webrtc(visit):
     year = "<p>&copy; <script>document.write(2026, ' <b>me</b>')</script></p>"  # still works
     page.evaluate(
         "(frames) => document.body.insertAdjacentHTML('beforeend', frames)",
-        "".join(preview.frame(end + site, "A website") for site in [*NESTING, year]),
+        "".join(render.frame(end + site, "A website") for site in [*NESTING, year]),
     )
     count = len(NESTING) + 1
     wait_for(lambda: page.evaluate("told.filter((word) => word === 'end').length") == count)
@@ -123,6 +131,9 @@ def test_no_frame_in_a_previewed_website_has_webrtc(visit):
     visit.expected("is not a function")  # what the frame has no more
 
 
+@pytest.mark.trust(
+    "What the model writes", "scripts, links and remote pictures in errors and downloads"
+)
 def test_error_messages_are_text(visit, engine, tmp_path):
     """Gradio shows them as HTML: names of files, and what an engine says."""
     page = visit(**WIDE)

@@ -69,6 +69,7 @@ def file(mode, **options):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
+@pytest.mark.trust("Pictures", "memory of pictures just under 40 megapixels")
 def test_just_under_the_limit_takes_bounded_memory():
     """40 megapixels in each way that needs copies: 537 MB at most when this was written, of which
     160 are the picture's pixels; with 64-bit numbers for all of a deep picture it was 994."""
@@ -80,6 +81,7 @@ def test_just_under_the_limit_takes_bounded_memory():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 1_000_000), (1_000_000, 1), (65_535, 60)])
+@pytest.mark.trust("Pictures", "1 × 1 and 1 × 1,000,000 pixels")
 def test_odd_shapes(size):
     start = time.perf_counter()
     picture = load(encoded(Image.new("L", size, 7), "PNG"))
@@ -87,6 +89,7 @@ def test_odd_shapes(size):
     assert time.perf_counter() - start < 20
 
 
+@pytest.mark.trust("Pictures", "many large pictures at once")
 def test_many_large_pictures_are_refused_before_they_fill_the_memory(monkeypatch):
     """Each is small enough, all together are not; those that nobody has any more count no more."""
     monkeypatch.setattr(image, "HELD_PIXELS", image.held.pixels + 2_500_000)
@@ -103,6 +106,7 @@ def test_many_large_pictures_are_refused_before_they_fill_the_memory(monkeypatch
     assert image.held.pixels == before
 
 
+@pytest.mark.trust("Pictures", "many large pictures at once")
 def test_a_picture_that_was_seen_is_kept_small():
     picture = load(encoded(Image.new("RGB", (4000, 1000), "teal"), "PNG"))
     small = smaller(picture, 2048)
@@ -110,6 +114,7 @@ def test_a_picture_that_was_seen_is_kept_small():
     assert smaller(small, 2048) is small
 
 
+@pytest.mark.trust("Pictures", "many large pictures at once")
 def test_two_are_decoded_at_a_time(monkeypatch):
     """However many people send one at the same moment."""
     now, most, lock = 0, 0, threading.Lock()
@@ -135,6 +140,7 @@ def test_two_are_decoded_at_a_time(monkeypatch):
     assert most == image.DECODED_AT_ONCE
 
 
+@pytest.mark.trust("Pictures", "many large pictures at once")
 def test_nobody_waits_for_ever_to_be_decoded(monkeypatch):
     monkeypatch.setattr(image, "DECODING_WAIT", 0.01)
     data = encoded(quarters(), "PNG")
@@ -165,6 +171,7 @@ def png_with(chunks: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+@pytest.mark.trust("Pictures", "compression bombs (zTXt, iCCP, iTXt, TIFF) and endless JPEG scans")
 def test_compressed_chunks_do_not_unfold(kind):
     """100 MB of zeros in 100 kB: refused or left folded, never taken into memory."""
     packed = packed_zeros()
@@ -188,6 +195,7 @@ def tiff(tags: list[tuple[int, int, int, int]], data: bytes, following: int = 0)
 
 
 @pytest.mark.parametrize("rows", [1, 2**31, 2**32 - 1])
+@pytest.mark.trust("Pictures", "compression bombs (zTXt, iCCP, iTXt, TIFF) and endless JPEG scans")
 def test_tiff_bombs(rows):
     """Strips that unfold to more than the picture has; sizes and counts that no file can have."""
     packed = packed_zeros()
@@ -253,6 +261,7 @@ def little_memory():
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "HEIF"])
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_exif_that_names_the_same_data_again_and_again(format):
     """50 kB that were 40 MB; the picture itself is sound."""
     exif = b"Exif\0\0" + directory(shared(1000, 40_000))
@@ -262,6 +271,7 @@ def test_exif_that_names_the_same_data_again_and_again(format):
 
 
 @pytest.mark.parametrize("compression", [1, 8], ids=["raw, by Pillow", "deflate, by libtiff"])
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_a_tiff_that_names_the_same_data_again_and_again(compression):
     """Half a megabyte that were 300, in each of the two that read the directory."""
     packed = zlib.compress(bytes(16)) if compression == 8 else bytes(16)
@@ -272,6 +282,7 @@ def test_a_tiff_that_names_the_same_data_again_and_again(compression):
         assert "unusual" in refusal(data)
 
 
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_a_tiff_with_one_directory_for_pillow_and_one_for_libtiff():
     """Pillow takes a big-endian BigTIFF for a TIFF, whose directory stands elsewhere."""
     packed = zlib.compress(bytes(16))
@@ -283,10 +294,12 @@ def test_a_tiff_with_one_directory_for_pillow_and_one_for_libtiff():
     assert "unusual" in refusal(data.ljust(0x80100, b"\0") + packed)
 
 
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_a_tiff_of_many_tags():
     assert "unusual" in refusal(directory(GREY | dict.fromkeys(range(50_000, 55_000), 1)))
 
 
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_a_tiff_of_many_numbers():
     """Pillow reads all values of a directory that a tag leads to, and makes objects of them."""
     inner = struct.pack("<H2H3I", 1, 40_000, SIGNED_BYTE, 300_000, 8 + 18, 0) + bytes(300_000)
@@ -294,6 +307,7 @@ def test_a_tiff_of_many_numbers():
 
 
 @pytest.mark.parametrize("kind", [BYTE, SHORT])
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_a_tiff_of_many_strips(kind):
     """Each took 15 microseconds and some objects, of one byte in the file."""
     places = (kind, b"\x08" * 70_000 if kind == BYTE else b"\x08\0" * 70_000)
@@ -301,12 +315,14 @@ def test_a_tiff_of_many_strips(kind):
     assert "unusual" in refusal(directory(GREY | tags))
 
 
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_a_tiff_whose_strips_lie_on_each_other():
     """Two of them fill the picture, and each two more fill it again."""
     places = (SHORT, b"\x08\0" * 100)
     assert "unusual" in refusal(directory(GREY | {273: places, 278: 2, 279: places}))
 
 
+@pytest.mark.trust("Pictures", "hostile EXIF and TIFF directories")
 def test_a_tiff_of_many_colours():
     """19 MB of them took half a minute and 2.5 GB."""
     data = directory(GREY | {262: 3, 320: (BYTE, bytes(500_000))})
@@ -318,6 +334,7 @@ def longs(*values: int) -> tuple[int, bytes]:
     return 4, struct.pack(f"<{len(values)}I", *values)
 
 
+@pytest.mark.trust("Pictures", "unusual but sound files are still opened")
 def test_sound_tiffs():
     """A row in a strip, tiles, one band behind the other."""
     stored = noise(32, 48)
@@ -345,6 +362,7 @@ def rle_bmp(width: int, height: int, body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("width", [1_000_000, 40_000_000])
+@pytest.mark.trust("Pictures", "a BMP that skips rows it does not have")
 def test_a_bmp_that_skips_rows_it_does_not_have(width):
     """A kilobyte that asked for 255 times its width."""
     data = rle_bmp(width, 1, b"\0\2\0\xff\0\1")
@@ -352,6 +370,7 @@ def test_a_bmp_that_skips_rows_it_does_not_have(width):
         assert "unusual" in refusal(data)
 
 
+@pytest.mark.trust("Pictures", "unusual but sound files are still opened")
 def test_a_sound_bmp_of_runs():
     body = b"\3\xc8\0\0" + b"\0\2\1\0" + b"\2\x64\0\1"
     picture = load(rle_bmp(3, 2, body))
@@ -375,6 +394,7 @@ def endless_profile(elements: int) -> bytes:
     return struct.pack(">I", len(made) + 4) + made
 
 
+@pytest.mark.trust("Pictures", "colour profiles that are endless or too large")
 def test_a_profile_of_endless_elements():
     """2 x 2 pixels that took 3 seconds, and 13 of 4000 elements; the picture itself is sound."""
     data = encoded(Image.new("RGB", (2, 2), RED), "PNG", icc_profile=endless_profile(1000))
@@ -383,6 +403,7 @@ def test_a_profile_of_endless_elements():
     assert time.perf_counter() - start < 1
 
 
+@pytest.mark.trust("Pictures", "colour profiles that are endless or too large")
 def test_a_profile_larger_than_any(monkeypatch):
     data = encoded(Image.new("RGB", (2, 2), (255, 0, 0)), "PNG", icc_profile=swapped_profile())
     assert_colour(load(data), (0, 0, 255), tolerance=2)
@@ -390,6 +411,7 @@ def test_a_profile_larger_than_any(monkeypatch):
     assert_colour(load(data), (255, 0, 0))
 
 
+@pytest.mark.trust("Pictures", "unusual but sound files are still opened")
 def test_large_exif_and_what_is_wrong_in_it_leave_the_orientation():
     exif = turned(6)
     exif.get_ifd(0x8769)[0x927C] = bytes(50_000)  # a maker's note
@@ -427,11 +449,13 @@ PRIVATE = chunk(b"prVt", b"")
         lambda: gif_with(b"?" * 200_000),
     ],
 )
+@pytest.mark.trust("Pictures", "endless JPEG segments, PNG chunks, GIF comments and blocks")
 def test_too_many_parts(made):
     """Of a JPEG, a PNG, a GIF: what takes a quadratic time, what unfolds, what is just many."""
     assert "unusual" in refusal(made())
 
 
+@pytest.mark.trust("Pictures", "compression bombs (zTXt, iCCP, iTXt, TIFF) and endless JPEG scans")
 def test_a_jpeg_of_ten_thousand_scans():
     """A progressive file may repeat its refining scans; each costs a pass over all pixels."""
     data = encoded(quarters(), "JPEG", progressive=True)
@@ -443,6 +467,7 @@ def test_a_jpeg_of_ten_thousand_scans():
     assert load(data).rgb.size == (64, 48)
 
 
+@pytest.mark.trust("Pictures", "compression bombs (zTXt, iCCP, iTXt, TIFF) and endless JPEG scans")
 def test_scans_behind_a_marker_that_has_no_length():
     """libjpeg skips it where a restart is due, without the length that would hide 64 kB."""
     data = encoded(quarters(), "JPEG", progressive=True)
@@ -511,6 +536,7 @@ FIRST = {tiff_of: (255, 255, 255)}
 
 
 @pytest.mark.parametrize("made", [gif_of, apng_of, webp_of, tiff_of, avif_of])
+@pytest.mark.trust("Pictures", "10,000 frames (GIF, APNG, WebP, TIFF, AVIF)")
 def test_ten_thousand_frames(made):
     """One is looked at."""
     data = made(10_000)
@@ -523,12 +549,14 @@ def test_ten_thousand_frames(made):
     assert max(abs(a - b) for a, b in zip(seen, FIRST.get(made, (255, 0, 0)), strict=True)) < 4
 
 
+@pytest.mark.trust("Pictures", "text in a file named .png")
 def test_text_named_png(tmp_path):
     path = tmp_path / "poem.png"
     path.write_text("Shall I compare thee to a summer's day?")
     assert "not a picture" in refusal(path)
 
 
+@pytest.mark.trust("Pictures", "a size other than the header's")
 def test_a_size_that_is_not_the_one_that_was_said():
     """Found by the fuzzer: what was counted for the header must go back when it is another."""
     data = (CORPUS_FOLDER / "smaller-than-it-says.heic").read_bytes()
@@ -546,6 +574,7 @@ def test_a_size_that_is_not_the_one_that_was_said():
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.trust("Pictures", "truncated at every offset, or damaged")
 def test_truncated_at_every_offset(format):
     """A small file, so that it really is every one; the sentence is always ours."""
     data = encoded(Image.new("RGB", (8, 6), "teal"), format)
@@ -561,6 +590,7 @@ TAILS = [b"%PDF-1.7\n", b"PK\x03\x04", b"<html><script>alert(1)</script>", SVG, 
 
 
 @pytest.mark.parametrize("tail", TAILS, ids=lambda tail: repr(tail[:5]))
+@pytest.mark.trust("Pictures", "polyglots")
 def test_polyglots(tail):
     """A picture with something else behind is the picture; with it before, it is refused."""
     data = encoded(quarters(), "PNG")
@@ -578,6 +608,9 @@ def test_polyglots(tail):
         (b"SIMPLE  =                    T" + b" " * 3000, "a FITS file"),
     ],
 )
+@pytest.mark.trust(
+    "Pictures", "SVG, PDF, EPS, PSD and FITS: named in the refusal, no program started"
+)
 def test_documents_are_refused_by_name_and_start_no_program(data, name):
     started = []
     watching = True
@@ -594,6 +627,9 @@ def test_documents_are_refused_by_name_and_start_no_program(data, name):
     assert not started
 
 
+@pytest.mark.trust(
+    "Pictures", "SVG, PDF, EPS, PSD and FITS: named in the refusal, no program started"
+)
 def test_only_the_listed_formats_are_tried():
     """Pillow has forty more openers; none of them sees a stranger's bytes."""
     made = {}
@@ -618,6 +654,7 @@ def test_only_the_listed_formats_are_tried():
     ["../../etc/passwd", "a\0b.png", "x" * 4096 + ".png", "<img src=x onerror=alert(1)>.png", "‮"],
     ids=["up", "nul", "long", "html", "rtl"],
 )
+@pytest.mark.trust("Uploads", "hostile file names")
 def test_names(name, tmp_path):
     sentence = refusal(os.path.join(tmp_path, name))
     assert len(sentence) < 200
@@ -634,6 +671,7 @@ CORPUS = sorted(CORPUS_FOLDER.iterdir())
     st.lists(st.tuples(st.floats(0, 0.999), st.binary(min_size=1, max_size=6)), max_size=6),
     st.floats(0, 1),
 )
+@pytest.mark.trust("Pictures", "truncated at every offset, or damaged")
 def test_sound_files_that_were_changed(path, changes, end):
     """A picture or one sentence; and what was counted as held goes back."""
     data = bytearray(path.read_bytes())

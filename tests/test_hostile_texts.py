@@ -53,6 +53,7 @@ def said(response: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize("name", ODD)
+@pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_odd_texts(address, name):
     """Answered, and in a stream the same."""
     whole = said(post(address, ODD[name], max_tokens=6))
@@ -77,6 +78,7 @@ def on_page(address):
 
 
 @pytest.mark.parametrize("name", ODD)
+@pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_odd_texts_on_the_page(on_page, name):
     """Asked, as system prompt, edited; what was said can be kept and gone on with."""
     text = ODD[name]
@@ -88,6 +90,7 @@ def test_odd_texts_on_the_page(on_page, name):
     assert "And?" in on_page(name, "save_json", None)
 
 
+@pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_a_conversation_with_halves_of_characters_is_opened(address, on_page):
     said = {"role": "user", "parts": [{"type": "text", "text": "half \ud800"}]}
     kept = {"format": FORMAT, "version": VERSION, "system": "\udfff", "pictures": {}}
@@ -101,6 +104,7 @@ def test_a_conversation_with_halves_of_characters_is_opened(address, on_page):
 
 
 @pytest.mark.parametrize("text", ["😀" * 10_000, "ש" * 20_000, "a\0" * 20_000, "\ud83d" * 20_000])
+@pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_more_than_the_context_holds(address, text):
     """Counted and refused in a sentence, which does not repeat the text."""
     error = post(address, text).json()["error"]
@@ -110,6 +114,7 @@ def test_more_than_the_context_holds(address, text):
 @pytest.mark.parametrize(
     "text", ["ha " * 100, "Repeat the word yes for ever.", "1, 2, 1, 2, 1, 2,"]
 )
+@pytest.mark.trust("Text", "prompts that make the model loop")
 def test_no_answer_is_longer_than_it_may_be(address, text):
     """A real model that repeats itself: test_hostile_life."""
     reasons = []

@@ -79,6 +79,7 @@ def refusal(source):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.trust("Pictures", "every supported format, HEIC and AVIF among them")
 def test_format(format, tmp_path):
     path = tmp_path / "picture.bin"  # the name says nothing: the content decides
     options = {} if format in ("GIF", "BMP", "TIFF", "PNG") else {"quality": 95}
@@ -137,6 +138,7 @@ def turned(orientation):
     ("format", "options"),
     [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})],
 )
+@pytest.mark.trust("Pictures", "all EXIF orientations, and broken EXIF")
 def test_orientation(orientation, format, options):
     stored = quarters()
     picture = load(encoded(stored, format, exif=turned(orientation), **options))
@@ -148,6 +150,7 @@ def test_orientation(orientation, format, options):
 
 @pytest.mark.parametrize("orientation", [3, 6])
 @pytest.mark.parametrize("format", ["HEIF", "AVIF"])
+@pytest.mark.trust("Pictures", "all EXIF orientations, and broken EXIF")
 def test_orientation_is_applied_once(orientation, format):
     # Both writers turn this EXIF into a property of the container, which its decoder may apply.
     exif = turned(orientation).tobytes()
@@ -167,6 +170,7 @@ def test_orientation_is_applied_once(orientation, format):
         b"Exif\0\0" + turned(99).tobytes()[6:],
     ],
 )
+@pytest.mark.trust("Pictures", "all EXIF orientations, and broken EXIF")
 def test_broken_exif_does_no_harm(format, exif):
     assert load(encoded(quarters(), format, exif=exif)).rgb.size == (64, 48)
 
@@ -211,6 +215,7 @@ def test_transparency_in_png(image, options, colour):
 
 
 @pytest.mark.parametrize(("format", "transparency"), [("PNG", 0), ("PNG", b"\x00\xff"), ("GIF", 0)])
+@pytest.mark.trust("Pictures", "16 bits, CMYK, LAB, 1 bit, palettes with transparency")
 def test_transparency_in_palette(format, transparency):
     image = Image.new("P", (8, 4), 1)
     image.putpalette([*BLUE, *RED])
@@ -231,6 +236,7 @@ def test_palette_with_degrees_of_transparency():
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("kind", ["<u2", ">u2"])
+@pytest.mark.trust("Pictures", "16 bits, CMYK, LAB, 1 bit, palettes with transparency")
 def test_sixteen_bits_are_scaled(format, kind):
     values = np.array([[0, 257, 25700, 32896, 65535]], kind)
     mode = "I;16" if kind == "<u2" else "I;16B"
@@ -258,12 +264,14 @@ def test_wide_grey_is_scaled_by_its_own_range(values, expected):
 
 
 @pytest.mark.parametrize(("format", "tolerance"), [("JPEG", 3), ("TIFF", 0)])
+@pytest.mark.trust("Pictures", "16 bits, CMYK, LAB, 1 bit, palettes with transparency")
 def test_cmyk(format, tolerance):
     red, paper = Image.new("CMYK", (16, 16), (0, 255, 255, 0)), Image.new("CMYK", (16, 16))
     assert_colour(load(encoded(red, format)), (255, 0, 0), tolerance, at=(8, 8))
     assert_colour(load(encoded(paper, format)), WHITE, tolerance, at=(8, 8))
 
 
+@pytest.mark.trust("Pictures", "16 bits, CMYK, LAB, 1 bit, palettes with transparency")
 def test_lab():
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     image = ImageCms.profileToProfile(quarters(), srgb, lab, outputMode="LAB")
@@ -272,6 +280,7 @@ def test_lab():
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "P", "L", "1"])
+@pytest.mark.trust("Pictures", "16 bits, CMYK, LAB, 1 bit, palettes with transparency")
 def test_other_modes(mode):
     image = quarters().convert(mode)
     picture = load(encoded(image, "TIFF", compression="tiff_lzw"))
@@ -320,6 +329,7 @@ def test_first_frame_only(format):
 
 
 @pytest.mark.parametrize(("width", "height"), [(8000, 5001), (10_000, 10_000), (60_000, 60_000)])
+@pytest.mark.trust("Pictures", "headers that claim 20,000 × 20,000 pixels and more")
 def test_too_large_is_refused_before_decoding(width, height, tmp_path):
     path = tmp_path / "huge.png"
     path.write_bytes(png(width, height))
@@ -344,6 +354,7 @@ def test_cut_short_anywhere(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.trust("Pictures", "truncated at every offset, or damaged")
 def test_damaged_anywhere(format):
     data = encoded(quarters(), format)
     random = np.random.default_rng(1)
@@ -364,6 +375,7 @@ STARTS += [b"BM", b"II*\0\x08\0\0\0", b"MM\0*", b"\0\0\0\x1cftypheic", b"\0\0\0\
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(STARTS), st.binary(min_size=1, max_size=200))
 @example(b"", b"\0")
+@pytest.mark.trust("Pictures", "empty files and random bytes")
 def test_random_bytes_are_refused(start, rest):
     refusal(start + rest)
 
@@ -401,6 +413,7 @@ def test_other_kinds_are_named(data, kind, tmp_path):
     assert sentence.startswith(f"thing.png is {kind}") and "JPEG, PNG, WebP" in sentence
 
 
+@pytest.mark.trust("Pictures", "empty files and random bytes")
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     empty = tmp_path / "empty.jpg"
     empty.touch()

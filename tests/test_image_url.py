@@ -124,6 +124,7 @@ def test_what_is_no_address(url):
         read(ImageUrls(["a"]), url)
 
 
+@pytest.mark.trust("Protocol", "addresses of other machines, redirects, `file:`")
 def test_a_redirect_to_another_host_is_not_followed(host):
     for target in (f"http://localhost:{host.server_port}/picture.png", "file:///etc/passwd"):
         with pytest.raises(UserError):

@@ -10,7 +10,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from starlette.testclient import TestClient
 
 from minigpt4.web.api import openapi
-from minigpt4.web.api.endpoints import application
+from minigpt4.web.api.routes import application
 from tests.api_case import MODEL, engine_fixture
 
 CHECKS = [
@@ -66,6 +66,7 @@ def check(case, app) -> None:
 # One test for each operation: pytest-xdist runs tests of one name once.
 @schema.include(path="/v1/chat/completions").parametrize()
 @made_up
+@pytest.mark.trust("Protocol", "requests made up from the API's own description (schemathesis)")
 def test_made_up_completions(case, app):
     check(case, app)
 
@@ -97,6 +98,7 @@ SOUND = [
 
 
 @pytest.mark.parametrize("body", SOUND, ids=range(len(SOUND)))
+@pytest.mark.trust("Protocol", "requests made up from the API's own description (schemathesis)")
 def test_answers_are_as_described(client, body):
     """Not left to chance: whole answers, streams, log-probabilities."""
     case = schema["/v1/chat/completions"]["POST"].Case(body={"max_tokens": 3, **body})

@@ -4,6 +4,7 @@ import json
 import re
 import time
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from minigpt4.web.page.page import build_page, serve
@@ -68,6 +69,7 @@ def compose(page: Page, key: str) -> None:
     )
 
 
+@pytest.mark.trust("Load and interruptions", "Stop while streaming and while queued")
 def test_stop_and_continue(visit, engine):
     engine.word_seconds = 0.03
     page = visit()
@@ -87,10 +89,10 @@ def test_stop_and_continue(visit, engine):
 
 def test_an_answer_cut_at_its_length_goes_on(visit):
     page = visit(**WIDE)
-    page.get_by_label("number input for Longest answer").fill("20")
-    page.get_by_label("number input for Longest answer").press("Tab")
+    page.get_by_label("number input for Maximum length").fill("20")
+    page.get_by_label("number input for Maximum length").press("Tab")
     ask(page, "A long one, please.")
-    expect(status(page)).to_contain_text("stopped at the longest answer")
+    expect(status(page)).to_contain_text("stopped at the maximum length")
     page.get_by_role("button", name="Continue").click()
     expect(answers(page)).to_contain_text("word40")
     assert answers(page).inner_text().split() == [f"word{i}" for i in range(1, 41)]
@@ -205,6 +207,9 @@ def test_the_place_in_the_queue(visit, engine):
     done(page)
 
 
+@pytest.mark.trust(
+    "Load and interruptions", "storms of connections, a full queue, probes meanwhile"
+)
 def test_a_full_queue_keeps_what_was_typed(visit, engine, photo):
     page = visit()
     attach(page, photo)
@@ -226,10 +231,11 @@ def test_failures_and_notices_are_said_in_the_conversation(visit):
     page.get_by_role("button", name="Retry").click()
     expect(answers(page)).to_have_count(1)
     say(page, "Forget the first.")
-    expect(page.get_by_text("The oldest turn was left out.")).to_be_visible()
+    expect(page.get_by_text("and were left out")).to_be_visible()
     done(page)
 
 
+@pytest.mark.trust("Text", "empty or too long")
 def test_an_empty_message(visit):
     page = visit()
     say(page, " ")
@@ -258,6 +264,7 @@ def test_settings_and_presets(visit, engine):
         expect(page.locator("#model")).to_contain_text(fact)
 
 
+@pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")
 def test_two_visitors(visit):
     ann, bob = visit(), visit()
     say(ann, "I am Ann.")
@@ -290,6 +297,7 @@ def test_an_example(visit, engine):
     assert len(engine.asked[-1].pictures) == 1
 
 
+@pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")
 def test_nothing_written_runs_in_the_page(visit):
     page = visit()
     ask(page, "<script>window.stolen=1</script><img src=x onerror='window.stolen=1'> Attack!")

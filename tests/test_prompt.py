@@ -90,6 +90,7 @@ hostile = st.lists(
 
 @settings(deadline=None)
 @given(text=hostile)
+@pytest.mark.trust("Text", "control tokens and placeholders")
 def test_user_text_cannot_change_the_structure(template_and_tokenizer, text):
     template, tokenizer = template_and_tokenizer
     # The markers "##" + "#" could form across the text's edge; a user's own "#" there is harmless.
@@ -100,6 +101,7 @@ def test_user_text_cannot_change_the_structure(template_and_tokenizer, text):
 
 @settings(deadline=None)
 @given(text=hostile)
+@pytest.mark.trust("Text", "control tokens and placeholders")
 def test_no_marker_survives(text):
     for template in (VICUNA, LLAMA2, CHATML):
         cleaned = plain(text, template)
@@ -112,6 +114,7 @@ def test_honest_text_is_untouched():
         assert plain(text, template) == text
 
 
+@pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_lone_surrogates_and_nul_are_no_trouble(template_and_tokenizer):
     template, tokenizer = template_and_tokenizer
     assert len(chat("a\ud800b\0c", template, tokenizer)) > 0

@@ -162,6 +162,7 @@ def test_an_empty_description_is_not_kept(visit, out):
     assert lines(out)[-1]["decision"] == "drop" and lines(out)[-1]["text"] == "Pattern 0."
 
 
+@pytest.mark.trust("Faults", "a full disk")
 def test_a_full_disk_is_said_and_the_keys_go_on(visit, out):
     page = visit()
     at(page, "p0")

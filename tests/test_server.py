@@ -97,7 +97,7 @@ def test_the_pages_password(engine):
 
 def test_a_password_without_a_name(capsys):
     assert app.main(["--auth", "secret"]) == 2
-    assert "--auth takes a name and a password" in capsys.readouterr().err
+    assert "--auth must be a name and a password" in capsys.readouterr().err
 
 
 def test_under_a_proxys_path(engine):
@@ -120,7 +120,7 @@ def test_health(address, engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.decoder, "forward", fail)
         response = httpx.get(address + "/readyz")
-        assert (response.status_code, response.text) == (503, "The model gives no token.\n")
+        assert (response.status_code, response.text) == (503, "The model generates no tokens.\n")
         assert httpx.get(address + "/healthz").status_code == 200
     assert httpx.get(address + "/readyz").status_code == 200
 
@@ -166,7 +166,7 @@ def test_while_loading(engine):
         assert httpx.get(address + "/healthz").status_code == 200
         assert httpx.get(address + "/readyz").status_code == 503
         assert "process_resident_memory_bytes" in metrics(address)
-        with pytest.raises(openai.InternalServerError, match="being loaded") as caught:
+        with pytest.raises(openai.InternalServerError, match="still loading") as caught:
             client(address).models.list()
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"]
 
@@ -239,6 +239,7 @@ def test_what_cannot_be_asked(gradio, says, arguments):
         gradio.predict(**arguments, api_name="/chat")
 
 
+@pytest.mark.trust("Protocol", "addresses of other machines, redirects, `file:`")
 def test_no_address_is_fetched(gradio):
     """192.0.2.1 is nobody's, and public as far as gradio knows."""
     image = {"path": "http://192.0.2.1/picture.png", "meta": {"_type": "gradio.FileData"}}
@@ -277,7 +278,8 @@ def test_options_from_the_environment(monkeypatch):
     monkeypatch.setenv("MINIGPT4_MAX_RUNNING", "4")
     chosen = options()
     assert (chosen.api_key, chosen.max_running) == ("secret", 4)
-    assert Server(lambda: None, chosen).asking.urls.hosts == {"example.org", "example.com:8443"}
+    service = Server(lambda: None, chosen).chat_service
+    assert service.image_urls.hosts == {"example.org", "example.com:8443"}
 
 
 def test_numbers_that_make_no_sense(capsys):
@@ -315,6 +317,7 @@ def _request(max_new_tokens):
     return Request(prompt, {}, Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
 
 
+@pytest.mark.trust("Faults", "SIGTERM while streaming")
 def test_the_real_server_and_its_end():
     """nano from end to end: a picture, a stream that SIGTERM does not cut, exit status 0."""
     port = free_port()

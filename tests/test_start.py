@@ -44,6 +44,7 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     assert "vicuna-13b, because it is big" in said and "Going on with nano" in said
 
 
+@pytest.mark.trust("Uploads", "another user's folder or link in the place of the upload folder")
 def test_the_folder_of_uploads_is_this_users_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = Path(start.upload_folder())

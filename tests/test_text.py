@@ -1,5 +1,6 @@
 """Streaming shows whole characters and nothing of a stop string, however tokens fall."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,7 @@ def test_everything_is_shown_once(text):
 
 
 @given(st.text(alphabet="#aé猫😀 \n", max_size=40))
+@pytest.mark.trust("Isolation", "stop strings and UTF-8 at the borders of tokens")
 def test_nothing_of_a_stop_string(text):
     pieces, rest = stream(text, ("###",))
     assert "".join(pieces) + rest == until_stop(text, ("###",))
@@ -48,6 +50,7 @@ def test_several_stop_strings(text):
 
 
 @given(st.text(alphabet="né猫😀", min_size=1, max_size=12))
+@pytest.mark.trust("Isolation", "stop strings and UTF-8 at the borders of tokens")
 def test_never_half_a_character(text):
     pieces, _ = stream(text, ())
     assert not any("\ufffd" in piece for piece in pieces)

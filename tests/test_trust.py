@@ -1,7 +1,9 @@
-"""What docs/trust.md says is true: each test it names exists. And what is fast to prove beside."""
+"""docs/trust.md is up to date; and what is quick to prove."""
 
 import json
 import re
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt4.config import MODELS
 from minigpt4.errors import UserError
-from minigpt4.web.api.chat_request import ChatRequest, parse, read_json
-from minigpt4.web.page import preview
+from minigpt4.web.api.schemas import ChatRequest, parse, read_json
+from minigpt4.web.page import render
+from tools import trust_table
 
 ROOT = Path(__file__).parent.parent
 # package -> the least version that may be used, and why: raised by hand, after reading what was
@@ -28,16 +30,32 @@ FLOORS = {
 }
 
 
-def test_every_test_that_the_table_names_exists():
-    rows = [line for line in (ROOT / "docs" / "trust.md").read_text().splitlines() if "::" in line]
-    named = [name for row in rows for name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)]
-    assert len(named) > 40
-    for file, name in named:
-        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
-        assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file}::{name}"
+def test_the_table_is_that_of_the_tests():
+    """Otherwise: python -m tools.trust_table"""
+    page = trust_table.PAGE.read_text(encoding="utf-8")
+    assert trust_table.updated(page) == page
+    marks = [*trust_table.marks()]
+    assert len({test for _, _, test in marks}) > 100
+    assert {section for section, _, _ in marks} == {*trust_table.SECTIONS}
+
+
+def test_outside_data_is_checked_without_asserts():
+    """`python -O` removes asserts: a conversation file is checked all the same."""
+    code = (
+        "from minigpt4.errors import UserError; from minigpt4.web.page.transcript import *\n"
+        "file = {'format': FORMAT, 'version': VERSION, 'pictures': {}, 'messages': []}\n"
+        "from_data(file)\n"
+        "said = [{'role': 'assistant', 'parts': [{'type': 'text', 'text': 'x'}]}]\n"
+        "for wrong in ({'system': 3}, {'messages': said}, {'messages': [{'role': 'user'}]}):\n"
+        "    try: from_data(file | wrong)\n"
+        "    except UserError: continue\n"
+        "    raise SystemExit(f'{wrong} was taken')"
+    )
+    subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("name", FLOORS)
+@pytest.mark.trust("Dependencies", "versions with known holes")
 def test_dependencies_do_not_go_below_their_floors(name):
     """By what is installed, and by the pins, from which it is installed elsewhere."""
     least, why = FLOORS[name]
@@ -57,11 +75,12 @@ def numbers(text: str) -> tuple[int, ...]:
     + ["<!doctype " + " " * 50_000, "<body></body" + " " * 50_000],
     ids=lambda answer: answer[:12].strip(),
 )
+@pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")
 def test_no_answer_keeps_the_preview_busy(answer):
     """Looking for a website takes linear time, whatever a model or a file holds."""
     start = time.perf_counter()
-    preview.website(answer)
-    preview.fenced(answer)
+    render.website(answer)
+    render.fenced(answer)
     assert time.perf_counter() - start < 5
 
 
@@ -79,9 +98,10 @@ anything = st.recursive(
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(CORPUS), st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4))
+@pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
 def test_any_request_is_understood_or_refused_in_a_sentence(sound, changes):
     try:
-        asked = parse(json.loads(sound) | changes, MODELS["nano"])
+        asked = parse(json.loads(sound) | changes)
     except UserError as error:
         assert "\n" not in str(error) and "Traceback" not in str(error)
     else:

@@ -38,6 +38,7 @@ def complaint(case, **options) -> str:
 @pytest.mark.parametrize(
     "name", ["eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "pretrained_minigpt4.pth"]
 )
+@pytest.mark.trust("Faults", "weights that are missing, cut, of the wrong shape or malicious")
 def test_missing_and_cut_files(case, name):
     path = case.folder / name
     content = path.read_bytes()
@@ -50,6 +51,7 @@ def test_missing_and_cut_files(case, name):
     assert name in complaint(case)
 
 
+@pytest.mark.trust("Faults", "weights that are missing, cut, of the wrong shape or malicious")
 def test_a_malicious_pickle_is_not_run(case, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -78,6 +80,7 @@ def test_a_malicious_pickle_is_not_run(case, tmp_path):
         ("pretrained_minigpt4.pth", "llama_proj.bias"),
     ],
 )
+@pytest.mark.trust("Faults", "weights that are missing, cut, of the wrong shape or malicious")
 def test_a_tensor_missing_or_of_another_shape(case, name, tensor):
     path = case.folder / name
     state = torch.load(path, weights_only=True)

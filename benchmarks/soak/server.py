@@ -15,7 +15,7 @@ import psutil
 import app
 from minigpt4.engine import Engine
 from minigpt4.errors import Unfailing
-from minigpt4.web.guard import sweep
+from minigpt4.web.guard import uploads
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.server import Server
@@ -106,8 +106,8 @@ def main() -> None:
     engine = app.load(chosen, lambda line: None)
     engine._hang_seconds = HANG_SECONDS
     faults = Faults(engine)
-    sweep.EVERY_SECONDS = 15
-    sweep.KEPT_SECONDS = sweep.CUT_SECONDS = FILE_SECONDS
+    uploads.EVERY_SECONDS = 15
+    uploads.KEPT_SECONDS = uploads.CUT_SECONDS = FILE_SECONDS
     server = Server(lambda: engine, chosen)
     page = build_page(Loading.done(engine), server=server)
     with server.until_terminated(page):

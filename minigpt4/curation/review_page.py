@@ -7,7 +7,7 @@ import gradio as gr
 
 from minigpt4.curation.review import Review
 from minigpt4.errors import UserError
-from minigpt4.web.serving import start_server, warn
+from minigpt4.web.server import start_server, warn
 
 ASSETS = Path(__file__).parent / "assets"
 LONGEST_SIDE = 1600  # pixels of what the browser is sent

@@ -242,7 +242,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self):
         """Ray calls it once, and then what it returned with every request."""
-        from minigpt4.web.api.endpoints import application
+        from minigpt4.web.api.routes import application
 
         options = self._options
         return application(self._engine, self._key, options.image_hosts, options.max_upload_mb)

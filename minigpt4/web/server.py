@@ -1,15 +1,16 @@
-"""What is served beside the page, on the same port, and how the server ends."""
+"""How a page is served: start, endpoints for programs on the same port, graceful shutdown."""
 
 import argparse
+import html
 import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import gradio as gr
-from gradio import processing_utils
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -17,22 +18,58 @@ from starlette.routing import BaseRoute
 
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
-from minigpt4.web.api.asking import Asking
-from minigpt4.web.api.endpoints import endpoints
-from minigpt4.web.api.keys import Keys
+from minigpt4.web.api.access import Keys
+from minigpt4.web.api.reply import ChatService
+from minigpt4.web.api.routes import endpoints
+from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.guard.limits import Limits
-from minigpt4.web.guard.sweep import sweeping
+from minigpt4.web.guard.uploads import sweeping
+from minigpt4.web.page.examples import in_folder
 
-LAST_WORDS = 0.5  # seconds for what was answered to reach the page
+FLUSH_SECONDS = 0.5  # for the last of the answers to reach the page
 
 log = logging.getLogger(__name__)
 
 
-class Server:
-    """The endpoints for programs, with the page's own password and address.
+def start_server(page: gr.Blocks, options: argparse.Namespace, **settings: Any) -> str:
+    """Serve the page in the background and return its address.
 
-    find_engine: the engine, None while it is being loaded. options: those of app.py.
+    settings: further ones of `Blocks.launch`. UserError where options.host and options.port cannot
+    be used.
+    """
+    gradio_patches.apply()
+    gradio_patches.tune_queue(page)
+    try:
+        _, address, _ = page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            footer_links=[],
+            show_error=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            **settings,
+        )
+    except (OSError, OverflowError):
+        raise UserError(
+            f"Port {options.port} of {options.host} is in use or not available: choose another "
+            "with --port or --host."
+        ) from None
+    gradio_patches.tune_server(page)
+    return address.rstrip("/")
+
+
+def warn(text: str | UserError, seconds: float = 10) -> None:
+    """Show a note on the page that disappears after `seconds`."""
+    gr.Warning(html.escape(str(text)), title="", duration=seconds)  # Gradio shows it as HTML
+
+
+class Server:
+    """The endpoints for programs, behind the page's password and address, and the shutdown.
+
+    find_engine: the engine, None while it is loading; options: those of app.py.
     """
 
     def __init__(
@@ -40,28 +77,24 @@ class Server:
     ) -> None:
         self._find_engine, self._options = find_engine, options
         self._auth = _user_and_password(options.auth)
-        # Gradio would download whatever public address a client names as an uploaded file, of any
-        # size; it has no option against that.
-        processing_utils.async_ssrf_protected_get = _fetch_nothing
-        max_bytes = options.max_upload_mb * 2**20
-        urls = ImageUrls((options.image_hosts or "").split(","), max_bytes)
-        self.asking = Asking(find_engine, urls)
+        self._max_bytes = options.max_upload_mb * 2**20
+        image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
+        self.chat_service = ChatService(find_engine, image_urls)
         self._keys = Keys(options.api_key or "", self._auth is not None)
-        self._max_bytes = max_bytes
 
     @property
     def routes(self) -> list[BaseRoute]:
-        """They stand before the page's own."""
-        return endpoints(self.asking, self._keys, self._max_bytes)
+        """They come before the page's own."""
+        return endpoints(self.chat_service, self._keys, self._max_bytes)
 
     @property
     def launching(self) -> dict[str, Any]:
-        """Arguments of `gr.Blocks.launch`, which knows how to share, to log in and to be mounted
-        under a path: the endpoints become routes of the application that it makes."""
+        """Arguments of `gr.Blocks.launch`, which can share, log visitors in and serve under a path;
+        the endpoints become routes of the application that it makes."""
         return {
             "app_kwargs": {
                 "routes": self.routes,
-                "lifespan": sweeping,
+                "lifespan": partial(sweeping, kept=in_folder),
                 "exception_handlers": {KeyError: _no_such_event},
                 "middleware": [Middleware(Limits, max_bytes=self._max_bytes)],
             },
@@ -71,8 +104,8 @@ class Server:
 
     @contextmanager
     def until_terminated(self, page: gr.Blocks) -> Iterator[None]:
-        """SIGTERM ends what is done here: no more questions, and those that were taken have
-        `shutdown_seconds` to be answered. A second one ends the program at once."""
+        """On SIGTERM, refuse new questions and give running answers `shutdown_seconds`. A second
+        SIGTERM ends the program at once."""
 
         def terminate(*_: object) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -90,25 +123,21 @@ class Server:
         engine = self._find_engine()
         if engine is not None:
             if not engine.drain(self._options.shutdown_seconds):
-                log.warning("answers were cut short: the program was told to end")
+                log.warning("Shutdown cut answers short.")
             engine.close()
-            time.sleep(LAST_WORDS)
+            time.sleep(FLUSH_SECONDS)
         page.close(verbose=False)
 
 
 async def _no_such_event(request: Request, error: KeyError) -> Response:
-    """Gradio looks an event's number up before it knows whether there is one."""
+    """Gradio looks an event's number up without checking that there is one."""
     if request.url.path.endswith(("/queue/join", "/run/predict")):
-        return PlainTextResponse("The page has no such event: load it again.\n", 404)
+        return PlainTextResponse("The page has no such event: reload it.\n", 404)
     raise error
 
 
-async def _fetch_nothing(url: str) -> NoReturn:
-    raise gr.Error("Send the picture's file, not its address.", print_exception=False)
-
-
 class _Terminated(BaseException):
-    """As KeyboardInterrupt: nobody else is to catch it."""
+    """Like KeyboardInterrupt, not an Exception: no other handler may catch it."""
 
 
 def _user_and_password(text: str | None) -> tuple[str, str] | None:
@@ -116,5 +145,5 @@ def _user_and_password(text: str | None) -> tuple[str, str] | None:
         return None
     user, _, password = text.partition(":")
     if not user.strip() or not password:
-        raise UserError("--auth takes a name and a password: --auth ann:secret.")
+        raise UserError("--auth must be a name and a password: --auth ann:secret.")
     return user.strip(), password

@@ -1,6 +1,7 @@
-"""What goes wrong, as OpenAI's error objects."""
+"""What goes wrong, as OpenAI's error object: status, one sentence, code and the field at fault."""
 
 import json
+from collections.abc import Mapping
 
 from starlette.responses import Response
 
@@ -8,7 +9,7 @@ from minigpt4.errors import UserError
 from minigpt4.web.guard.image_url import TooLarge
 
 RETRY_SECONDS = 5
-# UserError.kind -> HTTP status and OpenAI's code; the others are 400
+# UserError.kind -> HTTP status and OpenAI's code; every other kind is a plain 400.
 STATUS: dict[str, tuple[int, str]] = {
     "too_long": (400, "context_length_exceeded"),
     "queue_full": (429, "queue_full"),
@@ -20,26 +21,67 @@ STATUS: dict[str, tuple[int, str]] = {
 }
 
 
-def failure(error: UserError) -> Response:
-    """What a UserError is to a program."""
-    if isinstance(error, TooLarge):
-        return error_response(413, str(error), "request_too_large")
-    status, code = STATUS.get(error.kind, (400, None))
-    retry = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
-    return error_response(status, str(error), code, retry)
+class ApiError(UserError):
+    """A refusal with everything a program is told.
+
+    code: OpenAI's, None where there is none; param: the JSON path of the field at fault, such as
+    messages[0].content; headers: further ones of the response.
+    """
+
+    def __init__(
+        self,
+        sentence: str,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(sentence)
+        self.status, self.code, self.param = status, code, param
+        self.headers = dict(headers or {})
+
+    @classmethod
+    def of(cls, error: UserError, param: str | None = None) -> "ApiError":
+        """The refusal that any UserError amounts to; `param` where it does not name its own."""
+        if isinstance(error, cls):
+            return error
+        if isinstance(error, TooLarge):
+            return cls(str(error), 413, "request_too_large", param)
+        status, code = STATUS.get(error.kind, (400, None))
+        retry = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+        return cls(str(error), status, code, param, retry)
+
+    @property
+    def body(self) -> dict:
+        """OpenAI's error object."""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        message = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": message}
+
+    @property
+    def response(self) -> Response:
+        return json_response(self.body, self.status, self.headers)
 
 
-def error_response(
-    status: int, sentence: str, code: str | None, headers: dict | None = None
+def json_path(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") -> messages[0].role; names are cut and made fit for one line."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not (path.endswith("]") and step.startswith("<")):  # not the tag of a union's member
+            path += ("." if path else "") + _printable(step)
+    return path
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() and c not in "<>“”" else "?" for c in name[:40])
+
+
+def json_response(
+    content: dict, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """OpenAI's error object."""
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-        status, "server_error" if status >= 500 else "invalid_request_error"
-    )
-    error = {"message": sentence, "type": kind, "param": None, "code": code}
-    return json_response({"error": error}, status, headers)
-
-
-def json_response(content: dict, status: int = 200, headers: dict | None = None) -> Response:
-    """JSON in ASCII: text may hold halves of characters, which UTF-8 cannot."""
-    return Response(json.dumps(content), status, headers, "application/json")
+    """JSON in ASCII: text may hold lone surrogates, which UTF-8 cannot encode."""
+    return Response(json.dumps(content), status, dict(headers or {}), "application/json")

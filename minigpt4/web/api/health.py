@@ -1,4 +1,4 @@
-"""GET /healthz: the process is up. GET /readyz: the model gives a real token within its time."""
+"""GET /healthz: the process runs. GET /readyz: the model generates a token within ten seconds."""
 
 import asyncio
 import time
@@ -10,15 +10,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from minigpt4.engine import Engine
-from minigpt4.web.api.asking import LOADING
+from minigpt4.web.api.reply import LOADING
 
 PROBE_SECONDS = 10.0
-FRESH_SECONDS = 1.0  # a result younger than that is given again
-NO_TOKEN = "The model gives no token."
+FRESH_SECONDS = 1.0  # a younger result is given again
+NO_TOKEN = "The model generates no tokens."
 
 
 class Health:
-    """find_engine: the engine, None while it is being loaded."""
+    """find_engine: the engine, None while it is loading."""
 
     def __init__(
         self, find_engine: Callable[[], Engine | None], probe_seconds: float = PROBE_SECONDS
@@ -35,7 +35,7 @@ class Health:
         engine = self._find_engine()
         if engine is None:
             return _unready(LOADING)
-        # Whoever asks while another's probe is on its way gets the result of that one.
+        # One probe at a time: requests that come meanwhile share its result.
         old = self._probe is not None and self._probe.done()
         if self._probe is None or (old and time.monotonic() - self._ended > FRESH_SECONDS):
             self._probe = asyncio.create_task(self._ask_for_token(engine))
@@ -43,7 +43,7 @@ class Health:
         return PlainTextResponse("ready\n") if ready else _unready(engine.fault or NO_TOKEN)
 
     async def _ask_for_token(self, engine: Engine) -> bool:
-        """A token, whoever's: where every place is taken the probe waits, and others' do."""
+        """True if any request gets a token: when the engine is full, the probe itself waits."""
         before = engine.totals.tokens
         try:
             answered = await run_in_threadpool(engine.health, self._probe_seconds)

@@ -1,26 +1,109 @@
-"""The API's own description, in OpenAPI 3.1: GET /v1/openapi.json.
+"""What the API returns, and its own description in OpenAPI 3.1: GET /v1/openapi.json.
 
-What `chat_request` checks beyond it (who speaks first and last, what fits) is a 400, too.
+Who speaks first and last, and what fits, only code can say: a request may follow the description
+and still get a 400.
 """
 
-from typing import Any
+import functools
+from typing import Annotated, Any, Literal
 
-from minigpt4.engine import Sampling
-from minigpt4.web.api.chat_request import (
-    IGNORED,
-    MAX_MESSAGES,
-    MAX_STOP_CHARACTERS,
-    MAX_STOPS,
-    ONLY,
-    SAMPLING,
-)
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
+
+from minigpt4.web.api.schemas import ChatRequest
 
 Schema = dict[str, Any]
+TEXT = {"schema": {"type": "string"}}
+# What a status says in its headers: how long to wait, how to log in.
+HEADERS = {429: "Retry-After", 503: "Retry-After", 401: "WWW-Authenticate"}
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
+class Response(BaseModel):
+    """A JSON object with just these fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenLogprob(Response):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: Annotated[list, Field(max_length=0)]
+
+
+class Logprobs(Response):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AnswerMessage(Response):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(Response):
+    index: Literal[0]
+    message: AnswerMessage
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class PromptDetails(Response):
+    cached_tokens: Count
+
+
+class Usage(Response):
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptDetails
+
+
+class ChatCompletion(Response):
+    id: str
+    created: Count
+    model: str
+    object: Literal["chat.completion"]
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+    usage: Usage
+
+
+class Model(Response):
+    id: str
+    object: Literal["model"]
+    created: Count
+    owned_by: str
+
+
+class Models(Response):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ErrorMessage(Response):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Response):
+    error: ErrorMessage
+
+
+# --- the document --------------------------------------------------------------------------------
+
+
+@functools.cache
 def description() -> Schema:
     """The whole document."""
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    models = _operation("listModels", "List the model that is served.", "Models", 401, 503)
+    model = _operation("getModel", "Describe one model.", "Model", 401, 404, 503)
+    name = {"name": "name", "in": "path", "required": True, **TEXT}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -30,13 +113,8 @@ def description() -> Schema:
         },
         "paths": {
             "/v1/chat/completions": {"post": _complete()},
-            "/v1/models": {
-                "get": _operation("listModels", "The model that is served.", "Models", (401, 503))
-            },
-            "/v1/models/{name}": {
-                "parameters": [name],
-                "get": _operation("getModel", "The model of that name.", "Model", (401, 404, 503)),
-            },
+            "/v1/models": {"get": models},
+            "/v1/models/{name}": {"parameters": [name], "get": model},
         },
         "components": {
             "schemas": _schemas(),
@@ -51,7 +129,7 @@ def _complete() -> Schema:
         "createChatCompletion",
         "Answer a conversation, whole or as server-sent events.",
         "ChatCompletion",
-        (400, 401, 404, 408, 413, 429, 500, 503),
+        *(400, 401, 404, 408, 413, 429, 500, 503),
     )
     events = {"type": "string", "description": "`data: ` and a chat.completion.chunk, or [DONE]"}
     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": events}
@@ -59,17 +137,12 @@ def _complete() -> Schema:
     return operation
 
 
-def _operation(name: str, summary: str, schema: str, errors: tuple[int, ...]) -> Schema:
-    """A status that says how long to wait, or how to log in, does so in a header."""
-    headers = {
-        **dict.fromkeys((429, 503), {"Retry-After": {"schema": {"type": "string"}}}),
-        401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
-    }
+def _operation(name: str, summary: str, schema: str, *errors: int) -> Schema:
     refused = {
         str(status): {
             "description": "One sentence that says what is wrong.",
             "content": _json("Error"),
-            **({"headers": headers[status]} if status in headers else {}),
+            **({"headers": {HEADERS[status]: TEXT}} if status in HEADERS else {}),
         }
         for status in errors
     }
@@ -81,123 +154,20 @@ def _json(schema: str) -> Schema:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
-def _object(properties: Schema, *optional: str) -> Schema:
-    """With just these properties, all but the optional ones required."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": [name for name in properties if name not in optional],
-        "additionalProperties": False,
-    }
-
-
-def _or_null(**schema: Any) -> Schema:
-    """What may be left out may also be null."""
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _number(field: str) -> Schema:
-    """The range of one of Sampling's fields."""
-    low, high, inclusive = Sampling.RANGES[field]
-    kind = "integer" if isinstance(low, int) else "number"
-    return {"type": kind, "minimum" if inclusive else "exclusiveMinimum": low, "maximum": high}
-
-
 def _schemas() -> Schema:
-    text, count = {"type": "string"}, {"type": "integer", "minimum": 0}
-    model = _object({"id": text, "object": {"const": "model"}, "created": count, "owned_by": text})
-    models = {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}
-    error = {"message": text, "type": text, "param": {"type": "null"}}
-    return {
-        "Model": model,
-        "Models": _object({"object": {"const": "list"}, "data": models}),
-        "Error": _object({"error": _object({**error, "code": {"type": ["string", "null"]}})}),
-        "ChatRequest": _chat_request(),
-        "ChatCompletion": _chat_completion(text, count),
-    }
-
-
-def _chat_request() -> Schema:
-    part = {
-        "oneOf": [
-            {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-            },
-            {
-                "type": "object",
-                "properties": {
-                    "type": {"const": "image_url"},
-                    "image_url": {
-                        "type": "object",
-                        "properties": {"url": {"type": "string"}},
-                        "required": ["url"],
-                    },
-                },
-                "required": ["type", "image_url"],
-            },
-        ]
-    }
-    message = {
-        "type": "object",
-        "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant"]},
-            "content": {"oneOf": [{"type": "string"}, {"type": "array", "items": part}]},
-        },
-        "required": ["role", "content"],
-    }
-    stop = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
-    switch = "boolean"
-    include = {"include_usage": _or_null(type=switch), "include_obfuscation": {}}
-    properties = {
-        "model": _or_null(type="string"),
-        "messages": {
-            "type": "array",
-            "minItems": 1,
-            "maxItems": MAX_MESSAGES,
-            "items": message,
-        },
-        **{name: _or_null(**_number(field)) for name, field in SAMPLING.items()},
-        "stop": {"anyOf": [stop, {"type": "array", "maxItems": MAX_STOPS, "items": stop}]},
-        "stream": _or_null(type=switch),
-        "stream_options": _or_null(**_object(include, *include)),
-        "logprobs": _or_null(type=switch),
-        **{name: _or_null(enum=allowed) for name, (allowed, _) in ONLY.items()},
-        **{name: {} for name in sorted(IGNORED)},
-    }
-    properties["stop"]["anyOf"].append({"type": "null"})
-    return _object(properties, *(name for name in properties if name != "messages"))
-
-
-def _chat_completion(text: Schema, count: Schema) -> Schema:
-    token = _object(
-        {
-            "token": text,
-            "logprob": {"type": "number"},
-            "bytes": _or_null(type="array", items={"type": "integer"}),
-            "top_logprobs": {"type": "array", "maxItems": 0},
-        }
+    models = (ChatRequest, ChatCompletion, Model, Models, Error)
+    _, found = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
-    logprobs = _object({"content": {"type": "array", "items": token}, "refusal": {"type": "null"}})
-    said = {"role": {"const": "assistant"}, "content": text, "refusal": {"type": "null"}}
-    choice = _object(
-        {
-            "index": {"const": 0},
-            "message": _object(said),
-            "logprobs": _or_null(**logprobs),
-            "finish_reason": {"enum": ["stop", "length"]},
+    return _untitled(found["$defs"])
+
+
+def _untitled(schema: Any) -> Any:
+    """Without the titles that pydantic makes of every field's name."""
+    if isinstance(schema, list):
+        return [_untitled(item) for item in schema]
+    if isinstance(schema, dict):
+        return {
+            k: _untitled(v) for k, v in schema.items() if not (k == "title" and isinstance(v, str))
         }
-    )
-    usage = {name: count for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-    usage["prompt_tokens_details"] = _object({"cached_tokens": count})
-    return _object(
-        {
-            "id": text,
-            "created": count,
-            "model": text,
-            "object": {"const": "chat.completion"},
-            "choices": {"type": "array", "items": choice, "minItems": 1, "maxItems": 1},
-            "usage": _object(usage),
-        }
-    )
+    return schema

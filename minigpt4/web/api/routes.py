@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and GET /v1/models, as OpenAI's clients expect them, and described."""
+"""The routes for programs: OpenAI's endpoints under /v1, health and metrics."""
 
 import asyncio
 import logging
@@ -7,44 +7,61 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from minigpt4.conversation import Answer
 from minigpt4.engine import Engine
 from minigpt4.engine.faults import explain
 from minigpt4.errors import UserError
+from minigpt4.remote.engine import RemoteEngine
 from minigpt4.web.api import openapi
-from minigpt4.web.api.asking import Asking
-from minigpt4.web.api.chat_reply import Reply
-from minigpt4.web.api.chat_request import parse, read_json
-from minigpt4.web.api.errors import error_response, failure, json_response
-from minigpt4.web.api.keys import Keys
+from minigpt4.web.api.access import Keys, read_body
+from minigpt4.web.api.errors import ApiError, json_response
+from minigpt4.web.api.health import Health
+from minigpt4.web.api.metrics import Metrics
+from minigpt4.web.api.reply import ChatService, CompletionReply
+from minigpt4.web.api.schemas import ChatRequest, parse, read_json
+from minigpt4.web.guard.image_url import ImageUrls
 
-BODY_SECONDS = 120  # to send a request
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
-BESIDE_PICTURES = 2**20  # bytes of a request for its text
+CLIENT_GONE = 499  # nginx's status for a client that closed the connection
 
 log = logging.getLogger(__name__)
+
+
+def endpoints(service: ChatService, keys: Keys, max_picture_bytes: int) -> list[BaseRoute]:
+    """Everything programs may ask. These routes come before the page's own, if there is one."""
+    api = Api(service, keys, max_picture_bytes)
+    metrics = Metrics(service.find_engine, api.responses, keys)
+    return [*api.routes, *Health(service.find_engine).routes, *metrics.routes]
+
+
+def application(
+    engine: RemoteEngine, api_key: str = "", image_hosts: str = "", max_upload_mb: int = 20
+) -> Starlette:
+    """The endpoints alone, without a page."""
+    max_bytes = max_upload_mb * 2**20
+    service = ChatService(lambda: engine, ImageUrls(image_hosts.split(","), max_bytes))
+    return Starlette(routes=endpoints(service, Keys(api_key), max_bytes))
 
 
 class Api:
     """The endpoints under /v1.
 
-    max_picture_bytes bounds a request's body: one such picture in base64 and a megabyte of text.
     responses: how many there were, by endpoint and status.
     """
 
-    def __init__(self, asking: Asking, keys: Keys, max_picture_bytes: int) -> None:
-        self._asking, self._keys = asking, keys
-        self._max_body = max_picture_bytes * 4 // 3 + BESIDE_PICTURES
+    def __init__(self, service: ChatService, keys: Keys, max_picture_bytes: int) -> None:
+        self._service, self._keys = service, keys
+        self._max_picture_bytes = max_picture_bytes
         self._started = int(time.time())
         self.responses: Counter[tuple[str, int]] = Counter()
-        # Routes, not a mounted application: that one would not know its own paths behind a proxy
-        # that takes --root-path away before it asks here.
+        # Routes, not a mounted application: a mounted one would not recognise its own paths behind
+        # a proxy that strips --root-path.
         self.routes = [
             self._route("/v1/chat/completions", self._complete, ["POST"]),
             self._route("/v1/models", self._models, ["GET"]),
@@ -65,49 +82,39 @@ class Api:
                 self._keys.check(request)
                 response = await handle(request)
             except ClientDisconnect:
-                response = Response(status_code=499)  # nobody reads it
-            except HTTPException as error:
-                response = self._refusal(error)
+                response = Response(status_code=CLIENT_GONE)
             except UserError as error:
-                response = failure(error)
+                response = ApiError.of(error).response
             except Exception as error:
-                log.exception("while answering a program")
-                response = failure(explain(error))
+                log.exception("A program's request failed.")
+                response = ApiError.of(explain(error)).response
             self.responses[name, response.status_code] += 1
             return response
 
         return Route(path, endpoint, methods=methods)
-
-    def _refusal(self, error: HTTPException) -> Response:
-        codes = {401: "invalid_api_key", 404: "model_not_found", 413: "request_too_large"}
-        return error_response(
-            error.status_code, error.detail, codes.get(error.status_code), error.headers
-        )
 
     async def _other(self, request: Request) -> Response:
         """No endpoint, or not with this method."""
         path = request.path_params.get("other", "")
         method = "POST" if path == "chat/completions" else "GET"
         if path == "chat/completions" or path.partition("/")[0] in ("models", "openapi.json"):
-            sentence = f"This endpoint takes {method} only."
-            return error_response(405, sentence, "wrong_method", {"Allow": method})
-        sentence = "There is no such endpoint: /v1/openapi.json describes those that there are."
-        return error_response(404, sentence, "unknown_endpoint")
+            sentence = f"This endpoint takes {method} only: use that method."
+            raise ApiError(sentence, 405, "wrong_method", headers={"Allow": method})
+        sentence = "There is no such endpoint: /v1/openapi.json lists those that exist."
+        raise ApiError(sentence, 404, "unknown_endpoint")
 
     async def _openapi(self, request: Request) -> Response:
-        return json_response(openapi.description())
-
-    # --- models --------------------------------------------------------------------------------
+        return json_response(await run_in_threadpool(openapi.description))
 
     async def _models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._described(self._asking.engine)]})
+        return json_response({"object": "list", "data": [self._describe(self._service.engine)]})
 
     async def _model(self, request: Request) -> Response:
-        engine = self._asking.engine
+        engine = self._service.engine
         _check_model(request.path_params["name"], engine)
-        return json_response(self._described(engine))
+        return json_response(self._describe(engine))
 
-    def _described(self, engine: Engine) -> dict:
+    def _describe(self, engine: Engine) -> dict:
         return {
             "id": engine.model.config.name,
             "object": "model",
@@ -115,52 +122,32 @@ class Api:
             "owned_by": "minigpt4",
         }
 
-    # --- chat/completions ----------------------------------------------------------------------
-
     async def _complete(self, request: Request) -> Response:
-        engine = self._asking.engine
-        body = await self._body(request)
-        asked = parse(await run_in_threadpool(read_json, body), engine.model.config)
+        engine = self._service.engine
+        body = await read_body(request, self._max_picture_bytes)
+        asked = await run_in_threadpool(_read_request, body)  # JSON of up to 28 MB takes its time
         if asked.model is not None:
             _check_model(asked.model, engine)
-        answer = await self._asking.ask(asked)
-        reply = Reply(engine, answer, asked.logprobs, asked.include_usage)
+        answer = await self._service.ask(asked)
+        reply = CompletionReply(engine, answer, bool(asked.logprobs), asked.include_usage)
         stream = asked.stream
-        del body, asked  # tens of megabytes, perhaps, that the answer does not need
+        del body, asked  # perhaps tens of megabytes, which the answer does not need
         if stream:
             return _Events(reply.events(), answer)
-        gone = asyncio.create_task(_close_when_gone(request, answer))
+        watch = asyncio.create_task(_close_when_gone(request, answer))
         try:
             async for _ in answer:
                 pass
         finally:
-            gone.cancel()
+            watch.cancel()
             answer.close()
         if answer.stop_reason == "closed":
             raise ClientDisconnect
         return json_response(reply.whole())
 
-    async def _body(self, request: Request) -> bytes:
-        body = bytearray()
-        too_large = HTTPException(
-            413, f"The request is larger than {self._max_body / 2**20:.0f} MB: scale pictures down."
-        )
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body:
-            raise too_large
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for piece in request.stream():
-                    body += piece
-                    if len(body) > self._max_body:
-                        raise too_large
-        except TimeoutError:
-            raise HTTPException(408, "The request took too long to arrive.") from None
-        return bytes(body)
-
 
 class _Events(StreamingResponse):
-    """Server-sent events of an answer, which ends when nobody listens any more."""
+    """An answer's server-sent events. The answer ends when the client goes away."""
 
     def __init__(self, events: AsyncIterator[bytes], answer: Answer) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -170,8 +157,12 @@ class _Events(StreamingResponse):
     async def __call__(self, *connection: Any) -> None:
         try:
             await super().__call__(*connection)
-        finally:  # also where it never began
+        finally:  # even where it never began
             self._answer.close()
+
+
+def _read_request(body: bytearray) -> ChatRequest:
+    return parse(read_json(body))
 
 
 async def _close_when_gone(request: Request, answer: Answer) -> None:
@@ -181,6 +172,7 @@ async def _close_when_gone(request: Request, answer: Answer) -> None:
 
 
 def _check_model(name: str, engine: Engine) -> None:
-    known = engine.model.config.name
-    if name != known:
-        raise HTTPException(404, f"There is no such model here: there is “{known}”.")
+    served = engine.model.config.name
+    if name != served:
+        sentence = f"There is no such model here: ask for “{served}”, or leave model out."
+        raise ApiError(sentence, 404, "model_not_found", "model")

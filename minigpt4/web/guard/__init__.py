@@ -1,1 +1,1 @@
-"""Bounds on what visitors send."""
+"""Bounds on what visitors and programs send: size, time, memory, files and addresses."""

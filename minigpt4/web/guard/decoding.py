@@ -1,7 +1,7 @@
-"""Strangers' pictures are opened in processes of their own, whose time and memory have an end.
+"""Opens strangers' pictures in processes of their own, whose time and memory are bounded.
 
-`image.load` refuses what is known to be too much. What it does not foresee takes such a process
-with it, not the server: the file is refused, and the next one gets a new process.
+`image.load` refuses what is known to be too much. Whatever it does not foresee ends such a process,
+not the server: the file is refused, and the next one gets a new process.
 """
 
 import json
@@ -22,19 +22,21 @@ from minigpt4.model.image import Picture
 
 try:
     import resource
-except ImportError:  # Windows has no such limits; those of the clock remain
+except ImportError:  # Windows has no such limits; the clock's remains
     resource = None
 
-CPU_SECONDS = 20  # of one picture; the largest allowed take about two
+CPU_SECONDS = 20  # for one picture; the largest allowed ones take about two
 CLOCK_SECONDS = 120
-MEGABYTES = 1500  # beyond what the process has at its start
+MEGABYTES = 1500  # beyond what the process has when it starts
 
 _ROOT = Path(__file__).resolve().parents[3]
-_HOPELESS = "The picture takes too long, or too much memory, to open: save it anew as JPEG or PNG."
+_Decoded = tuple[int, int, bytes, str]  # width, height, pixels, key
+_HOPELESS = "The picture takes too long, or too much memory, to open: save it as JPEG or PNG."
+_NO_MEMORY = "There is not enough memory to open the picture: try again in a minute."
 
 
 class Decoders:
-    """`count` processes, started when they are needed; they end with this one."""
+    """`count` processes, started when they are needed. They end with this one."""
 
     def __init__(self, count: int = image.DECODED_AT_ONCE, **limits: int) -> None:
         self._free: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
@@ -42,11 +44,11 @@ class Decoders:
             self._free.put(_Decoder(**limits))
 
     def load(self, source: str | os.PathLike | bytes) -> Picture:
-        """As `image.load`; UserError where it would take too long or too much memory, as well."""
+        """As `image.load`. UserError also where opening takes too long or too much memory."""
         try:
             decoder = self._free.get(timeout=image.DECODING_WAIT)
         except queue.Empty:
-            raise UserError(image.BUSY, "queue_full") from None
+            raise UserError(image.BUSY, "queue_full", "pictures_busy") from None
         try:
             return decoder.load(source)
         finally:
@@ -54,7 +56,7 @@ class Decoders:
 
 
 class _Decoder:
-    """One process, and the end of it that is here; one picture at a time."""
+    """One process and this end of its pipes. It opens one picture at a time."""
 
     def __init__(
         self,
@@ -67,16 +69,32 @@ class _Decoder:
         self.process: subprocess.Popen | None = None
 
     def load(self, source: str | os.PathLike | bytes) -> Picture:
-        """UserError where it may not be, or where the process ends over it."""
+        """UserError where the picture is refused, or the process ends over it."""
+        try:
+            reply = self._ask(source)
+        except MemoryError:
+            self._end()
+            raise UserError(_NO_MEMORY, "memory", "pictures_memory") from None
+        except (OSError, EOFError, ValueError, LookupError, TypeError):
+            self._end()
+            raise UserError(_HOPELESS, message_id="picture_hopeless") from None
+        except BaseException:  # Ctrl-C, say
+            self._end()  # its pipes may hold half a picture
+            raise
+        if isinstance(reply, UserError):
+            raise reply
+        return _picture(*reply)
+
+    def _ask(self, source: str | os.PathLike | bytes) -> _Decoded | UserError:
+        """What the process makes of the picture. EOFError and others where its reply is broken."""
         if self.process is None or self.process.poll() is not None:
+            self._end()
             self.process = self._start()
         late = threading.Timer(self._clock_seconds, self.process.kill)
         late.start()
         try:
-            return self._ask(source)
-        except (OSError, EOFError):
-            self._end()
-            raise UserError(_HOPELESS) from None
+            self._send(source)
+            return self._receive()
         finally:
             late.cancel()
 
@@ -91,33 +109,53 @@ class _Decoder:
         )
 
     def _end(self) -> None:
+        if self.process is None:
+            return
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             with suppress(OSError):  # what was not sent is not wanted any more
                 pipe.close()
+        self.process = None
 
-    def _ask(self, source: str | os.PathLike | bytes) -> Picture:
-        to, back = self.process.stdin, self.process.stdout
+    def _send(self, source: str | os.PathLike | bytes) -> None:
+        pipe = self.process.stdin
         if isinstance(source, bytes):
-            asked = {"length": len(source), **self._limits}
+            named, content = {"length": len(source)}, source
         else:
-            asked = {"path": os.path.abspath(source), **self._limits}
-        to.write(json.dumps(asked).encode() + b"\n")
-        if isinstance(source, bytes):
-            to.write(source)
-        to.flush()
-        if not (line := back.readline()):
+            named, content = {"path": os.path.abspath(source)}, b""
+        pipe.write(json.dumps(named | self._limits).encode() + b"\n")
+        pipe.write(content)
+        pipe.flush()
+
+    def _receive(self) -> _Decoded | UserError:
+        pipe = self.process.stdout
+        line = pipe.readline()
+        if not line.endswith(b"\n"):
             raise EOFError
         reply = json.loads(line)
         if "error" in reply:
-            raise UserError(*reply["error"])
+            return UserError(*reply["error"])
         width, height = reply["size"]
-        content = back.read(width * height * 3)
-        if len(content) < width * height * 3:
+        if min(width, height) < 1 or width * height > image.MAX_PIXELS:
+            raise ValueError
+        pixels = pipe.read(width * height * 3)
+        if len(pixels) < width * height * 3:
             raise EOFError
-        image.held.take(width * height)
-        return image.hold(Image.frombytes("RGB", (width, height), content), reply["key"])
+        return width, height, pixels, reply["key"]
+
+
+def _picture(width: int, height: int, pixels: bytes, key: str) -> Picture:
+    """The picture, counted as held until nobody has it."""
+    image.held.take(width * height)
+    try:
+        return image.hold(Image.frombytes("RGB", (width, height), pixels), key)
+    except MemoryError:
+        image.held.give_back(width * height)
+        raise UserError(_NO_MEMORY, "memory", "pictures_memory") from None
+    except BaseException:
+        image.held.give_back(width * height)
+        raise
 
 
 _decoders = Decoders()
@@ -128,7 +166,7 @@ load = _decoders.load
 
 
 def serve() -> None:
-    """Opens what standard input names, until it ends, and writes the pixels to standard output."""
+    """Open what standard input names, until it ends, and write the pixels to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the server
     at_start = _address_space()
     while line := sys.stdin.buffer.readline():
@@ -138,14 +176,15 @@ def serve() -> None:
         try:
             picture = image.load(source)
         except UserError as error:
-            _reply({"error": [str(error), error.kind]})
+            _reply({"error": error.args})
         else:
             _reply({"size": picture.rgb.size, "key": picture.key}, picture.rgb.tobytes())
             del picture
 
 
 def limit(cpu_seconds: int, address_space: int) -> None:
-    """From now on; the system ends the process that needs more time, or gives it no more bytes."""
+    """Bound this process from now on. The system ends it when it takes more processor time, and
+    refuses it further bytes of memory."""
     if resource is None:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -160,7 +199,7 @@ def limit(cpu_seconds: int, address_space: int) -> None:
 
 
 def _address_space() -> int:
-    """Bytes that this process has already."""
+    """Bytes of address space that this process has now."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:

@@ -1,7 +1,9 @@
-"""A message's image_url -> the picture's bytes: `data:` always, the web only from named hosts."""
+"""A message's image_url -> the picture's bytes: any `data:` URL, the web only from named hosts."""
 
 import asyncio
 import base64
+import functools
+import ssl
 import string
 from collections.abc import Collection
 
@@ -10,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
 
-SECONDS = 15  # for all of a remote picture
+SECONDS = 15  # to fetch one picture
 REDIRECTS = 3
 MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
@@ -21,10 +23,10 @@ class TooLarge(UserError):
 
 
 class ImageUrls:
-    """Opens what image_url may hold.
+    """Reads the pictures that messages name.
 
-    hosts: those that pictures may be fetched from, "example.org" (any port) or
-    "example.org:8443"; max_bytes: the largest picture file.
+    hosts: where pictures may be fetched from, as "example.org" (any port) or "example.org:8443";
+    max_bytes: the largest picture file.
     """
 
     def __init__(self, hosts: Collection[str] = (), max_bytes: int = 20 * MEGABYTE) -> None:
@@ -32,7 +34,7 @@ class ImageUrls:
         self.max_bytes = max_bytes
 
     async def read(self, url: str) -> bytes:
-        """The picture file's bytes. UserError where it may not or cannot be had."""
+        """The picture file's bytes. UserError where it is refused or not available."""
         if url[:5].lower() == "data:":
             return await run_in_threadpool(self._decode, url)
         return await self._fetch(url)
@@ -44,7 +46,7 @@ class ImageUrls:
         if len(data) > self.max_bytes * 4 // 3 + 4096:
             raise self._too_large()
         try:
-            # Some break it into lines. Taken apart at its blanks it could be millions of strings.
+            # Some clients break it into lines. Splitting it there could make millions of strings.
             plain = data.encode("ascii").translate(None, BLANKS)
             content = base64.b64decode(plain, validate=True)
         except ValueError:
@@ -54,17 +56,18 @@ class ImageUrls:
         return content
 
     async def _fetch(self, url: str) -> bytes:
-        """Redirects are followed while they stay with allowed hosts."""
+        """Follow redirects while they stay with allowed hosts."""
+        tls = await run_in_threadpool(_tls)
         try:
             async with (
                 asyncio.timeout(SECONDS),
-                # Neither proxies nor passwords of the machine's owner are a stranger's to use.
-                httpx.AsyncClient(trust_env=False, follow_redirects=False) as client,
+                # trust_env: a stranger must not use the operator's proxies or passwords.
+                httpx.AsyncClient(verify=tls, trust_env=False, follow_redirects=False) as client,
             ):
                 address = httpx.URL(url)
                 for _ in range(REDIRECTS + 1):
                     self._check(address)
-                    # Unpacked here, a small answer could be a bomb.
+                    # Uncompressed: a small compressed answer could unpack to gigabytes.
                     plain = {"Accept-Encoding": "identity"}
                     async with client.stream("GET", address, headers=plain) as response:
                         if not response.has_redirect_location:
@@ -73,23 +76,26 @@ class ImageUrls:
         except (httpx.InvalidURL, UnicodeError):
             raise UserError("The image_url cannot be read: check its spelling.") from None
         except (TimeoutError, httpx.HTTPError, OSError):
-            raise UserError("The picture could not be fetched from its address.") from None
-        raise UserError("The picture's address redirects too often.")
+            raise UserError(
+                "The picture could not be fetched: check its address, or send a data: URL."
+            ) from None
+        raise UserError("The picture's address redirects too often: send a data: URL.")
 
     async def _body(self, response: httpx.Response) -> bytes:
         if response.status_code != 200:
             raise UserError(
-                f"The picture could not be fetched: its host answered {response.status_code}."
+                "The picture could not be fetched: check its address, for which the host answered "
+                f"{response.status_code}."
             )
         content = bytearray()
-        async for piece in response.aiter_raw(65536):
-            content += piece
+        async for chunk in response.aiter_raw(65536):
+            content += chunk
             if len(content) > self.max_bytes:
                 raise self._too_large()
         return bytes(content)
 
     def _check(self, address: httpx.URL) -> None:
-        """May this be asked for at all? The URL is httpx's own reading of it, which it asks."""
+        """UserError unless the address is allowed. httpx asks exactly the URL checked here."""
         if address.scheme not in ("http", "https"):
             raise UserError("An image_url must begin with data:, http:// or https://.")
         if not self.hosts:
@@ -107,3 +113,9 @@ class ImageUrls:
         return TooLarge(
             f"The picture's file is larger than {self.max_bytes / MEGABYTE:g} MB: scale it down."
         )
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Made once, and not on the event loop: it reads every certificate authority."""
+    return httpx.create_ssl_context(trust_env=False)

@@ -1,17 +1,34 @@
-"""Which files a visitor may name: those that were uploaded, or shown, and no other of this machine.
+"""Uploaded files: which of them a visitor may name, and when they are deleted.
 
-Gradio looks at most of what comes in, and lets the current folder and all temporary files out.
+Gradio checks most of what comes in, but allows the current folder and all temporary files. Its
+`delete_cache`, which `sweeping` replaces, knows nothing of uploads that were cut off or that a
+killed process left behind, and stops for good when a file arrives while it looks (gradio 6.31:
+"Set changed size during iteration").
 """
 
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from gradio.utils import get_upload_folder
 
 from minigpt4.errors import UserError
 
+EVERY_SECONDS = 60
+CUT_SECONDS = 600  # no upload takes as long (limits.BODY_SECONDS)
+KEPT_SECONDS = 24 * 3600  # conversations and uploaded files of visitors who have gone quiet
+
+log = logging.getLogger(__name__)
+
 
 def uploaded(path: object) -> str:
-    """The path. UserError where it is no file in the folder of uploads."""
+    """The path. UserError where it is not a file in the folder of uploads."""
     folder = Path(get_upload_folder()).resolve()
     try:
         file = Path(path).resolve() if isinstance(path, str) else None
@@ -19,4 +36,67 @@ def uploaded(path: object) -> str:
             return path
     except (OSError, ValueError):  # too long, or with a NUL
         pass
-    raise UserError("This file is not an uploaded one: upload it again.")
+    raise UserError("This file was not uploaded here: upload it again.", message_id="not_uploaded")
+
+
+def sweep(folder: Path, kept: Collection[str] = ()) -> None:
+    """Delete files that were not written to for `KEPT_SECONDS`, and interrupted uploads sooner.
+
+    Files in `kept` stay, and get a fresh date so that other processes keep them, too.
+    """
+    now = time.time()
+    for path in kept:
+        os.utime(path)
+    # Not Path.rglob, which raises where a folder disappears meanwhile.
+    for path in [Path(root, name) for root, _, names in os.walk(folder) for name in names]:
+        with contextlib.suppress(OSError):  # somebody else deleted it
+            cut = path.parent == folder and path.name.startswith("tmp")
+            if now - path.stat().st_mtime > (CUT_SECONDS if cut else KEPT_SECONDS):
+                _delete(path, folder)
+
+
+@asynccontextmanager
+async def sweeping(
+    app: Any, kept: Callable[[Path], Collection[str]] = lambda folder: ()
+) -> AsyncIterator[None]:
+    """A lifespan: sweep every minute while the server runs; at its end, delete its own uploads.
+
+    kept: the files of a folder that must stay, such as the examples' pictures.
+    """
+    folder = Path(get_upload_folder())
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    async def repeat() -> None:
+        while True:
+            try:
+                await asyncio.to_thread(lambda: sweep(folder, kept(folder)))
+                await _forget_deleted(app.get_blocks())
+            except Exception:  # the next attempt may succeed; without any the disk would fill
+                log.exception("Old uploads could not be deleted.")
+            await asyncio.sleep(EVERY_SECONDS)
+
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        shown = set().union(*app.get_blocks().temp_file_sets)
+        for path in shown - set(kept(folder)):  # another page may show these
+            with contextlib.suppress(OSError):
+                _delete(Path(path), folder)
+
+
+async def _forget_deleted(page: Any) -> None:
+    """Gradio keeps sets of what was uploaded; they must not grow for ever."""
+    for files in page.temp_file_sets:
+        files -= await asyncio.to_thread(_missing, list(files))
+
+
+def _missing(paths: list[str]) -> set[str]:
+    return {path for path in paths if not os.path.exists(path)}
+
+
+def _delete(path: Path, folder: Path) -> None:
+    path.unlink()
+    if path.parent != folder:
+        path.parent.rmdir()  # OSError where there is more in it

@@ -1,4 +1,4 @@
-"""/chat: the page's one endpoint for gradio's clients. Everything else of the page is private."""
+"""/chat: the page's only endpoint for gradio_client. The page's other events are private."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,18 +8,18 @@ import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
-from minigpt4.web.api.asking import Asking
-from minigpt4.web.api.chat_request import parse
+from minigpt4.web.api.reply import ChatService
+from minigpt4.web.api.schemas import parse
 from minigpt4.web.guard.uploads import uploaded
 
 DESCRIPTION = (
-    "Ask about a picture. history: messages {role, content} before this one, as OpenAI's API has "
-    "them; settings left out are the model's own. Streams the answer so far; the last is whole."
+    "Ask about a picture. history: earlier messages {role, content}, as in OpenAI's API. A setting "
+    "that is left out is the model's default. Streams the answer so far; the last item is complete."
 )
 
 
-def add_chat_endpoint(asking: Asking) -> None:
-    """Add /chat to the page that is being built."""
+def add_chat_endpoint(service: ChatService) -> None:
+    """Add /chat to the page being built; called inside `gr.Blocks`."""
 
     async def chat(
         message: str,
@@ -44,8 +44,8 @@ def add_chat_endpoint(asking: Asking) -> None:
         answer = None
         try:
             body = {"messages": _messages(message, history, system), **settings}
-            asked = parse(body, asking.engine.model.config)
-            answer = await asking.ask(asked, await _files(image))
+            request = await run_in_threadpool(parse, body)
+            answer = await service.ask(request, await run_in_threadpool(_files, image))
             async for _ in answer:
                 yield answer.text
             if not answer.text:
@@ -60,15 +60,15 @@ def add_chat_endpoint(asking: Asking) -> None:
 
 
 def _messages(message: Any, history: Any, system: Any) -> list:
-    """As OpenAI's API has them; `parse` checks them."""
+    """In the form of OpenAI's API, which `parse` checks."""
     if not isinstance(history or [], list):
         raise UserError("history must be a list of messages.")
     first = [{"role": "system", "content": system}] if system else []
     return [*first, *(history or []), {"role": "user", "content": message}]
 
 
-async def _files(image: Any) -> list[bytes]:
-    """The content of the uploaded file; of no other file of this machine."""
+def _files(image: Any) -> list[bytes]:
+    """The content of the uploaded file; UserError for any other file of this machine."""
     if image is None:
         return []
     path = image.get("path") if isinstance(image, dict) else getattr(image, "path", None)
@@ -77,4 +77,4 @@ async def _files(image: Any) -> list[bytes]:
     except UserError:
         sentence = "image must be an uploaded file: use gradio_client's handle_file."
         raise UserError(sentence) from None
-    return [await run_in_threadpool(file.read_bytes)]
+    return [file.read_bytes()]

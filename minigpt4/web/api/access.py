@@ -1,0 +1,62 @@
+"""What a request must have before it is looked at: the key, and a body of bounded size and time."""
+
+import asyncio
+import hmac
+
+from starlette.requests import Request
+
+from minigpt4.web.api.errors import ApiError
+
+BODY_SECONDS = 120  # to send a request
+TEXT_BYTES = 2**20  # of a request, beside its picture
+
+
+class Keys:
+    """Who may use the API and read the metrics.
+
+    key: what programs must send. "" lets everybody in, unless the page has a password: then the
+    API is closed until it has a key, because it would be a way around the password.
+    """
+
+    def __init__(self, key: str = "", page_has_password: bool = False) -> None:
+        self._key = key.encode()
+        self._closed = page_has_password and not key
+
+    def check(self, request: Request) -> None:
+        """ApiError 401 without the key."""
+        if self._closed:
+            raise self._unauthorized("The API is closed: its operator must set an API key.")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Compared in constant time: how long it takes tells nothing about the key.
+        matches = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+        if self._key and not (matches and scheme.lower() == "bearer"):
+            sentence = "The API key is missing or wrong: send “Authorization: Bearer KEY”."
+            raise self._unauthorized(sentence)
+
+    @staticmethod
+    def _unauthorized(sentence: str) -> ApiError:
+        headers = {"WWW-Authenticate": "Bearer"}
+        return ApiError(sentence, 401, "invalid_api_key", headers=headers)
+
+
+async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
+    """The whole body. It may hold one picture of that size in base64, and a megabyte of text.
+
+    ApiError 413 where it is larger, 408 where it takes more than `BODY_SECONDS`.
+    """
+    limit = max_picture_bytes * 4 // 3 + TEXT_BYTES
+    sentence = f"The request is larger than {limit / 2**20:.0f} MB: scale pictures down."
+    too_large = ApiError(sentence, 413, "request_too_large")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError("The request took too long to arrive: send it again.", 408) from None
+    return body

@@ -1,0 +1,302 @@
+"""What POST /v1/chat/completions takes: one source for parsing, error messages and OpenAPI.
+
+`parse` turns a body into a `ChatRequest`, or raises an `ApiError` whose sentence names the field.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from minigpt4.config import ModelConfig
+from minigpt4.engine import Sampling
+from minigpt4.errors import UserError
+from minigpt4.start import default_sampling
+from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.guard.limits import FILES_AT_ONCE
+
+MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 200
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON escapes it
+# pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
+# field has a description, that is the end.
+SENTENCES = {
+    "missing": "is missing: add it.",
+    "string_type": "must be a string.",
+    "bool_type": "must be true or false.",
+    "list_type": "must be a list.",
+    "too_short": "must hold at least {min_length} item.",
+    "too_long": "must hold at most {max_length} items.",
+    "model_type": "must be an object.",
+    "part": 'must be {{"type": "text", "text": …}} or '
+    '{{"type": "image_url", "image_url": {{"url": …}}}}.',
+}
+
+
+class Object(BaseModel):
+    """A JSON object; fields that it does not know are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class TextPart(Object):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Object):
+    url: str
+
+
+class ImagePart(Object):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _part_tag(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"<{kind}>" if kind in ("text", "image_url") else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Discriminator(_part_tag, custom_error_type="part", custom_error_message="another part"),
+]
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _number(name: str) -> Any:
+    """A field with the range of one of Sampling's."""
+    low, high, inclusive = Sampling.RANGES[name]
+    kind = "an integer" if isinstance(low, int) else "a number"
+    sentence = f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}."
+    return Field(**{"ge" if inclusive else "gt": low, "le": high}, description=sentence)
+
+
+def _only(sentence: str, **constraints: Any) -> Any:
+    """A field that is accepted while it asks for nothing."""
+    return Field(description=sentence, **constraints)
+
+
+EMPTY = _only("is not supported: leave it out.", max_length=0)
+NO_PENALTY = _only("is not supported: use repetition_penalty.", ge=0, le=0)
+NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
+
+
+class Message(Object):
+    """One message of a conversation. `content` is a string, or parts in their order."""
+
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        Field(description="must be system, developer, user or assistant."),
+    ]
+    content: Annotated[
+        list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])
+    ]
+    tool_calls: Annotated[list | None, EMPTY] = None
+    function_call: Annotated[dict | None, EMPTY] = None
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[tuple[int, str]]:
+        """(place in `content`, URL) of each picture."""
+        parts = enumerate(self.content)
+        return [(i, part.image_url.url) for i, part in parts if isinstance(part, ImagePart)]
+
+    @property
+    def is_system(self) -> bool:
+        return self.role in ("system", "developer")
+
+
+class StreamOptions(Object):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: Any = None  # changes nothing here
+
+
+class TextFormat(Object):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+class ChatRequest(Object):
+    """The body. A setting that is left out, or null, is the model's default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    temperature: Annotated[float | None, _number("temperature")] = None
+    top_p: Annotated[float | None, _number("top_p")] = None
+    top_k: Annotated[int | None, _number("top_k")] = None
+    min_p: Annotated[float | None, _number("min_p")] = None
+    repetition_penalty: Annotated[float | None, _number("repetition_penalty")] = None
+    num_beams: Annotated[int | None, _number("num_beams")] = None
+    seed: Annotated[int | None, _number("seed")] = None
+    max_tokens: Annotated[int | None, _number("max_new_tokens")] = None
+    max_completion_tokens: Annotated[int | None, _number("max_new_tokens")] = None
+    stop: Annotated[
+        Stops | None,
+        BeforeValidator(_as_list, json_schema_input_type=Stop | Stops | None),
+        Field(
+            description=f"must be a string of 1 to {MAX_STOP_CHARACTERS} characters, or a list of "
+            f"up to {MAX_STOPS} of them."
+        ),
+    ] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    # Accepted while they ask for nothing.
+    n: Annotated[int | None, _only("must be 1: ask again for another answer.", ge=1, le=1)] = None
+    top_logprobs: Annotated[
+        int | None, _only("must be 0: only the chosen token's logprob is known.", ge=0, le=0)
+    ] = None
+    presence_penalty: Annotated[float | None, NO_PENALTY] = None
+    frequency_penalty: Annotated[float | None, NO_PENALTY] = None
+    logit_bias: Annotated[dict | None, EMPTY] = None
+    tools: Annotated[list | None, EMPTY] = None
+    functions: Annotated[list | None, EMPTY] = None
+    tool_choice: NoTool = None
+    function_call: NoTool = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[TextFormat | None, _only('must be {"type": "text"}.')] = None
+    modalities: Annotated[
+        list[Literal["text"]] | None, _only('must be ["text"].', min_length=1, max_length=1)
+    ] = None
+    # Accepted and not read: they change no answer here.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        if self.logprobs and (self.num_beams or 1) > 1:
+            _refuse("logprobs are not available with beam search: set num_beams to 1.", "logprobs")
+        _check_conversation(self.messages)
+        return self
+
+    @property
+    def system(self) -> str | None:
+        """The system messages; None: the model's own system text."""
+        texts = [message.text for message in self.messages if message.is_system]
+        return "\n".join(texts) if texts else None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, config: ModelConfig) -> Sampling:
+        """The settings, over the model's defaults."""
+        given = {name: getattr(self, name, None) for name in Sampling.RANGES}
+        # The newer name wins.
+        given["max_new_tokens"] = self.max_completion_tokens or self.max_tokens
+        try:
+            return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
+        except UserError as error:  # the ranges are checked: what remains is too low a temperature
+            raise ApiError.of(error, "temperature") from None
+
+
+def _check_conversation(messages: Sequence[Message]) -> None:
+    """ApiError where the messages do not make a conversation, or are too much of one."""
+    spoken = []
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        if message.images and message.role != "user":
+            _refuse(f"{where}: only a user's message may hold pictures.", f"{where}.content")
+        if message.is_system:
+            if spoken:
+                _refuse(f"{where}: put system messages before all others.", f"{where}.role")
+            continue
+        if message.role == "user" and not message.text.strip() and not message.images:
+            _refuse(f"{where} is empty: write a question.", f"{where}.content")
+        spoken.append(message)
+    if not spoken or spoken[0].role != "user" or spoken[-1].role != "user":
+        _refuse("The first and the last message, system messages aside, must be a user's.")
+    if sum(len(message.images) for message in spoken) > FILES_AT_ONCE:
+        _refuse(f"A conversation may hold at most {FILES_AT_ONCE} pictures: leave some out.")
+    if sum(len(message.text) for message in messages) > MAX_CHARACTERS:
+        sentence = f"The conversation has more than {MAX_CHARACTERS} characters: shorten it."
+        _refuse(sentence, code="context_length_exceeded")
+
+
+def _refuse(sentence: str, param: str = "messages", code: str | None = None) -> NoReturn:
+    raise ApiError(sentence, 400, code, param)
+
+
+def read_json(body: bytes | bytearray) -> dict:
+    """The body's JSON object, with "?" for each lone surrogate."""
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+        if SURROGATE.search(body):  # pydantic and UTF-8 cannot hold lone ones
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        raise ApiError("The body must be JSON, and not deeply nested.") from None
+    if not isinstance(value, dict):
+        raise ApiError("The body must be a JSON object.")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are not JSON
+
+
+def parse(body: dict) -> ChatRequest:
+    """Check the body's fields. ApiError about the first one that is wrong."""
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise _explained(error) from None
+
+
+def _explained(error: ValidationError) -> ApiError:
+    """The first thing that pydantic refuses, in our words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, location, path = first["type"], first["loc"], json_path(first["loc"])
+    if kind == "extra_forbidden":
+        return ApiError(f"There is no field “{path}”: leave it out.", param=path)
+    if described := _description(location):
+        return ApiError(described, param=path)
+    if kind == "list_type" and location[-1] == "content":
+        return ApiError(f"{path} must be a string or a list of parts.", param=path)
+    end = SENTENCES.get(kind, "has a wrong value.").format(**first.get("ctx", {}))
+    return ApiError(f"{path} {end}", param=path)
+
+
+def _description(location: tuple[int | str, ...]) -> str | None:
+    """The sentence of a field that has a description."""
+    place = 2 if location[0] == "messages" and len(location) > 2 else 0
+    fields = (Message if place else ChatRequest).model_fields
+    field = fields.get(str(location[place]))
+    path = json_path(location[: place + 1])
+    return f"{path} {field.description}" if field and field.description else None
