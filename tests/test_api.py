@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from minigpt4 import conversation
 from minigpt4.web.api import routes
@@ -298,6 +299,25 @@ def test_every_error_of_pydantic_has_a_sentence_of_ours():
             except ApiError as error:
                 assert "wrong value" not in str(error), (path, value)
                 assert not re.search("Input|valid|pydantic", str(error)), (path, value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        says([{}] * 10_000),
+        {"messages": [{}] * 1000},
+        {"messages": HELLO, "stop": [1] * 10_000},
+        {"messages": HELLO} | {f"field {n}": 1 for n in range(10_000)},
+        {"messages": HELLO, "stream_options": {f"field {n}": 1 for n in range(10_000)}},
+        {"messages": HELLO, "modalities": [1] * 10_000},
+    ],
+    ids=["parts", "messages", "stops", "fields", "options", "modalities"],
+)
+def test_a_request_with_thousands_of_mistakes_is_refused_at_the_first_ones(body):
+    """An object for each of millions of mistakes would take gigabytes."""
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest.model_validate(body)
+    assert refused.value.error_count() < 10
 
 
 def paths(value, path=()) -> list[tuple]:
