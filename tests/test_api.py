@@ -233,7 +233,6 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "stop", "stop must be a string of 1 to", {"stop": 3}),
         (400, "stop[1]", "stop must be a string of 1 to", {"stop": ["a", ""]}),
         (400, "stop[0]", "1 to 200 characters", {"stop": "a" * 201}),
-        (400, "stop[0]", "stop must be", {"stop": "\ud800"}),
         (400, "stream", "stream must be true or false", {"stream": "yes"}),
         (400, "stream_options.colour", "no field", {"stream_options": {"colour": "red"}}),
         (400, "presence_penalty", "repetition_penalty", {"presence_penalty": 0.5}),
@@ -350,7 +349,9 @@ NUMBERS = [
 @pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
 def test_numbers_that_no_float_holds(address, sign, digits):
     fields = {name: f'"{name}": {sign}{digits}' for name in NUMBERS}
-    fields["include_usage"] = f'"stream_options": {{"include_usage": {sign}{digits}}}'
+    fields["stream_options.include_usage"] = (
+        f'"stream_options": {{"include_usage": {sign}{digits}}}'
+    )
     for name, field in fields.items():
         response = post(address, f'{{"messages": {json.dumps(HELLO)}, {field}}}'.encode())
         assert response.status_code == 400, name

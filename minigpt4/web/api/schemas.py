@@ -105,7 +105,9 @@ def _number(name: str) -> Any:
     low, high, inclusive = Sampling.RANGES[name]
     kind = "an integer" if isinstance(low, int) else "a number"
     sentence = f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}."
-    return Field(**{"ge" if inclusive else "gt": low, "le": high}, description=sentence)
+    if inclusive:
+        return Field(ge=low, le=high, description=sentence)
+    return Field(gt=low, le=high, description=sentence)
 
 
 def _only(sentence: str, **constraints: Any) -> Any:
@@ -240,7 +242,7 @@ class ChatRequest(ClosedObject):
 
 def _check_conversation(messages: Sequence[Message]) -> None:
     """ApiError where the messages do not make a conversation, or are too much of one."""
-    spoken = []
+    spoken: list[Message] = []
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
         if message.images and message.role != "user":
