@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from minigpt4 import conversation
 from minigpt4.web.api import routes
@@ -232,7 +233,6 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "stop", "stop must be a string of 1 to", {"stop": 3}),
         (400, "stop[1]", "stop must be a string of 1 to", {"stop": ["a", ""]}),
         (400, "stop[0]", "1 to 200 characters", {"stop": "a" * 201}),
-        (400, "stop[0]", "stop must be", {"stop": "\ud800"}),
         (400, "stream", "stream must be true or false", {"stream": "yes"}),
         (400, "stream_options.colour", "no field", {"stream_options": {"colour": "red"}}),
         (400, "presence_penalty", "repetition_penalty", {"presence_penalty": 0.5}),
@@ -300,6 +300,25 @@ def test_every_error_of_pydantic_has_a_sentence_of_ours():
                 assert not re.search("Input|valid|pydantic", str(error)), (path, value)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        says([{}] * 10_000),
+        {"messages": [{}] * 1000},
+        {"messages": HELLO, "stop": [1] * 10_000},
+        {"messages": HELLO} | {f"field {n}": 1 for n in range(10_000)},
+        {"messages": HELLO, "stream_options": {f"field {n}": 1 for n in range(10_000)}},
+        {"messages": HELLO, "modalities": [1] * 10_000},
+    ],
+    ids=["parts", "messages", "stops", "fields", "options", "modalities"],
+)
+def test_a_request_with_thousands_of_mistakes_is_refused_at_the_first_ones(body):
+    """An object for each of millions of mistakes would take gigabytes."""
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
 def paths(value, path=()) -> list[tuple]:
     """Where everything in JSON data stands."""
     if not isinstance(value, dict | list):
@@ -330,7 +349,9 @@ NUMBERS = [
 @pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
 def test_numbers_that_no_float_holds(address, sign, digits):
     fields = {name: f'"{name}": {sign}{digits}' for name in NUMBERS}
-    fields["include_usage"] = f'"stream_options": {{"include_usage": {sign}{digits}}}'
+    fields["stream_options.include_usage"] = (
+        f'"stream_options": {{"include_usage": {sign}{digits}}}'
+    )
     for name, field in fields.items():
         response = post(address, f'{{"messages": {json.dumps(HELLO)}, {field}}}'.encode())
         assert response.status_code == 400, name

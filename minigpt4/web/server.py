@@ -16,10 +16,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute
 
-from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.web.api.access import Keys
-from minigpt4.web.api.reply import ChatService
+from minigpt4.web.api.reply import AnyEngine, ChatService
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls
@@ -73,7 +72,7 @@ class Server:
     """
 
     def __init__(
-        self, find_engine: Callable[[], Engine | None], options: argparse.Namespace
+        self, find_engine: Callable[[], AnyEngine | None], options: argparse.Namespace
     ) -> None:
         self._find_engine, self._options = find_engine, options
         self._auth = _user_and_password(options.auth)

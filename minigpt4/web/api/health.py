@@ -9,8 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from minigpt4.engine import Engine
-from minigpt4.web.api.reply import LOADING
+from minigpt4.web.api.reply import LOADING, AnyEngine
 
 PROBE_SECONDS = 10.0
 FRESH_SECONDS = 1.0  # a younger result is given again
@@ -21,7 +20,7 @@ class Health:
     """find_engine: the engine, None while it is loading."""
 
     def __init__(
-        self, find_engine: Callable[[], Engine | None], probe_seconds: float = PROBE_SECONDS
+        self, find_engine: Callable[[], AnyEngine | None], probe_seconds: float = PROBE_SECONDS
     ) -> None:
         self._find_engine, self._probe_seconds = find_engine, probe_seconds
         self._probe: asyncio.Task | None = None
@@ -42,7 +41,7 @@ class Health:
         ready = await asyncio.shield(self._probe)
         return PlainTextResponse("ready\n") if ready else _unready(engine.fault or NO_TOKEN)
 
-    async def _ask_for_token(self, engine: Engine) -> bool:
+    async def _ask_for_token(self, engine: AnyEngine) -> bool:
         """True if any request gets a token: when the engine is full, the probe itself waits."""
         before = engine.totals.tokens
         try:

@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from minigpt4.engine import Engine
 from minigpt4.engine.totals import Histogram
 from minigpt4.errors import Kind
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.reply import AnyEngine
 
 
 class Metrics(Collector):
@@ -29,7 +29,7 @@ class Metrics(Collector):
 
     def __init__(
         self,
-        find_engine: Callable[[], Engine | None],
+        find_engine: Callable[[], AnyEngine | None],
         responses: Mapping[tuple[str, int], int],
         keys: Keys,
     ) -> None:
@@ -65,7 +65,7 @@ class Metrics(Collector):
             yield from _of_engine(engine)
 
 
-def _of_engine(engine: Engine) -> Iterator[Metric]:
+def _of_engine(engine: AnyEngine) -> Iterator[Metric]:
     totals = engine.totals
     for name, text, value in (
         ("requests", "Answers asked for, by the page and by programs.", totals.requests),

@@ -15,6 +15,7 @@ from minigpt4.engine import Engine
 from minigpt4.engine.faults import explain
 from minigpt4.errors import UserError
 from minigpt4.model.image import MAX_PIXELS, Picture
+from minigpt4.remote.engine import RemoteEngine
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.openapi import ChatCompletion
 from minigpt4.web.api.schemas import ChatRequest, Message
@@ -23,6 +24,7 @@ from minigpt4.web.guard.image_url import ImageUrls
 
 OPENED_AT_ONCE = 2  # decoding one picture may take hundreds of megabytes
 MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
+AnyEngine = Engine | RemoteEngine
 LOADING = "The model is still loading: try again in a minute."
 HEARTBEAT_SECONDS = 15.0  # proxies close connections on which nothing arrives for a minute
 HEARTBEAT = b": waiting\n\n"  # a comment, which clients skip
@@ -36,13 +38,13 @@ class ChatService:
     find_engine: the engine, None while it is loading.
     """
 
-    def __init__(self, find_engine: Callable[[], Engine | None], image_urls: ImageUrls) -> None:
+    def __init__(self, find_engine: Callable[[], AnyEngine | None], image_urls: ImageUrls) -> None:
         self.find_engine = find_engine
         self.image_urls = image_urls
         self._opening = asyncio.Semaphore(OPENED_AT_ONCE)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> AnyEngine:
         """UserError while it is loading."""
         engine = self.find_engine()
         if engine is None:
@@ -108,7 +110,9 @@ class ChatService:
 class CompletionReply:
     """An answer as OpenAI's chat.completion; logprobs, include_usage: whether to report them."""
 
-    def __init__(self, engine: Engine, answer: Answer, logprobs: bool, include_usage: bool) -> None:
+    def __init__(
+        self, engine: AnyEngine, answer: Answer, logprobs: bool, include_usage: bool
+    ) -> None:
         self._decode = engine.model.tokenizer.decode
         self._answer = answer
         self._with_logprobs, self._with_usage = logprobs, include_usage

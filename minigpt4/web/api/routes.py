@@ -14,7 +14,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from minigpt4.conversation import Answer
-from minigpt4.engine import Engine
 from minigpt4.engine.faults import explain
 from minigpt4.errors import UserError
 from minigpt4.remote.engine import RemoteEngine
@@ -23,7 +22,7 @@ from minigpt4.web.api.access import Keys, read_body
 from minigpt4.web.api.errors import ApiError, json_response
 from minigpt4.web.api.health import Health
 from minigpt4.web.api.metrics import Metrics
-from minigpt4.web.api.reply import ChatService, CompletionReply
+from minigpt4.web.api.reply import AnyEngine, ChatService, CompletionReply
 from minigpt4.web.api.schemas import ChatRequest, parse, read_json
 from minigpt4.web.guard.image_url import ImageUrls
 
@@ -114,7 +113,7 @@ class Api:
         _check_model(request.path_params["name"], engine)
         return json_response(self._describe(engine))
 
-    def _describe(self, engine: Engine) -> dict:
+    def _describe(self, engine: AnyEngine) -> dict:
         return {
             "id": engine.model.config.name,
             "object": "model",
@@ -171,7 +170,7 @@ async def _close_when_gone(request: Request, answer: Answer) -> None:
     answer.close()
 
 
-def _check_model(name: str, engine: Engine) -> None:
+def _check_model(name: str, engine: AnyEngine) -> None:
     served = engine.model.config.name
     if name != served:
         sentence = f"There is no such model here: ask for “{served}”, or leave model out."

@@ -13,11 +13,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Discriminator,
+    FailFast,
     Field,
     Tag,
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from minigpt4.config import ModelConfig
 from minigpt4.engine import Sampling
@@ -48,6 +50,21 @@ class Object(BaseModel):
     """A JSON object; fields that it does not know are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
+
+
+class ClosedObject(Object):
+    """A JSON object that refuses fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        """Stops at the first one: pydantic would list them all, however many there are."""
+        for name in data if isinstance(data, dict) else ():
+            if name not in cls.model_fields:
+                raise PydanticCustomError("unknown_field", "{name}", {"name": name})
+        return data
 
 
 class TextPart(Object):
@@ -88,7 +105,9 @@ def _number(name: str) -> Any:
     low, high, inclusive = Sampling.RANGES[name]
     kind = "an integer" if isinstance(low, int) else "a number"
     sentence = f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}."
-    return Field(**{"ge" if inclusive else "gt": low, "le": high}, description=sentence)
+    if inclusive:
+        return Field(ge=low, le=high, description=sentence)
+    return Field(gt=low, le=high, description=sentence)
 
 
 def _only(sentence: str, **constraints: Any) -> Any:
@@ -109,7 +128,7 @@ class Message(Object):
         Field(description="must be system, developer, user or assistant."),
     ]
     content: Annotated[
-        list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])
+        list[Part], FailFast(), BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])
     ]
     tool_calls: Annotated[list | None, EMPTY] = None
     function_call: Annotated[dict | None, EMPTY] = None
@@ -129,16 +148,12 @@ class Message(Object):
         return self.role in ("system", "developer")
 
 
-class StreamOptions(Object):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(ClosedObject):
     include_usage: bool | None = None
     include_obfuscation: Any = None  # changes nothing here
 
 
-class TextFormat(Object):
-    model_config = ConfigDict(extra="forbid")
-
+class TextFormat(ClosedObject):
     type: Literal["text"]
 
 
@@ -146,13 +161,11 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
-class ChatRequest(Object):
+class ChatRequest(ClosedObject):
     """The body. A setting that is left out, or null, is the model's default."""
 
-    model_config = ConfigDict(extra="forbid")
-
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
     temperature: Annotated[float | None, _number("temperature")] = None
     top_p: Annotated[float | None, _number("top_p")] = None
     top_k: Annotated[int | None, _number("top_k")] = None
@@ -229,7 +242,7 @@ class ChatRequest(Object):
 
 def _check_conversation(messages: Sequence[Message]) -> None:
     """ApiError where the messages do not make a conversation, or are too much of one."""
-    spoken = []
+    spoken: list[Message] = []
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
         if message.images and message.role != "user":
@@ -283,7 +296,8 @@ def _explained(error: ValidationError) -> ApiError:
     """The first thing that pydantic refuses, in our words."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind, location, path = first["type"], first["loc"], json_path(first["loc"])
-    if kind == "extra_forbidden":
+    if kind == "unknown_field":
+        path = json_path((*location, first["ctx"]["name"]))
         return ApiError(f"There is no field “{path}”: leave it out.", param=path)
     if described := _description(location):
         return ApiError(described, param=path)
@@ -295,6 +309,8 @@ def _explained(error: ValidationError) -> ApiError:
 
 def _description(location: tuple[int | str, ...]) -> str | None:
     """The sentence of a field that has a description."""
+    if not location:
+        return None
     place = 2 if location[0] == "messages" and len(location) > 2 else 0
     fields = (Message if place else ChatRequest).model_fields
     field = fields.get(str(location[place]))

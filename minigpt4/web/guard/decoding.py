@@ -13,6 +13,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any, cast
 
 from PIL import Image
 
@@ -23,7 +24,7 @@ from minigpt4.model.image import Picture
 try:
     import resource
 except ImportError:  # Windows has no such limits; the clock's remains
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 CPU_SECONDS = 20  # for one picture; the largest allowed ones take about two
 CLOCK_SECONDS = 120
@@ -64,7 +65,7 @@ class _Decoder:
         clock_seconds: float = CLOCK_SECONDS,
         megabytes: int = MEGABYTES,
     ) -> None:
-        self._limits = {"cpu_seconds": cpu_seconds, "megabytes": megabytes}
+        self._limits: dict[str, Any] = {"cpu_seconds": cpu_seconds, "megabytes": megabytes}
         self._clock_seconds = clock_seconds
         self.process: subprocess.Popen | None = None
 
@@ -92,9 +93,10 @@ class _Decoder:
             self.process = self._start()
         late = threading.Timer(self._clock_seconds, self.process.kill)
         late.start()
+        to, back = _pipes(self.process)
         try:
-            self._send(source)
-            return self._receive()
+            self._send(to, source)
+            return self._receive(back)
         finally:
             late.cancel()
 
@@ -113,23 +115,21 @@ class _Decoder:
             return
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in _pipes(self.process):
             with suppress(OSError):  # what was not sent is not wanted any more
                 pipe.close()
         self.process = None
 
-    def _send(self, source: str | os.PathLike | bytes) -> None:
-        pipe = self.process.stdin
+    def _send(self, pipe: IO[bytes], source: str | os.PathLike | bytes) -> None:
         if isinstance(source, bytes):
-            named, content = {"length": len(source)}, source
+            header, content = self._limits | {"length": len(source)}, source
         else:
-            named, content = {"path": os.path.abspath(source)}, b""
-        pipe.write(json.dumps(named | self._limits).encode() + b"\n")
+            header, content = self._limits | {"path": os.path.abspath(source)}, b""
+        pipe.write(json.dumps(header).encode() + b"\n")
         pipe.write(content)
         pipe.flush()
 
-    def _receive(self) -> _Decoded | UserError:
-        pipe = self.process.stdout
+    def _receive(self, pipe: IO[bytes]) -> _Decoded | UserError:
         line = pipe.readline()
         if not line.endswith(b"\n"):
             raise EOFError
@@ -143,6 +143,11 @@ class _Decoder:
         if len(pixels) < width * height * 3:
             raise EOFError
         return width, height, pixels, reply["key"]
+
+
+def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
+    """Its standard input and output."""
+    return cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
 
 
 def _picture(width: int, height: int, pixels: bytes, key: str) -> Picture:

@@ -30,12 +30,11 @@ log = logging.getLogger(__name__)
 def uploaded(path: object) -> str:
     """The path. UserError where it is not a file in the folder of uploads."""
     folder = Path(get_upload_folder()).resolve()
-    try:
-        file = Path(path).resolve() if isinstance(path, str) else None
-        if file is not None and file.is_relative_to(folder) and file.is_file():
-            return path
-    except (OSError, ValueError):  # too long, or with a NUL
-        pass
+    if isinstance(path, str):
+        with contextlib.suppress(OSError, ValueError):  # too long, or with a NUL
+            file = Path(path).resolve()
+            if file.is_relative_to(folder) and file.is_file():
+                return path
     raise UserError("This file was not uploaded here: upload it again.", message_id="not_uploaded")
 
 
@@ -45,10 +44,10 @@ def sweep(folder: Path, kept: Collection[str] = ()) -> None:
     Files in `kept` stay, and get a fresh date so that other processes keep them, too.
     """
     now = time.time()
-    for path in kept:
-        os.utime(path)
+    for name in kept:
+        os.utime(name)
     # Not Path.rglob, which raises where a folder disappears meanwhile.
-    for path in [Path(root, name) for root, _, names in os.walk(folder) for name in names]:
+    for path in [Path(root, file) for root, _, files in os.walk(folder) for file in files]:
         with contextlib.suppress(OSError):  # somebody else deleted it
             cut = path.parent == folder and path.name.startswith("tmp")
             if now - path.stat().st_mtime > (CUT_SECONDS if cut else KEPT_SECONDS):
