@@ -124,13 +124,19 @@ class ModelConfig:
     context: int
     projection_file: str
     files: dict[str, Source] = field(default_factory=dict)  # role -> source
-    gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` chooses it; 0: never
+    gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
+    small: bool = False  # downloads take moments: training may start one without asking
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
     sampling: dict[str, float] = field(default_factory=dict)  # where not the published defaults
     stage1: Schedule | None = None
     stage2: Schedule | None = None
     licence: str = ""
+
+    @property
+    def has_4bit_blocks(self) -> bool:
+        """Does its language model come as a GGUF file, whose 4-bit blocks the CPU kernels read?"""
+        return "llm" in self.files and self.files["llm"].member.endswith(".gguf")
 
     @property
     def image_tokens(self) -> int:
@@ -245,6 +251,7 @@ _LLAMA2_7B = replace(
 
 _NANO = ModelConfig(
     name="nano",
+    small=True,
     vision=EfficientNetLite(),
     bridge=PooledMap(),
     template=prompt.CHATML,
@@ -274,6 +281,7 @@ _NANO = ModelConfig(
 )
 
 MODELS = {m.name: m for m in (_VICUNA_7B, _VICUNA_13B, _LLAMA2_7B, _NANO)}
+DEFAULT_MODEL = "nano"  # runs on any computer: what `auto` falls back to
 
 
 def get_model(name: str) -> ModelConfig:

@@ -55,6 +55,7 @@ FLOORS = [
     {"errors"},
     {"model.prompt", "model.text", "model.image", "model.tokenizer", "model.data_url"},
     {"config"},
+    {"options"},
     {"weights.gguf"},
     {"model"},
     {"weights"},
@@ -62,7 +63,7 @@ FLOORS = [
     {"conversation", "remote"},
     {"start"},
     {"web", "evaluation", "training"},
-    {"curation", "remote.ray", "remote.zerogpu"},
+    {"curation", "remote.ray", "remote.zerogpu", "web.run"},
     {"__main__", "app"},
 ]
 

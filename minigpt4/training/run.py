@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from minigpt4 import start
-from minigpt4.config import ModelConfig, PooledMap, Schedule, get_model
+from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Schedule, get_model
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training import data, questions
@@ -21,7 +21,7 @@ from minigpt4.weights import load as weights
 
 def train(options: argparse.Namespace) -> None:
     """Run one stage and say where the projection is."""
-    config = get_model("nano" if options.model == "auto" else options.model)
+    config = get_model(DEFAULT_MODEL if options.model == "auto" else options.model)
     schedule = schedule_of(options, config)
     embedded = isinstance(config.bridge, PooledMap)
     if options.denoise and not embedded:
@@ -143,7 +143,7 @@ def _prompts(name: str) -> tuple[str, ...]:
 
 def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Accelerator):
     """The model on this process's device, its projection new (stage 1) or read from --init."""
-    if config.name == "nano":
+    if config.small:
         with accelerator.main_process_first():
             weights.download(config)
     if options.stage == 2 and not options.init:
