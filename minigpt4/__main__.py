@@ -27,7 +27,6 @@ from minigpt4.web import run as server
 if TYPE_CHECKING:
     from minigpt4.conversation import Answer, Conversation
     from minigpt4.engine import Engine, Sampling
-    from minigpt4.remote.engine import RemoteEngine
 
 ANSWERED_TOGETHER = 8  # photos of a folder
 
@@ -175,7 +174,7 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _ask_many(
-    engine: "Engine | RemoteEngine",
+    engine: "Engine",
     paths: list[Path],
     question: str,
     sampling: "Sampling",

@@ -251,6 +251,7 @@ REMOTE_LLM = (
         metavar="KEY",
     ),
 )
+LOADING = (MODEL, QUANTIZE, DTYPE, DEVICE, *PLACES, *REMOTE_LLM)  # what minigpt4.load takes
 SAMPLING = (
     Option("temperature", "Randomness; 0 always takes the most likely token.", read=number()),
     Option(

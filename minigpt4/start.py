@@ -178,14 +178,14 @@ def open_engine(
     report: Report = say,
     kv_megabytes: int | None = None,
     **limits: int,
-) -> "Engine | RemoteEngine":
+) -> "Engine":
     """The engine that the options name; its language model runs here or at --llm-url.
 
-    limits: max_running and max_waiting, in requests. kv_megabytes: memory for the key-value cache
-    of a language model that runs here.
+    A RemoteEngine has the methods of an Engine. limits: max_running and max_waiting, in requests.
+    kv_megabytes: memory for the key-value cache of a language model that runs here.
     """
     if options.llm_url:
-        return _open_remote(options, report, limits)
+        return _open_remote(options, report, limits)  # type: ignore[return-value]
     model = open_model(options, report)
     from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 

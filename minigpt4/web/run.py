@@ -18,7 +18,6 @@ from minigpt4.options import (
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine
-    from minigpt4.remote.engine import RemoteEngine
 
 DESCRIPTION = "Serve the chat page and an OpenAI-compatible API."
 
@@ -37,7 +36,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "Engine | RemoteEngine":
+def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "Engine":
     """The engine that the options name; `report` receives one line for each step."""
 
     def say(line: str, passing: bool = False) -> None:
@@ -69,7 +68,7 @@ def serve(chosen: argparse.Namespace) -> None:
     server = Server(lambda: loading.engine, chosen)
     feedback = Feedback(chosen.feedback) if chosen.feedback else None
     if zerogpu.is_here():
-        loading = Loading.done(zerogpu.open_engine(chosen))
+        loading = Loading.done(zerogpu.open_engine(chosen))  # type: ignore[arg-type]
     else:
         loading = Loading(partial(load, chosen))
     launch(build_page(loading, feedback, server), chosen, loading, server)
