@@ -1,4 +1,4 @@
-"""UserError, the one kind of error a user may see; and how progress is reported."""
+"""UserError, the only kind of error that a user sees, and how progress is reported."""
 
 import contextlib
 import sys
@@ -10,11 +10,11 @@ Kind = Literal[
 
 
 class UserError(Exception):
-    """A mistake a user can mend: one sentence that says what is wrong and what to do.
+    """One sentence that says what is wrong and what to do.
 
-    `kind` says the same to programs: "request" (it must change), "too_long" (for the model's
-    context), and those of the engine, after which the same request may do later. "loading": there
-    is none yet.
+    kind: the same for programs. "request": the request is invalid. "too_long": it exceeds the
+    model's context. The other kinds concern the engine, and the same request may succeed later;
+    "loading" means that the model is not loaded yet.
     """
 
     def __init__(self, sentence: str, kind: Kind = "request") -> None:
@@ -23,22 +23,22 @@ class UserError(Exception):
 
 
 class Report(Protocol):
-    """Is told in one line what is being done; passing: soon to be replaced by another line."""
+    """Receives one line about the current step. passing: another line will soon replace it."""
 
     def __call__(self, line: str, passing: bool = False) -> None: ...
 
 
 def say(line: str, passing: bool = False) -> None:
-    """A line for the person who started the program, who sees a bar for what is passing."""
+    """Print a line to stderr; passing ones are left out, as a progress bar shows the same."""
     if not passing:
         print(line, file=sys.stderr, flush=True)
 
 
 class Unfailing:
-    """A stream that forgets what cannot be written, where another would raise.
+    """A stream that drops what cannot be written, instead of raising.
 
-    Gradio writes tracebacks to standard error before it tells the visitor: with a log on a full
-    disk, he would wait for ever.
+    Gradio writes a traceback to standard error before it answers the visitor. If that raised, as
+    with a log on a full disk, the visitor would wait forever.
     """
 
     def __init__(self, stream: TextIO) -> None:

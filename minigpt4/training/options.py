@@ -9,7 +9,6 @@ DATA = (
         "Training stage: 1 learns to caption, 2 to describe in detail.",
         read=lambda text: int(one_of("1", "2")(text)),
         metavar="{1,2}",
-        required=True,
     ),
     Option(
         "data",
