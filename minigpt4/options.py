@@ -153,7 +153,8 @@ class Parser(argparse.ArgumentParser):
             if option.read is switch:
                 settings["action"] = argparse.BooleanOptionalAction
             else:
-                settings |= {"type": option.read, "metavar": option.metavar}
+                last_word = option.name.rpartition("-")[2].upper()
+                settings |= {"type": option.read, "metavar": option.metavar or last_word}
             if option.many:
                 settings["action"] = "append"
             group.add_argument(

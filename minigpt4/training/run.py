@@ -156,7 +156,9 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     quantize = "none" if options.quantize == "auto" else options.quantize
     if quantize == "int4":
         raise UserError("int4 cannot be trained through: choose “--quantize none”, int8 or nf4.")
-    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else None
+    dtype = start.dtype_of(options.dtype)
+    if dtype is None and accelerator.device.type == "cuda":
+        dtype = torch.bfloat16
     model = weights.load_model(
         config, files, accelerator.device, quantize, dtype, seed=options.seed
     )
