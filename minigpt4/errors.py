@@ -1,4 +1,4 @@
-"""UserError, the only kind of error that a user sees, and how progress is reported."""
+"""UserError, the one kind of error a user may see; and how progress is reported."""
 
 import contextlib
 import sys
@@ -10,11 +10,11 @@ Kind = Literal[
 
 
 class UserError(Exception):
-    """One sentence that says what is wrong and what to do.
+    """A mistake a user can mend: one sentence that says what is wrong and what to do.
 
-    kind: the same for programs. "request": the request is invalid. "too_long": it exceeds the
-    model's context. The other kinds concern the engine, and the same request may succeed later;
-    "loading" means that the model is not loaded yet.
+    `kind` says the same to programs: "request" (it must change), "too_long" (for the model's
+    context), and those of the engine, after which the same request may do later. "loading": there
+    is none yet.
     """
 
     def __init__(self, sentence: str, kind: Kind = "request") -> None:
@@ -29,7 +29,7 @@ class Report(Protocol):
 
 
 def say(line: str, passing: bool = False) -> None:
-    """Print a line to stderr; passing ones are left out, as a progress bar shows the same."""
+    """Print a line to stderr. Passing ones are left out, as a progress bar shows the same."""
     if not passing:
         print(line, file=sys.stderr, flush=True)
 
