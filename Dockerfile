@@ -1,6 +1,6 @@
-# The page and the API on one port: docs/docker.md. Torch's own wheel brings the CUDA libraries, so
-# the base is plain Debian: a CUDA base would hold them twice. Each RUN is proved without Docker by
-# scripts/try-dockerfile.
+# The page and the API on one port: docs/docker.md. Torch's wheel brings the CUDA libraries, so the
+# base is plain Debian: a CUDA base would hold them twice. scripts/try-dockerfile runs each RUN
+# without Docker.
 FROM debian:bookworm-20250520-slim AS python
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3 python3-venv \
@@ -21,15 +21,15 @@ COPY weights weights
 RUN --mount=type=cache,target=/root/.cache/pip python -m minigpt4 download nano
 
 FROM python
-# What is fetched and compiled goes into the volume; nano's weights lie beside the code. The kernels
-# are compiled at the first start, for the processor that is there, hence gcc.
+# Downloads and compiled kernels go into the volume; nano's weights lie beside the code. The kernels
+# are compiled at the first start, for the processor of that machine: hence gcc.
 RUN useradd --create-home --uid 1000 app && install -d -o app -g app /data
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=nano /build/weights /app/weights
 WORKDIR /app
 COPY . .
 USER 1000:1000
-# Docker gives a container 10 s to end; with --stop-timeout 35, -e MINIGPT4_SHUTDOWN_SECONDS=25.
+# Docker gives a container 10 s to stop; with --stop-timeout 35, set MINIGPT4_SHUTDOWN_SECONDS=25.
 ENV MINIGPT4_HOST=0.0.0.0 MINIGPT4_PORT=7860 MINIGPT4_SHUTDOWN_SECONDS=8 \
     MINIGPT4_WEIGHTS=/data/weights HF_HOME=/data/huggingface XDG_CACHE_HOME=/data/cache \
     TRITON_CACHE_DIR=/data/cache/triton \
@@ -37,7 +37,7 @@ ENV MINIGPT4_HOST=0.0.0.0 MINIGPT4_PORT=7860 MINIGPT4_SHUTDOWN_SECONDS=8 \
 VOLUME /data
 EXPOSE 7860
 STOPSIGNAL SIGTERM
-# The first start of a big model fetches up to 30 GB.
+# The first start of a large model downloads up to 30 GB.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=60m --start-interval=5s \
     CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"MINIGPT4_PORT\"]}/readyz', timeout=12)"]
 CMD ["python", "app.py"]

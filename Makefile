@@ -2,28 +2,35 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# Python compiles what it imports, and keeps it, where pip would compile everything for a minute.
+# Python compiles what it imports and keeps that; pip would compile everything, for a minute.
 INSTALL := -m pip install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ray setup weights lint claims clean
+.PHONY: demo test test-ray setup weights lint types lock claims clean
 demo: setup
 	$(BIN)/python app.py
 
-# What is fetched and unpacked, side by side. The tests in their files' order: by their number, files
-# of few and long ones would come last, alone.
+# Downloads, lint and types run side by side. The tests run in the order of their files: sorted by
+# their number, files with few and long tests would come last, alone.
 test: setup
 	@$(MAKE) --no-print-directory --jobs --output-sync=target \
-		weights node_modules/installed lint
+		weights node_modules/installed lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# A cluster on this machine, with an environment of its own: Ray changes what the server runs on.
+# A Ray cluster on this machine. Its environment is separate, as Ray changes the server's packages.
 test-ray: setup weights .venv-ray/installed
 	.venv-ray/bin/python -m pytest tests/test_serve_ray.py
 
 lint: .venv/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/dev-installed
+	$(BIN)/mypy
+
+# Exact versions into requirements*.txt, as installed here, of what pyproject.toml names.
+lock: .venv/dev-installed
+	$(BIN)/python scripts/lock
 
 setup: .venv/installed
 
@@ -52,9 +59,9 @@ weights: setup
 	.venv-ray/bin/python $(INSTALL) -r requirements-ray.txt
 	@touch $@
 
-# The paper's experiments on nano, their tables written into docs/evaluation.md.
-# DATA: a folder with stage1/val-00000.tar, stage1/train-*.tar, stage2/; N: pictures; STEPS: of each
-# variant's training; JUDGE: options that name a judge of abilities.
+# The paper's experiments on nano; their tables are written into docs/evaluation.md.
+# DATA: a folder with stage1/val-00000.tar, stage1/train-*.tar and stage2/. N: number of pictures.
+# STEPS: training steps of each variant. JUDGE: options that name a judge of abilities.
 DATA ?= DATA
 N ?= 50
 STEPS ?= 100
@@ -68,10 +75,10 @@ claims: setup weights
 	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment architecture $(INTO) --steps $(STEPS) \
 		--train '$(DATA)/stage1/train-*.tar' --described $(DATA)/stage2
 
-# axe-core checks the page's accessibility; without it that test is skipped, and says what to do.
+# axe-core checks the page's accessibility. Without it that test is skipped and says what to do.
 node_modules/installed: package.json
 	@{ command -v npm >/dev/null && npm install --no-package-lock --no-audit --no-fund && \
 		touch $@; } || echo "axe-core could not be installed: is npm there?"
 
 clean:
-	rm -rf .venv .venv-ray node_modules .pytest_cache .ruff_cache
+	rm -rf .venv .venv-ray node_modules .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

@@ -1,3 +1,183 @@
-"""MiniGPT-4: a frozen visual encoder, one trained linear projection, a frozen language model."""
+"""MiniGPT-4: a frozen visual encoder, one trained linear projection, a frozen language model.
+
+    model = minigpt4.load("nano")
+    print(model.ask("photo.jpg", "What is this?"))
+
+Importing this package imports no torch; `load` does.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Union
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from minigpt4.conversation import Conversation
+    from minigpt4.engine import Engine
+    from minigpt4.model.image import Picture
 
 __version__ = "0.1.0"
+__all__ = ["Chat", "Model", "load"]
+
+# A path, the content of a picture file, or a picture of Pillow.
+PictureSource = Union[str, os.PathLike, bytes, "Image.Image"]
+
+
+def load(
+    model: str = "auto",
+    *,
+    device: str | None = None,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    projection: str | os.PathLike | None = None,
+    vision: str | os.PathLike | None = None,
+    qformer: str | os.PathLike | None = None,
+    llm: str | os.PathLike | None = None,
+    llm_url: str | None = None,
+    llm_key: str | None = None,
+) -> "Model":
+    """Load a model; missing weights are downloaded.
+
+    The arguments are the options of `minigpt4 ask`, and have the same defaults and environment
+    variables: see `minigpt4 ask --help`. UserError for an invalid value, and for weights that are
+    not available.
+    """
+    from minigpt4 import options, start
+
+    given = {
+        "model": model,
+        "device": device,
+        "quantize": quantize,
+        "dtype": dtype,
+        "projection": projection,
+        "vision": vision,
+        "qformer": qformer,
+        "llm": llm,
+        "llm_url": llm_url,
+        "llm_key": llm_key,
+    }
+    return Model(start.open_engine(options.from_mapping(options.LOADING, given)))
+
+
+class Model:
+    """A loaded model. Any number of threads may use it at once.
+
+    `with` closes it. Sampling is set by keyword arguments, as in `ask(…, temperature=0, seed=1)`:
+    temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, num_beams, seed. By
+    default the model's configuration decides. UserError for a picture that cannot be read, an
+    invalid value, or a question that is too long.
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+
+    @property
+    def name(self) -> str:
+        """The name of the model, which `load("auto")` has selected."""
+        return self.engine.model.config.name
+
+    def ask(
+        self,
+        pictures: PictureSource | Sequence[PictureSource],
+        question: str,
+        **sampling: float | None,
+    ) -> str:
+        """The answer to a question about a picture, or about several."""
+        return "".join(self.stream(pictures, question, **sampling))
+
+    def stream(
+        self,
+        pictures: PictureSource | Sequence[PictureSource],
+        question: str,
+        **sampling: float | None,
+    ) -> Iterator[str]:
+        """The same, as text that comes in parts. Closing the iterator stops the answer."""
+        return self.chat(pictures).stream(question, **sampling)
+
+    def chat(
+        self,
+        pictures: PictureSource | Sequence[PictureSource] = (),
+        system: str | None = None,
+    ) -> "Chat":
+        """A new conversation, whose first question shows these pictures.
+
+        system: the system prompt; by default the model's own.
+        """
+        return Chat(self, pictures, system)
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        self.engine.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Chat:
+    """A conversation: every question is asked with all that was said and shown before."""
+
+    def __init__(
+        self,
+        model: Model,
+        pictures: PictureSource | Sequence[PictureSource] = (),
+        system: str | None = None,
+    ) -> None:
+        from minigpt4.conversation import Conversation
+
+        self._model = model
+        self._pictures = _load_pictures(pictures)  # shown with the next question
+        self._conversation = Conversation(system=system)
+
+    @property
+    def conversation(self) -> "Conversation":
+        """All messages so far, as plain data."""
+        return self._conversation
+
+    def show(self, *pictures: PictureSource) -> None:
+        """Show more pictures with the next question."""
+        self._pictures += _load_pictures(pictures)
+
+    def ask(self, question: str, **sampling: float | None) -> str:
+        """The answer to the next question."""
+        return "".join(self.stream(question, **sampling))
+
+    def stream(self, question: str, **sampling: float | None) -> Iterator[str]:
+        """The same, as text that comes in parts. What came before an early end is remembered; a
+        question that failed is not."""
+        from dataclasses import replace
+
+        from minigpt4.conversation import ask
+        from minigpt4.start import default_sampling
+
+        before, engine = self._conversation, self._model.engine
+        asked = replace(before, messages=[*before.messages], pictures={**before.pictures})
+        asked.add_question(question, self._pictures)
+        answer = ask(engine, asked, default_sampling(engine.model.config, **sampling))
+        try:
+            yield from answer
+        finally:
+            if answer.text:
+                asked.add_answer(answer.text)
+                self._conversation, self._pictures = asked, []
+
+
+def _load_pictures(sources: PictureSource | Sequence[PictureSource]) -> "list[Picture]":
+    from PIL import Image
+
+    from minigpt4.model import image
+
+    if isinstance(sources, (str, os.PathLike, bytes, Image.Image)):
+        sources = [sources]
+    found = []
+    for source in sources:
+        if isinstance(source, Image.Image):
+            file = io.BytesIO()
+            source.save(file, "PNG")
+            source = file.getvalue()
+        found.append(image.load(source))
+    return found

@@ -1,6 +1,6 @@
-"""The models one can name: their parts, their sizes, and where their weights come from.
+"""The models: their parts, their sizes, and where their weights come from.
 
-Adding a model is adding an entry to `MODELS`. Nothing here imports torch.
+To add a model, add an entry to `MODELS` (docs/models.md shows it). Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ Quantize = Literal["auto", "none", "int8", "nf4", "int4", "remote"]
 
 @dataclass(frozen=True)
 class EvaViT:
-    """EVA ViT-g/14 as BLIP-2 uses it: without the last block and the final norm of its file."""
+    """EVA ViT-g/14 as BLIP-2 uses it: without its last block and its final norm."""
 
     image_size: int = 224
     pretrain_image_size: int = 224  # of the checkpoint's position embedding
@@ -31,8 +31,8 @@ class EvaViT:
 class EfficientNetLite:
     """EfficientNet-Lite: its last feature map [hidden_size, 9, 9] at 260 px, and earlier ones.
 
-    blocks: number -> channels of the blocks whose output is a feature map as well; classes: those
-    of its classifier (ImageNet's).
+    blocks: (number, channels) of each block whose output is also used as a feature map.
+    classes: number of classes of its classifier (ImageNet's).
     """
 
     name: str = "efficientnet-lite2"
@@ -43,13 +43,13 @@ class EfficientNetLite:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Of the feature maps: the last one's, the blocks', and the picture's own colours."""
+        """Channels of the feature maps: the last one, those of the blocks, and the RGB picture."""
         return (self.hidden_size, *(channels for _, channels in self.blocks), 3)
 
 
 @dataclass(frozen=True)
 class QFormer:
-    """BLIP-2's Querying Transformer: `query_tokens` vectors read the image features."""
+    """BLIP-2's Querying Transformer: `query_tokens` vectors attend to the image features."""
 
     hidden_size: int = 768
     layers: int = 12
@@ -62,14 +62,14 @@ class QFormer:
 
 @dataclass(frozen=True)
 class ConcatPatches:
-    """The Llama-2 variant: `group` neighbouring patch features side by side, no Q-Former."""
+    """The Llama-2 variant: `group` neighbouring patch features are concatenated; no Q-Former."""
 
     group: int = 4
 
 
 @dataclass(frozen=True)
 class PooledMap:
-    """nano's bridge: feature maps pooled to grid x grid, their mean, and the classes seen."""
+    """Feature maps pooled to grid x grid, their mean, and the probabilities of the classes."""
 
     grid: int = 5
 
@@ -121,20 +121,26 @@ class ModelConfig:
     bridge: QFormer | ConcatPatches | PooledMap
     template: prompt.Template
     llm_hidden_size: int
-    context: int
+    context: int  # tokens of prompt and answer together
     projection_file: str
     files: dict[str, Source] = field(default_factory=dict)  # role -> source
-    gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` chooses it; 0: never
+    gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
+    small: bool = False  # downloads take moments: training may start one without asking
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
-    sampling: dict[str, float] = field(default_factory=dict)  # where not the published defaults
+    sampling: dict[str, float] = field(default_factory=dict)  # other than the published defaults
     stage1: Schedule | None = None
     stage2: Schedule | None = None
     licence: str = ""
 
     @property
+    def has_4bit_blocks(self) -> bool:
+        """Does its language model come as a GGUF file, whose 4-bit blocks the CPU kernels read?"""
+        return "llm" in self.files and self.files["llm"].member.endswith(".gguf")
+
+    @property
     def image_tokens(self) -> int:
-        """Embeddings that stand for one picture in the prompt."""
+        """Number of embeddings of one picture in the prompt."""
         match self.bridge:
             case QFormer(query_tokens=n):
                 return n
@@ -145,7 +151,7 @@ class ModelConfig:
 
     @property
     def projection_in(self) -> int:
-        """Width of the vectors that the projection reads."""
+        """Width of the vectors that the projection maps."""
         match self.bridge:
             case QFormer(hidden_size=h):
                 return h
@@ -159,7 +165,7 @@ class ModelConfig:
 _PUBLISHED_STAGE1 = Schedule(1e-4, 8e-5, 1e-6, 5000, 20000, 256, 32)
 _PUBLISHED_STAGE2 = Schedule(3e-5, 1e-5, 1e-6, 200, 1000, 12, 160)
 
-# The hub's copy is in 32 bit, and its shards hold a language model as well: slower, but the same.
+# The hub's copy is in 32 bit, and its shards also hold a language model: slower, the same values.
 _BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 _BLIP2_HUB = "Salesforce/blip2-flan-t5-xxl"
 _EVA = Source(
@@ -232,7 +238,7 @@ _LLAMA2_7B = replace(
     files={
         "vision": _EVA,
         "llm": Source("hub", "meta-llama/Llama-2-7b-chat-hf", megabytes=13500),
-        "projection": Source(  # not confirmed to be there
+        "projection": Source(  # not confirmed to exist
             "hub",
             "juliozhao/pretrained_minigpt4_llama2_7b",
             "pretrained_minigpt4_llama2_7b.pth",
@@ -245,6 +251,7 @@ _LLAMA2_7B = replace(
 
 _NANO = ModelConfig(
     name="nano",
+    small=True,
     vision=EfficientNetLite(),
     bridge=PooledMap(),
     template=prompt.CHATML,
@@ -274,17 +281,18 @@ _NANO = ModelConfig(
 )
 
 MODELS = {m.name: m for m in (_VICUNA_7B, _VICUNA_13B, _LLAMA2_7B, _NANO)}
+DEFAULT_MODEL = "nano"  # runs on any computer: what `auto` falls back to
 
 
 def get_model(name: str) -> ModelConfig:
-    """The configuration called `name`; UserError where there is none."""
+    """The configuration called `name`. UserError if there is none."""
     if name not in MODELS:
         raise UserError(f"There is no model called “{name}”: choose one of {', '.join(MODELS)}.")
     return MODELS[name]
 
 
 def model_of_projection(rows: int, columns: int) -> str | None:
-    """Name of the model whose projection weight has this shape [rows, columns], if any."""
+    """The name of the model whose projection has a weight of this shape [rows, columns]."""
     for config in MODELS.values():
         if (config.llm_hidden_size, config.projection_in) == (rows, columns):
             return config.name

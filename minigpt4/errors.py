@@ -40,22 +40,22 @@ class UserError(Exception):
 
 
 class Report(Protocol):
-    """Is told in one line what is being done; passing: soon to be replaced by another line."""
+    """Receives one line about the current step. passing: another line will soon replace it."""
 
     def __call__(self, line: str, passing: bool = False) -> None: ...
 
 
 def say(line: str, passing: bool = False) -> None:
-    """A line for the person who started the program, who sees a bar for what is passing."""
+    """Print a line to stderr. Passing ones are left out, as a progress bar shows the same."""
     if not passing:
         print(line, file=sys.stderr, flush=True)
 
 
 class Unfailing:
-    """A stream that forgets what cannot be written, where another would raise.
+    """A stream that drops what cannot be written, instead of raising.
 
-    Gradio writes tracebacks to standard error before it tells the visitor: with a log on a full
-    disk, he would wait for ever.
+    Gradio writes a traceback to standard error before it answers the visitor. If that raised, as
+    with a log on a full disk, the visitor would wait forever.
     """
 
     def __init__(self, stream: TextIO) -> None:

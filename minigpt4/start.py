@@ -1,4 +1,4 @@
-"""Options -> a loaded model: what the command line and the page share."""
+"""Options -> a loaded model or engine: what the command line, the page and Python share."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt4.config import MODELS, ModelConfig, Quantize, get_model
+from minigpt4.config import DEFAULT_MODEL, MODELS, ModelConfig, Quantize, get_model
 from minigpt4.errors import Report, UserError, say
 
 if TYPE_CHECKING:
@@ -17,95 +17,28 @@ if TYPE_CHECKING:
     from minigpt4.engine import Engine, Sampling
     from minigpt4.model.minigpt4 import MiniGPT4
     from minigpt4.remote.engine import RemoteEngine
+    from minigpt4.remote.vllm import VllmServers
 
 
-PROBE_SECONDS = 30.0  # for a first token of each server
-
-
-def add_model_options(parser: argparse.ArgumentParser, default: str = "auto") -> None:
-    """--model, --quantize, --device, and where the weights are."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=default,
-        help=f"auto, or one of {', '.join(MODELS)} (default: {default})",
-    )
-    group.add_argument(
-        "--quantize",
-        default="auto",
-        choices=["auto", "int8", "nf4", "int4", "none"],
-        help="how the language model is held; auto: int8 for the big models on a GPU, int4 (the "
-        "4-bit blocks of nano's file, compiled) for nano on a CPU",
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add_places(parser)
-
-
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """--projection, --vision, --qformer, --llm: the user's own, for a model's weights."""
-    group = parser.add_argument_group(
-        "weights (a path, a URL, or a Hugging Face repository as OWNER/NAME or OWNER/NAME:FILE; "
-        "also from the environment: MINIGPT4_LLM for example)"
-    )
-    for role, text in (
-        ("projection", "another trained projection; its shape tells “auto” the model"),
-        ("vision", "EVA ViT-g, or nano's encoder"),
-        ("qformer", "BLIP-2's Q-Former"),
-        ("llm", "the language model's folder"),
-    ):
-        default = os.environ.get(f"MINIGPT4_{role.upper()}") or None
-        group.add_argument(f"--{role}", metavar="PLACE", default=default, help=text)
+PROBE_SECONDS = 30.0  # for the first token of each server
+PROBE_MARGIN = 5.0  # for all of them to report that
 
 
 def given_places(options: argparse.Namespace) -> dict[str, str]:
-    """Role -> the user's own place for it."""
+    """Role -> where the user's own weights for it are, as an option names it."""
     roles = ("projection", "vision", "qformer", "llm")
     return {role: place for role in roles if (place := getattr(options, role, None))}
 
 
-def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """--llm-url, --llm-key: the language model on other machines."""
-    group = parser.add_argument_group("language model on other machines (docs/scaling.md)")
-    group.add_argument(
-        "--llm-url",
-        metavar="URLS",
-        default=os.environ.get("MINIGPT4_LLM_URL"),
-        help="vLLM servers started with --enable-prompt-embeds, with commas between: "
-        "http://HOST:8000/v1,… (also $MINIGPT4_LLM_URL)",
-    )
-    group.add_argument(
-        "--llm-key",
-        metavar="KEY",
-        default=os.environ.get("MINIGPT4_LLM_KEY", ""),
-        help="what they were started with as --api-key (better: $MINIGPT4_LLM_KEY)",
-    )
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """--temperature, --top-p, ...; left out, each is the model's default."""
-    group = parser.add_argument_group("answer (defaults: the published demo's, or the model's own)")
-    for name, kind, text in (
-        ("temperature", float, "0 always takes the likeliest word; higher is more varied"),
-        ("top-p", float, "draw from the likeliest words that together have this probability"),
-        ("top-k", int, "draw from this many likeliest words; 0: no limit"),
-        ("min-p", float, "leave out words less likely than this share of the likeliest"),
-        ("repetition-penalty", float, "above 1: words already used become less likely"),
-        ("max-new-tokens", int, "longest answer, in tokens"),
-        ("num-beams", int, "above 1: beam search, which weighs several answers, without drawing"),
-        ("seed", int, "the same seed gives the same answer"),
-    ):
-        group.add_argument(f"--{name}", type=kind, help=text)
-
-
 def given_sampling(options: argparse.Namespace) -> dict[str, float]:
-    """What the options say of `Sampling`; UserError where a value makes no sense."""
+    """The fields of `Sampling` that the options set. UserError for an invalid value."""
     from dataclasses import fields
 
     from minigpt4.engine.sampling import Sampling
 
     given = {f.name: getattr(options, f.name) for f in fields(Sampling)}
     given = {name: value for name, value in given.items() if value is not None}
-    Sampling(**given)  # said now, not after minutes of loading
+    Sampling(**given)  # so that a mistake is reported before minutes of loading
     return given
 
 
@@ -117,13 +50,14 @@ def default_sampling(config: ModelConfig, **given) -> "Sampling":
 
 
 def choose(free_gpu_bytes: int | None) -> tuple[ModelConfig, str]:
-    """What `auto` stands for and why: the biggest model that the free GPU memory holds."""
+    """The model that “auto” selects, and why: the largest that fits into the free GPU memory."""
+    default = get_model(DEFAULT_MODEL)
     if free_gpu_bytes is None:
-        return get_model("nano"), "no GPU was found"
+        return default, "no GPU was found"
     free = free_gpu_bytes / 1e9
     fitting = [m for m in MODELS.values() if 0 < m.gpu_gigabytes <= free]
     if not fitting:
-        return get_model("nano"), f"the GPU has {free:.0f} GB free, too little for a bigger one"
+        return default, f"the GPU has {free:.0f} GB free, too little for a larger one"
     best = max(fitting, key=lambda m: m.gpu_gigabytes)
     return best, f"the GPU has {free:.0f} GB free"
 
@@ -136,18 +70,18 @@ def free_gpu_memory() -> int | None:
 
 
 def upload_folder() -> str:
-    """Where the page keeps uploads for its time: this user's alone, so that nobody else reads them
-    and nobody else's files are there when old ones are deleted.
+    """A folder for the page's temporary uploads that only this user can read.
 
-    It is made here. Where something else has its name, as another user could have arranged, it is
-    a new folder of another name.
+    Old uploads in it are deleted, so it must hold nobody else's files. It is created here. If its
+    name is taken by anything else, which another user could arrange, a new folder with a random
+    name is created instead.
     """
-    if not hasattr(os, "getuid"):  # Windows, where each user has temporary files of their own
+    if not hasattr(os, "getuid"):  # Windows: each user has a temporary folder
         return str(Path(tempfile.gettempdir(), "minigpt4"))
     folder = Path(tempfile.gettempdir(), f"minigpt4-{os.getuid()}")
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()  # not where a link leads to
+    found = folder.lstat()  # does not follow a link
     others = found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others:
         return str(folder)
@@ -155,7 +89,10 @@ def upload_folder() -> str:
 
 
 def device_of(name: str) -> "torch.device":
-    """The device called `name` ("auto": the first GPU, else the CPU); UserError without it."""
+    """The device called `name`; "auto" is the first GPU, else the CPU.
+
+    UserError if there is no such device.
+    """
     import torch
 
     if name == "auto":
@@ -172,55 +109,68 @@ def device_of(name: str) -> "torch.device":
 
 
 def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> Quantize:
-    """What “auto” stands for here; UserError where int4 is asked for and cannot be had."""
-    in_blocks = config.files["llm"].member.endswith(".gguf")
-    if name not in ("auto", "int4") or (name == "auto" and not in_blocks):
+    """What “auto” means for this model here. UserError if int4 is requested but not available."""
+    if name not in ("auto", "int4") or (name == "auto" and not config.has_4bit_blocks):
         return name
-    if not in_blocks or device.type != "cpu":
+    if not config.has_4bit_blocks or device.type != "cpu":
         if name == "auto":
             return "none"
-        raise UserError("“--quantize int4” is for nano on the CPU: choose int8, nf4 or none.")
+        models = ", ".join(m.name for m in MODELS.values() if m.has_4bit_blocks)
+        raise UserError(
+            f"“--quantize int4” works for {models} on the CPU: choose int8, nf4 or none."
+        )
     from minigpt4.engine.native import library
 
     if library() is not None:
         return "int4"
     if name == "int4":
         raise UserError("“--quantize int4” needs a C compiler: install gcc or clang, or set $CC.")
-    say("No C compiler was found, so nano runs in PyTorch, several times slower: install gcc.")
+    say(
+        f"No C compiler was found, so {config.name} runs in PyTorch, several times slower: install "
+        "gcc."
+    )
     return "none"
 
 
-def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
-    """Load the model that the options name, fetching what is missing of it; `auto` falls back to
-    nano where the weights of a bigger one cannot be had.
+def dtype_of(name: str) -> "torch.dtype | None":
+    """The type of the language model's weights that are not quantized; None for "auto"."""
+    import torch
 
-    `report` is told in one line what is being done.
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
+    """Load the model that the options name; missing weights are downloaded.
+
+    If “auto” selects a large model whose weights are not available, the default model is loaded
+    instead. `report` receives one line for each step.
     """
     from minigpt4.weights import load as weights
 
     device, given = device_of(options.device), given_places(options)
+    dtype = dtype_of(getattr(options, "dtype", "auto"))
 
     def load(config: ModelConfig, given: dict[str, str]) -> "MiniGPT4":
         weights.download(config, report, given)
         report(f"Loading {config.name} …")
         files = weights.find(config, given=given)
         quantize = quantize_of(options.quantize, config, device)
-        return weights.load_model(config, files, device, quantize)
+        return weights.load_model(config, files, device, quantize, dtype)
 
     if options.model != "auto":
         return load(get_model(options.model), given)
     if owner := weights.owner_of(given.get("projection")):
-        report(f"Model: {owner}, because the projection is made for it.")
+        report(f"Model: {owner}, because the projection belongs to it.")
         return load(get_model(owner), given)
     config, why = choose(free_gpu_memory() if device.type == "cuda" else None)
     report(f"Model: {config.name}, because {why}.")
-    if config.name == "nano":
+    if config.name == DEFAULT_MODEL:
         return load(config, given)
     try:
         return load(config, given)
     except UserError as error:
-        report(f"{error} Going on with nano.")
-    return load(get_model("nano"), {})  # what was given is for the bigger one
+        report(f"{error} Continuing with {DEFAULT_MODEL}.")
+    return load(get_model(DEFAULT_MODEL), {})  # the given weights are for the large model
 
 
 def open_engine(
@@ -228,15 +178,16 @@ def open_engine(
     report: Report = say,
     kv_megabytes: int | None = None,
     **limits: int,
-) -> "Engine | RemoteEngine":
-    """The engine that the options name: of the language model here, or at --llm-url.
+) -> "Engine":
+    """The engine that the options name; its language model runs here or at --llm-url.
 
-    limits: max_running, max_waiting; kv_megabytes: the memory for a language model here.
+    A RemoteEngine has the methods of an Engine. limits: max_running and max_waiting, in requests.
+    kv_megabytes: memory for the key-value cache of a language model that runs here.
     """
     if options.llm_url:
-        return _open_remote(options, report, limits)
+        return _open_remote(options, report, limits)  # type: ignore[return-value]
     model = open_model(options, report)
-    from minigpt4.engine import Engine  # takes seconds: what is wrong is said first
+    from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 
     return Engine(model, kv_megabytes=kv_megabytes, **limits)
 
@@ -251,8 +202,7 @@ def _open_remote(
             "--quantize is for a language model on this machine: with --llm-url, choose the "
             "precision where its servers are started."
         )
-    options.quantize = "remote"
-    model = open_model(options, report)
+    model = open_model(argparse.Namespace(**vars(options) | {"quantize": "remote"}), report)
     from minigpt4.remote.engine import RemoteEngine
     from minigpt4.remote.vllm import VllmServers
 
@@ -261,14 +211,27 @@ def _open_remote(
     if "max_running" in limits:
         limits["max_running"] *= len(urls)
     engine = RemoteEngine(model, servers, **limits)
-    outcomes = engine.call(servers.probe_all(PROBE_SECONDS), PROBE_SECONDS + 5)
+    try:
+        _probe(engine, servers, report)
+    except BaseException:
+        engine.close()
+        raise
+    report(
+        "The language model runs there. Beam search is not available, and the repetition penalty "
+        "covers only what is answered without an interruption."
+    )
+    return engine
+
+
+def _probe(engine: "RemoteEngine", servers: "VllmServers", report: Report) -> None:
+    """Report which servers answer. UserError if none does."""
+    try:
+        outcomes = engine.call(servers.probe_all(PROBE_SECONDS), PROBE_SECONDS + PROBE_MARGIN)
+    except TimeoutError:
+        raise UserError(
+            "The language model's servers do not answer: check --llm-url and the servers' logs."
+        ) from None
     for url, error in outcomes.items():
         report(f"{url}: {error or 'ready'}")
     if all(outcomes.values()):
-        engine.close()
         raise next(iter(outcomes.values()))
-    report(
-        "The language model runs there: without beam search, and the repetition penalty covers "
-        "what is answered without a break."
-    )
-    return engine

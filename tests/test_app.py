@@ -14,7 +14,7 @@ def test_a_port_in_use(monkeypatch, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         monkeypatch.setenv("MINIGPT4_PORT", str(taken.getsockname()[1]))
-        monkeypatch.setattr("app.load", lambda *_: SimpleNamespace())
+        monkeypatch.setattr("minigpt4.web.run.load", lambda *_: SimpleNamespace())
         assert app.main([]) == 2
     error = capsys.readouterr().err
     assert "is in use" in error and error.count("\n") == 1
@@ -44,4 +44,13 @@ def test_options_from_the_environment(monkeypatch, capsys):
     monkeypatch.setenv("MINIGPT4_QUANTIZE", "int3")
     with pytest.raises(SystemExit):
         app.options([])
-    assert "int3" in capsys.readouterr().err
+    assert "MINIGPT4_QUANTIZE" in (said := capsys.readouterr().err) and "int3" in said
+
+
+def test_where_a_space_looks_for_the_page(monkeypatch):
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "127.0.0.2")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7777")
+    chosen = app.options([])
+    assert (chosen.host, chosen.port) == ("127.0.0.2", 7777)
+    monkeypatch.setenv("MINIGPT4_PORT", "8888")
+    assert app.options([]).port == 8888

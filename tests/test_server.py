@@ -286,7 +286,7 @@ def test_numbers_that_make_no_sense(capsys):
     for option in ("--max-running", "--max-queue", "--max-upload-mb", "--kv-megabytes"):
         with pytest.raises(SystemExit):
             options(option, "0")
-        assert f"{option}: invalid positive value: '0'" in capsys.readouterr().err
+        assert f"{option}: must be an integer of at least 1, not “0”" in capsys.readouterr().err
 
 
 def test_draining(engine):

@@ -1,11 +1,14 @@
 """Which model `auto` chooses, and what happens where its weights are missing."""
 
 import argparse
+import asyncio
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minigpt4 import start
 from minigpt4.config import get_model
@@ -41,7 +44,7 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     start.open_model(options)
     assert loaded == ["nano"]
     said = capsys.readouterr().err
-    assert "vicuna-13b, because it is big" in said and "Going on with nano" in said
+    assert "vicuna-13b, because it is big" in said and "Continuing with nano" in said
 
 
 @pytest.mark.trust("Uploads", "another user's folder or link in the place of the upload folder")
@@ -80,3 +83,37 @@ def test_unknown_names():
     options.device = "tpu9"
     with pytest.raises(UserError, match="tpu9"):
         start.open_model(options)
+
+
+def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch):
+    """A server that takes connections and never answers; the probe's own limit does not help."""
+    from minigpt4.remote import engine as remote
+    from minigpt4.remote.vllm import VllmServers
+
+    async def hang(*_):
+        await asyncio.sleep(60)
+
+    closed = []
+    close = remote.RemoteEngine.close
+    monkeypatch.setattr(remote.RemoteEngine, "close", lambda self: closed.append(close(self)))
+    monkeypatch.setattr(VllmServers, "probe_all", hang)
+    monkeypatch.setattr(start, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(start, "PROBE_MARGIN", 0.1)
+    model = SimpleNamespace(config=get_model("nano"), tokenizer=None)
+    monkeypatch.setattr(start, "open_model", lambda options, report: model)
+    options = argparse.Namespace(
+        model="nano", quantize="auto", llm_url="http://127.0.0.1:9/v1", llm_key=""
+    )
+    with pytest.raises(UserError, match="do not answer"):
+        start.open_engine(options)
+    assert len(closed) == 1 and options.quantize == "auto"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("auto", None)])
+def test_the_type_reaches_the_loader(name, dtype, monkeypatch):
+    given = []
+    monkeypatch.setattr(weights, "find", lambda config, given: None)
+    monkeypatch.setattr(weights, "download", lambda config, report, given: None)
+    monkeypatch.setattr(weights, "load_model", lambda *arguments: given.append(arguments[-1]))
+    start.open_model(argparse.Namespace(model="nano", quantize="none", device="cpu", dtype=name))
+    assert given == [dtype]

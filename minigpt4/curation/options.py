@@ -1,24 +1,107 @@
-"""The options of `python -m minigpt4 curate`. Imports nothing heavy."""
+"""The options of `minigpt4 curate`. Imports nothing heavy."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 
-from minigpt4 import start
+from minigpt4.config import DEFAULT_MODEL
 from minigpt4.curation.thresholds import Thresholds
+from minigpt4.options import (
+    Option,
+    Parser,
+    add_model_options,
+    add_sampling_options,
+    integer,
+    number,
+    switch,
+)
 
-STEPS = "generate, refine, filter, review, merge and export, in this order; see docs/curation.md"
+STEPS = "Run the steps in this order: generate, refine, filter, review, merge, export."
+PREFIX = "CURATE_"
+
+TOGETHER = "Maximum number of requests at once."
+GENERATE = (
+    Option(
+        "min-tokens",
+        "Ask to continue a shorter description (80 in the paper).",
+        80,
+        integer(1),
+        "N",
+    ),
+    Option("continues", "How often to ask that (1 in the paper); 0 for never.", 1, integer(0), "N"),
+    Option("together", "Pictures described at once.", 16, integer(1), "N"),
+    Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
+)
+ENDPOINT = (
+    Option("url", "Address: http://HOST:PORT/v1.", variable="OPENAI_BASE_URL"),
+    Option(
+        "api-key",
+        "API key. Prefer the environment variable: other users of this machine can see command "
+        "lines.",
+        metavar="KEY",
+        variable="OPENAI_API_KEY",
+    ),
+    Option("refiner", "Model to use there.", metavar="NAME", variable="OPENAI_MODEL"),
+    Option("together", TOGETHER, 4, integer(1), "N"),
+    Option(
+        "retries",
+        "How often to repeat a failed request, with increasing pauses.",
+        6,
+        integer(0),
+        "N",
+    ),
+    Option("timeout", "Time for an answer, in seconds.", 120.0, number(0), "SECONDS"),
+    Option("price-in", "Price of a million input tokens.", 0.0, number(0), "PRICE"),
+    Option("price-out", "Price of a million output tokens.", 0.0, number(0), "PRICE"),
+    Option("max-cost", "Do not start if the estimate is higher.", None, number(0), "PRICE"),
+    Option("estimate", "Print the estimate and stop.", False, switch),
+)
+LOCAL = (
+    Option(
+        "local",
+        "Refine with the model below on this machine. The default if no endpoint is given.",
+        False,
+        switch,
+    ),
+)
+RULES = {
+    "min_words": "Minimum number of words.",
+    "max_repeated": "Maximum share of three-word sequences that occur more than once.",
+    "language": "ISO 639-1 code of the language; “any” for no rule.",
+    "language_confidence": "Confidence from which another language counts.",
+    "max_similarity": "Maximum Jaccard similarity to an earlier description, from 0 to 1.",
+}
+READERS: dict[type, Callable] = {int: integer(0), float: number(0), str: str}
+FILTER = tuple(
+    Option(
+        field.name.replace("_", "-"), RULES[field.name], field.default, READERS[type(field.default)]
+    )
+    for field in fields(Thresholds)
+)
+REVIEW = (
+    Option("name", "Name of the reviewer. By default the file's."),
+    Option(
+        "host",
+        "Address to listen on; 0.0.0.0 accepts connections from other machines.",
+        "127.0.0.1",
+        variable="MINIGPT4_REVIEW_HOST",
+    ),
+    Option("port", "Port to listen on.", 7861, integer(1, 65535), variable="MINIGPT4_REVIEW_PORT"),
+)
+MOVED = Option(
+    "pictures", "Folder of the pictures or shards, if they were moved.", metavar="FOLDER"
+)
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """generate | refine | filter | review | merge | export"""
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP", description=STEPS)
     for add in (_generate, _refine, _filter, _review, _merge, _export):
-        name = add.__name__.strip("_")
         step = add(steps)
-        step.set_defaults(run=_runner(name))
+        step.set_defaults(run=_runner(add.__name__.strip("_")))
 
 
-def _runner(name: str):
+def _runner(name: str) -> Callable[[argparse.Namespace], None]:
     def run(options: argparse.Namespace) -> None:
         from minigpt4.curation import run
 
@@ -27,126 +110,61 @@ def _runner(name: str):
     return run
 
 
-def _generate(steps) -> argparse.ArgumentParser:
-    step = steps.add_parser("generate", help="1. describe each picture with a stage-1 model")
-    step.add_argument("pictures", help="a folder, or shards (a path, a glob, {00000..00007})")
-    _add_out(step, "goes on where it stopped")
-    step.add_argument(
-        "--min-tokens", type=_count, default=80, help="fewer: told to go on (the paper's 80)"
-    )
-    step.add_argument(
-        "--continues", type=_whole, default=1, help="how often, at most (the paper's 1; 0: never)"
-    )
-    step.add_argument("--together", type=_count, default=16, help="pictures described at once")
-    step.add_argument("--limit", type=_count, help="the first N pictures only")
-    start.add_model_options(step, default="nano")
-    start.add_sampling_options(step)
+def _generate(steps) -> Parser:
+    step = steps.add_parser("generate", help="1. describe each picture with a model of stage 1")
+    step.add_argument("pictures", help="A folder, or shards (a path, a glob, {00000..00007}).")
+    step.add((_out("An interrupted run resumes."), *GENERATE), prefix=PREFIX)
+    add_model_options(step, DEFAULT_MODEL)
+    add_sampling_options(step)
     return step
 
 
-def _refine(steps) -> argparse.ArgumentParser:
-    step = steps.add_parser("refine", help="2. have another language model mend the descriptions")
-    _add_in(step, "what `generate` wrote")
-    _add_out(step, "goes on where it stopped")
-    group = step.add_argument_group("endpoint (any that is OpenAI-compatible)")
-    group.add_argument("--url", help="http://HOST:PORT/v1; or in $OPENAI_BASE_URL")
-    group.add_argument("--api-key", metavar="KEY", help="better in $OPENAI_API_KEY")
-    group.add_argument("--refiner", metavar="NAME", help="its model; or in $OPENAI_MODEL")
-    group.add_argument("--together", type=_count, default=4, help="requests at once (default: 4)")
-    group.add_argument("--retries", type=_whole, default=6, help="of a request, with back-off")
-    group.add_argument("--timeout", type=_amount, default=120.0, help="seconds for an answer")
-    group.add_argument("--price-in", type=_amount, default=0.0, help="of a million tokens asked")
-    group.add_argument(
-        "--price-out", type=_amount, default=0.0, help="of a million tokens answered"
-    )
-    group.add_argument("--max-cost", type=_amount, help="do not start where more is estimated")
-    group.add_argument("--estimate", action="store_true", help="say what it will take, and end")
-    step.add_argument(
-        "--local",
-        action="store_true",
-        help="use the model below, on this machine: what is done where no endpoint is named",
-    )
-    start.add_model_options(step, default="nano")
+def _refine(steps) -> Parser:
+    step = steps.add_parser("refine", help="2. correct the descriptions with a language model")
+    _add_file(step, "written by `generate`")
+    step.add((_out("An interrupted run resumes."), *LOCAL), prefix=PREFIX)
+    step.add(ENDPOINT, "OpenAI-compatible endpoint", PREFIX)
+    add_model_options(step, DEFAULT_MODEL)
     return step
 
 
-def _filter(steps) -> argparse.ArgumentParser:
+def _filter(steps) -> Parser:
     step = steps.add_parser("filter", help="3. mark descriptions that break a rule")
-    _add_in(step, "what `generate` or `refine` wrote")
-    _add_out(step, "written anew each time: it takes seconds")
-    helps = {
-        "min_words": "fewer are too short",
-        "max_repeated": "share of the runs of three words that may occur again",
-        "language": "ISO 639-1 code; “any” leaves the rule out",
-        "language_confidence": "how sure it must be that it is another language",
-        "max_similarity": "Jaccard similarity of near duplicates, 0 to 1",
-    }
-    for field in fields(Thresholds):
-        name, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        text = f"{helps[field.name]} (default: {field.default})"
-        step.add_argument(name, type=kind, default=field.default, help=text)
+    _add_file(step, "written by `generate` or `refine`")
+    step.add((_out("Overwritten."), *FILTER), prefix=PREFIX)
     return step
 
 
-def _review(steps) -> argparse.ArgumentParser:
-    step = steps.add_parser("review", help="4. keep, edit or drop each, on a page")
-    _add_in(step, "what `filter` wrote")
-    _add_out(step, "the reviewer's own; goes on where it stopped")
-    step.add_argument("--name", default="", help="the reviewer's (default: the file's)")
-    step.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    step.add_argument("--port", type=int, default=7861)
-    _add_pictures(step)
-    return step
-
-
-def _merge(steps) -> argparse.ArgumentParser:
-    step = steps.add_parser("merge", help="put reviewers' files together; their agreement")
-    step.add_argument("reviews", nargs="+", metavar="FILE", help="what `review` wrote")
-    _add_out(step, "")
-    step.add_argument("--json", metavar="OUT", help="write the agreement here")
-    return step
-
-
-def _export(steps) -> argparse.ArgumentParser:
-    step = steps.add_parser("export", help="write filter_cap.json and image/, for train --stage 2")
-    _add_in(step, "what `filter`, `review` or `merge` wrote")
-    step.add_argument("--out", required=True, metavar="FOLDER")
-    _add_pictures(step)
-    return step
-
-
-def _count(text: str) -> int:
-    """A whole number from 1 up."""
-    return _whole(text, 1)
-
-
-def _whole(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"“{text}” is no whole number from {least} up")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    """A number from 0 up."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"“{text}” is no number from 0 up")
-    return value
-
-
-def _add_in(step: argparse.ArgumentParser, what: str) -> None:
-    step.add_argument("file", metavar="FILE", help=f"JSON lines: {what}")
-
-
-def _add_out(step: argparse.ArgumentParser, note: str) -> None:
-    note = f"JSON lines; {note}" if note else "JSON lines"
-    step.add_argument("--out", required=True, metavar="FILE", help=note)
-
-
-def _add_pictures(step: argparse.ArgumentParser) -> None:
-    step.add_argument(
-        "--pictures", metavar="FOLDER", help="where the pictures or shards are now, if they moved"
+def _review(steps) -> Parser:
+    step = steps.add_parser("review", help="4. keep, edit or drop each description, on a page")
+    _add_file(step, "written by `filter`")
+    step.add(
+        (_out("One for each reviewer; a review can be resumed."), *REVIEW, MOVED), prefix=PREFIX
     )
+    return step
+
+
+def _merge(steps) -> Parser:
+    step = steps.add_parser("merge", help="5. combine reviews and measure their agreement")
+    step.add_argument("reviews", nargs="+", metavar="FILE", help="Files written by `review`.")
+    agreement = Option("json", "Write the agreement to this file.", metavar="FILE")
+    step.add((_out(), agreement), prefix=PREFIX)
+    return step
+
+
+def _export(steps) -> Parser:
+    step = steps.add_parser(
+        "export", help="6. write filter_cap.json and image/ for train --stage 2"
+    )
+    _add_file(step, "written by `filter`, `review` or `merge`")
+    out = Option("out", "Folder to write.", metavar="FOLDER", required=True)
+    step.add((out, MOVED), prefix=PREFIX)
+    return step
+
+
+def _add_file(step: argparse.ArgumentParser, what: str) -> None:
+    step.add_argument("file", metavar="FILE", help=f"JSON lines {what}.")
+
+
+def _out(note: str = "") -> Option:
+    return Option("out", f"JSON lines to write. {note}".strip(), metavar="FILE", required=True)

@@ -157,16 +157,14 @@ def _refiner(options: argparse.Namespace) -> Iterator["Refiner"]:
     """The endpoint that the options or the environment name, else a model on this machine."""
     from minigpt4.curation.refiners import EndpointRefiner, LocalRefiner
 
-    url = options.url or os.environ.get("OPENAI_BASE_URL", "")
+    url = options.url
     if url and not options.local:
-        name = options.refiner or os.environ.get("OPENAI_MODEL", "")
+        name = options.refiner
         if not name:
             raise UserError("Name the endpoint's model by “--refiner NAME”.")
         if find_spec("openai") is None:
-            raise UserError(
-                "openai must be installed first: pip install -r requirements-train.txt."
-            )
-        key = options.api_key or os.environ.get("OPENAI_API_KEY", "")
+            raise UserError("Install openai first: pip install 'minigpt4[train]'.")
+        key = options.api_key or ""
         refiner = EndpointRefiner(url, key, name, options.retries, options.timeout)
         with closing(refiner):
             yield refiner
@@ -196,8 +194,8 @@ def filter(options: argparse.Namespace) -> None:
     if given["language"]:
         if find_spec("py3langid") is None:
             raise UserError(
-                "py3langid must be installed first: pip install -r requirements-train.txt; or "
-                "leave that rule out by “--language any”."
+                "Install py3langid first (pip install 'minigpt4[train]'), or omit this rule with "
+                "“--language any”."
             )
         if given["language"] not in filters.languages():
             raise UserError(

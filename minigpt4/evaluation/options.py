@@ -1,144 +1,135 @@
-"""The options of `python -m minigpt4 evaluate`. Imports nothing heavy."""
+"""The options of `minigpt4 evaluate`. Imports nothing heavy."""
 
 import argparse
-from collections.abc import Callable
 
+from minigpt4.config import DEFAULT_MODEL
 from minigpt4.errors import UserError
+from minigpt4.options import Option, Parser, add_model_options, integer, one_of, switch
 
 EXPERIMENTS = {
-    "captions": "BLEU, CIDEr, and METEOR and SPICE where Java is present",
-    "stages": "how often the first stage's answers fail, and how often the second's",
-    "pope": "yes/no questions about objects that are there, and that are not",
-    "abilities": "recipes, advertisements, poems, jokes, ..., judged by a model or by hand",
-    "architecture": "the projection's and the training's variants, each trained for a moment",
+    "captions": "BLEU and CIDEr, and METEOR and SPICE where Java is installed",
+    "stages": "how often answers fail after stage 1, and after stage 2",
+    "pope": "yes/no questions about objects that are in the picture, and that are not",
+    "abilities": "recipes, advertisements, poems, jokes, …, judged by a model or by people",
+    "architecture": "variants of the projection and of the training, each trained briefly",
 }
 
-# Options of some experiments only; None stands for the plain scores.
+GENERAL = (
+    Option(
+        "experiment",
+        "One of the paper's experiments (below). By default the scores are computed.",
+        read=one_of(*EXPERIMENTS),
+        metavar="NAME",
+    ),
+    Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
+    Option("batch-size", "Pictures answered at once, at most 64.", 16, integer(1), "N"),
+    Option("detail", "Score detailed descriptions instead of captions.", False, switch),
+    Option("json", "Write the scores to this file.", metavar="FILE"),
+    Option("answers", "Write every answer to this file, as JSON lines.", metavar="FILE"),
+    Option(
+        "markdown",
+        "Write the experiment's tables to this file, or into a page between the lines "
+        "<!-- EXPERIMENT --> and <!-- /EXPERIMENT -->.",
+        metavar="FILE",
+    ),
+)
+STAGES = (
+    Option(
+        "stage1",
+        "Projection of stage 1. By default the one that comes with the model.",
+        metavar="FILE",
+    ),
+    Option(
+        "drawn",
+        "Sample answers as the chat does. By default the most likely tokens are taken.",
+        False,
+        switch,
+    ),
+)
+POPE = (
+    Option("objects", "List of objects. By default COCO's 80.", metavar="FILE"),
+    Option("question", "Question; {} stands for the object.", "Is there {} in the image?"),
+    Option("per-picture", "Objects per picture.", 3, integer(1), "N"),
+)
+ABILITIES = (
+    Option(
+        "judge",
+        "OpenAI-compatible API of the judge. Its key is read from $OPENAI_API_KEY.",
+        metavar="URL",
+    ),
+    Option("judge-model", "Model that judges.", metavar="NAME"),
+    Option(
+        "judge-blind",
+        "Describe the picture to the judge instead of sending it, for models without vision.",
+        False,
+        switch,
+    ),
+    Option("verdicts", "Keep verdicts in this file and do not ask for them again.", metavar="FILE"),
+    Option(
+        "beside",
+        "Another model's answers to the same suite, as --answers writes them. Repeatable.",
+        metavar="NAME=FILE",
+        many=True,
+    ),
+    Option("reuse", "Use the answers in the file --answers instead of asking.", False, switch),
+    Option("review", "Write a page on which people judge the answers.", metavar="FILE.html"),
+    Option("ratings", "Ratings saved by such a page. Repeatable.", metavar="FILE", many=True),
+)
+ARCHITECTURE = (
+    Option("train", "Captioned pictures to train on.", metavar="DATA"),
+    Option("described", "Data of stage 2: filter_cap.json with image/.", metavar="FOLDER"),
+    Option("arms", "Names of variants, separated by commas. By default all.", metavar="NAMES"),
+    Option("steps", "Steps of stage 1 for each variant.", 100, integer(1), "N"),
+    Option(
+        "train-batch", "Pictures per step. By default as the schedule says.", None, integer(1), "N"
+    ),
+    Option("pictures", "Train on at most N captioned pictures.", 400, integer(1), "N"),
+    Option("seed", "Seed of data order, new weights and sampled answers.", 42, integer(0)),
+)
+GROUPS = {
+    "": GENERAL,
+    "stages and abilities": STAGES,
+    "pope": POPE,
+    "abilities": ABILITIES,
+    "architecture": ARCHITECTURE,
+}
+
+# Options that only some experiments use; None stands for the scores.
 _ONLY: dict[str, set[str | None]] = {
     "markdown": {*EXPERIMENTS},
     "detail": {None, "captions"},
     "answers": {None, *EXPERIMENTS} - {"architecture"},
     "stage1": {"stages"},
     "drawn": {"stages", "abilities"},
+    **{option.attribute: {"pope"} for option in POPE},
+    **{option.attribute: {"abilities"} for option in ABILITIES},
+    **{option.attribute: {"architecture"} for option in ARCHITECTURE},
     "seed": {"stages", "abilities", "architecture"},
-    **dict.fromkeys(("objects", "question", "per_picture"), {"pope"}),
-    **dict.fromkeys(
-        ("judge", "judge_model", "judge_blind", "verdicts", "beside", "reuse", "review", "ratings"),
-        {"abilities"},
-    ),
-    **dict.fromkeys(
-        ("train", "described", "arms", "steps", "train_batch", "pictures"), {"architecture"}
-    ),
 }
 
 
 def refuse_others(options: argparse.Namespace) -> None:
-    """UserError where an option was given that this experiment would not heed."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_options(parser, int)
-    for name, experiments in _ONLY.items():
-        given = getattr(options, name) != parser.get_default(name)
-        if given and options.experiment not in experiments:
+    """UserError if an option is set that this experiment does not use."""
+    for option in (option for group in GROUPS.values() for option in group):
+        experiments = _ONLY.get(option.attribute)
+        value = getattr(options, option.attribute)
+        default = [] if option.many else option.default
+        if experiments and options.experiment not in experiments and value != default:
             of = " or ".join(sorted(e for e in experiments if e))
-            raise UserError(
-                f"“--{name.replace('_', '-')}” is for “--experiment {of}”: leave it out here."
-            )
+            raise UserError(f"“--{option.name}” is for “--experiment {of}”: leave it out here.")
 
 
-def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    """count: reads a whole number from 1 up."""
+def add_options(parser: Parser) -> None:
+    """The data to evaluate on, and all options of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "experiments:\n" + "\n".join(f"  {n:13} {t}" for n, t in EXPERIMENTS.items())
     parser.add_argument(
         "shard",
         nargs="?",
         metavar="data",
-        help="captioned pictures: shards (a path, a glob, {00000..00007}) or a folder with a table "
-        "of captions (CSV or JSON lines); abilities: a suite's folder",
+        help="Captioned pictures: shards (a path, a glob, {00000..00007}) or a folder with a table "
+        "of captions (CSV or JSON lines). For abilities: the folder of a suite.",
     )
-    parser.add_argument(
-        "--experiment", choices=list(EXPERIMENTS), help="one of the paper's; left out: the scores"
-    )
-    parser.add_argument("--limit", type=count, help="the first N pictures only")
-    parser.add_argument("--json", metavar="OUT", help="write the scores here")
-    parser.add_argument("--answers", metavar="OUT", help="write every answer, as JSON lines")
-    parser.add_argument(
-        "--markdown",
-        metavar="OUT",
-        help="write an experiment's tables here, or into the page that has a place for them"
-        " (the lines <!-- EXPERIMENT --> and <!-- /EXPERIMENT -->)",
-    )
-    parser.add_argument("--detail", action="store_true", help="detailed descriptions instead")
-    parser.add_argument(
-        "--batch-size", type=count, default=16, help="answered together (at most 64)"
-    )
-
-    stages = parser.add_argument_group("stages (and abilities)")
-    stages.add_argument(
-        "--stage1", metavar="FILE", help="the first stage's projection (nano: the committed one)"
-    )
-    stages.add_argument(
-        "--drawn",
-        action="store_true",
-        help="draw answers as the chat does; left out: the likeliest answer, which repeats more",
-    )
-
-    pope = parser.add_argument_group("pope")
-    pope.add_argument("--objects", metavar="FILE", help="other objects than COCO's 80")
-    pope.add_argument(
-        "--question",
-        default="Is there {} in the image?",
-        help="how it is asked, {} for the object (default: %(default)s)",
-    )
-    pope.add_argument("--per-picture", type=count, default=3, help="objects a picture (default: 3)")
-
-    abilities = parser.add_argument_group("abilities")
-    abilities.add_argument(
-        "--judge", metavar="URL", help="an OpenAI-compatible API; its key: $OPENAI_API_KEY"
-    )
-    abilities.add_argument("--judge-model", metavar="NAME", help="the model that judges")
-    abilities.add_argument(
-        "--judge-blind",
-        action="store_true",
-        help="tell the judge what the picture shows, do not send it: for models that read only",
-    )
-    abilities.add_argument(
-        "--verdicts",
-        metavar="FILE",
-        help="keep each verdict here as it comes; what the file holds already is not asked again",
-    )
-    abilities.add_argument(
-        "--beside",
-        metavar="NAME=FILE",
-        action="append",
-        default=[],
-        help="another model's answers to the same suite, as --answers writes them",
-    )
-    abilities.add_argument(
-        "--reuse", action="store_true", help="take the answers in --answers, ask nothing again"
-    )
-    abilities.add_argument(
-        "--review", metavar="PAGE.html", help="write a page on which people judge the answers"
-    )
-    abilities.add_argument(
-        "--ratings", metavar="FILE", action="append", default=[], help="what such a page saved"
-    )
-
-    architecture = parser.add_argument_group("architecture")
-    architecture.add_argument("--train", metavar="DATA", help="captions to train on")
-    architecture.add_argument(
-        "--described", metavar="DIR", help="second-stage data: filter_cap.json and image/"
-    )
-    architecture.add_argument(
-        "--arms", help="some of the variants, by name and comma (default: all of them)"
-    )
-    architecture.add_argument("--steps", type=count, default=100, help="of the first stage each")
-    architecture.add_argument(
-        "--train-batch", type=count, help="pictures a step (default: the schedule's)"
-    )
-    architecture.add_argument(
-        "--seed", type=int, default=42, help="of data order and new weights; of drawn answers"
-    )
-    architecture.add_argument(
-        "--pictures", type=count, default=400, help="captioned ones to train on, at most"
-    )
+    for title, options in GROUPS.items():
+        parser.add(options, title, "EVALUATE_")
+    add_model_options(parser, DEFAULT_MODEL)

@@ -9,26 +9,39 @@ that remembers it. Where that one dies, the ingress goes on at another one from 
 
 import asyncio
 import logging
-import os
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from ray import cluster_resources, serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from minigpt4.config import ModelConfig, get_model
+from minigpt4.config import DEFAULT_MODEL, ModelConfig, get_model
 from minigpt4.engine.faults import FULL, fault
 from minigpt4.engine.task import Request
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import Prompt
+from minigpt4.options import (
+    API_KEY,
+    DTYPE,
+    IMAGE_HOSTS,
+    MAX_QUEUE,
+    MAX_RUNNING,
+    MAX_UPLOAD,
+    MODEL,
+    PLACES,
+    QUANTIZE,
+    Option,
+    from_mapping,
+    integer,
+    number,
+)
 from minigpt4.remote.engine import Part, RemoteEngine, Unavailable
 
 # A session's replica by consistent hashing: when one comes or goes, few conversations move.
@@ -39,34 +52,29 @@ PROBE_SECONDS = 10.0
 log = logging.getLogger(__name__)
 
 
-class Options(BaseModel):
-    """What `serve run` takes as NAME=VALUE; the defaults are MINIGPT4_NAME's, where it is set.
-
-    cpus, gpus: of one replica (gpus None: one where the cluster has any). max_running, max_queue:
-    answers at once and waiting, in one replica. target: requests a replica has on average before
-    another one is started; upscale_seconds, downscale_seconds: how long it must be so.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    model: str = os.environ.get("MINIGPT4_MODEL", "nano")
-    quantize: str = os.environ.get("MINIGPT4_QUANTIZE", "auto")
-    projection: str | None = os.environ.get("MINIGPT4_PROJECTION")
-    min_replicas: int = 1
-    max_replicas: int = 2
-    ingresses: int = 1
-    cpus: float = 2
-    gpus: float | None = None
-    max_running: int = 32
-    max_queue: int = 32
-    target: float = 16
-    upscale_seconds: float = 10
-    downscale_seconds: float = 300
-    image_hosts: str = os.environ.get("MINIGPT4_IMAGE_HOSTS", "")
-    max_upload_mb: int = 20
+REPLICAS = (
+    Option("min-replicas", "Minimum number of replicas.", 1, integer(0)),
+    Option("max-replicas", "Maximum number of replicas.", 2, integer(1)),
+    Option("ingresses", "Number of processes that serve the API.", 1, integer(1)),
+    Option("cpus", "Processor cores of a replica.", 2.0, number(0)),
+    Option("gpus", "GPUs of a replica. By default 1 if the cluster has any.", None, number(0)),
+    Option(
+        "target", "Average requests of a replica from which another one starts.", 16.0, number(0)
+    ),
+    Option("upscale-seconds", "How long that must last, in seconds.", 10.0, number(0)),
+    Option("downscale-seconds", "How long a replica must be spare to end.", 300.0, number(0)),
+)
+OPTIONS = (
+    replace(MODEL, default=DEFAULT_MODEL),
+    *(QUANTIZE, DTYPE, *PLACES),
+    *REPLICAS,
+    *(MAX_RUNNING, MAX_QUEUE, MAX_UPLOAD, IMAGE_HOSTS, API_KEY),
+)
 
 
-def app(options: Options) -> serve.Application:
-    """What Ray serves. The API's key comes from MINIGPT4_API_KEY."""
+def app(arguments: dict[str, Any]) -> serve.Application:
+    """What Ray serves. arguments: the NAME=VALUE of `serve run`; see OPTIONS."""
+    options = from_mapping(OPTIONS, arguments)
     get_model(options.model)
     gpus = options.gpus
     if gpus is None:
@@ -85,13 +93,19 @@ def app(options: Options) -> serve.Application:
         ),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
     ).bind(options)
-    # What an ingress does is to wait, mostly: it needs no processor of its own.
+    # An ingress mostly waits: it needs no processor of its own.
     ingress = Ingress.options(
         num_replicas=options.ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
     )
-    return ingress.bind(replicas, options, os.environ.get("MINIGPT4_API_KEY", ""))
+    return ingress.bind(replicas, options)
+
+
+def _report(line: str, passing: bool = False) -> None:
+    """Progress of loading, without the lines that only make sense as a bar."""
+    if not passing:
+        log.info(line)
 
 
 @serve.deployment(
@@ -100,18 +114,12 @@ def app(options: Options) -> serve.Application:
 class Replica:
     """One whole model."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Namespace) -> None:
         from minigpt4.start import open_engine
 
         self._engine = open_engine(
-            Namespace(
-                model=options.model,
-                quantize=options.quantize,
-                projection=options.projection,
-                device="auto",
-                llm_url=None,
-            ),
-            log.info,
+            Namespace(**vars(options), device="auto", llm_url=None),
+            _report,
             max_running=options.max_running,
             max_waiting=options.max_queue,
         )
@@ -226,23 +234,26 @@ class Replicas:
 class Ingress:
     """The API before the replicas."""
 
-    def __init__(self, replicas: DeploymentHandle, options: Options, api_key: str) -> None:
+    def __init__(self, replicas: DeploymentHandle, options: Namespace) -> None:
+        from minigpt4.start import given_places
         from minigpt4.weights import load as weights
         from minigpt4.weights.llm_folder import load_tokenizer
 
         config = get_model(options.model)
-        tokenizer = load_tokenizer(weights.find(config, options.projection).llm)
+        tokenizer = load_tokenizer(weights.find(config, given=given_places(options)).llm)
         self._engine = RemoteEngine(
             Described(config, tokenizer),
             Replicas(replicas, config),
             max_running=options.max_running * options.max_replicas,
             max_waiting=options.max_queue * options.max_replicas,
         )
-        self._options, self._key = options, api_key
+        self._options = options
 
     def __serve_build_asgi_app__(self):
         """Ray calls it once, and then what it returned with every request."""
         from minigpt4.web.api.routes import application
 
         options = self._options
-        return application(self._engine, self._key, options.image_hosts, options.max_upload_mb)
+        return application(
+            self._engine, options.api_key or "", options.image_hosts or "", options.max_upload_mb
+        )

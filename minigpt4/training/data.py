@@ -12,10 +12,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from minigpt4 import _data
 from minigpt4.errors import UserError
 from minigpt4.model import image
 
-PROMPTS = Path(__file__).resolve().parent.parent.parent / "prompts"
+PROMPTS = _data.folder("prompts")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from minigpt4 import start
-from minigpt4.config import ModelConfig, PooledMap, Schedule, get_model
+from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Schedule, get_model
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training import data, questions
@@ -21,7 +21,9 @@ from minigpt4.weights import load as weights
 
 def train(options: argparse.Namespace) -> None:
     """Run one stage and say where the projection is."""
-    config = get_model("nano" if options.model == "auto" else options.model)
+    config = get_model(DEFAULT_MODEL if options.model == "auto" else options.model)
+    if not options.stage:
+        raise UserError(f"{config.name} is trained in two stages: give --stage 1 or --stage 2.")
     schedule = schedule_of(options, config)
     embedded = isinstance(config.bridge, PooledMap)
     if options.denoise and not embedded:
@@ -143,7 +145,7 @@ def _prompts(name: str) -> tuple[str, ...]:
 
 def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Accelerator):
     """The model on this process's device, its projection new (stage 1) or read from --init."""
-    if config.name == "nano":
+    if config.small:
         with accelerator.main_process_first():
             weights.download(config)
     if options.stage == 2 and not options.init:
@@ -154,7 +156,9 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     quantize = "none" if options.quantize == "auto" else options.quantize
     if quantize == "int4":
         raise UserError("int4 cannot be trained through: choose “--quantize none”, int8 or nf4.")
-    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else None
+    dtype = start.dtype_of(options.dtype)
+    if dtype is None and accelerator.device.type == "cuda":
+        dtype = torch.bfloat16
     model = weights.load_model(
         config, files, accelerator.device, quantize, dtype, seed=options.seed
     )

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from minigpt4 import _data
 from minigpt4.config import ModelConfig, Source
 from minigpt4.errors import UserError
 from minigpt4.weights.gguf import INDEX
 
-REPOSITORY_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+REPOSITORY_WEIGHTS = _data.folder("weights")
 ROLES = ("vision", "qformer", "llm", "projection")
 _HUB = re.compile(r"(?P<ref>(spaces/)?[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<member>[\w./-]+))?")
 

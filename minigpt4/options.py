@@ -1,0 +1,339 @@
+"""Command-line options: how one is declared, read and checked, and those that commands share.
+
+An `Option` is declared once. On the command line it is `--max-queue 8`, in the environment
+`MINIGPT4_MAX_QUEUE=8`, and for `serve run` on Ray `max_queue=8`. All three are read and checked by
+the same function. The command line takes precedence over the environment.
+
+Nothing here imports torch.
+"""
+
+import argparse
+import os
+import re
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from minigpt4.config import MODELS
+from minigpt4.errors import UserError
+
+ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+def switch(text: str) -> bool:
+    """1, true, yes, on or 0, false, no, off, in any case."""
+    if text.lower() in ON:
+        return True
+    if text.lower() in OFF:
+        return False
+    raise ArgumentTypeError(
+        f"must be on or off (or 1, 0, true, false, yes, no), not {_quoted(text)}"
+    )
+
+
+def integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """A reader of integers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip()) else None
+        return _within("an integer", text, value, least, most)
+
+    return read
+
+
+def number(least: float | None = None, below: float | None = None) -> Callable[[str], float]:
+    """A reader of finite numbers of at least `least` and less than `below`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = None
+        if value is not None and not abs(value) < float("inf"):
+            value = None
+        return _within("a number", text, value, least, None, below)
+
+    return read
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A reader of one of these words."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ArgumentTypeError(f"must be one of {', '.join(names)}, not {_quoted(text)}")
+        return text
+
+    return read
+
+
+def _within(kind, text, value, least=None, most=None, below=None):
+    if (
+        value is None
+        or (least is not None and value < least)
+        or (most is not None and value > most)
+        or (below is not None and value >= below)
+    ):
+        if most is not None:
+            kind += f" from {least} to {most}"
+        elif least is not None:
+            kind += f" of at least {least}" + ("" if below is None else f" and less than {below}")
+        raise ArgumentTypeError(f"must be {kind}, not {_quoted(text)}")
+    return value
+
+
+def _quoted(text: str) -> str:
+    return f"“{text}”"
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, for example `Option("max-queue", "Waiting requests.", 32, integer(1))`.
+
+    read: turns its text into its value; raises ArgumentTypeError. `switch` makes a flag without a
+    value. many: may be given several times; the value is a list. variable: its environment
+    variable where that is not the derived name. fallback: a second one, read after the first.
+    """
+
+    name: str
+    help: str
+    default: Any = None
+    read: Callable[[str], Any] = str
+    metavar: str | None = None
+    required: bool = False
+    many: bool = False
+    variable: str = ""
+    fallback: str = ""
+
+    @property
+    def attribute(self) -> str:
+        """Its name as an attribute of the parsed options."""
+        return self.name.replace("-", "_")
+
+    def environment(self, prefix: str = "") -> str:
+        """The name of its environment variable."""
+        return self.variable or f"MINIGPT4_{prefix}{self.attribute.upper()}"
+
+    def from_environment(self, prefix: str = "") -> Any:
+        """Its value from the environment, else its default. UserError for an invalid value."""
+        for variable in filter(None, (self.environment(prefix), self.fallback)):
+            if text := os.environ.get(variable):
+                try:
+                    value = self.read(text)
+                except ArgumentTypeError as error:
+                    raise UserError(f"Environment variable {variable} {error}.") from None
+                return [value] if self.many else value
+        return [] if self.many else self.default
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes what is not on the command line from the environment."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self._declared: list[tuple[Option, str]] = []
+
+    def add(self, options: Iterable[Option], title: str = "", prefix: str = "") -> None:
+        """Add options in a help group with this title.
+
+        prefix: begins the names of their environment variables, such as "TRAIN_".
+        """
+        group = self.add_argument_group(title) if title else self
+        for option in options:
+            self._declared.append((option, prefix))
+            settings: dict[str, Any] = {"help": _help(option, prefix)}
+            if option.read is switch:
+                settings["action"] = argparse.BooleanOptionalAction
+            else:
+                last_word = option.name.rpartition("-")[2].upper()
+                settings |= {"type": option.read, "metavar": option.metavar or last_word}
+            if option.many:
+                settings["action"] = "append"
+            group.add_argument(
+                f"--{option.name}",
+                dest=option.attribute,
+                default=argparse.SUPPRESS,
+                required=option.required and not os.environ.get(option.environment(prefix)),
+                **settings,
+            )
+
+    def parse_known_args(self, args=None, namespace=None):  # also called for each subcommand
+        found, rest = super().parse_known_args(args, namespace)
+        for option, prefix in self._declared:
+            if not hasattr(found, option.attribute):
+                try:
+                    setattr(found, option.attribute, option.from_environment(prefix))
+                except UserError as error:
+                    self.error(str(error).removesuffix("."))
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other mistake: the whole usage is a screen long."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _help(option: Option, prefix: str) -> str:
+    notes = [f"${option.environment(prefix)}"]
+    if option.default not in (None, "", False):
+        notes.insert(0, f"default: {option.default}")
+    return f"{option.help} [{'; '.join(notes)}]".replace("%", "%%")
+
+
+def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespace:
+    """Options given as NAME=VALUE, as Ray passes them, else from the environment.
+
+    UserError for an unknown name or an invalid value.
+    """
+    known = {option.attribute: option for option in options}
+    if unknown := given.keys() - known.keys():
+        raise UserError(f"There is no option {sorted(unknown)[0]}: choose from {', '.join(known)}.")
+    values = {}
+    for name, option in known.items():
+        if given.get(name) is None:
+            values[name] = option.from_environment()
+            continue
+        try:
+            values[name] = option.read(str(given[name]))
+        except ArgumentTypeError as error:
+            raise UserError(f"Option {name} {error}.") from None
+    return Namespace(**values)
+
+
+# --- options that several commands share --------------------------------------------------------
+
+MODEL = Option("model", f"Model: auto, {', '.join(MODELS)}.", "auto", metavar="NAME")
+QUANTIZE = Option(
+    "quantize",
+    "Precision of the language model's weights. auto: int8 for large models on a GPU, 4-bit blocks "
+    "for models that come with them on a CPU.",
+    "auto",
+    one_of("auto", "int8", "nf4", "int4", "none"),
+    metavar="{auto,int8,nf4,int4,none}",
+)
+DTYPE = Option(
+    "dtype",
+    "Floating-point type of a language model that is not quantized. auto: bfloat16 where the "
+    "device computes in it, otherwise float32.",
+    "auto",
+    one_of("auto", "float32", "bfloat16"),
+    metavar="{auto,float32,bfloat16}",
+)
+DEVICE = Option("device", "Device: auto, cpu, cuda or cuda:N.", "auto", metavar="NAME")
+PLACES = (
+    Option(
+        "projection",
+        "Trained projection; with --model auto it selects the model.",
+        metavar="PLACE",
+    ),
+    Option("vision", "Visual encoder.", metavar="PLACE"),
+    Option("qformer", "BLIP-2's Q-Former.", metavar="PLACE"),
+    Option("llm", "Language model.", metavar="PLACE"),
+)
+REMOTE_LLM = (
+    Option(
+        "llm-url",
+        "Addresses of vLLM servers, separated by commas: http://HOST:8000/v1,… They must run with "
+        "--enable-prompt-embeds.",
+        metavar="URLS",
+    ),
+    Option(
+        "llm-key",
+        "The API key of these servers. Prefer the environment variable: other users of this "
+        "machine can see command lines.",
+        "",
+        metavar="KEY",
+    ),
+)
+LOADING = (MODEL, QUANTIZE, DTYPE, DEVICE, *PLACES, *REMOTE_LLM)  # what minigpt4.load takes
+SAMPLING = (
+    Option("temperature", "Randomness; 0 always takes the most likely token.", read=number()),
+    Option(
+        "top-p", "Sample from the most likely tokens up to this total probability.", None, number()
+    ),
+    Option("top-k", "Sample from this many most likely tokens; 0 for no limit.", read=integer()),
+    Option(
+        "min-p",
+        "Exclude tokens less likely than this share of the most likely one.",
+        None,
+        number(),
+    ),
+    Option("repetition-penalty", "Above 1, repeated tokens become less likely.", read=number()),
+    Option("max-new-tokens", "Maximum length of an answer, in tokens.", read=integer()),
+    Option("num-beams", "Beam width; above 1, beam search replaces sampling.", read=integer()),
+    Option("seed", "Random seed; the same seed gives the same answer.", read=integer()),
+)
+MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1), "N")
+MAX_RUNNING = Option(
+    "max-running",
+    "Maximum number of requests answered at once; with --llm-url, at each server.",
+    32,
+    integer(1),
+    "N",
+)
+MAX_UPLOAD = Option("max-upload-mb", "Maximum size of a picture file, in MB.", 20, integer(1), "MB")
+IMAGE_HOSTS = Option(
+    "image-hosts",
+    "Hosts from which the API may fetch pictures, separated by commas. By default none.",
+    metavar="HOSTS",
+)
+API_KEY = Option("api-key", "Key that clients of the API must send.", metavar="KEY")
+SERVER = (
+    Option(
+        "host",
+        "Address to listen on; 0.0.0.0 accepts connections from other machines.",
+        "127.0.0.1",
+        fallback="GRADIO_SERVER_NAME",
+    ),
+    Option("port", "Port to listen on.", 7860, integer(1, 65535), fallback="GRADIO_SERVER_PORT"),
+    Option("share", "Publish the page through Gradio's relay.", False, switch),
+    MAX_UPLOAD,
+    MAX_QUEUE,
+    MAX_RUNNING,
+    Option("kv-megabytes", "Memory for the key-value cache, in MB.", None, integer(1), "MB"),
+    Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
+    API_KEY,
+    IMAGE_HOSTS,
+    Option("root-path", "Path under which a proxy serves the page, such as /chat.", metavar="PATH"),
+    Option(
+        "shutdown-seconds",
+        "Time that running answers have to finish after SIGTERM, in seconds.",
+        25.0,
+        number(0),
+        "SECONDS",
+    ),
+    Option(
+        "feedback",
+        "Store likes and dislikes, with the conversations' texts, in this folder. By default the "
+        "page has no such buttons.",
+        metavar="FOLDER",
+    ),
+)
+
+
+def add_model_options(parser: Parser, default: str = "auto") -> None:
+    """--model, --quantize, --dtype, --device, and where the weights are."""
+    parser.add((replace(MODEL, default=default), QUANTIZE, DTYPE, DEVICE), "model")
+    add_places(parser)
+
+
+def add_places(parser: Parser) -> None:
+    """--projection, --vision, --qformer, --llm: replace parts of the model's weights."""
+    parser.add(PLACES, "weights (a path, a URL, or OWNER/NAME or OWNER/NAME:FILE on Hugging Face)")
+
+
+def add_remote_llm_options(parser: Parser) -> None:
+    """--llm-url, --llm-key: the language model runs on other machines."""
+    parser.add(REMOTE_LLM, "language model on other machines")
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """--temperature, --top-p, ...; the model has defaults."""
+    parser.add(SAMPLING, "answer (by default as the model's configuration says)")

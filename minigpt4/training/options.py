@@ -1,0 +1,79 @@
+"""The options of `minigpt4 train`. Imports nothing heavy."""
+
+from minigpt4.config import DEFAULT_MODEL
+from minigpt4.options import Option, Parser, add_model_options, integer, number, one_of, switch
+
+DATA = (
+    Option(
+        "stage",
+        "Training stage: 1 learns to caption, 2 to describe in detail.",
+        read=lambda text: int(one_of("1", "2")(text)),
+        metavar="{1,2}",
+    ),
+    Option(
+        "data",
+        "A folder of pictures with a table of captions (CSV or JSON lines). Stage 1 also reads "
+        "WebDataset shards (a path, a glob, {00000..00007}), stage 2 filter_cap.json with image/.",
+        required=True,
+    ),
+    Option("instructions", "Stage 2: JSON lines of questions and answers.", metavar="FILE"),
+    Option("replay", "Stage 2: captions, as stage 1 reads them, to mix in.", metavar="DATA"),
+    Option("replay-share", "Share of each batch that --replay fills.", 0.33, number(0, below=1)),
+    Option(
+        "questions", "Ask about N captioned pictures what is and is not there.", 0, integer(0), "N"
+    ),
+    Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
+    Option("cache", "Keep the frozen encoder's features in this folder.", metavar="FOLDER"),
+    Option("out", "Folder of the run; an interrupted run resumes there.", "runs/train"),
+)
+OPTIMIZER = (
+    Option("init", "Projection to start from; in stage 2 that of stage 1.", metavar="FILE"),
+    Option(
+        "steps", "Number of steps. By default as the model's schedule says.", None, integer(1), "N"
+    ),
+    Option("batch-size", "Pictures per step, over all processes.", None, integer(1), "N"),
+    Option("peak-lr", "Highest learning rate.", None, number(0), "RATE"),
+    Option("seed", "Random seed.", 42, integer(0)),
+    Option("blend", "Share of what was learned in the result; the rest is --init.", 1.0, number(0)),
+    Option(
+        "crop",
+        "Show a random part of each picture. Always done for models with a Q-Former or patches.",
+        False,
+        switch,
+    ),
+)
+REWARD = (
+    Option(
+        "samples",
+        "Sample N captions for each picture (of --replay, or in stage 1 of pictures with several "
+        "captions) and learn from their CIDEr.",
+        0,
+        integer(0),
+        "N",
+    ),
+    Option("reward-weight", "Weight of that loss.", 2.0, number(0), "WEIGHT"),
+    Option(
+        "consensus",
+        "Weight a picture's captions by their agreement; a lower temperature T weights more "
+        "strongly. 0: all alike.",
+        0.0,
+        number(0),
+        "T",
+    ),
+    Option(
+        "denoise",
+        "Suppress features in which pictures differ from their mirror images; 1 is a good value. "
+        "0: do not. For models with pooled feature maps.",
+        0.0,
+        number(0),
+        "C",
+    ),
+)
+
+
+def add_options(parser: Parser) -> None:
+    """All options of the command."""
+    parser.add(DATA, "data", "TRAIN_")
+    parser.add(OPTIMIZER, "optimization", "TRAIN_")
+    parser.add(REWARD, "weighting and rewards", "TRAIN_")
+    add_model_options(parser, DEFAULT_MODEL)

@@ -1,0 +1,18 @@
+"""What pyproject.toml cannot say: prompts and weights become data of the package minigpt4._data."""
+
+from setuptools import find_packages, setup
+
+DATA = {
+    "prompts": ["*.txt"],
+    "weights": ["README.md", "nano.safetensors", "nano-*.safetensors"],
+}
+
+setup(
+    packages=[*find_packages(include=["minigpt4*"]), *(f"minigpt4._data.{name}" for name in DATA)],
+    package_dir={f"minigpt4._data.{name}": name for name in DATA},
+    package_data={
+        "minigpt4": ["**/*.c", "**/*.css", "**/*.html", "**/*.jpg", "**/*.js", "**/*.json"]
+        + ["**/*.jsonl", "**/*.md", "**/*.txt"],
+        **{f"minigpt4._data.{name}": patterns for name, patterns in DATA.items()},
+    },
+)

@@ -1,0 +1,119 @@
+"""The package in Python: load, ask, stream, chat. And the notebook that shows it."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import minigpt4
+from minigpt4.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+BEAST = str(resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg")
+GREEDY = {"temperature": 0, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def model():
+    if not (ROOT / "weights" / "nano-llm").exists():
+        pytest.skip("nano's weights are missing: python -m minigpt4 download nano")
+    with minigpt4.load("nano", device="cpu") as model:
+        yield model
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, minigpt4; sys.exit(bool({'torch', 'numpy', 'PIL'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_ask_and_stream(model):
+    assert model.name == "nano"
+    answer = model.ask(BEAST, "What is this?", **GREEDY)
+    parts = [*model.stream(BEAST, "What is this?", **GREEDY)]
+    assert len(parts) > 2 and "".join(parts) == answer
+
+
+def test_what_a_picture_may_be(model):
+    """A path, a file's content or a picture of Pillow; several of them."""
+    answer = model.ask(BEAST, "What is this?", **GREEDY)
+    assert model.ask(Path(BEAST), "What is this?", **GREEDY) == answer
+    assert model.ask(Path(BEAST).read_bytes(), "What is this?", **GREEDY) == answer
+    with Image.open(BEAST) as picture:
+        assert model.ask(picture, "What is this?", **GREEDY) == answer
+    red = Image.new("RGB", (64, 64), "red")
+    chat = model.chat([BEAST, red])
+    chat.ask("What is this?", **GREEDY)
+    assert len(chat.conversation.pictures) == 2
+
+
+def test_a_chat_remembers(model):
+    chat = model.chat(BEAST, system="Be brief.")
+    chat.ask("What is this?", **GREEDY)
+    chat.show(Image.new("RGB", (64, 64), "red"))
+    chat.ask("And this?", **GREEDY)
+    messages = chat.conversation.messages
+    assert [m.role for m in messages] == ["user", "assistant"] * 2
+    assert [len(m.images) for m in messages] == [1, 0, 1, 0]
+    assert chat.conversation.system == "Be brief."
+
+
+def test_an_answer_that_is_not_read_to_its_end(model):
+    """It stops, and what came of it is remembered; a question that fails is forgotten."""
+    chat = model.chat(BEAST)
+    parts = chat.stream("Describe this image in detail.", temperature=0, max_new_tokens=200)
+    first = next(parts)
+    parts.close()
+    assert chat.conversation.messages[-1].parts == (first.strip(),)
+    with pytest.raises(UserError, match="empty"):
+        chat.ask(" ")
+    with pytest.raises(UserError, match="temperature"):
+        chat.ask("And?", temperature=-1)
+    assert len(chat.conversation.messages) == 2
+
+
+def test_mistakes(model, tmp_path):
+    with pytest.raises(UserError, match="nowhere.jpg"):
+        model.ask("nowhere.jpg", "What is this?")
+    with pytest.raises(UserError, match="no model called"):
+        minigpt4.load("gpt-5")
+    with pytest.raises(UserError, match="dtype must be one of"):
+        minigpt4.load("nano", dtype="float8")
+
+
+def test_a_closed_model_refuses(tmp_path):
+    """`with` ends the engine's threads."""
+    with minigpt4.load("nano", device="cpu", quantize="none", dtype="float32") as model:
+        assert model.engine.model.llm.dtype.is_floating_point
+    with pytest.raises(UserError):
+        model.ask(BEAST, "What is this?")
+
+
+def test_the_notebook(monkeypatch, tmp_path):
+    """All of its code, in order, in an empty folder; only the installation is left out."""
+    if not (ROOT / "weights" / "nano-llm").exists():
+        pytest.skip("nano's weights are missing: python -m minigpt4 download nano")
+    path = ROOT / "notebooks" / "minigpt4.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
+    sources = ["".join(cell["source"]) for cell in cells]
+    installing = [source for source in sources if source.startswith("%pip install")]
+    assert len(installing) == 1
+    script = tmp_path / "notebook.py"
+    script.write_text("\n".join(s for s in sources if s not in installing), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "nano.safetensors").exists()
+    assert len(done.stdout.splitlines()) >= 6

@@ -1,0 +1,165 @@
+"""Options: read alike from the command line, the environment and Ray's NAME=VALUE."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minigpt4 import options
+from minigpt4.__main__ import _parser, main
+from minigpt4.errors import UserError
+from minigpt4.options import Option, Parser, integer, number, one_of, switch
+
+ROOT = Path(__file__).parent.parent
+DECLARED = (
+    Option("share", "A switch.", False, switch),
+    Option("max-queue", "A count.", 32, integer(1)),
+    Option("ratio", "A share.", 0.5, number(0, below=1)),
+    Option("kind", "A choice.", "auto", one_of("auto", "none")),
+    Option("beside", "A list.", many=True),
+)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = Parser(prog="prog")
+    parser.add(DECLARED)
+    return parser.parse_args(arguments)
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    return said
+
+
+def test_defaults_and_the_command_line():
+    assert vars(parse()) == {
+        "share": False,
+        "max_queue": 32,
+        "ratio": 0.5,
+        "kind": "auto",
+        "beside": [],
+    }
+    chosen = parse("--share", "--max-queue=4", "--beside", "a", "--beside", "b", "--kind", "none")
+    assert (chosen.share, chosen.max_queue, chosen.beside) == (True, 4, ["a", "b"])
+    assert chosen.kind == "none" and parse("--share", "--no-share").share is False
+
+
+@pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
+def test_a_switch_that_is_on(text, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_SHARE", text)
+    assert parse().share is True and parse("--no-share").share is False
+
+
+@pytest.mark.parametrize("text", ["0", "False", "no", "off", ""])
+def test_a_switch_that_is_off(text, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_SHARE", text)
+    assert parse().share is False and parse("--share").share is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("share", "maybe", "must be on or off"),
+        ("max_queue", "0", "must be an integer of at least 1, not “0”"),
+        ("max_queue", "1_0", "must be an integer of at least 1"),
+        ("max_queue", "२", "must be an integer of at least 1"),
+        ("max_queue", "9" * 5000, "must be an integer of at least 1"),
+        ("ratio", "1", "must be a number of at least 0 and less than 1"),
+        ("ratio", "nan", "must be a number of at least 0 and less than 1"),
+        ("kind", "nf5", "must be one of auto, none, not “nf5”"),
+    ],
+)
+def test_invalid_values_are_refused_by_name(name, value, sentence, monkeypatch, capsys):
+    """In the same words, wherever they come from."""
+    if name != "share":
+        flag = "--" + name.replace("_", "-")
+        assert f"{flag}: {sentence}" in refused(capsys, f"{flag}={value}")
+    with pytest.raises(UserError, match=f"Option {name} {sentence}"):
+        options.from_mapping(DECLARED, {name: value})
+    variable = f"MINIGPT4_{name.upper()}"
+    monkeypatch.setenv(variable, value)
+    assert f"{variable} {sentence}" in refused(capsys)
+    with pytest.raises(UserError, match=f"{variable} {sentence}"):
+        options.from_mapping(DECLARED, {})
+
+
+def test_names_and_values_for_ray(monkeypatch):
+    monkeypatch.setenv("MINIGPT4_SHARE", "on")
+    chosen = options.from_mapping(DECLARED, {"max_queue": 3, "ratio": "0.25", "kind": None})
+    assert (chosen.share, chosen.max_queue, chosen.ratio, chosen.kind) == (True, 3, 0.25, "auto")
+    with pytest.raises(UserError, match="no option max_que: choose from share, max_queue"):
+        options.from_mapping(DECLARED, {"max_que": 3})
+
+
+def test_a_required_option_may_come_from_the_environment(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["train", "--stage", "1"])
+    assert "required: --data" in capsys.readouterr().err
+    monkeypatch.setenv("MINIGPT4_TRAIN_DATA", "shard.tar")
+    monkeypatch.setenv("MINIGPT4_TRAIN_STEPS", "7")
+    monkeypatch.setenv("MINIGPT4_TRAIN_CROP", "on")
+    chosen = _parser().parse_args(["train", "--stage", "1"])
+    assert (chosen.data, chosen.steps, chosen.crop, chosen.stage) == ("shard.tar", 7, True, 1)
+
+
+def test_the_servers_key_is_not_sent_to_a_refiner(monkeypatch):
+    monkeypatch.setenv("MINIGPT4_API_KEY", "the server's")
+    step = ["curate", "refine", "file.jsonl", "--out", "out.jsonl"]
+    assert _parser().parse_args(step).api_key is None
+    monkeypatch.setenv("OPENAI_API_KEY", "the refiner's")
+    assert _parser().parse_args(step).api_key == "the refiner's"
+
+
+def test_sampling_and_places_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MINIGPT4_TEMPERATURE", "0")
+    monkeypatch.setenv("MINIGPT4_PROJECTION", "mine.safetensors")
+    chosen = _parser().parse_args(["ask", "photo.jpg", "What?"])
+    assert (chosen.temperature, chosen.projection) == (0.0, "mine.safetensors")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "ask", "chat", "serve", "train", "evaluate", "curate", "convert", "download"]
+    + [f"curate {step}" for step in ("generate", "refine", "filter", "review", "merge", "export")],
+)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0 and "usage: minigpt4" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from minigpt4.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'gradio', 'numpy', 'PIL'} & sys.modules.keys()))"
+    )
+    seconds = []
+    for _ in range(3):  # the quickest counts: others use this machine as well
+        started = time.perf_counter()
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 2  # 0.3 s on an idle machine
+
+
+def test_every_environment_variable_has_one_meaning():
+    found: dict[str, Option] = {}
+
+    def walk(parser: Parser) -> None:
+        for option, prefix in parser._declared:
+            variable = option.environment(prefix)
+            assert found.setdefault(variable, option).name == option.name, variable
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    walk(command)
+
+    walk(_parser())
+    assert len(found) > 80
