@@ -26,7 +26,7 @@ PictureSource = Union[str, os.PathLike, bytes, "Image.Image"]
 
 
 def load(
-    model: str = "auto",
+    model: str | None = None,
     *,
     device: str | None = None,
     quantize: str | None = None,
@@ -40,8 +40,8 @@ def load(
 ) -> "Model":
     """Load a model; missing weights are downloaded.
 
-    The arguments are the options of `minigpt4 ask`, and have the same defaults and environment
-    variables: see `minigpt4 ask --help`. UserError for an invalid value, and for weights that are
+    The arguments are the options of `minigpt4 ask` and have the same environment variables and
+    defaults: see `minigpt4 ask --help`. UserError for an invalid value, and for weights that are
     not available.
     """
     from minigpt4 import options, start
