@@ -361,3 +361,19 @@ def test_a_conversation_is_not_kept_for_ever(engine, browser):
     wait_for(lambda: any(isinstance(v, Session) for s in states for _, v, _ in s.state_components))
     visitors.check()
     page.close(verbose=False)
+
+
+def test_failures_come_in_the_visitors_language(visit, engine, tmp_path):
+    """Those of pictures, of the engine, and of a connection that breaks."""
+    page = visit(locale="de-DE")
+    wrong = tmp_path / "holiday.png"
+    wrong.write_text("This is no picture.")
+    page.locator("#box input[type=file]").set_input_files(wrong)
+    expect(page.get_by_text("holiday.png ist kein Bild in einem bekannten Format")).to_be_visible()
+    say(page, " ")
+    expect(page.get_by_text("Die Nachricht ist leer: Schreiben Sie eine Frage.")).to_be_visible()
+    page.context.set_offline(True)
+    say(page, "Hallo?")
+    expect(page.get_by_text("Die Verbindung zum Server ist abgebrochen.")).to_be_visible()
+    page.context.set_offline(False)
+    visit.expected("ERR_INTERNET_DISCONNECTED|Failed to fetch|NetworkError|network|errored out")

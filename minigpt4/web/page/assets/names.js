@@ -38,7 +38,7 @@
 
   // What a request that fails is answered with: see web/guard and Gradio's client.
   const ERRORS = {
-    "error_connection": /connection errored out|failed to fetch|networkerror|load failed/i,
+    "error_connection": /connection to the server was lost|connection errored out|failed to fetch/i,
     "error_too_large": /the request is larger than|file size exceeds/i,
     "error_too_slow": /took too long to arrive/i,
     "error_disk_full": /disk is full/i,
