@@ -2,9 +2,9 @@
 
     serve run minigpt4.remote.ray:app model=vicuna-7b max_replicas=8
 
-An `Ingress` has tokenizer and endpoints; it asks `Replica`s, each with a model of its own. Ray
-starts and ends replicas by how many requests there are, and a conversation stays with the replica
-that remembers it. Where that one dies, the ingress goes on at another one from the last token.
+An `Ingress` holds the tokenizer and the endpoints, and asks `Replica`s, each with its own model.
+Ray starts and stops replicas with the number of requests. A conversation stays with the replica
+that has it cached; where that one dies, another one continues from the last token.
 """
 
 import asyncio
@@ -24,27 +24,27 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from minigpt4.config import ModelConfig, get_model
-from minigpt4.engine.faults import FULL, fault
-from minigpt4.engine.task import Request
+from minigpt4.engine import Request
+from minigpt4.engine.stream import FULL, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import Prompt
 from minigpt4.remote.engine import Part, RemoteEngine, Unavailable
 
-# A session's replica by consistent hashing: when one comes or goes, few conversations move.
+# Consistent hashing of the session: when a replica comes or goes, few conversations move.
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-ELSEWHERE = {"ending", "hanging", "queue_full", "loading"}  # errors that another replica may spare
+ELSEWHERE = {"ending", "hanging", "queue_full", "loading"}  # errors another replica may not have
 PROBE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
 
 class Options(BaseModel):
-    """What `serve run` takes as NAME=VALUE; the defaults are MINIGPT4_NAME's, where it is set.
+    """The NAME=VALUE arguments of `serve run`; MINIGPT4_NAME in the environment sets the default.
 
-    cpus, gpus: of one replica (gpus None: one where the cluster has any). max_running, max_queue:
-    answers at once and waiting, in one replica. target: requests a replica has on average before
-    another one is started; upscale_seconds, downscale_seconds: how long it must be so.
+    cpus, gpus: of one replica (gpus None: 1 where the cluster has any). max_running, max_queue:
+    answers at once and requests waiting, per replica. target: average requests per replica above
+    which another one starts; upscale_seconds, downscale_seconds: for how long it must last.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +66,7 @@ class Options(BaseModel):
 
 
 def app(options: Options) -> serve.Application:
-    """What Ray serves. The API's key comes from MINIGPT4_API_KEY."""
+    """The application for `serve run`. MINIGPT4_API_KEY sets the API's key."""
     get_model(options.model)
     gpus = options.gpus
     if gpus is None:
@@ -85,13 +85,19 @@ def app(options: Options) -> serve.Application:
         ),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
     ).bind(options)
-    # What an ingress does is to wait, mostly: it needs no processor of its own.
+    # An ingress mostly waits: it needs no processor of its own.
     ingress = Ingress.options(
         num_replicas=options.ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
     )
     return ingress.bind(replicas, options, os.environ.get("MINIGPT4_API_KEY", ""))
+
+
+def _log_progress(line: str, passing: bool = False) -> None:
+    """A `Report` that writes into the replica's log."""
+    if not passing:
+        log.info(line)
 
 
 @serve.deployment(
@@ -111,21 +117,21 @@ class Replica:
                 device="auto",
                 llm_url=None,
             ),
-            log.info,
+            _log_progress,
             max_running=options.max_running,
             max_waiting=options.max_queue,
         )
 
     async def generate(
-        self, request: Request, said: list[int], limit: int
+        self, request: Request, generated: list[int], limit: int
     ) -> AsyncIterator[Part | UserError]:
-        """What follows the prompt and `said`; an error comes as the last item."""
+        """What follows the prompt and the tokens generated so far; an error is the last item."""
         prompt = request.prompt
         request = replace(
             request,
-            prompt=Prompt([*prompt.ids, *said], [*prompt.keys, *said], prompt.images),
+            prompt=Prompt([*prompt.ids, *generated], [*prompt.keys, *generated], prompt.images),
             sampling=replace(request.sampling, max_new_tokens=limit),
-            penalized=(*request.penalized, *said),
+            penalized=(*request.penalized, *generated),
         )
         try:
             stream = await asyncio.to_thread(self._engine.submit, request)
@@ -147,20 +153,20 @@ class Replica:
         return await asyncio.to_thread(self._engine.encode, picture)
 
     async def alive(self, seconds: float) -> bool:
-        """Does a token come, whoever's?"""
+        """Does any request get a token within `seconds`?"""
         before = self._engine.totals.tokens
         answered = await asyncio.to_thread(self._engine.health, seconds)
         return answered or self._engine.totals.tokens > before
 
     async def check_health(self) -> None:
-        """Ray asks from time to time, and starts another replica where this raises."""
+        """Ray calls it regularly, and replaces the replica where it raises."""
         if not await self.alive(PROBE_SECONDS):
             raise RuntimeError(self._engine.fault or "the model gives no token")
 
 
 @dataclass(frozen=True)
 class Described:
-    """What an ingress needs to know of the model that its replicas have."""
+    """What an ingress needs to know about its replicas' model."""
 
     config: ModelConfig
     tokenizer: Any
@@ -177,25 +183,27 @@ class Replicas:
         self._handle, self._config = handle, config
 
     def check(self, request: Request) -> None:
-        """They can do all that an engine can."""
+        """Replicas can answer whatever an engine can."""
 
     def encode(self, picture: Picture) -> np.ndarray:
         handle = self._handle.options(session_id=picture.key)
         return handle.encode.remote(self._small(picture)).result()
 
     def _small(self, picture: Picture) -> Picture:
-        """The picture as the encoder would scale it, which is less to send."""
+        """The picture at the encoder's size, which is less to send."""
         from minigpt4.model.vision import squash
 
         return Picture(squash(picture.rgb, self._config.vision.image_size), picture.key)
 
-    async def generate(self, request: Request, said: list[int], limit: int) -> AsyncIterator[Part]:
+    async def generate(
+        self, request: Request, generated: list[int], limit: int
+    ) -> AsyncIterator[Part]:
         shown = {image.key for _, image in request.prompt.images}
         pictures = {
             key: await asyncio.to_thread(self._small, request.pictures[key]) for key in shown
         }
         handle = self._handle.options(stream=True, session_id=request.session)
-        reply = handle.generate.remote(replace(request, pictures=pictures), said, limit)
+        reply = handle.generate.remote(replace(request, pictures=pictures), generated, limit)
         try:
             async for part in reply:
                 if isinstance(part, UserError):
@@ -204,7 +212,7 @@ class Replicas:
                     raise part
                 yield part
         except BackPressureError:
-            raise Unavailable("every replica is full", fault(FULL)) from None
+            raise Unavailable("every replica is full", failure(FULL)) from None
         except (RayError, RayServeException) as error:
             raise Unavailable(type(error).__name__) from None
         finally:
@@ -218,13 +226,13 @@ class Replicas:
             return False
 
     async def close(self) -> None:
-        """Ray ends its replicas itself."""
+        """Nothing: Ray ends its replicas itself."""
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """The API before the replicas."""
+    """The API in front of the replicas."""
 
     def __init__(self, replicas: DeploymentHandle, options: Options, api_key: str) -> None:
         from minigpt4.weights import load as weights
@@ -241,7 +249,7 @@ class Ingress:
         self._options, self._key = options, api_key
 
     def __serve_build_asgi_app__(self):
-        """Ray calls it once, and then what it returned with every request."""
+        """Ray calls it once, and passes every request to the application it returns."""
         from minigpt4.web.api.endpoints import application
 
         options = self._options

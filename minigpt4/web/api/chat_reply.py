@@ -9,8 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 
 from minigpt4.conversation import Answer
-from minigpt4.engine import Engine
-from minigpt4.engine.faults import explain
+from minigpt4.engine import Engine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api.errors import failure
 

@@ -10,8 +10,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from minigpt4.engine import Engine
-from minigpt4.engine.totals import Histogram
+from minigpt4.engine import Engine, Histogram
 from minigpt4.errors import Kind
 from minigpt4.web.api.keys import Keys
 
@@ -57,7 +56,7 @@ class Metrics:
 
 
 def _of_engine(engine: Engine) -> list[str]:
-    totals = engine.totals
+    totals = engine.totals.snapshot()
     errors = {f'kind="{kind}"': totals.errors[kind] for kind in get_args(Kind)}  # zeros too
     return [
         *_counter("requests", "Answers asked for, by the page and by programs.", totals.requests),

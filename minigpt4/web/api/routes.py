@@ -14,8 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from minigpt4.conversation import Answer
-from minigpt4.engine import Engine
-from minigpt4.engine.faults import explain
+from minigpt4.engine import Engine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api import openapi
 from minigpt4.web.api.asking import Asking
