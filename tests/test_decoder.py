@@ -194,6 +194,17 @@ def test_blocks_come_back_and_the_oldest_goes_first():
     assert cache.match(list(range(50, 82))) == new
 
 
+def test_what_nobody_uses_goes_before_new_memory_is_touched():
+    cache = BlockCache(10, kept=4)
+    first = computed(cache, list(range(48)))
+    cache.free(first)
+    used = {*first, *computed(cache, list(range(100, 148)))}
+    assert len(used) == 4  # one new block, then those of the first conversation
+    assert cache.available == 7
+    more = computed(cache, list(range(200, 296)))  # all are in use: new ones after all
+    assert len({*used, *more}) == 9 and cache.available == 1
+
+
 def test_what_was_reserved_is_there():
     """Whatever requests come and go: reservations hold, no block has two owners, none is lost."""
     draw = random.Random(5)

@@ -2,7 +2,10 @@
 and values in blocks: in PyTorch for any Llama on any device (`torch_decoder.py`), or compiled for
 the CPU for a GGUF file's weights (`native.py`)."""
 
+import contextlib
+import ctypes
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +70,18 @@ def build_decoder(
         blocks = min(blocks, max_running * _blocks_of(context) + 1)
     else:
         blocks = megabytes * 2**20 // block_bytes
-    return _build_within_memory(build, max(blocks, least), least)
+    built = _build_within_memory(build, max(blocks, least), least)
+    if model.device.type == "cpu":
+        if isinstance(model.llm, BlockLlama):
+            _unmap_weights(model.llm)
+        _compact_heap()
+    return built
+
+
+def kept_blocks(device: "torch.device", blocks: int, megabytes: int | None) -> int:
+    """How many blocks finished conversations may keep from being used again: on a CPU, which gives
+    memory to blocks when they are first used, half, unless the user sets the memory."""
+    return blocks // 2 if device.type == "cpu" and megabytes is None else blocks
 
 
 def _blocks_of(context: int) -> int:
@@ -99,6 +113,33 @@ def _build_within_memory(
             )
         blocks = max(least, blocks // 2)
         log.warning("out of memory: trying %d blocks of keys and values", blocks)
+
+
+def _unmap_weights(llama: BlockLlama) -> None:
+    """Drop the file's pages, which the decoder has copied, from this process's memory."""
+    bases = {id(base): base for t in llama.tensors.values() if (base := _mapping(t.data))}
+    for mapping in bases.values():
+        with contextlib.suppress(AttributeError, OSError):  # not on every system
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapping(array: np.ndarray) -> mmap.mmap | None:
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def _compact_heap() -> None:
+    """Return what loading has left in glibc's heap, and keep the heap small: few arenas, and
+    buffers of a megabyte or more returned as soon as they are freed. Other systems: nothing."""
+    arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(arena_max, 2)
+        libc.mallopt(mmap_threshold, 2**20)
+        libc.mallopt(trim_threshold, 2**20)
+        libc.malloc_trim(0)
 
 
 def use_device(device: "torch.device") -> None:

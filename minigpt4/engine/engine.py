@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minigpt4.engine.decoder import build_decoder, empty_cache, use_device
+from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, use_device
 from minigpt4.engine.pictures import Pictures
 from minigpt4.engine.sampling import Sampling, log_softmax
 from minigpt4.engine.scheduler import (
@@ -72,7 +72,7 @@ class Engine(RequestQueue):
         super().__init__(max_running, max_waiting)
         self.model = model
         self.decoder, blocks = build_decoder(model, kv_megabytes, max_running)
-        self._scheduler = Scheduler(blocks)
+        self._scheduler = Scheduler(blocks, kept_blocks(model.device, blocks, kv_megabytes))
         self._pictures = Pictures(model, self._explain)
         self._hang_seconds = hang_seconds
         self._step_started: float | None = None
@@ -431,6 +431,7 @@ class Engine(RequestQueue):
             self._fail_all(BROKEN)
             self._waiting.clear()
             self._running.clear()
-            self._scheduler = Scheduler(self._scheduler.cache.count)
+            cache = self._scheduler.cache
+            self._scheduler = Scheduler(cache.count, cache.kept)
             self._step_started = None
             self._thread = self._start_thread()

@@ -17,12 +17,16 @@ class BlockCache:
 
     Blocks are allocated from a reservation made when a request is admitted, so an admitted request
     never runs out of memory half-way. Used by one thread.
+
+    kept: once so many blocks have been used, unused ones are evicted before others are used for the
+    first time, which costs memory; None: all.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, kept: int | None = None) -> None:
+        self.count, self.kept = count, count if kept is None else kept
         self._ref_counts = [0] * count
-        self._free = list(range(count - 1, -1, -1))
+        self._used = 0  # blocks from this one on have never been used
+        self._free: list[int] = []
         self._by_hash: dict[bytes, int] = {}  # hash of all keys up to a block's end -> block
         self._hashes: dict[int, bytes] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # registered, unused; oldest first
@@ -31,7 +35,8 @@ class BlockCache:
     @property
     def available(self) -> int:
         """Blocks that a new request could reserve."""
-        return len(self._free) + len(self._evictable) - self._reserved
+        unused = self.count - self._used
+        return unused + len(self._free) + len(self._evictable) - self._reserved
 
     def match(self, keys: Sequence[int]) -> list[int]:
         """The blocks that hold the longest known prefix of `keys`, each with one more reference."""
@@ -67,6 +72,9 @@ class BlockCache:
         self._reserved -= 1
         if self._free:
             block = self._free.pop()
+        elif self._used < (self.kept if self._evictable else self.count):
+            block = self._used
+            self._used += 1
         else:
             block, _ = self._evictable.popitem(last=False)
             del self._by_hash[self._hashes.pop(block)]

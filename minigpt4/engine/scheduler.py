@@ -229,11 +229,11 @@ def by_request(chunks: list[Chunk]) -> list[tuple[RequestState, list[Chunk]]]:
 class Scheduler:
     """Blocks for requests, and rows for steps. Used by the engine's thread alone.
 
-    blocks: how many there are. row_limit: rows in a step, fewer after a shortage of memory.
+    blocks, kept: see `BlockCache`. row_limit: rows in a step, fewer after a shortage of memory.
     """
 
-    def __init__(self, blocks: int) -> None:
-        self.cache = BlockCache(blocks)
+    def __init__(self, blocks: int, kept: int | None = None) -> None:
+        self.cache = BlockCache(blocks, kept)
         self.row_limit = CHUNK_ALONE
         self._good_steps = 0
 
