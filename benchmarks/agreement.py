@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from minigpt4.config import get_model
+from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.native import NativeDecoder
-from minigpt4.engine.rows import PAGE, Rows
 from minigpt4.engine.sampling import log_softmax
+from minigpt4.engine.scheduler import Chunk, Request, RequestState, Rows, Sequence, rows_of
 from minigpt4.engine.stream import Stream
-from minigpt4.engine.task import Piece, Request, Sequence, Task, rows_of
 from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_training
@@ -36,9 +36,9 @@ def main() -> None:
     files = weights.find(config)
     small = weights.load_model(config, files, quantize="int4")
     full = weights.load_model(config, files, quantize="none", llm_dtype=torch.float32)
-    pages = 16
-    native = NativeDecoder(small.llm, config.context, pages, torch.get_num_threads())
-    reference = TorchDecoder(full.llm, pages)
+    blocks = 16
+    native = NativeDecoder(small.llm, config.context, blocks, torch.get_num_threads())
+    reference = TorchDecoder(full.llm, blocks)
     agreed = tokens = 0
     divergence = 0.0
     for example in read_shards(options.shard)[: options.limit]:
@@ -52,12 +52,12 @@ def main() -> None:
             config.image_tokens,
             60,
         )
-        task = Task(Request(prompt, {}), Stream(lambda _: 0, 0), 1)
-        task.embeds[picture.key] = small.embed_pictures([picture.rgb])[0]
-        sequence = Sequence(prompt.ids, prompt.keys, list(range(pages)), b"")
+        state = RequestState(Request(prompt, {}), Stream(lambda _: 0, 0), 1)
+        state.embeds[picture.key] = small.embed_pictures([picture.rgb])[0]
+        sequence = Sequence(prompt.ids, prompt.keys, list(range(blocks)))
         sequence.computed = 0
-        rows = rows_of([Piece(task, sequence, len(prompt))], config.llm_hidden_size)
-        assert len(prompt) <= pages * PAGE
+        rows = rows_of([Chunk(state, sequence, len(prompt))], config.llm_hidden_size)
+        assert len(prompt) <= blocks * BLOCK_SIZE
         wanted = np.flatnonzero(prompt.loss_mask) - 1  # each predicts the token after it
         rows = Rows(**{**vars(rows), "wanted": wanted.astype(np.int32)})
         ours, theirs = log_softmax(native.forward(rows)), log_softmax(reference.forward(rows))

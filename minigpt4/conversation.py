@@ -1,4 +1,4 @@
-"""A conversation, and how it is asked: prompt, trimming to the context, streamed text. No torch."""
+"""A conversation, and its answers: the prompt, trimmed to the context; streamed text. No torch."""
 
 import bisect
 import functools
@@ -23,15 +23,15 @@ from minigpt4.model.prompt import (
 from minigpt4.model.text import TextStream
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine, Sampling, Stats
+    from minigpt4.engine import Engine, Sampling, Stats, Stream
 
 
-MAX_CHARACTERS = 200_000  # of a question, in which no context could have room for more
+MAX_CHARACTERS = 200_000  # of a question; no context has room for more
 
 
 @dataclass
 class Conversation:
-    """What was said, and the pictures by key. Plain data: copy it, store it, change it."""
+    """Messages, and tnext_question pictures by key. Plain data: copy it, store it, change it."""
 
     messages: list[Message] = field(default_factory=list)
     pictures: dict[str, Picture] = field(default_factory=dict)
@@ -49,12 +49,12 @@ class Conversation:
         self.messages.append(Message("user", parts))
 
     def add_answer(self, text: str) -> None:
-        """Append the assistant's message; blanks around it go, as in the published code."""
+        """Append the assistant's message, without spaces around it, as in the published code."""
         self.messages.append(Message("assistant", (text.strip(),)))
 
     @property
     def session(self) -> str:
-        """The same for all of a conversation: its first picture, else what was said first."""
+        """The same for a whole conversation: its first picture's key, or a hash of its start."""
         if self.pictures:
             return next(iter(self.pictures))
         first = self.messages[0].parts if self.messages else ()
@@ -64,54 +64,28 @@ class Conversation:
 class Answer:
     """The answer to a conversation's last question: pieces of text, for `for` and `async for`.
 
-    text: all of it so far; tokens: those read for it. dropped_turns: how many old questions and
-    answers did not fit the context and were left out; `notice` says so in words. stats, and
-    stop_reason ("stop", "length", "time" or "closed"), are known once it has ended; a request that
-    failed raises UserError.
+    text: all of it so far; tokens: the ids it comes from. dropped_turns: how many old questions and
+    answers are left out of the prompt because they do not fit; `notice` says so in words. stats and
+    stop_reason ("stop", "length", "time" or "closed") are known at the end. A request that fails
+    raises UserError.
     """
 
     def __init__(
         self,
-        engine: "Engine",
-        conversation: Conversation,
-        sampling: "Sampling",
-        stop: Sequence[str] = (),
-        trim: bool = True,
-        logprobs: bool = False,
+        stream: "Stream",
+        text_stream: TextStream,
+        stop_ids: frozenset[int],
+        dropped_turns: int = 0,
+        continues: bool = False,
     ) -> None:
-        from minigpt4.engine import Request
-
-        config, tokenizer = engine.model.config, engine.model.tokenizer
-        prompt, self.dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim)
         self.text = ""
         self.tokens: list[int] = []
-        # An answer that goes on begins in the middle of a word or at a space: that stays, and is
-        # seen by decoding from the token before.
-        before = prompt.ids[-1:] if conversation.messages[-1].role == "assistant" else []
-        self._goes_on = bool(before)
-        skipped = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
-        template = conversation.template or config.template
-        self._stop_ids = stop_ids(template, tokenizer)
-        self._stream = engine.submit(
-            Request(
-                prompt,
-                conversation.pictures,
-                sampling,
-                self._stop_ids,
-                stop_sequences(template, tokenizer),
-                penalized(prompt, template),
-                logprobs,
-                session=conversation.session,
-            )
-        )
-
-        def decode(ids: list[int]) -> str:
-            return tokenizer.decode(before + ids, skip_special_tokens=True)[skipped:]
-
-        self._text_stream = TextStream(decode, (*stop_strings(template), *stop))
-        # An answer that is lost on its way to whoever asked must not be written to its end.
-        weakref.finalize(self, self._stream.close).atexit = False
+        self.dropped_turns = dropped_turns
+        self._stream, self._text_stream, self._stop_ids = stream, text_stream, stop_ids
+        self._continues = continues  # an unfinished answer, whose spaces matter
         self._stopped = False  # at a stop string, which the engine does not know
+        # An answer that nobody refers to any more must not be generated to its end.
+        weakref.finalize(self, stream.close).atexit = False
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -147,14 +121,14 @@ class Answer:
         return "" if self._stopped else self._shown(self._text_stream.finish())
 
     def _shown(self, piece: str) -> str:
-        """Keep `text` in step; an answer does not begin with blanks unless it goes on."""
-        if not self.text and not self._goes_on:
+        """Add to `text`; only an answer that continues may start with spaces."""
+        if not self.text and not self._continues:
             piece = piece.lstrip()
         self.text += piece
         return piece
 
     def close(self) -> None:
-        """Stop answering before the next token; any thread may call this."""
+        """Stop before the next token. Thread-safe."""
         self._stream.close()
 
     @property
@@ -163,7 +137,7 @@ class Answer:
 
     @property
     def logprobs(self) -> list[float]:
-        """Of each of `tokens`, where they were asked for."""
+        """Of each of `tokens`, if requested."""
         return self._stream.logprobs[: len(self.tokens)]
 
     @property
@@ -172,7 +146,7 @@ class Answer:
 
     @property
     def position(self) -> int:
-        """Place in the queue, 1 is next; 0 when the answer is being given or has ended."""
+        """Place in the queue: 1 is next, 0 is running or ended."""
         return self._stream.position
 
     @property
@@ -183,12 +157,6 @@ class Answer:
         return f"The oldest {turns} left out: the conversation no longer fits the model's context."
 
 
-def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
-    """What the repetition penalty covers from the start: the published `generate` put a
-    beginning-of-sequence token in front of the answer, so that token was penalised too."""
-    return tuple(prompt.ids[:1]) if template.bos else ()
-
-
 def ask(
     engine: "Engine",
     conversation: Conversation,
@@ -197,23 +165,56 @@ def ask(
     trim: bool = True,
     logprobs: bool = False,
 ) -> Answer:
-    """Answer the conversation's last question. The answer is not added to it: that is the
-    caller's to do, who may stop half-way.
+    """Answer the conversation's last question. The caller adds the answer to the conversation, or
+    the part that was read.
 
-    stop: strings that end the answer, besides the template's; trim: leave old turns out where the
-    conversation is too long, rather than refuse it; logprobs: note each token's log-probability.
+    stop: strings that end the answer, besides the template's; trim: leave out old turns where the
+    conversation is too long, instead of refusing it; logprobs: note each token's log-probability.
     """
-    return Answer(engine, conversation, sampling, stop, trim, logprobs)
+    from minigpt4.engine import Request
+
+    config, tokenizer = engine.model.config, engine.model.tokenizer
+    template = conversation.template or config.template
+    prompt, dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim)
+    ends = stop_ids(template, tokenizer)
+    # An answer that continues may start in the middle of a word or with a space, which decoding
+    # from the token before it shows.
+    continues = conversation.messages[-1].role == "assistant"
+    before = prompt.ids[-1:] if continues else []
+    skipped = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(before + ids, skip_special_tokens=True)[skipped:]
+
+    text_stream = TextStream(decode, (*stop_strings(template), *stop))
+    stream = engine.submit(
+        Request(
+            prompt,
+            conversation.pictures,
+            sampling,
+            ends,
+            stop_sequences(template, tokenizer),
+            penalized(prompt, template),
+            logprobs,
+            session=conversation.session,
+        )
+    )
+    return Answer(stream, text_stream, ends, dropped_turns, continues)
+
+
+def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
+    """What the repetition penalty covers from the start: the published `generate` put a
+    beginning-of-sequence token in front of the answer, so that token was penalised too."""
+    return tuple(prompt.ids[:1]) if template.bos else ()
 
 
 def fit(
     conversation: Conversation, engine: "Engine", max_new_tokens: int, trim: bool = True
 ) -> tuple[Prompt, int]:
-    """The prompt that leaves room for the answer, and how many old turns it leaves out.
+    """(the prompt that leaves room for the answer, the number of old turns it leaves out).
 
-    The oldest question and its answer go first; system text and every picture stay, the pictures
-    of what goes moving on to the next question. UserError where the last question alone is too
-    long.
+    The oldest question and its answer go first. The system text and every picture stay: pictures of
+    a dropped turn move to the next question. UserError where the last question alone is too long.
     """
     config = engine.model.config
     room = config.context - max_new_tokens
@@ -233,7 +234,7 @@ def fit(
 
     asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
     most = len(asked) - 1 if trim else 0
-    # The more turns go, the shorter it is: of a thousand, ten lengths have to be looked at.
+    # Each dropped turn makes the prompt shorter: of a thousand turns, ten lengths are computed.
     dropped = bisect.bisect_left(range(most), -room, key=lambda turns: -len(without(turns)))
     prompt = without(dropped)
     if len(prompt) <= room:
@@ -248,10 +249,10 @@ def fit(
 
 
 def _without_oldest(messages: list[Message], turns: int) -> list[Message]:
-    """`messages` less the first `turns` questions and their answers."""
+    """`messages` without the first `turns` questions and tnext_question answers."""
     if not turns:
         return messages
-    heir_place = [i for i, m in enumerate(messages) if m.role == "user"][turns]
-    images = tuple(image for m in messages[:heir_place] for image in m.images)
-    heir = messages[heir_place]
-    return [replace(heir, parts=images + heir.parts), *messages[heir_place + 1 :]]
+    next_place = [i for i, m in enumerate(messages) if m.role == "user"][turns]
+    images = tuple(image for m in messages[:next_place] for image in m.images)
+    next_question = messages[next_place]
+    return [replace(next_question, parts=images + next_question.parts), *messages[next_place + 1 :]]

@@ -62,11 +62,11 @@ def choose(free_gpu_bytes: int | None) -> tuple[ModelConfig, str]:
     return best, f"the GPU has {free:.0f} GB free"
 
 
-def free_gpu_memory() -> int | None:
-    """Bytes free on the first GPU; None without one."""
+def free_gpu_memory(device: "torch.device") -> int | None:
+    """Bytes free on a GPU; None for the CPU."""
     import torch
 
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def upload_folder() -> str:
@@ -162,7 +162,7 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     if owner := weights.owner_of(given.get("projection")):
         report(f"Model: {owner}, because the projection belongs to it.")
         return load(get_model(owner), given)
-    config, why = choose(free_gpu_memory() if device.type == "cuda" else None)
+    config, why = choose(free_gpu_memory(device))
     report(f"Model: {config.name}, because {why}.")
     if config.name == DEFAULT_MODEL:
         return load(config, given)

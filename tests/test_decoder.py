@@ -1,4 +1,4 @@
-"""Both decoders against transformers, on tiny random Llamas; sampling; pages."""
+"""Both decoders against transformers, on tiny random Llamas; sampling; blocks."""
 
 import os
 import platform
@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt4.engine.kvcache import PageCache
+from minigpt4.engine.kvcache import BLOCK_SIZE, BlockCache, hashes
 from minigpt4.engine.native import NativeDecoder, library
-from minigpt4.engine.rows import PAGE, Rows
 from minigpt4.engine.sampling import Sampler, Sampling, penalize
+from minigpt4.engine.scheduler import Rows
 from minigpt4.engine.torch_decoder import TorchDecoder
 from tests.block_llama import CONTEXT, HIDDEN, VOCABULARY, as_transformers, block_llama
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
 ROOT = Path(__file__).parent.parent
-PAGES = 64
+BLOCKS = 64
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def reference(llama):
 @pytest.fixture(params=["native", "torch"])
 def decoder(request, llama, reference):
     if request.param == "torch":
-        return TorchDecoder(reference, PAGES)
+        return TorchDecoder(reference, BLOCKS)
     if library() is None:
         pytest.skip("no C compiler: install gcc")
-    return NativeDecoder(llama, CONTEXT, PAGES, threads=2)
+    return NativeDecoder(llama, CONTEXT, BLOCKS, threads=2)
 
 
 def rows(tokens, positions, table_rows, tables, wanted, embeds=None) -> Rows:
@@ -50,10 +50,10 @@ def rows(tokens, positions, table_rows, tables, wanted, embeds=None) -> Rows:
     return Rows(tokens, embeds, positions, table_rows, tables, wanted)
 
 
-def whole(decoder, ids, pages, embeds=None) -> np.ndarray:
+def whole(decoder, ids, blocks, embeds=None) -> np.ndarray:
     """Logits of all positions, in one call."""
     n = len(ids)
-    return decoder.forward(rows(ids, range(n), [0] * n, [pages], range(n), embeds))
+    return decoder.forward(rows(ids, range(n), [0] * n, [blocks], range(n), embeds))
 
 
 def test_logits_are_transformers(decoder, reference):
@@ -77,7 +77,7 @@ def test_logits_are_transformers(decoder, reference):
 
 
 def test_chunks_and_company_change_nothing(decoder):
-    """One call, one position a call, other pages, other conversations beside: the same logits; to
+    """One call, one position a call, other blocks, other conversations beside: the same logits; to
     the last bit where the decoder says so."""
     draw = np.random.default_rng(1)
     ids, others = draw.integers(0, VOCABULARY, 37), draw.integers(0, VOCABULARY, (6, 37))
@@ -90,18 +90,18 @@ def test_chunks_and_company_change_nothing(decoder):
         decoder.forward(rows([ids[i], *others[:, i]], [i] * 7, range(7), tables, range(7)))[0]
         for i in range(37)
     ]
-    pieces = [
+    chunks = [
         decoder.forward(rows(ids[a:b], range(a, b), [0] * (b - a), [[40, 41, 42]], range(b - a)))
         for a, b in ((0, 16), (16, 19), (19, 37))
     ]
-    for found in (single, np.array(among), np.concatenate(pieces)):
+    for found in (single, np.array(among), np.concatenate(chunks)):
         if decoder.exact:
             assert np.array_equal(found, at_once)
         else:
             np.testing.assert_allclose(found, at_once, atol=1e-4)
 
 
-def test_a_copied_page_serves_as_the_first(decoder):
+def test_a_copied_block_serves_as_the_first(decoder):
     ids = np.random.default_rng(2).integers(0, VOCABULARY, 20)
     expected = whole(decoder, ids, [0, 1])
     decoder.copy_page(0, 50)
@@ -152,81 +152,92 @@ def test_more_rows_than_fit_a_call(llama):
     assert np.array_equal(found, again)
 
 
-# --- pages --------------------------------------------------------------------------------------
+# --- blocks --------------------------------------------------------------------------------------
 
 
-def filled(cache: PageCache, keys: list[int]) -> list[int]:
-    """A conversation that computed all of `keys`, its full pages filed."""
-    pages = cache.match(keys)
-    assert cache.reserve(-(-len(keys) // PAGE) - len(pages))
-    digests = cache.digests(keys)
-    for number in range(len(pages), -(-len(keys) // PAGE)):
-        page = cache.take()
-        pages.append(page)
-        if (number + 1) * PAGE <= len(keys):
-            before = digests[number - 1] if number else b""
-            cache.file(page, before, keys[number * PAGE : (number + 1) * PAGE])
-    return pages
+def computed(cache: BlockCache, keys: list[int]) -> list[int]:
+    """A conversation that computed all of `keys`, its full blocks registered."""
+    blocks = cache.match(keys)
+    assert cache.reserve(-(-len(keys) // BLOCK_SIZE) - len(blocks))
+    block_hashes = hashes(keys)
+    for number in range(len(blocks), -(-len(keys) // BLOCK_SIZE)):
+        block = cache.allocate()
+        blocks.append(block)
+        if (number + 1) * BLOCK_SIZE <= len(keys):
+            before = block_hashes[number - 1] if number else b""
+            cache.register(block, before, keys[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE])
+    return blocks
 
 
 def test_a_beginning_is_shared_and_another_is_not():
-    cache = PageCache(10)
+    cache = BlockCache(10)
     keys = list(range(100, 140))
-    first = filled(cache, keys)
+    first = computed(cache, keys)
     assert cache.match([*keys[:32], 7, 8, 9]) == first[:2]
     assert cache.match([99, *keys[1:]]) == []
     assert cache.match([*keys[:16], 99, *keys[17:]]) == first[:1]
-    # The same tokens after another beginning are another page.
+    # The same tokens after another beginning are another block.
     assert cache.match(keys[16:]) == []
 
 
-def test_pages_come_back_and_the_oldest_goes_first():
-    cache = PageCache(6)
-    old, new = filled(cache, list(range(32))), filled(cache, list(range(50, 82)))
-    cache.release(old)
-    cache.release(new)
-    assert cache.free == 6
-    assert not cache.reserve(3, spare=4) and not cache.reserve(7) and cache.free == 6
+def test_blocks_come_back_and_the_oldest_goes_first():
+    cache = BlockCache(6)
+    old, new = computed(cache, list(range(32))), computed(cache, list(range(50, 82)))
+    cache.free(old)
+    cache.free(new)
+    assert cache.available == 6
+    assert not cache.reserve(3, spare=4) and not cache.reserve(7) and cache.available == 6
     assert cache.reserve(3, spare=3)
-    taken = [cache.take() for _ in range(3)]
-    assert not set(taken) & set(new)  # two blank pages, then the end of the older conversation
+    taken = [cache.allocate() for _ in range(3)]
+    assert not set(taken) & set(new)  # two free blocks, then the end of the older conversation
     assert cache.match(list(range(32))) == old[:1]
     assert cache.match(list(range(50, 82))) == new
 
 
-def test_what_was_promised_is_there():
-    """Whatever requests come and go: promises are kept, no page has two owners, none is lost."""
+def test_what_nobody_uses_goes_before_new_memory_is_touched():
+    cache = BlockCache(10, kept=4)
+    first = computed(cache, list(range(48)))
+    cache.free(first)
+    used = {*first, *computed(cache, list(range(100, 148)))}
+    assert len(used) == 4  # one new block, then those of the first conversation
+    assert cache.available == 7
+    more = computed(cache, list(range(200, 296)))  # all are in use: new ones after all
+    assert len({*used, *more}) == 9 and cache.available == 1
+
+
+def test_what_was_reserved_is_there():
+    """Whatever requests come and go: reservations hold, no block has two owners, none is lost."""
     draw = random.Random(5)
-    cache = PageCache(40)
-    held: list[tuple[list[int], list[int], int]] = []  # pages, keys, promised
+    cache = BlockCache(40)
+    held: list[tuple[list[int], list[int], int]] = []  # blocks, keys, reserved
     for _ in range(3000):
         if held and draw.random() < 0.5:
-            pages, _, promised = held.pop(draw.randrange(len(held)))
-            cache.release(pages)
-            cache.unreserve(promised)
+            blocks, _, reserved = held.pop(draw.randrange(len(held)))
+            cache.free(blocks)
+            cache.unreserve(reserved)
         else:
-            keys = [draw.randrange(2) for _ in range(PAGE * draw.randrange(1, 5) + 3)]
-            pages = cache.match(keys)
-            needed = -(-len(keys) // PAGE) + 2 - len(pages)
+            keys = [draw.randrange(2) for _ in range(BLOCK_SIZE * draw.randrange(1, 5) + 3)]
+            blocks = cache.match(keys)
+            needed = -(-len(keys) // BLOCK_SIZE) + 2 - len(blocks)
             if not cache.reserve(needed):
-                cache.release(pages)
+                cache.free(blocks)
                 continue
-            for page in pages:
-                assert page in {p for p, d in cache._digests.items()}
-            digest = cache.digests(keys[: len(pages) * PAGE])[-1] if pages else b""
+            for block in blocks:
+                assert block in {p for p, d in cache._hashes.items()}
+            block_hash = hashes(keys[: len(blocks) * BLOCK_SIZE])[-1] if blocks else b""
             owned = {p for other, *_ in held for p in other}
-            for start in range(len(pages) * PAGE, len(keys), PAGE):
-                page = cache.take()
+            for start in range(len(blocks) * BLOCK_SIZE, len(keys), BLOCK_SIZE):
+                block = cache.allocate()
                 needed -= 1
-                assert page not in owned
-                pages.append(page)
-                if start + PAGE <= len(keys):
-                    digest = cache.file(page, digest, keys[start : start + PAGE])
-            held.append((pages, keys, needed))
-    for pages, _, promised in held:
-        cache.release(pages)
-        cache.unreserve(promised)
-    assert cache.free == 40
+                assert block not in owned
+                blocks.append(block)
+                if start + BLOCK_SIZE <= len(keys):
+                    block_hash = cache.register(block, block_hash, keys[start : start + BLOCK_SIZE])
+            held.append((blocks, keys, needed))
+    for blocks, _, reserved in held:
+        cache.free(blocks)
+        cache.unreserve(reserved)
+    assert cache.available == 40
 
 
 # --- sampling -----------------------------------------------------------------------------------

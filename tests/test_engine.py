@@ -95,10 +95,13 @@ def until(condition: Callable[[], bool]) -> bool:
 
 
 def settled(engine: Engine) -> bool:
-    """Nothing runs, and every page is free again (within two seconds)."""
-    return until(
-        lambda: not (engine.running or engine.waiting) and engine._cache.free == engine._cache.count
-    )
+    """Nothing runs, and every block is available again (within two seconds)."""
+
+    def is_settled() -> bool:
+        cache = engine._scheduler.cache
+        return not (engine.running or engine.waiting) and cache.available == cache.count
+
+    return until(is_settled)
 
 
 # --- joining, leaving, isolation -----------------------------------------------------------------
@@ -176,13 +179,13 @@ def test_the_queue_has_places_and_an_end(model):
     engine.close()
 
 
-def test_a_request_that_is_let_in_is_not_overlooked(engine):
+def test_a_request_that_is_admitted_is_not_overlooked(engine):
     """Though it has left the queue, and is not among the running ones yet."""
 
     class Slow(list):
-        def append(self, task):
+        def append(self, state):
             time.sleep(0.1)
-            super().append(task)
+            super().append(state)
 
     engine._running = Slow()
     stream = engine.submit(request(1))
@@ -196,7 +199,7 @@ def test_a_running_request_is_running_all_the_time(engine, monkeypatch):
         time.sleep(0.001)
         return id(thing)
 
-    monkeypatch.setattr("minigpt4.engine.engine.id", slow_id, raising=False)
+    monkeypatch.setattr("minigpt4.engine.scheduler.id", slow_id, raising=False)
     stream = engine.submit(request(1, sampling=replace(GREEDY, max_new_tokens=400)))
     next(stream)
     seen = set()
@@ -240,7 +243,7 @@ def test_another_picture_never_matches(model, engine):
     assert answers == [alone(model, p) for p in prompts] and answers[0] != answers[1]
     shared = engine.submit(request(4, 60, (picture(1),)))
     list(shared)
-    assert shared.stats.reused_tokens == 0  # the shared beginning fills no page of 16
+    assert shared.stats.reused_tokens == 0  # the shared beginning fills no block of 16
 
 
 def test_a_picture_is_shared_by_all_who_ask_about_it(engine):
@@ -249,13 +252,13 @@ def test_a_picture_is_shared_by_all_who_ask_about_it(engine):
     others = [engine.submit(request(seed, 20, many)) for seed in range(6, 10)]
     for stream in others:
         list(stream)
-        assert stream.stats.reused_tokens == 32  # 3 + 6 * 5 positions, in whole pages
+        assert stream.stats.reused_tokens == 32  # 3 + 6 * 5 positions, in whole blocks
 
 
 def test_memory_for_conversations_is_bounded(model):
-    """Room for one conversation only: the oldest pages go, and every answer stays right."""
+    """Room for one conversation only: the oldest blocks go, and every answer stays right."""
     engine = Engine(model, kv_megabytes=0)
-    assert engine._cache.count == 512 // 16 + 1
+    assert engine._scheduler.cache.count == 512 // 16 + 1
     for seed in (1, 2, 1, 3, 2):
         asked = request(seed, 200)
         assert list(engine.submit(asked)) == alone(model, asked)
@@ -323,7 +326,7 @@ def test_logprobs(engine):
     assert len(stream.logprobs) == len(tokens) and max(stream.logprobs) <= 0
     # The first one's, computed directly.
     ids = np.array(asked.prompt.ids, np.int32)
-    from minigpt4.engine.rows import Rows
+    from minigpt4.engine.scheduler import Rows
 
     n = len(ids)
     fresh = Rows(
@@ -477,7 +480,7 @@ def test_more_beams_than_a_step_has_rows(model, engine, monkeypatch):
     monkeypatch.setattr(engine.decoder, "forward", scarce)
     with pytest.raises(UserError, match="not enough memory"):
         list(engine.submit(wide))
-    assert engine._row_limit < 6
+    assert engine._scheduler.row_limit < 6
     monkeypatch.undo()
     streams = [engine.submit(one) for one in (*asked, wide)]
     assert [list(stream) for stream in streams] == expected
@@ -712,18 +715,18 @@ def test_health_is_a_real_token_and_waits_for_nobody(model, monkeypatch):
         engine.submit(request(1))
 
 
-def test_a_probe_that_comes_while_another_is_let_in(engine, monkeypatch):
+def test_a_probe_that_comes_while_another_is_admitted(engine, monkeypatch):
     expected = list(engine.submit(request(1)))
-    real, healthy = engine._give_pages, []
+    real, healthy = engine._scheduler.admit, []
     probing = threading.Thread(target=lambda: healthy.append(engine.health(2.0)))
 
-    def meanwhile(task):
-        if not task.urgent:
+    def meanwhile(state):
+        if not state.probe:
             probing.start()
-            until(lambda: engine.waiting == 2)
-        return real(task)
+            time.sleep(0.1)
+        return real(state)
 
-    monkeypatch.setattr(engine, "_give_pages", meanwhile)
+    monkeypatch.setattr(engine._scheduler, "admit", meanwhile)
     assert list(engine.submit(request(1))) == expected
     probing.join()
     assert healthy == [True] and settled(engine)

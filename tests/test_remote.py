@@ -22,9 +22,9 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.prompt import Prompt
 from minigpt4.remote.engine import RemoteEngine
-from minigpt4.remote.vllm import VllmServers
+from minigpt4.remote.vllm import VllmServers, as_base64
 from minigpt4.weights import load as weights
-from minigpt4.weights.embedding import TokenEmbedding, as_base64
+from minigpt4.weights.embedding import TokenEmbedding
 from tests.api_case import at_rest, free_port
 from tests.parity_case import ParityCase
 from tests.vllm_server import PARITY, Model, Served, Server
@@ -180,7 +180,7 @@ def test_many_at_once(remote, local):
 
 
 def test_beams_are_refused_in_a_sentence(remote):
-    with pytest.raises(UserError, match="Beam search cannot be had.*num_beams to 1"):
+    with pytest.raises(UserError, match="Beam search is not available.*num_beams to 1"):
         remote.submit(request(num_beams=3))
     assert remote.totals.errors["request"] == 1
 
@@ -300,7 +300,7 @@ def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path):
     for arguments, said in (
         (["--llm-url", url], "say which model"),
         (["--llm-url", url, "--model", "nano", "--quantize", "int8"], "--quantize is for"),
-        (["--llm-url", "ftp://x", "--model", "nano"], "is no server's address"),
+        (["--llm-url", "ftp://x", "--model", "nano"], "is not a server's address"),
         (["--llm-url", url, "--model", "nano"], "servers do not answer"),
     ):
         assert main(["ask", photo, "What?", *arguments]) == 2

@@ -18,7 +18,7 @@ from playwright.sync_api import expect
 
 from minigpt4.conversation import ask as chat_ask
 from minigpt4.engine import Engine, Sampling
-from minigpt4.engine.faults import KINDS, fault
+from minigpt4.engine.stream import KINDS, failure
 from minigpt4.errors import Kind, UserError
 from minigpt4.model import image
 from minigpt4.web.guard import decoding
@@ -447,7 +447,7 @@ def test_errors_come_in_the_visitors_language(engine, tmp_path, monkeypatch):
         raised(lambda: uploaded("/etc/passwd")),
         raised(lambda: chat_ask(engine, _asked("word " * 5000), Sampling())),
         too_many_pictures(),
-        *map(fault, KINDS),
+        *map(failure, KINDS),
     ]
     for error in errors:
         said = explain(error, chinese())

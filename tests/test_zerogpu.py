@@ -97,6 +97,6 @@ def test_answers_with_a_lent_gpu():
     assert said["ending"] == "ending" and said["full"] == "queue_full"
     assert not said["healthy after"]
     assert said["no quota"] == (
-        "No GPU could be had for this answer: You have exceeded your GPU quota"
+        "No GPU is available for this answer: You have exceeded your GPU quota"
     )
     assert "assert" not in done.stderr, done.stderr

@@ -28,8 +28,9 @@ from starlette.routing import Route
 from minigpt4.config import get_model
 from minigpt4.engine import Sampling
 from minigpt4.engine.decoder import build_decoder
-from minigpt4.engine.rows import PAGE, Rows
+from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.sampling import Sampler, log_softmax
+from minigpt4.engine.scheduler import Rows
 from minigpt4.weights import load as weights
 
 PARITY = Path(__file__).parent / "parity"
@@ -64,7 +65,7 @@ class Completion(BaseModel):
 
 
 class Model:
-    """The decoder and its pages; one step at a time, as vLLM's engine."""
+    """The decoder and its blocks; one step at a time, as vLLM's engine."""
 
     def __init__(self, name: str) -> None:
         if name == "nano":
@@ -83,13 +84,13 @@ class Model:
 
     def take(self, positions: int) -> list[int]:
         with self.lock:
-            return [self.free.pop() for _ in range(-(-positions // PAGE))]
+            return [self.free.pop() for _ in range(-(-positions // BLOCK_SIZE))]
 
-    def give_back(self, pages: list[int]) -> None:
+    def give_back(self, blocks: list[int]) -> None:
         with self.lock:
-            self.free += pages
+            self.free += blocks
 
-    def step(self, pages: list[int], start: int, tokens: list[int], embeds: np.ndarray):
+    def step(self, blocks: list[int], start: int, tokens: list[int], embeds: np.ndarray):
         """Logits after these rows, which stand at `start`."""
         count = len(tokens)
         rows = Rows(
@@ -97,7 +98,7 @@ class Model:
             embeds,
             np.arange(start, start + count, dtype=np.int32),
             np.zeros(count, np.int32),
-            np.array([pages], np.int32),
+            np.array([blocks], np.int32),
             np.array([count - 1], np.int32),
         )
         with self.lock:
@@ -157,9 +158,9 @@ class Server:
 
     async def events(self, asked: Completion, embeds: np.ndarray):
         self.running += 1
-        pages = self.model.take(len(embeds) + asked.max_tokens)
+        blocks = self.model.take(len(embeds) + asked.max_tokens)
         try:
-            async for event in self.generate(asked, embeds, pages):
+            async for event in self.generate(asked, embeds, blocks):
                 yield f"data: {json.dumps(event)}\n\n"
             yield "data: [DONE]\n\n"
             self.answered += 1
@@ -168,9 +169,9 @@ class Server:
             raise
         finally:
             self.running -= 1
-            self.model.give_back(pages)
+            self.model.give_back(blocks)
 
-    async def generate(self, asked: Completion, embeds: np.ndarray, pages: list[int]):
+    async def generate(self, asked: Completion, embeds: np.ndarray, blocks: list[int]):
         model = self.model
         sampler = Sampler(
             Sampling(
@@ -188,7 +189,7 @@ class Server:
         nothing = embeds[:0]
         while True:
             logits = await asyncio.to_thread(
-                model.step, pages, start, rows, embeds if start == 0 else nothing
+                model.step, blocks, start, rows, embeds if start == 0 else nothing
             )
             await asyncio.sleep(self.pace)
             token = sampler(logits)

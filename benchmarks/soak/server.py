@@ -32,7 +32,7 @@ class Faults:
         self._engine, self._wanted = engine, set()
         self._wrap(engine.decoder, "forward", self._forward)
         self._wrap(engine.model, "embed_pictures", self._embed)
-        self._wrap(engine, "_plan", self._plan)
+        self._wrap(engine._scheduler, "schedule", self._schedule)
         import minigpt4.conversation
 
         self._wrap(minigpt4.conversation, "encode_chat", self._encode_chat)
@@ -88,10 +88,10 @@ class Faults:
             embeddings[0][:] = float("nan")
         return embeddings
 
-    def _plan(self, plan):
+    def _schedule(self, schedule, running):
         if self._once("thread"):
             raise SystemExit
-        return plan()
+        return schedule(running)
 
     def _encode_chat(self, encode_chat, *arguments):
         if self._once("tokenizer"):

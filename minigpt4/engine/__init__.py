@@ -2,7 +2,7 @@
 
 from minigpt4.engine.engine import Engine
 from minigpt4.engine.sampling import Sampling
-from minigpt4.engine.stream import Stats, Stream
-from minigpt4.engine.task import Request
+from minigpt4.engine.scheduler import Request
+from minigpt4.engine.stream import Histogram, Stats, Stream, Totals, explain
 
-__all__ = ["Engine", "Request", "Sampling", "Stats", "Stream"]
+__all__ = ["Engine", "Histogram", "Request", "Sampling", "Stats", "Stream", "Totals", "explain"]

@@ -1,68 +1,173 @@
-"""Rows -> logits, with keys and values kept in pages: in PyTorch for any Llama on any device, or
-compiled for the CPU (`native.py`) for a GGUF file's blocks."""
+"""Which decoder runs, and how much memory it gets. A decoder turns rows into logits, and keeps keys
+and values in blocks: in PyTorch for any Llama on any device (`torch_decoder.py`), or compiled for
+the CPU for a GGUF file's weights (`native.py`)."""
 
+import contextlib
+import ctypes
+import logging
+import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from minigpt4.engine.rows import PAGE, Rows
+from minigpt4.engine.kvcache import BLOCK_SIZE
+from minigpt4.engine.stream import out_of_memory
+from minigpt4.errors import UserError
 from minigpt4.weights.gguf import BlockLlama
 
 if TYPE_CHECKING:
+    import torch
+
+    from minigpt4.engine.scheduler import Rows
     from minigpt4.model.minigpt4 import MiniGPT4
 
-USUAL_CPU_MEGABYTES = 384
-GPU_SHARE = 0.3  # of what is free once the model is loaded
+CPU_MEGABYTES = 384
+GPU_SHARE = 0.3  # of the memory that is free once the model is loaded
+
+log = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
     """What the engine needs of a decoder."""
 
-    def forward(self, rows: Rows) -> np.ndarray:
-        """Float32 logits [wanted rows, vocabulary]; every row's keys and values are kept."""
+    def forward(self, rows: "Rows") -> np.ndarray:
+        """Float32 logits [wanted rows, vocabulary]; keys and values of every row are stored."""
 
     def copy_page(self, source: int, target: int) -> None:
-        """Give page `target` what `source` holds."""
+        """Copy block `source` to block `target`."""
 
 
-def build_decoder(model: "MiniGPT4", megabytes: int | None = None) -> tuple[Decoder, int]:
-    """(the decoder for a model's language model, how many pages it has).
+def build_decoder(
+    model: "MiniGPT4", megabytes: int | None = None, max_running: int = 32
+) -> tuple[Decoder, int]:
+    """(the decoder for a model's language model, its number of blocks).
 
-    megabytes: for keys and values; None: a third of a GPU's free memory, 384 on a CPU, and always
-    enough for one conversation of the model's context.
+    megabytes: for keys and values; None: 30 % of a GPU's free memory or 384 MB on a CPU, at most
+    what `max_running` full contexts need. It is always enough for one context. Where the memory is
+    not available, the decoder gets less; UserError where even one context does not fit.
     """
     context = model.config.context
-    budget = (USUAL_CPU_MEGABYTES if megabytes is None else megabytes) * 2**20
     if isinstance(model.llm, BlockLlama):
         from minigpt4.engine.native import NativeDecoder
 
-        pages = _count(budget, NativeDecoder.page_bytes(model.llm), context)
-        return NativeDecoder(model.llm, context, pages, threads()), pages
+        def build(blocks: int) -> Decoder:
+            return NativeDecoder(model.llm, context, blocks, threads())
 
-    from minigpt4.engine.torch_decoder import TorchDecoder, free_memory
+        block_bytes = NativeDecoder.page_bytes(model.llm)
+    else:
+        from minigpt4.engine.torch_decoder import TorchDecoder
 
-    if megabytes is None and model.device.type == "cuda":
-        budget = int(free_memory(model.device) * GPU_SHARE)
-    pages = _count(budget, TorchDecoder.page_bytes(model.llm), context)
-    return TorchDecoder(model.llm, pages), pages
+        def build(blocks: int) -> Decoder:
+            return TorchDecoder(model.llm, blocks)
+
+        block_bytes = TorchDecoder.page_bytes(model.llm)
+    least = _blocks_of(context) + 1  # and one for `Engine.health`
+    if megabytes is None:
+        blocks = _usual_bytes(model.device) // block_bytes
+        blocks = min(blocks, max_running * _blocks_of(context) + 1)
+    else:
+        blocks = megabytes * 2**20 // block_bytes
+    built = _build_within_memory(build, max(blocks, least), least)
+    if model.device.type == "cpu":
+        if isinstance(model.llm, BlockLlama):
+            _unmap_weights(model.llm)
+        _compact_heap()
+    return built
 
 
-def _count(budget: int, page_bytes: int, context: int) -> int:
-    return max(budget // page_bytes, -(-context // PAGE) + 1)  # and one for `Engine.health`
+def kept_blocks(device: "torch.device", blocks: int, megabytes: int | None) -> int:
+    """How many blocks finished conversations may keep from being used again: on a CPU, which gives
+    memory to blocks when they are first used, half, unless the user sets the memory."""
+    return blocks // 2 if device.type == "cpu" and megabytes is None else blocks
+
+
+def _blocks_of(context: int) -> int:
+    return -(-context // BLOCK_SIZE)
+
+
+def _usual_bytes(device: "torch.device") -> int:
+    if device.type != "cuda":
+        return CPU_MEGABYTES * 2**20
+    from minigpt4.engine.torch_decoder import free_memory
+
+    return int(free_memory(device) * GPU_SHARE)
+
+
+def _build_within_memory(
+    build: Callable[[int], Decoder], blocks: int, least: int
+) -> tuple[Decoder, int]:
+    while True:
+        try:
+            return build(blocks), blocks
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        if blocks == least:
+            raise UserError(
+                "There is not enough memory for a conversation beside the model: close other "
+                "programs, or choose a smaller --model or --quantize.",
+                "memory",
+            )
+        blocks = max(least, blocks // 2)
+        log.warning("out of memory: trying %d blocks of keys and values", blocks)
+
+
+def _unmap_weights(llama: BlockLlama) -> None:
+    """Drop the file's pages, which the decoder has copied, from this process's memory."""
+    bases = {id(base): base for t in llama.tensors.values() if (base := _mapping(t.data))}
+    for mapping in bases.values():
+        with contextlib.suppress(AttributeError, OSError):  # not on every system
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapping(array: np.ndarray) -> mmap.mmap | None:
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def _compact_heap() -> None:
+    """Return what loading has left in glibc's heap, and keep the heap small: few arenas, and
+    buffers of a megabyte or more returned as soon as they are freed. Other systems: nothing."""
+    arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(arena_max, 2)
+        libc.mallopt(mmap_threshold, 2**20)
+        libc.mallopt(trim_threshold, 2**20)
+        libc.malloc_trim(0)
+
+
+def use_device(device: "torch.device") -> None:
+    """Make a GPU the calling thread's current one: a new thread starts with the first GPU."""
+    if device.type == "cuda" and device.index is not None:
+        import torch
+
+        torch.cuda.set_device(device)
+
+
+def empty_cache(device: "torch.device") -> None:
+    """Return the memory that PyTorch caches but does not use to the GPU."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def threads() -> int:
-    """Processors that this program may use: what $OMP_NUM_THREADS says, else what the system and
-    the container allow; a decoder gains little from more than eight."""
+    """Threads for a decoder: $OMP_NUM_THREADS, else as many as the system and the container allow;
+    at most eight, since more gain little."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdecimal() and int(asked) > 0:
         return min(int(asked), 8)
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:  # a container's quota: microseconds of processor time in each period
+    try:  # a container's quota: microseconds of processor time per period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         available = min(available, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # there is none ("max"), or this is no Linux
+    except (OSError, ValueError):  # no quota ("max"), or no Linux
         pass
     return min(available or 1, 8)

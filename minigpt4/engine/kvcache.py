@@ -1,112 +1,121 @@
-"""Which conversation uses which page of key-value memory, and what finished ones left. No torch.
+"""Blocks of key-value memory: which conversations use them, and what finished ones leave. No torch.
 
-A page that is full is filed under everything that stands before its end: pictures by content,
-text by token (`Prompt.keys`). A later prompt that begins alike takes the page as it is, whoever
-wrote it: the next turn of a conversation, a retry, a shared system text or picture.
+A full block is registered under the hash of everything up to its end: pictures by content, text by
+token (`Prompt.keys`). A later prompt with the same beginning shares the block, whoever computed it:
+the next turn of a conversation, a retry, a common system text or picture.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from minigpt4.engine.rows import PAGE
-
-_ROOT = b""
+BLOCK_SIZE = 16  # positions whose keys and values are stored together
 
 
-class PageCache:
-    """Counts the users of `count` pages; those that nobody uses stay until they are needed.
+class BlockCache:
+    """Counts the references to `count` blocks, and keeps registered ones until it needs them.
 
-    Pages are taken out of a reservation made when a request is admitted, so a request that was
-    let in never runs out of memory half-way.
+    Blocks are allocated from a reservation made when a request is admitted, so an admitted request
+    never runs out of memory half-way. Used by one thread.
+
+    kept: once so many blocks have been used, unused ones are evicted before others are used for the
+    first time, which costs memory; None: all.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._users = [0] * count
-        self._blank = list(range(count - 1, -1, -1))
-        self._filed: dict[bytes, int] = {}  # digest of all keys up to a page's end -> page
-        self._digests: dict[int, bytes] = {}
-        self._left: OrderedDict[int, None] = OrderedDict()  # filed and unused, oldest first
+    def __init__(self, count: int, kept: int | None = None) -> None:
+        self.count, self.kept = count, count if kept is None else kept
+        self._ref_counts = [0] * count
+        self._used = 0  # blocks from this one on have never been used
+        self._free: list[int] = []
+        self._by_hash: dict[bytes, int] = {}  # hash of all keys up to a block's end -> block
+        self._hashes: dict[int, bytes] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # registered, unused; oldest first
         self._reserved = 0
 
     @property
-    def free(self) -> int:
-        """Pages that a new request could be promised."""
-        return len(self._blank) + len(self._left) - self._reserved
+    def available(self) -> int:
+        """Blocks that a new request could reserve."""
+        unused = self.count - self._used
+        return unused + len(self._free) + len(self._evictable) - self._reserved
 
     def match(self, keys: Sequence[int]) -> list[int]:
-        """Pages that hold the longest known beginning of `keys`; their user is counted."""
-        pages, digest = [], _ROOT
-        for start in range(0, len(keys) - PAGE + 1, PAGE):
-            digest = _extend(digest, keys[start : start + PAGE])
-            page = self._filed.get(digest)
-            if page is None:
+        """The blocks that hold the longest known prefix of `keys`, each with one more reference."""
+        blocks = []
+        for block_hash in hashes(keys):
+            block = self._by_hash.get(block_hash)
+            if block is None:
                 break
-            pages.append(page)
-        for page in pages:
-            self.share(page)
-        return pages
+            blocks.append(block)
+        for block in blocks:
+            self.share(block)
+        return blocks
 
-    def share(self, page: int) -> None:
-        """One more user of a page in use or left."""
-        if self._users[page] == 0:
-            del self._left[page]
-        self._users[page] += 1
+    def share(self, block: int) -> None:
+        """Add a reference to a block that is in use or registered."""
+        if self._ref_counts[block] == 0:
+            del self._evictable[block]
+        self._ref_counts[block] += 1
 
-    def reserve(self, pages: int, spare: int = 0) -> bool:
-        """Promise that many pages; false where fewer than `spare` would be left."""
-        if pages + spare > self.free:
+    def reserve(self, blocks: int, spare: int = 0) -> bool:
+        """Reserve that many blocks; False where fewer than `spare` would remain available."""
+        if blocks + spare > self.available:
             return False
-        self._reserved += pages
+        self._reserved += blocks
         return True
 
-    def unreserve(self, pages: int) -> None:
-        """Give a promise back."""
-        self._reserved -= pages
+    def unreserve(self, blocks: int) -> None:
+        """Cancel what is left of a reservation."""
+        self._reserved -= blocks
 
-    def take(self) -> int:
-        """A page out of the caller's reservation; what it held is forgotten."""
+    def allocate(self) -> int:
+        """A block from the caller's reservation; evicts the oldest unused one if none is free."""
         self._reserved -= 1
-        if self._blank:
-            page = self._blank.pop()
+        if self._free:
+            block = self._free.pop()
+        elif self._used < (self.kept if self._evictable else self.count):
+            block = self._used
+            self._used += 1
         else:
-            page, _ = self._left.popitem(last=False)
-            del self._filed[self._digests.pop(page)]
-        self._users[page] = 1
-        return page
+            block, _ = self._evictable.popitem(last=False)
+            del self._by_hash[self._hashes.pop(block)]
+        self._ref_counts[block] = 1
+        return block
 
-    def file(self, page: int, before: bytes, keys: Sequence[int]) -> bytes:
-        """A page has become full: note what it holds. `before`: the digest of the page before it
-        (empty for the first); its own is returned."""
-        digest = _extend(before, keys)
-        if digest not in self._filed:
-            self._filed[digest] = page
-            self._digests[page] = digest
-        return digest
+    def register(self, block: int, before: bytes, keys: Sequence[int]) -> bytes:
+        """Make a full block available to other prompts; returns its hash.
 
-    def forget(self, pages: Sequence[int]) -> None:
-        """What these pages in use hold shall not be reused."""
-        for page in pages:
-            if page in self._digests:
-                del self._filed[self._digests.pop(page)]
+        before: the hash of the block in front of it, b"" for the first. keys: the block's own.
+        """
+        block_hash = _extend(before, keys)
+        if block_hash not in self._by_hash:
+            self._by_hash[block_hash] = block
+            self._hashes[block] = block_hash
+        return block_hash
 
-    def release(self, pages: Sequence[int]) -> None:
-        """One user less of each. Of what is left over, a conversation's end is given up first."""
-        for page in reversed(pages):
-            self._users[page] -= 1
-            if self._users[page] == 0:
-                if page in self._digests:
-                    self._left[page] = None
+    def unregister(self, blocks: Sequence[int]) -> None:
+        """Stop other prompts from sharing these blocks, which are in use."""
+        for block in blocks:
+            if block in self._hashes:
+                del self._by_hash[self._hashes.pop(block)]
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Remove one reference from each. A conversation's last blocks are evicted first."""
+        for block in reversed(blocks):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self._hashes:
+                    self._evictable[block] = None
                 else:
-                    self._blank.append(page)
+                    self._free.append(block)
 
-    def digests(self, keys: Sequence[int]) -> list[bytes]:
-        """What the full pages of `keys` are filed under."""
-        found, digest = [], _ROOT
-        for start in range(0, len(keys) - PAGE + 1, PAGE):
-            found.append(digest := _extend(digest, keys[start : start + PAGE]))
-        return found
+
+def hashes(keys: Sequence[int]) -> list[bytes]:
+    """The hash of each full block of `keys`."""
+    found, block_hash = [], b""
+    for start in range(0, len(keys) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        block_hash = _extend(block_hash, keys[start : start + BLOCK_SIZE])
+        found.append(block_hash)
+    return found
 
 
 def _extend(before: bytes, keys: Sequence[int]) -> bytes:

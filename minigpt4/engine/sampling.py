@@ -1,6 +1,7 @@
-"""Logits -> the next token. No torch."""
+"""Logits -> tokens: sampling, and beam search. No torch."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -10,12 +11,12 @@ from minigpt4.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. Defaults are the published demo's.
+    """How tokens are chosen. The defaults are the published demo's.
 
-    temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off (min_p leaves out what is less
-    likely than that share of the likeliest); repetition_penalty divides the positive and multiplies
-    the negative logits of tokens already generated (CTRL, Keskar et al., 2019); seed None draws a
-    fresh one; num_beams above 1 is beam search, without sampling.
+    temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off (min_p drops tokens less likely
+    than that fraction of the likeliest one); repetition_penalty divides positive and multiplies
+    negative logits of tokens already generated (CTRL, Keskar et al., 2019); seed None picks one at
+    random; num_beams above 1 is beam search, without sampling. UserError for values out of range.
     """
 
     temperature: float = 1.0
@@ -51,7 +52,7 @@ class Sampling:
                 number
                 and not isinstance(value, bool)
                 and (low <= value if inclusive else low < value)
-                and value <= high  # NaN is not, and a whole number may be too long for a float
+                and value <= high  # false for NaN; an int may be too long for a float
             )
             if name == "temperature" and good and 0 < value < 0.01:
                 raise UserError("temperature must be 0, or from 0.01 up to 10.0.")
@@ -62,7 +63,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses one request's tokens; its draws depend on its seed and its logits alone.
+    """Chooses one request's tokens; the choice depends only on its seed and its logits.
 
     seen: ids that the repetition penalty covers from the start.
     """
@@ -79,24 +80,26 @@ class Sampler:
         return token
 
     def _choose(self, logits: np.ndarray) -> int:
-        """Order as in transformers' `generate`: temperature, top-k, top-p, min-p; then a draw."""
+        """As transformers' `generate`: temperature, top-k, top-p, min-p, then a draw."""
         s = self.sampling
         if s.temperature == 0:
             return int(logits.argmax())
         scaled = (logits - logits.max()) / np.float32(s.temperature)
         draw = self._random.random()
         weights = np.exp(scaled)
-        # Nearly always the draw falls among few tokens: the rest need not be sorted.
+        # The draw nearly always falls among few tokens, so the others need no sorting.
         for floor in (1e-4, 1e-7, 0.0):
             token = _draw(weights, np.flatnonzero(weights >= floor), draw, s)
             if token is not None:
                 return token
-        raise AssertionError("the last floor leaves nothing out")
+        raise AssertionError("the last floor includes every token")
 
 
 def _draw(weights: np.ndarray, candidates: np.ndarray, draw: float, s: Sampling) -> int | None:
-    """The token at `draw` of the distribution that top-k, top-p and min-p leave of `weights`; None
-    where it may lie outside `candidates`, the likeliest ones."""
+    """The token at `draw` (0 to 1) of the distribution after top-k, top-p and min-p.
+
+    None where it may lie outside `candidates`, the likeliest tokens.
+    """
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
     complete = len(order) == len(weights)
     ordered = weights[order].astype(np.float64)
@@ -128,7 +131,7 @@ def _draw(weights: np.ndarray, candidates: np.ndarray, draw: float, s: Sampling)
 
 
 def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
-    """logits [vocabulary] with those of the token ids `seen` made less likely."""
+    """Logits [vocabulary] that make the token ids `seen` less likely."""
     if penalty == 1.0 or not seen:
         return logits
     logits = logits.copy()
@@ -142,3 +145,82 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities over the last axis."""
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+class BeamSearch:
+    """Finds the answer with the best mean log-probability, as transformers' `generate` does.
+
+    Among each step's likeliest continuations, those that end the answer are finished if they rank
+    within the first `num_beams`; the best of the others continue. The search is over when no beam
+    can beat the worst finished answer, or at the length limit.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        stop_sequences: Sequence[Sequence[int]] = (),
+        seen: tuple[int, ...] = (),
+    ) -> None:
+        self._sampling = sampling
+        self._count = sampling.num_beams
+        self._stop_ids = stop_ids
+        self._stop_sequences = [list(s) for s in stop_sequences]
+        self._seen = list(seen)
+        self.beams: list[list[int]] = [[]]
+        self._scores = np.zeros(1, np.float32)
+        self._finished: list[tuple[np.float32, list[int]]] = []  # best first
+        self.done = False
+
+    @property
+    def best(self) -> list[int]:
+        """The ids of the best finished answer, or else of the best beam."""
+        return self._finished[0][1] if self._finished else self.beams[0]
+
+    def step(self, logits: np.ndarray) -> list[int]:
+        """Float32 logits [beams, vocabulary] -> the parent of each beam that continues.
+
+        Each of `beams` then ends with the token to feed next; `done`: the search is over.
+        """
+        penalty = self._sampling.repetition_penalty
+        scores = np.stack(
+            [
+                penalize(row, self._seen + beam, penalty) + score
+                for row, beam, score in zip(
+                    log_softmax(logits), self.beams, self._scores, strict=True
+                )
+            ]
+        )
+        width = scores.shape[1]
+        kept = min(max(2, 1 + len(self._stop_ids)) * self._count, scores.size)
+        flat = scores.ravel()
+        top = np.argpartition(-flat, kept - 1)[:kept]
+        top = top[np.argsort(-flat[top], kind="stable")]
+        length = len(self.beams[0]) + 1
+        running, finished = [], []
+        for rank, place in enumerate(top.tolist()):
+            parent, token = divmod(place, width)
+            ids = [*self.beams[parent], token]
+            if self._ends(ids):
+                if rank < self._count:
+                    finished.append((flat[place] / np.float32(length), ids))
+            else:
+                running.append((parent, ids, flat[place]))
+        merged = sorted(self._finished + finished, key=lambda pair: -pair[0])
+        self._finished = merged[: self._count]
+        running = running[: self._count]
+        if not running:
+            self.done = True
+            return []
+        self.beams = [ids for _, ids, _ in running]
+        self._scores = np.array([score for _, _, score in running], np.float32)
+        if len(self._finished) == self._count:
+            self.done = self._scores[0] / np.float32(length) <= self._finished[-1][0]
+        return [parent for parent, _, _ in running]
+
+    def _ends(self, ids: list[int]) -> bool:
+        return (
+            ids[-1] in self._stop_ids
+            or len(ids) >= self._sampling.max_new_tokens
+            or any(ids[-len(s) :] == s for s in self._stop_sequences)
+        )

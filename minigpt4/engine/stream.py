@@ -1,21 +1,80 @@
-"""One request's answer on its way from the engine's thread to whoever reads it. No torch."""
+"""An answer on its way from the engine's thread to its reader, and the engine's statistics and
+errors, as people and programs see them. No torch."""
 
 import asyncio
 import contextlib
+import copy
 import threading
 import time
-from collections import deque
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from minigpt4.errors import UserError
+from minigpt4.errors import Kind, UserError
+
+FULL = "Too many people are waiting at the moment; please try again soon."
+BROKEN = "Something went wrong while answering; please try again."
+NO_MEMORY = "There was not enough memory for this answer; try a shorter conversation."
+HANGING = "The model stopped responding; please try again in a minute."
+LOST = "The GPU has failed; the program must be restarted."
+ENDING = "The program is ending."
+KINDS: dict[str, Kind] = {
+    FULL: "queue_full",
+    BROKEN: "broken",
+    NO_MEMORY: "memory",
+    HANGING: "hanging",
+    LOST: "broken",
+    ENDING: "ending",
+}
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def failure(sentence: str) -> UserError:
+    """One of the sentences above as an error."""
+    return UserError(sentence, KINDS[sentence])
+
+
+def explain(error: Exception) -> UserError:
+    """What people are told of an exception."""
+    return failure(sentence_for(error))
+
+
+def sentence_for(error: Exception) -> str:
+    """The one of the sentences above that describes an exception."""
+    if out_of_memory(error):
+        return NO_MEMORY
+    return LOST if device_lost(error) else BROKEN
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Python's own, or torch's (which is not imported for this)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error))
+    )
+
+
+def device_lost(error: Exception) -> bool:
+    """Is this a CUDA error after which every further call fails, until the process is restarted?
+
+    PyTorch raises them as AcceleratorError, older versions as RuntimeError ("CUDA error: …").
+    """
+    if not isinstance(error, RuntimeError) or out_of_memory(error):
+        return False
+    return type(error).__name__ == "AcceleratorError" or "CUDA error:" in str(error)
+
+
+# --- statistics -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Stats:
-    """What an answer took. Seconds count from `submit`; 0 where it has not come to that.
+    """What one answer took. Seconds count from `submit`, and are 0 until the event has happened.
 
-    reused_tokens: positions of the prompt whose keys and values were there already.
+    reused_tokens: positions of the prompt whose keys and values were in the cache.
     """
 
     prompt_tokens: int = 0
@@ -32,13 +91,87 @@ class Stats:
         return (self.tokens - 1) / lasted if self.tokens > 1 and lasted > 0 else 0.0
 
 
+class Histogram:
+    """`counts[i]`: values up to `bounds[i]`; the last one: all larger values."""
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+@dataclass
+class Totals:
+    """What an engine has done since it started, health probes excepted. The numbers only grow.
+
+    errors: by `UserError.kind`, of requests that were refused or that failed; seconds_to_first:
+    from `submit`; tokens_per_s: of each answer of two tokens or more, after its first. Several
+    threads write: change it by its methods, and read several numbers together from a `snapshot`.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    seconds_to_first: Histogram = field(
+        default_factory=lambda: Histogram(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+    )
+    tokens_per_s: Histogram = field(
+        default_factory=lambda: Histogram(1, 2, 5, 10, 20, 50, 100, 200, 500)
+    )
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(
+        self, requests: int = 0, tokens: int = 0, prompt_tokens: int = 0, reused_tokens: int = 0
+    ) -> None:
+        """Increase the counters of these names."""
+        with self._lock:
+            self.requests += requests
+            self.tokens += tokens
+            self.prompt_tokens += prompt_tokens
+            self.reused_tokens += reused_tokens
+
+    def add_error(self, kind: str) -> None:
+        """A request was refused or has failed."""
+        with self._lock:
+            self.errors[kind] += 1
+
+    def add_answer(self, stats: Stats) -> None:
+        """An answer has ended."""
+        with self._lock:
+            if stats.tokens:
+                self.seconds_to_first.add(stats.seconds_to_first)
+            if stats.tokens_per_s:
+                self.tokens_per_s.add(stats.tokens_per_s)
+
+    def snapshot(self) -> "Totals":
+        """A copy whose numbers belong to the same moment."""
+        with self._lock:
+            return replace(
+                self,
+                errors=Counter(self.errors),
+                seconds_to_first=copy.deepcopy(self.seconds_to_first),
+                tokens_per_s=copy.deepcopy(self.tokens_per_s),
+                _lock=threading.Lock(),
+            )
+
+
+# --- the stream -----------------------------------------------------------------------------------
+
+
 class Stream:
     """Token ids as they are generated, for `for` and `async for`; a stop id comes last.
 
-    stop_reason: "" while it goes on, then "stop" (a stop id), "length", "time", "closed" or
-    "error"; an error is raised by the iteration, as a UserError. `logprobs`: of each token, where
-    the request asked for them; `watched`: of the ids it named, as the first token, whatever came.
-    `close`, from any thread, ends it within a step of the engine.
+    stop_reason: "" until the end, then "stop" (a stop id), "length", "time", "closed" or "error";
+    iterating raises the error, as a UserError. logprobs: of each token, where the request asks for
+    them; watched: log-probabilities of the ids that the request names, as the first token.
+    `close`, from any thread, ends the request within one step of the engine.
     """
 
     def __init__(self, position: Callable[["Stream"], int], prompt_tokens: int) -> None:
@@ -55,11 +188,11 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """Place in the queue, 1 is next; 0 when it is being answered or has ended."""
+        """Place in the queue: 1 is next, 0 is running or ended."""
         return self._position(self)
 
     def close(self) -> None:
-        """End the request; what was not read yet is dropped."""
+        """End the request; unread tokens are dropped."""
         self._end("closed")
         with self._condition:
             self._tokens.clear()
@@ -82,24 +215,27 @@ class Stream:
                 self.logprobs.append(logprob)
             self._notify()
 
-    def _end(self, reason: str, error: UserError | None = None) -> None:
+    def _end(self, reason: str, error: UserError | None = None) -> bool:
+        """End it, unless it has ended already; True where this call ended it."""
         with self._condition:
-            if not self.stop_reason:
+            ends = not self.stop_reason
+            if ends:
                 self.stop_reason, self._error = reason, error
                 self.stats.seconds = self._seconds()
             self._notify()
+        return ends
 
     def _notify(self) -> None:
         self._condition.notify_all()
         waiters, self._waiters = self._waiters, []
         for loop, future in waiters:
-            with contextlib.suppress(RuntimeError):  # its loop has closed: nobody waits there
+            with contextlib.suppress(RuntimeError):  # the reader's event loop is closed
                 loop.call_soon_threadsafe(_wake, future)
 
     # --- the reader's side ---------------------------------------------------------------------
 
     def _take(self) -> int | None:
-        """The next token, None where there is none yet; StopIteration or the error at the end."""
+        """The next token, None where there is none yet; at the end StopIteration or the error."""
         if self._tokens:
             return self._tokens.popleft()
         if self.stop_reason:

@@ -1,4 +1,4 @@
-"""The decoder in PyTorch: a Llama's own loaded modules, keys and values in pages."""
+"""The decoder in PyTorch: a Llama's own modules, with keys and values in blocks."""
 
 import numpy as np
 import torch
@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from minigpt4.engine.rows import PAGE, Rows
+from minigpt4.engine.kvcache import BLOCK_SIZE
+from minigpt4.engine.scheduler import Rows
 
-MAX_ROWS = 512
+MAX_ROWS = 512  # in one call of the model
 
 
 def free_memory(device: torch.device) -> int:
@@ -20,32 +21,33 @@ def free_memory(device: torch.device) -> int:
 class TorchDecoder:
     """Runs rows through a Hugging Face Llama, quantised or not.
 
-    Kernels of other shapes round otherwise, so a row's numbers may differ in their last bits with
-    what is computed beside it.
+    Kernels for other shapes round differently, so the last bits of a row's numbers may depend on
+    what is computed with it.
     """
 
     exact = False
 
-    def __init__(self, llm: PreTrainedModel, pages: int) -> None:
+    def __init__(self, llm: PreTrainedModel, blocks: int) -> None:
         self._model, self._head = llm.get_decoder(), llm.get_output_embeddings()
         self._embedding = llm.get_input_embeddings()
         config = llm.config
         self._kv_heads = config.num_key_value_heads
         self._head_dim = self._model.layers[0].self_attn.head_dim
         self._device = self._embedding.weight.device
-        shape = (len(self._model.layers), 2, pages * PAGE, self._kv_heads, self._head_dim)
+        shape = (len(self._model.layers), 2, blocks * BLOCK_SIZE, self._kv_heads, self._head_dim)
         self._dtype = self._embedding.weight.dtype
-        self._pages = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self._keys_values = torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     @staticmethod
     def page_bytes(llm: PreTrainedModel) -> int:
-        """Memory of one page."""
+        """Bytes of one block."""
         layers = llm.get_decoder().layers
         width = llm.config.num_key_value_heads * layers[0].self_attn.head_dim
-        return PAGE * len(layers) * 2 * width * llm.get_input_embeddings().weight.element_size()
+        element_size = llm.get_input_embeddings().weight.element_size()
+        return BLOCK_SIZE * len(layers) * 2 * width * element_size
 
     def forward(self, rows: Rows) -> np.ndarray:
-        """Float32 logits [wanted rows, vocabulary]; every row's keys and values are kept."""
+        """Float32 logits [wanted rows, vocabulary]; keys and values of every row are stored."""
         with torch.inference_mode():
             parts = [self._forward(part) for part in rows.split(MAX_ROWS)]
         return np.concatenate(parts)
@@ -54,8 +56,9 @@ class TorchDecoder:
         hidden_states = self._embed(rows)  # [rows, hidden_size]
         positions = torch.from_numpy(rows.positions).long().to(self._device)
         rotation = self._model.rotary_emb(hidden_states[None], positions[None])
-        groups = [_Group(rows, chosen, self._device) for chosen in _alike(rows)]
-        places = rows.tables[rows.table_rows, rows.positions // PAGE] * PAGE + rows.positions % PAGE
+        groups = [_Group(rows, chosen, self._device) for chosen in _by_row_count(rows)]
+        blocks = rows.tables[rows.table_rows, rows.positions // BLOCK_SIZE]
+        places = blocks * BLOCK_SIZE + rows.positions % BLOCK_SIZE
         places = torch.from_numpy(places).long().to(self._device)
         for number, layer in enumerate(self._model.layers):
             normed = layer.input_layernorm(hidden_states)
@@ -83,13 +86,13 @@ class TorchDecoder:
         k = attention.k_proj(normed).view(1, count, -1, self._head_dim).transpose(1, 2)
         v = attention.v_proj(normed).view(count, -1, self._head_dim)
         q, k = apply_rotary_pos_emb(q, k, *rotation)  # [1, heads, rows, head_dim]
-        keys, values = self._pages[number]
+        keys, values = self._keys_values[number]
         keys[places] = k[0].transpose(0, 1).to(self._dtype)
         values[places] = v.to(self._dtype)
         q = q[0].transpose(0, 1)  # [rows, heads, head_dim]
         attended = torch.empty_like(q)
         for group in groups:
-            # [conversations, heads, rows of each or positions, head_dim]
+            # [sequences, heads, rows of each or positions, head_dim]
             out = F.scaled_dot_product_attention(
                 q[group.rows].transpose(1, 2),
                 keys[group.places].transpose(1, 2),
@@ -101,34 +104,32 @@ class TorchDecoder:
         return attended.flatten(1)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Give page `target` what `source` holds."""
-        start = source * PAGE, target * PAGE
-        self._pages[:, :, start[1] : start[1] + PAGE] = self._pages[
-            :, :, start[0] : start[0] + PAGE
-        ]
+        """Copy block `source` to block `target`."""
+        blocks = self._keys_values.unflatten(2, (-1, BLOCK_SIZE))
+        blocks[:, :, target] = blocks[:, :, source]
 
 
-def _alike(rows: Rows) -> list[np.ndarray]:
-    """Row numbers [conversations, n] of conversations that have the same count n of rows."""
-    by_conversation = [np.flatnonzero(rows.table_rows == t) for t in np.unique(rows.table_rows)]
+def _by_row_count(rows: Rows) -> list[np.ndarray]:
+    """Row numbers [sequences, n] of the sequences with the same number n of rows."""
+    by_sequence = [np.flatnonzero(rows.table_rows == t) for t in np.unique(rows.table_rows)]
     by_count: dict[int, list[np.ndarray]] = {}
-    for chosen in by_conversation:
+    for chosen in by_sequence:
         by_count.setdefault(len(chosen), []).append(chosen)
     return [np.stack(group) for group in by_count.values()]
 
 
 class _Group:
-    """Conversations attended to together, padded to the longest.
+    """Sequences whose attention is computed together, padded to the longest.
 
-    rows [conversations, n]; places [conversations, positions] in the pages; mask
-    [conversations, 1, n, positions], true where a row may look.
+    rows [sequences, n]; places [sequences, positions], where keys and values are stored; mask
+    [sequences, 1, n, positions], true where a row may attend.
     """
 
     def __init__(self, rows: Rows, chosen: np.ndarray, device: torch.device) -> None:
         positions = rows.positions[chosen]
         reach = np.arange(positions.max() + 1)
-        pages = rows.tables[rows.table_rows[chosen[:, 0]]][:, reach // PAGE]
+        blocks = rows.tables[rows.table_rows[chosen[:, 0]]][:, reach // BLOCK_SIZE]
         mask = reach <= positions[:, :, None]
         self.rows = torch.from_numpy(chosen).to(device)
-        self.places = torch.from_numpy(pages * PAGE + reach % PAGE).long().to(device)
+        self.places = torch.from_numpy(blocks * BLOCK_SIZE + reach % BLOCK_SIZE).long().to(device)
         self.mask = torch.from_numpy(mask[:, None]).to(device)

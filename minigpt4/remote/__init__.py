@@ -1,1 +1,1 @@
-"""The engine where others run the language model or the GPU."""
+"""The same engine where other processes run the language model or own the GPU."""

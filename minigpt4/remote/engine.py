@@ -1,8 +1,8 @@
 """The engine's counterpart where other processes run the language model.
 
-It takes the same requests and gives the same streams as `Engine`: a queue, a limit of answers at
-once, cancelling, time limits. Where the process that answers dies, the answer goes on from its last
-token at another one: nothing is lost but time. How a process is reached is the backend's to know.
+It takes the same requests and returns the same streams as `Engine`, with the same queue, limits and
+cancelling. Where the process that answers dies, another one continues from the last token: nothing
+is lost but time. Only the backend knows how a process is reached.
 """
 
 import asyncio
@@ -11,17 +11,14 @@ import contextlib
 import contextvars
 import logging
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from minigpt4.engine.faults import BROKEN, ENDING, fault
-from minigpt4.engine.queue import Queue
-from minigpt4.engine.stream import Stream
-from minigpt4.engine.task import Request, answer_limit
+from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit
+from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 
@@ -34,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
-    """This process cannot answer, and another may. `error`: what to say where none does."""
+    """This process cannot answer, but another may. `error`: what the user is told if none can."""
 
     def __init__(self, reason: str, error: UserError | None = None) -> None:
         super().__init__(reason)
@@ -43,8 +40,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Some tokens of an answer; `logprobs` of each, where they were asked for; `ended`: why these
-    were the last. reused_tokens: of the prompt, where that is known."""
+    """Some tokens of an answer. logprobs: of each, where the request asks for them; ended: why
+    these are the last; reused_tokens: of the prompt, where known."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -53,47 +50,48 @@ class Part:
 
 
 class Backend(Protocol):
-    """Processes that run the language model. Its coroutines all run in one loop.
+    """Processes that run the language model. All of its coroutines run in one event loop.
 
-    attempts: how many tries, one after the other and without a token, end an answer.
-    pause: seconds between two of them.
+    attempts: tries in a row without a token before an answer fails. pause: seconds between tries.
     """
 
     attempts: int
     pause: float
 
     def check(self, request: Request) -> None:
-        """UserError where these processes cannot do what is asked."""
+        """UserError where these processes cannot answer such a request."""
 
     def encode(self, picture: Picture) -> np.ndarray:
         """The picture's embeddings, float32 [image_tokens, llm_hidden_size]. Blocks."""
 
-    def generate(self, request: Request, said: list[int], limit: int) -> AsyncIterator[Part]:
-        """What follows the prompt and the tokens `said`, at most `limit` tokens. Unavailable where
-        another try may help, UserError where none will."""
+    def generate(self, request: Request, generated: list[int], limit: int) -> AsyncIterator[Part]:
+        """At most `limit` tokens that follow the prompt and the tokens generated so far.
+
+        Unavailable where another try may succeed, UserError where none can.
+        """
 
     async def probe(self, seconds: float) -> bool:
-        """Does any of them give a real token in time?"""
+        """Does any process give a real token in time?"""
 
     async def close(self) -> None:
-        """Nothing is asked any more."""
+        """End all connections."""
 
 
 class RemoteStream(Stream):
-    """A stream whose `close` also reaches the answer that waits for another machine."""
+    """A stream whose `close` also cancels an answer that waits for another process."""
 
-    cancel: asyncio.Task | None = None
+    task: asyncio.Task | None = None
 
     def close(self) -> None:
         super().close()
-        if self.cancel is not None:
+        if self.task is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.cancel.get_loop().call_soon_threadsafe(self.cancel.cancel)
+                self.task.get_loop().call_soon_threadsafe(self.task.cancel)
 
 
 @dataclass(eq=False)
-class _Job:
-    """context: the asker's. Ray tells the requests that it routes apart by what stands there."""
+class _RequestState:
+    """context: the caller's, by which Ray tells the requests that it routes apart."""
 
     request: Request
     stream: RemoteStream
@@ -101,10 +99,10 @@ class _Job:
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
 
-class RemoteEngine(Queue):
-    """As `Engine`, with the language model elsewhere.
+class RemoteEngine(RequestQueue):
+    """Like `Engine`, with the language model in other processes.
 
-    model: its configuration and tokenizer are used here, the rest is the backend's.
+    model: its configuration and tokenizer; the backend uses the rest.
     """
 
     def __init__(
@@ -112,11 +110,7 @@ class RemoteEngine(Queue):
     ) -> None:
         super().__init__(max_running, max_waiting)
         self.model, self.backend = model, backend
-        self.fault = ""  # a sentence while the last probe failed
-        self._lock = threading.Lock()
-        self._waiting: deque[_Job] = deque()
-        self._running: set[_Job] = set()
-        self._ending = False
+        self._running: set[_RequestState] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="remote engine", daemon=True)
         self._thread.start()
@@ -129,24 +123,24 @@ class RemoteEngine(Queue):
         return self.backend.encode(picture)
 
     def submit(self, request: Request) -> Stream:
-        """Start answering. UserError where the queue is full, or this cannot be asked."""
+        """Start answering. UserError where the queue is full, or the backend cannot do it."""
         try:
             limit = answer_limit(request, self.model.config.context)
             self.backend.check(request)
-            job = _Job(request, RemoteStream(self._position, len(request.prompt)), limit)
+            stream = RemoteStream(self._position, len(request.prompt))
             with self._lock:
-                self._refuse_any()
-                self._waiting.append(job)
-                self.totals.requests += 1
-                # Within the lock, for which `close` waits: the loop is there still.
+                self._refuse_if_full()
+                self._waiting.append(_RequestState(request, stream, limit))
+                self.totals.add(requests=1)
+                # Under the lock, for which `close` waits: the loop still exists.
                 self._loop.call_soon_threadsafe(self._start_some)
         except UserError as error:
-            self.totals.errors[error.kind] += 1
+            self.totals.add_error(error.kind)
             raise
-        return job.stream
+        return stream
 
     def health(self, seconds: float = 10.0) -> bool:
-        """Does a real token come from any of the processes within `seconds`?"""
+        """Does any of the processes give a real token within `seconds`?"""
         if self._ending:
             return False
         try:
@@ -157,29 +151,24 @@ class RemoteEngine(Queue):
         return healthy
 
     def call(self, work: Coroutine, seconds: float):
-        """What a coroutine gives that runs in the backend's loop; TimeoutError."""
+        """Run a coroutine in the backend's loop; its result, or TimeoutError."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(seconds)
         finally:
             future.cancel()
 
-    def drain(self, seconds: float) -> bool:
-        """Take no more requests, and let those that were taken end: did they, within `seconds`?"""
-        self._ending = True
-        return self._drained(seconds)
-
     def close(self) -> None:
-        """End; whoever waits gets an error."""
+        """End the loop; requests that are not answered yet get an error."""
         atexit.unregister(self.close)
-        self._ending = True
+        with self._lock:
+            self._ending = True
+            states = [*self._waiting, *self._running]
+            self._waiting.clear()
         if self._loop.is_closed():
             return
-        with self._lock:
-            jobs = [*self._waiting, *self._running]
-            self._waiting.clear()
-        for job in jobs:
-            self._fail(job, fault(ENDING))
+        for state in states:
+            self._fail(state, failure(ENDING))
         with contextlib.suppress(TimeoutError):
             self.call(self._end(), 5)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -193,101 +182,88 @@ class RemoteEngine(Queue):
         self._loop.close()
 
     async def _end(self) -> None:
-        tasks = [job.stream.cancel for job in self._running if job.stream.cancel is not None]
+        with self._lock:
+            tasks = [state.stream.task for state in self._running if state.stream.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.backend.close()
 
-    def _refuse_any(self) -> None:
-        if self._ending:
-            raise fault(ENDING)
-        self._drop_ended()
-        super()._refuse_any()
-
-    def _drop_ended(self) -> None:
-        """Requests that were closed while they waited take nobody's place. The lock is held."""
-        self._waiting = deque(job for job in self._waiting if not job.stream.stop_reason)
-
-    def _position(self, stream: Stream) -> int:
-        with self._lock:
-            self._drop_ended()
-            return next((i for i, job in enumerate(self._waiting, 1) if job.stream is stream), 0)
-
     def _start_some(self) -> None:
-        """Begin to answer those who have waited longest."""
+        """Start the requests that have waited longest, while there are places."""
         with self._lock:
-            self._drop_ended()
+            self._drop_closed()
             while self._waiting and len(self._running) < self.max_running:
-                job = self._waiting.popleft()
-                self._running.add(job)
-                job.stream.cancel = self._loop.create_task(self._answer(job), context=job.context)
+                state = self._waiting.popleft()
+                self._running.add(state)
+                state.stream.task = self._loop.create_task(
+                    self._answer(state), context=state.context
+                )
 
-    async def _answer(self, job: _Job) -> None:
-        stream = job.stream
+    async def _answer(self, state: _RequestState) -> None:
+        stream = state.stream
         stream.stats.seconds_waiting = stream._seconds()
-        self.totals.prompt_tokens += stream.stats.prompt_tokens
+        self.totals.add(prompt_tokens=stream.stats.prompt_tokens)
         try:
-            if stream.stop_reason:  # closed between the queue and here
+            if stream.stop_reason:  # closed after it left the queue
                 return
-            async with asyncio.timeout(job.request.max_seconds - stream._seconds()):
-                await self._generate(job)
+            async with asyncio.timeout(state.request.max_seconds - stream._seconds()):
+                await self._generate(state)
         except TimeoutError:
             stream._end("time")
-        except asyncio.CancelledError:  # nobody wants it any more
+        except asyncio.CancelledError:
             stream._end("closed")
         except UserError as error:
-            self._fail(job, error)
+            self._fail(state, error)
         except Exception:
             log.exception("while answering")
-            self._fail(job, fault(BROKEN))
+            self._fail(state, failure(BROKEN))
         finally:
-            self.totals.reused_tokens += stream.stats.reused_tokens
-            self.totals.note_end(stream.stats)
+            self.totals.add(reused_tokens=stream.stats.reused_tokens)
+            self.totals.add_answer(stream.stats)
             with self._lock:
-                self._running.discard(job)
+                self._running.discard(state)
             self._start_some()
 
-    async def _generate(self, job: _Job) -> None:
-        """The answer, at as many processes one after the other as it takes."""
-        said: list[int] = []
+    async def _generate(self, state: _RequestState) -> None:
+        """The whole answer, from as many processes in a row as it takes."""
+        generated: list[int] = []
         failures = 0
-        while not job.stream.stop_reason:
-            before = len(said)
-            parts = self.backend.generate(job.request, said, job.limit - len(said))
+        while not state.stream.stop_reason:
+            before = len(generated)
+            parts = self.backend.generate(state.request, generated, state.limit - before)
             try:
                 async with contextlib.aclosing(parts):
                     async for part in parts:
-                        self._give(job, part, said)
-                        if job.stream.stop_reason:
+                        self._give(state, part, generated)
+                        if state.stream.stop_reason:
                             return
                 raise Unavailable("it ended in the middle of an answer")
             except Unavailable as error:
-                failures = failures + 1 if len(said) == before else 1
-                log.warning("an answer goes on elsewhere after %d tokens: %s", len(said), error)
+                failures = failures + 1 if len(generated) == before else 1
+                log.warning("retrying an answer after %d tokens: %s", len(generated), error)
                 if failures >= self.backend.attempts:
                     raise error.error from None
                 await asyncio.sleep(self.backend.pause)
 
-    def _give(self, job: _Job, part: Part, said: list[int]) -> None:
-        stream = job.stream
+    def _give(self, state: _RequestState, part: Part, generated: list[int]) -> None:
+        stream = state.stream
         if part.reused_tokens and not stream.stats.reused_tokens:
             stream.stats.reused_tokens = min(part.reused_tokens, stream.stats.prompt_tokens)
         logprobs = part.logprobs or [None] * len(part.tokens)
         for token, logprob in zip(part.tokens, logprobs, strict=True):
-            said.append(token)
+            generated.append(token)
             stream._put(token, logprob)
-            self.totals.tokens += 1
-            if token in job.request.stop_ids:
+            self.totals.add(tokens=1)
+            if token in state.request.stop_ids:
                 stream._end("stop")
-            elif len(said) >= job.limit:
+            elif len(generated) >= state.limit:
                 stream._end("length")
             if stream.stop_reason:
                 return
         if part.ended:
             stream._end(part.ended)
 
-    def _fail(self, job: _Job, error: UserError) -> None:
-        if not job.stream.stop_reason:
-            self.totals.errors[error.kind] += 1
-        job.stream._end("error", error)
+    def _fail(self, state: _RequestState, error: UserError) -> None:
+        if state.stream._end("error", error):
+            self.totals.add_error(error.kind)

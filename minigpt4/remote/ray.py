@@ -2,9 +2,9 @@
 
     serve run minigpt4.remote.ray:app model=vicuna-7b max_replicas=8
 
-An `Ingress` has tokenizer and endpoints; it asks `Replica`s, each with a model of its own. Ray
-starts and ends replicas by how many requests there are, and a conversation stays with the replica
-that remembers it. Where that one dies, the ingress goes on at another one from the last token.
+An `Ingress` holds the tokenizer and the endpoints, and asks `Replica`s, each with its own model.
+Ray starts and stops replicas with the number of requests. A conversation stays with the replica
+that has it cached; where that one dies, another one continues from the last token.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, get_model
-from minigpt4.engine.faults import FULL, fault
-from minigpt4.engine.task import Request
+from minigpt4.engine import Request
+from minigpt4.engine.stream import FULL, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import Prompt
@@ -44,9 +44,9 @@ from minigpt4.options import (
 )
 from minigpt4.remote.engine import Part, RemoteEngine, Unavailable
 
-# A session's replica by consistent hashing: when one comes or goes, few conversations move.
+# Consistent hashing of the session: when a replica comes or goes, few conversations move.
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-ELSEWHERE = {"ending", "hanging", "queue_full", "loading"}  # errors that another replica may spare
+ELSEWHERE = {"ending", "hanging", "queue_full", "loading"}  # errors another replica may not have
 PROBE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     return ingress.bind(replicas, options)
 
 
-def _report(line: str, passing: bool = False) -> None:
-    """Progress of loading, without the lines that only make sense as a bar."""
+def _log_progress(line: str, passing: bool = False) -> None:
+    """A `Report` that writes into the replica's log."""
     if not passing:
         log.info(line)
 
@@ -119,21 +119,21 @@ class Replica:
 
         self._engine = open_engine(
             Namespace(**vars(options), device="auto", llm_url=None),
-            _report,
+            _log_progress,
             max_running=options.max_running,
             max_waiting=options.max_queue,
         )
 
     async def generate(
-        self, request: Request, said: list[int], limit: int
+        self, request: Request, generated: list[int], limit: int
     ) -> AsyncIterator[Part | UserError]:
-        """What follows the prompt and `said`; an error comes as the last item."""
+        """What follows the prompt and the tokens generated so far; an error is the last item."""
         prompt = request.prompt
         request = replace(
             request,
-            prompt=Prompt([*prompt.ids, *said], [*prompt.keys, *said], prompt.images),
+            prompt=Prompt([*prompt.ids, *generated], [*prompt.keys, *generated], prompt.images),
             sampling=replace(request.sampling, max_new_tokens=limit),
-            penalized=(*request.penalized, *said),
+            penalized=(*request.penalized, *generated),
         )
         try:
             stream = await asyncio.to_thread(self._engine.submit, request)
@@ -155,20 +155,20 @@ class Replica:
         return await asyncio.to_thread(self._engine.encode, picture)
 
     async def alive(self, seconds: float) -> bool:
-        """Does a token come, whoever's?"""
+        """Does any request get a token within `seconds`?"""
         before = self._engine.totals.tokens
         answered = await asyncio.to_thread(self._engine.health, seconds)
         return answered or self._engine.totals.tokens > before
 
     async def check_health(self) -> None:
-        """Ray asks from time to time, and starts another replica where this raises."""
+        """Ray calls it regularly, and replaces the replica where it raises."""
         if not await self.alive(PROBE_SECONDS):
             raise RuntimeError(self._engine.fault or "the model gives no token")
 
 
 @dataclass(frozen=True)
 class Described:
-    """What an ingress needs to know of the model that its replicas have."""
+    """What an ingress needs to know about its replicas' model."""
 
     config: ModelConfig
     tokenizer: Any
@@ -185,25 +185,27 @@ class Replicas:
         self._handle, self._config = handle, config
 
     def check(self, request: Request) -> None:
-        """They can do all that an engine can."""
+        """Replicas can answer whatever an engine can."""
 
     def encode(self, picture: Picture) -> np.ndarray:
         handle = self._handle.options(session_id=picture.key)
         return handle.encode.remote(self._small(picture)).result()
 
     def _small(self, picture: Picture) -> Picture:
-        """The picture as the encoder would scale it, which is less to send."""
+        """The picture at the encoder's size, which is less to send."""
         from minigpt4.model.vision import squash
 
         return Picture(squash(picture.rgb, self._config.vision.image_size), picture.key)
 
-    async def generate(self, request: Request, said: list[int], limit: int) -> AsyncIterator[Part]:
+    async def generate(
+        self, request: Request, generated: list[int], limit: int
+    ) -> AsyncIterator[Part]:
         shown = {image.key for _, image in request.prompt.images}
         pictures = {
             key: await asyncio.to_thread(self._small, request.pictures[key]) for key in shown
         }
         handle = self._handle.options(stream=True, session_id=request.session)
-        reply = handle.generate.remote(replace(request, pictures=pictures), said, limit)
+        reply = handle.generate.remote(replace(request, pictures=pictures), generated, limit)
         try:
             async for part in reply:
                 if isinstance(part, UserError):
@@ -212,7 +214,7 @@ class Replicas:
                     raise part
                 yield part
         except BackPressureError:
-            raise Unavailable("every replica is full", fault(FULL)) from None
+            raise Unavailable("every replica is full", failure(FULL)) from None
         except (RayError, RayServeException) as error:
             raise Unavailable(type(error).__name__) from None
         finally:
@@ -226,13 +228,13 @@ class Replicas:
             return False
 
     async def close(self) -> None:
-        """Ray ends its replicas itself."""
+        """Nothing: Ray ends its replicas itself."""
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """The API before the replicas."""
+    """The API in front of the replicas."""
 
     def __init__(self, replicas: DeploymentHandle, options: Namespace) -> None:
         from minigpt4.start import given_places
@@ -250,7 +252,7 @@ class Ingress:
         self._options = options
 
     def __serve_build_asgi_app__(self):
-        """Ray calls it once, and then what it returned with every request."""
+        """Ray calls it once, and passes every request to the application it returns."""
         from minigpt4.web.api.routes import application
 
         options = self._options

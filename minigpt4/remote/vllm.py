@@ -1,12 +1,14 @@
 """vLLM servers as an engine's backend: embeddings out, token ids in.
 
-Contract (vLLM's "Prompt Embedding Inputs" and "Completions API"): POST /v1/completions with
+The protocol (vLLM's "Prompt Embedding Inputs" and "Completions API"): POST /v1/completions with
 `prompt_embeds`, the whole prompt's embeddings [tokens, hidden_size] as torch.save writes them, in
-base64; `return_token_ids` makes each event of the stream carry the ids of its tokens.
+base64; `return_token_ids` adds the ids of its tokens to each event of the stream.
 """
 
 import asyncio
+import base64
 import hashlib
+import io
 import json
 import logging
 import threading
@@ -20,23 +22,26 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 
-from minigpt4.engine.faults import BROKEN, FULL, explain, fault
+from minigpt4.engine.decoder import use_device
 from minigpt4.engine.pictures import Pictures
 from minigpt4.engine.sampling import Sampling
-from minigpt4.engine.task import Request
+from minigpt4.engine.scheduler import Request
+from minigpt4.engine.stream import BROKEN, FULL, explain, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import Prompt
 from minigpt4.remote.engine import Part, Unavailable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from minigpt4.model.minigpt4 import MiniGPT4
 
-DOWN_SECONDS = 10.0  # a server that failed is not asked again before, unless there is no other
-BUSY_SECONDS = 1.0  # one that is full
-SILENCE_SECONDS = 60.0  # nothing comes: the server has died without a word
-SLACK = 4  # answers more than the idlest has, for which a conversation still stays at its server
-PICTURES_TOGETHER = 4
+DOWN_SECONDS = 10.0  # for which a failed server is skipped, unless there is no other
+BUSY_SECONDS = 1.0  # for which a full server is skipped
+SILENCE_SECONDS = 60.0  # without a byte, after which a server counts as dead
+SLACK = 4  # a conversation leaves its server if that one has more than so many answers extra
+PICTURES_TOGETHER = 4  # encoded in one batch
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +54,10 @@ class _Server:
 
 
 class VllmServers:
-    """Any number of servers with the same language model; the encoder and the rest are here.
+    """Any number of servers with the same language model; the rest of the model runs here.
 
-    urls: where their APIs are, "http://host:8000/v1"; key: what they were started with as
-    --api-key. The network between must be trusted: vLLM warns that embeddings can crash it.
+    urls: of their APIs, "http://host:8000/v1"; key: their --api-key. The network between must be
+    trusted: vLLM warns that malicious embeddings can crash it.
     """
 
     pause = 0.05
@@ -69,25 +74,25 @@ class VllmServers:
         )
         self._pictures = Pictures(model, explain)
         self._pictures_lock = threading.Lock()
-        self._encoder = ThreadPoolExecutor(1, "encoder")
+        self._encoder = ThreadPoolExecutor(1, "encoder", use_device, (model.device,))
 
     def check(self, request: Request) -> None:
         if request.sampling.num_beams > 1:
             raise UserError(
-                "Beam search cannot be had where the language model runs on other servers "
+                "Beam search is not available where the language model runs on other servers "
                 "(--llm-url): set num_beams to 1."
             )
 
     # --- pictures ------------------------------------------------------------------------------
 
     def encode(self, picture: Picture) -> np.ndarray:
-        return self._want(picture).result()
+        return self._request(picture).result()
 
-    def _want(self, picture: Picture) -> Future:
+    def _request(self, picture: Picture) -> Future:
         with self._pictures_lock:
             embeds = self._pictures.find(picture.key)
             if embeds is None:
-                future = self._pictures.want(picture)
+                future = self._pictures.request(picture)
                 self._encoder.submit(self._encode_some)
                 return future
         done: Future = Future()
@@ -97,27 +102,24 @@ class VllmServers:
     def _encode_some(self) -> None:
         with self._pictures_lock:
             pictures = self._pictures.next(PICTURES_TOGETHER)
-        if not pictures:  # encoded together with others
+        if not pictures:  # they were encoded in an earlier batch
             return
         outcomes = self._pictures.encode(pictures)
         with self._pictures_lock:
             for picture, outcome in zip(pictures, outcomes, strict=True):
-                self._pictures.note(picture, outcome)
+                self._pictures.finish(picture, outcome)
 
     async def _embeds(self, request: Request) -> dict[str, np.ndarray]:
-        futures = {
-            image.key: self._want(request.pictures[image.key]) for _, image in request.prompt.images
-        }
-        # Shielded: others may wait for the same picture.
+        keys = {image.key for _, image in request.prompt.images}
+        futures = {key: self._request(request.pictures[key]) for key in keys}
+        # Shielded, since other requests may wait for the same picture.
         return {k: await asyncio.shield(asyncio.wrap_future(f)) for k, f in futures.items()}
 
-    def _as_text(self, prompt: Prompt, said: list[int], embeds: dict[str, np.ndarray]) -> str:
-        """The embeddings of the prompt and of what was said, as they are sent."""
+    def _encoded(self, prompt: Prompt, generated: list[int], embeds: dict[str, np.ndarray]) -> str:
+        """The embeddings of the prompt and of the tokens generated so far, as they are sent."""
         import torch
 
-        from minigpt4.weights.embedding import as_base64
-
-        whole = Prompt([*prompt.ids, *said], [*prompt.keys, *said], prompt.images)
+        whole = Prompt([*prompt.ids, *generated], [*prompt.keys, *generated], prompt.images)
         device = self._model.device
         tensors = {k: torch.from_numpy(e).to(device) for k, e in embeds.items()}
         with torch.inference_mode():
@@ -125,9 +127,11 @@ class VllmServers:
 
     # --- answers -------------------------------------------------------------------------------
 
-    async def generate(self, request: Request, said: list[int], limit: int) -> AsyncIterator[Part]:
+    async def generate(
+        self, request: Request, generated: list[int], limit: int
+    ) -> AsyncIterator[Part]:
         embeds = await self._embeds(request)
-        text = await asyncio.to_thread(self._as_text, request.prompt, said, embeds)
+        text = await asyncio.to_thread(self._encoded, request.prompt, generated, embeds)
         body = body_of(request, text, limit)
         server = self._choose(request.session)
         server.running += 1
@@ -142,8 +146,8 @@ class VllmServers:
             server.running -= 1
 
     def _choose(self, session: str) -> _Server:
-        """The conversation's own server, which remembers it, unless others have much less to do;
-        of those that failed lately the one whose time is up first, where all have."""
+        """The conversation's own server, which has it cached, unless another has much less to do.
+        Where all have failed lately, the one that is skipped for the shortest time."""
         now = time.monotonic()
         up = [s for s in self._servers if s.down_until <= now]
         if not up:
@@ -165,7 +169,7 @@ class VllmServers:
                     if event == "[DONE]":
                         break
                     part = part_of(json.loads(event))
-                    if part.ended:  # how much was reused comes after it
+                    if part.ended:  # the number of reused tokens comes in a later event
                         last = part
                     elif last is not None:
                         last = Part(last.tokens, last.logprobs, last.ended, part.reused_tokens)
@@ -184,15 +188,15 @@ class VllmServers:
         return any(outcome is None for outcome in outcomes.values())
 
     async def probe_all(self, seconds: float) -> dict[str, UserError | None]:
-        """A real token of each server: by URL, None where it came, else what was wrong."""
+        """Ask each server for a real token: by URL, None where it came, else what is wrong."""
         request = Request(Prompt([0], [0]), {}, Sampling(temperature=0.0, repetition_penalty=1.0))
-        body = body_of(request, self._as_text(request.prompt, [], {}), 1)
+        body = body_of(request, self._encoded(request.prompt, [], {}), 1)
 
         async def ask(server: _Server) -> UserError | None:
             try:
                 async with asyncio.timeout(seconds):
                     tokens = [t async for p in self._ask(server, body) for t in p.tokens]
-                error = None if len(tokens) == 1 else fault(BROKEN)
+                error = None if len(tokens) == 1 else failure(BROKEN)
             except TimeoutError:
                 error = UserError(f"{server.url} gave no token within {seconds:g} s.", "hanging")
             except Unavailable as why:
@@ -209,12 +213,12 @@ class VllmServers:
     async def close(self) -> None:
         self._encoder.shutdown(wait=False, cancel_futures=True)
         with self._pictures_lock:
-            self._pictures.fail_all(fault(BROKEN))
+            self._pictures.fail_all(failure(BROKEN))
         await self._client.aclose()
 
 
 def body_of(request: Request, prompt_embeds: str, limit: int) -> dict[str, Any]:
-    """The request as vLLM's CompletionRequest: every field of `Sampling` but the beams."""
+    """The request as vLLM's CompletionRequest: every field of `Sampling` except the beams."""
     s = request.sampling
     body = {
         "prompt_embeds": prompt_embeds,
@@ -238,7 +242,7 @@ def body_of(request: Request, prompt_embeds: str, limit: int) -> dict[str, Any]:
 
 def part_of(event: dict) -> Part:
     """An event of the stream. Unavailable where it reports a failure; LookupError, TypeError or
-    ValueError where it is no such event."""
+    ValueError where it is malformed."""
     if "error" in event:
         raise Unavailable(str(event["error"])[:500])
     details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
@@ -248,7 +252,7 @@ def part_of(event: dict) -> Part:
     tokens = choice.get("token_ids")
     if tokens is None:
         raise UserError(
-            "The language model's server sends no token ids: it must be a vLLM that knows "
+            "The language model's server sends no token ids: use a vLLM that supports "
             "return_token_ids.",
             "broken",
         )
@@ -260,29 +264,29 @@ def part_of(event: dict) -> Part:
 
 
 def _refusal(status: int, content: bytes) -> Exception:
-    """What a status other than 200 means."""
-    said = content.decode("utf-8", "replace")
-    log.warning("a language model's server answered %d: %s", status, said)
+    """The error that a status other than 200 stands for."""
+    text = content.decode("utf-8", "replace")
+    log.warning("a language model's server answered %d: %s", status, text)
     if status in (429, 503):
-        return Unavailable(f"status {status}", fault(FULL))
+        return Unavailable(f"status {status}", failure(FULL))
     if status in (401, 403):
-        return UserError("The language model's server wants another key: see --llm-key.", "broken")
-    if "enable-prompt-embeds" in said:
+        return UserError("The language model's server rejects the key: see --llm-key.", "broken")
+    if "enable-prompt-embeds" in text:
         return UserError(
-            "The language model's server takes no embeddings: start vLLM with "
+            "The language model's server accepts no embeddings: start vLLM with "
             "--enable-prompt-embeds.",
             "broken",
         )
-    if "hidden_size" in said:
+    if "hidden_size" in text:
         return UserError(
-            "The language model's server runs another model than --model says: the widths of "
-            "their embeddings differ.",
+            "The language model's server runs another model than --model: the widths of their "
+            "embeddings differ.",
             "broken",
         )
     if status < 500:
         return UserError(
-            f"The language model's server refused the request (status {status}): its own log and "
-            "this program's say why.",
+            f"The language model's server refused the request (status {status}): see its log and "
+            "this program's.",
             "broken",
         )
     return Unavailable(f"status {status}")
@@ -296,5 +300,14 @@ def _checked(url: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise UserError(f"“{url}” is no server's address: --llm-url http://HOST:8000/v1.")
+        raise UserError(f"“{url}” is not a server's address: --llm-url http://HOST:8000/v1.")
     return url
+
+
+def as_base64(embeds: "Tensor") -> str:
+    """A tensor in the form of vLLM's `prompt_embeds`: what torch.save writes, in base64."""
+    import torch
+
+    file = io.BytesIO()
+    torch.save(embeds.detach().cpu().clone(), file)  # a view would be saved with its whole storage
+    return base64.b64encode(file.getvalue()).decode("ascii")

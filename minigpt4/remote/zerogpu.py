@@ -1,8 +1,8 @@
 """On a ZeroGPU Space: a GPU is lent for one answer at a time, to a process forked for it.
 
-The model is loaded to “cuda” before the page starts, as the package `spaces` (which is there alone)
-emulates it; each request is then answered by an engine within the process that has the GPU, and its
-tokens come back one by one.
+The model is loaded to "cuda" before the page starts, which the package `spaces` (present only
+there) emulates. An engine inside the process with the GPU then answers each request, and its tokens
+come back one by one.
 """
 
 import argparse
@@ -14,20 +14,19 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from minigpt4 import start
-from minigpt4.engine import Engine, Request
-from minigpt4.engine.faults import ENDING, FULL
-from minigpt4.engine.stream import Stream
-from minigpt4.engine.totals import Totals
+from minigpt4.engine import Engine, Request, Stream
+from minigpt4.engine.scheduler import RequestQueue
+from minigpt4.engine.stream import ENDING, FULL, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 
 if TYPE_CHECKING:
     from minigpt4.model.minigpt4 import MiniGPT4
 
-USUAL_MODEL = "vicuna-7b"  # in 16 bit: the GPU is big, the disk and the lent seconds are not
-NO_GPU = "No GPU could be had for this answer"
+USUAL_MODEL = "vicuna-7b"  # in 16 bit: GPU memory is ample, disk space and GPU seconds are not
+NO_GPU = "No GPU is available for this answer"
 
-# What a request's process has: the fork brings the model, the first request there makes the engine.
+# In the process with the GPU: the fork brings the model, the first request creates the engine.
 _model: "MiniGPT4 | None" = None
 _engine: Engine | None = None
 
@@ -38,7 +37,7 @@ def is_here() -> bool:
 
 
 def open_engine(options: argparse.Namespace) -> "ZeroEngine":
-    """Load the model and make `answer` a function that is given a GPU. Before the page starts."""
+    """Load the model and wrap `answer` so that it gets a GPU. Call it before the page starts."""
     import spaces
 
     global _model
@@ -51,13 +50,13 @@ def open_engine(options: argparse.Namespace) -> "ZeroEngine":
 
 
 def seconds(request: Request) -> int:
-    """For how long to borrow the GPU, at most: short loans come sooner."""
+    """For how long to borrow the GPU, at most: shorter loans are granted sooner."""
     return 30 + request.sampling.max_new_tokens // 10
 
 
 def answer(request: Request) -> Iterator[tuple[int, float | None] | str | UserError]:
     """In the process with the GPU: (token, log-probability) as they come, then the stop reason, or
-    what went wrong."""
+    the error."""
     global _engine
     if _engine is None:
         _engine = Engine(_model, max_running=1, max_waiting=1)
@@ -73,68 +72,63 @@ def answer(request: Request) -> Iterator[tuple[int, float | None] | str | UserEr
         yield error
 
 
-class ZeroEngine:
-    """What the page and the API use of an `Engine`, each request in a loan of its own.
+class ZeroEngine(RequestQueue):
+    """What the page and the API use of an `Engine`, with a GPU loan for each request.
 
     lend: `answer` with a GPU; max_waiting: requests at once, which wait for GPUs elsewhere.
     """
 
-    fault = ""
-
     def __init__(
         self, model: "MiniGPT4", lend: Callable[[Request], Iterator], max_waiting: int
     ) -> None:
-        self.model, self.totals = model, Totals()
-        self._lend, self._max_waiting = lend, max_waiting
-        self._lock, self._ended = threading.Lock(), threading.Condition()
-        self._streams: list[Stream] = []
-        self._draining = False
+        super().__init__(max_waiting, max_waiting)
+        self.model, self._lend = model, lend
+        self._running: list[Stream] = []
 
     @property
     def waiting(self) -> int:
         """Requests without a token yet."""
-        return sum(not s.stats.tokens for s in [*self._streams])
+        with self._lock:
+            return sum(not stream.stats.tokens for stream in self._running)
 
     @property
     def running(self) -> int:
         """Requests being answered."""
-        return len(self._streams) - self.waiting
+        with self._lock:
+            return sum(stream.stats.tokens > 0 for stream in self._running)
 
     def encode(self, picture: Picture) -> None:
         """Nothing: pictures are encoded with the answer, since a loan for each would cost more."""
 
-    def refuse_if_full(self) -> None:
-        """Raise what `submit` would raise of any request now."""
-        if self._draining:
-            raise UserError(ENDING, "ending")
-        if len(self._streams) >= self._max_waiting:
-            self.totals.errors["queue_full"] += 1
-            raise UserError(FULL, "queue_full")
-
     def submit(self, request: Request) -> Stream:
-        """Start answering."""
+        """Start answering. UserError where too many requests are on their way."""
+        stream = Stream(lambda s: 0 if s.stats.tokens else 1, len(request.prompt))
         with self._lock:
             self.refuse_if_full()
-            stream = Stream(lambda s: 0 if s.stats.tokens else 1, len(request.prompt))
-            self._streams.append(stream)
-        self.totals.requests += 1
-        # The context tells `spaces` whose GPU quota it is.
+            self._running.append(stream)
+            self.totals.add(requests=1)
+        # The context tells `spaces` whose GPU quota to use.
         work = copy_context().run
         threading.Thread(target=work, args=(self._follow, request, stream), daemon=True).start()
         return stream
 
+    def _refuse_if_full(self) -> None:
+        self._refuse_if_ending()
+        if len(self._running) >= self.max_waiting:
+            raise failure(FULL)
+
     def _follow(self, request: Request, stream: Stream) -> None:
-        lent = self._lend(request)
+        events = self._lend(request)
         try:
-            for said in lent:
+            for event in events:
                 if stream.stop_reason:  # closed by its reader
                     break
-                match said:
+                match event:
                     case (token, logprob):
                         stream._put(token, logprob)
-                        self.totals.tokens += 1
+                        self.totals.add(tokens=1)
                     case UserError():
-                        raise said
+                        raise event
                     case reason:
                         stream._end(reason)
         except UserError as error:
@@ -143,30 +137,25 @@ class ZeroEngine:
             text = re.sub(r"<[^>]*>", "", str(getattr(error, "message", error)))
             self._fail(stream, UserError(f"{NO_GPU}: {' '.join(text.split())}", "broken"))
         finally:
-            lent.close()
-            stream._end("error", UserError(f"{NO_GPU}.", "broken"))  # where nothing ended it yet
-            self.totals.note_end(stream.stats)
-            with self._ended:
-                self._streams.remove(stream)
-                self._ended.notify_all()
+            events.close()
+            if not stream.stop_reason:
+                self._fail(stream, UserError(f"{NO_GPU}.", "broken"))
+            self.totals.add_answer(stream.stats)
+            with self._lock:
+                self._running.remove(stream)
 
     def _fail(self, stream: Stream, error: UserError) -> None:
-        self.totals.errors[error.kind] += 1
-        stream._end("error", error)
+        if stream._end("error", error):
+            self.totals.add_error(error.kind)
 
     def health(self, seconds: float = 10.0) -> bool:
-        """The model is loaded; whether a GPU can be had, only an answer can tell."""
-        return not self._draining
-
-    def drain(self, seconds: float) -> bool:
-        """Take no more requests, and let those that were taken end: did they, within `seconds`?"""
-        with self._lock:  # nobody is between being let in and being counted
-            self._draining = True
-        with self._ended:
-            return self._ended.wait_for(lambda: not self._streams, seconds)
+        """True until it drains: only an answer shows whether a GPU is available."""
+        return not self._ending
 
     def close(self) -> None:
         """End every answer."""
-        self._draining = True
-        for stream in [*self._streams]:
-            stream._end("error", UserError(ENDING, "ending"))
+        with self._lock:
+            self._ending = True
+            streams = [*self._running]
+        for stream in streams:
+            self._fail(stream, failure(ENDING))

@@ -1,7 +1,5 @@
 """A language model's token embedding alone: all that is held here of one that runs elsewhere."""
 
-import base64
-import io
 import json
 import logging
 from pathlib import Path
@@ -89,10 +87,3 @@ def _read(folder: Path) -> Tensor:
         # Mapped, so that only this tensor's pages are read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[NAME].clone()
     raise FileNotFoundError(f"{folder} holds no weights")
-
-
-def as_base64(embeds: Tensor) -> str:
-    """A tensor as vLLM's `prompt_embeds` takes it: what torch.save writes, in base64."""
-    file = io.BytesIO()
-    torch.save(embeds.detach().cpu().clone(), file)  # a part would be saved with its whole
-    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from minigpt4.engine.totals import Histogram
+from minigpt4.engine import Histogram
 from minigpt4.errors import Kind
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.errors import ApiError
@@ -66,7 +66,7 @@ class Metrics(Collector):
 
 
 def _of_engine(engine: AnyEngine) -> Iterator[Metric]:
-    totals = engine.totals
+    totals = engine.totals.snapshot()
     for name, text, value in (
         ("requests", "Answers asked for, by the page and by programs.", totals.requests),
         ("tokens", "Tokens generated.", totals.tokens),

@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from starlette.concurrency import run_in_threadpool
 
 from minigpt4.conversation import Answer, Conversation, ask
-from minigpt4.engine import Engine
-from minigpt4.engine.faults import explain
+from minigpt4.engine import Engine, explain
 from minigpt4.errors import UserError
 from minigpt4.model.image import MAX_PIXELS, Picture
 from minigpt4.remote.engine import RemoteEngine

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from minigpt4.conversation import Answer
-from minigpt4.engine.faults import explain
+from minigpt4.engine import explain
 from minigpt4.errors import UserError
 from minigpt4.remote.engine import RemoteEngine
 from minigpt4.web.api import openapi

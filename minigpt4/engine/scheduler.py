@@ -1,0 +1,412 @@
+"""Who waits, who runs, and what one step computes. No torch.
+
+`RequestQueue` is what every engine shares, wherever the language model runs. `Scheduler` plans the
+steps of the engine that runs it here: it reserves blocks for a request, lets it in, and divides a
+step's rows among prompts (prefill) and running answers (decode).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from minigpt4.engine.kvcache import BLOCK_SIZE, BlockCache, hashes
+from minigpt4.engine.sampling import BeamSearch, Sampler, Sampling
+from minigpt4.engine.stream import ENDING, FULL, Stream, Totals, failure
+from minigpt4.errors import UserError
+from minigpt4.model.image import Picture
+from minigpt4.model.prompt import IMAGE_ID, Prompt
+
+PROBE_BLOCKS = 1  # never reserved by requests, so that a health probe always gets in
+CHUNK_ALONE, CHUNK_AMONG_OTHERS = 256, 32  # prompt rows in a step
+GOOD_STEPS = 200  # after which a step that was made smaller for want of memory doubles again
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to answer: the prompt, its pictures by key, how to sample, where to stop."""
+
+    prompt: Prompt
+    pictures: Mapping[str, Picture]
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # that end a beam, since beams have no text
+    penalized: tuple[int, ...] = ()  # ids the repetition penalty covers from the start
+    logprobs: bool = False
+    watched: tuple[int, ...] = ()  # ids whose log-probability as the first token is wanted
+    max_seconds: float = 600.0  # from submit; then the answer ends as it is
+    session: str = ""  # the same for a whole conversation, which stays at one machine
+
+
+def answer_limit(request: Request, context: int) -> int:
+    """The most tokens the answer may have; UserError where the prompt fills the context."""
+    limit = min(request.sampling.max_new_tokens, context - len(request.prompt))
+    if limit < 1:
+        raise UserError(
+            f"The conversation takes {len(request.prompt)} tokens, and the model reads at most "
+            f"{context - 1}: shorten it.",
+            "too_long",
+        )
+    return limit
+
+
+class Sequence:
+    """The tokens of a conversation (or of one beam), and the blocks with their keys and values."""
+
+    def __init__(
+        self, ids: list[int], keys: list[int], blocks: list[int], last_hash: bytes = b""
+    ) -> None:
+        self.ids, self.keys, self.blocks = ids, keys, blocks
+        self.last_hash = last_hash  # of the last registered block
+        self.registered = len(blocks)
+        self.computed = len(blocks) * BLOCK_SIZE  # positions
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        self.keys.append(token)
+
+
+class RequestState:
+    """A request in the engine: waiting, in prefill, or decoding.
+
+    limit: the most tokens of its answer; probe: of the engine's health, which does not wait and is
+    not counted.
+    """
+
+    def __init__(self, request: Request, stream: Stream, limit: int, probe: bool = False) -> None:
+        self.request, self.stream, self.limit, self.probe = request, stream, limit, probe
+        self.sampler = Sampler(request.sampling, request.penalized)
+        self.search: BeamSearch | None = None
+        if request.sampling.num_beams > 1:
+            self.search = BeamSearch(
+                request.sampling, request.stop_ids, request.stop_sequences, request.penalized
+            )
+        self.embeds: dict[str, np.ndarray] = {}  # by picture key
+        self.sequences: list[Sequence] = []
+        self.reserved = 0  # blocks that are not allocated yet
+
+    @property
+    def picture_keys(self) -> set[str]:
+        return {image.key for _, image in self.request.prompt.images}
+
+    @property
+    def in_prefill(self) -> bool:
+        """Are there prompt tokens to compute before the last one?"""
+        return self.sequences[0].computed < len(self.request.prompt) - 1
+
+    @property
+    def blocks_needed(self) -> int:
+        """At most, if nothing is reused."""
+        tokens = len(self.request.prompt) + self.limit
+        return -(-tokens // BLOCK_SIZE) * (self.request.sampling.num_beams if self.search else 1)
+
+    def embedding(self, position: int) -> np.ndarray:
+        """The picture's embedding at a position of the prompt."""
+        start, image = next(
+            (start, image)
+            for start, image in reversed(self.request.prompt.images)
+            if start <= position
+        )
+        return self.embeds[image.key][position - start]
+
+
+# --- who waits and who runs -----------------------------------------------------------------------
+
+
+class RequestQueue:
+    """The part that all engines share: limits, totals, and the way to close them (`with`).
+
+    max_running: answers at once; max_waiting: requests that may wait. `_waiting` and `_running` are
+    changed and iterated only while `_lock` is held.
+    """
+
+    fault = ""  # a sentence while the engine cannot answer
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self.max_running, self.max_waiting = max_running, max_waiting
+        self.totals = Totals()
+        self._lock = threading.Condition()
+        self._waiting: deque[Any] = deque()
+        self._running: Collection[Any] = []
+        self._ending = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything; requests that are not answered yet get an error."""
+        raise NotImplementedError
+
+    def refuse_if_full(self) -> None:
+        """Raise the error that `submit` would raise now, before any work goes into a request."""
+        try:
+            with self._lock:
+                self._refuse_if_full()
+        except UserError as error:
+            self.totals.add_error(error.kind)
+            raise
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+        return len(self._running)
+
+    def drain(self, seconds: float) -> bool:
+        """Take no more requests. True if those already taken end within `seconds`."""
+        with self._lock:
+            self._ending = True
+        end = time.monotonic() + seconds
+        while True:
+            with self._lock:  # a request moves from the one to the other under the lock
+                if not (self._waiting or self._running):
+                    return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+
+    def _refuse_if_ending(self) -> None:
+        if self._ending:
+            raise failure(ENDING)
+
+    def _refuse_if_full(self) -> None:
+        """The lock is held."""
+        self._refuse_if_ending()
+        self._drop_closed()
+        if len(self._waiting) >= self.max_waiting:
+            raise failure(FULL)
+
+    def _drop_closed(self) -> None:
+        """Requests closed while they waited leave the queue. The lock is held."""
+        self._waiting = deque(state for state in self._waiting if not state.stream.stop_reason)
+
+    def _position(self, stream: Stream) -> int:
+        """Place in the queue, from 1; 0 where it is not in the queue."""
+        with self._lock:
+            self._drop_closed()
+            places = enumerate(self._waiting, 1)
+            return next((place for place, state in places if state.stream is stream), 0)
+
+
+# --- what a step computes -------------------------------------------------------------------------
+
+
+@dataclass
+class Chunk:
+    """The next `count` rows of one sequence."""
+
+    state: RequestState
+    sequence: Sequence
+    count: int
+
+    @property
+    def reaches_end(self) -> bool:
+        return self.sequence.computed + self.count == len(self.sequence.ids)
+
+
+def by_request(chunks: list[Chunk]) -> list[tuple[RequestState, list[Chunk]]]:
+    """Each request with its chunks, in the order of its first one."""
+    groups: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        groups.setdefault(id(chunk.state), []).append(chunk)
+    return [(group[0].state, group) for group in groups.values()]
+
+
+class Scheduler:
+    """Blocks for requests, and rows for steps. Used by the engine's thread alone.
+
+    blocks, kept: see `BlockCache`. row_limit: rows in a step, fewer after a shortage of memory.
+    """
+
+    def __init__(self, blocks: int, kept: int | None = None) -> None:
+        self.cache = BlockCache(blocks, kept)
+        self.row_limit = CHUNK_ALONE
+        self._good_steps = 0
+
+    def admit(self, state: RequestState) -> bool:
+        """Share the known blocks of the prompt and reserve the rest; False where too few are
+        available."""
+        prompt = state.request.prompt
+        known = self.cache.match(prompt.keys[:-1])  # the last token's logits are needed
+        needed = state.blocks_needed - len(known)
+        if not self.cache.reserve(needed, spare=0 if state.probe else PROBE_BLOCKS):
+            self.cache.free(known)
+            return False
+        state.reserved = needed
+        known_hashes = hashes(prompt.keys[: len(known) * BLOCK_SIZE])
+        last_hash = known_hashes[-1] if known_hashes else b""
+        state.sequences = [Sequence([*prompt.ids], [*prompt.keys], known, last_hash)]
+        return True
+
+    def schedule(self, running: list[RequestState]) -> tuple[list[Chunk], list[RequestState]]:
+        """(the step's chunks, `running` in the order for the next step).
+
+        One row of every answer comes first, then chunks of the prompts, in equal shares. The
+        request at the front always runs, even with more beams than the step has rows; requests that
+        do not fit move to the front.
+        """
+        chunks, room = [], self.row_limit
+        prompts = [state for state in running if state.in_prefill]
+        for place, state in enumerate(running):
+            beams = len(state.sequences)
+            if not state.in_prefill and (place == 0 or room >= beams):
+                chunks += [Chunk(state, sequence, 1) for sequence in state.sequences]
+                room = max(0, room - beams)
+        if prompts:
+            rows = min(room, CHUNK_AMONG_OTHERS if chunks else CHUNK_ALONE)
+            share = max(1, rows // len(prompts))
+            for state in prompts:
+                sequence = state.sequences[0]
+                count = min(share, room, len(sequence.ids) - sequence.computed)
+                if count:
+                    chunks.append(Chunk(state, sequence, count))
+                    room -= count
+        scheduled = {id(chunk.state) for chunk in chunks}
+        return chunks, sorted(running, key=lambda state: id(state) in scheduled)
+
+    def allocate(self, chunk: Chunk) -> None:
+        """Give the chunk's sequence the blocks that its rows are written to."""
+        sequence = chunk.sequence
+        while len(sequence.blocks) * BLOCK_SIZE < sequence.computed + chunk.count:
+            sequence.blocks.append(self._allocate(chunk.state))
+
+    def _allocate(self, state: RequestState) -> int:
+        state.reserved -= 1
+        return self.cache.allocate()
+
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk's rows are computed: register the blocks that are full now."""
+        sequence = chunk.sequence
+        sequence.computed += chunk.count
+        while (sequence.registered + 1) * BLOCK_SIZE <= sequence.computed:
+            first = sequence.registered * BLOCK_SIZE
+            sequence.last_hash = self.cache.register(
+                sequence.blocks[sequence.registered],
+                sequence.last_hash,
+                sequence.keys[first : first + BLOCK_SIZE],
+            )
+            sequence.registered += 1
+
+    def fork(self, state: RequestState, sequence: Sequence) -> tuple[Sequence, list[tuple]]:
+        """(another sequence with this one's tokens, the (source, target) blocks to copy).
+
+        Full blocks are shared. The fork is one of the state's sequences from the start, so that its
+        blocks are freed even if copying fails.
+        """
+        full = sequence.computed // BLOCK_SIZE
+        blocks = sequence.blocks[:full]
+        fork = Sequence([*sequence.ids], [*sequence.keys], blocks, sequence.last_hash)
+        fork.computed = sequence.computed
+        for block in fork.blocks:
+            self.cache.share(block)
+        state.sequences.append(fork)
+        copies = []
+        for block in sequence.blocks[full:]:
+            fork.blocks.append(self._allocate(state))
+            copies.append((block, fork.blocks[-1]))
+        return fork, copies
+
+    def drop_beam(self, state: RequestState, sequence: Sequence) -> None:
+        """Free a beam's blocks, and reserve them again for the beams that continue."""
+        before = self.cache.available
+        self.cache.free(sequence.blocks)
+        freed = self.cache.available - before
+        self.cache.reserve(freed)
+        state.reserved += freed
+
+    def finish(self, state: RequestState) -> None:
+        """Free all of a request's blocks."""
+        for sequence in state.sequences:
+            self.cache.free(sequence.blocks)
+        self.cache.unreserve(state.reserved)
+        state.sequences, state.reserved = [], 0
+
+    def note_success(self) -> None:
+        """A step fitted into memory."""
+        self._good_steps += 1
+        if self._good_steps % GOOD_STEPS == 0:
+            self.row_limit = min(CHUNK_ALONE, 2 * self.row_limit)
+
+    def note_shortage(self, chunks: list[Chunk]) -> None:
+        """These chunks did not fit into memory: later steps have at most half as many rows."""
+        rows = sum(chunk.count for chunk in chunks)
+        self.row_limit = max(1, min(self.row_limit, rows) // 2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a decoder computes in one call. A row is one position of one sequence.
+
+    tokens: int32 [rows], a token id, or -1 - i for row i of `embeds`.
+    embeds: float32 [n, hidden_size], of pictures.
+    positions: int32 [rows]; a sequence's rows are in order.
+    table_rows: int32 [rows], the sequence: which row of `tables`.
+    tables: int32 [sequences, width], each sequence's blocks, in order; padded with 0.
+    wanted: int32 [n], the rows whose logits are needed, ascending.
+    """
+
+    tokens: np.ndarray
+    embeds: np.ndarray
+    positions: np.ndarray
+    table_rows: np.ndarray
+    tables: np.ndarray
+    wanted: np.ndarray
+
+    def split(self, count: int) -> Iterator["Rows"]:
+        """The same rows in parts of at most `count`."""
+        if len(self.tokens) <= count:
+            yield self
+            return
+        for start in range(0, len(self.tokens), count):
+            part = slice(start, start + count)
+            here = (self.wanted >= start) & (self.wanted < start + count)
+            yield Rows(
+                self.tokens[part],
+                self.embeds,
+                self.positions[part],
+                self.table_rows[part],
+                self.tables,
+                self.wanted[here] - start,
+            )
+
+
+def rows_of(chunks: list[Chunk], hidden_size: int) -> Rows:
+    """The chunks as a decoder's input."""
+    tokens, embeds, positions, table_rows, wanted = [], [], [], [], []
+    for number, chunk in enumerate(chunks):
+        sequence = chunk.sequence
+        for position in range(sequence.computed, sequence.computed + chunk.count):
+            token = sequence.ids[position]
+            if token == IMAGE_ID:
+                embeds.append(chunk.state.embedding(position))
+                token = -len(embeds)
+            tokens.append(token)
+            positions.append(position)
+            table_rows.append(number)
+        if chunk.reaches_end:
+            wanted.append(len(tokens) - 1)
+    tables = np.zeros((len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32)
+    for number, chunk in enumerate(chunks):
+        tables[number, : len(chunk.sequence.blocks)] = chunk.sequence.blocks
+    return Rows(
+        np.array(tokens, np.int32),
+        np.stack(embeds) if embeds else np.zeros((0, hidden_size), np.float32),
+        np.array(positions, np.int32),
+        np.array(table_rows, np.int32),
+        tables,
+        np.array(wanted, np.int32),
+    )
