@@ -196,20 +196,20 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
 
     `report` is told in one line what is being done.
     """
-    from minigpt4.weights import load as weights
+    from minigpt4.weights.load import download_weights, find_weights, load_model, owner_of
 
     device, given = device_of(options.device), given_places(options)
 
     def load(config: ModelConfig, given: dict[str, str]) -> "MiniGPT4":
-        weights.download(config, report, given)
+        download_weights(config, report, given)
         report(f"Loading {config.name} …")
-        files = weights.find(config, given=given)
+        files = find_weights(config, given=given)
         quantize = quantize_of(options.quantize, config, device)
-        return weights.load_model(config, files, device, quantize)
+        return load_model(config, files, device, quantize)
 
     if options.model != "auto":
         return load(get_model(options.model), given)
-    if owner := weights.owner_of(given.get("projection")):
+    if owner := owner_of(given.get("projection")):
         report(f"Model: {owner}, because the projection is made for it.")
         return load(get_model(owner), given)
     config, why = choose(free_gpu_memory() if device.type == "cuda" else None)

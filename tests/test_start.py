@@ -10,7 +10,6 @@ import pytest
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
-from minigpt4.weights import load as weights
 
 
 @pytest.mark.parametrize(
@@ -34,9 +33,9 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
             raise UserError(f"Weights of {config.name} are missing.")
 
     monkeypatch.setattr(start, "choose", lambda free: (get_model("vicuna-13b"), "it is big"))
-    monkeypatch.setattr(weights, "find", find)
-    monkeypatch.setattr(weights, "download", lambda config, report, given: None)
-    monkeypatch.setattr(weights, "load_model", load)
+    monkeypatch.setattr("minigpt4.weights.load.find_weights", find)
+    monkeypatch.setattr("minigpt4.weights.load.download_weights", lambda *_: None)
+    monkeypatch.setattr("minigpt4.weights.load.load_model", load)
     options = argparse.Namespace(model="auto", quantize="auto", projection=None, device="cpu")
     start.open_model(options)
     assert loaded == ["nano"]

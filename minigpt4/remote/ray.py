@@ -227,11 +227,11 @@ class Ingress:
     """The API before the replicas."""
 
     def __init__(self, replicas: DeploymentHandle, options: Options, api_key: str) -> None:
-        from minigpt4.weights import load as weights
-        from minigpt4.weights.llm_folder import load_tokenizer
+        from minigpt4.weights.llm import load_tokenizer
+        from minigpt4.weights.load import find_weights
 
         config = get_model(options.model)
-        tokenizer = load_tokenizer(weights.find(config, options.projection).llm)
+        tokenizer = load_tokenizer(find_weights(config, options.projection).llm)
         self._engine = RemoteEngine(
             Described(config, tokenizer),
             Replicas(replicas, config),

@@ -115,7 +115,7 @@ class VllmServers:
         """The embeddings of the prompt and of what was said, as they are sent."""
         import torch
 
-        from minigpt4.weights.embedding import as_base64
+        from minigpt4.weights.llm import as_base64
 
         whole = Prompt([*prompt.ids, *said], [*prompt.keys, *said], prompt.images)
         device = self._model.device
