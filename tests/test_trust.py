@@ -59,10 +59,10 @@ def numbers(text: str) -> tuple[int, ...]:
 )
 def test_no_answer_keeps_the_preview_busy(answer):
     """Looking for a website takes linear time, whatever a model or a file holds."""
-    start = time.perf_counter()
+    start = time.process_time()
     preview.website(answer)
     preview.fenced(answer)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 CORPUS = [p.read_text() for p in sorted((Path(__file__).parent / "corpus/requests").iterdir())]
