@@ -22,7 +22,7 @@ from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_training
 from minigpt4.training.data import read_shards
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 
 
 def main() -> None:
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args()
     config = get_model("nano")
-    files = weights.find(config)
-    small = weights.load_model(config, files, quantize="int4")
-    full = weights.load_model(config, files, quantize="none", llm_dtype=torch.float32)
+    files = find_weights(config)
+    small = load_model(config, files, quantize="int4")
+    full = load_model(config, files, quantize="none", llm_dtype=torch.float32)
     blocks = 16
     native = NativeDecoder(small.llm, config.context, blocks, torch.get_num_threads())
     reference = TorchDecoder(full.llm, blocks)

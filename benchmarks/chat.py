@@ -22,7 +22,7 @@ from pathlib import Path
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.model.prompt import Prompt
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 
 PROMPT_TOKENS, NEW_TOKENS = 60, 100  # of each answer that is timed
 LONG_CONVERSATION = 1500  # tokens before the next turn
@@ -115,7 +115,7 @@ class Generate:
 
     def __init__(self) -> None:
         config = get_model("nano")
-        self.model = weights.load_model(config, weights.find(config), quantize="none").llm
+        self.model = load_model(config, find_weights(config), quantize="none").llm
 
     def __call__(self, tokens: list[int]) -> tuple[float, float]:
         """(time of the first token, of the last) of one answer."""
@@ -165,7 +165,7 @@ class LlamaCpp:
         import llama_cpp
 
         self._api = llama_cpp
-        folder = weights.find(get_model("nano")).llm
+        folder = find_weights(get_model("nano")).llm
         path = next(folder.glob("*.gguf"))
         self._owner = llama_cpp.Llama(str(path), n_ctx=256, verbose=False)
         params = llama_cpp.llama_context_default_params()

@@ -306,25 +306,26 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from minigpt4.weights import load as weights
+    from minigpt4.config import model_of_projection
+    from minigpt4.weights.checkpoint import read_projection, save_projection
 
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise UserError(f"{out} should end in .safetensors.")
-    tensors = weights.read_projection(options.checkpoint)
-    weights.save_projection(tensors, out)
+    tensors = read_projection(options.checkpoint)
+    save_projection(tensors, out)
     rows, columns = tensors["weight"].shape
-    owner = weights.model_of_projection(rows, columns) or "no known model"
+    owner = model_of_projection(rows, columns) or "no known model"
     print(f"{out}: a projection from {columns} to {rows} ({owner}), {out.stat().st_size:,} bytes.")
 
 
 def _download(options: argparse.Namespace) -> None:
-    from minigpt4.weights import load as weights
+    from minigpt4.weights.load import download_weights, find_weights
 
     config = get_model(options.model)
     given = start.given_places(options)
-    weights.download(config, start.say, given)
-    weights.find(config, given=given)
+    download_weights(config, start.say, given)
+    find_weights(config, given=given)
 
 
 if __name__ == "__main__":

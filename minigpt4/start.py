@@ -132,34 +132,27 @@ def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> 
     return "none"
 
 
-def dtype_of(name: str) -> "torch.dtype | None":
-    """The type of the language model's weights that are not quantized; None for "auto"."""
-    import torch
-
-    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
 def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     """Load the model that the options name; missing weights are downloaded.
 
     If “auto” selects a large model whose weights are not available, the default model is loaded
     instead. `report` receives one line for each step.
     """
-    from minigpt4.weights import load as weights
+    from minigpt4.weights.load import download_weights, find_weights, load_model, owner_of
 
     device, given = device_of(options.device), given_places(options)
-    dtype = dtype_of(getattr(options, "dtype", "auto"))
+    dtype = getattr(options, "dtype", "auto")
 
     def load(config: ModelConfig, given: dict[str, str]) -> "MiniGPT4":
-        weights.download(config, report, given)
+        download_weights(config, report, given)
         report(f"Loading {config.name} …")
-        files = weights.find(config, given=given)
+        files = find_weights(config, given=given)
         quantize = quantize_of(options.quantize, config, device)
-        return weights.load_model(config, files, device, quantize, dtype)
+        return load_model(config, files, device, quantize, dtype)
 
     if options.model != "auto":
         return load(get_model(options.model), given)
-    if owner := weights.owner_of(given.get("projection")):
+    if owner := owner_of(given.get("projection")):
         report(f"Model: {owner}, because the projection belongs to it.")
         return load(get_model(owner), given)
     config, why = choose(free_gpu_memory(device))

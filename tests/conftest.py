@@ -6,9 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No test of a made-up example may fail because the machine is slow or busy.
+too_slow = [HealthCheck.too_slow]
+settings.register_profile("any machine", deadline=None, suppress_health_check=too_slow)
+settings.load_profile("any machine")
 
 # Processes that run tests side by side share the processors: a thread that waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The tests mean float32 unless they ask for `computing_type`: not what this processor is good at.
+os.environ["MINIGPT4_DTYPE"] = "float32"
 
 # A shell's background jobs ignore Ctrl-C, and so would the tests of it, run there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +46,15 @@ def uploads_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         yield
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def computing_type(request, monkeypatch):
+    """Both types that a language model computes in on a CPU, whatever the processor is good at."""
+    import torch
+
+    monkeypatch.setenv("MINIGPT4_DTYPE", request.param)
+    return getattr(torch, request.param)
 
 
 # The page: a server with an engine that answers the same each time, a browser, visitors.

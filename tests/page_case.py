@@ -41,7 +41,8 @@ def served(source, feedback=None) -> Iterator[str]:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    path = shutil.which("chromium")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
     if not path:
         (pytest.fail if "CI" in os.environ else pytest.skip)(
             "install chromium: apt-get install chromium"

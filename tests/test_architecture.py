@@ -11,7 +11,7 @@ from minigpt4.config import get_model
 from minigpt4.evaluation import architecture, arms
 from minigpt4.evaluation.architecture import shortened
 from minigpt4.training.data import read_shards
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 from tests.evaluation_case import run, use_tiny_model
 from tests.training_case import (
     SCHEDULE,
@@ -78,7 +78,7 @@ def test_a_tiny_q_former_takes_the_place_of_a_bridge_without_one(shard):
 def nano():
     """Its own encoder, bridge and tokenizer; training through its language model takes longer."""
     config = get_model("nano")
-    model = weights.load_model(config, weights.find(config), quantize="none")
+    model = load_model(config, find_weights(config), quantize="none")
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     size |= {"num_attention_heads": 2, "vocab_size": model.llm.config.vocab_size}
     model.llm = LlamaForCausalLM(LlamaConfig(**size)).requires_grad_(False)

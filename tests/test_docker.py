@@ -66,7 +66,8 @@ def test_who_runs_it_and_how_it_ends(instructions):
 
 def test_what_goes_into_the_image(script, tmp_path):
     files = script.Build(tmp_path).context
-    assert {"app.py", "LICENSE", "weights/nano.safetensors", "minigpt4/engine/native.c"} <= {*files}
+    needed = {"weights/nano.safetensors", "minigpt4/engine/native.c"}
+    assert {"app.py", "LICENSE", "weights/README.md", *needed} <= {*files}
     assert not [f for f in files if f.startswith(("tests/", ".", "docs/", "benchmarks/"))]
 
 
@@ -83,11 +84,11 @@ def test_compose_reserves_a_gpu():
 
 def test_nano_beside_the_code_is_found_from_an_empty_volume(monkeypatch, tmp_path):
     from minigpt4.config import get_model
-    from minigpt4.weights import load as weights
+    from minigpt4.weights.load import download_weights, find_weights
 
     if not (ROOT / "weights" / "nano-llm").exists():
         pytest.skip("nano is not here: python -m minigpt4 download nano")
     monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path / "volume"))
-    weights.download(get_model("nano"))
-    assert weights.find(get_model("nano")).llm == ROOT / "weights" / "nano-llm"
+    download_weights(get_model("nano"))
+    assert find_weights(get_model("nano")).llm == ROOT / "weights" / "nano-llm"
     assert not (tmp_path / "volume").exists()

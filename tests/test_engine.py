@@ -617,7 +617,7 @@ def test_a_dead_thread_is_replaced(engine, monkeypatch):
     started = time.monotonic()
     with pytest.raises(UserError, match="try again"):
         list(engine.submit(request(2)))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30  # long before `hang_seconds`
     monkeypatch.undo()
     time.sleep(0.6)
     assert list(engine.submit(request(1))) == expected and engine.health()
@@ -637,7 +637,7 @@ def test_a_hang_is_noticed_and_forgiven(model, monkeypatch):
     started = time.monotonic()
     with pytest.raises(UserError, match="stopped responding"):
         list(engine.submit(request(2)))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 9  # before the step goes on
     assert not engine.health()
     with pytest.raises(UserError, match="stopped responding"):
         engine.submit(request(3))

@@ -15,7 +15,7 @@ from minigpt4.evaluation.asking import Question, answer_all, greedy
 from minigpt4.evaluation.java import SPICE_FILES, java_scores, no_spice
 from minigpt4.evaluation.stages import sentences
 from minigpt4.training.data import Example
-from minigpt4.weights.load import read_projection, save_projection
+from minigpt4.weights.checkpoint import read_projection, save_projection
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, jpeg, picture, write_captioned, write_shard

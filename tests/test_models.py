@@ -13,7 +13,7 @@ from minigpt4 import config
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.model import image
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,9 +48,9 @@ def folder(small, monkeypatch, tmp_path) -> Path:
 
 def test_an_entry_is_all_that_a_model_needs(small, folder):
     assert small.image_tokens == config.get_model("nano").image_tokens
-    files = weights.find(small, new_projection=True)
+    files = find_weights(small, new_projection=True)
     assert files.llm == folder / "small-llm" and files.projection is None
-    model = weights.load_model(small, files)
+    model = load_model(small, files, seed=0)
     assert config.model_of_projection(*model.projection.weight.shape) == "small"
     engine = Engine(model)
     conversation = Conversation()

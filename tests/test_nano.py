@@ -18,7 +18,7 @@ from minigpt4.config import get_model
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.model import image
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0.0, max_new_tokens=60)
@@ -29,7 +29,7 @@ def engine():
     """As users get it: the 4-bit blocks where there is a C compiler, else PyTorch."""
     config = get_model("nano")
     quantize = start.quantize_of("auto", config, torch.device("cpu"))
-    return Engine(weights.load_model(config, weights.find(config), quantize=quantize))
+    return Engine(load_model(config, find_weights(config), quantize=quantize))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_conversation_goes_on(engine, photo):
 def test_quantised(quantize, engine, photo):
     """In PyTorch, and bitsandbytes for real on the CPU: all see the picture and end in time."""
     config = get_model("nano")
-    model = weights.load_model(config, weights.find(config), quantize=quantize)
+    model = load_model(config, find_weights(config), quantize=quantize)
     layers = {type(m).__name__ for m in model.llm.modules()}
     assert {"none": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}[quantize] in layers
     assert model.encoder.net._conv_stem.weight.dtype == model.projection.weight.dtype
@@ -164,7 +164,8 @@ def test_evaluate_and_train_on_the_command_line(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_stays_below_900_megabytes(photo):
     """Peak resident memory of one answer, load included."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # Each thread has buffers of its own, and by default there are as many as cores.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
     code = (
         "import sys; from minigpt4.__main__ import main;"
         f"main(['ask', {str(photo)!r}, 'What is this?', '--model', 'nano', '--device', 'cpu']);"

@@ -17,7 +17,7 @@ from minigpt4.curation.review import Review
 from minigpt4.engine import Engine
 from minigpt4.model import image
 from minigpt4.training.data import read_descriptions
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import served
 from tests.docs_case import commands
 
@@ -30,8 +30,7 @@ STYLE = "In this little picture, painted in water colours, we see this:"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty folder with the weights beside, as the docs suppose, and no endpoint named."""
-    (tmp_path / "weights").symlink_to(weights.find(get_model("nano")).projection.parent)
+    """An empty folder, and no endpoint named."""
     monkeypatch.chdir(tmp_path)
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL"):
         monkeypatch.delenv(name, raising=False)
@@ -74,7 +73,7 @@ def test_from_twenty_pictures_to_another_answer(place, capsys):
     assert len(read_records("set/generated.jsonl")) == 20
     config = get_model("nano")
     quantize = start.quantize_of("auto", config, start.device_of("cpu"))
-    engine = Engine(weights.load_model(config, weights.find(config), quantize=quantize))
+    engine = Engine(load_model(config, find_weights(config), quantize=quantize))
     with served(lambda: engine, engine) as address:
         assert main([a.replace("http://127.0.0.1:7860", address) for a in refine]) == 0
     engine.close()

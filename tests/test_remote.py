@@ -23,8 +23,8 @@ from minigpt4.model import image
 from minigpt4.model.prompt import Prompt
 from minigpt4.remote.engine import RemoteEngine
 from minigpt4.remote.vllm import VllmServers, as_base64
-from minigpt4.weights import load as weights
-from minigpt4.weights.embedding import TokenEmbedding
+from minigpt4.weights.llm import TokenEmbedding
+from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import at_rest, free_port
 from tests.parity_case import ParityCase
 from tests.vllm_server import PARITY, Model, Served, Server
@@ -101,30 +101,33 @@ def until(condition, seconds: float = 10.0) -> None:
 # --- what is loaded and what is sent -------------------------------------------------------------
 
 
-def test_only_the_embedding_is_loaded(model, local):
+def test_only_the_embedding_is_loaded(model, computing_type):
+    """In the file's precision, whatever type a whole model would compute in here."""
     assert isinstance(model.llm, TokenEmbedding)
     assert [n for n, _ in model.llm.named_parameters()] == ["weight"]
     ids = torch.tensor([[0, 3, 31]])
-    assert torch.equal(model.embed_tokens(ids).float(), local.model.embed_tokens(ids).float())
+    whole = ParityCase(PARITY / CASE).load()
+    assert whole.llm.dtype == computing_type
+    assert torch.equal(model.embed_tokens(ids).to(computing_type), whole.embed_tokens(ids))
 
 
 def test_shards_are_read_by_their_index(tmp_path):
     """As Vicuna's folder is: only the file that the index names is opened."""
-    from minigpt4.weights.embedding import _read
+    from minigpt4.weights.llm import _read_embedding
 
     weight = torch.randn(10, 4)
     torch.save({"model.embed_tokens.weight": weight}, tmp_path / "pytorch_model-00001-of-2.bin")
     names = {"model.embed_tokens.weight": "pytorch_model-00001-of-2.bin", "x": "missing.bin"}
     index = {"weight_map": names}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert torch.equal(_read(tmp_path), weight)
+    assert torch.equal(_read_embedding(tmp_path), weight)
 
 
 def test_a_folder_without_the_embedding(tmp_path):
     case = ParityCase(PARITY / CASE)
     files = case.files.__class__(**{**vars(case.files), "llm": tmp_path})
     with pytest.raises(UserError, match="token embedding"):
-        weights.load_model(case.config, files, quantize="remote")
+        load_model(case.config, files, quantize="remote")
 
 
 def test_a_part_is_sent_without_its_whole():
@@ -323,8 +326,8 @@ def test_nano_goes_on_where_a_server_was_killed(capsys):
     processes = {url: process for process, url in begun}
     config = get_model("nano")
     quantize = start.quantize_of("auto", config, torch.device("cpu"))
-    whole = Engine(weights.load_model(config, weights.find(config), quantize=quantize))
-    model = weights.load_model(config, weights.find(config), quantize="remote")
+    whole = Engine(load_model(config, find_weights(config), quantize=quantize))
+    model = load_model(config, find_weights(config), quantize="remote")
     backend = VllmServers(model, list(processes))
     engine = RemoteEngine(model, backend)
     try:

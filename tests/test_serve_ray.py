@@ -22,7 +22,7 @@ from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.model import image
 from minigpt4.start import quantize_of
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import client, data_url, free_port, question
 
 ROOT = Path(__file__).parent.parent
@@ -127,9 +127,9 @@ def text_of(chunk) -> str:
 def test_an_answer_equals_a_local_one(address):
     assert httpx.get(address + "/v1/models").status_code == 401
     config = get_model("nano")
-    files = weights.find(config)
+    files = find_weights(config)
     quantize = quantize_of("auto", config, torch.device("cpu"))
-    engine = Engine(weights.load_model(config, files, quantize=quantize))
+    engine = Engine(load_model(config, files, quantize=quantize))
     asked = Conversation()
     asked.add_question("Describe this image in detail.", [image.load(BEAST)])
     sampling = Sampling(temperature=0.0, repetition_penalty=1.1, max_new_tokens=40)

@@ -8,12 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
-from minigpt4.weights import load as weights
+from minigpt4.weights import load
 
 
 @pytest.mark.parametrize(
@@ -37,9 +36,9 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
             raise UserError(f"Weights of {config.name} are missing.")
 
     monkeypatch.setattr(start, "choose", lambda free: (get_model("vicuna-13b"), "it is big"))
-    monkeypatch.setattr(weights, "find", find)
-    monkeypatch.setattr(weights, "download", lambda config, report, given: None)
-    monkeypatch.setattr(weights, "load_model", load)
+    monkeypatch.setattr("minigpt4.weights.load.find_weights", find)
+    monkeypatch.setattr("minigpt4.weights.load.download_weights", lambda *_: None)
+    monkeypatch.setattr("minigpt4.weights.load.load_model", load)
     options = argparse.Namespace(model="auto", quantize="auto", projection=None, device="cpu")
     start.open_model(options)
     assert loaded == ["nano"]
@@ -109,11 +108,11 @@ def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch
     assert len(closed) == 1 and options.quantize == "auto"
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("auto", None)])
-def test_the_type_reaches_the_loader(name, dtype, monkeypatch):
+def test_the_type_reaches_the_loader(monkeypatch):
     given = []
-    monkeypatch.setattr(weights, "find", lambda config, given: None)
-    monkeypatch.setattr(weights, "download", lambda config, report, given: None)
-    monkeypatch.setattr(weights, "load_model", lambda *arguments: given.append(arguments[-1]))
-    start.open_model(argparse.Namespace(model="nano", quantize="none", device="cpu", dtype=name))
-    assert given == [dtype]
+    monkeypatch.setattr(load, "find_weights", lambda config, given: None)
+    monkeypatch.setattr(load, "download_weights", lambda config, report, given: None)
+    monkeypatch.setattr(load, "load_model", lambda *arguments: given.append(arguments[-1]))
+    options = {"model": "nano", "quantize": "none", "device": "cpu"}
+    start.open_model(argparse.Namespace(**options, dtype="float32"))
+    assert given == ["float32"]

@@ -8,8 +8,7 @@ from PIL import Image
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.model import image
-from minigpt4.model.data_url import data_url
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Picture, data_url
 from minigpt4.web.page import render, transcript
 
 

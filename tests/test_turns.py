@@ -490,7 +490,7 @@ def test_the_first_language_that_is_spoken_counts():
 def test_nano_answers_through_the_page(browser, tmp_path):
     """The real model: a picture, a question, a second one, from the file to the words."""
     import app
-    from minigpt4.weights.load import weights_folder
+    from minigpt4.weights.sources import weights_folder
 
     if not (weights_folder() / "nano-llm").exists():
         pytest.skip("nano's weights are missing: python -m minigpt4 download nano")

@@ -1,7 +1,12 @@
 """Weight files that are missing, cut, of another kind or model end in one clear sentence."""
 
+import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigpt4.__main__ import main
-from minigpt4.config import MODELS, get_model
+from minigpt4.config import MODELS, get_model, model_of_projection
+from minigpt4.conversation import Conversation, ask
+from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
-from minigpt4.weights import load as weights
+from minigpt4.model import image
+from minigpt4.model.bridge import build_bridge
+from minigpt4.weights import llm, sources
+from minigpt4.weights.checkpoint import check_projection, load_strict, read_projection
+from minigpt4.weights.gguf import INDEX
+from minigpt4.weights.llm import choose_dtype, cpu_dtype, load_llm
+from minigpt4.weights.load import find_weights, load_model, refuse_unloaded
 from tests.parity_case import ParityCase
 
 PARITY = Path(__file__).parent / "parity"
@@ -109,11 +122,11 @@ def test_a_language_model_that_is_incomplete(case):
 def test_another_models_projection_is_named(owner, tmp_path):
     config = get_model(owner)
     path = tmp_path / "projection.pth"
-    weight = torch.zeros(config.llm_hidden_size, config.projection_in)
+    weight = torch.ones(config.llm_hidden_size, config.projection_in)
     bias = torch.zeros(config.llm_hidden_size)
     torch.save({"model": {"llama_proj.weight": weight, "llama_proj.bias": bias}}, path)
     with pytest.raises(UserError, match=owner):
-        weights.check_projection(weights.read_projection(path), get_model("vicuna-7b"), path)
+        check_projection(read_projection(path), get_model("vicuna-7b"), path)
 
 
 def test_every_parameter_is_loaded(case):
@@ -130,7 +143,7 @@ def test_convert_keeps_what_loading_needs(case, capsys):
     assert out.stat().st_size < (case.folder / "pretrained_minigpt4.pth").stat().st_size * 2
     before = case.load(llm_dtype=torch.float32).projection.weight
     files = replace(case.files, projection=out)
-    after = weights.load_model(case.config, files, llm_dtype=torch.float32).projection.weight
+    after = load_model(case.config, files, llm_dtype=torch.float32).projection.weight
     torch.testing.assert_close(before, after)
     assert "64" in capsys.readouterr().out
 
@@ -158,14 +171,172 @@ def test_int8_language_model(case):
     assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
 
 
+# --- never an answer with weights that were not loaded ------------------------------------------
+
+
+def test_nano_without_its_projection_is_refused(monkeypatch, tmp_path):
+    """It comes with the package, so there is no source to fetch it from."""
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(sources, "WEIGHTS", tmp_path)
+    with pytest.raises(UserError, match=r"nano.safetensors\) is missing from this installation"):
+        find_weights(get_model("nano"))
+
+
+def test_a_new_projection_is_for_training_alone(case):
+    files = replace(case.files, projection=None)
+    with pytest.raises(UserError, match=f"{case.config.name} has no trained projection here"):
+        load_model(case.config, files)
+    model = load_model(case.config, files, seed=0)
+    assert model.projection.weight.abs().max() > 0
+
+
+def test_a_model_without_its_qformer_is_refused(case):
+    with pytest.raises(UserError, match="needs a Q-Former's weights"):
+        load_model(case.config, replace(case.files, qformer=None))
+
+
+def test_a_part_that_no_file_fills_is_refused(case):
+    refuse_unloaded(case.load())
+    with torch.device("meta"):
+        bridge = build_bridge(case.config)
+    with pytest.raises(UserError, match="No file holds the weight “query_tokens”"):
+        refuse_unloaded(bridge)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "zeros"])
+def test_a_projection_without_values_is_refused(case, what):
+    path = case.folder / "pretrained_minigpt4.pth"
+    state = torch.load(path, weights_only=True)
+    weight = state["model"]["llama_proj.weight"]
+    weight[0, 0] = {"nan": torch.nan, "inf": torch.inf, "zeros": 0}[what]
+    if what == "zeros":
+        weight.zero_()
+    torch.save(state, path)
+    assert "pretrained_minigpt4.pth" in complaint(case)
+
+
+def test_a_tensor_that_a_gguf_index_lacks(tmp_path):
+    folder = find_weights(get_model("nano")).llm
+    if not (folder / INDEX).exists():
+        pytest.skip("nano is not here: python -m minigpt4 download nano")
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    index = json.loads((folder / INDEX).read_text())
+    del index["tensors"]["blk.3.ffn_up.weight"]
+    (tmp_path / INDEX).unlink()
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="holds no complete 4-bit model"):
+        load_llm(get_model("nano"), tmp_path, torch.device("cpu"), "int4")
+
+
+# --- the type that the language model computes in -----------------------------------------------
+
+
+def test_the_computing_type_is_forced(monkeypatch):
+    monkeypatch.setenv("MINIGPT4_DTYPE", "bfloat16")
+    assert cpu_dtype() == torch.bfloat16
+    assert cpu_dtype("float32") == torch.float32  # an option comes before the environment
+    monkeypatch.delenv("MINIGPT4_DTYPE")
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(llm, "_has_native_bfloat16", lambda native=native: native)
+        assert cpu_dtype() == cpu_dtype("auto") == expected
+    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
+    monkeypatch.setenv("MINIGPT4_DTYPE", "half")
+    with pytest.raises(UserError, match="no computing type “half”: choose auto, float32"):
+        cpu_dtype()
+
+
+def test_together_as_alone(case, computing_type):
+    """To the type's own rounding, which is coarse in 16 bit."""
+    model = case.load()
+    assert model.llm.dtype == computing_type and model.projection.weight.dtype == torch.float32
+    engine = Engine(model)
+    sampling = Sampling(temperature=0, max_new_tokens=4)
+
+    def first(text: str) -> float:
+        conversation = Conversation()
+        conversation.add_question(text, [image.load(case.image_paths[0])])
+        answer = ask(engine, conversation, sampling, logprobs=True)
+        "".join(answer)
+        return answer.logprobs[0]
+
+    texts = [f"What are the {n} things?" for n in range(6)]
+    alone = [first(text) for text in texts]
+    with ThreadPoolExecutor(6) as pool:
+        together = [*pool.map(first, texts)]
+    engine.close()
+    tolerance = 1e-3 if computing_type == torch.float32 else 0.1
+    assert together == pytest.approx(alone, abs=tolerance)
+
+
+def test_each_tensor_is_converted_once(case, monkeypatch):
+    """The encoder is 32 bit on the CPU, or what is asked for; integers are left alone."""
+    half = case.load(vision_dtype=torch.bfloat16)
+    for module in (half.encoder, half.bridge, half.projection):
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    whole = case.load()
+    pictures = [image.load(case.image_paths[0]).rgb]
+    exact, rough = (model.encode_images(pictures).float() for model in (whole, half))
+    assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
+    counter = Counting(torch.int64)
+    load_strict(
+        counter, {"weight": torch.ones(2), "count": torch.tensor(3)}, Path("x"), "y", torch.half
+    )
+    assert counter.weight.dtype == torch.half and counter.count.dtype == torch.int64
+
+
+class Counting(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.register_buffer("count", torch.tensor(0, dtype=dtype))
+
+
+# --- where they are -----------------------------------------------------------------------------
+
+
+def test_an_installed_package_brings_its_projections(tmp_path):
+    """Copied to another folder, as pip does: fetched weights go to the user's cache folder."""
+    package = Path(sources.__file__).parents[1]
+    site = tmp_path / "site"
+    shutil.copytree(package, site / "minigpt4", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "from minigpt4.config import get_model; from minigpt4.weights import sources as s;"
+        "nano = get_model('nano');"
+        "print(s.weights_folder(), s.locate(nano, 'projection'), s.locate(nano, 'llm'),"
+        "s.locate(nano, 'projection', 'nano-stage1.safetensors'), s.missing(nano, {}), sep='\\n')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "MINIGPT4_WEIGHTS"}
+    environment |= {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
+    )
+    projections = site / "minigpt4" / "weights" / "projections"
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "cache" / "minigpt4" / "weights"),
+        str(projections / "nano.safetensors"),
+        "None",
+        str(projections / "nano-stage1.safetensors"),
+        "['vision', 'llm']",
+    ], done.stderr
+
+
+def test_a_folder_of_ones_own_comes_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))
+    assert sources.weights_folder() == tmp_path
+    (tmp_path / "nano.safetensors").write_bytes(b"my own")
+    own = tmp_path / "nano.safetensors"
+    assert sources.locate(get_model("nano"), "projection") == own
+
+
 def test_missing_weights_say_what_to_run(monkeypatch, tmp_path):
     monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match="download vicuna-7b"):
-        weights.find(get_model("vicuna-7b"))
+        find_weights(get_model("vicuna-7b"))
 
 
 def test_shapes_tell_models_apart():
     shapes = {(m.llm_hidden_size, m.projection_in) for m in MODELS.values()}
     assert len(shapes) == len(MODELS)
     for config in MODELS.values():
-        assert weights.model_of_projection(config.llm_hidden_size, config.projection_in)
+        assert model_of_projection(config.llm_hidden_size, config.projection_in)

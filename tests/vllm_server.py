@@ -31,7 +31,7 @@ from minigpt4.engine.decoder import build_decoder
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.sampling import Sampler, log_softmax
 from minigpt4.engine.scheduler import Rows
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import find_weights, load_model
 
 PARITY = Path(__file__).parent / "parity"
 CONTEXT = 2048
@@ -71,7 +71,7 @@ class Model:
         if name == "nano":
             config = get_model("nano")
             quantize = "int4" if _has_compiler() else "none"
-            model = weights.load_model(config, weights.find(config), quantize=quantize)
+            model = load_model(config, find_weights(config), quantize=quantize)
         else:
             from tests.parity_case import ParityCase
 

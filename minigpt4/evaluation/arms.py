@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, QFormer, Schedule
-from minigpt4.model.minigpt4 import MiniGPT4, QFormerBridge, build_bridge
+from minigpt4.model.bridge import QFormerBridge, build_bridge
+from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt, encode_training
 from minigpt4.training.data import Example, batches, published_caption
 from minigpt4.training.packing import pack

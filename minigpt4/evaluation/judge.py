@@ -13,7 +13,6 @@ from pathlib import Path
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.model import image
-from minigpt4.model.data_url import data_url
 from minigpt4.training.data import PROMPTS
 
 AT_ONCE = 4  # requests
@@ -169,7 +168,7 @@ class Judge:
     def _message(self, case: Case) -> dict:
         content: list[dict] = [{"type": "text", "text": self._text(case)}]
         if not self.blind:
-            url = data_url(image.load(case.picture), SIDE)
+            url = image.data_url(image.load(case.picture), SIDE)
             content.append({"type": "image_url", "image_url": {"url": url}})
         return {"role": "user", "content": content}
 

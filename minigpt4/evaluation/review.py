@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from minigpt4.errors import say
 from minigpt4.evaluation.judge import SIDE, Verdict, read_judged, read_rubric
 from minigpt4.model import image
-from minigpt4.model.data_url import data_url
 
 if TYPE_CHECKING:
     from minigpt4.evaluation.suite import Item
@@ -35,7 +34,7 @@ def write_page(path: str, items: "Sequence[Item]", models: Mapping[str, Mapping[
         if item.id in answers
     ]
     random.Random(len(cards)).shuffle(cards)
-    pictures = {item.id: data_url(image.load(item.picture), SIDE) for item in items}
+    pictures = {item.id: image.data_url(image.load(item.picture), SIDE) for item in items}
     data = json.dumps({"cards": cards, "pictures": pictures}, ensure_ascii=False)
     # "</script>" in an answer must not end the element that holds the data.
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

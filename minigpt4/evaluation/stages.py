@@ -25,7 +25,7 @@ from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usab
 from minigpt4.evaluation.meaning import failures
 from minigpt4.training.data import Example
 from minigpt4.training.run import read_captioned
-from minigpt4.weights import sources as places
+from minigpt4.weights.sources import WEIGHTS
 
 POEM = "Write a short poem about this image."
 TOKENS = 200  # longest answer
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
 
 def first_stage(options: argparse.Namespace) -> str:
     """The file of the first stage's projection; UserError where there is none."""
-    path = options.stage1 or places.REPOSITORY_WEIGHTS / f"{options.model}-stage1.safetensors"
+    path = options.stage1 or WEIGHTS / f"{options.model}-stage1.safetensors"
     if not Path(path).is_file():
         named = options.stage1
         raise UserError(

@@ -1,1 +1,1 @@
-"""The figure of the paper: picture, encoder, bridge, projection, language model, prompt."""
+"""The paper's figure: picture, encoder, bridge, projection, language model; prompt and text."""

@@ -1,5 +1,6 @@
 """The one place that opens a user's picture file: it becomes upright sRGB, or a `UserError`."""
 
+import base64
 import hashlib
 import io
 import logging
@@ -9,6 +10,7 @@ import struct
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,30 +24,30 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 from minigpt4.errors import UserError
 
 MAX_PIXELS = 40_000_000
-HELD_PIXELS = 500_000_000  # of all pictures that are in use at one time: 2 GB, at 4 bytes each
+HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
-DECODING_WAIT = 60.0  # seconds, until one of those is done
-_STRIPE = 64  # rows that are worked on together
-MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each one costs a full pass
-MAX_SEGMENTS = 1000  # of a JPEG file; joining those of its EXIF takes a quadratic time
-MAX_COMMENTS = 1000  # blocks of 255 bytes of a GIF file; joining them takes a quadratic time
-MAX_COMPRESSED = 200  # texts and profiles of a PNG file; each may unfold to a megabyte
+DECODING_WAIT = 60.0  # seconds for a turn to decode
+_STRIPE = 64  # rows processed together
+MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each costs a full pass
+MAX_SEGMENTS = 1000  # of a JPEG file; joining those of its EXIF takes quadratic time
+MAX_COMMENTS = 1000  # blocks of 255 bytes of a GIF file; joining them takes quadratic time
+MAX_COMPRESSED = 200  # texts and profiles of a PNG file; each may expand to a megabyte
 MAX_PARTS = 100_000  # chunks of a PNG file, blocks before the first frame of a GIF
 MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
 MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
 MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
-MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, though it has but one
+MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
 MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
 BUSY = "Too many pictures are being opened at the moment: try again in a minute."
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 
-# MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF stands before HEIF because
-# both claim files of the brand "mif1", and only AVIF gives the other its turn when it is wrong.
+# MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF comes before HEIF because
+# both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
 _FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
 _SUFFIX = re.compile(r"(?i)\.(jpe?g|jpe|jfif|mpo|a?png|webp|avifs?|hei[cf]s?|hif|gif|bmp|tiff?)")
-_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # others stand within compressed data
-_TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes, of TIFF's types
-_TYPES_OF_BYTES = (1, 2, 7)  # whose values are not taken apart
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # others occur within compressed data
+_TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
+_TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
 _TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
 _OTHER_KINDS = {
     rb"(?is).*(<!doctype html|<html)": "a web page",
@@ -65,7 +67,7 @@ pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_image
 _decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
 _load_directory = TiffImagePlugin.ImageFileDirectory_v2.load
 
-# What the libraries have to say about an odd file is not for the user's terminal.
+# The libraries' warnings about odd files are not for the user's terminal.
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
@@ -83,41 +85,55 @@ class Picture:
 
 
 class _Held:
-    """How many pixels all pictures in use have together."""
+    """Counts the pixels of all pictures in use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.pixels = 0
+        self._pixels = 0
+        # A picture's finaliser gives back, and the garbage collector may run it anywhere, also in
+        # the locked regions below. So giving back takes no lock: it only appends.
+        self._returned: deque[int] = deque()
+
+    @property
+    def pixels(self) -> int:
+        """The pixels in use now."""
+        with self._lock:
+            return self._settle()
 
     def take(self, pixels: int) -> None:
-        """UserError where that would be too many."""
+        """Count `pixels` more; UserError where that is too many."""
         with self._lock:
-            if self.pixels + pixels > HELD_PIXELS:
+            if self._settle() + pixels > HELD_PIXELS:
                 raise UserError(
                     "Too many large pictures are in use at the moment: scale this one down, or "
                     "try again in a minute.",
                     "memory",
                     "pictures_memory",
                 )
-            self.pixels += pixels
+            self._pixels += pixels
 
     def give_back(self, pixels: int) -> None:
-        with self._lock:
-            self.pixels -= pixels
+        """Count `pixels` fewer, from any thread and any finaliser."""
+        self._returned.append(pixels)
+
+    def _settle(self) -> int:
+        while self._returned:
+            self._pixels -= self._returned.popleft()
+        return self._pixels
 
 
 held = _Held()
 
 
 def hold(rgb: Image.Image, key: str) -> Picture:
-    """The picture of pixels that were taken of `held`, which go back when nobody has it."""
+    """A picture whose pixels are counted in `held` already, until nothing refers to it."""
     picture = Picture(rgb, key)
     weakref.finalize(picture, held.give_back, rgb.width * rgb.height).atexit = False
     return picture
 
 
 def smaller(picture: Picture, side: int) -> Picture:
-    """The picture no longer than `side`, under its own key: to be shown and kept."""
+    """The picture scaled down to `side`, under the same key: for display and history."""
     if max(picture.rgb.size) <= side:
         return picture
     rgb = fitted(picture.rgb, side)
@@ -129,18 +145,27 @@ def smaller(picture: Picture, side: int) -> Picture:
 
 
 def fitted(rgb: Image.Image, side: int) -> Image.Image:
-    """Scaled so that the longer side is `side`; of a thin strip, too, a pixel of width stays."""
+    """Scaled so that the longer side is `side`; a thin strip keeps at least a pixel of width."""
     scale = side / max(rgb.size)
     size = [max(1, round(length * scale)) for length in rgb.size]
     return rgb.resize(size, Image.Resampling.BICUBIC)
 
 
+def data_url(picture: Picture, side: int, quality: int = 90) -> str:
+    """The picture as a JPEG `data:` URL, scaled down to at most `side` pixels."""
+    small = picture.rgb.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def load(source: str | os.PathLike | bytes) -> Picture:
     """Open a picture file, or the bytes of one; of an animation, the first frame.
 
-    Raises `UserError` when there is no such file, or it is no readable picture, or it has more
-    than `MAX_PIXELS` pixels, which is found before they are decoded; or when all pictures in use
-    have too many together.
+    UserError where the file does not exist, is not a readable picture or has more than
+    `MAX_PIXELS` pixels (checked before they are decoded), or where all pictures in use together
+    have too many.
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), "The picture")
@@ -154,9 +179,9 @@ def load(source: str | os.PathLike | bytes) -> Picture:
 
 
 def list_pictures(path: str | os.PathLike) -> list[Path]:
-    """The file itself, or a folder's picture files (told by extension), sorted by name.
+    """The file itself, or a folder's picture files (by extension), sorted by name.
 
-    Hidden files and subfolders are left out. Raises `UserError` when there is none.
+    Hidden files and subfolders are skipped. UserError where there are no pictures.
     """
     path = Path(path)
     name = _shown(path)
@@ -172,7 +197,7 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
 
 
 def _shown(path: Path) -> str:
-    """The base name, fit to stand in one line on a terminal or a page."""
+    """The base name, made safe for one line on a terminal or a page."""
     name = "".join(c if c.isprintable() and c not in "<>" else "?" for c in path.name)
     return name[:60] + ("…" if len(name) > 60 else "") or "This path"
 
@@ -184,14 +209,14 @@ def _file_errors(name: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{name} does not exist: check the path and its spelling.") from None
     except PermissionError:
-        raise UserError(f"{name} may not be read: change its permissions first.") from None
+        raise UserError(f"{name} may not be read: change its permissions.") from None
     except (OSError, ValueError):
         raise UserError(f"{name} cannot be opened: check the path and its disk.") from None
 
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """One of the places for decoding; UserError where none is free for too long."""
+    """One of the `DECODED_AT_ONCE` turns; UserError where none is free within DECODING_WAIT."""
     if not _decoding.acquire(timeout=DECODING_WAIT):
         raise UserError(BUSY, "queue_full", "pictures_busy")
     try:
@@ -220,7 +245,7 @@ def _decode(file: BinaryIO, name: str) -> Picture:
             held.take(image.width * image.height)
             taken = image.width * image.height
             image.load()
-            size = image.width * image.height  # a HEIC file's may be another than it said
+            size = image.width * image.height  # a HEIC file may declare another one
             if size > MAX_PIXELS:
                 raise Image.DecompressionBombError
             held.take(size - taken)
@@ -265,7 +290,7 @@ def _key(rgb: Image.Image) -> str:
 
 
 def _check_parts(file: BinaryIO, head: bytes) -> None:
-    """ValueError where a file has more parts than a sound one, each of which costs time."""
+    """ValueError where a file has more parts than any sound one: each part costs time."""
     if head.startswith(b"MM\0\x2b"):  # a BigTIFF: libtiff's first directory is not Pillow's
         raise ValueError
     for start, (parts, most, costly, most_costly) in _PARTS.items():
@@ -279,12 +304,12 @@ def _check_parts(file: BinaryIO, head: bytes) -> None:
 
 
 def _jpeg_segments(file: BinaryIO) -> Iterator[int]:
-    """The kinds of a JPEG file's markers before its end; what stands behind may be a video."""
+    """The kinds of a JPEG file's markers before its end; a video may follow it."""
     data, place = file.read(), 0
     while (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
         kind, place = found[1][0], found.end()
         yield kind
-        # The others' lengths, which count themselves; libjpeg skips those below without one.
+        # A segment's length counts itself; markers below 0xC0 have none, and libjpeg skips them.
         if kind >= 0xC0 and kind != 0xD8:
             place += int.from_bytes(data[place : place + 2], "big")
 
@@ -310,7 +335,7 @@ def _gif_blocks(file: BinaryIO) -> Iterator[int]:
             yield kind
 
 
-# By a file's start: its parts and how many it may have, those that cost most and how many.
+# By a file's first bytes: (its parts, most of them, the costly kinds, most of those).
 _PARTS = {
     b"\xff\xd8\xff": (_jpeg_segments, MAX_SEGMENTS, (0xDA,), MAX_SCANS),
     b"\x89PNG": (_png_chunks, MAX_PARTS, (b"iCCP", b"iTXt", b"zTXt"), MAX_COMPRESSED),
@@ -321,10 +346,10 @@ _PARTS = {
 def _load_bounded_directory(
     directory: TiffImagePlugin.ImageFileDirectory_v2, file: IO[bytes]
 ) -> None:
-    """Pillow's, which copies the data of every tag, though many may name the same.
+    """Pillow's `load`, after a check: it copies the data of every tag, and many may share theirs.
 
-    ValueError where they are more than the file has. Data beyond its end are left to Pillow, which
-    stops there.
+    ValueError where the tags' data is longer than the file. Data beyond the file's end is left to
+    Pillow, which stops there.
     """
     start = file.tell()
     length = file.seek(0, os.SEEK_END)
@@ -350,7 +375,7 @@ def _load_bounded_directory(
     _load_directory(directory, file)
 
 
-# TIFF and EXIF are read while a file is opened, while it is loaded and later, always with this.
+# Pillow reads TIFF and EXIF with this while it opens a file, while it loads it, and later.
 TiffImagePlugin.ImageFileDirectory_v2.load = _load_bounded_directory
 
 
@@ -359,7 +384,7 @@ def _check_work(image: Image.Image) -> None:
     rle = image.format == "BMP" and image.tile[0].codec_name == "bmp_rle"
     if rle and image.width > MAX_RLE_WIDTH:
         raise ValueError
-    if image.format == "TIFF":  # its strips may lie on each other; four bands may have their own
+    if image.format == "TIFF":  # strips may overlap; each of four bands may have its own
         boxes = [tile.extents for tile in image.tile]
         drawn = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
         if drawn > 4 * image.width * image.height:
@@ -395,15 +420,15 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _srgb(image: Image.Image) -> Image.Image:
-    """RGB without alpha; an embedded profile is applied where it is sound and tells of a change.
+    """RGB without alpha; an embedded profile is applied where it is sound and not sRGB.
 
-    Not one of multi-process elements, of which there may be any number: they take minutes to read.
+    Profiles with multi-process elements are ignored: any number of them may take minutes to read.
     """
     profile = image.info.get("icc_profile")
     if not profile:
         return image.convert("RGB")
     plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    with suppress(Exception):  # it may be broken, or meant for other channels
+    with suppress(Exception):  # the profile may be broken, or for other channels
         if len(profile) <= MAX_PROFILE and b"mpet" not in profile:
             embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "sRGB" not in ImageCms.getProfileDescription(embedded):

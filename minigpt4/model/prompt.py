@@ -1,9 +1,9 @@
-"""Conversation -> prompt: token ids, where the pictures stand, and what is trained on. No torch.
+"""Conversation -> prompt: token ids, image positions, loss mask. No torch.
 
-A prompt is a list of segments. Three kinds of material never mix: the template's own text (which
-may hold control tokens), what people and models wrote (which stays text whatever it looks like),
-and pictures. Text between two pictures or control tokens is tokenised as one string, as the
-published code does, so an honest conversation gives the published token ids exactly.
+A prompt mixes three kinds of content and keeps them apart: the template's own text (which may hold
+control tokens), what people and models wrote (which stays text whatever it looks like), and
+pictures. Text between two pictures or control tokens is tokenised as one string, as the published
+code does, so an ordinary conversation gives the published token ids exactly.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-IMAGE_ID = -1  # stands in `Prompt.ids` where an image embedding goes
+IMAGE_ID = -1  # in `Prompt.ids`, at the position of an image embedding
 
 
 @dataclass(frozen=True)
@@ -23,38 +23,38 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn's message; `parts` are texts and pictures in the order they were given, `images`
-    the pictures alone."""
+    """One turn's message; parts: texts and pictures in the order in which they were given."""
 
     role: Literal["user", "assistant"]
     parts: tuple[str | ImageRef, ...]
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
+        """The pictures among the parts."""
         return tuple(p for p in self.parts if isinstance(p, ImageRef))
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a model's training wrote conversations down.
+    """The format of conversations that a model was trained with.
 
-    Strings here may hold the names in `controls`; those become control tokens. `markers` are the
-    template's structure that is written in plain text: they are broken up in what people write.
+    Names from `controls` in these strings become control tokens. `markers` are those parts of the
+    format that are plain text: they are broken up in what people write.
     """
 
     name: str
     system: str  # default system text
-    system_wrap: str  # with {} for the system text; left out when that is empty
+    system_wrap: str  # with {} for the system text; omitted when that is empty
     user: str  # opens a user's message
     assistant: str  # opens the assistant's message, and ends a prompt
     user_end: str  # closes a user's message
-    assistant_end: str  # closes an answer: what the model is trained to end with
-    between_images: str  # between two pictures that follow each other
+    assistant_end: str  # closes an answer
+    between_images: str  # between two pictures in a row
     stop: tuple[str, ...]  # strings that end an answer
     controls: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     bos: bool = True  # the tokenizer's beginning-of-sequence token comes first
-    training_user: str = ""  # stage 2's wrapping of the instruction, where it differs
+    training_user: str = ""  # `user` in stage 2's training, where it differs
     training_user_end: str = ""
 
 
@@ -111,7 +111,7 @@ CHATML = Template(
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that this project uses."""
 
     bos_token_id: int
     eos_token_id: int
@@ -122,13 +122,13 @@ class Tokenizer(Protocol):
 
 @dataclass
 class Prompt:
-    """What the model reads, position by position.
+    """The model's input, position by position.
 
-    ids: token ids, IMAGE_ID where a picture stands.
-    keys: equal to ids, except that each picture position has a value unique to (picture, index):
-        the longest common prefix of two prompts' keys is what they share in a key-value cache.
+    ids: token ids, IMAGE_ID at image positions.
+    keys: equal to ids, except that each image position has a value unique to (picture, index): two
+        prompts share the longest common prefix of their keys in a key-value cache.
     images: (first position, picture) in order.
-    loss_mask: true where the token is one to be learned.
+    loss_mask: true where the token is learned in training.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -140,7 +140,7 @@ class Prompt:
         return len(self.ids)
 
     def add_tokens(self, ids: Iterable[int], learn: bool = False) -> None:
-        """Append tokens; `learn`: they are to be learned."""
+        """Append tokens; learn: their value in the loss mask."""
         ids = list(ids)
         self.ids += ids
         self.keys += ids
@@ -156,9 +156,9 @@ class Prompt:
 
 
 def plain(text: str, template: Template) -> str:
-    """`text` as it may stand in a prompt: valid Unicode, the template's plain markers broken up.
+    """`text` made safe for a prompt: valid Unicode, the template's plain markers broken up.
 
-    Control tokens need no care here: text is tokenised without them. "###" becomes "# # #".
+    "###" becomes "# # #". Names of control tokens stay: text is tokenised without control tokens.
     """
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "")
     for marker in template.markers:
@@ -169,7 +169,7 @@ def plain(text: str, template: Template) -> str:
 
 
 class _Writer:
-    """Collects text until a picture or a control token ends the chunk, then tokenises the chunk."""
+    """Builds a prompt: collects text up to a picture or control token, then tokenises it whole."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, image_tokens: int) -> None:
         self.prompt = Prompt()
@@ -183,32 +183,34 @@ class _Writer:
             self.prompt.add_tokens([tokenizer.bos_token_id])
 
     def template(self, text: str) -> None:
-        """Text of the template's own, control tokens and all."""
-        pieces = self._controls.split(text) if self._controls else [text]
-        for piece in pieces:
-            if piece in self._template.controls:
+        """Write the template's own text, in which control tokens count."""
+        segments = self._controls.split(text) if self._controls else [text]
+        for segment in segments:
+            if segment in self._template.controls:
                 self.flush()
-                self.prompt.add_tokens([self._tokenizer.convert_tokens_to_ids(piece)])
+                self.prompt.add_tokens([self._tokenizer.convert_tokens_to_ids(segment)])
             else:
-                self._pending += piece
+                self._pending += segment
 
     def text(self, text: str) -> None:
-        """What someone wrote: only ever text."""
+        """Write a person's or a model's text, in which nothing is a control token."""
         self._pending += plain(text, self._template)
 
     def image(self, image: ImageRef) -> None:
+        """Write a picture between <Img> and </Img>."""
         self.template("<Img>")
         self.flush()
         self.prompt.add_image(image, self._image_tokens)
         self.template("</Img>")
 
     def flush(self) -> None:
+        """Tokenise the collected text."""
         if self._pending:
             self.prompt.add_tokens(encode_text(self._tokenizer, self._pending))
             self._pending = ""
 
     def parts(self, parts: Sequence[str | ImageRef]) -> None:
-        """A message's content: pictures in <Img></Img>, texts set off by a space."""
+        """Write a message's content; a text is separated from its neighbours by a space."""
         previous = None
         for part in parts:
             if isinstance(part, ImageRef):
@@ -225,7 +227,8 @@ class _Writer:
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end an answer: the template's stop strings that are tokens, and the model's."""
+    """Token ids that end an answer: the template's control tokens among `stop`, and the model's
+    end-of-sequence token."""
     controls = (s for s in template.stop if s in template.controls)
     return frozenset({tokenizer.convert_tokens_to_ids(s) for s in controls}) | {
         tokenizer.eos_token_id
@@ -233,12 +236,12 @@ def stop_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def stop_strings(template: Template) -> tuple[str, ...]:
-    """Stop strings that are written in plain text, which any tokens may spell."""
+    """The stop strings that are plain text: various token sequences may spell them."""
     return tuple(s for s in template.stop if s not in template.controls)
 
 
 def stop_sequences(template: Template, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Ways in which tokens commonly spell a plain stop string: at a line's start, after a word."""
+    """Token sequences that commonly spell a plain stop string: at a line's start, after a word."""
     spellings = set()
     for text in stop_strings(template):
         spellings.add(tuple(encode_text(tokenizer, text)))
@@ -249,7 +252,7 @@ def stop_sequences(template: Template, tokenizer: Tokenizer) -> tuple[tuple[int,
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text`, in which nothing is a control token."""
+    """Token ids of plain text: nothing in it becomes a control token."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -260,10 +263,10 @@ def encode_chat(
     image_tokens: int,
     system: str | None = None,
 ) -> Prompt:
-    """The prompt that asks for the answer to the last of `messages` (a user's).
+    """The prompt for an answer to the last of `messages`.
 
-    Where the last message is the assistant's, the prompt ends inside it: the answer is continued.
-    `system`: None takes the template's own; `image_tokens`: positions a picture fills.
+    Where that is the assistant's, the prompt ends inside it, and the answer is continued. system:
+    None is the template's default; image_tokens: positions per picture.
     """
     writer = _Writer(tokenizer, template, image_tokens)
     system = template.system if system is None else plain(system, template)
@@ -299,11 +302,11 @@ def encode_training(
     wrap: bool = True,
     end: str | None = None,
 ) -> Prompt:
-    """A training sample: `parts` asked, `answer` learned with the token that ends it.
+    """A training sample: `parts` are the user's message; `answer` and its end are learned.
 
-    wrap=False is the published stage 1: the bare image embeddings, then the answer, no prompt.
-    The answer is tokenised on its own, as in the published code, and cut at `max_text_tokens`.
-    `end` closes it: None is the template's first stop string.
+    wrap: False is the published stage 1: the image embeddings, then the answer, without a prompt.
+    The answer is tokenised on its own, as in the published code, and cut at `max_text_tokens`
+    together with its end. end: None is the template's first stop string.
     """
     writer = _Writer(tokenizer, template, image_tokens)
     if wrap:

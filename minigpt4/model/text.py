@@ -1,38 +1,84 @@
-"""Token ids -> pieces of text to show: whole characters, nothing of a stop string. No torch."""
+"""Token ids -> text to show: whole characters, nothing of a stop string. No torch."""
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+
+class JsonTokenizer:
+    """A tokenizer.json, read by the tokenizers library alone: transformers takes seconds to import.
+
+    It has the methods of a Hugging Face tokenizer that this project uses, with the same results;
+    text is always plain. folder: holds tokenizer.json, and tokenizer_config.json with the names of
+    the special tokens. OSError, ValueError or KeyError where these are missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        content = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        try:
+            self._tokenizer = Tokenizer.from_str(content)
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError("tokenizer.json cannot be read") from error
+        self._tokenizer.encode_special_tokens = True  # a control token's name is plain text
+        self.eos_token_id = self.convert_tokens_to_ids(config["eos_token"])
+        self.bos_token_id = self.convert_tokens_to_ids(config["bos_token"])
+
+    def encode(
+        self, text: str, add_special_tokens: bool = False, split_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of plain text: nothing in it is ever a control token, and none is added."""
+        if add_special_tokens or not split_special_tokens:
+            raise NotImplementedError("`prompt` writes control tokens, by their names")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """The id of one token; KeyError where there is none."""
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise KeyError(token)
+        return found
 
 
 class TextStream:
-    """Turns ids into text as they come.
+    """Turns token ids into text as they arrive.
 
-    A piece is held back while it ends in half a character or in what may become a stop string, so
-    what has been shown never has to be taken back. `ended` is true once a stop string was found.
+    Text is held back while it ends in half a character or in what may become a stop string, so
+    nothing that was shown has to be taken back. `ended` is true once a stop string was found.
+
+    decode: token ids -> text. stop: strings that end the text; they are not part of it.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stop = tuple(s for s in stop if s)
         self._ids: list[int] = []
-        self._read = 0  # ids whose text has been taken
-        self._start = 0  # ids before the ones being read, decoded along for the spaces between
+        self._read = 0  # ids whose text was released or held back
+        self._start = 0  # from here ids are decoded: the last ones read too, for spaces between
         self._held = ""
         self.ended = False
 
     def push(self, token: int) -> str:
-        """The text that can be shown now that `token` has come; may be empty."""
+        """The text that can be shown after `token`; may be empty."""
         if self.ended:
             return ""
         self._ids.append(token)
         known = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
         if text.endswith("\ufffd") or len(text) <= len(known):
-            return ""  # half a character: its other bytes are still to come
+            return ""  # half a character: its other bytes are in later tokens
         self._start, self._read = self._read, len(self._ids)
         return self._release(self._held + text[len(known) :])
 
     def finish(self) -> str:
-        """What is left to show when no more ids come; half a character is dropped."""
+        """The rest of the text after the last id; half a character is dropped."""
         if self.ended:
             return ""
         known = self._decode(self._ids[self._start : self._read])
@@ -54,7 +100,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

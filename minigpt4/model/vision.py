@@ -13,7 +13,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite) -> Tensor:
-    """RGB picture -> pixel values [3, image_size, image_size], squashed (not cropped), bicubic."""
+    """RGB picture -> pixel values [3, image_size, image_size]: squashed, not cropped; bicubic."""
     pixels = np.asarray(squash(rgb, config.image_size), dtype=np.float32)
     match config:
         case EvaViT():
@@ -26,9 +26,9 @@ def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite) -> Tensor:
 def squash(rgb: Image.Image, size: int) -> Image.Image:
     """The picture at size x size, bicubic.
 
-    Pillow resamples one axis after the other and rounds in between, so their order shows in the
-    result; Pillow 13 takes the height first where it shrinks by more than twice what the width
-    does, Pillow 12 only for extreme strips. The order is spelled out to be the same (13's) in both.
+    Pillow resamples one axis after the other and rounds in between, so their order changes the
+    result. Pillow 13 starts with the height where that shrinks by more than twice as much as the
+    width, Pillow 12 only for extreme strips. This follows Pillow 13 with both.
     """
     width, height = rgb.size
     bicubic = Image.Resampling.BICUBIC
@@ -66,10 +66,10 @@ class EvaEncoder(nn.Module):
 
 
 class EfficientNetEncoder(nn.Module):
-    """EfficientNet-Lite: pixel values [batch, 3, 260, 260] -> its feature maps.
+    """EfficientNet-Lite: pixel values [batch, 3, 260, 260] -> feature maps.
 
-    Each [batch, channels, side, side]: the last one (1280 x 9 x 9), those of `config.blocks`, and
-    the pixel values.
+    Each is [batch, channels, side, side]: the last one (1280 x 9 x 9), those of `config.blocks`,
+    and the pixel values themselves.
     """
 
     def __init__(self, config: EfficientNetLite) -> None:
@@ -77,13 +77,13 @@ class EfficientNetEncoder(nn.Module):
         from efficientnet_lite_pytorch import EfficientNet
 
         self.net = EfficientNet.from_name(config.name)
-        del self.net._fc  # the bridge's
+        del self.net._fc  # the bridge has the classifier
         self.kept = {number for number, _ in config.blocks}
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         net, maps = self.net, []
-        # As net.extract_features, which keeps nothing of the blocks.
+        # The same as net.extract_features, which does not return the blocks' outputs.
         hidden = net._swish(net._bn0(net._conv_stem(pixel_values)))
         for number, block in enumerate(net._blocks):
             hidden = block(hidden)

@@ -238,11 +238,11 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle, options: Namespace) -> None:
         from minigpt4.start import given_places
-        from minigpt4.weights import load as weights
-        from minigpt4.weights.llm_folder import load_tokenizer
+        from minigpt4.weights.llm import load_tokenizer
+        from minigpt4.weights.load import find_weights
 
         config = get_model(options.model)
-        tokenizer = load_tokenizer(weights.find(config, given=given_places(options)).llm)
+        tokenizer = load_tokenizer(find_weights(config, given=given_places(options)).llm)
         self._engine = RemoteEngine(
             Described(config, tokenizer),
             Replicas(replicas, config),

@@ -16,7 +16,7 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training import data, questions
 from minigpt4.training.table import is_table, read_table
 from minigpt4.training.trainer import Recipe, Trainer
-from minigpt4.weights import load as weights
+from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
 def train(options: argparse.Namespace) -> None:
@@ -147,21 +147,19 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     """The model on this process's device, its projection new (stage 1) or read from --init."""
     if config.small:
         with accelerator.main_process_first():
-            weights.download(config)
+            download_weights(config)
     if options.stage == 2 and not options.init:
         raise UserError("The second stage starts from the first's projection: give it by “--init”.")
     projection = options.init or options.projection
-    files = weights.find(config, projection, new_projection=projection is None)
+    files = find_weights(config, projection, new_projection=projection is None)
     # Gradients pass through the language model: 16-bit floats of full range, not int8, carry them.
     quantize = "none" if options.quantize == "auto" else options.quantize
     if quantize == "int4":
         raise UserError("int4 cannot be trained through: choose “--quantize none”, int8 or nf4.")
-    dtype = start.dtype_of(options.dtype)
-    if dtype is None and accelerator.device.type == "cuda":
+    dtype = options.dtype
+    if dtype == "auto" and accelerator.device.type == "cuda":
         dtype = torch.bfloat16
-    model = weights.load_model(
-        config, files, accelerator.device, quantize, dtype, seed=options.seed
-    )
+    model = load_model(config, files, accelerator.device, quantize, dtype, seed=options.seed)
     if projection is None and isinstance(config.bridge, PooledMap):
         name_classes(model)
     return model

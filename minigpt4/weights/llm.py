@@ -1,19 +1,80 @@
-"""A language model and its tokenizer, from a folder: in PyTorch, quantised or not, or as the
-blocks of a GGUF file."""
+"""The language model and its tokenizer, from a folder.
 
+The folder is a Hugging Face Llama's. It is loaded in PyTorch, quantised or not; as the blocks of a
+GGUF file beside it ("int4"); or as its token embedding alone ("remote"), where other machines run
+the model. The usual mistakes (no tokenizer, missing shards, delta weights, another Vicuna) each end
+in one sentence.
+"""
+
+import functools
+import json
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from minigpt4.config import ModelConfig, Quantize
 from minigpt4.errors import UserError
-from minigpt4.model.tokenizer import JsonTokenizer
-from minigpt4.weights.embedding import load_embedding
-from minigpt4.weights.gguf import BlockLlama
-from minigpt4.weights.llm_folder import check_folder, check_is_no_delta, load_tokenizer
+from minigpt4.model import prompt
+from minigpt4.model.text import JsonTokenizer
+from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, write_index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+EMBEDDING = "model.embed_tokens.weight"  # its name in a Hugging Face Llama's files
+# The tensors of each layer of a Llama's GGUF file, and those of the whole model.
+LAYER_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+LAYER_TENSORS += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+MODEL_TENSORS = ("token_embd.weight", "output_norm.weight")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
+VICUNA_V0_VOCABULARY, LLAMA_VOCABULARY = 32_001, 32_000
+# A delta is what training changed: its embeddings are a hundred times smaller than a model's, and
+# its last norm lies around 0, not 1 and above.
+DELTA_EMBEDDING_STD, DELTA_NORM = 0.003, 0.1
+
+
+def cpu_dtype(name: str | None = None) -> torch.dtype:
+    """The type that the language model computes in on a CPU.
+
+    name: "float32", "bfloat16" or "auto"; None reads $MINIGPT4_DTYPE, and where that is unset means
+    "auto": bfloat16 where the processor multiplies it natively (twice as fast), else float32.
+    UserError for any other name.
+    """
+    return choose_dtype(name, torch.device("cpu"))
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The one place that decides what a language model computes in: `cpu_dtype` on any device.
+
+    On a GPU, "auto" is float16.
+    """
+    name = name or os.environ.get("MINIGPT4_DTYPE") or "auto"
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if _has_native_bfloat16() else torch.float32
+    if name not in DTYPES:
+        raise UserError(
+            f"There is no computing type “{name}”: choose auto, {' or '.join(DTYPES)} with "
+            "“--dtype” or in MINIGPT4_DTYPE."
+        )
+    return DTYPES[name]
+
+
+def _has_native_bfloat16() -> bool:
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return (avx512 and torch.cpu._is_avx512_bf16_supported()) or torch.cpu._is_amx_tile_supported()
 
 
 def load_llm(
@@ -21,25 +82,52 @@ def load_llm(
     folder: Path,
     device: torch.device,
     quantize: Quantize,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ):
-    """(language model, tokenizer) from a Hugging Face Llama folder, which for "int4" also holds a
-    GGUF file and its index; `dtype` None: 16 bit, where the device computes in it. "remote": of the
-    language model only its token embedding (other machines run it)."""
+    """(language model, tokenizer) from a folder; UserError where it is not a whole, fitting model.
+
+    quantize: "int4" reads the GGUF file and its index in the folder; "remote" reads the token
+    embedding alone. dtype: a type, or a name for `choose_dtype`.
+    """
     if quantize == "int4":
         return _load_blocks(config, folder)
     if quantize == "remote":
         embedding, tokenizer = load_embedding(config, folder, device)
         _check_width(folder, embedding.hidden_size, config)
         return embedding, tokenizer
+    check_folder(folder, config)
+    if not isinstance(dtype, torch.dtype):
+        dtype = choose_dtype(dtype, device)
+    try:
+        llm, report = _from_pretrained(folder, device, quantize, dtype)
+        tokenizer = load_tokenizer(folder)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{config.name} does not fit into the free memory of {device}: choose a smaller "
+            "“--model”, or “--quantize nf4”."
+        ) from error
+    except Exception as error:
+        log.debug("loading %s", folder, exc_info=True)
+        raise UserError(
+            f"The language model in {folder} could not be loaded: a file is missing, cut short or "
+            "of another kind, or the device cannot hold it; fetch the folder again or try "
+            "“--quantize none --device cpu”."
+        ) from error
+    _check_complete(report, folder)
+    check_is_no_delta(llm, folder, config)
+    _check_width(folder, llm.get_input_embeddings().weight.shape[1], config)
+    return llm.eval(), tokenizer
+
+
+def _from_pretrained(
+    folder: Path, device: torch.device, quantize: Quantize, dtype: torch.dtype
+) -> tuple["PreTrainedModel", dict]:
+    """(model, transformers' report of what the files lacked)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    check_folder(folder, config)
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else cpu_dtype()
     match quantize:
         case "int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)
@@ -49,48 +137,110 @@ def load_llm(
             )
         case _:
             quantization = None
-    try:
-        llm, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            quantization_config=quantization,
-            device_map={"": device},
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        tokenizer = load_tokenizer(folder)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{config.name} does not fit the free memory of {device}: choose a smaller “--model”, "
-            "or “--quantize nf4”."
-        ) from error
-    except Exception as error:
-        log.debug("loading %s", folder, exc_info=True)
-        raise UserError(
-            f"The language model in {folder} could not be loaded: a file is missing, cut short or "
-            "of another kind, or the device cannot hold it; fetch the folder again or try "
-            "“--quantize none --device cpu”."
-        ) from error
-    lost = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+
+
+def _check_complete(report: dict, folder: Path) -> None:
+    """UserError where transformers left parameters at random values, which it only logs."""
+    lost = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
+    lost += map(str, report["error_msgs"])
     if lost:
-        raise UserError(f"{folder} is incomplete: “{lost[0]}” is missing or has another shape.")
-    check_is_no_delta(llm, folder, config)
-    _check_width(folder, llm.get_input_embeddings().weight.shape[1], config)
-    return llm.eval(), tokenizer
-
-
-def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTokenizer]:
-    try:
-        llm, tokenizer = BlockLlama.open(folder), JsonTokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.debug("loading %s", folder, exc_info=True)
         raise UserError(
-            f"{folder} holds no complete 4-bit model: delete the folder, then run "
-            f"“python -m minigpt4 download {config.name}”, or choose “--quantize none”."
-        ) from error
-    _check_width(folder, llm.hidden_size, config)
-    return llm, tokenizer
+            f"{folder} is incomplete: “{min(lost)}” is missing or has another shape; fetch the "
+            "folder again."
+        )
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer; errors are the libraries' own."""
+    if (folder / INDEX).exists():
+        return JsonTokenizer(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+# --- is the folder the right one? ---------------------------------------------------------------
+
+
+def check_folder(folder: Path, config: ModelConfig) -> None:
+    """UserError where files are missing; a warning where it looks like another model."""
+    fetch = f"fetch the whole folder with “python -m minigpt4 download {config.name}”"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a language model's folder (config.json is missing): {fetch}."
+        )
+    if not _has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer (tokenizer.model or tokenizer.json): copy it from where "
+            f"the weights come from, or {fetch}."
+        )
+    if missing := missing_weights(folder):
+        raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
+    try:
+        vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (ValueError, KeyError, OSError):
+        return  # loading the folder reports it
+    names = {
+        VICUNA_V0_VOCABULARY: "Vicuna v0",
+        LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1",
+    }
+    wanted = VICUNA_V0_VOCABULARY if config.template is prompt.VICUNA else LLAMA_VOCABULARY
+    if vocabulary in names and vocabulary != wanted:
+        log.warning(
+            f"{folder} has a vocabulary of {vocabulary:,} tokens, like {names[vocabulary]}, but "
+            f"{config.name}'s projection was trained with {names[wanted]} ({wanted:,} tokens): "
+            "expect poor answers, or give the right folder with “--llm”."
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def missing_weights(folder: Path) -> str:
+    """The name of a weight file that is missing; "" where the weights are complete."""
+    lost = "model.safetensors or pytorch_model.bin"
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            try:
+                text = (folder / index).read_text(encoding="utf-8")
+                shards = sorted({*json.loads(text)["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError):
+                return index
+            missing = [name for name in shards if not (folder / name).is_file()]
+            if not missing:
+                return ""
+            lost = missing[0]
+            break
+    whole = ("model.safetensors", "pytorch_model.bin")
+    return "" if any((folder / name).is_file() for name in whole) else lost
+
+
+def is_complete(folder: Path) -> bool:
+    """Does the folder hold a configuration, a tokenizer and all weight files?"""
+    configured = (folder / "config.json").is_file()
+    return configured and _has_tokenizer(folder) and not missing_weights(folder)
+
+
+def check_is_no_delta(llm: "PreTrainedModel", folder: Path, config: ModelConfig) -> None:
+    """UserError where the loaded weights are the difference between Vicuna's and LLaMA's."""
+    spread = llm.get_input_embeddings().weight[:LLAMA_VOCABULARY].float().std().item()
+    norm = llm.get_decoder().norm.weight.float().mean().abs().item()
+    if spread < DELTA_EMBEDDING_STD and norm < DELTA_NORM:
+        raise UserError(
+            f"{folder} holds Vicuna's delta weights, which must be added to LLaMA's first: apply "
+            "them with FastChat's apply_delta, or run “python -m minigpt4 download "
+            f"{config.name}”."
+        )
 
 
 def _check_width(folder: Path, width: int, config: ModelConfig) -> None:
@@ -101,10 +251,138 @@ def _check_width(folder: Path, width: int, config: ModelConfig) -> None:
         )
 
 
-def cpu_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively (twice as fast), else float32."""
-    fast = (
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.cpu._is_avx512_bf16_supported()
-    )
-    return torch.bfloat16 if fast or torch.cpu._is_amx_tile_supported() else torch.float32
+# --- GGUF ---------------------------------------------------------------------------------------
+
+
+def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTokenizer]:
+    try:
+        llm, tokenizer = BlockLlama.open(folder), JsonTokenizer(folder)
+        layers = (f"blk.{i}.{name}.weight" for i in range(llm.layers) for name in LAYER_TENSORS)
+        for name in (*MODEL_TENSORS, *layers):
+            llm.tensors[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.debug("loading %s", folder, exc_info=True)
+        raise UserError(
+            f"{folder} holds no complete 4-bit model: delete the folder, then run "
+            f"“python -m minigpt4 download {config.name}”, or choose “--quantize none”."
+        ) from error
+    _check_width(folder, llm.hidden_size, config)
+    return llm, tokenizer
+
+
+def convert_gguf(path: Path, target: Path) -> None:
+    """GGUF file -> a folder with the file, its index, and weights and tokenizer for transformers.
+
+    The folder loads in a tenth of a second instead of 14. The file moves into it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    options = {"gguf_file": path.name}
+    with _cached("GGUFReader", "get_tensor_name_map"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+        _check_complete(report, path)
+        # Q4_1 holds 4-bit steps between 16-bit scales: 16 bits are enough for what is in the file.
+        model.to(torch.bfloat16).save_pretrained(target)
+        AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(target)
+        index = write_index(path)
+    for file in (path, index):
+        file.rename(target / file.name)
+
+
+@contextmanager
+def _cached(*names: str) -> Iterator[None]:
+    """Cache these functions of the gguf library: transformers reads the file's header three times,
+    some seconds each, and maps the tensors' names 400 times.
+    """
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in names}
+    vars(gguf).update({name: functools.cache(f) for name, f in originals.items()})
+    try:
+        yield
+    finally:
+        vars(gguf).update(originals)
+
+
+# --- the token embedding alone -------------------------------------------------------------------
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids [...] -> embeddings [..., hidden_size], in the file's own precision."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.hidden_size = weight.shape[1]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Itself: the same method as a whole language model's."""
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids]
+
+
+class BlockEmbedding(nn.Module):
+    """Token ids [...] -> float32 embeddings [..., hidden_size] from a GGUF file's blocks.
+
+    Only the rows asked for are dequantised, to the numbers that the engine's own decoder reads.
+    """
+
+    def __init__(self, blocks: BlockTensor) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self.hidden_size = blocks.shape[1]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Itself: the same method as a whole language model's."""
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self._blocks.data[ids.flatten().cpu().numpy()]
+        shape = (len(rows), self.hidden_size)
+        numbers = torch.from_numpy(BlockTensor(self._blocks.kind, shape, rows).numbers())
+        return numbers.view(*ids.shape, self.hidden_size).to(ids.device)
+
+
+def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
+    """(token embedding, tokenizer) from a language model's folder; no other weight is read.
+
+    UserError where the folder does not hold them.
+    """
+    try:
+        if (folder / INDEX).exists():
+            blocks = BlockLlama.open(folder).tensors["token_embd.weight"]
+            return BlockEmbedding(blocks), load_tokenizer(folder)
+        return TokenEmbedding(_read_embedding(folder).to(device)), load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        log.debug("loading the embedding of %s", folder, exc_info=True)
+        raise UserError(
+            f"{folder} does not hold the language model's token embedding ({EMBEDDING}) and "
+            f"tokenizer: run “python -m minigpt4 download {config.name}”."
+        ) from error
+
+
+def _read_embedding(folder: Path) -> Tensor:
+    """The one tensor, from a single file or from the shard that the index names."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            shard = json.loads(index.read_text(encoding="utf-8"))["weight_map"][EMBEDDING]
+            path = folder / Path(shard).name
+        elif (folder / single).is_file():
+            path = folder / single
+        else:
+            continue
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(EMBEDDING)
+        # Mapped, so that only this tensor's pages are read.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[EMBEDDING].clone()
+    raise FileNotFoundError(f"{folder} holds no weights")

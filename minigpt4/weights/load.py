@@ -1,7 +1,4 @@
-"""A model's weights: find the files, assemble the model from them.
-
-Fetching is in fetch.py, reading in checkpoint.py, and what both share about places in places.py.
-"""
+"""A model's weights: find the files, download what is missing, assemble the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +17,8 @@ from minigpt4.config import (
     model_of_projection,
 )
 from minigpt4.errors import Report, UserError, say
-from minigpt4.model.minigpt4 import MiniGPT4, build_bridge
+from minigpt4.model.bridge import build_bridge
+from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.vision import build_encoder
 from minigpt4.weights.checkpoint import (
     check_projection,
@@ -30,89 +28,95 @@ from minigpt4.weights.checkpoint import (
     qformer_tensors,
     read_checkpoint,
     read_projection,
-    save_projection,
 )
 from minigpt4.weights.llm import load_llm
-from minigpt4.weights.sources import ROLES, file_name, locate, missing, sources, weights_folder
-
-__all__ = [
-    "WeightFiles",
-    "check_projection",
-    "download",
-    "find",
-    "load_model",
-    "model_of_projection",
-    "owner_of",
-    "projection_tensors",
-    "read_projection",
-    "save_projection",
-    "weights_folder",
-]
+from minigpt4.weights.sources import (
+    ROLES,
+    file_name,
+    local_path,
+    locate,
+    missing,
+    sources,
+    weights_folder,
+)
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files one model is assembled from."""
+    """The files that one model is assembled from.
+
+    llm: a Hugging Face Llama's folder; projection: None only where a new one is to be trained;
+    qformer: None only where the bridge is not a Q-Former.
+    """
 
     vision: Path
-    llm: Path  # a Hugging Face Llama folder
-    projection: Path | None  # None: a new one, to be trained
+    llm: Path
+    projection: Path | None
     qformer: Path | None = None
 
 
 def owner_of(projection: str | None) -> str | None:
-    """The model that a projection file belongs to, by its shape; None where it is not here."""
-    if not projection or not Path(projection).expanduser().is_file():
+    """The model that a local projection file belongs to, by its shape; None without such a file."""
+    path = local_path(projection) if projection else None
+    if path is None or not path.is_file():
         return None
-    return model_of_projection(*read_projection(Path(projection).expanduser())["weight"].shape)
+    return model_of_projection(*read_projection(path)["weight"].shape)
 
 
-def download(
+def download_weights(
     config: ModelConfig, report: Report = say, given: Mapping[str, str] | None = None
 ) -> None:
-    """Fetch what is missing of a model's weights; `report` is told of it.
+    """Download what is missing of a model's weights, and report the progress.
 
-    given: role -> the user's own place for it, as an option names it.
+    given: role -> the user's own place for it, as an option names it. UserError where a part is not
+    available.
     """
     if missing(config, given or {}):
-        from minigpt4.weights import (
-            download as fetch,  # its client takes a while to import, and is needed once
-        )
+        from minigpt4.weights.download import download  # its client takes a while to import
 
-        fetch.download(config, given or {}, report)
+        download(config, given or {}, report)
 
 
-def find(
+def find_weights(
     config: ModelConfig,
     projection: str | None = None,
     new_projection: bool = False,
     given: Mapping[str, str] | None = None,
 ) -> WeightFiles:
-    """The model's files where they are here; UserError lists what is missing.
+    """The model's local files; UserError lists what is missing.
 
-    projection: another file than the model's own; new_projection: none is looked for; given:
-    role -> the user's own place for it.
+    projection: a file instead of the model's own; new_projection: for training, which starts
+    without one; given: role -> the user's own place for it.
     """
     given = dict(given or {}) | ({"projection": str(projection)} if projection else {})
     roles = [r for r in ROLES if r in config.files or r == "projection"]
     if new_projection:
         roles.remove("projection")
     paths = {role: locate(config, role, given.get(role)) for role in roles}
-    absent = [
-        given.get(role) or file_name(config, role, sources(config, role)[0])
-        for role, path in paths.items()
-        if path is None and (given.get(role) or sources(config, role))
-    ]
+    absent = {role: _wanted(config, role, given) for role, path in paths.items() if path is None}
+    if "projection" in absent and not sources(config, "projection", given.get("projection")):
+        raise UserError(
+            f"{config.name}'s trained projection ({absent['projection']}) is missing from "
+            f"this installation: install minigpt4 again, put the file into {weights_folder()}, or "
+            "name another with “--projection”."
+        )
     if absent:
         raise UserError(
-            f"Weights of {config.name} are missing ({', '.join(absent)}): run “python -m minigpt4 "
-            f"download {config.name}”, or put the files into {weights_folder()}."
+            f"Weights of {config.name} are missing ({', '.join(absent.values())}): run “python -m "
+            f"minigpt4 download {config.name}”, or put the files into {weights_folder()}."
         )
     return WeightFiles(**{"projection": None, **paths})
 
 
+def _wanted(config: ModelConfig, role: str, given: Mapping[str, str]) -> str:
+    """What a missing part is called: the user's place for it, or its file's name."""
+    choices = sources(config, role)
+    own = file_name(config, role, choices[0]) if choices else config.projection_file
+    return given.get(role) or own
+
+
 def projection_tensors(model: MiniGPT4) -> dict[str, Tensor]:
-    """What a model's projection file holds: the projection, and `ln_vision` where no Q-Former
+    """The content of a model's projection file: the projection, and `ln_vision` where no Q-Former's
     file brings it."""
     tensors = dict(model.projection.state_dict())
     if isinstance(model.config.bridge, ConcatPatches):
@@ -126,57 +130,92 @@ def load_model(
     files: WeightFiles,
     device: str | torch.device = "cpu",
     quantize: Quantize = "auto",
-    llm_dtype: torch.dtype | None = None,
-    seed: int = 0,
+    llm_dtype: torch.dtype | str | None = None,
+    seed: int | None = None,
+    vision_dtype: torch.dtype | None = None,
 ) -> MiniGPT4:
     """Assemble the model from its files.
 
-    Encoder, bridge and projection are 16 bit on a GPU and 32 bit on the CPU; `quantize` concerns
-    the language model alone ("auto": int8 for the big models on a GPU, else none; "int4" serves
-    the engine alone). Without a
-    projection file the projection is new, drawn from `seed`.
+    quantize: of the language model alone; "auto" is int8 for the big models on a GPU, else none.
+    llm_dtype: a type, or a name for `llm.choose_dtype`. seed: a new projection is drawn from it
+    where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
+    projection; None is 16 bit on a GPU and 32 bit on the CPU.
+
+    UserError where a file is missing or does not fit, or would leave any weight unloaded.
     """
     device = torch.device(device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
-        encoder, bridge = build_encoder(config.vision), build_bridge(config)
-        projection = nn.Linear(config.projection_in, config.llm_hidden_size)
-
-    if files.projection is None:
-        projected = _new_projection(config, seed)
-    else:
-        projected = read_projection(files.projection)
-        check_projection(projected, config, files.projection)
-    norm = {k: v for k, v in projected.items() if k.startswith("ln_vision.")}
-    if isinstance(config.bridge, QFormer):
-        state = read_checkpoint(files.qformer)
-        norm = {k: v for k, v in state.items() if k.startswith("ln_vision.")} | norm
-        load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former")
-    match config.vision:
-        case EvaViT():
-            state = dict(read_checkpoint(files.vision)) | norm
-            load_strict(encoder, eva_tensors(state, config.vision), files.vision, "EVA ViT-g")
-        case EfficientNetLite():
-            network, classifier = efficientnet_tensors(read_checkpoint(files.vision))
-            load_strict(encoder, network, files.vision, config.vision.name)
-            load_strict(bridge, classifier, files.vision, "classifier")
-    load_strict(projection, projected, files.projection, "projection")
-
+    dtype = vision_dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     if quantize == "auto":
         big = config.gpu_gigabytes > 0 or config.llm_hidden_size >= 4096
         quantize = "int8" if device.type == "cuda" and big else "none"
+    projected = _read_projection(config, files, seed)
+    parts = [part.to(device) for part in _load_vision(config, files, projected, dtype)]
     llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype)
-    parts = [m.to(device, dtype) for m in (encoder, bridge, projection)]
     return MiniGPT4(config, *parts, llm, tokenizer, quantize)
 
 
+def _read_projection(config: ModelConfig, files: WeightFiles, seed: int | None) -> dict:
+    if files.projection is not None:
+        tensors = read_projection(files.projection)
+        check_projection(tensors, config, files.projection)
+        return tensors
+    if seed is None:
+        raise UserError(
+            f"{config.name} has no trained projection here ({config.projection_file}), and would "
+            "answer nonsense without one: name it with “--projection”, or train one first."
+        )
+    return _new_projection(config, seed)
+
+
+def _load_vision(
+    config: ModelConfig, files: WeightFiles, projected: dict, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Encoder, bridge and projection in `dtype`, on the CPU."""
+    with torch.device("meta"):
+        encoder, bridge = build_encoder(config.vision), build_bridge(config)
+        projection = nn.Linear(config.projection_in, config.llm_hidden_size)
+    norm = {k: v for k, v in projected.items() if k.startswith("ln_vision.")}
+    if isinstance(config.bridge, QFormer):
+        if files.qformer is None:
+            raise UserError(
+                f"{config.name} needs a Q-Former's weights: run “python -m minigpt4 download "
+                f"{config.name}”, or name the file with “--qformer”."
+            )
+        state = read_checkpoint(files.qformer)
+        norm = {k: v for k, v in state.items() if k.startswith("ln_vision.")} | norm
+        load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former", dtype)
+    state = read_checkpoint(files.vision)
+    match config.vision:
+        case EvaViT():
+            tensors = eva_tensors(state | norm, config.vision)
+            load_strict(encoder, tensors, files.vision, "EVA ViT-g", dtype)
+        case EfficientNetLite():
+            network, classifier = efficientnet_tensors(state)
+            load_strict(encoder, network, files.vision, config.vision.name, dtype)
+            load_strict(bridge, classifier, files.vision, "classifier", dtype)
+    load_strict(projection, projected, files.projection, "projection", dtype)
+    for part in (encoder, bridge, projection):
+        refuse_unloaded(part)
+    return encoder, bridge, projection
+
+
+def refuse_unloaded(part: nn.Module) -> None:
+    """UserError where a parameter or buffer has no values yet; `llm` checks its own part."""
+    for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+        if tensor.is_meta:
+            raise UserError(
+                f"No file holds the weight “{name}”, without which the model would answer "
+                "nonsense: fetch the weights again with “python -m minigpt4 download”."
+            )
+
+
 def _new_projection(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Small, so that its embeddings do not shout over the words' from the first step on."""
+    """Small weights, so that the image embeddings do not drown the words' in the first steps."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(config.llm_hidden_size, config.projection_in, generator=generator)
     weight *= 0.06 / config.projection_in**0.5
     tensors = {"weight": weight, "bias": torch.zeros(config.llm_hidden_size)}
-    if isinstance(config.bridge, ConcatPatches):  # no Q-Former file brings the final norm
+    if isinstance(config.bridge, ConcatPatches):  # no Q-Former's file brings the final norm
         hidden = config.vision.hidden_size
         tensors |= {"ln_vision.weight": torch.ones(hidden), "ln_vision.bias": torch.zeros(hidden)}
     return tensors

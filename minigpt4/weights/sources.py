@@ -1,4 +1,4 @@
-"""Where the weight files of a model are, or can be fetched. Nothing here imports torch."""
+"""Where a model's weight files are, or where they can be fetched. No torch."""
 
 import hashlib
 import os
@@ -12,28 +12,49 @@ from minigpt4.config import ModelConfig, Source
 from minigpt4.errors import UserError
 from minigpt4.weights.gguf import INDEX
 
-REPOSITORY_WEIGHTS = _data.folder("weights")
+WEIGHTS = _data.folder("weights")  # the projections trained here
 ROLES = ("vision", "qformer", "llm", "projection")
 _HUB = re.compile(r"(?P<ref>(spaces/)?[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<member>[\w./-]+))?")
 
 
 def weights_folder() -> Path:
-    """Where weights are kept: $MINIGPT4_WEIGHTS, else the repository's `weights/`."""
-    return Path(os.environ.get("MINIGPT4_WEIGHTS") or REPOSITORY_WEIGHTS)
+    """Where fetched weights are kept.
+
+    $MINIGPT4_WEIGHTS; else `weights/` of the checkout that this package is in; else, where the
+    package is installed, `minigpt4/weights` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+    """
+    if own := os.environ.get("MINIGPT4_WEIGHTS"):
+        return Path(own).expanduser()
+    if not _data.INSTALLED:
+        return WEIGHTS
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "minigpt4", "weights")
+
+
+def _folders() -> list[Path]:
+    """The folders that are searched, in order."""
+    return [weights_folder(), WEIGHTS]
 
 
 def locate(config: ModelConfig, role: str, place: str | None = None) -> Path | None:
-    """The file or folder that has this role, where it is here; None where it must be fetched.
+    """The local file or folder that has this role; None where it must be fetched.
 
-    place: the user's own, for this model's: a path, or from where it was fetched.
+    place: the user's own instead of the model's: a path, the name of a projection that comes with
+    this package, or where it was fetched from.
     """
-    if place and Path(place).expanduser().exists():
-        return Path(place).expanduser()
+    if place and (path := local_path(place)):
+        return path
     for name in _names(config, role, place):
-        for folder in (weights_folder(), REPOSITORY_WEIGHTS):
+        for folder in _folders():
             if (folder / name).exists() and not _is_old(config, role, folder / name):
                 return folder / name
     return None
+
+
+def local_path(place: str) -> Path | None:
+    """The local file or folder that the user's `place` names."""
+    candidates = Path(place).expanduser(), WEIGHTS / place
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _is_old(config: ModelConfig, role: str, path: Path) -> bool:
@@ -56,7 +77,7 @@ def _names(config: ModelConfig, role: str, place: str | None) -> Iterator[str]:
 
 
 def sources(config: ModelConfig, role: str, place: str | None = None) -> tuple[Source, ...]:
-    """Where to fetch it, the first choice first. UserError where `place` makes no sense."""
+    """Where to fetch it, in order of preference. UserError where `place` is not a place."""
     if not place:
         own = config.files.get(role)
         return (own, *own.mirrors) if own else ()
@@ -67,8 +88,7 @@ def sources(config: ModelConfig, role: str, place: str | None = None) -> tuple[S
         raise UserError(f"There is no file or folder {place} for “--{role}”: check the path.")
     source = Source("hub", found["ref"], found["member"] or "")
     if role in ("vision", "qformer") and not source.member:
-        own = config.files[role]
-        return (replace(source, tensors=next(m.tensors for m in own.mirrors if m.tensors)),)
+        return (replace(source, tensors=_wanted_tensors(config, role, place)),)
     if role == "projection" and not source.member:
         raise UserError(
             f"There is no file {place} here; if you mean a Hugging Face repository, name the file "
@@ -77,17 +97,29 @@ def sources(config: ModelConfig, role: str, place: str | None = None) -> tuple[S
     return (source,)
 
 
+def _wanted_tensors(config: ModelConfig, role: str, place: str) -> tuple[str, ...]:
+    """The tensors that this role takes out of a whole repository, as the model's mirror does."""
+    own = config.files.get(role)
+    for mirror in own.mirrors if own else ():
+        if mirror.tensors:
+            return mirror.tensors
+    raise UserError(
+        f"There is no file {place} here; if you mean a Hugging Face repository, name the file in "
+        f"it: “--{role} {place}:FILE”."
+    )
+
+
 def file_name(config: ModelConfig, role: str, source: Source, place: str | None = None) -> str:
-    """What a thing fetched from `source` is called in the weights folder."""
+    """The name in the weights folder of what is fetched from `source`."""
     if role == "llm":
         name = f"{config.name}-llm"
     elif source.tensors:
         name = f"{source.ref.rsplit('/', 1)[-1]}-{role}.safetensors"
     else:
-        name = (source.member or source.ref).rsplit("/", 1)[-1]
+        name = source.file_name
     if role == "projection":  # two tensors are kept of a training checkpoint
         name = f"{Path(name).stem}.safetensors"
-    if place:  # another than the model's own, which it must not be taken for
+    if place:  # not the model's own, which must not be mistaken for it
         mark = hashlib.sha256(place.encode()).hexdigest()[:8]
         name = f"{Path(name).stem}-{mark}{Path(name).suffix if role != 'llm' else ''}"
     return name

