@@ -42,7 +42,7 @@ class Conversation:
         """Append a user's message: its pictures, then its text."""
         text = text.strip()
         if not text and not pictures:
-            raise UserError("The message is empty: write a question.")
+            raise UserError("The message is empty: write a question.", message_id="empty_message")
         for picture in pictures:
             self.pictures[picture.key] = picture
         parts = tuple(ImageRef(p.key) for p in pictures) + ((text,) if text else ())

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TextIO
 
 Kind = Literal[
@@ -10,16 +11,32 @@ Kind = Literal[
 
 
 class UserError(Exception):
-    """A mistake a user can mend: one sentence that says what is wrong and what to do.
+    """A mistake that a user can correct: one sentence that says what is wrong and what to do.
 
-    `kind` says the same to programs: "request" (it must change), "too_long" (for the model's
-    context), and those of the engine, after which the same request may do later. "loading": there
-    is none yet.
+    kind: the same for programs. "request": the request must change; "too_long": it does not fit the
+    model's context; "loading": there is no engine yet; the others are the engine's own, after which
+    the same request may succeed.
+
+    message_id, values: the sentence's name and parameters, by which the page finds it in the
+    visitor's language. Without a message_id, `kind` is looked up; what is not found stays English.
     """
 
-    def __init__(self, sentence: str, kind: Kind = "request") -> None:
-        super().__init__(sentence)
+    def __init__(
+        self,
+        sentence: str,
+        kind: Kind = "request",
+        message_id: str = "",
+        values: Mapping[str, object] | None = None,
+    ) -> None:
+        # All of it goes into `args`, with which an exception is pickled.
+        super().__init__(sentence, kind, message_id, dict(values or {}))
+        self.sentence = sentence
         self.kind: Kind = kind
+        self.message_id = message_id or kind
+        self.values = dict(values or {})
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 class Report(Protocol):

@@ -24,7 +24,7 @@ from minigpt4.engine import Engine
 from minigpt4.model import image
 from minigpt4.start import default_sampling
 from minigpt4.web.guard import uploads
-from minigpt4.web.guard.events import MOST_UNREAD
+from minigpt4.web.guard.gradio_patches import MAX_UNREAD_EVENTS
 from minigpt4.web.guard.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
 from minigpt4.web.guard.uploads import CUT_SECONDS, KEPT_SECONDS, sweep
 from minigpt4.web.page import session as session_module
@@ -426,10 +426,10 @@ def test_another_sessions_conversation(address, events):
 def test_what_nobody_listens_to_has_an_end(address, events):
     """Each event leaves what it has to say with the server, until the page has read it."""
     statuses = [join(address, events["save_json"], [None], "deaf").status_code for _ in range(40)]
-    assert statuses == [200] * MOST_UNREAD + [429] * (40 - MOST_UNREAD)
+    assert statuses == [200] * MAX_UNREAD_EVENTS + [429] * (40 - MAX_UNREAD_EVENTS)
     assert (
         len([m for m in page_messages(address, "deaf") if m["msg"] == "process_completed"])
-        == MOST_UNREAD
+        == MAX_UNREAD_EVENTS
     )
     assert join(address, events["save_json"], [None], "deaf").status_code == 200
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from minigpt4.web.page import preview
+from minigpt4.web.page import render
 from minigpt4.web.page.transcript import FORMAT, VERSION
 from tests.fake_engine import ATTACKS
 from tests.page_case import WIDE, answers, ask, box, done, questions, say, wait_for
@@ -122,7 +122,7 @@ def test_no_frame_in_a_previewed_website_has_webrtc(visit):
     year = "<p>&copy; <script>document.write(2026, ' <b>me</b>')</script></p>"  # still works
     page.evaluate(
         "(frames) => document.body.insertAdjacentHTML('beforeend', frames)",
-        "".join(preview.frame(end + site, "A website") for site in [*NESTING, year]),
+        "".join(render.frame(end + site, "A website") for site in [*NESTING, year]),
     )
     count = len(NESTING) + 1
     wait_for(lambda: page.evaluate("told.filter((word) => word === 'end').length") == count)

@@ -89,10 +89,10 @@ def test_stop_and_continue(visit, engine):
 
 def test_an_answer_cut_at_its_length_goes_on(visit):
     page = visit(**WIDE)
-    page.get_by_label("number input for Longest answer").fill("20")
-    page.get_by_label("number input for Longest answer").press("Tab")
+    page.get_by_label("number input for Maximum length").fill("20")
+    page.get_by_label("number input for Maximum length").press("Tab")
     ask(page, "A long one, please.")
-    expect(status(page)).to_contain_text("stopped at the longest answer")
+    expect(status(page)).to_contain_text("stopped at the maximum length")
     page.get_by_role("button", name="Continue").click()
     expect(answers(page)).to_contain_text("word40")
     assert answers(page).inner_text().split() == [f"word{i}" for i in range(1, 41)]
@@ -231,7 +231,7 @@ def test_failures_and_notices_are_said_in_the_conversation(visit):
     page.get_by_role("button", name="Retry").click()
     expect(answers(page)).to_have_count(1)
     say(page, "Forget the first.")
-    expect(page.get_by_text("The oldest turn was left out.")).to_be_visible()
+    expect(page.get_by_text("and were left out")).to_be_visible()
     done(page)
 
 
@@ -361,3 +361,19 @@ def test_a_conversation_is_not_kept_for_ever(engine, browser):
     wait_for(lambda: any(isinstance(v, Session) for s in states for _, v, _ in s.state_components))
     visitors.check()
     page.close(verbose=False)
+
+
+def test_failures_come_in_the_visitors_language(visit, engine, tmp_path):
+    """Those of pictures, of the engine, and of a connection that breaks."""
+    page = visit(locale="de-DE")
+    wrong = tmp_path / "holiday.png"
+    wrong.write_text("This is no picture.")
+    page.locator("#box input[type=file]").set_input_files(wrong)
+    expect(page.get_by_text("holiday.png ist kein Bild in einem bekannten Format")).to_be_visible()
+    say(page, " ")
+    expect(page.get_by_text("Die Nachricht ist leer: Schreiben Sie eine Frage.")).to_be_visible()
+    page.context.set_offline(True)
+    say(page, "Hallo?")
+    expect(page.get_by_text("Die Verbindung zum Server ist abgebrochen.")).to_be_visible()
+    page.context.set_offline(False)
+    visit.expected("ERR_INTERNET_DISCONNECTED|Failed to fetch|NetworkError|network|errored out")

@@ -270,21 +270,21 @@ def test_chinese(visit):
         "对话记录",
         "温度",
         "重复惩罚",
-        "聊聊一张图片",
+        "和图片聊聊天",
         "看图做菜",
         "均衡",
     ):
         expect(page.get_by_text(text, exact=True).first).to_be_visible()
     expect(box(page)).to_have_attribute("placeholder", "就图片提问……")
     say(page, "你好")
-    expect(status(page)).to_contain_text("词元/秒")
+    expect(status(page)).to_contain_text("token/秒")
     # What Gradio names in English only, for screen readers.
-    for name in ("发送", "打开或关闭侧栏", "添加图片", "温度，数字", "复制消息"):
+    for name in ("发送", "打开或关闭侧边栏", "添加图片", "温度，数字", "复制消息"):
         expect(page.get_by_label(name, exact=True).first).to_be_attached()
     expect(page.get_by_role("group", name="您", exact=True)).to_contain_text("你好")
     expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
     german = visit(locale="de-DE")
-    expect(german.get_by_role("button", name="Neues Gespräch")).to_be_visible()
+    expect(german.get_by_role("button", name="Neuer Chat")).to_be_visible()
 
 
 def test_phone_in_the_dark(visit, photo, tmp_path):
@@ -376,7 +376,7 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         page = visitors(**WIDE)
         expect(status(page)).to_contain_text("Fetching nano-llm (93 MB)")
         say(page, "Hello?")
-        expect(page.get_by_text("still being loaded: ask again")).to_be_visible()
+        expect(page.get_by_text("still loading: ask again")).to_be_visible()
         expect(box(page)).to_have_value("Hello?")
         go_on.touch()
         expect(status(page)).to_contain_text("The model is ready.")

@@ -10,7 +10,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.data_url import data_url
 from minigpt4.model.image import Picture
-from minigpt4.web.page import preview, transcript
+from minigpt4.web.page import render, transcript
 
 
 @pytest.fixture
@@ -103,25 +103,25 @@ def test_markdown(conversation):
     ],
 )
 def test_websites_in_answers(answer, held):
-    assert preview.website(answer).strip() == held
+    assert render.website(answer).strip() == held
 
 
 def test_styles_and_scripts_beside_a_website_are_put_inside():
     answer = "```html\n<p>x\n```\n```css\np {}\n```\n```js\nlet a;\n```"
-    assert preview.website(answer) == (
+    assert render.website(answer) == (
         "<p>x\n<style>\np {}\n</style>\n<script>\nlet a;\n</script>\n"
     )
 
 
 def test_a_bare_document_is_shown_as_code():
-    shown = preview.fenced("Hi <html>x</html> bye")
+    shown = render.fenced("Hi <html>x</html> bye")
     assert shown == "Hi \n```html\n<html>x</html>\n```\n bye"
-    assert preview.fenced("a < b") == "a < b"
+    assert render.fenced("a < b") == "a < b"
 
 
 @pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")
 def test_a_frame_cannot_be_broken_out_of():
-    frame = preview.frame('"></iframe><script>alert(1)</script>', 'a"b')
+    frame = render.frame('"></iframe><script>alert(1)</script>', 'a"b')
     assert frame.count("<iframe") == 1 and frame.count("</iframe>") == 1
     assert "<script" not in frame and 'sandbox="allow-scripts"' in frame
     policy = frame.index("Content-Security-Policy")

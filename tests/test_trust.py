@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minigpt4.errors import UserError
 from minigpt4.web.api.schemas import ChatRequest, parse, read_json
-from minigpt4.web.page import preview, transcript
+from minigpt4.web.page import render, transcript
 from tools import trust_table
 
 ROOT = Path(__file__).parent.parent
@@ -84,8 +84,8 @@ def numbers(text: str) -> tuple[int, ...]:
 def test_no_answer_keeps_the_preview_busy(answer):
     """Looking for a website takes linear time, whatever a model or a file holds."""
     start = time.perf_counter()
-    preview.website(answer)
-    preview.fenced(answer)
+    render.website(answer)
+    render.fenced(answer)
     assert time.perf_counter() - start < 5
 
 

@@ -2,9 +2,13 @@
 
 import asyncio
 import json
+import pickle
 import re
+import threading
 import time
+from contextlib import aclosing
 from pathlib import Path
+from typing import get_args
 
 import gradio as gr
 import pytest
@@ -14,23 +18,32 @@ from playwright.sync_api import expect
 
 from minigpt4.conversation import ask as chat_ask
 from minigpt4.engine import Engine, Sampling
-from minigpt4.errors import UserError
+from minigpt4.engine.faults import KINDS, fault
+from minigpt4.errors import Kind, UserError
 from minigpt4.model import image
+from minigpt4.web.guard import decoding
+from minigpt4.web.guard.uploads import uploaded
+from minigpt4.web.page import render, transcript
 from minigpt4.web.page import session as session_module
-from minigpt4.web.page import transcript
-from minigpt4.web.page.files import Files
 from minigpt4.web.page.loading import Loading
-from minigpt4.web.page.session import Session
-from minigpt4.web.page.shown import literal, show, written
-from minigpt4.web.page.texts import TEXTS, say
-from minigpt4.web.page.turns import Turns, waiting
+from minigpt4.web.page.render import literal, show, unescape, waiting
+from minigpt4.web.page.session import Session, too_many_pictures
+from minigpt4.web.page.texts import PREFIX, TEXTS, explain, translate
+from minigpt4.web.page.turns import Turns
+from minigpt4.web.page.uploads import Uploads
 from tests.api_case import at_rest
 from tests.fake_engine import FakeAnswer, FakeEngine
 from tests.page_case import WIDE, Visitors, answers, attach, done, picture, served, status
 from tests.page_case import ask as page_ask
 from tests.parity_case import ParityCase
 
-SORRY = say("sorry", None)
+SORRY = translate("sorry", None)
+PICTURE_ERRORS = {  # file -> the error's name
+    "empty": "picture_empty",
+    "text": "not_a_picture",
+    "large": "picture_too_large",
+    "cut": "picture_damaged",
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +110,7 @@ def test_a_visitor_who_leaves_ends_the_answer(engine, monkeypatch):
 
     asyncio.run(leave())
     assert session.answer.stop_reason == "closed" and not session.busy
-    assert session.last and session.can_continue
+    assert session.last_answer and session.can_continue
 
 
 def test_a_question_that_cannot_be_asked_changes_nothing(engine, warnings):
@@ -122,17 +135,17 @@ def test_an_answer_goes_on_where_it_was_cut(engine):
         return session
 
     whole, cut = run(24), run(12)
-    assert whole.last.startswith(cut.last) and cut.can_continue
+    assert whole.last_answer.startswith(cut.last_answer) and cut.can_continue
     chosen = gr.SelectData(None, {"index": 0, "value": "continue"})
     answered(turns.option(cut, chosen, None, 12, 0.0, ""))
-    assert len(cut.last) > len(whole.last) / 2
+    assert len(cut.last_answer) > len(whole.last_answer) / 2
     assert [m.role for m in cut.conversation.messages] == ["user", "assistant"]
 
 
 def test_loading_is_said(warnings):
     loading = Loading(lambda report: report("Fetching everything …") or FakeEngine())
     answered(Turns(loading, []).ask({"text": "Hello?", "files": []}, Session(), None, ""))
-    assert "still being loaded" in warnings[0]
+    assert "still loading" in warnings[0]
     loading.start()
     assert isinstance(loading.wait(), FakeEngine) and loading.step == "Fetching everything …"
 
@@ -166,7 +179,7 @@ def test_remarks_are_shown_but_not_sent(monkeypatch):
     engine, session = FakeEngine(), Session()
     answered(ask(engine, session, "Forget!"))
     messages, places = show(session)
-    assert "left out" in messages[1]["content"] and places == [0, -1, 1]
+    assert "left out" in str(messages[1]["content"]) and places == [0, -1, 1]
     answered(ask(engine, session, "Hello?"))
     assert "left out" not in str(engine.asked[-1].messages)
     session.undo()
@@ -199,8 +212,81 @@ def test_a_conversation_that_is_left_before_its_answer_begins(monkeypatch):
     assert session.successor.predecessor is session
 
 
+def test_an_answer_that_is_cancelled_between_two_awaits_ends(monkeypatch):
+    """While the engine is asked, while pictures are scaled, while words come: it is closed."""
+    given = []
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        given.append(FakeAnswer(*arguments))
+        return given[-1]
+
+    def scale(conversation):
+        time.sleep(0.2)
+        return {}
+
+    monkeypatch.setattr(session_module, "ask", slow)
+    monkeypatch.setattr(session_module, "_shrunk", scale)
+
+    async def cancel(after: float) -> None:
+        session = Session()
+        run = session.run(FakeEngine(0.01), _asked("A long one, please."), Sampling())
+
+        async def read() -> None:
+            async with aclosing(run) as steps:
+                async for _ in steps:
+                    pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(after)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(1)  # a thread cannot be cancelled: it may only now have asked
+
+    for after in (0.1, 0.3, 0.6):
+        asyncio.run(cancel(after))
+        assert given.pop()._closed.is_set(), after
+
+
+def test_only_messages_that_changed_are_rendered(monkeypatch):
+    """A long conversation costs no more at each update than a short one."""
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    rendered, real = [], render.literal
+    monkeypatch.setattr(render, "literal", lambda text: rendered.append(text) or real(text))
+    engine, session = FakeEngine(), Session()
+    for number in range(3):
+        answered(ask(engine, session, f"Question {number}?"))
+    rendered.clear()
+    steps = answered(ask(engine, session, "A long one, please."))
+    assert len(steps) > 3
+    questions = [text for text in rendered if "word" not in text]
+    assert len([text for text in questions if text]) <= 1  # the new question, once
+    shown, _ = show(session)
+    assert len(shown) == 8 and shown[:6] == show(session)[0][:6]
+
+
+def test_the_event_loop_neither_reads_nor_writes_files(monkeypatch):
+    """Pictures are opened and thumbnails written in threads."""
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    threads = {}
+    for module, name in ((render, "save_pil_to_cache"), (session_module.decoding, "load")):
+        real = getattr(module, name)
+
+        def watched(*arguments, real=real, name=name):
+            threads.setdefault(name, set()).add(threading.current_thread())
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, watched)
+    path = str(picture(uploads_folder() / "watched.png", "#123456"))
+    turns, session = Turns(Loading.done(FakeEngine()), []), Session()
+    answered(turns.ask({"text": "What is this?", "files": [path]}, session, None, ""))
+    assert set(threads) == {"save_pil_to_cache", "load"}
+    assert threading.main_thread() not in set().union(*threads.values())
+
+
 def test_an_answer_that_nobody_has_any_more_ends(engine):
-    conversation = Session().asking("Hello?", [])
+    conversation = Session().with_question("Hello?", [])
     answer = chat_ask(engine, conversation, Sampling(max_new_tokens=400))
     stream = answer._stream
     del answer
@@ -211,10 +297,11 @@ def test_thin_strips_can_be_shown_and_kept():
     for size in ((5000, 1), (1, 1200)):
         session, path = Session(), uploads_folder() / f"{size[0]}.png"
         Image.new("RGB", size, "teal").save(path)
-        session.keep(session.asking("", [str(path)]))
+        session.replace_conversation(session.with_question("", [str(path)]))
+        render.make_thumbnails(session.conversation)
         shown, _ = show(session)
-        assert Path(shown[0]["content"]["path"]).is_file()
-        attached(files_of_a_page(), [str(path)], session)
+        assert Path(shown[0]["content"][0]["file"]["path"]).is_file()
+        attached(uploads_of_a_page(), [str(path)], session)
         (kept,) = session.uploads.values()
         assert sorted(kept.rgb.size) == [1, session_module.KEPT_SIDE]
 
@@ -231,12 +318,12 @@ def test_nothing_is_taken_back_from_under_an_answer(monkeypatch, warnings):
             pass
 
     asyncio.run(both())
-    assert session.last and "stop it first" in warnings[0]
+    assert session.last_answer and "stop it first" in warnings[0]
 
 
-def files_of_a_page() -> Files:
+def uploads_of_a_page() -> Uploads:
     loading = Loading.done(FakeEngine())
-    return Files(loading, Turns(loading, []))
+    return Uploads(loading)
 
 
 def uploads_folder() -> Path:
@@ -245,18 +332,18 @@ def uploads_folder() -> Path:
     return folder
 
 
-def attached(files: Files, paths: list[str], session: Session) -> tuple:
+def attached(uploads: Uploads, paths: list[str], session: Session) -> tuple:
     """The last that the page is told: files to be taken out of the box, status."""
-    *_, last = files.attach({"text": "", "files": paths}, session, None)
+    *_, last = uploads.attach({"text": "", "files": paths}, session, None)
     return last
 
 
 def test_pictures_taken_out_of_the_box_are_given_back(warnings):
     folder = uploads_folder()
     paths = [str(picture(folder / f"{n}.png", f"#0000{n:02x}")) for n in range(20)]
-    files, session = files_of_a_page(), Session()
+    files, session = uploads_of_a_page(), Session()
     attached(files, paths[:2], session)
-    assert attached(files, paths[1:3], session) == ([], say("looked", None))
+    assert attached(files, paths[1:3], session) == ([], translate("looked", None))
     assert [*session.uploads] == paths[1:3]
     refused, _ = attached(files, paths, session)
     assert refused == paths[16:] and "at most 16" in warnings[0]
@@ -271,7 +358,7 @@ def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
     def encode(seeing) -> None:
         seen.append((seeing.rgb.size, image.held.pixels - before))
 
-    files, session, paths = files_of_a_page(), Session(), []
+    files, session, paths = uploads_of_a_page(), Session(), []
     monkeypatch.setattr(files._loading.engine, "encode", encode)
     for number in range(4):
         paths.append(str(uploads_folder() / f"large-{number}.png"))
@@ -293,11 +380,11 @@ def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
 
 
 def test_an_opened_conversation_keeps_its_system_prompt():
-    conversation = Session().asking("Hello?", [])
+    conversation = Session().with_question("Hello?", [])
     conversation.system = "Answer in French."
     path = uploads_folder() / "kept.json"
     path.write_text(json.dumps(transcript.to_data(conversation, 64)))
-    session, *_, system = files_of_a_page().open(str(path), Session(), None)
+    session, *_, system = uploads_of_a_page().open(str(path), Session(), None)
     assert system["value"] == "Answer in French."
     assert session.name  # what becomes of it has an entry of its own in the browser's list
 
@@ -305,7 +392,7 @@ def test_an_opened_conversation_keeps_its_system_prompt():
 def test_text_is_shown_as_it_was_written():
     text = "a <b> ![x](http://y) `<b>` <b>\n```html\n<b>"
     assert literal(text) == ("a &#0060;b> !&#0091;x](http://y) `<b>` &#0060;b>\n```html\n<b>")
-    assert written(literal(text)) == text
+    assert unescape(literal(text)) == text
 
 
 def test_beams_say_that_they_take_their_time():
@@ -315,24 +402,86 @@ def test_beams_say_that_they_take_their_time():
 
 
 def _asked(text: str):
-    return Session().asking(text, [])
+    return Session().with_question(text, [])
 
 
 def test_every_language_says_everything():
-    english = TEXTS["en"]
+    english, german = TEXTS["en"], TEXTS["de"]
     assert set(TEXTS) >= {"en", "de", "es", "zh"}
+    assert {key for key in german if key not in english} == {
+        key for key in german if key.startswith("page_error_") and key not in english
+    }
     for name, texts in TEXTS.items():
-        assert set(texts) == set(english), name
+        assert set(texts) == set(english if name == "en" else german), name
         for key, text in texts.items():
-            fields = re.findall(r"{\w+}", english[key])
+            fields = re.findall(r"{\w+}", german[key])
             assert sorted(re.findall(r"{\w+}", text)) == sorted(fields), (name, key)
             assert text.strip(), (name, key)
+
+
+def chinese():
+    return type("Request", (), {"headers": {"accept-language": "zh-CN,en;q=0.5"}})()
+
+
+def raised(act) -> UserError:
+    with pytest.raises(UserError) as info:
+        act()
+    return info.value
+
+
+def test_errors_come_in_the_visitors_language(engine, tmp_path, monkeypatch):
+    """Errors that a visitor can cause, raised where they arise, pictures' in their own process."""
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (9000, 9000)).save(tmp_path / "large.png")
+    picture(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
+    session, opened = Session(), Session(Session().with_question("Hello?", []))
+    errors = [raised(lambda n=n: decoding.load(tmp_path / f"{n}.png")) for n in PICTURE_ERRORS]
+    assert [e.message_id for e in errors] == [*PICTURE_ERRORS.values()]
+    errors += [
+        raised(lambda: session.with_question(" ", [])),
+        raised(session.to_retry),
+        raised(lambda: opened.with_edit(1, "Hello!")),
+        raised(lambda: transcript.from_data({})),
+        raised(lambda: uploaded("/etc/passwd")),
+        raised(lambda: chat_ask(engine, _asked("word " * 5000), Sampling())),
+        too_many_pictures(),
+        *map(fault, KINDS),
+    ]
+    for error in errors:
+        said = explain(error, chinese())
+        assert re.search("[\u4e00-\u9fff]", said) and "{" not in said, error
+        assert explain(error, None) == str(error)
+    assert "large.png" in explain(errors[2], chinese()) and "40" in explain(errors[2], chinese())
+    assert explain(UserError("Nobody has translated this."), chinese()).startswith("Nobody")
+
+
+def test_every_translated_error_is_raised_somewhere():
+    """No key of the texts is left over, and no error's name is misspelt."""
+    source = "".join(p.read_text() for p in Path(session_module.__file__).parents[2].rglob("*.py"))
+    shown_by_scripts = {key for key in TEXTS["en"] if key.startswith(f"{PREFIX}error_")}
+    named = set(re.findall(r'message_id="(\w+)"|_full", "(pictures_\w+)"', source))
+    named = {a or b for a, b in named} | {"pictures_memory"} | {*get_args(Kind)} - {"request"}
+    translated = {k for k in TEXTS["de"] if k.startswith(f"{PREFIX}error_")} - shown_by_scripts
+    assert {f"{PREFIX}error_{name}" for name in named} == translated
+
+
+def test_an_error_keeps_its_kind_and_parameters_when_it_is_pickled():
+    error = UserError("a.png is empty.", "memory", "picture_empty", {"name": "a.png"})
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.kind, again.message_id, again.values) == (
+        "a.png is empty.",
+        "memory",
+        "picture_empty",
+        {"name": "a.png"},
+    )
 
 
 def test_the_first_language_that_is_spoken_counts():
     def asks(header: str) -> str:
         request = type("Request", (), {"headers": {"accept-language": header}})()
-        return say("delete", request)
+        return translate("delete", request)
 
     assert asks("fr-FR,zh-CN;q=0.9,en;q=0.8") == "删除"
     assert asks("pt") == asks("") == "Delete"
@@ -352,8 +501,8 @@ def test_nano_answers_through_the_page(browser, tmp_path):
         visitors = Visitors(browser, address)
         page = visitors(**WIDE)
         expect(status(page)).to_contain_text("The model is ready.")
-        page.get_by_label("number input for Longest answer").fill("20")
-        page.get_by_label("number input for Longest answer").press("Tab")
+        page.get_by_label("number input for Maximum length").fill("20")
+        page.get_by_label("number input for Maximum length").press("Tab")
         page.get_by_label("precise").click()
         attach(page, picture(tmp_path / "meadow.png"))
         page_ask(page, "Describe this image briefly.")

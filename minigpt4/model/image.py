@@ -97,6 +97,7 @@ class _Held:
                     "Too many large pictures are in use at the moment: scale this one down, or "
                     "try again in a minute.",
                     "memory",
+                    "pictures_memory",
                 )
             self.pixels += pixels
 
@@ -192,7 +193,7 @@ def _file_errors(name: str) -> Iterator[None]:
 def _turn() -> Iterator[None]:
     """One of the places for decoding; UserError where none is free for too long."""
     if not _decoding.acquire(timeout=DECODING_WAIT):
-        raise UserError(BUSY, "queue_full")
+        raise UserError(BUSY, "queue_full", "pictures_busy")
     try:
         yield
     finally:
@@ -203,7 +204,11 @@ def _decode(file: BinaryIO, name: str) -> Picture:
     head = file.read(1024)
     file.seek(0)
     if not head:
-        raise UserError(f"{name} is empty: save or download the picture again.")
+        raise UserError(
+            f"{name} is empty: save or download the picture again.",
+            message_id="picture_empty",
+            values={"name": name},
+        )
     taken = 0
     try:
         with _turn():
@@ -228,14 +233,26 @@ def _decode(file: BinaryIO, name: str) -> Picture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{MAX_PIXELS / 1e6:g} megapixels"
-        raise UserError(f"{name} has more than {limit}: scale it down and try again.") from None
+        raise UserError(
+            f"{name} has more than {limit}: scale it down and try again.",
+            message_id="picture_too_large",
+            values={"name": name, "megapixels": f"{MAX_PIXELS / 1e6:g}"},
+        ) from None
     except Image.UnidentifiedImageError:
         kinds = (kind for pattern, kind in _OTHER_KINDS.items() if re.match(pattern, head))
         kind = next(kinds, "damaged, or not a picture of a known format")
-        raise UserError(f"{name} is {kind}: save it as {READABLE}.") from None
+        raise UserError(
+            f"{name} is {kind}: save it as {READABLE}.",
+            message_id="not_a_picture",
+            values={"name": name},
+        ) from None
     except Exception:  # damaged files make the libraries raise nearly anything
         advice = "save it anew as JPEG or PNG"
-        raise UserError(f"{name} is damaged, cut short or too unusual: {advice}.") from None
+        raise UserError(
+            f"{name} is damaged, cut short or too unusual: {advice}.",
+            message_id="picture_damaged",
+            values={"name": name},
+        ) from None
     finally:
         held.give_back(taken)
 

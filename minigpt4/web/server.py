@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import gradio as gr
-from gradio import processing_utils
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -21,14 +20,12 @@ from minigpt4.errors import UserError
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.reply import AnyEngine, ChatService
 from minigpt4.web.api.routes import endpoints
+from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.guard.limits import Limits
 from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
 
-# Seconds that an idle connection stays open: longer than a proxy keeps it (nginx: 60), or a request
-# sent while the server closes the connection is reset. Uvicorn's default is 5.
-KEEP_ALIVE = 75
 FLUSH_SECONDS = 0.5  # for the last of the answers to reach the page
 
 log = logging.getLogger(__name__)
@@ -40,6 +37,8 @@ def start_server(page: gr.Blocks, options: argparse.Namespace, **settings: Any) 
     settings: further ones of `Blocks.launch`. UserError where options.host and options.port cannot
     be used.
     """
+    gradio_patches.apply()
+    gradio_patches.tune_queue(page)
     try:
         _, address, _ = page.launch(
             server_name=options.host,
@@ -57,8 +56,7 @@ def start_server(page: gr.Blocks, options: argparse.Namespace, **settings: Any) 
             f"Port {options.port} of {options.host} is in use or not available: choose another "
             "with --port or --host."
         ) from None
-    # Gradio has no option for it; connections read it when they are made.
-    page.server.config.timeout_keep_alive = KEEP_ALIVE
+    gradio_patches.tune_server(page)
     return address.rstrip("/")
 
 
@@ -78,9 +76,6 @@ class Server:
     ) -> None:
         self._find_engine, self._options = find_engine, options
         self._auth = _user_and_password(options.auth)
-        # Gradio would download whatever public address a client names as an uploaded file, of any
-        # size; it has no option against that.
-        processing_utils.async_ssrf_protected_get = _fetch_nothing
         self._max_bytes = options.max_upload_mb * 2**20
         image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
         self.chat_service = ChatService(find_engine, image_urls)
@@ -138,10 +133,6 @@ async def _no_such_event(request: Request, error: KeyError) -> Response:
     if request.url.path.endswith(("/queue/join", "/run/predict")):
         return PlainTextResponse("The page has no such event: reload it.\n", 404)
     raise error
-
-
-async def _fetch_nothing(url: str) -> NoReturn:
-    raise gr.Error("Send the picture's file, not its address.", print_exception=False)
 
 
 class _Terminated(BaseException):

@@ -49,7 +49,7 @@ class Decoders:
         try:
             decoder = self._free.get(timeout=image.DECODING_WAIT)
         except queue.Empty:
-            raise UserError(image.BUSY, "queue_full") from None
+            raise UserError(image.BUSY, "queue_full", "pictures_busy") from None
         try:
             return decoder.load(source)
         finally:
@@ -75,10 +75,10 @@ class _Decoder:
             reply = self._ask(source)
         except MemoryError:
             self._end()
-            raise UserError(_NO_MEMORY, "memory") from None
+            raise UserError(_NO_MEMORY, "memory", "pictures_memory") from None
         except (OSError, EOFError, ValueError, LookupError, TypeError):
             self._end()
-            raise UserError(_HOPELESS) from None
+            raise UserError(_HOPELESS, message_id="picture_hopeless") from None
         except BaseException:  # Ctrl-C, say
             self._end()  # its pipes may hold half a picture
             raise
@@ -157,7 +157,7 @@ def _picture(width: int, height: int, pixels: bytes, key: str) -> Picture:
         return image.hold(Image.frombytes("RGB", (width, height), pixels), key)
     except MemoryError:
         image.held.give_back(width * height)
-        raise UserError(_NO_MEMORY, "memory") from None
+        raise UserError(_NO_MEMORY, "memory", "pictures_memory") from None
     except BaseException:
         image.held.give_back(width * height)
         raise
@@ -181,7 +181,7 @@ def serve() -> None:
         try:
             picture = image.load(source)
         except UserError as error:
-            _reply({"error": [str(error), error.kind]})
+            _reply({"error": error.args})
         else:
             _reply({"size": picture.rgb.size, "key": picture.key}, picture.rgb.tobytes())
             del picture

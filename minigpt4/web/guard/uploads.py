@@ -35,7 +35,7 @@ def uploaded(path: object) -> str:
             file = Path(path).resolve()
             if file.is_relative_to(folder) and file.is_file():
                 return path
-    raise UserError("This file was not uploaded here: upload it again.")
+    raise UserError("This file was not uploaded here: upload it again.", message_id="not_uploaded")
 
 
 def sweep(folder: Path, kept: Collection[str] = ()) -> None:

@@ -11,20 +11,20 @@ import gradio as gr
 
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import ImageRef
-from minigpt4.web.page import shown
+from minigpt4.web.page import render
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Session
-from minigpt4.web.page.texts import label, say
+from minigpt4.web.page.texts import label, translate
 
 
 @dataclass
 class Rating:
-    """What one visitor thought of one answer. A reason given later is another line of the same
-    id, and stands instead of the first."""
+    """What a visitor thinks of an answer. A reason given later is another line with the same id,
+    which replaces the first."""
 
     liked: bool
     model: str
-    messages: list[dict]  # up to the answer; pictures by the hash of their content alone
+    messages: list[dict]  # up to the answer; pictures only by the hash of their content
     reason: str = ""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -54,18 +54,18 @@ class Feedback:
             self._path.open("a").close()
         except OSError:
             raise UserError(
-                f"Feedback cannot be written into {folder}: name a folder that may be written to."
+                f"Cannot write feedback to {folder}: choose a folder that is writable."
             ) from None
 
     def store(self, rating: Rating) -> None:
-        """Write one line."""
+        """Append one line."""
         line = json.dumps(asdict(rating), ensure_ascii=False)
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 class Ratings:
-    """The row that asks for a reason, rendered where this is made, and its handlers."""
+    """The row that asks for a reason, rendered where this is constructed, and its handlers."""
 
     def __init__(self, loading: Loading, feedback: Feedback) -> None:
         self._loading = loading
@@ -88,11 +88,15 @@ class Ratings:
         self._reason.submit(self.explain, [self._rating, self._reason], outputs, **event)
 
     def like(self, session: Session, liked: gr.LikeData) -> tuple:
-        """Store a like or a dislike, and ask why."""
-        _, places = shown.show(session)
+        """Store a like or a dislike and ask for a reason."""
+        _, places = render.show(session)
         index = liked.index
         place = places[index] if isinstance(index, int) and 0 <= index < len(places) else -1
-        if not isinstance(liked.liked, bool) or not session.said(place) or not self._loading.engine:
+        if (
+            not isinstance(liked.liked, bool)
+            or not session.answer_at(place)
+            or not self._loading.engine
+        ):
             return None, gr.update(visible=False), ""
         rating = rate(session, place, liked.liked, self._loading.engine.model.config.name)
         self._feedback.store(rating)
@@ -102,5 +106,5 @@ class Ratings:
         """Store the reason."""
         if rating is not None and reason.strip():
             self._feedback.store(replace(rating, reason=reason.strip()))
-            gr.Info(say("thanks", request), title="", duration=4)
+            gr.Info(translate("thanks", request), title="", duration=4)
         return None, gr.update(visible=False), ""

@@ -1,4 +1,4 @@
-"""The engine, and how far it is from being there: the page opens before the model is loaded."""
+"""The engine and the progress of loading it: the page opens before the model is loaded."""
 
 import threading
 import time
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Loading:
     """Loads an engine in a thread of its own.
 
-    engine: None until it is there; step: what is being done, in one line; error: why it will
-    never be there.
+    engine: None until it is loaded; step: what is being done, in one line; error: why loading
+    failed, None unless it did.
     """
 
     def __init__(self, load: Callable[[Callable[[str], None]], "Engine"]) -> None:
@@ -28,22 +28,22 @@ class Loading:
 
     @classmethod
     def done(cls, engine: "Engine") -> "Loading":
-        """For an engine that is there already."""
+        """For an engine that is loaded already."""
         loading = cls(lambda report: engine)
         loading.engine = engine
         return loading
 
     @property
     def seconds(self) -> int:
-        """How long it has been loading."""
+        """Time since loading began."""
         return int(time.monotonic() - self._begun)
 
     def start(self) -> None:
-        """Begin; returns at once."""
+        """Begin loading and return at once."""
         self._thread.start()
 
     def wait(self) -> "Engine":
-        """The engine, once it is there. Raises what kept it from coming."""
+        """The engine, once it is loaded. Raises the error that loading failed with."""
         self._thread.join()
         if self.error is not None:
             raise self.error

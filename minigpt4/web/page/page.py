@@ -1,34 +1,32 @@
-"""The chat page: its parts, and which of them calls what. The handlers are in the files beside."""
+"""The chat page: its layout, and which event calls which handler. The handlers are beside this."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-from gradio.events import Events
+from gradio.events import Dependency, Events
 
 from minigpt4.web.api.gradio_chat import add_chat_endpoint
-from minigpt4.web.guard import uploads
-from minigpt4.web.guard.events import guard
-from minigpt4.web.page import controls, texts
+from minigpt4.web.guard.uploads import KEPT_SECONDS
+from minigpt4.web.page import panel, render, texts
 from minigpt4.web.page.examples import FOLDER, examples
 from minigpt4.web.page.feedback import Feedback, Ratings
-from minigpt4.web.page.files import Files
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.panel import Panel
 from minigpt4.web.page.session import Session
-from minigpt4.web.page.shown import ASSETS
-from minigpt4.web.page.texts import label, say
+from minigpt4.web.page.texts import label, translate
 from minigpt4.web.page.turns import Turns
+from minigpt4.web.page.uploads import Uploads
 from minigpt4.web.server import Server, start_server
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine
 
 FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]  # those some systems do not know
-MOST_VISITORS = 500  # whose conversations are kept; who was quiet the longest goes first
-MOST_EVENTS = 500  # of all visitors' pages that may wait to begin
-OTHER_EVENTS = 40  # at once, beside the answers: New chat, pictures that are read, pages that load
-# Whatever an answer holds, the browser fetches nothing from elsewhere, and no frame leads anywhere.
+MAX_VISITORS = 500  # whose conversations are kept; the one idle the longest goes first
+MAX_EVENTS = 500  # of all visitors' pages that may wait to begin
+OTHER_EVENTS = 40  # at once, besides the answers: New chat, pictures being read, pages loading
+# Whatever an answer holds, the browser fetches nothing from elsewhere, and no frame navigates.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'none'; "
     "object-src 'none'; form-action 'self'"
@@ -37,48 +35,77 @@ LOOK = {  # for Blocks.launch, or gr.mount_gradio_app
     "theme": gr.themes.Default(
         primary_hue="teal", font=["sans-serif"], font_mono=["ui-monospace", "monospace"]
     ),
-    # The style stands here, not in `css`: Gradio would prefix its selectors, `body` among them.
+    # The style is here, not in `css`: Gradio would prefix its selectors, `body` among them.
     "head": f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-    f"<style>\n{(ASSETS / 'page.css').read_text(encoding='utf-8')}</style>\n"
+    f"<style>\n{(render.ASSETS / 'page.css').read_text(encoding='utf-8')}</style>\n"
     + "".join(
-        f"<script>\n{(ASSETS / name).read_text(encoding='utf-8')}</script>\n"
+        f"<script>\n{(render.ASSETS / name).read_text(encoding='utf-8')}</script>\n"
         for name in ("names.js", "page.js")
     ),
     "i18n": texts.I18N,
     "allowed_paths": [str(FOLDER)],  # from whichever folder the program is started
 }
 NAME = "<h1>MiniGPT-4</h1><small>${value}</small>"
-# A status line that screen readers read out.
+# Screen readers read this line out when it changes.
 LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
 # The box without the files that were refused.
-WITHOUT = (
+WITHOUT_REFUSED = (
     "(refused, box) => refused?.length ? {...box, files: box.files.filter((file) => "
     "!refused.includes(file.path))} : {__type__: 'update'}"
 )
-WIDE = "() => ({__type__: 'update', open: innerWidth >= 1100})"
-
-
-async def renew(session: Session) -> Session:
-    """Gradio keeps a state for so long after it was last put out; without that, for ever."""
-    return session.latest
+OPEN_IF_WIDE = "() => ({__type__: 'update', open: innerWidth >= 1100})"
+# Of each event. Questions wait in the engine's own queue, which knows their places, not here.
+EVENT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
 
 def build_page(
     source: "Engine | Loading", feedback: Feedback | None = None, server: Server | None = None
 ) -> gr.Blocks:
-    """The page of an engine, there already or still being loaded; `serve` serves it.
+    """The page of an engine that is loaded, or still loading; `serve` serves it.
 
     With a server for programs, the page has the endpoint /chat as well.
     """
     loading = source if isinstance(source, Loading) else Loading.done(source)
-    # Questions wait in the engine's own queue, which knows their places, not in Gradio's.
-    event = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
     with gr.Blocks(title="MiniGPT-4", fill_height=True, analytics_enabled=False) as page:
-        session = gr.State(Session(), time_to_live=uploads.KEPT_SECONDS)
+        ChatPage(page, loading, feedback)
+        if server is not None:
+            add_chat_endpoint(server.chat_service)
+    page.temp_file_sets.append(render.thumbnail_files)  # deleted when the server ends
+    return page
+
+
+class ChatPage:
+    """The parts of the page, rendered in the Blocks that are open, and their events."""
+
+    def __init__(self, page: gr.Blocks, loading: Loading, feedback: Feedback | None) -> None:
+        self._page, self._loading = page, loading
+        self._known_when_built = loading.engine is not None
+        self._session = gr.State(Session(), time_to_live=KEPT_SECONDS)
+        self._build_head()
+        self._build_chat(feedback is not None)
+        ratings = Ratings(loading, feedback) if feedback else None
+        self._build_status()
+        self._build_box()
+        with gr.Sidebar(open=False, position="right", width="24rem", elem_id="panel") as sidebar:
+            self._panel = Panel(loading)
+        self._sidebar = sidebar
+
+        self._wire_turns()
+        uploads = Uploads(loading)
+        self._wire_pictures(uploads)
+        self._wire_conversations(uploads)
+        self._panel.wire(sidebar, self._chatbot, self._session, EVENT)
+        if ratings:
+            ratings.wire(self._chatbot, self._session, EVENT)
+        self._wire_start()
+
+    def _build_head(self) -> None:
         with gr.Row(elem_id="head"):
-            name = gr.HTML(controls.short(loading), html_template=NAME)
-            fresh = gr.Button(label("new_chat"), size="sm", scale=0, min_width=96)
-        chatbot = gr.Chatbot(
+            self._name = gr.HTML(panel.summary(self._loading), html_template=NAME)
+            self._new_chat = gr.Button(label("new_chat"), size="sm", scale=0, min_width=96)
+
+    def _build_chat(self, rated: bool) -> None:
+        self._chatbot = gr.Chatbot(
             elem_id="chat",
             scale=1,
             show_label=False,
@@ -88,26 +115,28 @@ def build_page(
             buttons=["copy"],
             editable="user",
             allow_file_downloads=False,
-            feedback_options=("Like", "Dislike") if feedback else None,
+            feedback_options=("Like", "Dislike") if rated else None,
             group_consecutive_messages=False,
         )
-        if feedback:
-            ratings = Ratings(loading, feedback)
+
+    def _build_status(self) -> None:
         with gr.Row(elem_id="under"):
-            status = gr.HTML("", elem_id="status", js_on_load=LIVE)
-            camera_button = gr.Button(label("camera"), size="sm", scale=0, min_width=72)
-        refused = gr.JSON(visible=False)  # files
-        camera_open = gr.State(False)
-        camera = gr.Image(
+            self._status = gr.HTML("", elem_id="status", js_on_load=LIVE)
+            self._camera_button = gr.Button(label("camera"), size="sm", scale=0, min_width=72)
+        self._refused = gr.JSON(visible=False)  # paths of files
+        self._camera_open = gr.State(False)
+        self._camera = gr.Image(
             sources=["webcam"],
             type="filepath",
             label=label("take_picture"),
-            visible="hidden",  # made anew each time, Gradio's camera loses pictures
+            visible="hidden",  # created again each time, Gradio's camera loses pictures
             elem_id="camera",
             height=320,
             webcam_options=gr.WebcamOptions(mirror=False),
         )
-        box = gr.MultimodalTextbox(
+
+    def _build_box(self) -> None:
+        self._box = gr.MultimodalTextbox(
             elem_id="box",
             show_label=False,
             label=label("message"),
@@ -117,96 +146,103 @@ def build_page(
             max_plain_text_length=100_000,
             autofocus=True,
         )
-        with gr.Sidebar(open=False, position="right", width="24rem", elem_id="panel") as sidebar:
-            panel = Panel(loading)
 
-        turns = Turns(loading, [name for name in panel.settings if name != "system"])
-        files = Files(loading, turns)
-        given = list(panel.settings.values())
-        answered = [chatbot, box, status]
-        replaced = [session, *answered]
-        answering = [
-            box.submit(turns.ask, [box, session, *given], answered, **event),
-            chatbot.retry(turns.retry, [session, *given], answered, **event),
-            chatbot.edit(turns.edit, [session, *given], answered, **event),
-            chatbot.option_select(turns.option, [session, *given], answered, **event),
+    def _wire_turns(self) -> None:
+        names = [name for name in self._panel.settings if name != "system"]
+        turns = Turns(self._loading, names)
+        session, box, chatbot = self._session, self._box, self._chatbot
+        settings = list(self._panel.settings.values())
+        shown = [chatbot, box, self._status]
+        events = [
+            box.submit(turns.ask, [box, session, *settings], shown, **EVENT),
+            chatbot.retry(turns.retry, [session, *settings], shown, **EVENT),
+            chatbot.edit(turns.edit, [session, *settings], shown, **EVENT),
+            chatbot.option_select(turns.option, [session, *settings], shown, **EVENT),
         ]
-        box.stop(turns.stop, session, None, queue=False, **event)  # stands behind nobody
-        undoing = chatbot.undo(turns.undo, session, answered, **event)
-        for said in (*answering, undoing):
-            said.then(panel.record, session, panel.keeper, **event)
-            said.then(renew, session, session, **event)
-        page.load(renew, session, session, **event)
+        box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
+        events.append(chatbot.undo(turns.undo, session, shown, **EVENT))
+        for event in events:
+            event.then(self._panel.record, session, self._panel.keeper, **EVENT)
+            event.then(renew, session, session, **EVENT)
 
+    def _wire_pictures(self, uploads: Uploads) -> None:
+        box, session = self._box, self._session
         attaching = Events.upload.listener(
             box,
-            files.attach,
+            uploads.attach,
             [box, session],
-            [refused, status],
+            [self._refused, self._status],
             trigger_mode="always_last",
-            **event,
+            **EVENT,
         )
-        attaching.then(None, [refused, box], box, js=WITHOUT)
-        chatbot.example_select(files.fill, [box, session], [box, status], **event)
-        camera_button.click(files.show_camera, camera_open, [camera_open, camera], **event)
-        camera.change(
-            files.photograph, [camera, box, session], [box, camera_open, camera, status], **event
+        attaching.then(None, [self._refused, box], box, js=WITHOUT_REFUSED)
+        self._chatbot.example_select(uploads.fill, [box, session], [box, self._status], **EVENT)
+        camera = [self._camera_open, self._camera]
+        self._camera_button.click(uploads.show_camera, self._camera_open, camera, **EVENT)
+        self._camera.change(
+            uploads.photograph, [self._camera, box, session], [box, *camera, self._status], **EVENT
         )
 
-        opened = [*replaced, panel.settings["system"]]
-        for left in (
-            fresh.click(files.new_chat, session, replaced, **event),
-            panel.recent.select(files.reopen, session, opened, **event),
-            panel.upload.upload(files.open, [panel.upload, session], opened, **event),
-        ):
-            left.then(panel.clear_website, None, panel.site, **event)
-            left.then(panel.record_left, session, panel.keeper, **event)
-        panel.wire(sidebar, chatbot, session, event)
-        if feedback:
-            ratings.wire(chatbot, session, event)
+    def _wire_conversations(self, uploads: Uploads) -> None:
+        """What shows another conversation: New chat, the browser's list, a downloaded file."""
+        session, side = self._session, self._panel
+        replaced = [session, self._chatbot, self._box, self._status]
+        opened = [*replaced, side.settings["system"]]
+        events: tuple[Dependency, ...] = (
+            self._new_chat.click(uploads.new_chat, session, replaced, **EVENT),
+            side.recent.select(uploads.reopen, session, opened, **EVENT),
+            side.upload.upload(uploads.open, [side.upload, session], opened, **EVENT),
+        )
+        for event in events:
+            event.then(side.clear_website, None, side.site, **EVENT)
+            event.then(side.record_left, session, side.keeper, **EVENT)
 
-        greeted = [name, panel.model, *(panel.settings[s] for s in controls.SLIDERS)]
-        known_when_built = loading.engine is not None
-
-        def greet(request: gr.Request) -> list:
-            """What was not known, or not in the visitor's language, when the page was built."""
-            return [
-                gr.Chatbot(examples=examples(request)),
-                gr.Radio(choices=controls.preset_choices(request)),
-                *known(request),
-            ]
-
-        def known(request: gr.Request) -> list:
-            values = list(controls.sampling_values(loading.engine).values())
-            if known_when_built:  # a visitor may have moved them already
-                values = [gr.skip()] * len(values)
-            return [controls.short(loading), controls.describe(loading, request), *values]
-
-        def look(request: gr.Request) -> list:
-            """How far the model is."""
-            if loading.engine is not None:
-                return [say("ready", request), gr.Timer(active=False), *known(request)]
-            if loading.error is not None:
-                return [str(loading.error), gr.Timer(active=False)] + [gr.skip()] * len(greeted)
-            line = say("loading", request, step=loading.step, seconds=loading.seconds)
-            return [line, gr.skip()] + [gr.skip()] * len(greeted)
-
-        page.load(greet, None, [chatbot, panel.preset, *greeted], **event)
-        page.load(None, None, sidebar, js=WIDE)
-        if loading.engine is None:
+    def _wire_start(self) -> None:
+        side = self._panel
+        model = [self._name, side.model, *(side.settings[name] for name in panel.SLIDERS)]
+        self._page.load(renew, self._session, self._session, **EVENT)
+        self._page.load(self.greet, None, [self._chatbot, side.preset, *model], **EVENT)
+        self._page.load(None, None, self._sidebar, js=OPEN_IF_WIDE)
+        if self._loading.engine is None:
             timer = gr.Timer(0.5)
-            timer.tick(look, None, [status, timer, *greeted], **event)
-        if server is not None:
-            add_chat_endpoint(server.chat_service)
-    return page
+            timer.tick(self.show_progress, None, [self._status, timer, *model], **EVENT)
+
+    def greet(self, request: gr.Request) -> list:
+        """What was not known, or not in the visitor's language, when the page was built."""
+        return [
+            gr.Chatbot(examples=examples(request)),
+            gr.Radio(choices=panel.preset_choices(request)),
+            *self._describe_model(request),
+        ]
+
+    def show_progress(self, request: gr.Request) -> list:
+        """The state of loading; the last call stops the timer."""
+        loading = self._loading
+        unchanged = [gr.skip()] * (2 + len(panel.SLIDERS))
+        if loading.engine is not None:
+            ready = translate("ready", request)
+            return [ready, gr.Timer(active=False), *self._describe_model(request)]
+        if loading.error is not None:
+            return [str(loading.error), gr.Timer(active=False), *unchanged]
+        line = translate("loading", request, step=loading.step, seconds=loading.seconds)
+        return [line, gr.skip(), *unchanged]
+
+    def _describe_model(self, request: gr.Request) -> list[Any]:
+        values: list[Any] = list(panel.sampling_values(self._loading.engine).values())
+        if self._known_when_built:  # a visitor may have moved them already
+            values = [gr.skip()] * len(values)
+        return [panel.summary(self._loading), panel.describe(self._loading, request), *values]
+
+
+async def renew(session: Session) -> Session:
+    """Gradio keeps a state for a time after it was last an output; without that, for ever."""
+    return session.latest
 
 
 def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
-    """Start the server in the background, endpoints for programs included; its address here."""
-    page.queue(api_open=False, max_size=MOST_EVENTS, default_concurrency_limit=None)
-    guard(page._queue)
-    page._queue.ANALYTICS_MAX_EVENTS = 1  # Gradio makes a table of all that it keeps after each
-    # An answer is one of Gradio's jobs from its place in the engine's queue on to its end.
+    """Start the server in the background, endpoints for programs included; returns its address."""
+    page.queue(api_open=False, max_size=MAX_EVENTS, default_concurrency_limit=None)
+    # An answer occupies one of Gradio's threads from its place in the engine's queue to its end.
     machines = (options.llm_url or "").count(",") + 1
     answers = options.max_running * machines + options.max_queue
     return start_server(
@@ -216,14 +252,14 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
         max_threads=answers + OTHER_EVENTS,
         max_file_size=options.max_upload_mb * 2**20,
         run_history=False,
-        state_session_capacity=MOST_VISITORS,
+        state_session_capacity=MAX_VISITORS,
         **LOOK,
         **(server.launching if server else {}),
     )
 
 
 def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, server: Server) -> None:
-    """Serve until the program is told to end. Raises what keeps the model from loading."""
+    """Serve until the program is told to end. Raises the error that loading failed with."""
     with server.until_terminated(page):
         print(f"Open {serve(page, options, server)}", flush=True)
         loading.start()

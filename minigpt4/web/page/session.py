@@ -1,4 +1,4 @@
-"""One visitor's conversation: how it is asked, asked again, changed and written down."""
+"""One visitor's conversation: how it is asked, repeated, edited and written down as it comes."""
 
 import asyncio
 import secrets
@@ -15,21 +15,19 @@ from minigpt4.model.image import Picture
 from minigpt4.model.prompt import Message
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.limits import FILES_AT_ONCE
-from minigpt4.web.page import preview
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine, Sampling
 
-KEPT_SIDE = 1024  # pixels; longer pictures are kept smaller once the engine has seen them
-SECONDS_PER_UPDATE = 0.05  # the page shows new words this often, at most
-SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and who left it is noticed
-TOO_MANY_PICTURES = f"A conversation may hold at most {FILES_AT_ONCE} pictures."
-MIDWAY = {"length", "time", "closed"}  # how an answer ends that may be continued
+KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
+SECONDS_PER_UPDATE = 0.05  # rest between two updates of the page, at least
+SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and a closed tab is noticed
+CUT_OFF = {"length", "time", "closed"}  # stop reasons after which an answer may be continued
 
 
 @dataclass
 class Remark:
-    """A line of the page's own, shown before the message `before`; the model never sees it."""
+    """A line by the page itself, shown before the message `before`; the model never sees it."""
 
     before: int
     text: str
@@ -37,31 +35,35 @@ class Remark:
 
 @dataclass
 class Session:
-    """One visitor's: the conversation, what the page says beside it, pictures not yet sent.
+    """What one visitor has: the conversation, the page's remarks, pictures that are not sent yet.
 
-    Whatever fails before the engine takes a question leaves all of it as it was.
+    Whatever fails before the engine accepts a question leaves all of it as it was.
     """
 
     conversation: Conversation = field(default_factory=Conversation)
     remarks: list[Remark] = field(default_factory=list)
-    # By file, not yet sent: those that the engine has seen, no longer than KEPT_SIDE.
+    # Path -> picture, not sent yet: those that the engine has seen, at most KEPT_SIDE long.
     uploads: dict[str, Picture] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)  # picture's key -> the file it came from
-    answer: Answer | None = None  # the one being given, or the last one
-    busy: bool = False  # an answer is being given
-    # What the page shows instead of this one.
+    files: dict[str, str] = field(default_factory=dict)  # picture's key -> path of its upload
+    answer: Answer | None = None  # the running one, or the last one
+    busy: bool = False  # while an answer is running
+    # The session that the page shows instead of this one.
     successor: "Session | None" = field(default=None, repr=False, compare=False)
-    # One that was left in the middle of an answer, and is still to be written down.
+    # The session that was left while its answer was running, until it has been recorded.
     predecessor: "Session | None" = field(default=None, repr=False, compare=False)
-    ended: str = ""  # how the last answer ended
+    stop_reason: str = ""  # of the last answer
     name: str = ""  # among the visitor's recent conversations; given with the first question
+    # Place -> the message and how it is shown, so that each is rendered once (see render.py).
+    rendered: dict[int, tuple[Message, list[dict]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def remark(self, text: str) -> None:
-        """Say something at the conversation's end."""
+        """Add a remark at the conversation's end."""
         self.remarks.append(Remark(len(self.conversation.messages), text))
 
     def leave(self, successor: "Session") -> "Session":
-        """The page goes over to another conversation; what is being answered here ends."""
+        """Show another conversation; the answer that is running here ends."""
         self.successor = successor
         if self.busy:
             successor.predecessor = self
@@ -70,143 +72,174 @@ class Session:
 
     @property
     def latest(self) -> "Session":
-        """What the page shows now."""
+        """The session that the page shows now."""
         return self.successor.latest if self.successor else self
 
     def stop(self) -> None:
-        """End the answer being given, at once, whichever thread is giving it."""
+        """End the running answer at once; any thread may call this."""
         if self.answer is not None:
             self.answer.close()
 
-    def read(self, path: str) -> Picture:
-        """The picture in an uploaded file. UserError where it is none."""
+    def load_picture(self, path: str) -> Picture:
+        """The picture in an uploaded file. UserError where it is not a picture."""
         picture = self.uploads.get(path) or decoding.load(path)
         self.files[picture.key] = path
         return picture
 
     @property
-    def last(self) -> str:
-        """The last answer, "" where there is none."""
-        return self.said(len(self.conversation.messages) - 1)
+    def last_answer(self) -> str:
+        """The last answer's text; "" where there is none."""
+        return self.answer_at(len(self.conversation.messages) - 1)
 
-    def said(self, index: int) -> str:
-        """The text of an answer; "" where message `index` is none."""
+    def answer_at(self, index: int) -> str:
+        """The text of an answer; "" where message `index` is not one."""
         messages = self.conversation.messages
         if not 0 <= index < len(messages) or messages[index].role != "assistant":
             return ""
         return "".join(p for p in messages[index].parts if isinstance(p, str))
 
     @property
-    def websites(self) -> list[str]:
-        """The HTML in each answer that holds some, in order."""
-        found = (preview.website(self.said(i)) for i in range(len(self.conversation.messages)))
-        return [site for site in found if site]
-
-    @property
     def can_continue(self) -> bool:
         """Whether the last answer was cut off."""
-        return bool(self.last) and self.ended in MIDWAY
+        return bool(self.last_answer) and self.stop_reason in CUT_OFF
 
-    def asking(self, text: str, files: list[str]) -> Conversation:
-        """The conversation with another question. UserError where a file is no picture."""
-        pictures = [self.read(path) for path in files]
-        conversation = self._until(len(self.conversation.messages))
+    # --- the next conversation to answer; the session's own stays as it is ---------------------
+
+    def with_question(self, text: str, files: list[str]) -> Conversation:
+        """The conversation and another question. UserError where a file is not a picture."""
+        pictures = [self.load_picture(path) for path in files]
+        conversation = self._up_to(len(self.conversation.messages))
         conversation.add_question(text, pictures)
         if len(conversation.pictures) > FILES_AT_ONCE:
-            raise UserError(TOO_MANY_PICTURES)
+            raise too_many_pictures()
         return conversation
 
-    def asking_again(self) -> Conversation:
+    def to_retry(self) -> Conversation:
         """The conversation up to its last question."""
-        return self._until(self._last_question() + 1)
+        return self._up_to(self._last_question() + 1)
 
-    def editing(self, index: int, text: str) -> Conversation:
+    def with_edit(self, index: int, text: str) -> Conversation:
         """The conversation up to question `index`, with another text and the same pictures."""
         messages = self.conversation.messages
         if not 0 <= index < len(messages) or messages[index].role != "user":
-            raise UserError("Only a question can be edited.")
-        question = messages[index]
-        if not text.strip() and not question.images:
-            raise UserError("The message is empty: write a question.")
-        conversation = self._until(index)
-        parts = question.images + ((text.strip(),) if text.strip() else ())
-        conversation.messages.append(Message("user", parts))
+            raise UserError("Only a question can be edited.", message_id="only_questions")
+        images, text = messages[index].images, text.strip()
+        if not text and not images:
+            raise UserError("The message is empty: write a question.", message_id="empty_message")
+        conversation = self._up_to(index)
+        conversation.messages.append(Message("user", images + ((text,) if text else ())))
         return conversation
 
-    def continuing(self) -> Conversation:
+    def to_continue(self) -> Conversation:
         """The conversation as it is: its last answer will go on."""
-        return self._until(len(self.conversation.messages))
+        return self._up_to(len(self.conversation.messages))
 
     def undo(self) -> tuple[str, list[str]]:
-        """Take the last question and its answer back: its text and its pictures' files."""
+        """Remove the last question and its answer: its text, and the paths of its pictures."""
         index = self._last_question()
         question = self.conversation.messages[index]
-        self.keep(self._until(index))
-        self.ended = ""
+        self.replace_conversation(self._up_to(index))
+        self.stop_reason = ""
         text = "\n".join(p for p in question.parts if isinstance(p, str))
         return text, [self.files[i.key] for i in question.images if i.key in self.files]
 
     def _last_question(self) -> int:
         asked = [i for i, m in enumerate(self.conversation.messages) if m.role == "user"]
         if not asked:
-            raise UserError("Nothing has been asked yet.")
+            raise UserError("Nothing has been asked yet.", message_id="nothing_asked")
         return asked[-1]
 
-    def _until(self, end: int) -> Conversation:
+    def _up_to(self, end: int) -> Conversation:
         old = self.conversation
         return Conversation(old.messages[:end], {**old.pictures}, old.system)
 
-    def keep(self, conversation: Conversation) -> None:
-        """Make this the conversation; remarks on what is gone go too."""
+    def replace_conversation(self, conversation: Conversation) -> None:
+        """Make this the conversation; remarks on removed messages go, too."""
         self.conversation = conversation
-        self.remarks = [r for r in self.remarks if r.before < len(conversation.messages)]
+        count = len(conversation.messages)
+        self.remarks = [r for r in self.remarks if r.before < count]
+        self.rendered = {place: r for place, r in self.rendered.items() if place < count}
+
+    # --- the answer ----------------------------------------------------------------------------
 
     async def run(
         self, engine: "Engine", conversation: Conversation, sampling: "Sampling"
     ) -> AsyncIterator[None]:
         """Have `conversation` answered and write the answer down as it comes.
 
-        Stops wherever there is something new to show, first when the question has been taken.
-        UserError before that changes nothing.
+        Yields whenever there is something new to show, first when the engine has accepted the
+        question; UserError before that changes nothing. However this ends, cancelled at any
+        `await` included, the answer is closed.
         """
-        # A copy: the prompt is built from it in another thread.
-        answer = await asyncio.to_thread(ask, engine, conversation, sampling)
-        self.answer = answer  # from here on `stop` reaches it
-        if self.successor:
-            self.stop()
-        # The engine has its own hold of the pictures for as long as it needs them.
-        conversation.pictures = await asyncio.to_thread(_shrunk, conversation)
-        head = ""
-        if conversation.messages[-1].role == "assistant":
-            head = self.last
-        else:
-            conversation.add_answer("")
-        self.keep(conversation)
-        self.ended, self.uploads = "", {}
-        self.name = self.name or secrets.token_hex(8)
-        place = len(conversation.messages) - 1
-        if answer.notice:
-            self.remarks.append(Remark(place, answer.notice))
-        updated = 0.0
+        answer = await _start(engine, conversation, sampling)
         try:
-            yield
-            async with aclosing(_watched(answer)) as looks:
-                async for grown in looks:
-                    now = time.monotonic()
-                    if grown:
-                        self._write(place, head + answer.text)
-                    if now - updated > SECONDS_PER_UPDATE:
-                        yield
-                        updated = now
+            self.answer = answer  # from here on `stop` reaches it
+            if self.successor:
+                self.stop()
+            # The engine holds the pictures itself for as long as it needs them.
+            conversation.pictures = await asyncio.to_thread(_shrunk, conversation)
+            async with aclosing(self._write_down(answer, conversation)) as steps:
+                async for step in steps:
+                    yield step
         finally:
             answer.close()
-            self.ended = answer.stop_reason or "closed"
+
+    async def _write_down(self, answer: Answer, conversation: Conversation) -> AsyncIterator[None]:
+        head = ""
+        if conversation.messages[-1].role == "assistant":
+            head = self.last_answer
+        else:
+            conversation.add_answer("")
+        self.replace_conversation(conversation)
+        self.stop_reason, self.uploads = "", {}
+        self.name = self.name or secrets.token_hex(8)
+        place = len(conversation.messages) - 1
+        try:
+            yield
+            updated = 0.0
+            async with aclosing(_watched(answer)) as looks:
+                async for grown in looks:
+                    if grown:
+                        self._write(place, head + answer.text)
+                    if time.monotonic() - updated >= SECONDS_PER_UPDATE:
+                        yield
+                        # After the yield: however long the page took, the loop then rests.
+                        updated = time.monotonic()
+        finally:
+            answer.close()
+            self.stop_reason = answer.stop_reason or "closed"
             text = head + answer.text
-            self._write(place, text if self.ended == "length" else text.strip())
+            self._write(place, text if self.stop_reason == "length" else text.strip())
 
     def _write(self, place: int, text: str) -> None:
         messages = self.conversation.messages
         messages[place] = replace(messages[place], parts=(text,))
+
+
+def too_many_pictures() -> UserError:
+    """What is raised, or shown, where a conversation would have more than FILES_AT_ONCE."""
+    return UserError(
+        f"A conversation may hold at most {FILES_AT_ONCE} pictures.",
+        message_id="too_many_pictures",
+        values={"count": FILES_AT_ONCE},
+    )
+
+
+async def _start(engine: "Engine", conversation: Conversation, sampling: "Sampling") -> Answer:
+    """`ask` in a thread. Where this is cancelled meanwhile, the answer is closed once it exists."""
+    asked = asyncio.ensure_future(asyncio.to_thread(ask, engine, conversation, sampling))
+    try:
+        return await asyncio.shield(asked)
+    except asyncio.CancelledError:
+        asked.add_done_callback(_close_answer)
+        raise
+    finally:
+        del asked  # an error in it refers to this frame: the cycle would keep the pictures
+
+
+def _close_answer(asked: "asyncio.Future[Answer]") -> None:
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().close()
 
 
 def _shrunk(conversation: Conversation) -> dict[str, Picture]:
@@ -214,7 +247,7 @@ def _shrunk(conversation: Conversation) -> dict[str, Picture]:
 
 
 async def _watched(answer: Answer) -> AsyncIterator[bool]:
-    """True whenever the answer grew, False now and then while nothing comes."""
+    """True whenever the answer grew; False every SECONDS_PER_LOOK while nothing comes."""
     pieces = aiter(answer)
     coming = None
     try:

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from binascii import Error as NotBase64
+from typing import Any
 
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
@@ -10,21 +10,22 @@ from minigpt4.model.data_url import data_url
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.web.guard import decoding
-from minigpt4.web.guard.events import whole
+from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 FORMAT = "minigpt4-conversation"
 VERSION = 1
-FULL_SIDE, SMALL_SIDE = 1024, 256  # longest side of a picture in a download; in the browser's list
+# Pixels of a picture's longest side: in a download, in the browser's list.
+FULL_SIDE, SMALL_SIDE = 1024, 256
 MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
+MAX_NAME = 64  # characters of an entry's name in the browser's list
 TITLE_LENGTH = 60
-WRONG = "This file holds no conversation that can be opened: choose one that was downloaded here."
 
 
 def title(conversation: Conversation) -> str:
-    """The first words anyone wrote; "" where there are only pictures."""
+    """The beginning of the first question with text; "" where there are only pictures."""
     for message in conversation.messages:
         for part in message.parts:
             if isinstance(part, str) and message.role == "user" and part.strip():
@@ -34,7 +35,7 @@ def title(conversation: Conversation) -> str:
 
 
 def to_data(conversation: Conversation, side: int, model: str = "") -> dict:
-    """Plain data for JSON; pictures as JPEG `data:` URLs no longer than `side`."""
+    """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long."""
     used = {i.key for m in conversation.messages for i in m.images}
     return {
         "format": FORMAT,
@@ -53,49 +54,8 @@ def to_data(conversation: Conversation, side: int, model: str = "") -> dict:
     }
 
 
-def from_data(data: object) -> Conversation:
-    """The conversation in what `to_data` made. UserError where it is something else: whatever a
-    file holds is checked here, and its pictures are opened like any others."""
-    try:
-        _require(isinstance(data, dict))
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise UserError(WRONG)
-        _require(len(data["pictures"]) <= FILES_AT_ONCE)
-        loaded = {key: _picture(url) for key, url in dict(data["pictures"]).items()}
-        conversation = Conversation(pictures={p.key: p for p in loaded.values()})
-        system = data.get("system")
-        _require(system is None or isinstance(system, str))
-        conversation.system = system
-        _require(len(data["messages"]) <= MAX_MESSAGES)
-        for i, message in enumerate(data["messages"]):
-            # Questions and answers take turns; the last answer may be missing.
-            _require(message["role"] == ("user", "assistant")[i % 2])
-            parts = tuple(_read_part(p, loaded) for p in message["parts"])
-            _require(parts)
-            _require(i % 2 == 0 or all(isinstance(p, str) for p in parts))
-            conversation.messages.append(Message(message["role"], parts))
-        texts = [p for m in conversation.messages for p in m.parts if isinstance(p, str)]
-        _require(sum(len(text) for text in texts) + len(system or "") <= MAX_CHARACTERS)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(WRONG) from None
-    return conversation
-
-
-def from_file(path: str) -> Conversation:
-    """The conversation in a downloaded JSON file. UserError where it is something else."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise UserError(WRONG)
-        data = whole(json.loads(text))
-    except (OSError, ValueError, RecursionError):
-        raise UserError(WRONG) from None
-    return from_data(data)
-
-
 def to_markdown(conversation: Conversation, model: str = "") -> str:
-    """To be read, or put into a document; pictures are inside, as `data:` URLs."""
+    """A document with the pictures inside, as `data:` URLs."""
     lines = [f"# {title(conversation) or 'Conversation'}", ""]
     if model:
         lines += [f"With MiniGPT-4, {model}.", ""]
@@ -110,31 +70,98 @@ def to_markdown(conversation: Conversation, model: str = "") -> str:
     return "\n".join(lines)
 
 
-def _require(condition: bool) -> None:
-    """Not an `assert`, which `python -O` leaves out."""
-    if not condition:
-        raise UserError(WRONG)
-
-
 def _part(part: str | ImageRef) -> dict:
     if isinstance(part, ImageRef):
         return {"type": "image", "key": part.key}
     return {"type": "text", "text": part}
 
 
-def _read_part(part: dict, pictures: dict[str, Picture]) -> str | ImageRef:
-    if part["type"] == "image":
-        return ImageRef(pictures[part["key"]].key)  # decoded anew, it has another key
-    _require(isinstance(part["text"], str))
-    return part["text"]
+# --- reading: whatever a file or a browser sends is checked here ----------------------------------
 
 
-def _picture(url: str) -> Picture:
-    head, _, encoded = url.partition(",")
+def from_file(path: str) -> Conversation:
+    """The conversation in a downloaded JSON file. UserError where it is something else."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        _require(len(text) <= MAX_BYTES)
+        data = replace_surrogates(json.loads(text))
+    except (OSError, ValueError, RecursionError):
+        raise _wrong() from None
+    return from_data(data)
+
+
+def from_record(record: object) -> tuple[object, str]:
+    """The data and the name of an entry of the browser's list. UserError where it is none."""
+    fields = _typed(record, dict)
+    _require("data" in fields)
+    return fields["data"], _typed(fields.get("name"), str)[:MAX_NAME]
+
+
+def from_data(data: object) -> Conversation:
+    """The conversation that `to_data` wrote. UserError where the data is something else."""
+    fields = _typed(data, dict)
+    _require(fields.get("format") == FORMAT and fields.get("version") == VERSION)
+    urls = _typed(fields.get("pictures"), dict)
+    _require(len(urls) <= FILES_AT_ONCE)
+    messages = _typed(fields.get("messages"), list)
+    _require(len(messages) <= MAX_MESSAGES)
+    system = fields.get("system")
+    _require(system is None or isinstance(system, str))
+    pictures = {key: _picture(url) for key, url in urls.items()}
+    conversation = Conversation(pictures={p.key: p for p in pictures.values()}, system=system)
+    conversation.messages = [_message(m, i, pictures) for i, m in enumerate(messages)]
+    texts = [p for m in conversation.messages for p in m.parts if isinstance(p, str)]
+    _require(sum(map(len, texts)) + len(system or "") <= MAX_CHARACTERS)
+    return conversation
+
+
+def _message(data: object, place: int, pictures: dict[str, Picture]) -> Message:
+    """Questions and answers take turns; only questions hold pictures."""
+    fields = _typed(data, dict)
+    role = ("user", "assistant")[place % 2]
+    _require(fields.get("role") == role)
+    parts = tuple(_read_part(part, pictures) for part in _typed(fields.get("parts"), list))
+    _require(bool(parts))
+    _require(role == "user" or all(isinstance(part, str) for part in parts))
+    return Message(role, parts)
+
+
+def _read_part(data: object, pictures: dict[str, Picture]) -> str | ImageRef:
+    part = _typed(data, dict)
+    if part.get("type") != "image":
+        _require(part.get("type") == "text")
+        return _typed(part.get("text"), str)
+    key = _typed(part.get("key"), str)
+    _require(key in pictures)
+    return ImageRef(pictures[key].key)  # decoded again, the picture has another key
+
+
+def _picture(url: object) -> Picture:
+    head, _, encoded = _typed(url, str).partition(",")
     _require(head.startswith("data:image/") and head.endswith(";base64"))
     try:
-        picture = decoding.load(base64.b64decode(encoded, validate=True))
-    except NotBase64:
-        raise UserError(WRONG) from None
-    _require(max(picture.rgb.size) <= FULL_SIDE)  # larger ones are in no download, and take memory
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise _wrong() from None
+    picture = decoding.load(content)
+    _require(max(picture.rgb.size) <= FULL_SIDE)  # no download holds larger ones
     return picture
+
+
+def _typed(value: object, kind: type) -> Any:
+    _require(isinstance(value, kind))
+    return value
+
+
+def _require(condition: bool) -> None:
+    """UserError unless the condition holds."""
+    if not condition:
+        raise _wrong()
+
+
+def _wrong() -> UserError:
+    return UserError(
+        "This file holds no conversation that can be opened: choose one that was downloaded here.",
+        message_id="no_conversation",
+    )

@@ -1,17 +1,17 @@
-// The first script in a website's frame. No policy covers WebRTC, which could tell another host
-// something: it is taken away. A frame within this one would have it anew, and so is removed as soon
-// as it is there, before it has loaded.
+// The first script in a website's frame. No policy covers WebRTC, which could send data to another
+// host, so it is removed. A frame inside this one would have it again, so such frames are removed as
+// soon as they exist, before they load.
 {
   delete window.RTCPeerConnection;
   delete window.webkitRTCPeerConnection;
-  // Taken hold of now: the website's own script may change what stands under these names.
+  // Bound now: the website's own script may replace these functions.
   const first = document.querySelector.bind(document, "iframe, frame");
   const remove = Function.prototype.call.bind(Element.prototype.remove);
   new MutationObserver(() => {
     for (let frame; (frame = first()); ) remove(frame);
   }).observe(document, { childList: true, subtree: true });
 
-  // In a shadow root no frame would be found: neither calls make one nor, see preview.py, markup.
+  // A frame in a shadow root would not be found: neither calls nor markup (see render.py) make one.
   delete Element.prototype.attachShadow;
   for (const maker of [Element.prototype, Document, Document.prototype]) {
     for (const name of Object.getOwnPropertyNames(maker)) {

@@ -1,5 +1,5 @@
-// Texts for the page's scripts, and names, for screen readers, where Gradio gives none or an
-// English one.
+// Texts for the page's scripts; names for screen readers where Gradio gives none, or an English
+// one; the server's and Gradio's English errors in the visitor's language.
 (() => {
   // Gradio hands every language's texts (texts/*.json) to the page.
   const say = (key) => {
@@ -36,15 +36,32 @@
     }
   };
 
+  // What a request that fails is answered with: see web/guard and Gradio's client.
+  const ERRORS = {
+    "error_connection": /connection to the server was lost|connection errored out|failed to fetch/i,
+    "error_too_large": /the request is larger than|file size exceeds/i,
+    "error_too_slow": /took too long to arrive/i,
+    "error_disk_full": /disk is full/i,
+    "error_too_many_requests": /asked for too much without listening|queue is full/i,
+  };
+  const explain = (toast) => {
+    const walker = document.createTreeWalker(toast, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+      const key = Object.keys(ERRORS).find((name) => ERRORS[name].test(walker.currentNode.data));
+      if (key) walker.currentNode.data = say(key);
+    }
+  };
+
   const complete = (node) => {
     const all = (selector) => [
       ...(node.matches(selector) ? [node] : []), ...node.querySelectorAll(selector),
     ];
     all("[aria-label], [title]").forEach(translate);
+    all("[data-testid=toast-body]").forEach(explain);
     for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
       found.setAttribute("role", "group"); // a name without a role is not read out
     }
-    // They are called a list, but hold buttons.
+    // Gradio calls them a list, but they hold buttons.
     for (const found of all("#chat .examples")) found.setAttribute("role", "group");
     for (const found of all("#chat pre")) found.setAttribute("tabindex", "0"); // it scrolls
     for (const found of all("#chat .image-frame")) {

@@ -1,7 +1,7 @@
-// What Gradio has no part for: keys, copying what was written, saving a file, light or dark.
+// What Gradio has no part for: keys, copying what was written, saving files, light and dark.
 (() => {
   const { say } = window.minigpt4;
-  // shown.py writes "<" and "![" so that they stay text; copied and edited they are themselves.
+  // render.py escapes "<" and "![" so that they stay text; copied or edited, they are themselves.
   const written = (text) => text.replaceAll("&#0060;", "<").replaceAll("&#0091;", "[");
   if (navigator.clipboard?.writeText) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
@@ -28,10 +28,10 @@
 
   document.addEventListener("keydown", (event) => {
     if (event.isComposing || event.keyCode === 229) {
-      // What ends a word being composed (Chinese, Japanese, ...) neither sends nor stops.
+      // A key that ends the composition of a word (Chinese, Japanese, ...) neither sends nor stops.
       if (["Enter", "Escape"].includes(event.key)) event.stopImmediatePropagation();
     } else if (event.key === "Escape" && !event.target.closest?.("#panel")) {
-      // In the panel it ends the writing of a name.
+      // In the panel, Escape ends the editing of a name.
       document.querySelector("#box .stop-button")?.click();
     }
   }, true);
@@ -43,7 +43,7 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   };
-  // The visitor's choice of light or dark outlives Gradio's own, which follows the system.
+  // The visitor's choice of light or dark overrides Gradio's, which follows the system.
   const chosen = () => localStorage.getItem("minigpt4:theme");
   const apply = () => {
     if (chosen()) document.body.classList.toggle("dark", chosen() === "dark");
@@ -59,13 +59,13 @@
   };
   if (document.body) follow(); else addEventListener("DOMContentLoaded", follow);
 
-  // Recent conversations live in this browser's localStorage, each under a key of its own. Where two
-  // pages go on with the same one, the later to store it does so under another key.
+  // Recent conversations are kept in this browser's localStorage, each under its own key. If two
+  // pages continue the same one, the later to store it uses another key.
   const KEY = "minigpt4:chat:", MOST = 20;
   const changed = () => dispatchEvent(new Event("minigpt4:recent"));
   const load = () => {
     const found = [];
-    for (const key of Object.keys(localStorage)) { // all of them first: damaged ones are removed
+    for (const key of Object.keys(localStorage)) { // a copy: damaged entries are removed
       if (!key.startsWith(KEY)) continue;
       try {
         const entry = JSON.parse(localStorage.getItem(key));
@@ -77,7 +77,7 @@
   const find = (key) => load().find((entry) => entry.key === key);
 
   const store = (key, entry) => {
-    // The oldest make room: for the number kept, and for the browser's limit.
+    // The oldest make room, both for the number kept and for the browser's limit.
     for (const old of load().filter((e) => e.key !== key).slice(MOST - 1)) {
       localStorage.removeItem(old.key);
     }
@@ -97,7 +97,7 @@
     changed();
   };
 
-  // A conversation's name -> where this page last stored or opened it, and as of when.
+  // A conversation's name -> the key and time at which this page last stored or opened it.
   const places = new Map();
   const keep = (record) => {
     if (!record?.data) return;
@@ -107,9 +107,9 @@
     if (old && old.time !== time) key = KEY + Math.random().toString(36).slice(2);
     const title = old?.named ? old.title : data.title;
     store(key, { title, named: old?.named, time: Date.now(), data });
-    places.set(name, { key, time: find(key)?.time }); // where there was no room, that of before
+    places.set(name, { key, time: find(key)?.time }); // without room, the earlier time
   };
-  // What opening an entry of the list hands to the server.
+  // What the server gets when an entry of the list is opened.
   const opening = ({ key, time, data }) => {
     const name = key.slice(KEY.length);
     places.set(name, { key, time });

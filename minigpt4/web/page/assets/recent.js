@@ -1,5 +1,5 @@
-// The list of recent conversations, which page.js keeps. Everything is put into the page as text,
-// never as markup; the server is handed a conversation only when it is opened.
+// The list of recent conversations, which page.js stores. Everything is inserted as text, never as
+// markup; the server gets a conversation only when it is opened.
 const list = element.querySelector(".recent");
 const none = element.querySelector(".none");
 const all = element.querySelector(".all");
@@ -50,7 +50,7 @@ const row = (entry) => {
       if (done) return;
       done = true;
       input.replaceWith(open);
-      // The conversation may have gone on, or been deleted, while its name was written.
+      // The conversation may have been continued or deleted while its name was edited.
       const { key, ...rest } = find(entry.key) ?? {};
       const name = input.value.trim();
       if (keep && key && name) store(key, { ...rest, title: name, named: true });
@@ -73,8 +73,8 @@ const row = (entry) => {
   return item;
 };
 
-// While the list is pressed its rows stay where they are: drawn anew, the click would miss its row,
-// or hit another that moved there.
+// While the list is pressed, its rows stay where they are: if they were redrawn, the click would
+// miss its row or hit another one.
 let pressed = false, late = false, releasing;
 const release = () => {
   pressed = false;
@@ -84,14 +84,14 @@ list.addEventListener("pointerdown", () => {
   clearTimeout(releasing);
   pressed = true;
 });
-list.addEventListener("click", release); // the row's own button has had it by now
+list.addEventListener("click", release); // after the row's own button
 for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => {
   clearTimeout(releasing);
-  releasing = setTimeout(release, 300); // a finger's click comes a moment later, or none comes
+  releasing = setTimeout(release, 300); // a finger's click may come a moment later, or never
 });
 
 const draw = () => {
-  if (list.querySelector("input")) return; // a name is being written; it draws when it is done
+  if (list.querySelector("input")) return; // a name is being edited; that draws when it ends
   late = pressed;
   if (late) return;
   const entries = load();

@@ -5,10 +5,10 @@ from pathlib import Path
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
-from minigpt4.web.page.texts import say
+from minigpt4.web.page.texts import translate
 
 FOLDER = Path(__file__).parent
-# What it shows and its picture -> what is asked. The models were trained on English.
+# Name of the label and of the picture -> question. The models were trained on English.
 QUESTIONS = {
     "describe": "Describe this image in detail.",
     "story": "Tell a short story about what happens in this image.",
@@ -22,11 +22,11 @@ QUESTIONS = {
 
 
 def examples(request: gr.Request | None) -> list[dict]:
-    """For gr.Chatbot, named in the visitor's language."""
+    """The examples for gr.Chatbot, with names in the visitor's language."""
     return [
         {
             "text": question,
-            "display_text": say(name, request),
+            "display_text": translate(name, request),
             "files": [_picture(name)],
         }
         for name, question in QUESTIONS.items()
@@ -40,7 +40,7 @@ def chosen(index: int) -> tuple[str, str]:
 
 
 def in_folder(folder: Path) -> set[str]:
-    """Where gradio keeps its copies of the pictures; those that are not there are made."""
+    """The paths of Gradio's copies of the pictures, which are made where they are missing."""
     return {save_file_to_cache(_picture(name), str(folder)) for name in QUESTIONS}
 
 

@@ -1,14 +1,17 @@
 """What the page says, in each of its languages.
 
-Gradio translates the page's fixed parts in the browser (`I18N`); what a handler says is translated
-here (`say`), by the language that the browser asks for. A new language is another JSON file beside
-en.json, with the same keys.
+Gradio translates the page's fixed parts in the browser (`I18N`); what handlers say is translated
+here, into the first language of the browser's list that the page speaks. A new language is another
+JSON file with de.json's keys. Its keys "page_error_…" are the names of errors: a UserError's
+`message_id`, else its `kind`. English has only those that the page's scripts show.
 """
 
 import json
 from pathlib import Path
 
 import gradio as gr
+
+from minigpt4.errors import UserError
 
 TEXTS: dict[str, dict[str, str]] = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -36,6 +39,12 @@ def language(request: gr.Request | None) -> str:
     return "en"
 
 
-def say(key: str, request: gr.Request | None, **values: object) -> str:
+def translate(key: str, request: gr.Request | None, **values: object) -> str:
     """A text that depends on what happened, in the visitor's language."""
     return TEXTS[language(request)][PREFIX + key].format(**values)
+
+
+def explain(error: UserError, request: gr.Request | None) -> str:
+    """An error in the visitor's language; English where it has no name that is translated."""
+    text = TEXTS[language(request)].get(f"{PREFIX}error_{error.message_id}")
+    return text.format(**error.values) if text else str(error)

@@ -1,4 +1,4 @@
-"""Draws the examples' pictures with Pillow: `python minigpt4/web/page/examples/draw.py`."""
+"""Draws the pictures of the page's examples with Pillow: `python -m tools.draw_examples`."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 WIDTH, HEIGHT, SCALE = 640, 480, 2  # drawn larger, then scaled down: smooth edges
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "minigpt4" / "web" / "page" / "examples"
 Point = tuple[float, float]
 
 

@@ -1,4 +1,8 @@
-"""What comes into a conversation from outside: pictures, examples, conversations kept before."""
+"""What a visitor brings into a conversation: pictures, examples, saved conversations.
+
+All handlers here are plain functions: Gradio runs them in threads, where opening pictures may take
+its time.
+"""
 
 import logging
 import secrets
@@ -13,54 +17,53 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import transcript
+from minigpt4.web.page import render, transcript
 from minigpt4.web.page.examples import chosen
 from minigpt4.web.page.loading import Loading
-from minigpt4.web.page.session import KEPT_SIDE, TOO_MANY_PICTURES, Session
-from minigpt4.web.page.texts import say
-from minigpt4.web.page.turns import Turns, box
+from minigpt4.web.page.session import KEPT_SIDE, Session, too_many_pictures
+from minigpt4.web.page.texts import explain, translate
+from minigpt4.web.page.turns import box
 from minigpt4.web.server import warn
 
 log = logging.getLogger(__name__)
 
 
-class Files:
-    """The handlers of a page that read pictures and conversations."""
+class Uploads:
+    """The page's handlers that read pictures and conversations."""
 
-    def __init__(self, loading: Loading, turns: Turns) -> None:
+    def __init__(self, loading: Loading) -> None:
         self._loading = loading
-        self._turns = turns
 
     def attach(self, value: dict, session: Session, request: gr.Request) -> Iterator[tuple]:
         """Look at pictures as soon as they are in the box.
 
-        Yields (files that must leave the box, status): not the box itself, in which somebody types
-        meanwhile.
+        Yields (paths that must leave the box, status): not the box itself, in which the visitor may
+        be typing.
         """
-        yield gr.skip(), say("looking", request)
+        yield gr.skip(), translate("looking", request)
         good, status = self._look_at(value["files"], session, request)
         yield [path for path in value["files"] if path not in good], status
 
     def _look_at(
         self, paths: list[str], session: Session, request: gr.Request
     ) -> tuple[list[str], str | dict]:
-        """Have pictures encoded while the question is still being typed: (those that are some,
+        """Have pictures encoded while the question is being typed: (paths that are pictures,
         status).
 
-        One after another, and only what the engine has seen is kept, as small as it is shown: of
-        all that a visitor attaches, one picture at a time is held at its full size.
+        One after another, and only what the engine has seen is kept, at most KEPT_SIDE long: of all
+        that a visitor attaches, one picture at a time is in memory at full size.
         """
-        # What was taken out of the box again is not kept.
+        # Pictures that were removed from the box are not kept.
         session.uploads = uploads = {p: u for p, u in session.uploads.items() if p in paths}
         room = max(0, FILES_AT_ONCE - len(session.conversation.pictures))
         if len(paths) > room:
-            warn(TOO_MANY_PICTURES)
+            warn(explain(too_many_pictures(), request))
         good = []
         for path in paths[:room]:
             try:
-                picture = session.read(uploaded(path))
+                picture = session.load_picture(uploaded(path))
             except UserError as error:
-                warn(error)
+                warn(explain(error, request))
                 continue
             good.append(path)
             try:
@@ -71,20 +74,21 @@ class Files:
                 log.exception("while encoding a picture")
         if session.busy or session.uploads is not uploads:  # a question has been sent
             return good, gr.skip()
-        return good, say("looked", request) if good and all(p in uploads for p in good) else ""
+        ready = bool(good) and all(path in uploads for path in good)
+        return good, translate("looked", request) if ready else ""
 
     def show_camera(self, is_open: bool) -> tuple:
-        """Show the camera, or put it away: (is it open, camera)."""
+        """Open or close the camera: (whether it is open, camera)."""
         return not is_open, gr.update(visible="hidden" if is_open else True)
 
     def photograph(
         self, path: str | None, value: dict, session: Session, request: gr.Request
     ) -> tuple:
-        """Put the camera's picture into the box and the camera away."""
+        """Put the camera's picture into the box and close the camera."""
         if path is None:
             return (gr.skip(),) * 4
         value = {"text": value["text"], "files": [*value["files"], path]}
-        value, status = self._sound(value, session, request)
+        value, status = self._checked(value, session, request)
         return value, False, gr.update(value=None, visible="hidden"), status
 
     def fill(
@@ -93,15 +97,17 @@ class Files:
         """Put a clicked example into the box, with its picture unless there is one already."""
         text, path = chosen(example.index)
         files = value["files"] or [save_file_to_cache(path, get_upload_folder())]
-        return self._sound({"text": text, "files": files}, session, request)
+        return self._checked({"text": text, "files": files}, session, request)
 
-    def _sound(self, value: dict, session: Session, request: gr.Request) -> tuple[dict, str | dict]:
-        """The box's value without the files that are no uploaded pictures, and the status."""
+    def _checked(
+        self, value: dict, session: Session, request: gr.Request
+    ) -> tuple[dict, str | dict]:
+        """The box's value without the files that are not uploaded pictures, and the status."""
         good, status = self._look_at(value["files"], session, request)
         return {**value, "files": good}, status
 
     def new_chat(self, session: Session) -> tuple:
-        """Nothing said, nothing attached: (session, messages, box, status)."""
+        """An empty conversation: (session, messages, box, status)."""
         return session.leave(Session()), [], box(False, value=None), ""
 
     def open(self, path: str, session: Session, request: gr.Request) -> tuple:
@@ -112,17 +118,16 @@ class Files:
         try:
             return self._opened(transcript.from_file(uploaded(path)), session, request)
         except UserError as error:
-            warn(error)
+            warn(explain(error, request))
             return (gr.skip(),) * 5
 
     def reopen(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
         """A conversation that the visitor's browser kept."""
         try:
-            conversation = transcript.from_data(chosen.value["data"])
-            name = str(chosen.value["name"])[:64]
-            return self._opened(conversation, session, request, name)
-        except (KeyError, TypeError, UserError) as error:
-            warn(error if isinstance(error, UserError) else transcript.WRONG)
+            data, name = transcript.from_record(chosen.value)
+            return self._opened(transcript.from_data(data), session, request, name)
+        except UserError as error:
+            warn(explain(error, request))
             return (gr.skip(),) * 5
 
     def _opened(
@@ -132,6 +137,7 @@ class Files:
         system = gr.update(value=conversation.system or "")
         for key, picture in conversation.pictures.items():
             session.files[key] = save_pil_to_cache(picture.rgb, get_upload_folder(), "picture")
+        render.make_thumbnails(conversation)
         old.leave(session)
-        messages = self._turns.messages(session, request)
+        messages = render.messages(session, request)
         return session, messages, box(False, value=None), "", system

@@ -1,8 +1,8 @@
-"""Composes the suite's other pictures out of emoji, as suite.jsonl says: `python -m
-minigpt4.evaluation.suite.compose`.
+"""Composes the evaluation suite's emoji pictures as suite.jsonl says: `python -m
+tools.compose_suite`.
 
-They are Noto Color Emoji's (Debian: fonts-noto-color-emoji; SIL Open Font License 1.1). The font is
-needed for this alone.
+The emoji are those of Noto Color Emoji (Debian: fonts-noto-color-emoji; SIL Open Font License 1.1).
+Only this program needs the font.
 """
 
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from minigpt4.web.page.examples.draw import HEIGHT, SCALE, WIDTH, Canvas
+from tools.draw_examples import HEIGHT, SCALE, WIDTH, Canvas
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FONT_SIZE = 109  # the one at which it has its pictures
 

@@ -1,12 +1,14 @@
-"""Draws the suite's own pictures: `python -m minigpt4.evaluation.suite.draw`. The others are the
-page's examples."""
+"""Draws the evaluation suite's own pictures: `python -m tools.draw_suite`.
+
+The suite's other pictures are the page's examples, or are composed by compose_suite.py.
+"""
 
 import math
 from pathlib import Path
 
-from minigpt4.web.page.examples.draw import HEIGHT, WIDTH, Canvas
+from tools.draw_examples import HEIGHT, WIDTH, Canvas
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 
 
 def burger() -> Canvas:

@@ -1,0 +1,278 @@
+"""Everything of Gradio's (and Uvicorn's) that this project replaces: what, where and why.
+
+Gradio has no option for any of these. `PATCHES` lists them for an upgrade: a test checks that the
+installed Gradio still has each attribute, and others that each patch does what it is for.
+"""
+
+import asyncio
+import copy
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import gradio as gr
+import gradio.queueing
+from gradio import processing_utils, utils
+from gradio.queueing import Queue
+from starlette.exceptions import HTTPException
+
+IDLE_POLL_SECONDS = 0.05  # between two looks at an empty queue; a pushed event ends the wait
+PROGRESS_POLL_SECONDS = 0.1  # the page has no progress bars
+# Seconds that a connection waits for its next request: longer than a proxy keeps it open (nginx:
+# 60), or a question that is sent while the server closes it meets a reset.
+KEEP_ALIVE_SECONDS = 75
+MAX_UNREAD_EVENTS = 32  # of one page, whose end it has not been told yet
+TOO_MANY = "This page has asked for too much without listening: load it again."
+TOO_DEEP = "The request is nested too deeply."
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An attribute that is replaced, its owner as an import path, and why."""
+
+    owner: str
+    attribute: str
+    why: str
+
+
+PATCHES = (
+    Patch(
+        "gradio.queueing.Queue",
+        "push",
+        "Gradio keeps events without end for pages that do not listen, and fails on lone "
+        "surrogates and on deeply nested JSON.",
+    ),
+    Patch(
+        "gradio.queueing.Queue()",
+        "sleep_when_free",
+        "It looks for events every millisecond: 7 % of a core for nothing.",
+    ),
+    Patch(
+        "gradio.queueing",
+        "asyncio",
+        "A sleep of the queue's loop must end when an event is pushed, or polling less often "
+        "would delay every answer.",
+    ),
+    Patch(
+        "gradio.queueing.Queue()",
+        "progress_update_sleep_when_free",
+        "It looks for progress bars every 10 ms.",
+    ),
+    Patch(
+        "gradio.queueing.Queue()",
+        "ANALYTICS_MAX_EVENTS",
+        "After each event it makes a pandas table of the last 10,000.",
+    ),
+    Patch(
+        "gradio.processing_utils",
+        "async_ssrf_protected_get",
+        "It downloads whatever public address a client names as an uploaded file, of any size.",
+    ),
+    Patch(
+        "gradio.processing_utils",
+        "async_move_files_to_cache",
+        "It looks up all pictures of a conversation on the disk at every update, on the loop.",
+    ),
+    Patch(
+        "gradio.processing_utils",
+        "add_root_url",
+        "It walks through the whole conversation at every update.",
+    ),
+    Patch(
+        "gradio.Chatbot",
+        "postprocess",
+        "It builds every message again at every update.",
+    ),
+    Patch(
+        "gradio.Blocks",
+        "postprocess_data",
+        "For each output that is skipped it makes a new component and its JSON schema: 3 ms.",
+    ),
+    Patch(
+        "gradio.utils",
+        "MatplotlibBackendMananger",
+        "It imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its "
+        "backend at every update.",
+    ),
+    Patch(
+        "uvicorn.Config",
+        "timeout_keep_alive",
+        "Blocks.launch does not pass Uvicorn's option on.",
+    ),
+)
+
+
+class Prepared(list):
+    """Messages for gr.Chatbot, each a dict as the browser gets it: Gradio passes them on as is.
+
+    Paths in `url` begin with a slash; `at` puts the page's address in front of them.
+    """
+
+    def at(self, root_url: str) -> "Prepared":
+        """The same messages with whole addresses; messages without a file are not copied."""
+        return Prepared(_with_root(message, root_url) for message in self)
+
+
+def _with_root(message: dict, root_url: str) -> dict:
+    if all("file" not in part for part in message["content"]):
+        return message
+    content = [
+        {**part, "file": {**part["file"], "url": root_url + part["file"]["url"]}}
+        if "file" in part
+        else part
+        for part in message["content"]
+    ]
+    return {**message, "content": content}
+
+
+def apply() -> None:
+    """Replace what belongs to modules and classes. Further calls change nothing."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    Queue.push = _push
+    gradio.queueing.asyncio = _QueueAsyncio()
+    processing_utils.async_ssrf_protected_get = _fetch_nothing
+    processing_utils.async_move_files_to_cache = _move_files_to_cache
+    processing_utils.add_root_url = _add_root_url
+    gr.Chatbot.postprocess = _postprocess_chatbot
+    gr.Blocks.postprocess_data = _postprocess_data
+    utils.MatplotlibBackendMananger = nullcontext
+
+
+def tune_queue(page: gr.Blocks) -> None:
+    """Set what belongs to a page's queue, before the page is launched."""
+    queue = page._queue
+    queue.sleep_when_free = IDLE_POLL_SECONDS
+    queue.progress_update_sleep_when_free = PROGRESS_POLL_SECONDS
+    queue.ANALYTICS_MAX_EVENTS = 1
+
+
+def tune_server(page: gr.Blocks) -> None:
+    """Set what belongs to a launched page's server; connections read it when they are made."""
+    page.server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+
+
+_applied = False
+_original_push = Queue.push
+_original_move_files = processing_utils.async_move_files_to_cache
+_original_add_root_url = processing_utils.add_root_url
+_original_postprocess_chatbot = gr.Chatbot.postprocess
+_original_postprocess_data = gr.Blocks.postprocess_data
+
+
+# --- the queue ------------------------------------------------------------------------------------
+
+
+class _QueueAsyncio:
+    """asyncio as gradio.queueing sees it: its idle sleep ends as soon as an event is pushed."""
+
+    def __init__(self) -> None:
+        self._sleeping: dict[asyncio.AbstractEventLoop, set[asyncio.Future]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, delay: float, result: Any = None) -> Any:
+        """Wait so long, or, for IDLE_POLL_SECONDS, until `wake` is called in the same loop."""
+        if delay != IDLE_POLL_SECONDS:
+            return await asyncio.sleep(delay, result)
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        timer = loop.call_later(delay, _finish, future)
+        sleeping = self._sleeping.setdefault(loop, set())
+        sleeping.add(future)
+        try:
+            await future
+        finally:
+            timer.cancel()
+            sleeping.discard(future)
+            if not sleeping:
+                self._sleeping.pop(loop, None)
+        return result
+
+    def wake(self) -> None:
+        """End the idle sleeps of the running loop."""
+        for future in self._sleeping.get(asyncio.get_running_loop(), ()):
+            _finish(future)
+
+
+def _finish(future: asyncio.Future) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _push(self: Queue, body: Any, **others: Any) -> tuple:
+    """HTTPException 429 where the page does not listen, 400 where its JSON is too deep."""
+    if len(self.pending_event_ids_session.get(body.session_hash, ())) >= MAX_UNREAD_EVENTS:
+        raise HTTPException(429, TOO_MANY)
+    try:
+        body.data, body.event_data = replace_surrogates([body.data, body.event_data])
+    except RecursionError:
+        raise HTTPException(400, TOO_DEEP) from None
+    pushed = await _original_push(self, body=body, **others)
+    gradio.queueing.asyncio.wake()
+    return pushed
+
+
+def replace_surrogates(data: Any) -> Any:
+    """Plain data with "?" for each lone surrogate, which JSON can hold and UTF-8 cannot."""
+    return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+# --- what the page shows --------------------------------------------------------------------------
+
+
+async def _move_files_to_cache(data: Any, *arguments: Any, **options: Any) -> Any:
+    if isinstance(data, Prepared):
+        return data
+    return await _original_move_files(data, *arguments, **options)
+
+
+def _add_root_url(data: Any, root_url: str, previous_root_url: str | None) -> Any:
+    if not isinstance(data, list) or not any(isinstance(part, Prepared) for part in data):
+        return _original_add_root_url(data, root_url, previous_root_url)
+    return [
+        part.at(root_url)
+        if isinstance(part, Prepared)
+        else _original_add_root_url(part, root_url, previous_root_url)
+        for part in data
+    ]
+
+
+def _postprocess_chatbot(self: gr.Chatbot, value: Any) -> Any:
+    return value if isinstance(value, Prepared) else _original_postprocess_chatbot(self, value)
+
+
+async def _postprocess_data(self: gr.Blocks, block_fn: Any, predictions: Any, state: Any) -> list:
+    """The outputs that are not skipped go through Gradio's own method; the others stay as is."""
+    outputs = list(block_fn.outputs)
+    plain = not isinstance(predictions, Mapping) and not block_fn.batch
+    if not plain or len(outputs) < 2 or len(predictions) != len(outputs):
+        return await _original_postprocess_data(self, block_fn, predictions, state)
+    kept = [i for i, value in enumerate(predictions) if not _is_skip(value)]
+    if len(kept) == len(outputs):
+        return await _original_postprocess_data(self, block_fn, predictions, state)
+    results: list[Any] = [None if block.stateful else gr.skip() for block in outputs]
+    if not kept:
+        return results
+    fewer = copy.copy(block_fn)
+    fewer.outputs = [outputs[i] for i in kept]
+    values = [predictions[i] for i in kept]
+    found = await _original_postprocess_data(
+        self, fewer, values[0] if len(values) == 1 else values, state
+    )
+    for i, value in zip(kept, found, strict=True):
+        results[i] = value
+    return results
+
+
+def _is_skip(value: Any) -> bool:
+    return isinstance(value, dict) and value == {"__type__": "update"}
+
+
+async def _fetch_nothing(url: str) -> NoReturn:
+    raise gr.Error("Send the picture's file, not its address.", print_exception=False)

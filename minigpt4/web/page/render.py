@@ -1,0 +1,273 @@
+"""A conversation as gr.Chatbot shows it. Whatever the texts hold, none of it runs in the page."""
+
+import html
+import re
+import secrets
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import gradio as gr
+from gradio.components.chatbot import FileMessage, TextMessage
+from gradio.components.chatbot import Message as ChatbotMessage
+from gradio.data_classes import FileData
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from gradio_client.utils import encode_file_path, get_mimetype
+
+from minigpt4.conversation import Conversation
+from minigpt4.model import image
+from minigpt4.model.image import Picture
+from minigpt4.model.prompt import ImageRef, Message
+from minigpt4.web.guard.gradio_patches import Prepared
+from minigpt4.web.page.session import Remark, Session
+from minigpt4.web.page.texts import translate
+
+THUMBNAIL_SIDE = 512  # pixels
+THUMBNAILS_KNOWN = 1000
+FILE_URL = "/gradio_api/file="
+ASSETS = Path(__file__).parent / "assets"
+# Markdown would read these as markup. They are written with zeros that nobody else writes, so that
+# assets/page.js can turn them back where a message is copied or edited.
+_ENTITIES = {"<": "&#0060;", "![": "!&#0091;"}
+_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+
+
+def literal(text: str) -> str:
+    """Markdown that shows tags and picture links as they were written."""
+    parts = _CODE.split(text)  # every second part is code
+    for written, entity in _ENTITIES.items():
+        parts[::2] = [p.replace(written, entity) for p in parts[::2]]
+    return "".join(parts)
+
+
+def unescape(text: str) -> str:
+    """The inverse of `literal`."""
+    for mark, entity in _ENTITIES.items():
+        text = text.replace(entity, mark)
+    return text
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def show(session: Session) -> tuple[Prepared, list[int]]:
+    """The messages for gr.Chatbot, and each one's place in the conversation (-1: a remark).
+
+    Only messages that have changed since the last call are rendered. A picture is a message of its
+    own: gr.Chatbot can edit only messages that hold nothing but text.
+    """
+    shown, places = Prepared(), []
+    messages = session.conversation.messages
+    remarks: dict[int, list[Remark]] = {}
+    for remark in session.remarks:
+        remarks.setdefault(remark.before, []).append(remark)
+    for place in range(len(messages) + 1):
+        for remark in remarks.get(place, ()):
+            shown.append(_text("assistant", f"<small>{literal(html.escape(remark.text))}</small>"))
+            places.append(-1)
+        if place < len(messages):
+            rendered = _rendered(session, place)
+            shown += rendered
+            places += [place] * len(rendered)
+    return shown, places
+
+
+def messages(session: Session, request: gr.Request | None, done: bool = True) -> Prepared:
+    """The conversation for gr.Chatbot; `done`: with buttons for what the last answer allows."""
+    shown, places = show(session)
+    last = len(session.conversation.messages) - 1
+    if done and shown and places[-1] == last and session.last_answer:
+        options = []
+        if session.can_continue:
+            options.append({"value": "continue", "label": translate("continue", request)})
+        if website(session.last_answer):
+            options.append({"value": "preview", "label": translate("preview", request)})
+        shown[-1] = {**shown[-1], "options": options}
+    return shown
+
+
+def _rendered(session: Session, place: int) -> list[dict]:
+    message = session.conversation.messages[place]
+    known, rendered = session.rendered.get(place, (None, []))
+    if known is not message:
+        rendered = [_part(part, message, session.conversation) for part in message.parts if part]
+        if all(_thumbnails.find(reference.key) for reference in message.images):
+            session.rendered[place] = message, rendered
+    return rendered
+
+
+def _part(part: str | ImageRef, message: Message, conversation: Conversation) -> dict:
+    if isinstance(part, ImageRef):
+        return _picture(conversation.pictures[part.key])
+    if message.role == "assistant":
+        part = fenced(part)
+    return _text(message.role, literal(part))
+
+
+def _text(role: str, text: str) -> dict:
+    return ChatbotMessage(role=role, content=[TextMessage(text=text)]).model_dump()
+
+
+def _picture(picture: Picture) -> dict:
+    path = _thumbnails.find(picture.key)
+    if not path:  # the disk is full, or was
+        return _text("user", "(picture)")
+    file = FileData(path=path, url=FILE_URL + encode_file_path(path), mime_type=get_mimetype(path))
+    content = [FileMessage(file=file, alt_text="Your picture")]
+    return ChatbotMessage(role="user", content=content).model_dump()
+
+
+# --- thumbnails -----------------------------------------------------------------------------------
+
+
+class _Thumbnails:
+    """Small copies of pictures, in files that the page may show; any thread may call this."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._paths: OrderedDict[str, str] = OrderedDict()  # picture's key -> path
+        self.files: set[str] = set()  # all that were written, for the server to delete at its end
+
+    def find(self, key: str) -> str:
+        """The path, "" where there is none. Does not look at the disk."""
+        with self._lock:
+            return self._paths.get(key, "")
+
+    def make(self, picture: Picture) -> None:
+        """Write the file unless it exists: old ones are deleted. Takes tens of milliseconds."""
+        path = self.find(picture.key)
+        if path and Path(path).exists():
+            return
+        large = max(picture.rgb.size) > THUMBNAIL_SIDE
+        small = image.fitted(picture.rgb, THUMBNAIL_SIDE) if large else picture.rgb
+        try:
+            path = save_pil_to_cache(small, get_upload_folder(), "picture")
+        except OSError:  # shown without its picture
+            path = ""
+        with self._lock:
+            self._paths[picture.key] = path
+            self.files |= {path} - {""}
+            while len(self._paths) > THUMBNAILS_KNOWN:
+                self._paths.popitem(last=False)
+
+
+_thumbnails = _Thumbnails()
+thumbnail_files = _thumbnails.files
+
+
+def make_thumbnails(conversation: Conversation) -> None:
+    """Write the small pictures that `show` refers to. Not for the event loop: it may take long."""
+    for message in conversation.messages:
+        for reference in message.images:
+            _thumbnails.make(conversation.pictures[reference.key])
+
+
+# --- the status line ------------------------------------------------------------------------------
+
+
+def waiting(session: Session, beams: int, request: gr.Request | None) -> str:
+    """What the visitor waits for: the queue, or the answer."""
+    if place := session.answer.position:
+        if place == 1:
+            return translate("next", request)
+        return translate("queued", request, place=place)
+    return translate("weighing" if beams > 1 else "answering", request)
+
+
+def statistics(session: Session, request: gr.Request | None) -> str:
+    """One line about the answer that has ended; "" where nothing was generated."""
+    stats = session.answer.stats
+    if not stats.tokens:
+        return ""
+    line = translate(
+        "stats",
+        request,
+        tokens=stats.tokens,
+        speed=f"{stats.tokens_per_s:.3g}",
+        first=f"{stats.seconds_to_first:.2f}",
+    )
+    if stats.reused_tokens:
+        line += translate("reused", request, reused=stats.reused_tokens, prompt=stats.prompt_tokens)
+    if session.stop_reason == "length":
+        line += translate("cut_length", request)
+    elif session.stop_reason in ("time", "closed"):
+        line += translate("cut_closed", request)
+    return line
+
+
+# --- the website in an answer ---------------------------------------------------------------------
+
+# A whole document, or the beginning of one, that stands in an answer without a code fence.
+_DOCUMENT = re.compile(
+    r"<!doctype\s+html\b.*?(?:</html\s*>|\Z)|<html\b.*?(?:</html\s*>|\Z)|"
+    r"<(?:head|body)\b.*?(?:</body\s*>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+# Possessive and atomic parts (*+, ?>): whatever stands there is read once, in linear time.
+_FENCE = re.compile(r"```[ \t]*+([\w+-]*+)[^\n]*+(?:\n(.*?)(?:```|\Z)|\Z)", re.DOTALL)
+_MARKUP = re.compile(
+    r"\s*+(?><!--.*?-->\s*+)*+<(?:!doctype\s+html|html|head|body|div|main|section|header|h1|h2|form|p|"
+    r"button|style|table|ul|nav|title|a|img|input|script)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+# The frame's own policy. It comes first in the document, before anything the model wrote, and adds
+# to the page's policy, which keeps the frame from navigating elsewhere.
+FRAME_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; font-src data:; media-src data: blob:; form-action 'none'; "
+    "base-uri 'none'"
+)
+# Removes WebRTC, which no policy covers.
+_FIRST_SCRIPT = (ASSETS / "frame.js").read_text(encoding="utf-8")
+# What would make a shadow root of markup.
+_SHADOW = re.compile("shadowrootmode", re.IGNORECASE)
+
+
+def website(answer: str) -> str:
+    """The HTML in an answer, "" where there is none. CSS and scripts in further code blocks, as
+    models like to write them, are put inside."""
+    document, styles, scripts = "", [], []
+    for language, code in _FENCE.findall(answer):
+        language = language.lower()
+        if language == "css":
+            styles.append(f"<style>\n{code}</style>\n")
+        elif language in ("js", "javascript"):
+            scripts.append(f"<script>\n{code}</script>\n")
+        elif language in ("html", "htm", "xhtml", "") and _MARKUP.match(code):
+            document = document or code
+    if not document:
+        found = _DOCUMENT.search(_FENCE.sub("", answer))
+        document = found[0] if found else ""
+    return document and document.strip() + "\n" + "".join(styles + scripts)
+
+
+def websites(session: Session) -> list[str]:
+    """The HTML of each answer that holds some, in order."""
+    count = len(session.conversation.messages)
+    found = (website(session.answer_at(place)) for place in range(count))
+    return [site for site in found if site]
+
+
+def fenced(answer: str) -> str:
+    """The answer with a bare HTML document in it set as a code block."""
+    if "```" in answer:
+        return answer
+    return _DOCUMENT.sub(lambda found: f"\n```html\n{found[0]}\n```\n", answer, count=1)
+
+
+def frame(document: str, title: str) -> str:
+    """The element that shows the document: sandboxed, of another origin, without any network."""
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{FRAME_POLICY}">'
+    whole = (
+        f'<!doctype html><meta charset="utf-8">{policy}'
+        '<meta http-equiv="x-dns-prefetch-control" content="off">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<script>\n{_FIRST_SCRIPT}</script>\n{_SHADOW.sub('data-shadow', document)}"
+    )
+    return (
+        # A new mark makes the page load the same website again when it is shown again.
+        f'<iframe class="website" data-shown="{secrets.token_hex(4)}" '
+        f'sandbox="allow-scripts" referrerpolicy="no-referrer" '
+        f'title="{html.escape(title)}" srcdoc="{html.escape(whole)}"></iframe>'
+    )

@@ -1,0 +1,179 @@
+"""What is replaced of Gradio: the installed one still has it, and each patch does its work."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from gradio import processing_utils
+
+from minigpt4.conversation import Conversation
+from minigpt4.model import image
+from minigpt4.web.guard import gradio_patches
+from minigpt4.web.guard.gradio_patches import IDLE_POLL_SECONDS, PATCHES, Prepared
+from minigpt4.web.page import render
+from minigpt4.web.page import session as session_module
+from minigpt4.web.page.session import Session
+from tests.api_case import SETTINGS, page_event, page_events
+from tests.fake_engine import LONG, FakeAnswer, FakeEngine
+from tests.page_case import picture, served
+
+ROOT = Path(__file__).parent.parent
+# In an interpreter of its own: here the patches may have been applied already.
+COMPARE = """
+import pkgutil, sys
+import gradio as gr
+before = {}
+def owner(path):
+    if path.endswith("()"):  # an instance
+        return queue
+    return pkgutil.resolve_name(path)
+with gr.Blocks() as page:
+    pass
+page.queue()
+queue = page._queue
+import uvicorn
+names = NAMES
+for path, name in names:
+    here = owner(path) if path != "uvicorn.Config" else uvicorn.Config(page)
+    before[path, name] = getattr(here, name)  # AttributeError: an upgrade has removed it
+from minigpt4.web.guard import gradio_patches
+gradio_patches.apply()
+gradio_patches.tune_queue(page)
+for path, name in names:
+    if path != "uvicorn.Config" and getattr(owner(path), name) == before[path, name]:
+        sys.exit(f"{path}.{name} is not replaced")
+"""
+
+
+def test_gradio_still_has_what_is_replaced():
+    names = [(patch.owner, patch.attribute) for patch in PATCHES]
+    assert len(set(names)) == len(names) and all(patch.why for patch in PATCHES)
+    code = COMPARE.replace("NAMES", repr(names))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_other_module_replaces_anything_of_gradio():
+    """An assignment to an attribute of gradio's modules or of a page's queue stands here alone."""
+    for path in (ROOT / "minigpt4").rglob("*.py"):
+        if path.name != "gradio_patches.py":
+            text = path.read_text(encoding="utf-8")
+            assert "_queue." not in text or "page" not in path.parts, path
+
+
+@pytest.fixture
+def session(tmp_path):
+    conversation = Conversation()
+    photo = image.load(picture(tmp_path / "photo.png"))
+    conversation.add_question("What is <this>?", [photo])
+    conversation.add_answer("A meadow.\n\n    In code.")
+    session = Session(conversation)
+    session.remark("One & two")
+    render.make_thumbnails(conversation)
+    return session
+
+
+def test_prepared_messages_are_what_gradio_makes_of_them(session):
+    shown = render.messages(session, None)
+    gradio_patches.apply()
+    plain = [{"role": m["role"], "content": [dict(part) for part in m["content"]]} for m in shown]
+    with gr.Blocks():
+        chatbot = gr.Chatbot()
+
+    async def by_gradio() -> list:
+        made = gradio_patches._original_postprocess_chatbot(chatbot, plain)
+        moved = await gradio_patches._original_move_files(made, chatbot, postprocess=True)
+        return gradio_patches._original_add_root_url([moved], "http://here", None)[0]
+
+    theirs = asyncio.run(by_gradio())
+    ours = processing_utils.add_root_url([shown, "other"], "http://here", None)
+    assert ours[1] == "other" and chatbot.postprocess(shown) is shown
+    assert [m["role"] for m in theirs] == ["user", "user", "assistant", "assistant"]
+    for mine, other in zip(ours[0], theirs, strict=True):
+        for part, another in zip(mine["content"], other["content"], strict=True):
+            if "file" in part:  # theirs is a copy of the file
+                for file in (part["file"], another["file"]):
+                    assert file["url"] == f"http://here/gradio_api/file={file.pop('path')}"
+                    file.pop("url")
+        assert mine == other
+    assert shown[0]["content"][0]["file"]["url"].startswith("/")  # shared: it stays as it was
+
+
+def test_skipped_outputs_cost_nothing(monkeypatch):
+    gradio_patches.apply()
+    with gr.Blocks() as page:
+        outputs = [gr.Textbox(), gr.Textbox(), gr.State(None)]
+        event = outputs[0].change(lambda text: None, outputs[0], outputs)
+    (function,) = page.fns.values()
+    made = []
+    monkeypatch.setattr(gr.Textbox, "__init__", lambda *_, **__: made.append(1))
+
+    def result(*values) -> list:
+        return asyncio.run(page.postprocess_data(function, list(values), None))
+
+    skip = gr.skip()
+    assert result(skip, "b", skip) == [skip, "b", None]
+    assert result(skip, skip, skip) == [skip, skip, None]
+    assert result("a", skip, 7)[:2] == ["a", skip]
+    assert result("a", "b", 7) == ["a", "b", None]
+    assert not made and event
+
+
+def test_the_idle_queue_wakes_for_an_event():
+    patched = gradio_patches._QueueAsyncio()
+
+    async def wait() -> None:
+        sleeping = asyncio.create_task(patched.sleep(IDLE_POLL_SECONDS))
+        other = asyncio.create_task(patched.sleep(3600))
+        await asyncio.sleep(0)
+        patched.wake()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert sleeping.done() and not other.done()
+        other.cancel()
+        await patched.sleep(IDLE_POLL_SECONDS)  # ends by itself
+        assert not patched._sleeping and patched.gather is asyncio.gather
+
+    asyncio.run(wait())
+
+
+def test_an_update_reads_no_files_and_builds_no_components(session, monkeypatch):
+    """Through Gradio's whole stack."""
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    counted = {"async_move_resource_to_block_cache": 0, "_update_config": 0}
+
+    def count(owner, name):
+        real = getattr(owner, name)
+
+        def counting(*arguments, **options):
+            counted[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    from gradio.state_holder import SessionState
+    from gradio.utils import get_upload_folder
+
+    Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
+    path = str(picture(Path(get_upload_folder()) / "patched.png", "#654321"))
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    with served(FakeEngine()) as address:
+        events = page_events(address)
+        data = [{"text": "Hello?", "files": [file]}, None, *SETTINGS[:3], 300, *SETTINGS[4:]]
+        page_event(address, events["ask"], data, "patched")
+        count(gr.Chatbot, "async_move_resource_to_block_cache")
+        count(SessionState, "_update_config")
+        data[0] = {"text": "A long one, please.", "files": []}
+        last = page_event(address, events["ask"], data, "patched")
+    assert " ".join(LONG.split()[:300]) in str(last) and "http://127.0.0.1" in str(last)
+    assert counted["async_move_resource_to_block_cache"] == 0
+    assert counted["_update_config"] <= 3  # the box: emptied, and its button at the start and end
+
+
+def test_prepared_messages_stay_prepared():
+    message = {"role": "user", "content": [{"type": "text", "text": "Hello?"}]}
+    there = Prepared([message]).at("http://here")
+    assert isinstance(there, Prepared) and there[0] is message

@@ -1,0 +1,1 @@
+"""Programs that made files of this repository; nothing in the package needs them."""
