@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minigpt4.config import get_model
+from minigpt4.data.examples import read_shards
 from minigpt4.engine.native import NativeDecoder
 from minigpt4.engine.rows import PAGE, Rows
 from minigpt4.engine.sampling import log_softmax
@@ -21,7 +22,6 @@ from minigpt4.engine.task import Piece, Request, Sequence, Task, rows_of
 from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_training
-from minigpt4.training.data import read_shards
 from minigpt4.weights import load as weights
 
 

@@ -1,7 +1,6 @@
 """python -m minigpt4 ask | chat | train | evaluate | curate | convert | download"""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,8 +10,6 @@ from minigpt4.config import MODELS, get_model
 from minigpt4.curation.options import add_commands as add_curation
 from minigpt4.errors import UserError
 from minigpt4.evaluation import options as evaluation
-
-ANSWERED_TOGETHER = 8  # photos of a folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    from minigpt4.batch import ask_photos
     from minigpt4.conversation import Conversation, ask
     from minigpt4.model import image
 
@@ -195,55 +193,7 @@ def _ask(options: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    _ask_many(engine, paths, question, sampling, options.out)
-
-
-def _ask_many(engine, paths: list[Path], question: str, sampling, out: str | None) -> None:
-    """One question about many photos: JSON lines to `out` (or answers to stdout)."""
-    from collections import deque
-    from contextlib import nullcontext
-
-    from tqdm import tqdm
-
-    from minigpt4.conversation import Answer, Conversation, ask
-    from minigpt4.model import image
-
-    def begin(path: Path) -> "Answer | UserError":
-        try:
-            conversation = Conversation()
-            conversation.add_question(question, [image.load(path)])
-            return ask(engine, conversation, sampling)
-        except UserError as error:  # one bad photo does not end a long run
-            return error
-
-    def finish(path: Path, answer: "Answer | UserError") -> None:
-        name = str(path).encode("utf-8", "replace").decode("utf-8")
-        record = {"photo": name, "question": question}
-        try:
-            if isinstance(answer, UserError):
-                raise answer
-            record["answer"] = "".join(answer)
-            record["stop_reason"] = answer.stop_reason
-        except UserError as error:
-            record["error"] = str(error)
-        if out:
-            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-        else:
-            shown = record.get("error", record.get("answer"))
-            print(f"{name}: {shown}", file=file, flush=True)
-
-    with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
-        begun: deque = deque()
-        bar = tqdm(total=len(paths), unit="photo", disable=None if out else True)
-        with bar:
-            for path in paths:
-                begun.append((path, begin(path)))
-                if len(begun) == ANSWERED_TOGETHER:
-                    finish(*begun.popleft())
-                    bar.update()
-            while begun:
-                finish(*begun.popleft())
-                bar.update()
+    ask_photos(engine, paths, question, sampling, options.out)
 
 
 def _chat(options: argparse.Namespace) -> None:

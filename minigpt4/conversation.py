@@ -78,6 +78,7 @@ class Answer:
         stop: Sequence[str] = (),
         trim: bool = True,
         logprobs: bool = False,
+        watched: Sequence[int] = (),
     ) -> None:
         from minigpt4.engine import Request
 
@@ -102,6 +103,7 @@ class Answer:
                 penalized(prompt, template),
                 logprobs,
                 session=conversation.session,
+                watched=tuple(watched),
             )
         )
 
@@ -167,6 +169,11 @@ class Answer:
         return self._stream.logprobs[: len(self.tokens)]
 
     @property
+    def watched(self) -> list[float]:
+        """The log-probabilities of the `watched` token ids as the answer's first token."""
+        return self._stream.watched
+
+    @property
     def stats(self) -> "Stats":
         return self._stream.stats
 
@@ -196,14 +203,16 @@ def ask(
     stop: Sequence[str] = (),
     trim: bool = True,
     logprobs: bool = False,
+    watched: Sequence[int] = (),
 ) -> Answer:
     """Answer the conversation's last question. The answer is not added to it: that is the
     caller's to do, who may stop half-way.
 
     stop: strings that end the answer, besides the template's; trim: leave old turns out where the
-    conversation is too long, rather than refuse it; logprobs: note each token's log-probability.
+    conversation is too long, rather than refuse it; logprobs: note each token's log-probability;
+    watched: token ids whose log-probability as the first token is noted.
     """
-    return Answer(engine, conversation, sampling, stop, trim, logprobs)
+    return Answer(engine, conversation, sampling, stop, trim, logprobs, watched)
 
 
 def fit(

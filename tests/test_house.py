@@ -42,7 +42,16 @@ def test_only_the_servers_import_gradio():
 
 @pytest.mark.parametrize(
     "module",
-    ["model.prompt", "model.text", "model.image", "conversation", "config", "errors", "engine"],
+    [
+        "model.prompt",
+        "model.text",
+        "model.image",
+        "conversation",
+        "config",
+        "errors",
+        "engine",
+        "data.table",
+    ],
 )
 def test_no_torch(module):
     """Importing these loads no torch: checked in a fresh interpreter."""
@@ -54,13 +63,13 @@ def test_no_torch(module):
 FLOORS = [
     {"errors"},
     {"model.prompt", "model.text", "model.image", "model.tokenizer", "model.data_url"},
-    {"config"},
+    {"config", "data"},
     {"weights.gguf"},
     {"model"},
     {"weights"},
     {"engine"},
     {"conversation", "remote"},
-    {"start"},
+    {"start", "batch"},
     {"web", "evaluation", "training"},
     {"curation", "remote.ray", "remote.zerogpu"},
     {"__main__", "app"},

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 
 from minigpt4 import start
-from minigpt4.curation.thresholds import Thresholds
+from minigpt4.curation.filters import Thresholds
 
 STEPS = "generate, refine, filter, review, merge and export, in this order; see docs/curation.md"
 

@@ -6,30 +6,38 @@ from collections.abc import Callable
 from minigpt4.errors import UserError
 
 EXPERIMENTS = {
-    "captions": "BLEU, CIDEr, and METEOR and SPICE where Java is present",
+    "captions": "BLEU and CIDEr",
     "stages": "how often the first stage's answers fail, and how often the second's",
     "pope": "yes/no questions about objects that are there, and that are not",
     "abilities": "recipes, advertisements, poems, jokes, ..., judged by a model or by hand",
-    "architecture": "the projection's and the training's variants, each trained for a moment",
 }
 
 # Options of some experiments only; None stands for the plain scores.
 _ONLY: dict[str, set[str | None]] = {
     "markdown": {*EXPERIMENTS},
     "detail": {None, "captions"},
-    "answers": {None, *EXPERIMENTS} - {"architecture"},
+    "answers": {None, *EXPERIMENTS},
     "stage1": {"stages"},
     "drawn": {"stages", "abilities"},
-    "seed": {"stages", "abilities", "architecture"},
+    "seed": {"stages", "abilities"},
     **dict.fromkeys(("objects", "question", "per_picture"), {"pope"}),
     **dict.fromkeys(
         ("judge", "judge_model", "judge_blind", "verdicts", "beside", "reuse", "review", "ratings"),
         {"abilities"},
     ),
-    **dict.fromkeys(
-        ("train", "described", "arms", "steps", "train_batch", "pictures"), {"architecture"}
-    ),
 }
+
+
+def experiment(name: str) -> str:
+    """The name of an experiment, as an option's value."""
+    if name == "architecture":
+        raise argparse.ArgumentTypeError(
+            "the architecture experiment is now a program of its own: python -m "
+            "research.architecture, in a checkout of the repository"
+        )
+    if name not in EXPERIMENTS:
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(EXPERIMENTS)}, not “{name}”")
+    return name
 
 
 def refuse_others(options: argparse.Namespace) -> None:
@@ -57,7 +65,10 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
         "of captions (CSV or JSON lines); abilities: a suite's folder",
     )
     parser.add_argument(
-        "--experiment", choices=list(EXPERIMENTS), help="one of the paper's; left out: the scores"
+        "--experiment",
+        type=experiment,
+        metavar=f"{{{','.join(EXPERIMENTS)}}}",
+        help="one of the paper's; left out: the scores",
     )
     parser.add_argument("--limit", type=count, help="the first N pictures only")
     parser.add_argument("--json", metavar="OUT", help="write the scores here")
@@ -123,22 +134,4 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
     abilities.add_argument(
         "--ratings", metavar="FILE", action="append", default=[], help="what such a page saved"
     )
-
-    architecture = parser.add_argument_group("architecture")
-    architecture.add_argument("--train", metavar="DATA", help="captions to train on")
-    architecture.add_argument(
-        "--described", metavar="DIR", help="second-stage data: filter_cap.json and image/"
-    )
-    architecture.add_argument(
-        "--arms", help="some of the variants, by name and comma (default: all of them)"
-    )
-    architecture.add_argument("--steps", type=count, default=100, help="of the first stage each")
-    architecture.add_argument(
-        "--train-batch", type=count, help="pictures a step (default: the schedule's)"
-    )
-    architecture.add_argument(
-        "--seed", type=int, default=42, help="of data order and new weights; of drawn answers"
-    )
-    architecture.add_argument(
-        "--pictures", type=count, default=400, help="captioned ones to train on, at most"
-    )
+    abilities.add_argument("--seed", type=int, default=42, help="of drawn answers (stages, too)")
