@@ -72,7 +72,7 @@ claims: setup weights
 	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment pope $(INTO)
 	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment captions $(INTO)
 	$(EVALUATE) --experiment abilities --drawn $(JUDGE) --markdown docs/evaluation.md
-	$(EVALUATE) $(DATA)/stage1/val-00000.tar --experiment architecture $(INTO) --steps $(STEPS) \
+	$(BIN)/python -m research.architecture $(DATA)/stage1/val-00000.tar $(INTO) --steps $(STEPS) \
 		--train '$(DATA)/stage1/train-*.tar' --described $(DATA)/stage2
 
 # axe-core checks the page's accessibility. Without it that test is skipped and says what to do.

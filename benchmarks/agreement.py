@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minigpt4.config import get_model
+from minigpt4.data.examples import read_shards
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.native import NativeDecoder
 from minigpt4.engine.sampling import log_softmax
@@ -21,7 +22,6 @@ from minigpt4.engine.stream import Stream
 from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_training
-from minigpt4.training.data import read_shards
 from minigpt4.weights.load import find_weights, load_model
 
 

@@ -1,7 +1,6 @@
 """The command line: minigpt4 ask | chat | serve | train | evaluate | curate | convert | download"""
 
 import argparse
-import json
 import os
 import sys
 from contextlib import closing
@@ -25,10 +24,7 @@ from minigpt4.training import options as training
 from minigpt4.web import run as server
 
 if TYPE_CHECKING:
-    from minigpt4.conversation import Answer, Conversation
-    from minigpt4.engine import Engine, Sampling
-
-ANSWERED_TOGETHER = 8  # photos of a folder
+    from minigpt4.conversation import Conversation
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,6 +147,7 @@ def _add_download(commands) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    from minigpt4.batch import ask_photos
     from minigpt4.conversation import Conversation, ask
     from minigpt4.model import image
 
@@ -170,61 +167,7 @@ def _ask(options: argparse.Namespace) -> None:
                 print(text, end="", flush=True)
             print()
         else:
-            _ask_many(engine, paths, question, sampling, options.out)
-
-
-def _ask_many(
-    engine: "Engine",
-    paths: list[Path],
-    question: str,
-    sampling: "Sampling",
-    out: str | None,
-) -> None:
-    """One question about many photos: JSON lines to `out`, or answers to stdout."""
-    from collections import deque
-    from contextlib import nullcontext
-
-    from tqdm import tqdm
-
-    from minigpt4.conversation import Conversation, ask
-    from minigpt4.model import image
-
-    def begin(path: Path) -> "Answer | UserError":
-        try:
-            conversation = Conversation()
-            conversation.add_question(question, [image.load(path)])
-            return ask(engine, conversation, sampling)
-        except UserError as error:  # one unreadable photo does not end a long run
-            return error
-
-    with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
-        begun: deque = deque()
-        with tqdm(total=len(paths), unit="photo", disable=None if out else True) as bar:
-            for place, path in enumerate(paths, 1):
-                begun.append((path, begin(path)))
-                while begun and (len(begun) == ANSWERED_TOGETHER or place == len(paths)):
-                    record = _record(question, *begun.popleft())
-                    print(_line(record, as_json=bool(out)), file=file, flush=True)
-                    bar.update()
-
-
-def _record(question: str, path: Path, answer: "Answer | UserError") -> dict[str, str]:
-    """The finished answer about a photo, or the error."""
-    record = {"photo": str(path).encode("utf-8", "replace").decode("utf-8"), "question": question}
-    try:
-        if isinstance(answer, UserError):
-            raise answer
-        record["answer"] = "".join(answer)
-        record["stop_reason"] = answer.stop_reason
-    except UserError as error:
-        record["error"] = str(error)
-    return record
-
-
-def _line(record: dict[str, str], as_json: bool) -> str:
-    if as_json:
-        return json.dumps(record, ensure_ascii=False)
-    return f"{record['photo']}: {record.get('error', record.get('answer'))}"
+            ask_photos(engine, paths, question, sampling, options.out)
 
 
 def _chat(options: argparse.Namespace) -> None:

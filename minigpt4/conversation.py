@@ -141,6 +141,11 @@ class Answer:
         return self._stream.logprobs[: len(self.tokens)]
 
     @property
+    def watched(self) -> list[float]:
+        """The log-probabilities of the `watched` token ids as the answer's first token."""
+        return self._stream.watched
+
+    @property
     def stats(self) -> "Stats":
         return self._stream.stats
 
@@ -164,12 +169,14 @@ def ask(
     stop: Sequence[str] = (),
     trim: bool = True,
     logprobs: bool = False,
+    watched: Sequence[int] = (),
 ) -> Answer:
     """Answer the conversation's last question. The caller adds the answer to the conversation, or
     the part that was read.
 
     stop: strings that end the answer, besides the template's; trim: leave out old turns where the
-    conversation is too long, instead of refusing it; logprobs: note each token's log-probability.
+    conversation is too long, instead of refusing it; logprobs: note each token's log-probability;
+    watched: token ids whose log-probability as the first token is noted.
     """
     from minigpt4.engine import Request
 
@@ -197,6 +204,7 @@ def ask(
             penalized(prompt, template),
             logprobs,
             session=conversation.session,
+            watched=tuple(watched),
         )
     )
     return Answer(stream, text_stream, ends, dropped_turns, continues)

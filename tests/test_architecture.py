@@ -1,18 +1,18 @@
 """The paper's ablations on a tiny random model: every arm is really trained, and alone."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minigpt4.__main__ import main
 from minigpt4.config import get_model
-from minigpt4.evaluation import architecture, arms
-from minigpt4.evaluation.architecture import shortened
-from minigpt4.training.data import read_shards
+from minigpt4.data.examples import read_shards
 from minigpt4.weights.load import find_weights, load_model
-from tests.evaluation_case import run, use_tiny_model
+from research import architecture, arms
+from research.architecture import main, shortened
+from tests.evaluation_case import use_tiny_model
 from tests.training_case import (
     SCHEDULE,
     tiny_model,
@@ -20,6 +20,13 @@ from tests.training_case import (
     write_descriptions,
     write_shard,
 )
+
+
+def run(*arguments, out) -> tuple[dict, str]:
+    """The figures and the report of the command."""
+    files = ["--json", str(out / "out.json"), "--markdown", str(out / "out.md")]
+    assert main([*map(str, arguments), *files]) == 0
+    return json.loads((out / "out.json").read_text()), (out / "out.md").read_text()
 
 
 @pytest.fixture
@@ -110,7 +117,7 @@ def test_the_experiment(shard, tmp_path, monkeypatch):
     monkeypatch.setattr(architecture, "CAPTION_TOKENS", 3)
     monkeypatch.setattr(architecture, "DETAIL_TOKENS", 3)
     described = write_descriptions(tmp_path / "described", 16)
-    options = [shard, "--experiment", "architecture", "--train", shard, "--described", described]
+    options = [shard, "--train", shard, "--described", described]
     options += ["--steps", 4, "--train-batch", 2, "--limit", 2, "--pictures", 4]
     result, page = run(*options, out=tmp_path)
     found = result["arms"]
@@ -134,21 +141,20 @@ def test_folders_with_tables_of_captions_and_damaged_pictures(tmp_path, monkeypa
     shown, trained = (write_captioned(tmp_path / name) for name in ("shown", "trained"))
     for folder in (shown, trained):
         (folder / "1.jpg").write_bytes(b"no picture")
-    options = ["--experiment", "architecture", "--train", trained, "--arms", "linear"]
+    options = ["--train", trained, "--arms", "linear"]
     result, _ = run(shown, *options, "--steps", 1, "--train-batch", 2, out=tmp_path)
     assert result["n"] == result["trained_on"] == 2
 
 
 def test_mistakes(shard, capsys):
-    begin = [str(shard), "--experiment", "architecture"]
     for arguments in (
-        [],
         ["--train", str(shard), "--arms", "wider"],
         ["--train", str(shard), "--arms", "linear,stage2"],
         ["--train", "nowhere.tar"],
+        ["--train", str(shard), "--steps", "0"],
         ["--train", str(shard), "--described", "nowhere"],
         ["--train", str(shard), "--described", "nowhere", "--arms", "stage2"],
     ):
-        assert main(["evaluate", *begin, *arguments]) == 2, arguments
+        assert main([str(shard), *arguments]) == 2, arguments
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.startswith("minigpt4: "), said
+        assert said.count("\n") == 1 and said.startswith("architecture: "), said

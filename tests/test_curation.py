@@ -11,18 +11,18 @@ from PIL import Image
 
 from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.curation import agreement, filters
+from minigpt4.batch import Batch, Question, greedy
+from minigpt4.curation import filters
+from minigpt4.curation import merge as merging
 from minigpt4.curation.export import chosen, export
 from minigpt4.curation.generate import Generator, paper_template
 from minigpt4.curation.pictures import find_pictures, is_same, load_picture
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.curation.refiners import LocalRefiner
-from minigpt4.curation.thresholds import Thresholds
+from minigpt4.data.examples import read_descriptions
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
-from minigpt4.evaluation.asking import Question, answer_all, greedy
 from minigpt4.model.prompt import CHATML, VICUNA
-from minigpt4.training.data import read_descriptions
 from tests.training_case import picture, room_for, tiny_model, write_shard
 
 GREEDY = Sampling(0.0, 1.0, repetition_penalty=1.0, max_new_tokens=6)
@@ -194,11 +194,12 @@ def test_which_pictures_are_the_same(tmp_path, monkeypatch):
 def test_an_answer_that_ran_out_of_time_is_cut(engine, folder, monkeypatch):
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda r: submit(replace(r, max_seconds=0.0)))
-    [record] = Generator(engine, GREEDY, continues=0)(find_pictures(str(folder / "p0.jpg")))
+    [record] = Generator(Batch(engine), GREEDY, continues=0)(find_pictures(str(folder / "p0.jpg")))
     assert record["tokens"] < 6 and record["cut"]
-    assert LocalRefiner(engine)("Mend this.", 100).cut
+    assert LocalRefiner(engine)("Correct this.", 100).truncated
     asked = [Question("a", "What is this?", lambda: folder / "p0.jpg")]
-    assert [reply.truncated for reply in answer_all(engine, asked, greedy(100))] == [True]
+    found = Batch(engine).answer(asked, greedy(100))
+    assert [completion.truncated for _, completion in found] == [True]
 
 
 def test_the_papers_prompt(engine, folder, monkeypatch):
@@ -206,7 +207,7 @@ def test_the_papers_prompt(engine, folder, monkeypatch):
     asked = []
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda r: asked.append(r.prompt) or submit(r))
-    generator = Generator(engine, GREEDY, min_tokens=80, continues=1)
+    generator = Generator(Batch(engine), GREEDY, min_tokens=80, continues=1)
     [record] = generator(find_pictures(str(folder / "p0.jpg")))
     first, second = (
         engine.model.tokenizer.decode([i for i in prompt.ids if i >= 0]) for prompt in asked
@@ -226,10 +227,10 @@ def test_the_papers_prompt(engine, folder, monkeypatch):
 
 def test_only_what_is_short_goes_on(engine, folder):
     source = find_pictures(str(folder / "p0.jpg"))
-    [once] = Generator(engine, GREEDY, min_tokens=1)(source)
-    [never] = Generator(engine, GREEDY, continues=0)(source)
+    [once] = Generator(Batch(engine), GREEDY, min_tokens=1)(source)
+    [never] = Generator(Batch(engine), GREEDY, continues=0)(source)
     assert once["continued"] == never["continued"] == 0 and once["text"] == never["text"]
-    [often] = Generator(engine, GREEDY, continues=3)(source)
+    [often] = Generator(Batch(engine), GREEDY, continues=3)(source)
     assert often["continued"] == 3 and often["text"].startswith(once["text"])
     assert often["cut"] and often["tokens"] > once["tokens"]
 
@@ -289,7 +290,7 @@ def records(*texts: str) -> list[dict]:
 
 def test_each_rule_finds_its_fault_and_no_other():
     assert BAD.keys() == filters.RULES.keys()
-    done = filters.apply(records(GOOD, *BAD.values()), Thresholds())
+    done = filters.apply(records(GOOD, *BAD.values()), filters.Thresholds())
     assert done[0]["kept"] and done[0]["rules"] == []
     for name, record in zip(BAD, done[1:], strict=True):
         assert name in record["rules"] and not record["kept"], (name, record["rules"])
@@ -297,22 +298,22 @@ def test_each_rule_finds_its_fault_and_no_other():
         assert extra <= {"repeated_ngrams"} if name == "repetition" else not extra, (name, extra)
     assert done[-2]["duplicate_of"] == "0"
     assert sum(filters.counts(done).values()) >= len(BAD)
-    again = filters.apply(done, Thresholds(max_similarity=0.99))
+    again = filters.apply(done, filters.Thresholds(max_similarity=0.99))
     assert again[-2]["kept"] and "duplicate_of" not in again[-2]
 
 
 def test_thresholds_are_what_they_say():
     length = len(filters.words(GOOD))
-    strict = replace(Thresholds(), min_words=length + 1)
+    strict = replace(filters.Thresholds(), min_words=length + 1)
     assert filters.broken_rules(records(GOOD)[0], strict) == ["too_short"]
     assert not filters.broken_rules(records(GOOD)[0], replace(strict, min_words=length))
     german = records(BAD["language"])[0]
-    assert not filters.broken_rules(german, Thresholds(language="de"))
-    assert not filters.broken_rules(german, Thresholds(language=""))
-    assert filters.broken_rules(records(GOOD)[0], Thresholds(language="de")) == ["language"]
+    assert not filters.broken_rules(german, filters.Thresholds(language="de"))
+    assert not filters.broken_rules(german, filters.Thresholds(language=""))
+    assert filters.broken_rules(records(GOOD)[0], filters.Thresholds(language="de")) == ["language"]
     cut = {"image_id": "0", "text": GOOD.rstrip("."), "cut": True}
-    assert filters.broken_rules(cut, Thresholds()) == ["breaks_off"]
-    assert not filters.broken_rules(cut | {"cut": False}, Thresholds())
+    assert filters.broken_rules(cut, filters.Thresholds()) == ["breaks_off"]
+    assert not filters.broken_rules(cut | {"cut": False}, filters.Thresholds())
     assert filters.refusal("A parrot, as an air show goes on") == ""
     assert filters.repeated_share("a b c a b c") == 0.25
 
@@ -368,14 +369,14 @@ def test_kappas_are_those_of_the_literature():
         [label for label, n in enumerate(map(int, row.split())) for _ in range(n)]
         for row in table.split("|")
     ]
-    assert agreement.fleiss_kappa(ratings) == pytest.approx(0.210, abs=5e-4)
+    assert merging.fleiss_kappa(ratings) == pytest.approx(0.210, abs=5e-4)
     # Two readers of 50 grant proposals: both yes 20, both no 15, 5 and 10 otherwise; kappa 0.4.
     first = [1] * 20 + [1] * 5 + [0] * 10 + [0] * 15
     second = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15
-    assert agreement.cohen_kappa(first, second) == pytest.approx(0.4)
-    assert agreement.raw_agreement(list(zip(first, second, strict=True))) == pytest.approx(0.7)
-    assert math.isnan(agreement.cohen_kappa([1, 1], [1, 1]))
-    assert agreement.cohen_kappa([1, 0], [0, 1]) == pytest.approx(-1)
+    assert merging.cohen_kappa(first, second) == pytest.approx(0.4)
+    assert merging.raw_agreement(list(zip(first, second, strict=True))) == pytest.approx(0.7)
+    assert math.isnan(merging.cohen_kappa([1, 1], [1, 1]))
+    assert merging.cohen_kappa([1, 0], [0, 1]) == pytest.approx(-1)
 
 
 def reviewed(name: str, **decisions: str) -> dict[str, dict]:
@@ -421,10 +422,10 @@ def test_merging_reviews(tmp_path, capsys):
     assert "Cohen" in capsys.readouterr().out
     assert read_records(out)["b"]["decision"] == "drop"  # half of the votes
     assert main(["curate", "merge", files[0], files[0], "--out", str(out)]) == 2
-    assert "Two files are by “ann”" in capsys.readouterr().err
+    assert "Two reviews are by “ann”" in capsys.readouterr().err
     write_records(files[0], records(GOOD))
     assert main(["curate", "merge", *files, "--out", str(out)]) == 2
-    assert "no reviewer's file" in capsys.readouterr().err
+    assert "is not a review" in capsys.readouterr().err
 
 
 def test_merging_leaves_the_reviews(tmp_path, monkeypatch, capsys):
@@ -457,9 +458,9 @@ def test_the_published_layout_comes_out(folder, tmp_path):
     assert export(chosen(found), target) == 1
     assert os.listdir(target / "image") == ["p1-2.jpg"]
     for wrong in ("../up", "a/b", ".hidden"):
-        with pytest.raises(UserError, match="file's name"):
+        with pytest.raises(UserError, match="be a file name"):
             export([found[2] | {"image_id": wrong}], target)
-    with pytest.raises(UserError, match="Nothing is left"):
+    with pytest.raises(UserError, match="nothing to export"):
         export([], target)
 
 

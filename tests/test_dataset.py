@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 from minigpt4.curation import filters
-from minigpt4.curation.thresholds import Thresholds
 
 ROOT = Path(__file__).parent.parent
 TEXTS = json.loads((ROOT / "data" / "stage2" / "filter_cap.json").read_text(encoding="utf-8"))
@@ -35,7 +34,7 @@ def test_the_card_counts_right():
 
 def test_the_filter_drops_none():
     records = [t | {"text": t["caption"]} for t in TEXTS["annotations"]]
-    counts = filters.counts(filters.apply(records, Thresholds()))
+    counts = filters.counts(filters.apply(records, filters.Thresholds()))
     assert not any(counts.values()), counts
 
 

@@ -1,20 +1,18 @@
 """The experiments of `evaluate`, on tiny shards and tiny random models, by their commands."""
 
 import json
-import shutil
 from functools import partial
 
 import pytest
 
 from minigpt4.__main__ import main
+from minigpt4.batch import Batch, Question, greedy
+from minigpt4.data.examples import Example
+from minigpt4.data.files import read_jsonl
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
-from minigpt4.evaluation import pope, report, stages
-from minigpt4.evaluation import run as scoring
-from minigpt4.evaluation.asking import Question, answer_all, greedy
-from minigpt4.evaluation.java import SPICE_FILES, java_scores, no_spice
+from minigpt4.evaluation import captions, pope, report, stages
 from minigpt4.evaluation.stages import sentences
-from minigpt4.training.data import Example
 from minigpt4.weights.checkpoint import read_projection, save_projection
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
@@ -45,7 +43,7 @@ def test_stages(tiny, other_projection, shard, tmp_path):
     options = ["--experiment", "stages", "--limit", 2, "--answers", answers]
     options += ["--stage1", other_projection]
     result, page = run(shard, *options, out=tmp_path)
-    lines = report.read_lines(answers, "stage", "answer")
+    lines = read_jsonl(answers, "stage", "answer")
     assert len(lines) == 2 * 2 * 2 and result["n"] == 2
     assert result["experiment"] == "stages" and result["machine"] and result["date"]
     for stage, kinds in result["rates"].items():
@@ -67,7 +65,7 @@ def test_a_folder_with_a_table_of_captions_and_a_damaged_picture(
     (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:200])
     monkeypatch.setattr(stages, "TOKENS", 3)
     monkeypatch.setattr(pope, "TOKENS", 3)
-    monkeypatch.setattr(scoring, "CAPTION_TOKENS", 3)
+    monkeypatch.setattr(captions, "CAPTION_TOKENS", 3)
     result, _ = run(folder, "--experiment", "stages", "--stage1", other_projection, out=tmp_path)
     assert result["n"] == 3
     (tmp_path / "out.md").unlink()
@@ -89,31 +87,34 @@ def test_where_all_pictures_are_damaged(tmp_path, capsys):
 
 def test_no_more_are_asked_at_once_than_the_engine_lets_wait():
     case = ParityCase(PARITY / "vicuna_qformer_a")
-    engine = Engine(case.load(), max_running=1, max_waiting=2)
     examples = [Example(str(i), partial(jpeg, picture(i)), ()) for i in range(6)]
     questions = [Question(e.key, "What is this?", e.read) for e in examples]
-    assert len(list(answer_all(engine, questions, greedy(2), together=128))) == 6
-    asked = [(i, "a dog") for i in range(6)]
-    assert len(list(pope.ask_all(engine, examples, asked, "Is there {}?", together=128))) == 6
-    engine.close()
+    with Batch(Engine(case.load(), max_running=1, max_waiting=2), together=128) as batch:
+        assert [q for q, _ in batch.answer(questions, greedy(2))] == questions
+        asked = [(i, "a dog") for i in range(6)]
+        assert [p for p, _ in pope.ask_all(batch, examples, asked, "Is there {}?")] == asked
 
 
-def test_captions_names_what_was_left_out(tiny, shard, tmp_path):
+def test_captions(tiny, shard, tmp_path):
     result, page = run(shard, "--experiment", "captions", "--limit", 2, out=tmp_path)
     assert {"bleu1", "bleu4", "cider", "repetition_rate", "fragment_rate", "n"} <= result.keys()
-    for name, title in (("meteor", "METEOR"), ("spice", "SPICE")):
-        assert (name in result) != (name in result["left_out"])
-        assert (f"{title} was left out" in page) == (name in result["left_out"])
-    assert ("meteor" in result) == bool(shutil.which("java"))
-    assert 0 <= result.get("meteor", 0) <= 1
-    assert ("spice" in result) == (not no_spice())
+    assert f"| CIDEr | {result['cider']:.3f} |" in page
 
 
-def test_without_java_and_spice_s_files_nothing_is_fetched(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    scores, left_out = java_scores({"a": "A dog."}, {"a": ["A dog."]})
-    assert scores == {} and "Java" in left_out["meteor"]
-    assert SPICE_FILES[0] in left_out["spice"] or "Java" in left_out["spice"]
+def test_the_engine_is_closed_after_an_error(tiny, shard, monkeypatch):
+    closed = []
+    monkeypatch.setattr(captions, "greedy", lambda limit: 1 / 0)
+    close = Engine.close
+    monkeypatch.setattr(Engine, "close", lambda self: closed.append(close(self)))
+    with pytest.raises(ZeroDivisionError):
+        main(["evaluate", str(shard)])
+    assert len(closed) == 1
+
+
+def test_the_architecture_experiment_says_where_it_is(shard, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(shard), "--experiment", "architecture"])
+    assert "research.architecture" in capsys.readouterr().err
 
 
 def test_mistakes(shard, tmp_path, capsys):
@@ -149,7 +150,7 @@ def test_answers_may_hold_any_line_end(tmp_path):
     path = tmp_path / "answers.jsonl"
     written = [{"id": "1", "answer": "a\u2028b\u0085c\r\nd\x0be"}, {"id": "2", "answer": ""}]
     report.write_lines(path, written)
-    assert report.read_lines(path, "id", "answer") == written
+    assert read_jsonl(path, "id", "answer") == written
 
 
 def test_a_report_goes_into_the_page_that_has_a_place_for_it(tmp_path):

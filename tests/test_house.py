@@ -42,7 +42,16 @@ def test_only_the_servers_import_gradio():
 
 @pytest.mark.parametrize(
     "module",
-    ["model.prompt", "model.text", "model.image", "conversation", "config", "errors", "engine"],
+    [
+        "model.prompt",
+        "model.text",
+        "model.image",
+        "conversation",
+        "config",
+        "errors",
+        "engine",
+        "data.table",
+    ],
 )
 def test_no_torch(module):
     """Importing these loads no torch: checked in a fresh interpreter."""
@@ -54,14 +63,14 @@ def test_no_torch(module):
 FLOORS = [
     {"errors", "_data"},
     {"model.prompt", "model.text", "model.image"},
-    {"config"},
+    {"config", "data"},
     {"options"},
     {"weights.gguf"},
     {"model"},
     {"weights"},
     {"engine"},
     {"conversation", "remote"},
-    {"start"},
+    {"start", "batch"},
     {"web", "evaluation", "training"},
     {"curation", "remote.ray", "remote.zerogpu", "web.run"},
     {"__main__", "app"},

@@ -14,9 +14,9 @@ from minigpt4.config import get_model
 from minigpt4.curation.export import chosen
 from minigpt4.curation.records import Records, read_records
 from minigpt4.curation.review import Review
+from minigpt4.data.examples import read_descriptions
 from minigpt4.engine import Engine
 from minigpt4.model import image
-from minigpt4.training.data import read_descriptions
 from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import served
 from tests.docs_case import commands

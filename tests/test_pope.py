@@ -8,12 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 
+from minigpt4.batch import greedy
 from minigpt4.conversation import Conversation, fit
 from minigpt4.engine import Engine, Request
 from minigpt4.errors import UserError
-from minigpt4.evaluation.asking import greedy
 from minigpt4.evaluation.objects import Mentions, Objects
-from minigpt4.evaluation.pope import WAYS, Said, auc, beginnings, make_probes, scores
+from minigpt4.evaluation.pope import WAYS, PopeAnswer, auc, beginnings, make_probes, scores
 from minigpt4.evaluation.report import interval
 from minigpt4.model import image
 from tests.evaluation_case import run, use_tiny_model
@@ -152,7 +152,7 @@ def test_adversarial_objects_stand_beside_the_picture_s_own():
     ],
 )
 def test_the_first_yes_or_no_counts(text, read):
-    assert Said(text, 0.0).read is read
+    assert PopeAnswer(text, 0.0).read is read
 
 
 def test_scores():

@@ -13,7 +13,6 @@ from minigpt4.__main__ import main
 from minigpt4.curation import filters
 from minigpt4.curation.records import read_records, write_records
 from minigpt4.curation.refine import estimate, tidy, useless
-from minigpt4.curation.thresholds import Thresholds
 from tests.api_case import MODEL, served, tiny_engine
 
 TWICE = "A dog runs on the grass. It is brown. A dog runs on the grass. Behind it is a"
@@ -144,7 +143,7 @@ def test_descriptions_are_mended(refine, endpoint, capsys, monkeypatch):
     assert records["1"]["text"] == CLEAN and records["1"]["refined"] == "same"
     assert records["x"] == {"image_id": "x", "picture": "p", "error": "broken"}
     said = capsys.readouterr().err
-    assert "4 to refine: about" in said and "at the prices given" in said
+    assert "4 to refine: about" in said and "which cost about" in said
     assert "2 changed, 2 the same, 0 kept" in said
     assert endpoint.keys == {"Bearer secret"} and endpoint.most_at_once == 2
     body = endpoint.bodies[0]
@@ -157,7 +156,7 @@ def test_what_was_cut_and_still_breaks_off_stays_cut(refine, endpoint):
     endpoint.moods = ["A dog runs on the green grass. It is brown. Behind it is a fence"]
     status, records = refine("--together", "1")
     assert status == 0 and records["0"]["refined"] == "changed" and records["0"]["cut"]
-    assert "breaks_off" in filters.broken_rules(records["0"], Thresholds())
+    assert "breaks_off" in filters.broken_rules(records["0"], filters.Thresholds())
 
 
 def test_it_resumes(refine, endpoint, given, capsys):
@@ -177,7 +176,7 @@ def test_another_refiner_or_prompt_takes_another_file(refine, endpoint, capsys, 
     asked = len(endpoint.bodies)
     status, records = refine("--refiner", "other")
     assert status == 2 and records == done
-    assert "refined by mender, and this is other" in capsys.readouterr().err
+    assert "refined by mender, but this is other" in capsys.readouterr().err
     monkeypatch.setattr("minigpt4.curation.generate.read_prompt", lambda name: "Mend it.")
     status, records = refine()
     assert status == 2 and records == done and len(endpoint.bodies) == asked
@@ -297,4 +296,4 @@ def test_answers_are_tidied():
     assert tidy("A sign that says:\nstop") == "A sign that says:\nstop"
     assert useless(TWICE, MENDED, cut=False) == ""
     assert "cut off" in useless(TWICE, MENDED, cut=True)
-    assert "left too much" in useless(TWICE, "A dog.", cut=False)
+    assert "omitted too much" in useless(TWICE, "A dog.", cut=False)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minigpt4.data.examples import read_descriptions, read_shards
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import caption_scores
-from minigpt4.training import data
 from minigpt4.training.selfcritical import CiderReward, advantages, sample
-from minigpt4.training.trainer import Recipe, Trainer
+from minigpt4.training.small import SmallRecipe, SmallTrainer
 from tests.training_case import SCHEDULE, tiny_model, write_descriptions, write_shard
 
 REFERENCES = {
@@ -61,13 +61,15 @@ def test_samples_are_the_models(temperature):
     assert (counts - likely).abs().max() < 0.05
 
 
-def trainer(tmp_path, **options) -> Trainer:
+def trainer(tmp_path, **options) -> SmallTrainer:
     shard = write_shard(tmp_path / "train-00000.tar")
-    described = data.read_descriptions(write_descriptions(tmp_path / "described"))
-    recipe = Recipe(SCHEDULE, ("Describe.",), replay_share=0.5, samples=3)
-    replay = data.read_shards(str(shard), ("Say it briefly.",))
+    described = read_descriptions(write_descriptions(tmp_path / "described"))
+    recipe = SmallRecipe(SCHEDULE, ("Describe.",), replay_share=0.5, samples=3)
+    replay = read_shards(str(shard), ("Say it briefly.",))
     model = tiny_model(options.pop("case", "llama2_patch_concat"))
-    return Trainer(model, described, replace(recipe, **options), tmp_path / "run", replay=replay)
+    return SmallTrainer(
+        model, described, replace(recipe, **options), tmp_path / "run", replay=replay
+    )
 
 
 def test_a_run_is_reproducible_and_changes_the_projection(tmp_path):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from minigpt4.__main__ import main
+from minigpt4.data.table import is_table, read_table
 from minigpt4.errors import UserError
-from minigpt4.training.table import is_table, read_table
 from tests.training_case import picture
 
 

@@ -19,17 +19,33 @@ from PIL import Image
 
 from minigpt4.__main__ import main
 from minigpt4.config import MODELS
+from minigpt4.data import examples as data
+from minigpt4.data import files
 from minigpt4.errors import UserError
-from minigpt4.training import data, questions
-from minigpt4.training.run import captioning, schedule_of
-from minigpt4.training.trainer import Features, Recipe, Trainer, learning_rate
+from minigpt4.training import questions
+from minigpt4.training.batches import (
+    batches,
+    mixed_batches,
+    published_caption,
+    random_resized_crop,
+)
+from minigpt4.training.features import Features
+from minigpt4.training.run import schedule_of
+from minigpt4.training.small import SmallRecipe, SmallTrainer
+from minigpt4.training.trainer import Recipe, Trainer, learning_rate
 from minigpt4.weights.checkpoint import read_projection
 from minigpt4.weights.load import load_model
 from tests import training_case
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, SCHEDULE, tiny_model, write_descriptions, write_shard
 
-PROMPTED = Recipe(SCHEDULE, ("Describe.", "What is this?"), mirror=True)
+PROMPTED = SmallRecipe(SCHEDULE, ("Describe.", "What is this?"), mirror=True)
+
+
+def make(model, examples, recipe, out, **options) -> Trainer:
+    """The trainer for a recipe."""
+    kind = SmallTrainer if isinstance(recipe, SmallRecipe) else Trainer
+    return kind(model, examples, recipe, out, **options)
 
 
 @pytest.fixture
@@ -39,7 +55,7 @@ def examples(tmp_path):
 
 def train(examples, out, recipe=PROMPTED, steps=None, **options) -> Trainer:
     """A run on a tiny model, stopped after `steps` if given, as if the machine had gone."""
-    trainer = Trainer(tiny_model(), examples, recipe, out, **options)
+    trainer = make(tiny_model(), examples, recipe, out, **options)
     trainer.resume()
     if steps is None:
         trainer.run()
@@ -112,7 +128,7 @@ def test_blending_writes_a_point_between_start_and_end(examples, tmp_path):
 
 def test_an_interrupted_run_is_saved(examples, tmp_path):
     """Ctrl-C: the steps so far are in the checkpoint."""
-    trainer = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     gradient = trainer.loss_and_gradient
 
     def interrupted(step, indices):
@@ -123,13 +139,13 @@ def test_an_interrupted_run_is_saved(examples, tmp_path):
     trainer.loss_and_gradient = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    again = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    again = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     assert again.resume() and again.step == 2
 
 
 def test_ctrl_c_waits_for_the_step_to_be_whole(examples, tmp_path):
     """Pressed while the optimizer works, the step counts, with its loss."""
-    trainer = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     step = trainer.optimizer.step
 
     def pressed_in():
@@ -141,7 +157,7 @@ def test_ctrl_c_waits_for_the_step_to_be_whole(examples, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert trainer.step == len(trainer.rows) == 3
-    again = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    again = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     assert again.resume() and again.step == 3
     whole = train(examples, tmp_path / "whole")
     again.run()
@@ -166,8 +182,8 @@ def test_a_trained_llama2_projection_loads_again(examples, tmp_path):
 def test_the_eigenbasis_is_another_way_to_the_same_projection(examples, tmp_path):
     """Features and weight turn together, and what is written is turned back."""
     recipe = replace(PROMPTED, eigenbasis=True)
-    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
-    plain = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "plain")
+    trainer = make(tiny_model(), examples, recipe, tmp_path / "run")
+    plain = make(tiny_model(), examples, PROMPTED, tmp_path / "plain")
     torch.testing.assert_close(trainer.basis @ trainer.basis.T, torch.eye(len(trainer.basis)))
     assert trainer.loss_and_gradient(0, [0, 1, 2, 3]) == pytest.approx(
         plain.loss_and_gradient(0, [0, 1, 2, 3]), rel=1e-4
@@ -184,10 +200,10 @@ def test_denoised_features_become_part_of_the_weights(examples, tmp_path):
     what they share."""
     still = replace(SCHEDULE, steps=1, peak_lr=0.0, warmup_lr=0.0, floor_lr=0.0)
     recipe = replace(PROMPTED, schedule=still, denoise=1.0, eigenbasis=True)
-    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
+    trainer = make(tiny_model(), examples, recipe, tmp_path / "run")
     saved = read_projection(trainer.run())
     inside = trainer.model.projection(trainer.features([(0, 0), (1, 1)]).float()).detach()
-    plain = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "plain")
+    plain = make(tiny_model(), examples, PROMPTED, tmp_path / "plain")
     pairs = [(index, view) for view in (0, 1) for index in range(len(examples))]
     features = plain.features(pairs).float()
     weight, bias = saved["weight"].float(), saved["bias"].float()
@@ -204,10 +220,10 @@ def test_denoised_features_become_part_of_the_weights(examples, tmp_path):
 
 def test_captions_that_agree_count_more(examples, tmp_path):
     recipe = replace(PROMPTED, consensus=0.5)
-    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
+    trainer = make(tiny_model(), examples, recipe, tmp_path / "run")
     _, _, weights = trainer.prompts(0, [0, 1, 2, 3])
     assert all(sum(row) == pytest.approx(len(row), rel=1e-5) for row in weights)
-    _, _, even = Trainer(tiny_model(), examples, PROMPTED, tmp_path / "even").prompts(0, [0, 1])
+    _, _, even = make(tiny_model(), examples, PROMPTED, tmp_path / "even").prompts(0, [0, 1])
     assert even == [[1.0, 1.0]] * 2
 
 
@@ -233,7 +249,7 @@ def test_questions_follow_the_captions(tmp_path):
 def test_questions_of_few_things(monkeypatch):
     """Three things known, two of them in the picture: one is asked about each way."""
     known = [f"{name}: {name.split()[1]}" for name in ("a dog", "a cat", "a boat")]
-    monkeypatch.setattr(questions, "read_lines", lambda name: known)
+    monkeypatch.setattr(questions, "prompt_lines", lambda name: known)
     one = data.Example("a", bytes, (), ("A dog and a cat.", "Two animals."))
     (asked,) = questions.ask_about([one], 1, 0)
     assert sorted(text.answer for text in asked.texts) == ["No.", "Yes."]
@@ -242,15 +258,15 @@ def test_questions_of_few_things(monkeypatch):
 
 
 def test_prompts_that_cannot_be_used_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PROMPTS", tmp_path)
+    monkeypatch.setattr(files, "PROMPTS", tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
-        captioning()
+        files.prompt_lines("caption.txt")
     (tmp_path / "caption.txt").write_bytes("Décrivez.".encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):
-        captioning()
+        files.prompt_lines("caption.txt")
     (tmp_path / "caption.txt").write_text("# nothing yet\n")
     with pytest.raises(UserError, match="empty"):
-        captioning()
+        files.prompt_lines("caption.txt")
 
 
 def test_other_pictures_are_encoded_anew(tmp_path):
@@ -363,7 +379,7 @@ def test_fewer_steps_warm_up_shorter():
 
 def test_published_captions():
     caption = 'A "Dog" (brown)  runs: fast! ' + "word " * 60
-    cleaned = data.published_caption(caption)
+    cleaned = published_caption(caption)
     assert cleaned.startswith("a dog brown runs fast word")
     assert len(cleaned.split()) == 50
 
@@ -433,13 +449,13 @@ def test_a_damaged_picture_is_named(tmp_path):
 def test_random_crops_are_as_published():
     draw, picture = random.Random(0), Image.new("RGB", (200, 100))
     for _ in range(50):
-        width, height = data.random_resized_crop(picture, draw).size
+        width, height = random_resized_crop(picture, draw).size
         assert 0.49 <= width * height / 20_000 <= 1.0
         assert 0.7 <= width / height <= 2.0
 
 
 def test_crops_are_others_each_step_and_the_same_again(examples, tmp_path):
-    trainer = Trainer(tiny_model(), examples, replace(PROMPTED, crop=True), tmp_path / "run")
+    trainer = make(tiny_model(), examples, replace(PROMPTED, crop=True), tmp_path / "run")
     first, again, later = (trainer.features([(3, 0)], seed) for seed in ("1", "1", "2"))
     assert torch.equal(first, again)
     assert (first - later).abs().max() > 1e-3
@@ -448,25 +464,25 @@ def test_crops_are_others_each_step_and_the_same_again(examples, tmp_path):
 def test_crops_are_not_kept(examples, tmp_path, capsys):
     shard = str(tmp_path / "train-00000.tar")
     assert main(["train", "--stage", "1", "--data", shard, "--crop", "--cache", "kept"]) == 2
-    assert capsys.readouterr().err.endswith("leave “--cache” out.\n")
+    assert capsys.readouterr().err.endswith("omit “--cache”.\n")
 
 
 def test_questions_beside_samples_would_not_be_asked(examples, tmp_path, capsys):
     shard = str(tmp_path / "train-00000.tar")
     options = ["--stage", "1", "--data", shard, "--samples", "2", "--questions", "3"]
     assert main(["train", *options]) == 2
-    assert capsys.readouterr().err.endswith("leave one of them out.\n")
+    assert capsys.readouterr().err.endswith("omit one of them.\n")
 
 
 def test_a_comparison_with_mirror_images_does_not_show_them(examples, tmp_path):
     recipe = replace(PROMPTED, mirror=False, denoise=1.0)
-    trainer = Trainer(tiny_model(), examples, recipe, tmp_path / "run")
+    trainer = make(tiny_model(), examples, recipe, tmp_path / "run")
     assert {view for step in range(9) for _, view in trainer.prompts(step, [0, 1])[1]} == {0}
 
 
 def test_batches_cover_each_epoch_and_resume():
     def first(n, start=0):
-        stream = data.batches(10, 3, seed=1, start=start)
+        stream = batches(10, 3, seed=1, start=start)
         return [next(stream) for _ in range(n)]
 
     run = first(7)
@@ -474,7 +490,7 @@ def test_batches_cover_each_epoch_and_resume():
     for epoch in (run[0:3], run[3:6]):
         assert len({i for batch in epoch for i in batch}) == 9
     assert run[:3] != run[3:6]
-    mixed = data.mixed_batches([10, 5], [2, 1], seed=1)
+    mixed = mixed_batches([10, 5], [2, 1], seed=1)
     for _ in range(20):
         a, b, c = next(mixed)
         assert a < 10 and b < 10 and 10 <= c < 15

@@ -120,9 +120,9 @@ def test_everything_in_the_package_is_imported_from_there(installed, environment
     """Prompts, too; and `import minigpt4` alone brings no torch."""
     code = (
         "import sys, json, minigpt4; light = 'torch' not in sys.modules\n"
-        "from minigpt4.training.data import read_lines\n"
+        "from minigpt4.data.files import prompt_lines\n"
         "from minigpt4.evaluation.suite import SUITE\n"
-        "print(json.dumps([light, minigpt4.__file__, read_lines('describe.txt'), str(SUITE)]))"
+        "print(json.dumps([light, minigpt4.__file__, prompt_lines('describe.txt'), str(SUITE)]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -99,7 +99,7 @@ def main(shard: str, out: str) -> None:
     """One process of several: the first step's loss and gradient, saved by the first."""
     from accelerate import Accelerator
 
-    from minigpt4.training.data import read_shards
+    from minigpt4.data.examples import read_shards
     from minigpt4.training.trainer import Recipe, Trainer
 
     accelerator = Accelerator(cpu=True)

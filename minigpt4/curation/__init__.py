@@ -1,1 +1,1 @@
-"""A second-stage data set of one's own: generate, refine, filter, review. See docs/curation.md."""
+"""Your own second-stage data: generate, refine, filter, review. See docs/curation.md."""

@@ -1,4 +1,4 @@
-"""A reviewed set in the published second-stage layout: filter_cap.json and image/ID.jpg."""
+"""Export: a reviewed set in the published layout of the second stage."""
 
 import json
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ JPEG_QUALITY = 95
 
 
 def chosen(records: Iterable[dict]) -> list[dict]:
-    """Those that the filter kept and that no reviewer dropped.
+    """The records that the filter kept and that no reviewer dropped.
 
-    Pictures that could not be read, and empty descriptions, are left out. UserError for a record
-    that lacks a field.
+    Records of unreadable pictures, and empty descriptions, are left out. UserError if a record
+    lacks a field.
     """
     found = [
         r
@@ -29,43 +29,43 @@ def chosen(records: Iterable[dict]) -> list[dict]:
         for name in (KEY, "picture", "text"):
             if not isinstance(record.get(name), str):
                 raise UserError(
-                    f"The record of “{record[KEY]}” needs a text as “{name}”: add it, or take the "
-                    "line out."
+                    f"The record of “{record[KEY]}” needs a text as “{name}”: add it, or delete "
+                    "the line."
                 )
     return found
 
 
 def export(records: Iterable[dict], folder: str | Path, pictures: str | None = None) -> int:
-    """Write the `chosen` in the layout that `train --stage 2` reads; how many pictures.
+    """Write the `chosen` records as filter_cap.json and image/ID.jpg, for `train --stage 2`.
 
-    JPEG files are copied as they are, others become JPEG. filter_cap.json comes last, whole: a
-    folder that has it is complete. pictures: the folder where the pictures are now. UserError where
-    they are in the image/ that would be written.
+    Returns the number of pictures. JPEG files are copied, others are converted to JPEG.
+    filter_cap.json is written last and at once: a folder that has it is complete. pictures: the
+    folder in which the pictures are now. UserError if that is the image/ to write.
     """
     folder, records = Path(folder), list(records)
     named = [r["picture"] for r in records if isinstance(r.get("picture"), str)]
     sources = {locate(picture, pictures)[0].parent for picture in named}
     if (folder / "image").resolve() in {source.resolve() for source in sources}:
         raise UserError(
-            f"{folder / 'image'} holds the set's own pictures, which would be written over or "
-            "deleted: give another folder by “--out”."
+            f"{folder / 'image'} contains the set's own pictures, which would be overwritten or "
+            "deleted: choose another folder with “--out”."
         )
     make_folder(folder / "image")
     annotations = []
     for record in chosen(records):
         image_id = record["image_id"]
         if NOT_IN_NAMES.search(image_id):
-            raise UserError(f"“{image_id}” cannot be a file's name: change the image_id.")
+            raise UserError(f"“{image_id}” cannot be a file name: change the image_id.")
         path = folder / "image" / f"{image_id}.jpg"
         content = read_picture(record["picture"], pictures)
-        rgb = load_picture(record["picture"], pictures).rgb  # what cannot be read is found now
+        rgb = load_picture(record["picture"], pictures).rgb  # fails now if it cannot be read
         if content[:3] == b"\xff\xd8\xff":
             path.write_bytes(content)
         else:
             rgb.save(path, "JPEG", quality=JPEG_QUALITY)
         annotations.append({"image_id": image_id, "caption": record["text"]})
     if not annotations:
-        raise UserError("Nothing is left to export: every description was dropped.")
+        raise UserError("There is nothing to export: all descriptions were dropped.")
     _remove_others(folder, {a["image_id"] for a in annotations})
     partial = folder / "filter_cap.json.part"
     layout = json.dumps({"annotations": annotations}, ensure_ascii=False, indent=1)
@@ -75,7 +75,7 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
 
 
 def _remove_others(folder: Path, kept: set[str]) -> None:
-    """Delete the pictures of an earlier export that are in the set no longer."""
+    """Delete the pictures of an earlier export that are no longer in the set."""
     try:
         earlier = json.loads((folder / "filter_cap.json").read_text(encoding="utf-8"))
         ids = {a["image_id"] for a in earlier["annotations"]}

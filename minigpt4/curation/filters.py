@@ -1,7 +1,7 @@
-"""Step 3, filter: named rules that say which descriptions are of no use. No torch.
+"""Step 3, filter: named rules that drop unusable descriptions. Imports nothing heavy.
 
-Each rule is a function of one text, but for near duplicates, which are found among those that
-pass the others.
+Each rule looks at one text, except for near duplicates, which are found among the texts that pass
+all other rules.
 """
 
 import functools
@@ -9,29 +9,46 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from minigpt4.curation.thresholds import Thresholds
+from minigpt4.data.files import prompt_lines
 from minigpt4.evaluation.metrics import is_fragment, is_repetitive
-from minigpt4.training.data import read_lines
 
 SHINGLE = 3  # words
 
 
-# The rules in the order in which they are counted, and what each says of a text it drops.
+@dataclass(frozen=True)
+class Thresholds:
+    """What a description must satisfy; each is an option of `curate filter`.
+
+    min_words: minimum length. max_repeated: maximum share of three-word runs that occurred before
+    in the text. language: ISO 639-1 code, "" for no rule; a text is dropped if another language has
+    at least the probability `language_confidence`, which short or unusual texts rarely reach.
+    max_similarity: Jaccard similarity to an earlier text from which a text is a near duplicate.
+    """
+
+    min_words: int = 25
+    max_repeated: float = 0.1
+    language: str = "en"
+    language_confidence: float = 0.9
+    max_similarity: float = 0.7
+
+
+# The rules in the order of the report, and why each drops a text.
 RULES = {
     "no_text": "the picture or its description could not be read",
     "too_short": "fewer words than --min-words",
-    "repetition": "a sentence, a phrase or a word loop returns (as in `evaluate`)",
-    "repeated_ngrams": "more than --max-repeated of its runs of three words occurred before in it",
-    "breaks_off": "it ends in mid-sentence (as in `evaluate`)",
+    "repetition": "a sentence, a phrase or a loop of words repeats (as in `evaluate`)",
+    "repeated_ngrams": "more than --max-repeated of its three-word runs occurred before in it",
+    "breaks_off": "it ends in the middle of a sentence (as in `evaluate`)",
     "language": "it is in another language than --language",
-    "refusal": "it holds a phrase of prompts/refusals.txt",
+    "refusal": "it contains a phrase of prompts/refusals.txt",
     "near_duplicate": "its similarity to an earlier description reaches --max-similarity",
 }
 
 
 def broken_rules(record: dict, thresholds: Thresholds) -> list[str]:
-    """Names of the rules that a record breaks on its own."""
+    """The names of the rules that a record breaks, without near duplicates."""
     text = record.get("text")
     if not isinstance(text, str) or not words(text):
         return ["no_text"]
@@ -47,7 +64,7 @@ def broken_rules(record: dict, thresholds: Thresholds) -> list[str]:
 
 
 def apply(records: Iterable[dict], thresholds: Thresholds) -> list[dict]:
-    """The records with `rules`, the names of those they break, and `kept`, whether they break none.
+    """The records, with the names of the `rules` they break, and `kept` if they break none.
 
     A near duplicate also gets `duplicate_of`, an image_id.
     """
@@ -66,7 +83,7 @@ def apply(records: Iterable[dict], thresholds: Thresholds) -> list[dict]:
 
 
 def counts(records: Iterable[dict]) -> dict[str, int]:
-    """Rule -> how many records break it; one may break several."""
+    """Rule -> how many records break it; a record may break several."""
     counted = Counter(name for record in records for name in record["rules"])
     return {name: counted[name] for name in RULES}
 
@@ -77,31 +94,30 @@ def words(text: str) -> list[str]:
 
 
 def shingles(text: str) -> list[tuple[str, ...]]:
-    """Runs of three words; of a shorter text, the text."""
+    """The runs of three words; of a shorter text, the whole text."""
     found = words(text)
     return [tuple(found[i : i + SHINGLE]) for i in range(max(1, len(found) - SHINGLE + 1))]
 
 
 def repeated_share(text: str) -> float:
-    """Share of a text's runs of three words that occurred before in it, 0..1."""
+    """The share of three-word runs that occurred before in the text, 0..1."""
     found = shingles(text)
     return 1 - len(set(found)) / len(found)
 
 
 def refusal(text: str) -> str:
-    """The first phrase of prompts/refusals.txt that stands in the text, or ""."""
+    """The first phrase of prompts/refusals.txt that the text contains, or ""."""
     plain = " ".join(text.casefold().replace("’", "'").split())
     return next((p for p in _refusals() if re.search(rf"\b{re.escape(p)}\b", plain)), "")
 
 
 @functools.cache
 def _refusals() -> tuple[str, ...]:
-    return tuple(line.casefold() for line in read_lines("refusals.txt"))
+    return tuple(line.casefold() for line in prompt_lines("refusals.txt"))
 
 
 def other_language(text: str, thresholds: Thresholds) -> str:
-    """The ISO 639-1 code of the language that a text surely is in, where it is not the wanted
-    one; else ""."""
+    """The ISO 639-1 code of a text's language if it is certain and another; else ""."""
     language, probability = _identifier().classify(text)
     sure = probability >= thresholds.language_confidence
     return language if sure and language != thresholds.language else ""
@@ -109,7 +125,7 @@ def other_language(text: str, thresholds: Thresholds) -> str:
 
 @functools.cache
 def languages() -> frozenset[str]:
-    """The codes that can be told apart."""
+    """The codes of the languages that can be identified."""
     return frozenset(str(label) for label in _identifier().labels)
 
 
@@ -121,21 +137,22 @@ def _identifier():
 
 
 def near_duplicates(texts: Sequence[str], similarity: float) -> dict[int, int]:
-    """Place of each near duplicate -> place of the earlier text, itself none, that it repeats.
+    """The index of each near duplicate -> the index of the earlier text that it repeats.
 
-    Two texts are near duplicates where the Jaccard similarity of their sets of three-word runs
-    (shared / all) is at least `similarity`. Nothing is missed and nothing approximated: two such
-    sets of which one has n runs share at least one of any n - ceil(similarity * n) + 1 runs of it,
-    so only texts that share one of the rarest that many are compared (prefix filtering; Chaudhuri
-    et al., 2006).
+    Two texts are near duplicates if the Jaccard similarity of their sets of three-word runs
+    (shared / all) is at least `similarity`. The result is exact: if one of two such sets has n
+    runs, they share at least one of any n - ceil(similarity * n) + 1 of them. So only texts that
+    share one of their rarest runs are compared (prefix filtering; Chaudhuri et al., 2006).
     """
     sets = [frozenset(shingles(text)) for text in texts]
     frequency = Counter(shingle for found in sets for shingle in found)
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # rare run -> originals with it
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(
+        list
+    )  # rare run -> earlier texts with it
     twins: dict[int, int] = {}
     for place, found in enumerate(sets):
         rarest = sorted(found, key=lambda s: (frequency[s], s))
-        # Less a hair, for floating point: one run more costs nothing.
+        # Rounded down despite floating-point errors: one run more costs nothing.
         prefix = rarest[: len(found) - math.ceil(similarity * len(found) - 1e-9) + 1]
         candidates = sorted({other for shingle in prefix for other in holders[shingle]})
         for other in candidates:

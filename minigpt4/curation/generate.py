@@ -1,35 +1,29 @@
-"""Step 1, generate: the model describes each picture, and is told to go on where it said little.
+"""Step 1, generate: the model describes each picture, and is asked to continue a short description.
 
-As in the paper (section 3.2): one question about the picture, and “Continue” after an answer of
+As in the paper (section 3.2): one question about the picture, then “Continue” after an answer of
 fewer than 80 tokens. No torch.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from minigpt4.conversation import Answer, Conversation, ask
-from minigpt4.curation.pictures import Source, load_picture
+from minigpt4.batch import Batch, Dialogue
+from minigpt4.conversation import Conversation, ask
+from minigpt4.curation.pictures import PictureFile, load_picture
+from minigpt4.data.files import prompt_text
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Template
-from minigpt4.training.data import read_lines
 
-MIN_TOKENS = 80  # the paper's
-
-
-def read_prompt(name: str) -> str:
-    """An instruction out of `prompts/`, its lines joined to one; UserError for an empty file."""
-    lines = read_lines(name)
-    if not lines:
-        raise UserError(f"prompts/{name} holds no line: write the instruction into it.")
-    return " ".join(lines)
+MIN_TOKENS = 80  # in the paper
 
 
 def paper_template(template: Template) -> Template:
-    """The template as the paper's generation and training use it: "###Human: … ###Assistant: ",
-    where the published chat puts a system text in front and no mark before its first turn."""
+    """The template in which the paper generates and trains: "###Human: … ###Assistant: ".
+
+    The published chat adds a system text, and omits the mark of its first turn.
+    """
     if not template.training_user:
         return replace(template, system="")
     return replace(
@@ -37,102 +31,64 @@ def paper_template(template: Template) -> Template:
         system="",
         user=template.training_user,
         user_end=template.training_user_end or template.user_end,
-        assistant_end=" " if template.assistant_end else "",  # the next turn begins with it
+        assistant_end=" " if template.assistant_end else "",  # the next turn begins with the mark
     )
 
 
 def name_of(engine: Engine) -> str:
-    """The model and a hash of its projection: which of two trainings described a picture."""
+    """The model and a hash of its projection, which tells two trainings of a model apart."""
     weight = engine.model.projection.weight.detach().float().cpu().numpy()
     return f"{engine.model.config.name}@{hashlib.sha256(weight.tobytes()).hexdigest()[:8]}"
 
 
-@dataclass
-class _Task:
-    """A picture that is being described."""
-
-    source: Source
-    conversation: Conversation
-    answer: Answer
-    text: str = ""
-    tokens: int = 0
-    continued: int = 0
-
-
 class Generator:
-    """Describes pictures: `together` at once, each told at most `continues` times to go on."""
+    """Describes pictures with the engine of a batch; asks at most `continues` times to continue."""
 
     def __init__(
-        self,
-        engine: Engine,
-        sampling: Sampling,
-        min_tokens: int = MIN_TOKENS,
-        continues: int = 1,
-        together: int = 16,
+        self, batch: Batch, sampling: Sampling, min_tokens: int = MIN_TOKENS, continues: int = 1
     ) -> None:
-        self._engine, self._sampling = engine, sampling
-        self._min_tokens, self._continues, self._together = min_tokens, continues, together
-        self._template = paper_template(engine.model.config.template)
-        self.model = name_of(engine)
-        self.prompt = read_prompt("describe.txt")
-        self._continue = read_prompt("continue.txt")
+        self._batch, self._sampling = batch, sampling
+        self._min_tokens, self._continues = min_tokens, continues
+        self._template = paper_template(batch.engine.model.config.template)
+        self.model = name_of(batch.engine)
+        self.prompt = prompt_text("describe.txt")
+        self._continue = prompt_text("continue.txt")
 
-    def __call__(self, sources: Sequence[Source]) -> Iterator[dict]:
-        """A record a picture, as they are finished: those told to go on come later.
+    def __call__(self, files: Sequence[PictureFile]) -> Iterator[dict]:
+        """A record for each picture, as soon as it is described.
 
-        A picture that cannot be read gives a record with `error` in place of `text`.
+        If a picture cannot be described, its record has `error` instead of `text`.
         """
-        waiting = deque(sources)
-        tasks: deque[_Task] = deque()
-        while waiting or tasks:
-            if waiting and len(tasks) < self._together:
-                source = waiting.popleft()
-                try:
-                    tasks.append(self._begin(source))
-                except UserError as error:
-                    if error.kind not in ("request", "too_long"):  # it is not the picture's fault
-                        raise
-                    yield {**vars(source), "model": self.model, "error": str(error)}
-                continue
-            task = tasks.popleft()
-            self._read(task)
-            if self._goes_on(task):
-                tasks.append(task)
+        for file, outcome in self._batch.run(files, self._describe):
+            record = vars(file) | {"model": self.model}
+            if isinstance(outcome, UserError):
+                yield record | {"error": str(outcome)}
             else:
-                yield self._record(task)
+                yield record | outcome | {"prompt": self.prompt}
 
-    def _begin(self, source: Source) -> _Task:
+    def _describe(self, file: PictureFile) -> Dialogue:
         conversation = Conversation(template=self._template)
-        conversation.add_question(self.prompt, [load_picture(source.picture)])
-        return _Task(source, conversation, ask(self._engine, conversation, self._sampling))
-
-    def _read(self, task: _Task) -> None:
-        said = "".join(task.answer).strip()
-        task.conversation.add_answer(said)
-        task.text = f"{task.text} {said}".strip()
-        task.tokens += len(task.answer.tokens)
-
-    def _goes_on(self, task: _Task) -> bool:
-        """Tell the model to go on, where it said too little and the context has room."""
-        if task.tokens >= self._min_tokens or task.continued == self._continues:
-            return False
-        task.conversation.add_question(self._continue)
-        try:
-            task.answer = ask(self._engine, task.conversation, self._sampling, trim=False)
-        except UserError as error:
-            if error.kind == "too_long":
-                return False
-            raise
-        task.continued += 1
-        return True
-
-    def _record(self, task: _Task) -> dict:
+        conversation.add_question(self.prompt, [load_picture(file.picture)])
+        answer = ask(self._batch.engine, conversation, self._sampling)
+        parts: list[str] = []
+        tokens = 0
+        while True:
+            completion = yield answer
+            parts.append(completion.text)
+            tokens += len(answer.tokens)
+            if tokens >= self._min_tokens or len(parts) > self._continues:
+                break
+            conversation.add_answer(completion.text)
+            conversation.add_question(self._continue)
+            try:
+                answer = ask(self._batch.engine, conversation, self._sampling, trim=False)
+            except UserError as error:
+                if error.kind != "too_long":
+                    raise
+                break
         return {
-            **vars(task.source),
-            "text": task.text,
-            "tokens": task.tokens,
-            "continued": task.continued,
-            "cut": task.answer.stop_reason != "stop",
-            "model": self.model,
-            "prompt": self.prompt,
+            "text": " ".join(filter(None, parts)),
+            "tokens": tokens,
+            "continued": len(parts) - 1,
+            "cut": completion.truncated,
         }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from minigpt4.config import DEFAULT_MODEL
-from minigpt4.curation.thresholds import Thresholds
+from minigpt4.curation.filters import Thresholds
 from minigpt4.options import (
     Option,
     Parser,

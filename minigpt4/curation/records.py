@@ -1,4 +1,4 @@
-"""The JSON-lines files between the steps: a record a line, a picture a record. No torch."""
+"""The JSON-lines files between the steps: one record, of one picture, per line. No torch."""
 
 import json
 import os
@@ -6,32 +6,35 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minigpt4.data.files import parse_jsonl
 from minigpt4.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: two programs on one file are not kept apart there
+except ImportError:  # on Windows two programs may write the same file
     fcntl = None
 
 KEY = "image_id"
 
 
 def read_records(path: str | Path) -> dict[str, dict]:
-    """image_id -> record, in the order of first appearance; an id's last line counts.
+    """image_id -> record, in the order of first appearance; the last line of an id counts.
 
-    A last line that was cut off is passed over. UserError for a file that is not there, and for
-    any other line that is no record.
+    An incomplete last line is ignored. UserError if the file is missing, or if another line is not
+    a record.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: give the file of the step before.") from error
+        raise UserError(
+            f"{path} cannot be read: name the file that the previous step wrote."
+        ) from error
     return _parse(path, content)
 
 
 def write_records(path: str | Path, records: Iterable[dict]) -> None:
-    """Write the whole file at once: it is the old one or the new one, never a part."""
+    """Write a whole file: readers see the old one or the new one, never a part."""
     path = Path(path)
     make_folder(path.parent)
     partial = path.with_name(path.name + ".part")
@@ -43,16 +46,18 @@ def write_records(path: str | Path, records: Iterable[dict]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder for what is written; UserError where it cannot be."""
+    """Create a folder. UserError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made a folder: give another by “--out”.") from error
+        raise UserError(
+            f"The folder {folder} cannot be created: choose another with “--out”."
+        ) from error
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes a file: UserError where the disk refuses it."""
+    """UserError if the disk refuses what is written inside the block."""
     try:
         yield
     except OSError as error:
@@ -62,11 +67,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class Records:
-    """A file that is appended to: what it holds already, and `append`.
+    """A file of records that can be appended to.
 
-    Opening it repairs it: a last line that a crash or a full disk cut off is taken away, so that
-    its picture is done again. Where the system can lock files, a second program that opens the
-    same one is refused.
+    Opening it removes a last line that a crash or a full disk left incomplete, so that its picture
+    is processed again. If the system can lock files, no second program can open it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -78,28 +82,30 @@ class Records:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
-                    f"{self.path} is being written by another program: wait for it, or give "
-                    "another file by “--out”."
+                    f"{self.path} is being written by another program: wait for it, or choose "
+                    "another file with “--out”."
                 ) from error
         self.records = _parse(self.path, self._repaired())
 
     def append(self, record: dict) -> None:
-        """Write one line; it is on the disk when this returns. UserError where there is no room:
-        then the file is as it was."""
+        """Write one line; it is on the disk when this returns.
+
+        UserError if there is no room: the file is then unchanged.
+        """
         end = os.fstat(self._file.fileno()).st_size
-        left = _line(record)
+        rest = _line(record)
         with writing(self.path):
             try:
-                while left:  # the disk may take a part, and only then say that it is full
-                    left = left[self._file.write(left) :]
+                while rest:  # a full disk may accept a part first
+                    rest = rest[self._file.write(rest) :]
                 os.fsync(self._file.fileno())
-            except OSError:  # its part must go, or the next line would be glued to it
+            except OSError:  # remove the part, or the next line would be appended to it
                 os.ftruncate(self._file.fileno(), end)
                 raise
         self.records[record[KEY]] = record
 
     def close(self) -> None:
-        """Let others write the file."""
+        """Release the file, so that other programs can write it."""
         self._file.close()
 
     def __enter__(self) -> "Records":
@@ -118,7 +124,7 @@ class Records:
         except ValueError:
             os.truncate(self.path, len(whole) + len(newline))
             return whole + newline
-        self._file.write(b"\n")  # written by hand, without the last line's end
+        self._file.write(b"\n")  # edited by hand, without a newline at the end
         return content + b"\n"
 
 
@@ -128,19 +134,10 @@ def _line(record: dict) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> dict[str, dict]:
+    text = content.decode("utf-8-sig", "replace")  # editors may add a byte-order mark
     records: dict[str, dict] = {}
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # editors may put a mark in front
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            records[record[KEY]] = record
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) and isinstance(error, ValueError):
-                break  # cut off
-            raise UserError(
-                f"Line {number} of {path} is no record: it must be a JSON object with “{KEY}”; "
-                "mend it or take it out."
-            ) from error
+    for number, record in parse_jsonl(path, text, KEY, cut_end=True):
+        if not isinstance(record[KEY], str):
+            raise UserError(f"Line {number} of {path} must have a text as “{KEY}”.")
+        records[record[KEY]] = record
     return records

@@ -1,4 +1,4 @@
-"""Step 2, refine: another model mends each description; what is of no use leaves it as it is."""
+"""Step 2, refine: another model corrects each description; unusable answers are discarded."""
 
 import math
 import re
@@ -6,32 +6,33 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from minigpt4.batch import Completion
 from minigpt4.curation.filters import refusal, words
-from minigpt4.curation.refiners import Failed, Refiner, Reply
+from minigpt4.curation.refiners import Failed, Refiner
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import is_fragment
 
-MESSAGE_TOKENS = 8  # what a chat format adds to a request, about
-GIVE_UP_AFTER = 5  # requests in a row that failed after all their retries
-MIN_SHARE, MAX_SHARE = 0.3, 1.3  # of the description's words that a mended one may have
-NEW_WORDS = 0.3  # share of a mended one's words that may be new to it
+MESSAGE_TOKENS = 8  # added by a chat format to each request, about
+GIVE_UP_AFTER = 5  # consecutive requests that failed after all retries
+MIN_SHARE, MAX_SHARE = 0.3, 1.3  # length of an answer, as a share of the description's words
+NEW_WORDS = 0.3  # share of an answer's words that may be new
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What refining will take, before it starts: four bytes of text are counted as a token."""
+    """What refining will take. Four bytes of text count as one token."""
 
     requests: int
     prompt_tokens: int
     answer_tokens: int
 
     def cost(self, price_in: float, price_out: float) -> float:
-        """In the prices' currency; they are per million tokens."""
+        """The cost, in the currency of the prices, which are per million tokens."""
         return (self.prompt_tokens * price_in + self.answer_tokens * price_out) / 1e6
 
 
 def estimate(texts: Sequence[str], instruction: str) -> Estimate:
-    """Of one request a text, whose answer is as long as the text."""
+    """For one request per text, with an answer of the same length."""
     asked = len(texts) * (_tokens(instruction) + MESSAGE_TOKENS)
     said = sum(map(_tokens, texts))
     return Estimate(len(texts), asked + said, said)
@@ -44,14 +45,14 @@ def _tokens(text: str) -> int:
 def refine(
     refiner: Refiner, records: Sequence[dict], instruction: str, together: int = 4
 ) -> Iterator[dict | Failed]:
-    """Records with the mended text, as they come; Failed for one that has no reply.
+    """Records with the refined text, as soon as they are ready; Failed for one without a reply.
 
-    A record gets `before`, the text as it was; `refined`, "changed", "same" or "kept: " and why;
-    `refiner`; and `refine_prompt`, the instruction. `together`: requests under way at once. After
-    several failures in a row it ends with the last one's sentence, as a UserError.
+    A record gets `before`, the original text; `refined`: "changed", "same", or "kept: " and the
+    reason; `refiner`; and `refine_prompt`, the instruction. together: concurrent requests.
+    UserError after several consecutive failures.
     """
     waiting = iter(records)
-    running: dict[Future[Reply], dict] = {}
+    running: dict[Future[Completion], dict] = {}
     failed_in_a_row = 0
     pool = ThreadPoolExecutor(together, "refine")
     try:
@@ -70,7 +71,9 @@ def refine(
                 if isinstance(outcome, Failed):
                     failed_in_a_row += 1
                     if failed_in_a_row == GIVE_UP_AFTER:
-                        raise UserError(f"{outcome} What is done is kept: run it again to go on.")
+                        raise UserError(
+                            f"{outcome} Results so far are saved: run it again to resume."
+                        )
                     yield outcome
                     continue
                 failed_in_a_row = 0
@@ -80,35 +83,35 @@ def refine(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _outcome(future: Future[Reply]) -> Reply | UserError | Failed:
+def _outcome(future: Future[Completion]) -> Completion | UserError | Failed:
     try:
         return future.result()
     except Failed as error:
         return error
     except UserError as error:
-        # Of this text alone: too long, say. Of the engine itself, any later one would fail as well.
+        # After an error that is not of this text (its length, say), later requests would fail, too.
         return error if error.kind in ("request", "too_long") else Failed(str(error))
 
 
-def _refined(record: dict, outcome: Reply | UserError) -> dict:
+def _refined(record: dict, outcome: Completion | UserError) -> dict:
     before = record["text"]
     if isinstance(outcome, UserError):
         mended, why = before, str(outcome)
     else:
         mended = tidy(outcome.text)
-        why = useless(before, mended, outcome.cut)
+        why = useless(before, mended, outcome.truncated)
     if why:
         text, result = before, f"kept: {why}"
     else:
         text, result = mended, "same" if mended == before else "changed"
-    # What was cut is whole again only where it was mended to a sentence's end.
+    # A truncated text is complete again only if the refined one ends with a sentence.
     cut = record.get("cut", False) and (result != "changed" or is_fragment(text, True))
     return record | {"text": text, "cut": cut, "before": before, "refined": result}
 
 
 def tidy(answer: str) -> str:
-    """An answer without quotation marks around it, and without a line in front that ends in ":"
-    and has an empty one behind it."""
+    """An answer without quotation marks around it, and without a first line that ends in ":" and is
+    followed by an empty line."""
     answer = answer.strip()
     heading, gap, rest = answer.partition("\n\n")
     if gap and "\n" not in heading and heading.rstrip("* ").endswith(":"):
@@ -118,7 +121,7 @@ def tidy(answer: str) -> str:
 
 
 def useless(before: str, mended: str, cut: bool) -> str:
-    """Why an answer cannot stand in the description's place; "" where it can."""
+    """Why an answer cannot replace the description; "" if it can."""
     was, now = words(before), words(mended)
     if not now:
         return "the answer was empty"
@@ -131,7 +134,7 @@ def useless(before: str, mended: str, cut: bool) -> str:
     known = set(was)
     if sum(word not in known for word in now) > NEW_WORDS * len(now):
         return "the answer said other things"
-    # What repeats itself may become much shorter: its different words are what counts.
+    # A repetitive text may become much shorter, so only different words count.
     if len(set(now)) < MIN_SHARE * len(known):
-        return "the answer left too much out"
+        return "the answer omitted too much"
     return ""

@@ -1,32 +1,21 @@
-"""Who mends a description: a model behind an OpenAI-compatible endpoint, or one on this machine."""
+"""The models that refine descriptions: behind an OpenAI-compatible endpoint, or on this machine."""
 
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from minigpt4.batch import Completion, complete, greedy
 from minigpt4.conversation import Conversation, ask
 from minigpt4.curation.generate import name_of
-from minigpt4.engine import Sampling
 from minigpt4.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine
 
-RETRIES = 6  # with back-off from half a second to eight, or as Retry-After says, 120 at most
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back; `cut`: a limit ended it. Tokens are 0 where they were not told."""
-
-    text: str
-    cut: bool
-    prompt_tokens: int = 0
-    tokens: int = 0
+RETRIES = 6  # after 0.5 to 8 seconds, or as Retry-After says, up to 120
 
 
 class Failed(Exception):
-    """No reply, after all retries: one sentence. Asking again later may help."""
+    """No reply after all retries: one sentence. Asking again later may help."""
 
 
 class Refiner(Protocol):
@@ -34,32 +23,28 @@ class Refiner(Protocol):
 
     name: str
 
-    def __call__(self, request: str, max_tokens: int) -> Reply:
-        """UserError where this request cannot be answered, Failed where none can at present."""
+    def __call__(self, request: str, max_tokens: int) -> Completion:
+        """UserError if this request cannot be answered, Failed if none can at present."""
 
 
 class LocalRefiner:
-    """A model in this process; requests that come together are answered together."""
+    """A model in this process; concurrent requests are answered together."""
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
         self.name = name_of(engine)
 
-    def __call__(self, request: str, max_tokens: int) -> Reply:
+    def __call__(self, request: str, max_tokens: int) -> Completion:
         conversation = Conversation()
         conversation.add_question(request)
-        sampling = Sampling(0.0, 1.0, repetition_penalty=1.0, max_new_tokens=max_tokens)
-        answer = ask(self._engine, conversation, sampling)
-        text = "".join(answer)
-        cut = answer.stop_reason != "stop"
-        return Reply(text, cut, answer.stats.prompt_tokens, answer.stats.tokens)
+        return complete(ask(self._engine, conversation, greedy(max_tokens)))
 
 
 class EndpointRefiner:
-    """A model behind POST /chat/completions at `url`, by OpenAI's client.
+    """A model behind POST /chat/completions at `url`, through OpenAI's client.
 
-    It asks for temperature 0 and bounds the answer; an endpoint that refuses one of these fields
-    is asked without it, or by its newer name, from then on.
+    Requests set temperature 0 and a maximum length. If the endpoint refuses one of these fields,
+    later requests omit it or use its newer name.
     """
 
     def __init__(
@@ -74,13 +59,13 @@ class EndpointRefiner:
                 base_url=url, api_key=key or "none", max_retries=retries, timeout=seconds
             )
         except Exception as error:
-            raise UserError(f"“{url}” is no address: give one as http://HOST:PORT/v1.") from error
+            raise UserError(f"“{url}” is not an address: use http://HOST:PORT/v1.") from error
         self._lock = threading.Lock()
         self._temperature, self._limit = True, "max_tokens"
 
-    def __call__(self, request: str, max_tokens: int) -> Reply:
+    def __call__(self, request: str, max_tokens: int) -> Completion:
         openai = self._openai
-        for _ in range(3):  # once more for each field that may have to change
+        for _ in range(3):  # one more attempt for each field that may have to change
             fields = self._fields(max_tokens)
             try:
                 return self._ask(request, fields)
@@ -90,7 +75,7 @@ class EndpointRefiner:
         raise UserError("the endpoint refuses every form of the request")
 
     def close(self) -> None:
-        """Give the connections up."""
+        """Close the connections."""
         self._client.close()
 
     def _fields(self, max_tokens: int) -> dict[str, Any]:
@@ -99,20 +84,20 @@ class EndpointRefiner:
             return fields | ({self._limit: max_tokens} if self._limit else {})
 
     def _adapt(self, error: Exception, fields: dict[str, Any]) -> bool:
-        """Whether the refusal is of a field that has been changed for the next try."""
-        said = f"{getattr(error, 'param', '')} {_message(error)}"
+        """Did the endpoint refuse a field? Then it is changed for the next attempt."""
+        refusal = f"{getattr(error, 'param', '')} {_message(error)}"
         with self._lock:
-            if "max_tokens" in said and "max_tokens" in fields:
+            if "max_tokens" in refusal and "max_tokens" in fields:
                 self._limit = "max_completion_tokens"
-            elif "max_completion_tokens" in said and "max_completion_tokens" in fields:
+            elif "max_completion_tokens" in refusal and "max_completion_tokens" in fields:
                 self._limit = ""
-            elif "temperature" in said and "temperature" in fields:
+            elif "temperature" in refusal and "temperature" in fields:
                 self._temperature = False
             else:
                 return False
         return True
 
-    def _ask(self, request: str, fields: dict[str, Any]) -> Reply:
+    def _ask(self, request: str, fields: dict[str, Any]) -> Completion:
         openai = self._openai
         try:
             done = self._client.chat.completions.create(
@@ -129,21 +114,16 @@ class EndpointRefiner:
         except openai.APIConnectionError as error:
             raise Failed("The endpoint does not answer at its address.") from error
         except (openai.OpenAIError, ValueError) as error:
-            raise Failed("The endpoint answered something else than JSON.") from error
+            raise Failed("The endpoint did not answer with JSON.") from error
         choice = done.choices[0] if getattr(done, "choices", None) else None
         if choice is None or choice.message is None:
-            raise Failed("The endpoint's answer holds no message: is its address right (…/v1)?")
-        used = done.usage
-        return Reply(
-            choice.message.content or "",
-            choice.finish_reason == "length",
-            used.prompt_tokens if used else 0,
-            used.completion_tokens if used else 0,
-        )
+            raise Failed("The endpoint's answer contains no message: check its address (…/v1).")
+        cut = choice.finish_reason == "length"
+        return Completion(choice.message.content or "", "length" if cut else "stop")
 
 
 def _message(error: Exception) -> str:
-    """What the endpoint said, in one line that is not too long."""
+    """The endpoint's error message, in one short line."""
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
     line = " ".join(str(said or error).split())

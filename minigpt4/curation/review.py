@@ -1,6 +1,6 @@
-"""Step 4, review: one person's decisions on the descriptions, on disk as they are made.
+"""Step 4, review: one person's decisions on the descriptions, each saved at once.
 
-No gradio: the page is in review_page.py.
+The page is in `review_page`; there is no gradio here.
 """
 
 import json
@@ -17,11 +17,11 @@ from minigpt4.model.image import Picture
 
 
 class Review:
-    """What is to be decided, what has been, and what is being typed.
+    """The descriptions to decide on, the decisions, and drafts of edited texts.
 
-    items: records of the step before, in the order of the review. records: the reviewer's own
-    file; a decision on a description that has changed since is none. What is typed and not yet
-    decided is kept beside it, in FILE.draft.
+    items: records of the previous step, in the order of the review. records: the reviewer's file.
+    A decision does not count if the description has changed since. Drafts are saved beside the
+    file, in FILE.draft.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Review:
         pictures: str | None = None,
     ) -> None:
         if not items:
-            raise UserError("There is nothing to review: the file holds no description to keep.")
+            raise UserError("There is nothing to review: the file contains no description to keep.")
         self.reviewer = reviewer
         self._items = {item["image_id"]: item for item in items}
         self._order = list(self._items)
@@ -46,16 +46,16 @@ class Review:
         return len(self._order)
 
     def decision(self, image_id: str) -> str:
-        """ "keep", "edit", "drop", or "" where there is none yet."""
+        """ "keep", "edit", "drop", or "" if there is no decision yet."""
         return self._decided(image_id).get("decision", "")
 
     def counts(self) -> Counter[str]:
-        """Decision -> how many; "" is of those without one."""
+        """Decision -> number of pictures; "" stands for no decision."""
         return Counter(map(self.decision, self._order))
 
     def next(self, after: str = "") -> str:
-        """The first picture without a decision behind `after`, or else from the start; "" where
-        all have one."""
+        """The next picture without a decision after `after`, continuing at the start; "" if all
+        are decided."""
         start = self._order.index(after) + 1 if after in self._items else 0
         for image_id in self._order[start:] + self._order[:start]:
             if not self.decision(image_id):
@@ -63,13 +63,13 @@ class Review:
         return ""
 
     def previous(self, before: str) -> str:
-        """The picture before this one, whether decided or not; of none ("") the last."""
+        """The picture before this one, decided or not; the last one for ""."""
         if before not in self._items:
             return self._order[-1]
         return self._order[max(0, self._order.index(before) - 1)]
 
     def text(self, image_id: str) -> str:
-        """As it was being typed, else as it was decided, else as it came."""
+        """The draft, or else the decided text, or else the original."""
         if image_id in self._drafts:
             return self._drafts[image_id]
         return self._settled(image_id)
@@ -78,21 +78,21 @@ class Review:
         return self._decided(image_id).get("text", self._items[image_id]["text"])
 
     def _decided(self, image_id: str) -> dict:
-        """The record of a decision on the description as it is now, else an empty one."""
+        """The record of the decision on the present description; empty if there is none."""
         record = self._records.records.get(image_id, {})
         now = self._items[image_id]["text"]
         return record if record.get("before", now) == now else {}
 
     def place(self, image_id: str) -> int:
-        """From 1."""
+        """The picture's number, from 1."""
         return self._order.index(image_id) + 1
 
     def picture(self, image_id: str) -> Picture:
-        """UserError where it cannot be read."""
+        """The decoded picture. UserError if it cannot be read."""
         return load_picture(self._items[image_id]["picture"], self._pictures)
 
     def decide(self, image_id: str, drop: bool, text: str) -> str:
-        """Write a decision and name it; it is on the disk when this returns."""
+        """Save a decision and return it; it is on the disk when this returns."""
         item = self._items[image_id]
         text = text.strip()
         if not drop and not text:
@@ -102,7 +102,7 @@ class Review:
             "image_id": image_id,
             "picture": item["picture"],
             "decision": decision,
-            "text": text or item["text"],  # dropped: what was typed is there to go back to
+            "text": text or item["text"],  # a dropped text can be restored
             "before": item["text"],
             "reviewer": self.reviewer,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -114,7 +114,7 @@ class Review:
         return decision
 
     def note(self, image_id: str, text: str) -> None:
-        """Keep what is being typed."""
+        """Save the draft of a text."""
         if image_id in self._items:
             with self._lock:
                 self._drafts[image_id] = text

@@ -1,4 +1,4 @@
-"""The page of a review: picture and description side by side, a key for each decision."""
+"""The page of a review: a picture beside its description, and a key for each decision."""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,8 @@ from minigpt4.errors import UserError
 from minigpt4.web.server import start_server, warn
 
 ASSETS = Path(__file__).parent / "assets"
-LONGEST_SIDE = 1600  # pixels of what the browser is sent
-LOOK = {  # fonts of the system: the page fetches nothing from elsewhere
+LONGEST_SIDE = 1600  # pixels, of the picture that the browser receives
+LOOK = {  # system fonts: the page loads nothing from other servers
     "theme": gr.themes.Default(
         primary_hue="teal", font=["sans-serif"], font_mono=["ui-monospace", "monospace"]
     ),
@@ -20,21 +20,23 @@ LOOK = {  # fonts of the system: the page fetches nothing from elsewhere
     "@media (max-width: 640px) { #picture { height: 40vh !important; min-height: 0 !important } }",
 }
 HELP = (
-    "**K** keeps the description as it is, **E** edits it (then **Ctrl+Enter** keeps the edited "
-    "one, **Esc** leaves the text), **D** drops the picture, **←** goes one back."
+    "**K** keeps the description, **E** edits it (then **Ctrl+Enter** keeps the edited text and "
+    "**Esc** leaves the text field), **D** drops the picture, **←** goes back."
 )
 
 
 class ReviewPage:
-    """The handlers of one review. `shown` is what the browser shows, "TURN ID": it comes back with
-    every event, so that a decision is about what was seen, and the turn tells the browser that the
-    next one is there."""
+    """The event handlers of one review.
+
+    `shown` is "TURN ID", what the browser shows. Every event returns it, so that a decision is
+    about the picture that was seen; a new turn tells the browser that the next picture is there.
+    """
 
     def __init__(self, review: Review) -> None:
         self._review = review
 
     def build(self) -> gr.Blocks:
-        """Its parts, and which of them calls what."""
+        """The components and their events."""
         event = {"api_visibility": "private", "show_progress": "hidden"}
         with gr.Blocks(title="Review", analytics_enabled=False, fill_width=True) as page:
             head = gr.Markdown(elem_id="head")
@@ -86,12 +88,12 @@ class ReviewPage:
         return self._decide(shown, True, text)
 
     def back(self, shown: str) -> tuple:
-        """The picture before, to decide again."""
+        """Show the previous picture, to decide again."""
         turn, image_id = self._read(shown)
         return self._show(self._review.previous(image_id), turn + 1)
 
     def note(self, shown: str, text: str) -> None:
-        """What is being typed."""
+        """Save the draft of the text."""
         try:
             self._review.note(self._read(shown)[1], text)
         except UserError as error:
@@ -115,10 +117,10 @@ class ReviewPage:
         """Values of: shown, head, picture, text."""
         counts = self._review.counts()
         done = len(self._review) - counts[""]
-        said = ", ".join(f"{counts[d]} {w}" for d, w in WORDS.items() if counts[d])
-        progress = f"{done} of {len(self._review)} decided" + (f": {said}" if said else "")
+        summary = ", ".join(f"{counts[d]} {w}" for d, w in WORDS.items() if counts[d])
+        progress = f"{done} of {len(self._review)} decided" + (f": {summary}" if summary else "")
         if not image_id:
-            head = f"### All decided\n{progress}. Close this page; the file is complete."
+            head = f"### All decided\n{progress}. The file is complete; close this page."
             return f"{turn} ", head, None, gr.update(value="", interactive=False)
         decided = self._review.decision(image_id)
         line = f"### {self._review.place(image_id)}. `{image_id}`"
@@ -137,6 +139,6 @@ WORDS = {"keep": "kept", "edit": "edited", "drop": "dropped"}
 
 
 def serve(page: gr.Blocks, options: argparse.Namespace) -> str:
-    """Start the server in the background; the page's address."""
-    page.queue(default_concurrency_limit=1)  # decisions in the order they were made
+    """Start the server in the background. Returns the address of the page."""
+    page.queue(default_concurrency_limit=1)  # decisions are processed in order
     return start_server(page, options, **LOOK)

@@ -1,4 +1,4 @@
-"""python -m minigpt4 curate STEP: options -> what each step does."""
+"""python -m minigpt4 curate STEP: what each step does with its options."""
 
 import argparse
 import json
@@ -14,109 +14,108 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from minigpt4 import start
-from minigpt4.curation import agreement, filters
 from minigpt4.curation import export as layout
-from minigpt4.curation.pictures import find_pictures, is_same
+from minigpt4.curation import filters
+from minigpt4.curation import merge as merging
+from minigpt4.curation.pictures import PictureFile, find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
+from minigpt4.data.files import prompt_text
 from minigpt4.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt4.curation.refiners import Refiner
-    from minigpt4.engine import Engine
 
-MOST_TOGETHER = 64  # what the engine lets wait
-
-
-@contextmanager
-def _engine(options: argparse.Namespace) -> Iterator["Engine"]:
-    """The model that the options name, closed afterwards."""
-    from minigpt4.engine import Engine
-
-    engine = Engine(start.open_model(options))
-    try:
-        yield engine
-    finally:
-        engine.close()
+MOST_TOGETHER = 64  # requests, as many as may wait for the engine
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Describe what is not described yet."""
+    """Describe the pictures that have no description yet."""
+    from minigpt4.batch import Batch
     from minigpt4.curation.generate import Generator
+    from minigpt4.engine import Engine
 
-    sources = find_pictures(options.pictures)[: options.limit]
+    files = find_pictures(options.pictures)[: options.limit]
     given = start.given_sampling(options)
-    with Records(options.out) as records, _engine(options) as engine:
-        sampling = start.default_sampling(engine.model.config, **given)
-        together = min(options.together, MOST_TOGETHER)
-        generator = Generator(engine, sampling, options.min_tokens, options.continues, together)
+    with (
+        Records(options.out) as records,
+        Batch(Engine(start.open_model(options)), options.together) as batch,
+    ):
+        sampling = start.default_sampling(batch.engine.model.config, **given)
+        generator = Generator(batch, sampling, options.min_tokens, options.continues)
         described = {i: r for i, r in records.records.items() if "error" not in r}
-        for record in described.values():
-            if record.get("model", generator.model) != generator.model:
-                raise UserError(
-                    f"{options.out} holds descriptions by {record['model']}, and this is "
-                    f"{generator.model}: give another file by “--out”."
-                )
-        for source in sources:
-            picture = described.get(source.image_id, {}).get("picture", source.picture)
-            if not is_same(picture, source.picture):
-                raise UserError(
-                    f"“{source.image_id}” in {options.out} is {picture}, and here it is "
-                    f"{source.picture}: give the new file another name, or another file by “--out”."
-                )
-        left = [s for s in sources if s.image_id not in described]
-        bar = tqdm(total=len(sources), initial=len(sources) - len(left), unit="picture")
-        with bar:
-            for record in generator(left):
+        _check_described(described, files, generator.model, options.out)
+        missing = [f for f in files if f.image_id not in described]
+        done = len(files) - len(missing)
+        with tqdm(total=len(files), initial=done, unit="picture") as bar:
+            for record in generator(missing):
                 records.append(record)
                 bar.update()
-        done = [records.records[s.image_id] for s in sources]
-    unread = [r for r in done if "error" in r]
-    texts = [r for r in done if "error" not in r]
+        _report_generated([records.records[f.image_id] for f in files], options.out)
+
+
+def _check_described(
+    described: dict[str, dict], files: list[PictureFile], model: str, out: str
+) -> None:
+    """UserError if descriptions are by another model, or of other pictures with the same ids."""
+    for record in described.values():
+        if record.get("model", model) != model:
+            raise UserError(
+                f"{out} contains descriptions by {record['model']}, but this is {model}: choose "
+                "another file with “--out”."
+            )
+    for file in files:
+        picture = described.get(file.image_id, {}).get("picture", file.picture)
+        if not is_same(picture, file.picture):
+            raise UserError(
+                f"“{file.image_id}” in {out} is {picture}, but here it is {file.picture}: rename "
+                "the new file, or choose another file with “--out”."
+            )
+
+
+def _report_generated(records: list[dict], out: str) -> None:
+    texts = [r for r in records if "error" not in r]
+    failed = [r for r in records if "error" in r]
     continued = sum(r.get("continued", 0) > 0 for r in texts)
     tokens = sum(r.get("tokens", 0) for r in texts) / max(1, len(texts))
     start.say(
-        f"{len(texts)} described in {options.out}, {tokens:.0f} tokens on average; {continued} "
-        f"were told to go on; {len(unread)} could not be read."
+        f"{len(texts)} described in {out}, {tokens:.0f} tokens on average; {continued} were "
+        f"continued; {len(failed)} could not be read."
     )
-    for record in unread[:10]:
+    for record in failed[:10]:
         start.say(f"  {record['error']}")
 
 
 def refine(options: argparse.Namespace) -> None:
-    """Have the descriptions mended that are not mended yet."""
-    from minigpt4.curation.generate import read_prompt
+    """Refine the descriptions that are not refined yet."""
     from minigpt4.curation.refine import estimate
     from minigpt4.curation.refine import refine as refine_all
     from minigpt4.curation.refiners import Failed
 
     found = read_records(options.file)
-    instruction = read_prompt("refine.txt")
+    instruction = prompt_text("refine.txt")
     with Records(options.out) as records:
-        left = [r for i, r in found.items() if not _is_refined(records.records.get(i), r)]
-        texts = [r for r in left if r.get("text")]
-        for record in left:
-            if not record.get("text"):  # the picture could not be read: `filter` will say so
+        missing = [r for i, r in found.items() if not _is_refined(records.records.get(i), r)]
+        texts = [r for r in missing if r.get("text")]
+        for record in missing:
+            if not record.get("text"):  # the picture could not be read; `filter` reports it
                 records.append(record)
-        _say_estimate(estimate([r["text"] for r in texts], instruction), options)
+        _report_estimate(estimate([r["text"] for r in texts], instruction), options)
         if options.estimate:
             return
         failures: list[Failed] = []
-        together = min(options.together, MOST_TOGETHER)
         with _refiner(options) as refiner:
             for record in records.records.values():
                 _check_refiner(record, refiner.name, instruction, options.out)
-            outcomes = refine_all(refiner, texts, instruction, together)
+            outcomes = refine_all(refiner, texts, instruction, min(options.together, MOST_TOGETHER))
             for outcome in tqdm(outcomes, total=len(texts), unit="text"):
                 if isinstance(outcome, Failed):
                     failures.append(outcome)
                 else:
                     records.append(outcome)
         done = [records.records[i] for i in found if i in records.records]
-    _say_refined(done, options.out)
+    _report_refined(done, options.out)
     if failures:
-        raise UserError(
-            f"{len(failures)} got no answer: {failures[-1]} Run it again to go on with them."
-        )
+        raise UserError(f"{len(failures)} got no answer: {failures[-1]} Run it again to resume.")
 
 
 def _is_refined(done: dict | None, record: dict) -> bool:
@@ -124,27 +123,27 @@ def _is_refined(done: dict | None, record: dict) -> bool:
 
 
 def _check_refiner(record: dict, name: str, instruction: str, out: str) -> None:
-    """UserError where a record was refined by another model, or as another prompt says."""
+    """UserError if a record was refined by another model or with another prompt."""
     if record.get("refiner", name) != name:
         raise UserError(
-            f"{out} holds descriptions refined by {record['refiner']}, and this is {name}: give "
-            "another file by “--out”."
+            f"{out} contains descriptions refined by {record['refiner']}, but this is {name}: "
+            "choose another file with “--out”."
         )
     if record.get("refine_prompt", instruction) != instruction:
         raise UserError(
-            f"{out} holds descriptions refined before prompts/refine.txt was changed: give another "
-            "file by “--out”."
+            f"{out} contains descriptions refined before prompts/refine.txt was changed: choose "
+            "another file with “--out”."
         )
 
 
-def _say_estimate(found, options: argparse.Namespace) -> None:
+def _report_estimate(found, options: argparse.Namespace) -> None:
     line = (
-        f"{found.requests} to refine: about {found.prompt_tokens:,} tokens asked and "
-        f"{found.answer_tokens:,} answered"
+        f"{found.requests} to refine: about {found.prompt_tokens:,} input tokens and "
+        f"{found.answer_tokens:,} output tokens"
     )
     cost = found.cost(options.price_in, options.price_out)
     if options.price_in or options.price_out:
-        line += f", about {cost:.2f} at the prices given"
+        line += f", which cost about {cost:.2f}"
     start.say(line + ".")
     if options.max_cost is not None and cost > options.max_cost:
         raise UserError(
@@ -154,14 +153,15 @@ def _say_estimate(found, options: argparse.Namespace) -> None:
 
 @contextmanager
 def _refiner(options: argparse.Namespace) -> Iterator["Refiner"]:
-    """The endpoint that the options or the environment name, else a model on this machine."""
+    """The endpoint that the options or the environment name, or else a model on this machine."""
     from minigpt4.curation.refiners import EndpointRefiner, LocalRefiner
+    from minigpt4.engine import Engine
 
     url = options.url
     if url and not options.local:
         name = options.refiner
         if not name:
-            raise UserError("Name the endpoint's model by “--refiner NAME”.")
+            raise UserError("Name the endpoint's model with “--refiner NAME”.")
         if find_spec("openai") is None:
             raise UserError("Install openai first: pip install 'minigpt4[train]'.")
         key = options.api_key or ""
@@ -171,23 +171,23 @@ def _refiner(options: argparse.Namespace) -> Iterator["Refiner"]:
         return
     if not options.local:
         start.say(f"No endpoint is named (--url): refining with {options.model} on this machine.")
-    with _engine(options) as engine:
+    with closing(Engine(start.open_model(options))) as engine:
         yield LocalRefiner(engine)
 
 
-def _say_refined(done: list[dict], out: str) -> None:
+def _report_refined(done: list[dict], out: str) -> None:
     results = Counter(r["refined"] for r in done if "refined" in r)
     kept = {why: n for why, n in results.items() if why.startswith("kept: ")}
     start.say(
         f"{results.total()} in {out}: {results['changed']} changed, {results['same']} the same, "
-        f"{sum(kept.values())} kept as they were because the answer was of no use."
+        f"{sum(kept.values())} kept because the answer could not be used."
     )
     for why, number in sorted(kept.items(), key=lambda item: -item[1])[:10]:
         start.say(f"  {number} × {why.removeprefix('kept: ')}")
 
 
 def filter(options: argparse.Namespace) -> None:
-    """Mark what breaks a rule, and count."""
+    """Mark the descriptions that break a rule, and count them."""
     given = {f.name: getattr(options, f.name) for f in fields(filters.Thresholds)}
     if given["language"] == "any":
         given["language"] = ""
@@ -199,14 +199,14 @@ def filter(options: argparse.Namespace) -> None:
             )
         if given["language"] not in filters.languages():
             raise UserError(
-                f"“{given['language']}” is no language that can be told: give its code of two "
+                f"The language “{given['language']}” cannot be identified: use a code of two "
                 "letters (en, de, zh …)."
             )
     records = filters.apply(read_records(options.file).values(), filters.Thresholds(**given))
     write_records(options.out, records)
     kept = sum(r["kept"] for r in records)
     start.say(
-        f"{kept} of {len(records)} kept, in {options.out}. Broken rules (one may break several):"
+        f"{kept} of {len(records)} kept, in {options.out}. Broken rules (a text may break several):"
     )
     for name, number in filters.counts(records).items():
         start.say(f"  {number:6} {name}: {filters.RULES[name]}")
@@ -234,23 +234,23 @@ def review(options: argparse.Namespace) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Put reviewers' files together and print their agreement as JSON."""
+    """Combine reviews, and print the agreement of the reviewers as JSON."""
     if Path(options.out).resolve() in {Path(path).resolve() for path in options.reviews}:
         raise UserError(
-            f"{options.out} is one of the reviews, which would be lost: give another file by "
-            "“--out”."
+            f"{options.out} is one of the reviews and would be overwritten: choose another file "
+            "with “--out”."
         )
     reviews = {}
     for path in options.reviews:
         records = read_records(path)
-        agreement.check_reviews(path, records)
+        merging.check_reviews(path, records)
         name = next((r["reviewer"] for r in records.values() if r.get("reviewer")), path)
         if name in reviews:
-            raise UserError(f"Two files are by “{name}”: give each review a name by “--name”.")
+            raise UserError(f"Two reviews are by “{name}”: name each reviewer with “--name”.")
         reviews[name] = records
-    merged = agreement.merge(reviews)
+    merged = merging.merge(reviews)
     write_records(options.out, merged)
-    result = json.dumps(agreement.agreement(reviews), indent=1, ensure_ascii=False)
+    result = json.dumps(merging.agreement(reviews), indent=1, ensure_ascii=False)
     print(result)
     if options.json:
         Path(options.json).write_text(result + "\n", encoding="utf-8")
@@ -262,7 +262,7 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the layout of the second stage."""
+    """Write the set in the layout of the second stage."""
     records = read_records(options.file).values()
     number = layout.export(records, options.out, options.pictures)
     start.say(f"{number} pictures with descriptions in {options.out}.")

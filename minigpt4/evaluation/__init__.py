@@ -1,1 +1,1 @@
-"""Scores for captions and descriptions, and how often answers fail."""
+"""Scores of answers, and the paper's experiments. See docs/evaluation.md."""

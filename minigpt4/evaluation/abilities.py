@@ -1,46 +1,38 @@
-"""`--experiment abilities`: does the model do what the paper shows, task by task?
+"""`--experiment abilities`: can the model do what the paper shows, task by task?
 
-A suite is a folder with suite.jsonl (`id`, `task`, `image`, `instruction`, and perhaps `about`) and
-its pictures; the project's own lies in `suite/`. The model answers every request, greedily or as
-the chat draws. Whether an answer fulfils its request, and how well, is said by a judge (`judge`,
-with the criteria of prompts/rubric.txt), by people (`review`: a page to judge on), or by both.
-Another model's answers can be judged beside.
+A suite is a folder with suite.jsonl (`id`, `task`, `image`, `instruction`, and optionally `about`)
+and its pictures; the project's own is `suite/`. The model answers every request, greedily or
+sampled as in the chat. Whether an answer fulfils its request, and how well, is decided by a judge
+(`judge`, with the criteria of prompts/rubric.txt), by people (`rating_page`), or by both. Answers
+of other models can be judged, too.
 """
 
 import argparse
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minigpt4 import start
+from minigpt4.batch import Batch, Completion, Question, greedy
 from minigpt4.config import get_model
-from minigpt4.engine import Engine
+from minigpt4.data.files import read_jsonl
+from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import Question, answer_all, greedy
 from minigpt4.evaluation.judge import Case, Judge, Verdict
 from minigpt4.evaluation.metrics import is_fragment, is_repetitive
-from minigpt4.evaluation.review import read_ratings, write_page
+from minigpt4.evaluation.rating_page import read_ratings, write_page
 from minigpt4.evaluation.suite import SUITE, Item, read_suite
 
-TOKENS = 300  # longest answer
+TOKENS = 300  # of the longest answer
 SHOWN = 260  # characters of an answer in the report
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A model's answer to an item; `truncated`: the length limit ended it."""
-
-    text: str
-    truncated: bool = False
-
-
-# (model, item's id) -> what is found
-Verdicts = Mapping[tuple[str, str], Verdict | None]
+Answers = Mapping[str, Completion]  # by item's id
+Verdicts = Mapping[tuple[str, str], Verdict | None]  # by model and item's id
 
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
@@ -48,47 +40,26 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     folder = Path(options.shard or SUITE)
     items = read_suite(folder)[: options.limit]
     if options.judge and not options.judge_model:
-        raise UserError("Name the model that judges by “--judge-model”.")
-    others = {}
-    for given in options.beside:
-        name, equals, path = given.partition("=")
-        if not (name and equals and path):
-            raise UserError(f"“--beside {given}” must be NAME=FILE, as in minigpt-4=theirs.jsonl.")
-        if name in others:
-            raise UserError(f"“--beside {given}”: {name} is named already, give another name.")
-        others[name] = read_answers(path)
-    own: Mapping[str, Answered] | Iterator[tuple[str, Answered]]
-    if options.reuse:
-        model, sampling, own = stored_answers(options)
-    else:
-        engine = Engine(start.open_model(options))
-        model, sampling = engine.model.config.name, "as in the chat" if options.drawn else "greedy"
-        own = answer_items(engine, items, options, sampling)
-    if model in others:
-        raise UserError(f"“--beside {model}=…” names the model itself: give another name.")
-    models = {model: dict(own), **others}
+        raise UserError("Name the model that judges with “--judge-model”.")
+    others = read_others(options.beside)
+    model, sampling, own = own_answers(options, items, others)
+    models = {model: own, **others}
     for name, answers in models.items():
         if not any(item.id in answers for item in items):
-            raise UserError(f"The answers of {name} are to other requests: none has an id of ours.")
-    cases = [
-        ((name, item.id), Case(item.task, item.instruction, item.about, item.picture, answer.text))
+            raise UserError(f"The answers of {name} have none of the suite's ids.")
+    cases = {
+        (name, item.id): Case(
+            item.task, item.instruction, item.about, item.picture, answers[item.id].text
+        )
         for name, answers in models.items()
         for item in items
-        if (answer := answers.get(item.id)) is not None
-    ]
-    judged: Verdicts = {}
-    if options.judge:
-        judge = Judge(options.judge, options.judge_model, options.judge_blind)
-        start.say(f"{len(cases)} answers are judged by {options.judge_model} …")
-        found = judge.judge([case for _, case in cases], options.verdicts)
-        judged = {key: verdict for (key, _), verdict in zip(cases, found, strict=True)}
-        if lost := found.count(None):
-            start.say(f"{lost} of {len(found)} verdicts never came, or were none.")
-    rated = read_ratings(options.ratings, {key: case.answer for key, case in cases})
+        if item.id in answers
+    }
+    judged = judge_all(cases, options) if options.judge else {}
+    rated = read_ratings(options.ratings, {key: case.answer for key, case in cases.items()})
     if options.review:
-        write_page(options.review, items, {n: {i: a.text for i, a in f.items()} for n, f in
-                                           models.items()})  # fmt: skip
-    tasks = list(dict.fromkeys(item.task for item in items))
+        write_page(options.review, items, models)
+    tasks = [*dict.fromkeys(item.task for item in items), "all"]
     result = {
         "model": model,
         "n": len(items),
@@ -96,10 +67,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         "sampling": sampling,
         "judge": options.judge_model if options.judge else None,
         "scores": {
-            name: {
-                task: task_scores(name, answers, items, task, judged, rated)
-                for task in [*tasks, "all"]
-            }
+            name: {task: task_scores(name, answers, items, task, judged, rated) for task in tasks}
             for name, answers in models.items()
         },
         "verdicts": [
@@ -110,24 +78,72 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     return result, as_text(result, items, models, judged)
 
 
-def read_answers(path: str) -> dict[str, Answered]:
-    """Item's id -> answer, from a file as `--answers` writes it."""
-    return _by_id(report.read_lines(path, "id", "answer"))
+def read_others(given: Sequence[str]) -> dict[str, Answers]:
+    """Model -> its answers, from the values of `--beside`: NAME=FILE."""
+    others = {}
+    for value in given:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"“--beside {value}” must be NAME=FILE, as in minigpt-4=theirs.jsonl.")
+        if name in others:
+            raise UserError(f"“--beside {value}”: {name} is used already, choose another name.")
+        others[name] = read_answers(path)
+    return others
 
 
-def _by_id(records: Iterable[dict]) -> dict[str, Answered]:
-    return {str(r["id"]): Answered(str(r["answer"]), r.get("truncated") is True) for r in records}
+def own_answers(
+    options: argparse.Namespace, items: Sequence[Item], others: Mapping[str, Answers]
+) -> tuple[str, str | None, Answers]:
+    """(the model's name, how its answers were sampled, its answers), stored or new."""
+    if options.reuse:
+        model, sampling, own = stored_answers(options)
+        _check_name(model, others)
+        return model, sampling, own
+    with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
+        model = batch.engine.model.config.name
+        _check_name(model, others)
+        sampling = "as in the chat" if options.drawn else "greedy"
+        return model, sampling, dict(answer_items(batch, items, options, sampling))
 
 
-def stored_answers(options: argparse.Namespace) -> tuple[str, str | None, dict[str, Answered]]:
-    """(the model's name, how its answers were sampled, they by item's id), as `--answers` says.
+def _check_name(model: str, others: Mapping[str, Answers]) -> None:
+    if model in others:
+        raise UserError(f"“--beside {model}=…” names the model itself: choose another name.")
 
-    A file that does not say the one is taken to be of `--model`; the other is then None.
+
+def judge_all(cases: Mapping[tuple[str, str], Case], options: argparse.Namespace) -> Verdicts:
+    """The verdict on each case, by the judge that the options name."""
+    judge = Judge(options.judge, options.judge_model, options.judge_blind)
+    start.say(f"{options.judge_model} judges {len(cases)} answers …")
+    found = judge.judge(list(cases.values()), options.verdicts)
+    if missing := found.count(None):
+        start.say(f"{missing} of {len(found)} verdicts are missing or could not be read.")
+    return dict(zip(cases, found, strict=True))
+
+
+def read_answers(path: str) -> dict[str, Completion]:
+    """Item's id -> answer, from a file that `--answers` wrote."""
+    return _by_id(read_jsonl(path, "id", "answer"))
+
+
+def _by_id(records: Iterable[dict]) -> dict[str, Completion]:
+    return {
+        str(r["id"]): Completion(
+            str(r["answer"]), "length" if r.get("truncated") is True else "stop"
+        )
+        for r in records
+    }
+
+
+def stored_answers(options: argparse.Namespace) -> tuple[str, str | None, dict[str, Completion]]:
+    """(the model's name, how its answers were sampled, its answers), as the file `--answers` says.
+
+    If the file does not name a model, it is `--model`; how it was sampled is then None.
     """
     if not options.answers:
-        raise UserError("“--reuse” takes the answers of a file: name it by “--answers”.")
-    records = report.read_lines(options.answers, "id", "answer")
-    said = {}
+        raise UserError("“--reuse” reads answers from a file: name it with “--answers”.")
+    records = read_jsonl(options.answers, "id", "answer")
+    recorded = {}
     for field in ("model", "sampling"):
         values = sorted({str(r[field]) for r in records if field in r})
         if len(values) > 1:
@@ -135,47 +151,46 @@ def stored_answers(options: argparse.Namespace) -> tuple[str, str | None, dict[s
                 f"{options.answers} has more than one “{field}” ({', '.join(values)}): keep the "
                 "lines of one."
             )
-        said[field] = values[0] if values else None
-    return said["model"] or get_model(options.model).name, said["sampling"], _by_id(records)
+        recorded[field] = values[0] if values else None
+    model = recorded["model"] or get_model(options.model).name
+    return model, recorded["sampling"], _by_id(records)
 
 
 def answer_items(
-    engine: Engine, items: Sequence[Item], options: argparse.Namespace, sampled: str
-) -> Iterator[tuple[str, Answered]]:
-    """(item's id, answer) of each; it is stored as soon as it is there.
+    batch: Batch, items: Sequence[Item], options: argparse.Namespace, sampled: str
+) -> Iterator[tuple[str, Completion]]:
+    """(item's id, answer) of each; every answer is written to a file as soon as it is complete.
 
-    sampled: how, in words, to be stored with it. The engine is closed after the last.
+    sampled: how the answers are sampled, in words.
     """
-    config = engine.model.config
-    sampling = greedy(TOKENS)
+    config = batch.engine.model.config
+    sampling: Sampling = greedy(TOKENS)
     if options.drawn:
-        drawn = {"max_new_tokens": TOKENS, "seed": options.seed}
-        sampling = start.default_sampling(config, **drawn)
+        sampling = start.default_sampling(config, max_new_tokens=TOKENS, seed=options.seed)
+    by_id = {item.id: item for item in items}
     questions = [Question(i.id, i.instruction, lambda p=i.picture: p) for i in items]
-    found = answer_all(engine, questions, sampling, options.batch_size)
+    found = batch.answer(questions, sampling)
     with open(options.answers or os.devnull, "w", encoding="utf-8") as file:
-        for item, reply in zip(
-            items, tqdm(found, desc="answering", total=len(items), unit="answer"), strict=True
-        ):
+        for question, answer in tqdm(found, desc="answering", total=len(items), unit="answer"):
+            item = by_id[question.key]
             record = {"id": item.id, "task": item.task, "instruction": item.instruction}
             record |= {"model": config.name, "sampling": sampled}
-            record |= {"answer": reply.text, "truncated": reply.truncated}
+            record |= {"answer": answer.text, "truncated": answer.truncated}
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-            yield item.id, Answered(reply.text, reply.truncated)
-    engine.close()
+            yield item.id, answer
 
 
 def task_scores(
     model: str,
-    answers: Mapping[str, Answered],
+    answers: Answers,
     items: Sequence[Item],
     task: str,
     judged: Verdicts,
     rated: Mapping[tuple[str, str], Sequence[Verdict]],
 ) -> dict[str, float | int | None]:
-    """One model's scores at one task ("all": at every one); None where there is nothing to go by.
+    """One model's scores in one task, or in "all". A score is None if nothing was judged.
 
-    `rated`: what people said, perhaps several of one answer.
+    rated: the verdicts of people; there may be several on one answer.
     """
     ids = [i.id for i in items if task in (i.task, "all") and i.id in answers]
     found = [answers[i] for i in ids]
@@ -206,45 +221,51 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def as_text(
-    result: dict,
-    items: Sequence[Item],
-    models: Mapping[str, Mapping[str, Answered]],
-    judged: Verdicts,
+    result: dict, items: Sequence[Item], models: Mapping[str, Answers], judged: Verdicts
 ) -> str:
-    """The table of scores, and each task's first answer."""
+    """The table of scores, and the first answer to each task."""
+    judge = f"judged by {result['judge']}" if result["judge"] else "not judged by a model"
+    sampling = result["sampling"] or "sampling not recorded"
+    text = f"{result['n']} requests of {result['suite']} suite, {sampling}, {judge}\n\n"
+    text += _score_table(result)
+    return f"{text}\n\nThe first answer to each task:\n\n{_first_answers(items, models, judged)}"
+
+
+def _score_table(result: dict) -> str:
     overall = [tasks["all"] for tasks in result["scores"].values()]
-    judged_at_all = any(s["judged"] for s in overall)
-    rated_at_all = any(s["rated"] for s in overall)
+    any_judged = any(s["judged"] for s in overall)
+    any_rated = any(s["rated"] for s in overall)
     header = ["task", "model", "answers"]
-    header += ["fulfilled (judge)", "score, 1–5", "judged"] if judged_at_all else []
-    header += ["fulfilled (people)", "ratings"] if rated_at_all else []
+    header += ["fulfilled (judge)", "score, 1–5", "judged"] if any_judged else []
+    header += ["fulfilled (people)", "ratings"] if any_rated else []
     header += ["repetition", "fragment", "words"]
     rows = []
     for task in result["scores"][result["model"]]:
         for model, tasks in result["scores"].items():
             s = tasks[task]
             row = [task, model, s["answers"]]
-            if judged_at_all:
+            if any_judged:
                 score = None if s["score"] is None else f"{s['score']:.1f}"
                 row += [report.percent(s["fulfilled"]), score, s["judged"]]
-            if rated_at_all:
+            if any_rated:
                 row += [report.percent(s["fulfilled_people"]), s["rated"]]
             words = None if s["words"] is None else f"{s['words']:.0f}"
             rows.append([*row, *map(report.percent, (s["repetition"], s["fragment"])), words])
-    judge = f"judged by {result['judge']}" if result["judge"] else "not judged by a model"
-    sampling = result["sampling"] or "sampling not recorded"
-    text = f"{result['n']} requests of {result['suite']} suite, {sampling}, {judge}\n\n"
-    text += report.table(header, rows)
+    return report.table(header, rows)
+
+
+def _first_answers(items: Sequence[Item], models: Mapping[str, Answers], judged: Verdicts) -> str:
+    any_judged = any(judged.values())
     first = {item.task: item for item in reversed(items)}
-    shown = []
+    rows = []
     for item in sorted(first.values(), key=items.index):
         for model, answers in models.items():
             if item.id in answers:
                 verdict = judged.get((model, item.id))
-                said = None if verdict is None else "yes" if verdict.fulfilled else "no"
+                fulfilled = None if verdict is None else "yes" if verdict.fulfilled else "no"
                 answer = report.shortened(answers[item.id].text, SHOWN)
                 row = [item.about or item.id, item.instruction, model, answer]
-                shown.append([*row, said] if judged_at_all else row)
+                rows.append([*row, fulfilled] if any_judged else row)
     header = ["picture", "request", "model", "answer"]
-    header += ["fulfilled (judge)"] if judged_at_all else []
-    return f"{text}\n\nThe first answer to each task:\n\n{report.table(header, shown)}"
+    header += ["fulfilled (judge)"] if any_judged else []
+    return report.table(header, rows)

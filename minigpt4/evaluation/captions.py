@@ -1,35 +1,58 @@
-"""`--experiment captions`: captions against people's, by every score that can be computed here."""
+"""Scores of captions against those of people: plain `evaluate`, and `--experiment captions`."""
 
 import argparse
+import time
 
+from tqdm import tqdm
+
+from minigpt4 import start
+from minigpt4.batch import Batch, Question, greedy
+from minigpt4.data.examples import usable
+from minigpt4.data.table import read_captioned
+from minigpt4.engine import Engine
 from minigpt4.evaluation import report
-from minigpt4.evaluation.java import java_scores
-from minigpt4.evaluation.run import answer_and_score
+from minigpt4.evaluation.metrics import caption_scores, failure_rates
 
-NAMES = {
-    "bleu1": "BLEU-1",
-    "bleu4": "BLEU-4",
-    "cider": "CIDEr",
-    "meteor": "METEOR",
-    "spice": "SPICE",
-}
+CAPTION_TOKENS, DETAIL_TOKENS = 40, 200  # longest answers
+NAMES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "cider": "CIDEr"}
 
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
-    """(the figures, their table). With `detail`, of detailed descriptions."""
+    """(scores, their table); of detailed descriptions with `--detail`."""
     scores, records = answer_and_score(options)
     report.write_lines(options.answers, records)
-    answers = {r["key"]: r["answer"] for r in records}
-    more, left_out = java_scores(answers, {r["key"]: r["captions"] for r in records})
-    scores |= more | {"left_out": left_out}
-    rows = [[NAMES[name], scores.get(name, "not computed")] for name in NAMES]
+    rows = [[title, scores[name]] for name, title in NAMES.items()]
     rows += [
         ["repetition", report.percent(scores["repetition_rate"])],
         ["fragments", report.percent(scores["fragment_rate"])],
         ["words", f"{scores['words']:.1f}"],
     ]
     text = f"“{scores['instruction']}”, greedy, {scores['n']} pictures\n\n"
-    text += report.table(["score", "value"], rows)
-    for name, reason in left_out.items():
-        text += f"\n\n{NAMES[name]} was left out: {reason}."
-    return scores, text
+    return scores, text + report.table(["score", "value"], rows)
+
+
+def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """(scores of short captions, or of descriptions with `--detail`; every answer)."""
+    examples = usable(read_captioned(options.shard)[: options.limit])
+    with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
+        config = batch.engine.model.config
+        instruction = config.detail_instruction if options.detail else config.short_instruction
+        limit = DETAIL_TOKENS if options.detail else CAPTION_TOKENS
+        started = time.perf_counter()
+        questions = [Question(e.key, instruction, e.read) for e in examples]
+        found = batch.answer(questions, greedy(limit))
+        progress = tqdm(found, desc="answering", total=len(examples), unit="picture")
+        completions = {question.key: completion for question, completion in progress}
+        seconds = time.perf_counter() - started
+    answers = {key: completion.text for key, completion in completions.items()}
+    references = {e.key: list(e.captions) for e in examples if e.key in answers}
+    scores = caption_scores(answers, references)
+    scores |= failure_rates(answers.values(), (c.truncated for c in completions.values()))
+    scores |= {
+        "model": config.name,
+        "instruction": instruction,
+        "words": sum(len(a.split()) for a in answers.values()) / len(answers),
+        "seconds": round(seconds, 1),
+    }
+    records = [{"key": k, "answer": a, "captions": references[k]} for k, a in answers.items()]
+    return scores, records

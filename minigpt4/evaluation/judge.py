@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from minigpt4.data.files import PROMPTS, read_jsonl, read_text
 from minigpt4.errors import UserError
-from minigpt4.evaluation import report
 from minigpt4.model import image
-from minigpt4.training.data import PROMPTS
 
 AT_ONCE = 4  # requests
-RETRIES = 5  # with back-off, where the server is busy or fails
+RETRIES = 5  # with increasing pauses, if the server is busy or fails
 SECONDS = 120.0  # for one reply
-SIDE = 768  # longest side of a picture that is judged by, in pixels
+SIDE = 768  # pixels; longest side of a picture that the judge receives
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of one answer; `score` from 1 to 5, None where none was given."""
+    """The verdict on one answer. score: from 1 to 5; None if the judge gave none."""
 
     fulfilled: bool
     score: int | None
@@ -32,7 +31,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Case:
-    """What is judged. about: what the picture shows, in words, "" where that is not known."""
+    """What is judged. about: what the picture shows, in words; "" if unknown."""
 
     task: str
     instruction: str
@@ -42,9 +41,10 @@ class Case:
 
 
 class Judge:
-    """url: of the API, as far as /v1; blind: it is sent no picture, and `about` instead.
+    """A model behind an API.
 
-    It is asked for temperature 0, and without a temperature from when it refuses that.
+    url: of the API, up to /v1. blind: send `Case.about` instead of the picture. The judge is asked
+    for temperature 0; once it refuses that, without a temperature.
     """
 
     def __init__(self, url: str, model: str, blind: bool = False) -> None:
@@ -55,18 +55,17 @@ class Judge:
         try:
             self._client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
         except Exception as error:
-            raise UserError(f"“{url}” is no address: give one as http://HOST:PORT/v1.") from error
+            raise UserError(f"“{url}” is not an address: use http://HOST:PORT/v1.") from error
         self._fields = {"temperature": 0}
         self._replied = False
-        self._prompt = report.read_text(PROMPTS / "judge.txt")
+        self._prompt = read_text(PROMPTS / "judge.txt")
         self._criteria = read_rubric()
 
     def judge(self, cases: Sequence[Case], kept: str | None = None) -> list[Verdict | None]:
-        """A verdict for each; None where the reply was none, or none came.
+        """The verdict on each case; None if there was no reply, or no verdict in it.
 
-        kept: a file of verdicts: those of the same questions to the same model are taken from it,
-        and others are written into it as they come. UserError where the judge cannot be reached or
-        refuses all of it.
+        kept: a file of verdicts. Verdicts on the same cases by the same model are read from it, new
+        ones are appended. UserError if the judge cannot be reached or refuses all cases.
         """
         known = self._known(kept)
         keys = [self._key(case) for case in cases]
@@ -92,41 +91,43 @@ class Judge:
         return [None if isinstance(f, UserError) else f for f in found]
 
     def _known(self, kept: str | None) -> dict[str, Verdict | None | UserError]:
-        """The verdicts of an earlier run, where it left some."""
+        """The verdicts of earlier runs, by key."""
         if not kept or not Path(kept).exists():
             return {}
         records = read_judged(kept, "key", "score", "reason")
         return {r["key"]: Verdict(r["fulfilled"], r["score"], r["reason"]) for r in records}
 
     def _key(self, case: Case) -> str:
-        """Stands for all that a verdict depends on: who is asked, what, and about which picture."""
+        """A hash of all that a verdict depends on: the judge, the text, the picture."""
         asked = [self.model, self._text(case)]
         asked += [] if self.blind else [hashlib.sha256(case.picture.read_bytes()).hexdigest()]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def _one(self, case: Case) -> Verdict | None | UserError:
-        """The verdict; None where there is none, a UserError where the judge refused the case.
+        """The verdict; None if there is none; a UserError if the judge refused the case.
 
-        What would befall every case, as with a wrong key, is raised, unless there was a reply
-        before: its verdict must not be lost.
+        An error that every case would meet, such as a wrong key, is raised, unless there was a
+        reply before: its verdict must not be lost.
         """
         import openai
 
         try:
             reply = self._reply(case)
         except (openai.RateLimitError, openai.InternalServerError, openai.APITimeoutError):
-            return None  # again and again
+            return None  # after all retries
         except openai.APIStatusError as error:
             fault = UserError(
                 f"The judge at {self.url} refuses with status {error.status_code}: check --judge, "
-                "--judge-model and $OPENAI_API_KEY, or leave the pictures out by --judge-blind."
+                "--judge-model and $OPENAI_API_KEY, or omit the pictures with --judge-blind."
             )
             lasting = error.status_code in (401, 403, 404)
         except openai.OpenAIError:
             fault = UserError(f"The judge at {self.url} cannot be reached: check --judge.")
             lasting = True
         except ValueError:
-            fault = UserError(f"The page at {self.url} is no judge: does its address end in /v1?")
+            fault = UserError(
+                f"The page at {self.url} is not an API: its address should end in /v1."
+            )
             lasting = True
         else:
             self._replied = True
@@ -136,7 +137,7 @@ class Judge:
         return fault
 
     def _reply(self, case: Case) -> str:
-        """What the judge says. An error of openai's, or ValueError where it is no API's answer."""
+        """The judge's reply. Raises errors of openai; ValueError if the reply is a web page."""
         import openai
 
         ask = partial(
@@ -150,7 +151,7 @@ class Judge:
                 raise
             self._fields = {}
             done = ask()
-        if not hasattr(done, "choices"):  # a web page's text
+        if not hasattr(done, "choices"):  # the text of a web page
             raise ValueError("no chat completion")
         message = done.choices[0].message if done.choices else None
         return (message.content if message else None) or ""
@@ -174,28 +175,28 @@ class Judge:
 
 
 def read_rubric() -> dict[str, str]:
-    """Task -> what a good answer does, from prompts/rubric.txt; "other" is for any other task."""
-    lines = report.read_text(PROMPTS / "rubric.txt").splitlines()
+    """Task -> what a good answer does, from prompts/rubric.txt; "other" is for all other tasks."""
+    lines = read_text(PROMPTS / "rubric.txt").splitlines()
     pairs = (line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
     return {"other": "does what was requested."} | {t.strip(): text.strip() for t, text in pairs}
 
 
 def fill(template: str, **values: str) -> str:
-    """The template with {name} filled in, in one pass: what is filled in is not looked into."""
+    """The template with each {name} replaced. Braces inside the values are left as they are."""
     names = "|".join(values)
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
 
 
 def read_judged(path: str, *needed: str) -> list[dict]:
-    """Lines of "fulfilled" and the fields `needed`; UserError where one lacks them."""
-    records = report.read_lines(path, *needed, "fulfilled")
+    """JSON lines with "fulfilled" and the fields `needed`. UserError if a line lacks one."""
+    records = read_jsonl(path, *needed, "fulfilled")
     if not all(isinstance(r["fulfilled"], bool) for r in records):
         raise UserError(f"{path}: “fulfilled” must be true or false.")
     return records
 
 
 def read_verdict(reply: str) -> Verdict | None:
-    """The verdict in a judge's reply: its last JSON object with "fulfilled"; None without one."""
+    """The verdict in a reply: its last JSON object with "fulfilled"; None if there is none."""
     for found in reversed(re.findall(r"\{[^{}]*\}", reply)):
         try:
             record = json.loads(found)

@@ -1,8 +1,8 @@
-"""Whether a text means anything: the third way in which answers fail, beside `metrics`. No torch.
+"""Rules for meaningless answers, the third kind of failure besides those in `metrics`. No torch.
 
-The paper's second stage was made because the first one's answers were repetitive, fragmentary or
-beside the point. Repetition and fragments are `metrics.is_repetitive` and `metrics.is_fragment`;
-what the former leaves out, `stutters` adds.
+The paper adds a second stage because the answers of the first one are repetitive, fragmentary or
+irrelevant. `metrics.is_repetitive` and `metrics.is_fragment` find the first two;
+`stutters` finds a milder repetition.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minigpt4.evaluation.metrics import is_fragment, is_repetitive
 
-# Words that hold English sentences together: in running text every second to fourth word.
+# Function words: in English text every second to fourth word.
 _FUNCTION_WORDS = frozenset(
     re.findall(
         r"\S+",
@@ -26,7 +26,7 @@ _FUNCTION_WORDS = frozenset(
     )
 )
 _LIVING = frozenset(("man", "woman", "boy", "girl", "child", "kid", "baby", "person", "dog", "cat"))
-# What a prompt is made of, and no answer.
+# Parts of a prompt that do not belong in an answer.
 _DEBRIS = re.compile(r"</?(?:img|s)>|###|<\|\w*\|>|\[/?INST\]|ImageHere|ImageContent", re.I)
 _BLIND = re.compile(
     r"\bas an? (?:ai\b|artificial|(?:large )?language model|text-based)|"
@@ -44,21 +44,20 @@ _VOWELS = re.compile(r"[aeiouy]", re.I)
 
 
 def is_meaningless(text: str) -> bool:
-    """Whether an English description or poem says nothing that could be about a picture.
+    """Is this English description or poem certainly not about a picture?
 
-    True when any of these holds:
+    True if one of these holds:
 
     - it has fewer than three words;
-    - it holds debris of the prompt (`<Img>`, `###`, `[INST]`, a control token);
+    - it contains parts of the prompt (`<Img>`, `###`, `[INST]`, a control token);
     - it says that it cannot see (“As an AI language model”, “please upload the image”);
-    - more than one character in seven is neither a letter, a digit nor common punctuation, more
+    - more than one character in seven is neither a letter, a digit nor common punctuation, or more
       than one word in ten is misshapen (see `misshapen`), or one mixes two alphabets;
-    - too few of its words hold sentences together (“the”, “of”, “is”), as in a heap of names: less
-      than a tenth of eight to nineteen words, less than a quarter of more; or more than four in
-      five do, a heap of particles.
+    - it has too few function words (“the”, “of”, “is”), as in a list of names: less than a tenth
+      of eight to nineteen words, less than a quarter of more; or too many, over four in five.
 
-    Markup (a website) counts as one phrase. Whether a well-formed sentence is true of its picture
-    this rule does not ask: that is a judge's to say (see `abilities`, `pope`).
+    Markup (a website) counts as one phrase. The rule does not ask whether a well-formed sentence is
+    true: see `abilities` and `pope` for that.
     """
     if _DEBRIS.search(text) or _BLIND.search(text):
         return True
@@ -77,9 +76,11 @@ def is_meaningless(text: str) -> bool:
 
 
 def misshapen(token: str) -> bool:
-    """No English word looks like this: letters beside digits inside a word, a capital after a small
-    letter, signs amid letters, four letters or more without a vowel (but for capitals), or more
-    than eighteen letters."""
+    """Does a token look unlike an English word?
+
+    It has letters next to digits, a capital after a small letter, signs between letters, four or
+    more letters without a vowel (unless all are capitals), or more than eighteen letters.
+    """
     token = token.strip(".,;:!?'’‘“”\"()[]*_–—…-")
     if not token or not re.search(r"[^\W\d_]", token):
         return False
@@ -106,7 +107,7 @@ def _misshapen_part(part: str) -> bool:
 
 
 def _two_alphabets(word: str) -> bool:
-    """Latin letters beside others'."""
+    """Does a word contain both Latin and other letters?"""
     latin = [ord(c) < 0x250 for c in word if c.isalpha()]
     return any(latin) and not all(latin)
 
@@ -117,11 +118,11 @@ def _misshapen_share(text: str) -> float:
 
 
 def stutters(text: str) -> bool:
-    """Whether one sentence introduces the same thing twice: “a man with a hat is wearing a hat”.
+    """Does a sentence introduce the same thing twice: “a man with a hat is wearing a hat”?
 
-    That is, “a” or “an” stands twice before the same words, up to the next function word; people
-    and animals aside, of whom there may well be “a man and a man”. Milder than what
-    `metrics.is_repetitive` finds, which counts in the plain scores.
+    That is, “a” or “an” occurs twice before the same words, up to the next function word. People
+    and animals do not count: there may well be “a man and a man”. Milder than
+    `metrics.is_repetitive`, which counts in the plain scores.
     """
     for sentence in re.split(r"[.!?]+(?=\W|$)|\n", text.casefold()):
         words, seen = re.findall(r"[\w'-]+", sentence), set()
@@ -137,7 +138,7 @@ def stutters(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Failures:
-    """In which ways an answer fails."""
+    """The ways in which an answer fails."""
 
     repetition: bool
     fragment: bool
@@ -149,6 +150,6 @@ class Failures:
 
 
 def failures(text: str, truncated: bool) -> Failures:
-    """How an answer to “describe” or “write a poem” fails; `truncated`: the limit ended it."""
+    """How an answer to “describe” or “write a poem” fails. truncated: a limit ended it."""
     repetition = is_repetitive(text) or stutters(text)
     return Failures(repetition, is_fragment(text, truncated), is_meaningless(text))

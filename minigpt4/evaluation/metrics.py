@@ -1,18 +1,18 @@
-"""How good captions are (BLEU, CIDEr), how often answers repeat themselves or break off. No torch.
+"""Scores of captions (BLEU, CIDEr); rules for repetitive and for unfinished answers. No torch.
 
-BLEU and CIDEr are computed by the reference implementation, coco-caption (PyPI `pycocoevalcap`).
-Only its tokeniser, a Java program, is replaced by `ptb_tokens`.
+BLEU and CIDEr are those of the reference implementation, coco-caption (PyPI `pycocoevalcap`). Only
+its tokenizer, a Java program, is replaced, by `ptb_tokens`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-# The characters that the Java tokeniser rewrites and that captions or models do write.
+# The characters that the Java tokenizer rewrites and that occur in captions or answers.
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "«": '"', "»": '"'})
 _PLAIN |= str.maketrans({"…": " ... ", "–": " -- ", "—": " -- ", "€": "$", "£": "#"})
 
-# Split before the scan for tokens, which then sees the halves as words of their own.
+# Split before the scan for tokens, which then sees two words.
 _CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", re.I)
 _JOINED = re.compile(r"\b(can(?=not\b)|(?:gon|wan)(?=na\b)|got(?=ta\b)|(?:gim|lem)(?=me\b))", re.I)
 _TOKEN = re.compile(
@@ -29,18 +29,18 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.I,
 )
-# What coco-caption leaves out. Brackets are on its list too, but as "-LRB-", which never matches
-# the lower-cased "-lrb-": published scores count them as words, and so do these.
+# coco-caption drops these. Its list also has brackets, but as "-LRB-", which never matches the
+# lower-case "-lrb-": published scores count them as words, and so do these.
 _DROPPED = {"'", '"', ".", "?", "!", ",", ":", "-", ";"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
 def ptb_tokens(text: str) -> str:
-    """The words of a caption as coco-caption counts them: lower case, separated by single spaces.
+    """The words of a caption as coco-caption counts them: in lower case, separated by spaces.
 
     Follows Stanford CoreNLP 3.4.1's PTBTokenizer and coco-caption's list of dropped punctuation,
-    for English: contractions are split ("man 's", "do n't", "can not"), hyphens inside words and
-    signs such as "&" kept. Rare abbreviations and exotic symbols may come out differently.
+    for English: contractions are split ("man 's", "do n't", "can not"); hyphens inside words and
+    signs such as "&" are kept. Rare abbreviations and symbols may differ.
     """
     text = _JOINED.sub(r"\1 ", _CONTRACTION.sub(r" \1", " ".join(text.translate(_PLAIN).split())))
     tokens = (_BRACKETS.get(token, token.lower()) for token in _TOKEN.findall(text))
@@ -52,10 +52,10 @@ def caption_scores(
 ) -> dict[str, float]:
     """Corpus BLEU-1, BLEU-4 and CIDEr of one answer per picture, as coco-caption computes them.
 
-    All are fractions: BLEU lies in 0..1; a CIDEr of 1.0 is what papers write as 100 (it can reach
-    10). CIDEr weighs words by how many pictures' references hold them, so it depends on the whole
-    set, and is 0 for a single picture. `ValueError` when the two have different or no keys, or a
-    picture has no reference.
+    BLEU is from 0 to 1. A CIDEr of 1.0 is 100 in papers (the maximum is 10). CIDEr weights words by
+    the number of pictures whose references contain them, so it depends on the whole set, and is 0
+    for a single picture. ValueError if the keys differ, if there are none, or if a picture has no
+    reference.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -72,11 +72,11 @@ def caption_scores(
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether the text says the same thing over and over. Words are compared without case or marks.
+    """Does the text repeat itself? Words are compared without case and punctuation.
 
-    True when a sentence of three or more words occurs twice; when four words in a row occur three
-    times; or when a unit of one to three words stands three times in a row ("a dog, a dog, a dog").
-    For languages that put spaces between words.
+    True if a sentence of three or more words occurs twice, if four consecutive words occur three
+    times, or if one to three words occur three times in a row ("a dog, a dog, a dog"). For
+    languages with spaces between words.
     """
     parts = [tuple(_words(part)) for part in re.split(r"[.!?]+(?=\W|$)|\n", text)]
     sentences = [part for part in parts if len(part) >= 3]
@@ -94,17 +94,17 @@ def is_repetitive(text: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text, case-folded; a number such as 1,000,000 is one word."""
+    """The words of a text, case-folded. A number such as 1,000,000 is one word."""
     return re.findall(r"\d+(?:[.,:]\d+)+|\w+(?:['’-]\w+)*", text.casefold())
 
 
-# What may stand behind a sentence's end: closing quotes and brackets, emphasis, emoticons, emoji.
-# An ellipsis too: it does not say whether the sentence was finished. For a text written backwards.
+# What may follow the end of a sentence: closing quotes and brackets, emphasis, emoticons, emoji,
+# and an ellipsis, which does not say whether the sentence is complete. For a reversed text.
 _TAIL = re.compile(r"(?:[)(DP]-?[:;]|\.{2,}|_|[^\w.!?。！？।؟,:–—(\[{/&“‘-])*")
 _END = re.compile(r"[.!?。！？।؟]$")
 _LIST_MARK = re.compile(r"\n\s*(?:\d+[.)]|[-*•#]+)\s*$")
-# Marks and words that no English sentence ends in, or hardly one. Not "on", "up", "by", "her" and
-# the like: one human caption in fifty ends in those ("with his coat on").
+# Marks and words at which hardly any English sentence ends. Not "on", "up", "by" or "her": one
+# human caption in fifty ends with such a word ("with his coat on").
 _OPEN = re.compile(
     r"[,:–—(\[{/&“‘-]$|(?<![\w'’-])(?:a|(?<![^.!?]\s)A|"  # "A", but not "plan A"
     r"(?i:an|the|and|or|but|nor|because|if|than|as|that|which|whose|of|with|in|at|to|from|for|into|"
@@ -113,13 +113,13 @@ _OPEN = re.compile(
 
 
 def is_fragment(text: str, truncated: bool) -> bool:
-    """Whether an answer breaks off in mid-sentence; `truncated`: the length limit ended it.
+    """Does an answer end in the middle of a sentence? truncated: a limit ended it.
 
-    True when it holds no word, or its last line is a bare list mark ("2."). Otherwise what may
-    follow a sentence (closing quotes and brackets, emoji, "...") is set aside, and an answer that
-    then ends in . ! or ? is whole. Of the others, a truncated one is a fragment; one that ended by
-    itself is a fragment only after a mark or an English word that calls for more (a comma, colon,
-    dash, opening bracket; "and", "the", "with"): "A dog runs on the grass" is whole.
+    True if it has no word, or if its last line is only a list mark ("2."). Otherwise what may
+    follow a sentence (closing quotes and brackets, emoji, "...") is ignored: an answer that then
+    ends in . ! or ? is complete. Any other truncated answer is a fragment. One that ended by itself
+    is a fragment only after a mark or an English word that must be continued (a comma, colon, dash,
+    opening bracket; "and", "the", "with"): "A dog runs on the grass" is complete.
     """
     backwards = text[::-1]
     body = backwards[_TAIL.match(backwards).end() :][::-1]
@@ -129,10 +129,10 @@ def is_fragment(text: str, truncated: bool) -> bool:
 
 
 def failure_rates(answers: Iterable[str], truncated: Iterable[bool]) -> dict[str, float | int]:
-    """Fractions (0..1) of answers that are repetitive and that are fragments, and their number.
+    """The shares (0..1) of answers that are repetitive and that are fragments, and their number.
 
-    `truncated` says of each answer whether the length limit ended it. `ValueError` when there are
-    no answers, or not as many flags as answers.
+    truncated: whether a limit ended each answer. ValueError if there are no answers, or if the
+    numbers of answers and flags differ.
     """
     pairs = list(zip(answers, truncated, strict=True))
     if not pairs:

@@ -1,12 +1,12 @@
-"""Which objects captions speak of: those of objects.txt, found in what people wrote. No torch."""
+"""Which of the objects in objects.txt captions name. No torch."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt4.data.files import read_text
 from minigpt4.errors import UserError
-from minigpt4.evaluation import report
 
 LIST = Path(__file__).parent / "objects.txt"
 NEGATIONS = {"no", "without"}
@@ -14,28 +14,28 @@ NEGATIONS = {"no", "without"}
 
 @dataclass(frozen=True)
 class Mentions:
-    """present: objects that are said to be there; unclear: those that may be or may not."""
+    """present: objects that the captions name; unclear: objects that may be there or not."""
 
     present: frozenset[str]
     unclear: frozenset[str]
 
 
 class Objects:
-    """The objects of a list file, a line each: `a dog: dog, puppy | animal, pet`."""
+    """The objects of a list file, one per line: `a dog: dog, puppy | animal, pet`."""
 
     def __init__(self, path: str | Path | None = None) -> None:
         path = Path(path) if path else LIST
         self.names: list[str] = []
         # phrase -> (object, is it certain)
         self._phrases: dict[tuple[str, ...], list[tuple[str, bool]]] = {}
-        for number, line in enumerate(report.read_text(path).splitlines(), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
             name, colon, words = line.partition(":")
             certain, _, unclear = words.partition("|")
             if not (colon and name.strip() and certain.strip()):
                 raise UserError(
-                    f"{path}, line {number}, must look like “a dog: dog, puppy | animal, pet”."
+                    f"Line {number} of {path} must look like “a dog: dog, puppy | animal, pet”."
                 )
             self.names.append(name.strip())
             for part, sure in ((certain, True), (unclear, False)):
@@ -47,7 +47,7 @@ class Objects:
             raise UserError(f"{path} names no objects: a line is “a dog: dog, puppy | animal”.")
 
     def mentioned(self, captions: Iterable[str]) -> Mentions:
-        """What one picture's captions say, all of them together."""
+        """What all captions of one picture say together."""
         present, unclear = set(), set()
         sentences = (s for caption in captions for s in re.split(r"[.!?;]\s", caption))
         for sentence in sentences:
@@ -58,7 +58,7 @@ class Objects:
     def _found(self, words: tuple[str, ...]) -> Iterable[tuple[str, bool]]:
         """At each place of a sentence the longest phrase of the list; its words count once.
 
-        Nothing is certain after “no” or “without”: how far they reach, words alone do not say.
+        Nothing is certain after “no” or “without”: words alone do not say what they refer to.
         """
         start, denied = 0, False
         while start < len(words):
@@ -73,7 +73,7 @@ class Objects:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """Lower-case words; hyphens part them, a possessive's "'s" goes."""
+    """Lower-case words; hyphens separate words, and a possessive "'s" is dropped."""
     text = text.casefold().replace("’", "'").replace("-", " ")
     return tuple(re.sub(r"'s?$", "", w) for w in re.findall(r"[a-z]+(?:'[a-z]*)?", text))
 

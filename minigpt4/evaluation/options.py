@@ -4,21 +4,33 @@ import argparse
 
 from minigpt4.config import DEFAULT_MODEL
 from minigpt4.errors import UserError
-from minigpt4.options import Option, Parser, add_model_options, integer, one_of, switch
+from minigpt4.options import Option, Parser, add_model_options, integer, switch
 
 EXPERIMENTS = {
-    "captions": "BLEU and CIDEr, and METEOR and SPICE where Java is installed",
+    "captions": "BLEU and CIDEr",
     "stages": "how often answers fail after stage 1, and after stage 2",
     "pope": "yes/no questions about objects that are in the picture, and that are not",
     "abilities": "recipes, advertisements, poems, jokes, …, judged by a model or by people",
-    "architecture": "variants of the projection and of the training, each trained briefly",
 }
+
+
+def experiment(name: str) -> str:
+    """The name of an experiment, as an option's value."""
+    if name == "architecture":
+        raise argparse.ArgumentTypeError(
+            "the architecture experiment is now a program of its own: python -m "
+            "research.architecture, in a checkout of the repository"
+        )
+    if name not in EXPERIMENTS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(EXPERIMENTS)}, not “{name}”")
+    return name
+
 
 GENERAL = (
     Option(
         "experiment",
         "One of the paper's experiments (below). By default the scores are computed.",
-        read=one_of(*EXPERIMENTS),
+        read=experiment,
         metavar="NAME",
     ),
     Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
@@ -75,36 +87,23 @@ ABILITIES = (
     Option("review", "Write a page on which people judge the answers.", metavar="FILE.html"),
     Option("ratings", "Ratings saved by such a page. Repeatable.", metavar="FILE", many=True),
 )
-ARCHITECTURE = (
-    Option("train", "Captioned pictures to train on.", metavar="DATA"),
-    Option("described", "Data of stage 2: filter_cap.json with image/.", metavar="FOLDER"),
-    Option("arms", "Names of variants, separated by commas. By default all.", metavar="NAMES"),
-    Option("steps", "Steps of stage 1 for each variant.", 100, integer(1), "N"),
-    Option(
-        "train-batch", "Pictures per step. By default as the schedule says.", None, integer(1), "N"
-    ),
-    Option("pictures", "Train on at most N captioned pictures.", 400, integer(1), "N"),
-    Option("seed", "Seed of data order, new weights and sampled answers.", 42, integer(0)),
-)
 GROUPS = {
     "": GENERAL,
     "stages and abilities": STAGES,
     "pope": POPE,
     "abilities": ABILITIES,
-    "architecture": ARCHITECTURE,
 }
 
 # Options that only some experiments use; None stands for the scores.
 _ONLY: dict[str, set[str | None]] = {
     "markdown": {*EXPERIMENTS},
     "detail": {None, "captions"},
-    "answers": {None, *EXPERIMENTS} - {"architecture"},
+    "answers": {None, *EXPERIMENTS},
     "stage1": {"stages"},
     "drawn": {"stages", "abilities"},
+    "seed": {"stages", "abilities"},
     **{option.attribute: {"pope"} for option in POPE},
     **{option.attribute: {"abilities"} for option in ABILITIES},
-    **{option.attribute: {"architecture"} for option in ARCHITECTURE},
-    "seed": {"stages", "abilities", "architecture"},
 }
 
 

@@ -1,43 +1,41 @@
-"""`--experiment pope`: does the model see what is there, and not what is not?
+"""`--experiment pope`: does the model see what is there, and only that?
 
-Polling-based Object Probing Evaluation (Li et al., 2023), made from any captioned set: “Is there a
-dog in the image?” of objects that a picture's captions name, and of as many that none of them
-names. These are drawn in three ways: at random, the set's most frequent objects, and those that
-most often stand beside the picture's own (adversarial). Every way asks half its questions of
-objects that are there. What counts as named, and which words leave an object open so that it is not
-asked about, stands in objects.txt; captions do not mention everything, so some “no” is a
-mistake of the key, fewer with five captions a picture than with one.
+Polling-based Object Probing Evaluation (Li et al., 2023), made from any captioned set. “Is there a
+dog in the image?” is asked about objects that a picture's captions name, and about as many that
+they do not name. The latter are chosen in three ways: at random; the most frequent objects of the
+set (popular); those that most often occur together with the picture's own (adversarial).
+objects.txt says which words name an object, and which leave it open, so that it is not asked about.
+Captions do not mention everything, so some “no” of the key are wrong, fewer with five captions per
+picture than with one.
 
-Two readings of the same answers, reported apart:
+Each answer is read in two ways, which are reported separately:
 
-- *read*: the first “yes” or “no” in the greedy answer. An answer without either is wrong, and is no
-  “yes”.
-- *likelihood*: whether “Yes” or “No” (in any spelling of one token) is the likelier beginning of
-  the answer, however it went on. `auc` is the chance that an object that is there has the higher
-  log-odds than one that is not: 0.5 is blind, whatever the leaning to “yes”.
+- *read*: the first “yes” or “no” of the greedy answer. An answer with neither is wrong, and does
+  not count as “yes”.
+- *likelihood*: which of “Yes” and “No” (in any spelling of one token) is the more likely first
+  token, whatever the answer says. `auc` is the chance that an object that is there has higher
+  log-odds than one that is not: 0.5 is blind, whatever the preference for “yes”.
 """
 
 import argparse
 import math
 import random
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from minigpt4 import start
-from minigpt4.conversation import Conversation, fit, penalized
-from minigpt4.engine import Engine, Request
+from minigpt4.batch import Batch, Question, greedy
+from minigpt4.data.examples import Example, usable
+from minigpt4.data.table import read_captioned
+from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import greedy, usable
 from minigpt4.evaluation.objects import Mentions, Objects
-from minigpt4.model import image
-from minigpt4.model.prompt import Tokenizer, encode_text, stop_ids
-from minigpt4.training.data import Example
-from minigpt4.training.run import read_captioned
+from minigpt4.model.prompt import Tokenizer, encode_text
 
 TOKENS = 24  # longest answer
 WAYS = ("random", "popular", "adversarial")
@@ -48,7 +46,7 @@ Scores = dict[str, float | int | list[float]]
 
 @dataclass(frozen=True)
 class Probe:
-    """A question of one way: is `object` in picture number `picture`, and the truth."""
+    """A question: is `object` in picture number `picture`? `there` is the truth."""
 
     way: str
     picture: int
@@ -57,37 +55,38 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Said:
-    """The answer's text, and the log-odds of “Yes” against “No” as its beginning."""
+class PopeAnswer:
+    """The text of an answer, and the log-odds of “Yes” against “No” as its first token."""
 
     text: str
     log_odds: float
 
     @property
     def read(self) -> bool | None:
-        """The first yes or no; None without either."""
+        """The first yes or no; None if there is neither."""
         found = re.search(r"\b(yes|no)\b", self.text, re.I)
         return None if found is None else found[1].lower() == "yes"
 
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
-    """(scores by way of choosing and by reading, their tables)."""
+    """(scores by reading and by choice of objects, their tables)."""
     examples = read_captioned(options.shard)
     objects = Objects(options.objects)
     mentions = [objects.mentioned(e.captions) for e in examples]
     if "{}" not in options.question:
-        raise UserError("“--question” must hold {} where the object goes: “Is there {} here?”.")
+        raise UserError("“--question” must contain {} for the object: “Is there {} here?”.")
     pictures = set(usable(examples[: options.limit]))
     asked = [i for i, e in enumerate(examples) if e in pictures]
     probes = make_probes(objects.names, mentions, asked, options.per_picture)
     if not probes:
-        raise UserError("The captions name no object of the list: give another by “--objects”.")
-    engine = Engine(start.open_model(options))
-    said = answer_probes(engine, examples, probes, options)
-    engine.close()
+        raise UserError("The captions name no object of the list: use another with “--objects”.")
+    with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
+        model = batch.engine.model.config.name
+        said = answer_probes(batch, examples, probes, options.question)
+    probes = [p for p in probes if (p.picture, p.object) in said]
     by_way = {way: [p for p in probes if p.way == way] for way in WAYS}
     result = {
-        "model": engine.model.config.name,
+        "model": model,
         "n": len({p.picture for p in probes}),
         "pictures_without_objects": len(asked) - len({p.picture for p in probes}),
         "question": options.question,
@@ -110,10 +109,10 @@ def make_probes(
     pictures: Iterable[int],
     per_picture: int = 3,
 ) -> list[Probe]:
-    """For each picture and way, as many objects that are there as that are not.
+    """For each picture and way, as many objects that are there as objects that are not.
 
-    Frequencies are those of all `mentions`; objects that no picture has are not asked about. What
-    is drawn depends on the picture's number alone.
+    Frequencies are those of all `mentions`; objects that no picture has are not asked about. The
+    random choice depends on the number of the picture alone.
     """
     frequency = Counter(name for m in mentions for name in m.present)
     beside = Counter(
@@ -140,61 +139,31 @@ def make_probes(
 
 
 def answer_probes(
-    engine: Engine,
-    examples: Sequence[Example],
-    probes: Sequence[Probe],
-    options: argparse.Namespace,
-) -> dict[tuple[int, str], Said]:
-    """(picture, object) -> what was said; a question of several ways is asked once."""
+    batch: Batch, examples: Sequence[Example], probes: Sequence[Probe], question: str
+) -> dict[tuple[int, str], PopeAnswer]:
+    """(picture, object) -> answer. A question that occurs in several ways is asked once."""
     asked = sorted({(p.picture, p.object) for p in probes})
-    said = ask_all(engine, examples, asked, options.question, options.batch_size)
-    return dict(zip(asked, tqdm(said, total=len(asked), desc="asking"), strict=True))
+    found = ask_all(batch, examples, asked, question)
+    return dict(tqdm(found, total=len(asked), desc="asking"))
 
 
 def ask_all(
-    engine: Engine,
-    examples: Sequence[Example],
-    asked: Iterable[tuple[int, str]],
-    question: str,
-    together: int,
-) -> Iterator[Said]:
-    """What is said to each (picture, object), in order."""
-    template, tokenizer = engine.model.config.template, engine.model.tokenizer
-    yes, no = beginnings(tokenizer)
-    sampling = greedy(TOKENS)
-
-    def finished(stream) -> Said:
-        ids = [token for token in stream if token not in stops]
-        first, second = stream.watched[: len(yes)], stream.watched[len(yes) :]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        for end in template.stop:
-            text = text.split(end)[0]
-        return Said(text.strip(), _log_sum(first) - _log_sum(second))
-
-    stops, streams = stop_ids(template, tokenizer), deque()
-    together = min(together, engine.max_waiting)
-    for picture, name in asked:
-        conversation = Conversation()
-        loaded = image.load(examples[picture].read())
-        conversation.add_question(question.replace("{}", name), [loaded])
-        prompt, _ = fit(conversation, engine, TOKENS)
-        request = Request(
-            prompt,
-            conversation.pictures,
-            sampling,
-            stops,
-            penalized=penalized(prompt, template),
-            watched=(*yes, *no),
-        )
-        streams.append(engine.submit(request))
-        if len(streams) == together:
-            yield finished(streams.popleft())
-    while streams:
-        yield finished(streams.popleft())
+    batch: Batch, examples: Sequence[Example], asked: Iterable[tuple[int, str]], question: str
+) -> Iterator[tuple[tuple[int, str], PopeAnswer]]:
+    """(picture, object) and the answer to it, in order."""
+    yes, no = beginnings(batch.engine.model.tokenizer)
+    questions = {
+        Question(examples[i].key, question.replace("{}", name), examples[i].read): (i, name)
+        for i, name in asked
+    }
+    for answered, found in batch.answer(questions, greedy(TOKENS), (*yes, *no)):
+        first, second = found.watched[: len(yes)], found.watched[len(yes) :]
+        log_odds = _log_sum(first) - _log_sum(second)
+        yield questions[answered], PopeAnswer(found.text, log_odds)
 
 
 def beginnings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """First tokens of “yes” and of “no”, in all spellings; those of both are left out."""
+    """The first tokens of “yes” and of “no” in all spellings, without those they share."""
 
     def firsts(word: str) -> set[int]:
         forms = (word, word.capitalize(), word.upper())
@@ -205,26 +174,26 @@ def beginnings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _log_sum(logprobs: Sequence[float]) -> float:
-    """The log-probability of any of these."""
+    """The log-probability of any of these, whose log-probabilities are given."""
     highest = max(logprobs)
     return highest + math.log(sum(math.exp(x - highest) for x in logprobs))
 
 
-def read_scores(probes: Sequence[Probe], said: dict[tuple[int, str], Said]) -> Scores:
-    """Scores of the answers as they are read."""
+def read_scores(probes: Sequence[Probe], said: dict[tuple[int, str], PopeAnswer]) -> Scores:
+    """Scores of the first yes or no of each answer."""
     return scores([(p.there, said[p.picture, p.object].read) for p in probes])
 
 
-def likelihood_scores(probes: Sequence[Probe], said: dict[tuple[int, str], Said]) -> Scores:
-    """Scores of the likelier of “Yes” and “No”, and the area under the ROC curve."""
+def likelihood_scores(probes: Sequence[Probe], said: dict[tuple[int, str], PopeAnswer]) -> Scores:
+    """Scores of the more likely of “Yes” and “No”, and the area under the ROC curve."""
     odds = [(p.there, said[p.picture, p.object].log_odds) for p in probes]
     return scores([(there, value > 0) for there, value in odds]) | {"auc": auc(odds)}
 
 
 def scores(pairs: Sequence[tuple[bool, bool | None]]) -> Scores:
-    """Of (truth, what was said; None: neither): all are fractions of 1, "yes" is the positive.
+    """Scores of (truth, answer) pairs, from 0 to 1; an answer of None is neither yes nor no.
 
-    `accuracy_interval`: the two ends of the 95 % confidence interval.
+    `accuracy_interval`: the ends of the 95 % confidence interval.
     """
     right = sum(there == answer for there, answer in pairs)
     hits = sum(there and answer is True for there, answer in pairs)
@@ -244,7 +213,7 @@ def scores(pairs: Sequence[tuple[bool, bool | None]]) -> Scores:
 
 
 def auc(odds: Sequence[tuple[bool, float]]) -> float:
-    """The share of (there, not there) pairs that the log-odds put in order; ties count half."""
+    """The share of (present, absent) pairs that the log-odds order correctly; ties count half."""
     there = [value for truth, value in odds if truth]
     absent = [value for truth, value in odds if not truth]
     if not there or not absent:
@@ -254,7 +223,7 @@ def auc(odds: Sequence[tuple[bool, float]]) -> float:
 
 
 def as_text(result: dict) -> str:
-    """Two tables: the answers as read, and by likelihood."""
+    """Two tables: answers as read, and by likelihood."""
     shown = ("accuracy", "precision", "recall", "f1", "yes_rate")
     parts = [
         f"{result['n']} pictures, {result['questions_asked']} different questions, "
@@ -262,7 +231,7 @@ def as_text(result: dict) -> str:
     ]
     for reading, more, title in (
         ("read", "neither", "The first “yes” or “no” of the greedy answer:"),
-        ("likelihood", "auc", "Whichever of “Yes” and “No” is the likelier beginning:"),
+        ("likelihood", "auc", "Whichever of “Yes” and “No” is the more likely first token:"),
     ):
         rows = []
         for way, found in result[reading].items():

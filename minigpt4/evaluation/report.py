@@ -1,5 +1,6 @@
-"""Tables in Markdown, and what a figure must stand with: date, machine, command. No torch."""
+"""Reports: Markdown tables, and figures with their date, machine and command. No torch."""
 
+import argparse
 import json
 import os
 import platform
@@ -11,17 +12,18 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
+from minigpt4.data.files import read_text, write_jsonl
 from minigpt4.errors import UserError
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; cells are escaped, line breaks in them kept."""
+    """A Markdown table. Cells are escaped; line breaks in them are kept."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell(c) for c in line) + " |" for line in lines)
 
 
 def cell(value: object) -> str:
-    """A table's cell: floats with three digits, texts so that they break no table."""
+    """A table cell: floats with three digits, text escaped so that it does not break the table."""
     if value is None:
         return "–"
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -44,7 +46,7 @@ def interval(count: int, total: int) -> tuple[float, float]:
 
 
 def with_interval(share: str, interval: Sequence[float]) -> str:
-    """A share with the ends of its interval: "12.3 %", (0.081, 0.19) -> "12.3 % (8–19)"."""
+    """A share with its interval: "12.3 %", (0.081, 0.19) -> "12.3 % (8–19)"."""
     low, high = interval
     return f"{share} ({100 * low:.0f}–{100 * high:.0f})"
 
@@ -55,7 +57,7 @@ def shortened(text: str, characters: int = 400) -> str:
 
 
 def machine() -> str:
-    """Processor, cores that may be used, and GPU."""
+    """Processor, available cores, GPU."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -74,14 +76,17 @@ def _gpu() -> str:
     return "no GPU"
 
 
-def circumstances(model: str, seconds: float) -> dict[str, object]:
-    """When, where and how figures were made; `seconds` of it."""
+def circumstances(model: str, seconds: float, program: str = "minigpt4") -> dict[str, object]:
+    """When, where and how figures were measured, and in how many seconds.
+
+    program: what `python -m` was given.
+    """
     return {
         "model": model,
         "date": date.today().isoformat(),
         "machine": machine(),
         "seconds": round(seconds, 1),
-        "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
     }
 
 
@@ -93,51 +98,39 @@ def caption(result: dict) -> str:
     )
 
 
+def publish(
+    name: str,
+    result: dict,
+    text: str,
+    seconds: float,
+    options: argparse.Namespace,
+    program: str = "minigpt4",
+) -> None:
+    """Print an experiment's report and write it to `options.json` and `options.markdown`."""
+    result |= circumstances(result["model"], seconds, program)
+    print(text)
+    write_json(options.json, {"experiment": name} | result)
+    write_markdown(options.markdown, name, f"{text}\n\n{caption(result)}")
+
+
 def write_json(path: str | None, result: dict) -> None:
-    """The figures, for programs."""
+    """Write figures as JSON, if a path is given."""
     if path:
         text = json.dumps(result, indent=1, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def write_lines(path: str | None, records: Sequence[dict]) -> None:
-    """JSON lines."""
+    """Write JSON lines, if a path is given."""
     if path:
-        lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        Path(path).write_text("".join(lines), encoding="utf-8")
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """A text file that people write; UserError where it is not in UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
-
-
-def read_lines(path: str | os.PathLike, *needed: str) -> list[dict]:
-    """The objects of a JSON-lines file; UserError where one lacks a field of `needed`."""
-    records = []
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n"), 1):  # other line ends may stand in answers
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}, is no JSON: mend or delete it.") from error
-        missing = [n for n in needed if not isinstance(record, dict) or n not in record]
-        if missing:
-            raise UserError(f"{path}, line {number}, must be an object with “{missing[0]}”.")
-        records.append(record)
-    return records
+        write_jsonl(path, records)
 
 
 def find_place(path: str | os.PathLike, name: str) -> tuple[str, str]:
-    """What a page has before and after the place of this report: what stands between the lines
-    `<!-- NAME -->` and `<!-- /NAME -->`; ("", "") of a page that is empty or not there yet.
+    """The text of a page before and after the place of a report, which is between the lines
+    `<!-- NAME -->` and `<!-- /NAME -->`; ("", "") for a page that is empty or does not exist.
 
-    UserError where the page has other text and no such place, for it would be lost.
+    UserError if the page has text but no such place: the text would be lost.
     """
     begin, end = _marks(name)
     old = read_text(path) if Path(path).exists() else ""
@@ -145,15 +138,17 @@ def find_place(path: str | os.PathLike, name: str) -> tuple[str, str]:
     _, closed, after = rest.partition(end)
     if old.strip() and not closed:
         raise UserError(
-            f"{path} has text and no place for the tables: give it the lines “{begin.strip()}” and "
+            f"{path} has text but no place for the tables: add the lines “{begin.strip()}” and "
             f"“{end}”, or name a new file."
         )
     return (before, after) if closed else ("", "")
 
 
 def write_markdown(path: str | None, name: str, text: str) -> None:
-    """Put the report into its place in the page (`find_place`), or into a new page that has one:
-    so a page of the docs is brought up to date by the command it shows."""
+    """Write a report to its place in a page (`find_place`), or to a new page.
+
+    A page of the docs is updated by the command it shows.
+    """
     if path:
         before, after = find_place(path, name)
         begin, end = _marks(name)

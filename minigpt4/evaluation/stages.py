@@ -1,13 +1,13 @@
-"""`--experiment stages`: does the second stage cure what ails the first one's answers?
+"""`--experiment stages`: does the second stage remove the failures of the first one's answers?
 
-The paper's claim is that a model aligned on short captions fails in a third of its detailed
-descriptions and poems, by repetition, fragments or text beside the point, and that the second stage
-all but ends this. Here both stages' projections answer the same two requests about the same
-pictures, and an answer fails by rule: `metrics.is_repetitive` or `meaning.stutters`,
-`metrics.is_fragment`, or `meaning.is_meaningless`. How well these rules agree with a reader is
-measured on tests/labelled_texts.jsonl. They do not ask whether what is said is true, nor whether a
-poem is one: the share of answers of a single sentence is reported beside them, for a model that
-captions whatever it is asked fails by none of the rules.
+The paper claims that a model aligned on short captions fails in a third of its detailed
+descriptions and poems, by repetition, fragments or irrelevant text, and hardly ever after the
+second stage. Here the projections of both stages answer the same two requests about the same
+pictures. An answer fails by rule: `metrics.is_repetitive` or `meaning.stutters`,
+`metrics.is_fragment`, or `meaning.is_meaningless`. tests/labelled_texts.jsonl measures how well
+these rules agree with a reader. They do not ask whether an answer is true, or whether a poem is
+one. A model that captions whatever it is asked fails by none of them, so the share of answers of a
+single sentence is reported, too.
 """
 
 import argparse
@@ -18,77 +18,92 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minigpt4 import start
+from minigpt4.batch import Batch, Completion, Question, greedy
+from minigpt4.data.examples import Example, usable
+from minigpt4.data.table import read_captioned
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usable
 from minigpt4.evaluation.meaning import failures
-from minigpt4.training.data import Example
-from minigpt4.training.run import read_captioned
 from minigpt4.weights.sources import WEIGHTS
 
 POEM = "Write a short poem about this image."
 TOKENS = 200  # longest answer
-SHOWN = 4  # pictures whose answers stand side by side in the report
+SHOWN = 4  # pictures whose answers are in the report
+
+
+# Stage -> request -> key of the picture -> answer
+Answers = dict[str, dict[str, dict[str, Completion]]]
 
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates by stage and request, their table and examples)."""
     files = {"stage 1": first_stage(options), "stage 2": options.projection}
     examples = usable(read_captioned(options.shard)[: options.limit])
-    replies: dict[str, dict[str, list[Reply]]] = {}
+    answers: Answers = {}
     for stage, projection in files.items():
         chosen = argparse.Namespace(**vars(options) | {"projection": projection})
-        engine = Engine(start.open_model(chosen))
-        config = engine.model.config
-        requests = {"description": config.detail_instruction, "poem": POEM}
-        replies[stage] = answer_requests(engine, examples, requests, options)
-        engine.close()
+        with Batch(Engine(start.open_model(chosen)), options.batch_size) as batch:
+            config = batch.engine.model.config
+            requests = {"description": config.detail_instruction, "poem": POEM}
+            answers[stage] = answer_requests(batch, examples, requests, options)
+    keys = complete_keys(examples, answers)
     result = {
         "model": config.name,
-        "n": len(examples),
+        "n": len(keys),
         "requests": requests,
         "drawn": options.drawn,
-        "rates": {s: {k: rates(r) for k, r in found.items()} for s, found in replies.items()},
+        "rates": {
+            stage: {kind: rates([found[key] for key in keys]) for kind, found in kinds.items()}
+            for stage, kinds in answers.items()
+        },
     }
-    report.write_lines(options.answers, records(examples, replies))
-    return result, as_text(result, examples, replies)
+    report.write_lines(options.answers, records(keys, answers))
+    return result, as_text(result, keys, answers)
+
+
+def complete_keys(examples: Sequence[Example], answers: Answers) -> list[str]:
+    """The keys of the pictures with an answer of each stage to each request."""
+    found = [of.keys() for kinds in answers.values() for of in kinds.values()]
+    return [e.key for e in examples if all(e.key in keys for keys in found)]
 
 
 def first_stage(options: argparse.Namespace) -> str:
-    """The file of the first stage's projection; UserError where there is none."""
+    """The file of the first stage's projection. UserError if there is none."""
     path = options.stage1 or WEIGHTS / f"{options.model}-stage1.safetensors"
     if not Path(path).is_file():
         named = options.stage1
         raise UserError(
             f"There is no projection file {named}: check the path."
             if named
-            else f"Give the first stage's projection of {options.model} by “--stage1 FILE”."
+            else f"Name the first stage's projection of {options.model} by “--stage1 FILE”."
         )
     return str(path)
 
 
 def answer_requests(
-    engine: Engine,
+    batch: Batch,
     examples: Sequence[Example],
     requests: dict[str, str],
     options: argparse.Namespace,
-) -> dict[str, list[Reply]]:
-    """Each request's replies, a picture each."""
+) -> dict[str, dict[str, Completion]]:
+    """Request -> key of the picture -> answer."""
     sampling = greedy(TOKENS)
     if options.drawn:
         drawn = {"max_new_tokens": TOKENS, "seed": options.seed}
-        sampling = start.default_sampling(engine.model.config, **drawn)
-    questions = [Question(e.key, asked, e.read) for asked in requests.values() for e in examples]
-    found = answer_all(engine, questions, sampling, options.batch_size)
-    found = list(tqdm(found, desc="answering", total=len(questions), unit="answer"))
-    count = len(examples)
-    return {kind: found[i * count : (i + 1) * count] for i, kind in enumerate(requests)}
+        sampling = start.default_sampling(batch.engine.model.config, **drawn)
+    answers = {}
+    for kind, request in requests.items():
+        questions = [Question(e.key, request, e.read) for e in examples]
+        found = batch.answer(questions, sampling)
+        progress = tqdm(found, desc=kind, total=len(questions), unit="answer")
+        answers[kind] = {question.key: completion for question, completion in progress}
+    return answers
 
 
-def rates(replies: Sequence[Reply]) -> dict[str, float | int | list[float]]:
-    """Fractions of the replies that fail, in which ways, and how long they are."""
-    found = [failures(r.text, r.truncated) for r in replies]
+def rates(answers: Sequence[Completion]) -> dict[str, float | int | list[float]]:
+    """The shares of answers that fail, in all and in each way, and their mean length in words."""
+    found = [failures(a.text, a.truncated) for a in answers]
     count = len(found)
     failed = sum(f.any for f in found)
     return {
@@ -97,34 +112,29 @@ def rates(replies: Sequence[Reply]) -> dict[str, float | int | list[float]]:
         "repetition": sum(f.repetition for f in found) / count,
         "fragment": sum(f.fragment for f in found) / count,
         "meaningless": sum(f.meaningless for f in found) / count,
-        "one_sentence": sum(sentences(r.text) < 2 for r in replies) / count,
-        "words": sum(len(r.text.split()) for r in replies) / count,
+        "one_sentence": sum(sentences(a.text) < 2 for a in answers) / count,
+        "words": sum(len(a.text.split()) for a in answers) / count,
     }
 
 
 def sentences(text: str) -> int:
-    """How many sentences or lines of verse a text has."""
+    """The number of sentences or lines of verse in a text."""
     return sum(bool(re.search(r"\w", part)) for part in re.split(r"[.!?]+(?=\W|$)|\n", text))
 
 
-def records(examples: Sequence[Example], replies: dict[str, dict[str, list[Reply]]]) -> list[dict]:
-    """Every answer with what fails in it."""
-    lines = []
-    for stage, kinds in replies.items():
-        for kind, found in kinds.items():
-            for example, reply in zip(examples, found, strict=True):
-                fails = failures(reply.text, reply.truncated)
-                lines.append(
-                    {"stage": stage, "request": kind, "key": example.key, "answer": reply.text}
-                    | {"truncated": reply.truncated, **vars(fails)}
-                )
-    return lines
+def records(keys: Sequence[str], answers: Answers) -> list[dict]:
+    """Every answer, with its failures."""
+    return [
+        {"stage": stage, "request": kind, "key": key, "answer": of[key].text}
+        | {"truncated": of[key].truncated, **vars(failures(of[key].text, of[key].truncated))}
+        for stage, kinds in answers.items()
+        for kind, of in kinds.items()
+        for key in keys
+    ]
 
 
-def as_text(
-    result: dict, examples: Sequence[Example], replies: dict[str, dict[str, list[Reply]]]
-) -> str:
-    """The table of rates, then answers side by side."""
+def as_text(result: dict, keys: Sequence[str], answers: Answers) -> str:
+    """The table of rates, then some answers side by side."""
     rows = []
     for kind in result["requests"]:
         for stage, found in result["rates"].items():
@@ -140,15 +150,14 @@ def as_text(
     header += ["without meaning", "one sentence", "words"]
     text = f"{result['n']} pictures, {how}, at most {TOKENS} tokens\n\n{report.table(header, rows)}"
     shown = []
-    for i, example in enumerate(examples[:SHOWN]):
+    for key in keys[:SHOWN]:
         for kind in result["requests"]:
-            cells = [_marked(replies[stage][kind][i]) for stage in replies]
-            shown.append([example.key, kind, *cells])
-    header = ["picture", "request", *replies]
+            shown.append([key, kind, *(_marked(kinds[kind][key]) for kinds in answers.values())])
+    header = ["picture", "request", *answers]
     return f"{text}\n\nSide by side, the first pictures:\n\n{report.table(header, shown)}"
 
 
-def _marked(reply: Reply) -> str:
-    """An answer, shortened, with what fails in it."""
-    named = [name for name, fails in vars(failures(reply.text, reply.truncated)).items() if fails]
-    return report.shortened(reply.text, 300) + (f" ({', '.join(named)})" if named else "")
+def _marked(answer: Completion) -> str:
+    """An answer, shortened, and its failures."""
+    named = [name for name, fails in vars(failures(answer.text, answer.truncated)).items() if fails]
+    return report.shortened(answer.text, 300) + (f" ({', '.join(named)})" if named else "")

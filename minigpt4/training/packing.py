@@ -1,9 +1,8 @@
-"""Prompts that begin alike are computed once: a row of the batch is a tree of tokens.
+"""Packing: prompts with a common beginning become one sequence, a tree of tokens.
 
-Five captions of one picture share the picture's embeddings and the instruction. Their prompts are
-merged by `Prompt.keys` into one sequence in which each token sees its ancestors only and has its
-depth as position, so every caption's loss is what it would be alone (a test holds this) at a
-third of the cost.
+Five captions of a picture share its embeddings and the instruction. Their prompts are merged by
+`Prompt.keys` into one sequence, in which a token attends to its ancestors only and has its depth as
+position. The loss of each caption is the same as alone (tested), at a third of the cost.
 """
 
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ def pack(
 ) -> TrainingBatch:
     """Merge each row's prompts into one sequence and stack the rows.
 
-    index: picture key -> its place in the features handed to `MiniGPT4.training_loss`; weights,
-    temperatures: one for each prompt, for all its learned tokens (none: all 1).
+    index: picture key -> its place in the features given to `MiniGPT4.training_loss`. weights,
+    temperatures: one for each prompt, for all its learned tokens; 1 by default.
     """
     trees = [_Tree(prompts) for prompts in rows]
     length = max(len(tree.ids) for tree in trees)
@@ -54,7 +53,7 @@ def pack(
 def _for_tokens(
     rows: Sequence[Sequence[Prompt]], values: Sequence[Sequence[float]] | None
 ) -> torch.Tensor:
-    """The prompts' values, repeated for each of their learned tokens, in the trees' order."""
+    """Each prompt's value, once for each of its learned tokens, in the order of the trees."""
     flat = [
         values[i][j] if values else 1.0
         for i, row in enumerate(rows)
@@ -79,7 +78,7 @@ class _Tree:
 
     def _add(self, prompt: Prompt) -> None:
         starts = dict(prompt.images)
-        # What comes after the last token is never read: it is only predicted.
+        # The last token is only predicted, never read.
         node = -1
         for depth, (token, key) in enumerate(zip(prompt.ids, prompt.keys, strict=True)):
             if prompt.loss_mask[depth]:
@@ -98,7 +97,7 @@ class _Tree:
 
 
 def _ancestors(parents: Sequence[Sequence[int]], length: int) -> torch.Tensor:
-    """mask[row, i, j]: j is i or one of its ancestors; padding sees itself alone."""
+    """mask[row, i, j]: j is i or one of its ancestors. Padding attends to itself alone."""
     mask = torch.zeros(len(parents), length, length, dtype=torch.bool)
     for row, parent in enumerate(parents):
         for node, above in enumerate(parent):

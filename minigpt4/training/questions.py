@@ -1,71 +1,76 @@
-"""Questions that captions answer: "Is there a dog in the image?" Yes where one of them says so."""
+"""Yes/no questions about a picture that its captions answer: “Is there a dog in the image?”."""
 
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from minigpt4.data.examples import Example, Text
+from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
-from minigpt4.training.data import Example, Text, read_lines
 
-_ASKED = (
+_WORDINGS = (
     "Is there {} in the image?",
     "Is there {} in this picture?",
     "Can you see {} here?",
 )
-_A_PICTURE = 3  # questions with yes, and as many with no
-_SHARE_SEEN = 0.7  # of the absent things: as common as in the captions; the rest evenly
+_PER_PICTURE = 3  # questions answered with yes, and as many answered with no
+_SHARE_COMMON = 0.7  # of absent things: drawn as often as captions name them; the rest evenly
+# A person is called many things: "a person" may be a man or a girl.
+_PEOPLE = {"a person", "a man", "a woman", "a boy", "a girl", "a child"}
 
 
 def read_things() -> dict[str, re.Pattern]:
-    """What `prompts/things.txt` names: "a dog" -> a pattern for the words that speak of one."""
+    """The things in `prompts/things.txt`: "a dog" -> a pattern of the words that name it."""
     things = {}
-    for line in read_lines("things.txt"):
+    for line in prompt_lines("things.txt"):
         name, _, words = line.partition(":")
         things[name.strip()] = re.compile(rf"\b(?:{'|'.join(words.split())})\b", re.IGNORECASE)
     return things
 
 
 def ask_about(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """`count` of the examples that have several captions, asked what is there and what is not.
+    """Questions about `count` of the examples that have several captions.
 
-    As many questions are answered with yes as with no. That no caption speaks of a thing does not
-    prove it absent: the people and the things asked about are those that captions do not leave out
-    when they are in view, nearly always.
+    Half of the answers are yes, half no. A thing that no caption names may still be in the
+    picture, so the questions are about people and things that captions nearly always name.
     """
     things = read_things()
     draw = random.Random(f"questions {seed}")
     several = [example for example in examples if len(example.captions) > 1]
     if not several:
         raise UserError(
-            "“--questions” are made from captions, and there are no pictures with two or more of "
-            "them: give such pictures by “--replay”, or leave it out."
+            "“--questions” needs pictures with two or more captions: add them with “--replay”, or "
+            "omit it."
         )
-    seen = {
+    named = {
         e.key: [n for n, p in things.items() if p.search(" ".join(e.captions))] for e in several
     }
-    common = [name for names in seen.values() for name in names]
+    common = [name for names in named.values() for name in names]
     asked = []
     for example in draw.sample(several, min(count, len(several))):
-        there = seen[example.key]
-        # People are called many things: "a person" may be a man or a girl.
-        people = any(name in _PEOPLE for name in there)
-        absent = [n for n in things if n not in there and not (people and n in _PEOPLE)]
-        present = draw.sample(there, min(_A_PICTURE, len(there), len(absent)))
-        missing: list[str] = []
-        while len(missing) < len(present):
-            name = draw.choice(common if draw.random() < _SHARE_SEEN else absent)
-            if name in absent and name not in missing:
-                missing.append(name)
+        present, absent = _draw_things(list(things), named[example.key], common, draw)
         texts = [_question(name, "Yes.", draw) for name in present]
-        texts += [_question(name, "No.", draw) for name in missing]
+        texts += [_question(name, "No.", draw) for name in absent]
         if texts:
             asked.append(replace(example, texts=tuple(texts)))
     return asked
 
 
-_PEOPLE = {"a person", "a man", "a woman", "a boy", "a girl", "a child"}
+def _draw_things(
+    things: Sequence[str], named: Sequence[str], common: Sequence[str], draw: random.Random
+) -> tuple[list[str], list[str]]:
+    """As many things that are in the picture as things that are not."""
+    people = any(name in _PEOPLE for name in named)
+    possible = [n for n in things if n not in named and not (people and n in _PEOPLE)]
+    present = draw.sample(named, min(_PER_PICTURE, len(named), len(possible)))
+    absent: list[str] = []
+    while len(absent) < len(present):
+        name = draw.choice(common if draw.random() < _SHARE_COMMON else possible)
+        if name in possible and name not in absent:
+            absent.append(name)
+    return present, absent
 
 
 def _question(thing: str, answer: str, draw: random.Random) -> Text:
-    return Text(answer, (draw.choice(_ASKED).format(thing),))
+    return Text(answer, (draw.choice(_WORDINGS).format(thing),))

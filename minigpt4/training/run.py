@@ -11,78 +11,105 @@ from accelerate import Accelerator
 
 from minigpt4 import start
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Schedule, get_model
+from minigpt4.data.examples import Example, merge, read_descriptions, read_instructions
+from minigpt4.data.files import prompt_lines
+from minigpt4.data.table import is_table, read_captioned, read_table
 from minigpt4.errors import UserError
-from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.training import data, questions
-from minigpt4.training.table import is_table, read_table
+from minigpt4.training import questions
+from minigpt4.training.small import SmallRecipe, SmallTrainer, name_classes
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
 def train(options: argparse.Namespace) -> None:
-    """Run one stage and say where the projection is."""
+    """Run one stage and report where the projection is."""
     config = get_model(DEFAULT_MODEL if options.model == "auto" else options.model)
     if not options.stage:
         raise UserError(f"{config.name} is trained in two stages: give --stage 1 or --stage 2.")
     schedule = schedule_of(options, config)
-    embedded = isinstance(config.bridge, PooledMap)
-    if options.denoise and not embedded:
-        raise UserError(
-            f"“--denoise” compares pictures with their mirror images, which the training of "
-            f"{config.name} does not show: leave it out."
-        )
-    if options.crop and options.cache:
-        raise UserError(
-            "“--crop” shows another part of a picture each time, so nothing can be kept: leave "
-            "“--cache” out."
-        )
-    if options.samples and options.questions and options.stage == 1 and not options.replay:
-        raise UserError(
-            "“--samples” takes all of the first stage's pictures, so “--questions” would never be "
-            "asked: leave one of them out."
-        )
+    _check(options, config)
     examples = read_examples(options)[: options.limit]
     if not examples:
-        raise UserError(f"{options.data} holds no pictures with texts: there is nothing to learn.")
-    replay = read_captioned(options.replay, captioning()) if options.replay else []
+        raise UserError(f"{options.data} contains no pictures with texts.")
+    replay = read_captioned(options.replay, prompt_lines("caption.txt")) if options.replay else []
     replay_share = options.replay_share if replay else 0.0
-    if options.samples and options.stage == 1 and not replay:  # all of it is scored
+    if options.samples and options.stage == 1 and not replay:  # sample answers to all of them
         examples, replay, replay_share = [], examples, 1.0
     if options.questions:
         examples += questions.ask_about(replay or examples, options.questions, options.seed)
     accelerator = Accelerator(cpu=start.device_of(options.device).type == "cpu")
     model = _open(options, config, accelerator)
-    recipe = Recipe(
-        schedule=schedule,
-        instructions=instructions(options.stage, embedded),
-        seed=options.seed,
-        replay_share=replay_share,
-        samples=options.samples if replay else 0,
-        reward_weight=options.reward_weight,
-        blend=options.blend,
-        consensus=options.consensus,
-        denoise=options.denoise,
-        eigenbasis=embedded,
-        mirror=embedded,
-        crop=options.crop or not embedded,
-        metadata={
-            "model": config.name,
-            "stage": str(options.stage),
-            "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
-            "pictures": str(len(examples) + len(replay)),
-        },
-    )
+    metadata = {
+        "model": config.name,
+        "stage": str(options.stage),
+        "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
+        "pictures": str(len(examples) + len(replay)),
+    }
+    recipe = recipe_of(options, config, schedule, replay_share, metadata)
     cache = Path(options.cache) if options.cache else None
-    trainer = Trainer(model, examples, recipe, options.out, accelerator, cache, replay)
+    kind = SmallTrainer if isinstance(recipe, SmallRecipe) else Trainer
+    trainer = kind(model, examples, recipe, options.out, accelerator, cache, replay)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
     path = trainer.run()
     if trainer.main:
-        start.say(f"The projection is in {path}; the loss curve beside it in loss.png, loss.csv.")
+        start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
+
+
+def _check(options: argparse.Namespace, config: ModelConfig) -> None:
+    """UserError for options that exclude each other, or that the model's recipe does not have."""
+    if options.denoise and config.recipe != "small":
+        raise UserError(
+            "“--denoise” compares pictures with their mirror images, which the training of "
+            f"{config.name} does not use: omit it."
+        )
+    if options.crop and options.cache:
+        raise UserError(
+            "“--crop” shows another part of a picture in each step, so features cannot be cached: "
+            "omit “--cache”."
+        )
+    if options.samples and options.questions and options.stage == 1 and not options.replay:
+        raise UserError(
+            "“--samples” uses all pictures of the first stage, which leaves none for "
+            "“--questions”: omit one of them."
+        )
+
+
+def recipe_of(
+    options: argparse.Namespace,
+    config: ModelConfig,
+    schedule: Schedule,
+    replay_share: float,
+    metadata: dict[str, str],
+) -> Recipe:
+    """The model's recipe with the options. Sampling and consensus can be added to the published
+    recipe, too."""
+    small = config.recipe == "small"
+    common = {
+        "schedule": schedule,
+        "instructions": instructions(options.stage, config),
+        "seed": options.seed,
+        "blend": options.blend,
+        "replay_share": replay_share,
+        "crop": options.crop or not small,
+        "metadata": metadata,
+    }
+    samples = options.samples if replay_share else 0
+    if not small and not samples and not options.consensus:
+        return Recipe(**common)
+    return SmallRecipe(
+        **common,
+        mirror=small,
+        eigenbasis=small,
+        denoise=options.denoise,
+        consensus=options.consensus,
+        samples=samples,
+        reward_weight=options.reward_weight,
+    )
 
 
 def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
-    """The stage's schedule with what the options change; fewer steps warm up as much shorter."""
+    """The schedule of the stage, changed by the options. Fewer steps have a shorter warm-up."""
     schedule = config.stage1 if options.stage == 1 else config.stage2
     overrides = {
         "steps": options.steps,
@@ -94,68 +121,45 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
     return replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
 
 
-def read_examples(options: argparse.Namespace) -> list[data.Example]:
-    """The data that the options name, pictures in a fixed order."""
+def read_examples(options: argparse.Namespace) -> list[Example]:
+    """The data that the options name, in a fixed order."""
     if options.stage == 1:
         return read_captioned(options.data)
     if is_table(options.data) and not Path(options.data, "filter_cap.json").exists():
         if options.instructions:
-            raise UserError("With a table, instructions go into its “instruction” column.")
+            raise UserError("With a table, write instructions into its “instruction” column.")
         return read_table(options.data)
-    described = data.read_descriptions(options.data)
+    described = read_descriptions(options.data)
     if options.instructions:
-        asked = data.read_instructions(options.instructions, options.data)
-        described = data.merge([described, asked])
+        described = merge([described, read_instructions(options.instructions, options.data)])
     return described
 
 
-def read_captioned(where: str, instructions: tuple[str, ...] = ()) -> list[data.Example]:
-    """Captioned pictures out of shards, or out of a folder with a table."""
-    if is_table(where):
-        return read_table(where, instructions)
-    if Path(where).expanduser().is_dir():
-        raise UserError(
-            f"{where} holds no table of captions: put a CSV or JSON-lines file beside the "
-            "pictures, or name shards (DIR/*.tar)."
-        )
-    return data.read_shards(where, instructions)
+def instructions(stage: int, config: ModelConfig) -> tuple[str, ...]:
+    """The instructions for texts without one of their own.
 
-
-def instructions(stage: int, embedded: bool) -> tuple[str, ...]:
-    """What is asked for texts without an instruction of their own.
-
-    The published first stage asks nothing; nano's asks for a short caption.
+    The published first stage has none; the first stage of small models asks for a short caption.
     """
     if stage == 2:
-        return _prompts("alignment.txt")
-    return captioning() if embedded else ()
-
-
-def captioning() -> tuple[str, ...]:
-    """Ways to ask for a short caption."""
-    return _prompts("caption.txt")
-
-
-def _prompts(name: str) -> tuple[str, ...]:
-    lines = tuple(data.read_lines(name))
-    if not lines:
-        raise UserError(f"prompts/{name} is empty: write one instruction a line.")
-    return lines
+        return prompt_lines("alignment.txt")
+    return prompt_lines("caption.txt") if config.recipe == "small" else ()
 
 
 def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Accelerator):
-    """The model on this process's device, its projection new (stage 1) or read from --init."""
+    """The model on this process's device; its projection is new (stage 1) or read from --init."""
     if config.small:
         with accelerator.main_process_first():
             download_weights(config)
     if options.stage == 2 and not options.init:
-        raise UserError("The second stage starts from the first's projection: give it by “--init”.")
+        raise UserError(
+            "The second stage starts from the projection of the first: name it with “--init”."
+        )
     projection = options.init or options.projection
     files = find_weights(config, projection, new_projection=projection is None)
-    # Gradients pass through the language model: 16-bit floats of full range, not int8, carry them.
+    # Gradients pass through the language model, which needs the range of bfloat16.
     quantize = "none" if options.quantize == "auto" else options.quantize
     if quantize == "int4":
-        raise UserError("int4 cannot be trained through: choose “--quantize none”, int8 or nf4.")
+        raise UserError("Training needs more than int4: choose “--quantize none”, int8 or nf4.")
     dtype = options.dtype
     if dtype == "auto" and accelerator.device.type == "cuda":
         dtype = torch.bfloat16
@@ -163,13 +167,3 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     if projection is None and isinstance(config.bridge, PooledMap):
         name_classes(model)
     return model
-
-
-def name_classes(model: MiniGPT4) -> None:
-    """Start a new projection with each class of nano's encoder at the mean of its name's words."""
-    names = data.read_lines("imagenet-classes.txt")
-    first = model.config.projection_in - len(names)
-    for place, name in enumerate(names):
-        ids = torch.tensor(model.tokenizer.encode(f" {name}", add_special_tokens=False))
-        vector = model.embed_tokens(ids.to(model.device)).float().mean(0)
-        model.projection.weight.data[:, first + place] = vector

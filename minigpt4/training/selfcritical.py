@@ -1,6 +1,6 @@
-"""Captions learned by their score: the model answers, and what scores above its average is made
-likelier (self-critical sequence training, Rennie et al., 2017, with the mean of the other samples
-as baseline, Luo, 2020)."""
+"""Self-critical sequence training (Rennie et al., 2017): the model answers, and answers with a
+higher score than its other answers become more likely. The baseline is the mean score of the
+others (Luo, 2020)."""
 
 import math
 from collections import Counter
@@ -12,15 +12,15 @@ from torch import Tensor
 from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
 
-_SIGMA = 6.0  # CIDEr-D's width, in words, of the penalty on a length unlike the reference's
+_SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
 _LONGEST = 4  # words in an n-gram
 
 
 class CiderReward:
     """CIDEr-D (Vedantam et al., 2015) of one text against a picture's references.
 
-    Document frequencies come from all the references given here. The end of a text counts as a
-    word, or breaking off after "with a" would cost nothing.
+    Document frequencies are those of all references given here. The end of a text counts as a
+    word: otherwise a text could stop after "with a" at no cost.
     """
 
     def __init__(self, references: Mapping[str, Sequence[str]]) -> None:
@@ -32,7 +32,7 @@ class CiderReward:
         self._references = {k: [self._vectors(c) for c in texts] for k, texts in counted.items()}
 
     def __call__(self, key: str, text: str, ended: bool = True) -> float:
-        """1.0 is what papers write as 100. `ended`: the model closed the text itself."""
+        """A score of 1.0 is 100 in papers. ended: the model ended the text itself."""
         vectors = self._vectors(_ngrams(_words(text, ended)))
         return self._score(vectors, self._references[key])
 
@@ -88,10 +88,10 @@ def sample(
     temperature: float,
     generator: torch.Generator,
 ) -> list[list[list[int]]]:
-    """`count` answers of at most `limit` ids to each row of `inputs` [rows, length, hidden].
+    """`count` answers of at most `limit` token ids to each row of `inputs` [rows, length, hidden].
 
-    Drawn from the whole distribution at `temperature`; an end token, where it came, is the last
-    id. The prompts are read once, and their keys and values shared out.
+    They are drawn from the whole distribution at `temperature`. An answer that ended has the end
+    token as its last id. The prompts are read once, and their keys and values repeated.
     """
     end = model.tokenizer.eos_token_id
     output = model.llm(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
@@ -117,6 +117,6 @@ def sample(
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """Each reward less the mean of the others."""
+    """Each reward minus the mean of the others."""
     total, others = sum(rewards), len(rewards) - 1
     return [reward - (total - reward) / others for reward in rewards]

@@ -1,10 +1,10 @@
-"""The suite of abilities: requests about pictures, and the reader of such a folder."""
+"""The suite of the abilities experiment: requests about pictures, and the reader of a suite."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt4.data.files import read_jsonl
 from minigpt4.errors import UserError
-from minigpt4.evaluation import report
 
 SUITE = Path(__file__).parent
 
@@ -21,12 +21,12 @@ class Item:
 
 
 def read_suite(folder: Path) -> list[Item]:
-    """The suite's items; UserError where its file or a picture is missing or two have one id."""
+    """The items of a suite. UserError if a file is missing, or if two items have the same id."""
     path = folder / "suite.jsonl"
     if not path.is_file():
         raise UserError(
-            f"{folder} is no suite: it needs suite.jsonl, each line an object with “id”, “task”, "
-            "“image” and “instruction”, and the pictures."
+            f"{folder} is not a suite: it needs the pictures and suite.jsonl, each line an object "
+            "with “id”, “task”, “image” and “instruction”."
         )
     items = [
         Item(
@@ -36,11 +36,11 @@ def read_suite(folder: Path) -> list[Item]:
             str(r["instruction"]),
             str(r.get("about", "")),
         )
-        for r in report.read_lines(path, "id", "task", "image", "instruction")
+        for r in read_jsonl(path, "id", "task", "image", "instruction")
     ]
     missing = [i for i in items if not i.picture.is_file()]
     if missing:
         raise UserError(f"The picture {missing[0].picture} of the suite is missing.")
     if not items or len({i.id for i in items}) < len(items):
-        raise UserError(f"{path} must have requests, each with an “id” of its own.")
+        raise UserError(f"{path} must contain requests, each with a different “id”.")
     return items

@@ -1,9 +1,9 @@
-"""The variants that `--experiment architecture` trains: what stands between the frozen encoder and
-the frozen language model, and a short training of it.
+"""The variants of `research.architecture`: modules between the frozen encoder and the frozen
+language model, and a short training of them.
 
-`training.trainer` trains the one linear projection of the published model; here other modules stand
-in its place or before it, so the loop is another, and much smaller. Prompts, packing, loss and
-schedule are those of training.
+`training.trainer` trains the one linear projection of the published model. Here other modules
+replace or precede it, so this is a separate, much smaller loop. Prompts, packing, loss and schedule
+are those of training.
 """
 
 import random
@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, QFormer, Schedule
+from minigpt4.data.examples import Example
 from minigpt4.model.bridge import QFormerBridge, build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt, encode_training
-from minigpt4.training.data import Example, batches, published_caption
+from minigpt4.training.batches import batches, published_caption
 from minigpt4.training.packing import pack
 from minigpt4.training.trainer import PUBLISHED_STAGE1_END, learning_rate
 
@@ -31,7 +32,7 @@ Encoded = Tensor | list[Tensor]  # [pictures, patches, hidden], or feature maps 
 
 
 class DeepProjection(nn.Module):
-    """Three linear layers where the model has one: width -> width -> width -> llm_hidden_size."""
+    """Three linear layers instead of one: width -> width -> width -> llm_hidden_size."""
 
     def __init__(self, width: int, llm_hidden_size: int) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class DeepProjection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The last layer's: what the model asks for dtype and device."""
+        """The weight of the last layer; the model reads dtype and device from it."""
         return self.last.weight
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -50,15 +51,15 @@ class DeepProjection(nn.Module):
 
 
 class MapQFormer(QFormerBridge):
-    """A Q-Former over the encoder's last feature map: each of its cells is a patch."""
+    """A Q-Former on the encoder's last feature map; each cell is a patch."""
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         return super().forward(maps[0].flatten(2).transpose(1, 2))
 
 
 def other_bridge(config: ModelConfig) -> tuple[str, ModelConfig]:
-    """(what it is called, the config): without the Q-Former where there is one, else with a tiny
-    one, of as many vectors as the model's own bridge gives."""
+    """(name, config): without the Q-Former if the model has one, or else with a tiny Q-Former that
+    has as many query tokens as the model's bridge has vectors."""
     if isinstance(config.bridge, QFormer):
         return "without Q-Former", replace(config, bridge=ConcatPatches())
     tiny = replace(TINY_QFORMER, query_tokens=config.image_tokens)
@@ -66,10 +67,10 @@ def other_bridge(config: ModelConfig) -> tuple[str, ModelConfig]:
 
 
 def variant(model: MiniGPT4, name: str, seed: int) -> tuple[MiniGPT4, list[dict]]:
-    """(the model with that part new, its optimiser's parameter groups).
+    """(the model with a new module, the optimizer's parameter groups).
 
-    name: "linear", "deeper" or "bridge". The encoder, the language model and, but for "bridge", the
-    bridge are `model`'s own. A group's `scale` is its share of the schedule's rate: none was tuned.
+    name: "linear", "deeper" or "bridge". All other modules are those of `model`. The `scale` of a
+    group multiplies the schedule's learning rate; none was tuned.
     """
     torch.manual_seed(seed)
     config, bridge, groups = model.config, model.bridge, []
@@ -89,7 +90,7 @@ def variant(model: MiniGPT4, name: str, seed: int) -> tuple[MiniGPT4, list[dict]
         groups.append({"params": list(projection.hidden.parameters()), "scale": 0.25})
     else:
         projection = last = nn.Linear(config.projection_in, config.llm_hidden_size)
-    nn.init.normal_(last.weight, std=0.06 / last.in_features**0.5)  # as `weights` begins
+    nn.init.normal_(last.weight, std=0.06 / last.in_features**0.5)  # as `weights` initializes it
     nn.init.zeros_(last.bias)
     groups.append({"params": list(last.parameters()), "scale": 1.0})
     made = MiniGPT4(
@@ -103,13 +104,13 @@ def variant(model: MiniGPT4, name: str, seed: int) -> tuple[MiniGPT4, list[dict]
 
 @torch.inference_mode()
 def encode(model: MiniGPT4, examples: Sequence[Example]) -> Encoded:
-    """What the frozen encoder makes of the pictures, in 16 bit."""
+    """The output of the frozen encoder for all pictures, in 16 bits."""
     kept: list[Tensor] = []
     for start in tqdm(range(0, len(examples), ENCODED_AT_ONCE), desc="encoding pictures"):
         part = examples[start : start + ENCODED_AT_ONCE]
         found = model.encoder(model.pixel_values([e.picture() for e in part]))
         maps = [found] if isinstance(found, Tensor) else found
-        if not kept:  # nano's maps of a picture are nearly a megabyte: they are not held twice
+        if not kept:  # the maps of a picture have nearly a megabyte: do not keep them twice
             shapes = [(len(examples), *one.shape[1:]) for one in maps]
             kept = [torch.empty(shape, dtype=torch.float16) for shape in shapes]
         for all_of_it, one in zip(kept, maps, strict=True):
@@ -118,7 +119,7 @@ def encode(model: MiniGPT4, examples: Sequence[Example]) -> Encoded:
 
 
 def on_each(encoded: Encoded, change: Callable[[Tensor], Tensor]) -> Encoded:
-    """The encodings with each tensor changed."""
+    """Apply `change` to each tensor."""
     if isinstance(encoded, Tensor):
         return change(encoded)
     return [change(one) for one in encoded]
@@ -126,22 +127,22 @@ def on_each(encoded: Encoded, change: Callable[[Tensor], Tensor]) -> Encoded:
 
 @dataclass
 class Corpus:
-    """Pictures with texts, their encodings, and what is asked of texts without an instruction of
-    their own (nothing: the published first stage)."""
+    """Pictures with texts, their encodings, and the instructions for texts without their own (none
+    in the published first stage)."""
 
     examples: Sequence[Example]
     encoded: Encoded
     instructions: tuple[str, ...]
 
     def part(self, start: int | None, end: int | None) -> "Corpus":
-        """Those from `start` to `end`."""
+        """The examples from `start` to `end`."""
         encoded = on_each(self.encoded, lambda one: one[start:end])
         return replace(self, examples=self.examples[start:end], encoded=encoded)
 
     def prompts(
         self, model: MiniGPT4, schedule: Schedule, index: int, place: int, draw: random.Random
     ) -> list[Prompt]:
-        """Training prompts of one picture: as many of its texts as the schedule says."""
+        """The training prompts of one picture, for as many texts as the schedule says."""
         texts = self.examples[index].texts
         pick, ref = draw.random(), ImageRef(f"{place:x}")
         prompts = []
@@ -166,13 +167,13 @@ class Corpus:
 def loss_of(
     model: MiniGPT4, corpus: Corpus, schedule: Schedule, indices: Sequence[int], seed: str
 ) -> Tensor:
-    """Mean loss, nats a token, over texts of these pictures; what is drawn depends on the seed."""
+    """The mean loss, in nats per token, over texts of these pictures; the seed selects them."""
     rows = [
         corpus.prompts(model, schedule, index, place, random.Random(f"{seed} {place} {index}"))
         for place, index in enumerate(indices)
     ]
     places = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
-    # A bridge of the model's own is 16 bit on a GPU, a new one 32 bit; one kind has no weights.
+    # On a GPU the model's own bridge has 16 bits, a new one 32; some bridges have no weights.
     dtype = next(model.bridge.parameters(), model.projection.weight).dtype
     chosen = list(indices)
     encoded = on_each(corpus.encoded, lambda one: one[chosen].to(model.device, dtype))
@@ -188,9 +189,9 @@ def train(
     seed: int,
     note: Callable[[str], None],
 ) -> float:
-    """Train what `groups` hold through the frozen rest; the mean loss of the last tenth of steps.
+    """Train the parameters in `groups`. Returns the mean loss of the last tenth of the steps.
 
-    note: is told the loss from time to time.
+    note: called with the loss after each step.
     """
     optimizer = torch.optim.AdamW(
         groups, lr=schedule.peak_lr, betas=schedule.betas, weight_decay=schedule.weight_decay
@@ -214,7 +215,7 @@ def train(
 
 @torch.no_grad()
 def held_out_loss(model: MiniGPT4, corpus: Corpus, schedule: Schedule) -> float:
-    """Mean loss over pictures that were not trained on, the same texts for every variant."""
+    """The mean loss on pictures that were not trained on; the same texts for every variant."""
     size = schedule.batch_size
     starts = range(0, len(corpus.examples), size)
     parts = [range(s, min(s + size, len(corpus.examples))) for s in starts]

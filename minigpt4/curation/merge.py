@@ -1,4 +1,4 @@
-"""Several reviewers' files: how far they agree, and what they decide together. No torch."""
+"""Merging the files of several reviewers: their agreement, and their joint decisions. No torch."""
 
 import math
 from collections import Counter
@@ -8,9 +8,9 @@ from minigpt4.errors import UserError
 
 
 def raw_agreement(ratings: Sequence[Sequence[Hashable]]) -> float:
-    """Share of the pairs of raters that agree, over all items, 0..1.
+    """The share of pairs of raters that agree, over all items, 0..1.
 
-    ratings [items, raters]: two raters or more, as many for each item.
+    ratings [items, raters]: at least two raters, the same number for each item.
     """
     raters = len(ratings[0])
     pairs = raters * (raters - 1)
@@ -19,9 +19,9 @@ def raw_agreement(ratings: Sequence[Sequence[Hashable]]) -> float:
 
 
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
-    """Agreement of two raters beyond chance (Cohen, 1960): 1 is full, 0 is chance's.
+    """Agreement of two raters beyond chance (Cohen, 1960): 1 is full agreement, 0 is chance.
 
-    NaN where chance alone would agree always: both gave one and the same label throughout.
+    NaN if both used only one and the same label.
     """
     count = len(first)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / count
@@ -33,7 +33,7 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
 def fleiss_kappa(ratings: Sequence[Sequence[Hashable]]) -> float:
     """Agreement of several raters beyond chance (Fleiss, 1971); ratings [items, raters].
 
-    NaN where every rating is the same.
+    NaN if all ratings are the same.
     """
     labels = Counter(label for item in ratings for label in item)
     total = labels.total()
@@ -42,10 +42,10 @@ def fleiss_kappa(ratings: Sequence[Sequence[Hashable]]) -> float:
 
 
 def agreement(reviews: Mapping[str, Mapping[str, dict]]) -> dict[str, float | int | str | None]:
-    """Of reviewers (name -> image_id -> record) on the pictures that all of them decided.
+    """Agreement of reviewers (name -> image_id -> record) on the pictures that all have decided.
 
-    `raw` and `kappa` of keep, edit and drop; `raw_drop` and `kappa_drop` of dropping or not.
-    Cohen's kappa for two reviewers, Fleiss' for more; None where it is not defined.
+    `raw` and `kappa` are for keep, edit and drop; `raw_drop` and `kappa_drop` for drop or not.
+    Kappa is Cohen's for two reviewers, Fleiss' for more; None if it is not defined.
     """
     everyone = list(reviews.values())
     common = [i for i in everyone[0] if all(i in other for other in everyone[1:])]
@@ -65,11 +65,11 @@ def agreement(reviews: Mapping[str, Mapping[str, dict]]) -> dict[str, float | in
 
 
 def merge(reviews: Mapping[str, Mapping[str, dict]]) -> list[dict]:
-    """One record a picture that anybody decided.
+    """One record for each picture that at least one reviewer has decided.
 
-    A picture is dropped where at least half of those who decided it drop it: a doubtful
-    description is worth less than none. The text is that of the first reviewer who edited it, in
-    the order of `reviews`, else as it was. `votes` says who said what.
+    A picture is dropped if at least half of its reviewers drop it: no description is better than a
+    doubtful one. The text is that of the first reviewer in `reviews` who edited it, or else the
+    original. `votes` contains each reviewer's decision.
     """
     merged = {}
     for reviewer in reviews.values():
@@ -95,11 +95,11 @@ def merge(reviews: Mapping[str, Mapping[str, dict]]) -> list[dict]:
 
 
 def check_reviews(path: str, records: Mapping[str, dict]) -> None:
-    """UserError unless every record of the file is a reviewer's decision."""
+    """UserError unless all records of the file are decisions of a reviewer."""
     for image_id, record in records.items():
         strings = all(isinstance(record.get(k), str) for k in ("text", "picture"))
         if record.get("decision") not in ("keep", "edit", "drop") or not strings:
             raise UserError(
-                f"{path} is no reviewer's file: “{image_id}” has no decision (keep, edit or drop) "
-                "with text and picture."
+                f"{path} is not a review: “{image_id}” has no decision (keep, edit or drop) with "
+                "text and picture."
             )

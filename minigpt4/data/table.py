@@ -1,24 +1,24 @@
-"""One's own captions: a folder of pictures with a CSV or JSON-lines file. No torch."""
+"""Your own captions: a folder of pictures with a CSV or JSON-lines file."""
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from minigpt4.data.examples import Example, Text, read_shards
+from minigpt4.data.files import parse_jsonl, read_text, version_of
 from minigpt4.errors import UserError
-from minigpt4.training.data import Example, Text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-# Names that a column or a field may have, the first one found counts.
+# Names that a column or a field may have; the first one found counts.
 PICTURE = ("file_name", "filename", "file", "image", "picture", "photo", "path", "image_id")
 CAPTION = ("caption", "captions", "text", "texts", "description", "answer")
 INSTRUCTION = ("instruction", "question", "prompt")
 
 
 def is_table(where: str | Path) -> bool:
-    """Whether this is such a file, or a folder with one or more of them."""
+    """Whether this is a table, or a folder with one or more of them."""
     path = Path(where).expanduser()
     if path.is_dir():
         return any(p.suffix.lower() in SUFFIXES for p in path.iterdir())
@@ -26,11 +26,11 @@ def is_table(where: str | Path) -> bool:
 
 
 def read_table(where: str | Path, instructions: tuple[str, ...] = ()) -> list[Example]:
-    """Pictures with the captions that the table says, in the order of its lines.
+    """The pictures of a table with their captions, in the order of its lines.
 
-    where: the table, or a folder that holds one; pictures are named relative to it. Lines of one
-    picture are put together. A line may have an `instruction` of its own that the caption answers;
-    `instructions` are those of lines without. UserError says which line is wrong.
+    where: the table, or a folder that contains one; pictures are named relative to it. Lines of
+    the same picture are combined. A line may have an `instruction` that its caption answers;
+    `instructions` are for lines without one. UserError names the line that is wrong.
     """
     path = _find(Path(where).expanduser())
     examples: dict[Path, Example] = {}
@@ -47,7 +47,7 @@ def read_table(where: str | Path, instructions: tuple[str, ...] = ()) -> list[Ex
         else:
             examples[picture] = _example(path, picture, texts, captions)
     if not examples:
-        raise UserError(f"{path} holds no lines: give a picture and its caption on each.")
+        raise UserError(f"{path} has no lines: write a picture and its caption on each.")
     return list(examples.values())
 
 
@@ -57,38 +57,20 @@ def _find(path: Path) -> Path:
     tables = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
     if len(tables) != 1:
         what = "no table" if not tables else f"{len(tables)} tables"
-        raise UserError(f"{path} holds {what}: name the CSV or JSON-lines file itself by “--data”.")
+        raise UserError(f"{path} contains {what}: name the CSV or JSON-lines file itself.")
     return tables[0]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, column -> value) of a table's lines; names of columns in small letters."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8: save it as “CSV UTF-8”.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: check the path.") from error
-    rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
+    """(line number, column -> value) of a table's lines; column names in lower case."""
+    text = read_text(path)
+    rows = parse_jsonl(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
     for number, row in rows:
         yield number, {str(name or "").strip().casefold(): value for name, value in row.items()}
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"Line {number} of {path} is no JSON object: mend it or take it out.")
-        yield number, row
-
-
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    """Cells are parted by what parts the header's names: a comma, a semicolon or a tab."""
+    """The delimiter is the one of the header: a comma, a semicolon or a tab."""
     header = text.split("\n", 1)[0]
     mark = max((",", ";", "\t"), key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
@@ -102,11 +84,12 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
             if any(row.pop(None, ())):
                 raise UserError(
                     f"Line {reader.line_num} of {path} has more cells than the first line: put a "
-                    f"caption that holds a “{mark}” in double quotes."
+                    f"caption that contains a “{mark}” in double quotes."
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"Line {reader.line_num} of {path} is no CSV: check its quotes.") from error
+        line = reader.line_num
+        raise UserError(f"Line {line} of {path} is not CSV: check its quotes.") from error
 
 
 def _first(row: dict, names: tuple[str, ...]) -> object:
@@ -114,7 +97,7 @@ def _first(row: dict, names: tuple[str, ...]) -> object:
 
 
 def _picture(path: Path, number: int, row: dict) -> Path:
-    """The picture file of a line: as named, else with one of the usual endings."""
+    """The picture file of a line: as it is named, or with one of the usual endings."""
     named = _first(row, PICTURE)
     if not isinstance(named, str | int) or not str(named).strip():
         raise UserError(f"Line {number} of {path} names no picture (“{PICTURE[0]}”).")
@@ -122,7 +105,7 @@ def _picture(path: Path, number: int, row: dict) -> Path:
     for candidate in (file, *(file.with_name(file.name + s) for s in (".jpg", ".jpeg", ".png"))):
         if candidate.is_file():
             return candidate
-    raise UserError(f"Line {number} of {path} names {named}, which is not there: check its path.")
+    raise UserError(f"Line {number} of {path} names {named}, which is missing: check its path.")
 
 
 def _captions(path: Path, number: int, row: dict) -> tuple[str, ...]:
@@ -135,7 +118,17 @@ def _captions(path: Path, number: int, row: dict) -> tuple[str, ...]:
 
 
 def _example(path: Path, picture: Path, texts: tuple[Text, ...], captions: tuple) -> Example:
-    status = picture.stat()
-    version = f"{status.st_size} {status.st_mtime_ns}"
     key = picture.relative_to(path.parent).as_posix() if picture.is_relative_to(path.parent) else ""
-    return Example(key or str(picture), picture.read_bytes, texts, captions, version)
+    return Example(key or str(picture), picture.read_bytes, texts, captions, version_of(picture))
+
+
+def read_captioned(where: str, instructions: tuple[str, ...] = ()) -> list[Example]:
+    """Captioned pictures from shards, or from a folder with a table."""
+    if is_table(where):
+        return read_table(where, instructions)
+    if Path(where).expanduser().is_dir():
+        raise UserError(
+            f"{where} contains no table of captions: put a CSV or JSON-lines file beside the "
+            "pictures, or name shards (DIR/*.tar)."
+        )
+    return read_shards(where, instructions)

@@ -1,4 +1,4 @@
-"""A page on which people judge answers: one file that needs no server. Its ratings, read again."""
+"""A page on which people rate answers, one file that needs no server; and the ratings it saves."""
 
 import json
 import random
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minigpt4.batch import Completion
 from minigpt4.errors import say
 from minigpt4.evaluation.judge import SIDE, Verdict, read_judged, read_rubric
 from minigpt4.model import image
@@ -14,11 +15,16 @@ from minigpt4.model import image
 if TYPE_CHECKING:
     from minigpt4.evaluation.suite import Item
 
-TEMPLATE = Path(__file__).parent / "review.html"
+TEMPLATE = Path(__file__).parent / "rating_page.html"
 
 
-def write_page(path: str, items: "Sequence[Item]", models: Mapping[str, Mapping[str, str]]) -> None:
-    """All models' answers in one mixed order; the page does not show whose they are."""
+def write_page(
+    path: str, items: "Sequence[Item]", models: Mapping[str, Mapping[str, Completion]]
+) -> None:
+    """Write the answers of all models in random order; the page does not name the models.
+
+    models: name -> item's id -> answer.
+    """
     criteria = read_rubric()
     cards = [
         {
@@ -27,7 +33,7 @@ def write_page(path: str, items: "Sequence[Item]", models: Mapping[str, Mapping[
             "picture": item.id,
             "request": item.instruction,
             "criterion": criteria.get(item.task, criteria["other"]),
-            "answer": answers[item.id],
+            "answer": answers[item.id].text,
         }
         for model, answers in models.items()
         for item in items
@@ -45,9 +51,9 @@ def write_page(path: str, items: "Sequence[Item]", models: Mapping[str, Mapping[
 def read_ratings(
     paths: Iterable[str], answers: Mapping[tuple[str, str], str]
 ) -> dict[tuple[str, str], list[Verdict]]:
-    """(model, item's id) -> what people said of its answer, one verdict a file.
+    """(model, item's id) -> the verdicts of people on its answer, one per file.
 
-    answers: by the same keys. How many ratings of other answers were left out is said.
+    answers: by the same keys. Ratings of other answers are counted and ignored.
     """
     ratings: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for path in paths:
@@ -59,5 +65,5 @@ def read_ratings(
             else:
                 others += 1
         if others:
-            say(f"Ratings of other answers than these do not count: {others} in {path}.")
+            say(f"Ratings of other answers in {path} are ignored: {others}.")
     return ratings

@@ -1,24 +1,25 @@
-"""`--experiment architecture`: the paper's ablations, at a size that takes minutes.
+"""python -m research.architecture SHARD.tar --train DATA: the paper's ablations, in minutes.
 
 Each arm is trained anew, for the same few steps on the same pictures in the same order, and scored
-on pictures that none has seen. The first stage's arms:
+on pictures that no arm has seen. The arms of the first stage:
 
 - `linear`: the model's own bridge and one linear projection, the published design;
-- `deeper`: three linear layers in its place;
-- `bridge`: the other kind of bridge: without the Q-Former where the model has one, with a tiny one,
-  trained from nothing, where it has none.
+- `deeper`: three linear layers instead of one;
+- `bridge`: the other kind of bridge: none instead of a Q-Former, or a tiny Q-Former, trained from
+  scratch, for a model without one.
 
-The second stage's (with `--described`) go on from `linear`, for half as many steps:
+The arms of the second stage (with `--described`) continue from `linear`, for half as many steps:
 
-- `stage2`: on all descriptions; `stage2-quarter`: on a quarter of them, the same steps;
+- `stage2`: on all descriptions; `stage2-quarter`: on a quarter of them, for the same steps;
 - `stage2-alone`: on all of them, without a first stage.
 
-A training this short shows how fast the arms learn, not where they end; learning rates are those of
-the model's schedule, scaled for new modules, and not tuned for any arm.
+Such a short training shows how fast the arms learn, not how far. Learning rates are those of the
+model's schedule, scaled for new modules, and not tuned for any arm.
 """
 
 import argparse
 import copy
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,35 +27,89 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from minigpt4 import start
-from minigpt4.config import ModelConfig, PooledMap, Schedule
+from minigpt4.batch import Batch, Completion, Question, greedy
+from minigpt4.config import ModelConfig, Schedule
+from minigpt4.data.examples import Example, read_descriptions, usable
+from minigpt4.data.files import prompt_lines
+from minigpt4.data.table import read_captioned
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
-from minigpt4.evaluation import arms, report
-from minigpt4.evaluation.asking import Question, Reply, answer_all, greedy, usable
+from minigpt4.evaluation import report
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
 from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.training.data import Example, read_descriptions, read_lines
-from minigpt4.training.run import read_captioned
+from research import arms
 
 FIRST, SECOND = ("linear", "deeper", "bridge"), ("stage2", "stage2-quarter", "stage2-alone")
-SCORED = 50  # pictures, where --limit does not say
+SCORED = 50  # pictures, without --limit
 CAPTION_TOKENS, DETAIL_TOKENS = 40, 120
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    found = argparse.ArgumentParser(
+        prog="python -m research.architecture",
+        description="Train and compare variants of the architecture and of the training.",
+    )
+    found.add_argument("shard", metavar="DATA", help="Captioned pictures to score on.")
+    found.add_argument("--train", metavar="DATA", required=True, help="Captions to train on.")
+    found.add_argument(
+        "--described", metavar="DIR", help="Data of the second stage: filter_cap.json and image/."
+    )
+    found.add_argument("--arms", help="Names of arms, separated by commas; all by default.")
+    found.add_argument("--steps", type=int, default=100, help="Steps of the first stage.")
+    found.add_argument(
+        "--train-batch", type=int, help="Pictures per step; the schedule's by default."
+    )
+    found.add_argument("--pictures", type=int, default=400, help="Captioned pictures to train on.")
+    found.add_argument("--limit", type=int, help="Pictures to score on (50 by default).")
+    found.add_argument("--batch-size", type=int, default=16, help="Answers generated together.")
+    found.add_argument("--seed", type=int, default=42, help="Of data order and new weights.")
+    found.add_argument("--json", metavar="FILE", help="Write the figures to this file.")
+    found.add_argument(
+        "--markdown",
+        metavar="FILE",
+        help="Write the tables to this file, or to its place for them.",
+    )
+    found.add_argument("--model", default="nano", help="The model to vary.")
+    found.add_argument("--projection", help="Its projection; it only shows the shape.")
+    found.add_argument("--device", default="auto")
+    found.add_argument("--quantize", default="auto", help="Of the model that answers.")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        for name in ("steps", "train_batch", "pictures", "limit", "batch_size"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise UserError(f"“--{name.replace('_', '-')}” must be at least 1, not {value}.")
+        if options.markdown:
+            report.find_place(options.markdown, "architecture")
+        started = time.perf_counter()
+        result, text = run(options)
+        seconds = time.perf_counter() - started
+        program = "research.architecture"
+        report.publish("architecture", result, text, seconds, options, program)
+    except UserError as error:
+        print(f"architecture: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(figures by arm, their table)."""
     chosen = chosen_arms(options)
-    if not options.train:
-        raise UserError("Name the captioned pictures to train on by “--train”.")
     held_out = usable(read_captioned(options.shard)[: options.limit or SCORED])
     captioned = usable(read_captioned(options.train)[: options.pictures])
     described = read_descriptions(options.described) if options.described else []
     if described and len(described) < 8:
         raise UserError(f"{options.described} has too few pictures: 8 or more are needed.")
-    # Trained through in 16 or 32 bit; answers come from the model as it is used.
+    # Training needs 16 or 32 bits; the answers come from the model as it is used.
     answering = start.open_model(options)
     model = start.open_model(argparse.Namespace(**vars(options) | {"quantize": "none"}))
-    if model.device.type == "cpu":  # fused attention's backward is many times slower there
+    if model.device.type == "cpu":  # the backward pass of fused attention is many times slower
         model.llm.set_attn_implementation("eager")
     bench = Bench(options, model, answering, held_out, captioned, described)
     found = {}
@@ -79,22 +134,22 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
 
 
 def chosen_arms(options: argparse.Namespace) -> list[str]:
-    """In the order in which they are run; the second stage's need the first's `linear`."""
+    """The arms in the order in which they run; the second stage needs `linear` of the first."""
     possible = (*FIRST, *(SECOND if options.described else ()))
     wanted = options.arms.split(",") if options.arms else possible
     unknown = [name for name in wanted if name not in possible]
     if unknown:
-        hint = " (the second stage's need “--described DIR”)" if unknown[0] in SECOND else ""
+        hint = " (those of the second stage need “--described DIR”)" if unknown[0] in SECOND else ""
         raise UserError(
-            f"There is no arm “{unknown[0]}” here: choose of {', '.join(possible)}{hint}."
+            f"There is no arm “{unknown[0]}” here: choose from {', '.join(possible)}{hint}."
         )
     if {"stage2", "stage2-quarter"} & set(wanted) and "linear" not in wanted:
-        raise UserError("The second stage goes on from “linear”: name it in “--arms” too.")
+        raise UserError("The second stage continues from “linear”: add it to “--arms”.")
     return [name for name in possible if name in wanted]
 
 
 class Bench:
-    """What all arms share: data, encoded once, and both ways of scoring."""
+    """What all arms share: the data, encoded once, and both ways of scoring."""
 
     def __init__(
         self,
@@ -110,19 +165,19 @@ class Bench:
         self.second = shortened(
             model.config.stage2, max(1, options.steps // 2), options.train_batch
         )
-        asked = tuple(read_lines("caption.txt")) if _embedded(model.config) else ()
+        asked = prompt_lines("caption.txt") if model.config.recipe == "small" else ()
         self.captions = arms.Corpus(captioned, arms.encode(model, captioned), asked)
         self.unseen = arms.Corpus(held_out, arms.encode(model, held_out), asked)
         # The last eighth of the descriptions is not trained on.
         self.described_held_out = len(described) // 8
         self.descriptions = None
         if described:
-            asked = tuple(read_lines("alignment.txt"))
+            asked = prompt_lines("alignment.txt")
             encoded = arms.encode(model, described)
             self.descriptions = arms.Corpus(described, encoded, asked)
 
     def run_arm(self, name: str, base: dict | None) -> tuple[MiniGPT4, dict]:
-        """(the trained model, its figures); `base`: the projection to go on from."""
+        """(the trained model, its figures). base: the projection to continue from."""
         kind = name if name in FIRST else "linear"
         made, groups = arms.variant(self.model, kind, self.options.seed)
         if base:
@@ -158,9 +213,9 @@ class Bench:
         return made, figures | self.answer(made)
 
     def answer(self, made: MiniGPT4) -> dict[str, float]:
-        """Scores of the trained model's captions and descriptions of the unseen pictures."""
+        """The scores of the trained model's captions and descriptions of unseen pictures."""
         model = self.answering
-        # Trained in 32 bit, and used in the precision of the model that answers.
+        # Trained in 32 bits, but used in the precision of the answering model.
         trained = copy.deepcopy((made.bridge, made.projection))
         bridge, projection = (part.to(model.projection.weight.dtype) for part in trained)
         engine = Engine(
@@ -175,30 +230,29 @@ class Bench:
             )
         )
         config, examples = made.config, self.unseen.examples
-        captions = self._ask(engine, config.short_instruction, CAPTION_TOKENS)
-        details = self._ask(engine, config.detail_instruction, DETAIL_TOKENS)
-        engine.close()
-        answers = {e.key: r.text for e, r in zip(examples, captions, strict=True)}
-        scores = caption_scores(answers, {e.key: list(e.captions) for e in examples})
-        rates = failure_rates((r.text for r in details), (r.truncated for r in details))
-        words = sum(len(r.text.split()) for r in details) / len(details)
+        with Batch(engine, self.options.batch_size) as batch:
+            captions = self._ask(batch, config.short_instruction, CAPTION_TOKENS)
+            details = self._ask(batch, config.detail_instruction, DETAIL_TOKENS).values()
+        answers = {key: completion.text for key, completion in captions.items()}
+        references = {e.key: list(e.captions) for e in examples if e.key in answers}
+        scores = caption_scores(answers, references)
+        rates = failure_rates((d.text for d in details), (d.truncated for d in details))
+        words = sum(len(d.text.split()) for d in details) / len(details)
         return scores | {"words": words} | {k: v for k, v in rates.items() if k != "n"}
 
-    def _ask(self, engine: Engine, instruction: str, tokens: int) -> list[Reply]:
+    def _ask(self, batch: Batch, instruction: str, tokens: int) -> dict[str, Completion]:
+        """Key of the picture -> answer."""
         questions = [Question(e.key, instruction, e.read) for e in self.unseen.examples]
-        replies = answer_all(engine, questions, greedy(tokens), self.options.batch_size)
-        return list(tqdm(replies, desc="answering", total=len(questions)))
+        found = tqdm(
+            batch.answer(questions, greedy(tokens)), desc="answering", total=len(questions)
+        )
+        return {question.key: completion for question, completion in found}
 
 
 def shortened(schedule: Schedule, steps: int, batch_size: int | None) -> Schedule:
-    """The model's schedule, over fewer steps (a tenth of them to warm up)."""
+    """The model's schedule for fewer steps, a tenth of them to warm up."""
     size = batch_size or schedule.batch_size
     return replace(schedule, steps=steps, warmup_steps=max(1, steps // 10), batch_size=size)
-
-
-def _embedded(config: ModelConfig) -> bool:
-    """Does this model's first stage ask for captions, rather than show bare embeddings?"""
-    return isinstance(config.bridge, PooledMap)
 
 
 def _shown(schedule: Schedule) -> dict[str, float]:
@@ -206,7 +260,7 @@ def _shown(schedule: Schedule) -> dict[str, float]:
 
 
 def what(name: str, config: ModelConfig) -> str:
-    """An arm in words."""
+    """A description of the arm."""
     return {
         "linear": "one linear layer, first stage",
         "deeper": "three linear layers, first stage",
@@ -231,9 +285,13 @@ def as_text(result: dict) -> str:
     text = (
         f"Each arm trained anew, seed {result['seed']}, batches of "
         f"{result['first_stage']['batch_size']}; scored on {result['n']} pictures that none has "
-        "seen. Losses in nats a token; repetition, fragments and words of descriptions.\n\n"
+        "seen. Losses in nats per token; repetition, fragments and words of descriptions.\n\n"
     )
     text += report.table(header, rows)
     if result["not_run"]:
         text += f"\n\nNot run: {', '.join(result['not_run'])}."
     return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

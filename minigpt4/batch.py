@@ -1,0 +1,230 @@
+"""Many questions to one engine, answered together: for evaluation, curation and folders of photos.
+
+What is asked about one item is a dialogue: a generator that yields an `Answer` as soon as it has
+asked for it, and is sent the `Completion` when the answer has ended. It may then ask again, or
+return a result:
+
+    def describe(path):
+        conversation = Conversation()
+        conversation.add_question("What is this?", [image.load(path)])
+        completion = yield ask(engine, conversation, sampling)
+        return completion.text
+
+    with Batch(engine) as batch:
+        for path, text in batch.run(paths, describe):
+            ...
+"""
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from minigpt4.conversation import Answer, Conversation, ask
+from minigpt4.engine import Sampling
+from minigpt4.errors import UserError, say
+from minigpt4.model import image
+
+if TYPE_CHECKING:
+    from minigpt4.engine import Engine
+
+TOGETHER = 16  # dialogues at once
+NAMED = 10  # items left out that are named; the others are only counted
+# The engine refuses one request; after an error of any other kind it would refuse the next as well.
+ITEM_ERRORS = {"request", "too_long", "memory"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """An instruction about a picture. `read` returns what `image.load` opens: bytes or a path."""
+
+    key: str
+    instruction: str
+    read: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A complete answer.
+
+    stop_reason: "stop", or the limit that ended it: "length" or "time". watched: log-probabilities
+    of the token ids that `Batch.answer` was to watch.
+    """
+
+    text: str
+    stop_reason: str = "stop"
+    watched: Sequence[float] = ()
+
+    @property
+    def truncated(self) -> bool:
+        """Did a limit end the answer?"""
+        return self.stop_reason != "stop"
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Dialogue = Generator[Answer, Completion, Result]
+
+
+def greedy(max_new_tokens: int) -> Sampling:
+    """The most likely answer, without any penalty."""
+    return Sampling(
+        temperature=0.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens
+    )
+
+
+def complete(answer: Answer) -> Completion:
+    """Read an answer to its end."""
+    for _ in answer:
+        pass
+    return Completion(answer.text.strip(), answer.stop_reason, answer.watched)
+
+
+class Batch:
+    """Asks an engine many questions, at most `together` at once. `with` closes the engine.
+
+    left_out: how many items got no result because of an error of their own.
+    """
+
+    def __init__(self, engine: "Engine", together: int = TOGETHER) -> None:
+        self.engine = engine
+        self.left_out = 0
+        self._together = min(together, engine.max_waiting)
+
+    def __enter__(self) -> "Batch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def run(
+        self, items: Iterable[Item], dialogue: Callable[[Item], Dialogue]
+    ) -> Iterator[tuple[Item, Result | UserError]]:
+        """(item, result of its dialogue) as they finish.
+
+        Dialogues that ask once finish in the order of `items`; one that asks again goes to the end
+        of the queue. An error of one item is its result; an error of the engine is raised.
+        """
+        running: deque[tuple[Item, Dialogue, Answer | _Finished]] = deque()
+        try:
+            for item in items:
+                begun = dialogue(item)
+                running.append((item, begun, _advance(begun)))
+                while len(running) >= self._together:
+                    yield from self._step(running)
+            while running:
+                yield from self._step(running)
+        finally:
+            for _, begun, answer in running:
+                begun.close()
+                if isinstance(answer, Answer):
+                    answer.close()
+
+    def _step(self, running: deque) -> Iterator[tuple[Item, Result | UserError]]:
+        """Wait for the dialogue at the front, and resume it."""
+        item, dialogue, answer = running.popleft()
+        if isinstance(answer, Answer):
+            answer = _advance(dialogue, answer)
+        if isinstance(answer, _Finished):
+            yield item, answer.result
+        else:
+            running.append((item, dialogue, answer))
+
+    def completions(
+        self,
+        questions: Iterable[Question],
+        sampling: Sampling,
+        watched: Sequence[int] = (),
+        next_seeds: bool = False,
+    ) -> Iterator[tuple[Question, Completion | UserError]]:
+        """The answer to each question, in order, or why there is none.
+
+        next_seeds: if `sampling` has a seed, sample each question with the next one.
+        """
+
+        def dialogue(numbered: tuple[int, Question]) -> Dialogue:
+            number, question = numbered
+            conversation = Conversation()
+            conversation.add_question(question.instruction, [image.load(question.read())])
+            own = sampling
+            if next_seeds and sampling.seed is not None:
+                own = replace(sampling, seed=sampling.seed + number)
+            completion = yield ask(self.engine, conversation, own, watched=watched)
+            return completion
+
+        for (_, question), outcome in self.run(enumerate(questions), dialogue):
+            yield question, outcome
+
+    def answer(
+        self, questions: Iterable[Question], sampling: Sampling, watched: Sequence[int] = ()
+    ) -> Iterator[tuple[Question, Completion]]:
+        """As `completions` with `next_seeds`, but questions without an answer are reported and left
+        out.
+
+        UserError at the end if there was no answer at all.
+        """
+        answered = 0
+        for question, outcome in self.completions(questions, sampling, watched, True):
+            if isinstance(outcome, UserError):
+                self.left_out += 1
+                if self.left_out <= NAMED:
+                    say(f"{question.key} is left out: {outcome}")
+                continue
+            answered += 1
+            yield question, outcome
+        if self.left_out:
+            say(f"{self.left_out} of {self.left_out + answered} questions were left out.")
+            if not answered:
+                raise UserError("No question was answered: see the reasons above.")
+
+
+def ask_photos(
+    engine: "Engine", paths: Sequence[Path], question: str, sampling: Sampling, out: str | None
+) -> None:
+    """One question about many photos: JSON lines to the file `out`, or text to standard output."""
+    questions = [Question(_printable(path), question, lambda p=path: p) for path in paths]
+    with (
+        Batch(engine) as batch,
+        open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
+        tqdm(total=len(paths), unit="photo", disable=None if out else True) as bar,
+    ):
+        for asked, outcome in batch.completions(questions, sampling):
+            record = {"photo": asked.key, "question": question}
+            if isinstance(outcome, UserError):
+                record["error"] = line = str(outcome)
+            else:
+                line = outcome.text
+                record |= {"answer": outcome.text, "stop_reason": outcome.stop_reason}
+            shown = json.dumps(record, ensure_ascii=False) if out else f"{asked.key}: {line}"
+            print(shown, file=file, flush=True)
+            bar.update()
+
+
+def _printable(path: Path) -> str:
+    """A path as text; bytes that are not UTF-8 become question marks."""
+    return str(path).encode("utf-8", "replace").decode("utf-8")
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A dialogue's result, or the error that ended it."""
+
+    result: Any
+
+
+def _advance(dialogue: Dialogue, answer: Answer | None = None) -> Answer | _Finished:
+    """Resume a dialogue once its answer is complete: its next answer, or its result."""
+    try:
+        return next(dialogue) if answer is None else dialogue.send(complete(answer))
+    except StopIteration as end:
+        return _Finished(end.value)
+    except UserError as error:
+        if error.kind not in ITEM_ERRORS:
+            raise
+        return _Finished(error)

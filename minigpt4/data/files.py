@@ -1,0 +1,83 @@
+"""The text files that people write: UTF-8 text, JSON lines, the texts in `prompts/`."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from minigpt4 import _data
+from minigpt4.errors import UserError
+
+PROMPTS = _data.folder("prompts")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A text file, without its byte-order mark. UserError if it cannot be read as UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path.") from error
+
+
+def read_jsonl(path: str | os.PathLike, *required: str) -> list[dict]:
+    """The objects of a JSON-lines file. UserError if one of them lacks a `required` field."""
+    return [record for _, record in parse_jsonl(path, read_text(path), *required)]
+
+
+def parse_jsonl(
+    path: str | os.PathLike, text: str, *required: str, cut_end: bool = False
+) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line of `text` that is not blank.
+
+    Only "\\n" ends a line: other line separators may occur inside strings. cut_end: skip a last
+    line that is incomplete, as a crash leaves it. UserError names `path` and the line that is not
+    an object with all `required` fields.
+    """
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if cut_end and number == len(lines):
+                return
+            raise UserError(
+                f"Line {number} of {path} is not JSON: correct it or delete it."
+            ) from error
+        missing = [n for n in required if not isinstance(record, dict) or n not in record]
+        if missing or not isinstance(record, dict):
+            having = f" with “{missing[0]}”" if missing else ""
+            raise UserError(f"Line {number} of {path} must be a JSON object{having}.")
+        yield number, record
+
+
+def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
+    """One object per line."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def version_of(path: Path) -> str:
+    """A string that changes whenever the file changes: its size and modification time."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def prompt_lines(name: str) -> tuple[str, ...]:
+    """The lines of a file in `prompts/`, without blank lines and comments (#).
+
+    UserError if there are none.
+    """
+    lines = [line.strip() for line in read_text(PROMPTS / name).splitlines()]
+    found = tuple(line for line in lines if line and not line.startswith("#"))
+    if not found:
+        raise UserError(f"prompts/{name} is empty: write at least one line.")
+    return found
+
+
+def prompt_text(name: str) -> str:
+    """The lines of a file in `prompts/`, joined by spaces."""
+    return " ".join(prompt_lines(name))

@@ -1,0 +1,64 @@
+"""Which examples a step shows, and how: order, crops, and the published clean-up of captions."""
+
+import math
+import random
+import re
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+
+
+def batches(count: int, size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+    """Endless batches of `size` indices below `count`, from batch `start` on.
+
+    Each epoch has a new order, which depends on seed, count and size alone: a resumed run repeats
+    it.
+    """
+    step = start
+    per_epoch = max(1, count // size)
+    while True:
+        epoch, place = divmod(step, per_epoch)
+        order = list(range(count))
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        while len(order) < size:  # fewer examples than a batch: repeat them
+            order += order[: size - len(order)]
+        yield from (order[i * size : (i + 1) * size] for i in range(place, per_epoch))
+        step = (epoch + 1) * per_epoch
+
+
+def mixed_batches(
+    counts: Sequence[int], sizes: Sequence[int], seed: int, start: int = 0
+) -> Iterator[list[int]]:
+    """Endless batches with `sizes[k]` indices from source k, which has `counts[k]` examples.
+
+    An index counts through all sources, one after the other.
+    """
+    offsets = [sum(counts[:k]) for k in range(len(counts))]
+    streams = [batches(c, s, seed, start) for c, s in zip(counts, sizes, strict=True) if s]
+    used = [o for o, s in zip(offsets, sizes, strict=True) if s]
+    while True:
+        yield [o + i for o, stream in zip(used, streams, strict=True) for i in next(stream)]
+
+
+def published_caption(caption: str, max_words: int = 50) -> str:
+    """The clean-up of captions in stage 1 of the published code (BLIP's caption processor)."""
+    caption = re.sub(r"([.!\"()*#:;~])", " ", caption.lower())
+    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+    return " ".join(caption.split(" ")[:max_words])
+
+
+def random_resized_crop(picture: Image.Image, draw: random.Random) -> Image.Image:
+    """The augmentation of the published training: a random part of the picture.
+
+    It has 50 to 100 % of the area and an aspect ratio of 3:4 to 4:3; `vision.preprocess` then
+    squashes it to the encoder's size.
+    """
+    width, height = picture.size
+    for _ in range(10):
+        area = width * height * draw.uniform(0.5, 1.0)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = draw.randint(0, width - w), draw.randint(0, height - h)
+            return picture.crop((left, top, left + w, top + h))
+    return picture

@@ -1,0 +1,263 @@
+"""What a small model needs besides the published recipe to learn from few pictures."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from minigpt4.config import PooledMap
+from minigpt4.data.examples import Example, Text
+from minigpt4.data.files import prompt_lines
+from minigpt4.errors import UserError
+from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.prompt import Prompt
+from minigpt4.training.selfcritical import CiderReward, advantages, sample
+from minigpt4.training.trainer import Recipe, Trainer
+
+_MEASURED = 1024  # pictures, from which the covariance of the features is computed
+_MEASURED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class SmallRecipe(Recipe):
+    """The published recipe, and what can be added to it.
+
+    mirror: show each picture's mirror image half of the time.
+    eigenbasis: let AdamW work in the eigenbasis of the features' covariance, where its scaling of
+    each weight whitens them (as SOAP does, Vyas et al., 2024, but for the inputs alone).
+    denoise: if above 0, features pass through a Wiener filter, for which the difference between a
+    picture and its mirror image is noise, multiplied by this number. The filter becomes part of
+    the weights.
+    consensus: if above 0, the weights of a picture's captions are a softmax, at this temperature,
+    of their CIDEr against its other captions; their mean is 1.
+    samples: if above 1, pictures of `Trainer.replay` with several captions do not teach these.
+    Instead this many answers are sampled at `sample_temperature`, and their CIDEr makes them more
+    or less likely (see `selfcritical`), with `reward_weight` times the weight of other texts.
+    """
+
+    mirror: bool = False
+    eigenbasis: bool = False
+    denoise: float = 0.0
+    consensus: float = 0.0
+    samples: int = 0
+    sample_temperature: float = 0.6
+    reward_weight: float = 2.0
+
+
+class SmallTrainer(Trainer):
+    """Trains as a `SmallRecipe` says."""
+
+    recipe: SmallRecipe
+
+    def __init__(
+        self, model: MiniGPT4, examples: Sequence[Example], recipe: SmallRecipe, *others, **more
+    ) -> None:
+        _check_samples(model, recipe)
+        self.views = 2 if recipe.mirror or recipe.denoise else 1
+        self.basis: Tensor | None = None  # features are multiplied by it
+        self.reward: CiderReward | None = None
+        self.rewards: list[float] = []  # mean reward of each picture since the start
+        self._agreement: dict[str, dict[str, float]] = {}  # picture -> caption -> weight
+        super().__init__(model, examples, recipe, *others, **more)
+
+    def _prepare(self) -> None:
+        recipe, projection = self.recipe, self.model.projection
+        if recipe.eigenbasis or recipe.denoise:
+            # Eigenvectors may differ in sign between processes, whose gradients are added up.
+            eigenvectors, clean = broadcast(self._measure())
+            self.basis = clean.T @ eigenvectors
+            projection.weight.data = projection.weight.data @ eigenvectors
+        if recipe.samples or recipe.consensus:
+            captioned = [e for e in self.examples if len(e.captions) > 1]
+            self.reward = CiderReward({e.key: e.captions for e in captioned})
+
+    # --- features ---------------------------------------------------------------------------
+
+    def features(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
+        """(example, view) pairs -> features [pictures, image_tokens, projection_in], in the basis
+        of this run."""
+        features = super().features(chosen, seed)
+        return features if self.basis is None else features.float() @ self.basis
+
+    def _measure(self) -> tuple[Tensor, Tensor]:
+        """(eigenvectors of the features' covariance as columns, filter), both
+        [projection_in, projection_in].
+
+        The part of the features that is one-hot, the classes of a pooled map, stays as it is:
+        the eigenvalues there are nearly equal, and a rotation would only mix classes.
+        """
+        config, recipe = self.model.config, self.recipe
+        width = config.projection_in
+        if isinstance(config.bridge, PooledMap):
+            width -= config.vision.classes
+        draw = random.Random(recipe.seed)
+        chosen = draw.sample(range(len(self.examples)), min(_MEASURED, len(self.examples)))
+        covariance, noise = torch.zeros(2, width, width, device=self.model.device)
+        for start in range(0, len(chosen), _MEASURED_AT_ONCE):
+            part = chosen[start : start + _MEASURED_AT_ONCE]
+            vectors = self.features([(index, 0) for index in part])[..., :width].float()
+            covariance += _outer_products(vectors)
+            if recipe.denoise:
+                mirrored = self.features([(index, 1) for index in part])[..., :width].float()
+                noise += _outer_products(vectors - self._turn_back(mirrored)) / 2
+        basis, clean = torch.eye(config.projection_in, device=self.model.device).repeat(2, 1, 1)
+        if recipe.eigenbasis:
+            basis[:width, :width] = torch.linalg.eigh(covariance / len(chosen)).eigenvectors
+        if recipe.denoise:
+            floor = torch.eye(width, device=self.model.device) * covariance.trace() / width * 1e-3
+            both = covariance + recipe.denoise * noise + floor
+            clean[:width, :width] = torch.linalg.solve(both, covariance).T
+        return basis, clean
+
+    def _turn_back(self, mirrored: Tensor) -> Tensor:
+        """Features of mirror images, with each cell where it is in the picture itself."""
+        if not isinstance(self.model.config.bridge, PooledMap):
+            return mirrored
+        grid = self.model.config.bridge.grid
+        cells = mirrored[:, : grid * grid].unflatten(1, (grid, grid)).flip(2).flatten(1, 2)
+        return torch.cat([cells, mirrored[:, grid * grid :]], dim=1)
+
+    def _weights_to_save(self) -> dict[str, Tensor]:
+        weights = super()._weights_to_save()
+        if self.basis is not None:
+            weights["weight"] = weights["weight"].detach() @ self.basis.T
+        return weights
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"basis": self.basis}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self.basis = state["basis"]
+
+    # --- one step ---------------------------------------------------------------------------
+
+    def _view(self, draw: random.Random) -> int:
+        return draw.randrange(2) if self.recipe.mirror else 0
+
+    def _text_weights(self, example: Example, texts: Sequence[Text]) -> list[float]:
+        captions = example.captions
+        if not self.recipe.consensus or len(captions) < 2:
+            return [1.0] * len(texts)
+        if example.key not in self._agreement:
+            scores = torch.tensor(self.reward.agreement(example.key))
+            shares = (scores / self.recipe.consensus).softmax(0) * len(captions)
+            self._agreement[example.key] = dict(zip(captions, shares.tolist(), strict=True))
+        return [self._agreement[example.key].get(text.answer, 1.0) for text in texts]
+
+    def _sample_answers(
+        self,
+        step: int,
+        rows: list[list[Prompt]],
+        chosen: Sequence[tuple[int, int]],
+        features: Tensor,
+        weights: list[list[float]],
+    ) -> list[list[float]] | None:
+        """Replace the captions of replayed pictures by sampled answers, weighted by advantage."""
+        if not self.recipe.samples:
+            return None
+        recipe = self.recipe
+        temperatures = [[1.0] * len(row) for row in rows]
+        generator = torch.Generator(self.model.device).manual_seed(
+            hash((recipe.seed, step, self.accelerator.process_index)) % 2**63
+        )
+        for members in self._groups(rows, chosen):
+            questions = [_question(rows[i][0]) for i in members]
+            drawn = self._draw(questions, features[members], generator)
+            for i, question, answers in zip(members, questions, drawn, strict=True):
+                rewards = self._score(self.examples[chosen[i][0]].key, answers)
+                rows[i] = [_answered(question, ids) for ids in answers]
+                weights[i] = [recipe.reward_weight * a for a in advantages(rewards)]
+                temperatures[i] = [recipe.sample_temperature] * len(answers)
+        return temperatures
+
+    def _groups(
+        self, rows: Sequence[Sequence[Prompt]], chosen: Sequence[tuple[int, int]]
+    ) -> list[list[int]]:
+        """The rows to sample answers for. Rows of a group have the same instruction, and so equal
+        length."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (example, _) in enumerate(chosen):
+            if example >= self.counts[0] and len(self.examples[example].captions) > 1:
+                groups.setdefault(tuple(_question(rows[i][0]).ids), []).append(i)
+        return list(groups.values())
+
+    def _draw(
+        self, questions: Sequence[Prompt], features: Tensor, generator: torch.Generator
+    ) -> list[list[list[int]]]:
+        """`samples` answers to each question, as token ids."""
+        recipe, model = self.recipe, self.model
+        with torch.inference_mode():
+            embeds = model.projection(features.float())
+            inputs = torch.cat(
+                [
+                    model.embed(question, {question.images[0][1].key: one})
+                    for question, one in zip(questions, embeds, strict=True)
+                ]
+            )
+        limit = recipe.schedule.max_caption_tokens
+        return sample(model, inputs, recipe.samples, limit, recipe.sample_temperature, generator)
+
+    def _score(self, key: str, answers: Sequence[Sequence[int]]) -> list[float]:
+        """The CIDEr of each answer to a picture; their mean is noted in `rewards`."""
+        tokenizer = self.model.tokenizer
+        rewards = []
+        for ids in answers:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            rewards.append(self.reward(key, text, ids[-1] == tokenizer.eos_token_id))
+        self.rewards.append(sum(rewards) / len(rewards))
+        return rewards
+
+    def _progress(self) -> str:
+        recent = self.rewards[-400:]
+        return f", CIDEr of samples {sum(recent) / len(recent):.3f}" if recent else ""
+
+
+def _check_samples(model: MiniGPT4, recipe: SmallRecipe) -> None:
+    """UserError if answers cannot be sampled as the recipe says."""
+    template = model.config.template
+    if recipe.samples == 1:
+        raise UserError("“--samples” compares captions with each other: use 2 or more.")
+    if recipe.samples and template.stop[0] not in template.controls:
+        raise UserError(
+            f"“--samples” needs answers that end in a token of their own, but those of "
+            f"{model.config.name} end in “{template.stop[0]}”: omit it."
+        )
+
+
+def _outer_products(vectors: Tensor) -> Tensor:
+    """[pictures, image_tokens, width] -> the sum of the vectors' outer products [width, width]."""
+    vectors = vectors.flatten(0, 1)
+    return vectors.T @ vectors
+
+
+def _question(prompt: Prompt) -> Prompt:
+    """The part of a training prompt before the tokens that are learned."""
+    length = prompt.loss_mask.index(True)
+    return Prompt(
+        prompt.ids[:length], prompt.keys[:length], prompt.images, prompt.loss_mask[:length]
+    )
+
+
+def _answered(question: Prompt, ids: Sequence[int]) -> Prompt:
+    """A training prompt of the question and an answer to learn."""
+    prompt = Prompt(
+        list(question.ids), list(question.keys), question.images, list(question.loss_mask)
+    )
+    prompt.add_tokens(ids, learn=True)
+    return prompt
+
+
+def name_classes(model: MiniGPT4) -> None:
+    """Initialize a new projection: each class that the encoder recognizes is projected to the mean
+    embedding of the words in its name."""
+    names = prompt_lines("imagenet-classes.txt")
+    first = model.config.projection_in - len(names)
+    for place, name in enumerate(names):
+        ids = torch.tensor(model.tokenizer.encode(f" {name}", add_special_tokens=False))
+        vector = model.embed_tokens(ids.to(model.device)).float().mean(0)
+        model.projection.weight.data[:, first + place] = vector
