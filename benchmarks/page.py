@@ -99,7 +99,7 @@ def serve_page(port: int, pace: float, timed: bool) -> None:
     """Serve until standard input ends; "reset" and "report" on it speak of the loop's times."""
     from minigpt4.config import MODELS
     from minigpt4.web.page import session
-    from minigpt4.web.page.page import build_page, serve
+    from minigpt4.web.page.page import build_page, freeze_objects, serve
 
     times = LoopTimes() if timed else None
     session.ask = PacedAnswer
@@ -114,7 +114,9 @@ def serve_page(port: int, pace: float, timed: bool) -> None:
         max_queue=32,
         max_running=32,
     )
-    print(serve(build_page(engine), options), flush=True)
+    address = serve(build_page(engine), options)
+    freeze_objects()  # as `launch` does
+    print(address, flush=True)
     for line in sys.stdin:
         if line.strip() == "reset":
             times.reset()

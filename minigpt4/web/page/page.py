@@ -1,6 +1,7 @@
 """The chat page: its layout, and which event calls which handler. The handlers are beside this."""
 
 import argparse
+import gc
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -264,4 +265,14 @@ def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, serve
         print(f"Open {serve(page, options, server)}", flush=True)
         loading.start()
         loading.wait()
+        freeze_objects()
         page.block_thread()
+
+
+def freeze_objects() -> None:
+    """Exempt from garbage collection what exists now, and stays: modules, the page, the model.
+
+    Otherwise a full collection looks at all of it, and blocks the event loop for 120 ms or more.
+    """
+    gc.collect()
+    gc.freeze()
