@@ -106,7 +106,7 @@ def test_a_key_for_each_decision(visit, out):
     assert record["decision"] == "edit" and record["before"] == "Pattern 2."
     assert record["text"] == "A darker pattern, drawn by keys d and k."
     expect(head(page)).to_contain_text("3 of 4 decided: 1 kept, 1 edited, 1 dropped")
-    expect(head(page)).to_contain_text("is not there any more")  # its picture
+    expect(head(page)).to_contain_text("is missing")  # its picture
     page.keyboard.press("d")
     expect(head(page)).to_contain_text("All decided")
     before = shown(page).input_value()

@@ -107,8 +107,9 @@ def read_picture(picture: str, moved_to: str | None = None) -> bytes:
 
 def load_picture(picture: str, moved_to: str | None = None) -> Picture:
     """The decoded picture. UserError names it if it cannot be read."""
+    content = read_picture(picture, moved_to)
     try:
-        return image.load(read_picture(picture, moved_to))
+        return image.load(content)
     except UserError as error:
         name = Path(picture).name
         raise UserError(str(error).replace("The picture", f"The picture {name}", 1)) from error
