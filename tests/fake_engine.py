@@ -64,9 +64,13 @@ class FakeEngine:
         self.ahead = 0
         self.full = False
         self.failure = ""
+        self.closed = False
 
     def encode(self, picture) -> None:
         self.pictures.append(picture.key)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def text_of(message) -> str:

@@ -32,7 +32,7 @@ def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):
 def test_a_feedback_folder_that_cannot_be_written(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").touch()
     assert app.main(["--feedback", str(tmp_path / "file" / "folder")]) == 2
-    assert "Feedback cannot be written" in capsys.readouterr().err
+    assert "Cannot write feedback to" in capsys.readouterr().err
 
 
 def test_options_from_the_environment(monkeypatch, capsys):

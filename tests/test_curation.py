@@ -472,7 +472,7 @@ def test_a_record_that_lacks_a_field_is_named(tmp_path, capsys, lacking):
     left_out = [{"image_id": "b", "text": "", "picture": "p"}, {"image_id": "c", "error": "broken"}]
     write_records(given, [record | {lacking: 5}, *left_out])
     assert main(["curate", "export", str(given), "--out", out]) == 2
-    assert f"needs a text as “{lacking}”" in capsys.readouterr().err
+    assert f"a text as “{lacking}”" in capsys.readouterr().err
     assert chosen([record, *left_out]) == [record]
     if lacking != "image_id":
         del record[lacking]

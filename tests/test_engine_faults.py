@@ -17,6 +17,7 @@ from minigpt4.engine import Engine, Totals, decoder
 from minigpt4.engine.stream import LOST, Stats, device_lost, out_of_memory
 from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.errors import UserError
+from minigpt4.options import from_mapping
 from tests.block_llama import CONTEXT, as_transformers, block_llama, tiny_chat_model
 from tests.test_engine import BRIEF, GREEDY, picture, request, settled, until
 
@@ -291,6 +292,6 @@ def test_a_replica_takes_passing_reports(monkeypatch, caplog):
 
     monkeypatch.setattr(start, "open_engine", open_engine)
     with caplog.at_level("INFO", "minigpt4.remote.ray"):
-        replica = ray.Replica(ray.Options(max_running=3))
+        replica = ray.Replica(from_mapping(ray.OPTIONS, {"max_running": "3"}))
     assert replica._engine.limits["max_running"] == 3
     assert caplog.messages == ["Loading nano …"]

@@ -245,4 +245,4 @@ def test_a_busy_port_is_said(items, out, address, tmp_path, capsys):
     port = address.rsplit(":", 1)[1]
     other = str(tmp_path / "other.jsonl")
     assert main(["curate", "review", str(given), "--out", other, "--port", port]) == 2
-    assert "used already" in capsys.readouterr().err
+    assert "is in use" in capsys.readouterr().err

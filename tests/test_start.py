@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minigpt4 import start
 from minigpt4.config import get_model
@@ -98,7 +99,7 @@ def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch
     monkeypatch.setattr(VllmServers, "probe_all", hang)
     monkeypatch.setattr(start, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(start, "PROBE_MARGIN", 0.1)
-    model = SimpleNamespace(config=get_model("nano"), tokenizer=None)
+    model = SimpleNamespace(config=get_model("nano"), tokenizer=None, device=torch.device("cpu"))
     monkeypatch.setattr(start, "open_model", lambda options, report: model)
     options = argparse.Namespace(
         model="nano", quantize="auto", llm_url="http://127.0.0.1:9/v1", llm_key=""

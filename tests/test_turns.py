@@ -1,6 +1,7 @@
 """What a conversation does, without a browser: with a tiny random model, and with none."""
 
 import asyncio
+import gc
 import json
 import pickle
 import re
@@ -353,6 +354,7 @@ def test_pictures_taken_out_of_the_box_are_given_back(warnings):
 def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
     """The engine sees them whole; neither what waits in the box nor a question that was refused
     keeps them so."""
+    gc.collect()  # pictures of earlier tests
     area, before, seen = 2000 * 2000, image.held.pixels, []
 
     def encode(seeing) -> None:

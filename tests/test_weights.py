@@ -296,10 +296,15 @@ class Counting(torch.nn.Module):
 
 
 def test_an_installed_package_brings_its_projections(tmp_path):
-    """Copied to another folder, as pip does: fetched weights go to the user's cache folder."""
+    """Laid out as setup.py lays it out: fetched weights go to the user's cache folder."""
     package = Path(sources.__file__).parents[1]
     site = tmp_path / "site"
     shutil.copytree(package, site / "minigpt4", ignore=shutil.ignore_patterns("__pycache__"))
+    projections = site / "minigpt4" / "_data" / "weights"
+    projections.mkdir()
+    for path in sources.WEIGHTS.glob("*.safetensors"):
+        shutil.copy(path, projections)
+    (projections.parent / "prompts").mkdir()
     code = (
         "from minigpt4.config import get_model; from minigpt4.weights import sources as s;"
         "nano = get_model('nano');"
@@ -311,7 +316,6 @@ def test_an_installed_package_brings_its_projections(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
     )
-    projections = site / "minigpt4" / "weights" / "projections"
     assert done.stdout.splitlines() == [
         str(tmp_path / "cache" / "minigpt4" / "weights"),
         str(projections / "nano.safetensors"),

@@ -99,7 +99,8 @@ class Engine(RequestQueue):
             embeds = self._pictures.find(picture.key)
             if embeds is not None:
                 return embeds
-            self._refuse_if_ending()
+            if self._ending:
+                raise failure(ENDING)
             future = self._pictures.request(picture)
             self._lock.notify_all()
         return future.result()

@@ -57,6 +57,7 @@ STAGES = (
         False,
         switch,
     ),
+    Option("seed", "Seed of sampled answers.", 42, integer(0)),
 )
 POPE = (
     Option("objects", "List of objects. By default COCO's 80.", metavar="FILE"),
