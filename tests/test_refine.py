@@ -177,7 +177,7 @@ def test_another_refiner_or_prompt_takes_another_file(refine, endpoint, capsys, 
     status, records = refine("--refiner", "other")
     assert status == 2 and records == done
     assert "refined by mender, but this is other" in capsys.readouterr().err
-    monkeypatch.setattr("minigpt4.curation.generate.read_prompt", lambda name: "Mend it.")
+    monkeypatch.setattr("minigpt4.curation.run.prompt_text", lambda name: "Mend it.")
     status, records = refine()
     assert status == 2 and records == done and len(endpoint.bodies) == asked
     assert "before prompts/refine.txt was changed" in capsys.readouterr().err
