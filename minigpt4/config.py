@@ -148,7 +148,7 @@ class ModelConfig:
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
     sampling: dict[str, float] = field(default_factory=dict)  # other than the published defaults
-    recipe: Literal["published", "small"] = "published"  # of its training (training/small.py)
+    recipe: Literal["published", "extended"] = "published"  # of training (training/extended.py)
     stage1: Schedule | None = None
     stage2: Schedule | None = None
     licence: str = ""
@@ -295,7 +295,7 @@ _NANO = ModelConfig(
         ),
     },
     sampling={"temperature": 0.5, "repetition_penalty": 1.1},
-    recipe="small",
+    recipe="extended",
     stage1=Schedule(4e-3, 2e-5, 1e-5, 50, 2400, 6, 40, (0.9, 0.98), 0.05, 1.0, 3),
     stage2=Schedule(2e-3, 1e-5, 1e-5, 20, 320, 6, 160, (0.9, 0.98), 0.05, 1.0, 3),
     licence="Apache-2.0 (SmolLM2, EfficientNet-Lite); projection: see weights/README.md",

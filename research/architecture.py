@@ -165,7 +165,7 @@ class Bench:
         self.second = shortened(
             model.config.stage2, max(1, options.steps // 2), options.train_batch
         )
-        asked = prompt_lines("caption.txt") if model.config.recipe == "small" else ()
+        asked = prompt_lines("caption.txt") if model.config.recipe == "extended" else ()
         self.captions = arms.Corpus(captioned, arms.encode(model, captioned), asked)
         self.unseen = arms.Corpus(held_out, arms.encode(model, held_out), asked)
         # The last eighth of the descriptions is not trained on.

@@ -8,8 +8,8 @@ import torch
 from minigpt4.data.examples import read_descriptions, read_shards
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import caption_scores
+from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer
 from minigpt4.training.selfcritical import CiderReward, advantages, sample
-from minigpt4.training.small import SmallRecipe, SmallTrainer
 from tests.training_case import SCHEDULE, tiny_model, write_descriptions, write_shard
 
 REFERENCES = {
@@ -61,13 +61,13 @@ def test_samples_are_the_models(temperature):
     assert (counts - likely).abs().max() < 0.05
 
 
-def trainer(tmp_path, **options) -> SmallTrainer:
+def trainer(tmp_path, **options) -> ExtendedTrainer:
     shard = write_shard(tmp_path / "train-00000.tar")
     described = read_descriptions(write_descriptions(tmp_path / "described"))
-    recipe = SmallRecipe(SCHEDULE, ("Describe.",), replay_share=0.5, samples=3)
+    recipe = ExtendedRecipe(SCHEDULE, ("Describe.",), replay_share=0.5, samples=3)
     replay = read_shards(str(shard), ("Say it briefly.",))
     model = tiny_model(options.pop("case", "llama2_patch_concat"))
-    return SmallTrainer(
+    return ExtendedTrainer(
         model, described, replace(recipe, **options), tmp_path / "run", replay=replay
     )
 

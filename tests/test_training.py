@@ -29,9 +29,9 @@ from minigpt4.training.batches import (
     published_caption,
     random_resized_crop,
 )
+from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer
 from minigpt4.training.features import Features
 from minigpt4.training.run import schedule_of
-from minigpt4.training.small import SmallRecipe, SmallTrainer
 from minigpt4.training.trainer import Recipe, Trainer, learning_rate
 from minigpt4.weights.checkpoint import read_projection
 from minigpt4.weights.load import load_model
@@ -39,12 +39,12 @@ from tests import training_case
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, SCHEDULE, tiny_model, write_descriptions, write_shard
 
-PROMPTED = SmallRecipe(SCHEDULE, ("Describe.", "What is this?"), mirror=True)
+PROMPTED = ExtendedRecipe(SCHEDULE, ("Describe.", "What is this?"), mirror=True)
 
 
 def make(model, examples, recipe, out, **options) -> Trainer:
     """The trainer for a recipe."""
-    kind = SmallTrainer if isinstance(recipe, SmallRecipe) else Trainer
+    kind = ExtendedTrainer if isinstance(recipe, ExtendedRecipe) else Trainer
     return kind(model, examples, recipe, out, **options)
 
 

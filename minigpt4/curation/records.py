@@ -138,6 +138,6 @@ def _parse(path: Path, content: bytes) -> dict[str, dict]:
     records: dict[str, dict] = {}
     for number, record in parse_jsonl(path, text, KEY, cut_end=True):
         if not isinstance(record[KEY], str):
-            raise UserError(f"Line {number} of {path} must have a text as “{KEY}”.")
+            raise UserError(f"Line {number} of {path} needs a text as “{KEY}”.")
         records[record[KEY]] = record
     return records

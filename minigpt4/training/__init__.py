@@ -1,1 +1,1 @@
-"""Training of the projection: batches, packing, the published recipe and that of small models."""
+"""Training of the projection: batches, packing, the published recipe and its extension."""

@@ -16,7 +16,7 @@ from minigpt4.data.files import prompt_lines
 from minigpt4.data.table import is_table, read_captioned, read_table
 from minigpt4.errors import UserError
 from minigpt4.training import questions
-from minigpt4.training.small import SmallRecipe, SmallTrainer, name_classes
+from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -47,7 +47,7 @@ def train(options: argparse.Namespace) -> None:
     }
     recipe = recipe_of(options, config, schedule, replay_share, metadata)
     cache = Path(options.cache) if options.cache else None
-    kind = SmallTrainer if isinstance(recipe, SmallRecipe) else Trainer
+    kind = ExtendedTrainer if isinstance(recipe, ExtendedRecipe) else Trainer
     trainer = kind(model, examples, recipe, options.out, accelerator, cache, replay)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
@@ -58,7 +58,7 @@ def train(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace, config: ModelConfig) -> None:
     """UserError for options that exclude each other, or that the model's recipe does not have."""
-    if options.denoise and config.recipe != "small":
+    if options.denoise and config.recipe != "extended":
         raise UserError(
             "“--denoise” compares pictures with their mirror images, which the training of "
             f"{config.name} does not use: omit it."
@@ -84,23 +84,23 @@ def recipe_of(
 ) -> Recipe:
     """The model's recipe with the options. Sampling and consensus can be added to the published
     recipe, too."""
-    small = config.recipe == "small"
+    extended = config.recipe == "extended"
     common = {
         "schedule": schedule,
         "instructions": instructions(options.stage, config),
         "seed": options.seed,
         "blend": options.blend,
         "replay_share": replay_share,
-        "crop": options.crop or not small,
+        "crop": options.crop or not extended,
         "metadata": metadata,
     }
     samples = options.samples if replay_share else 0
-    if not small and not samples and not options.consensus:
+    if not extended and not samples and not options.consensus:
         return Recipe(**common)
-    return SmallRecipe(
+    return ExtendedRecipe(
         **common,
-        mirror=small,
-        eigenbasis=small,
+        mirror=extended,
+        eigenbasis=extended,
         denoise=options.denoise,
         consensus=options.consensus,
         samples=samples,
@@ -138,11 +138,11 @@ def read_examples(options: argparse.Namespace) -> list[Example]:
 def instructions(stage: int, config: ModelConfig) -> tuple[str, ...]:
     """The instructions for texts without one of their own.
 
-    The published first stage has none; the first stage of small models asks for a short caption.
+    The published first stage has none; an extended one asks for a short caption.
     """
     if stage == 2:
         return prompt_lines("alignment.txt")
-    return prompt_lines("caption.txt") if config.recipe == "small" else ()
+    return prompt_lines("caption.txt") if config.recipe == "extended" else ()
 
 
 def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Accelerator):

@@ -1,6 +1,6 @@
 """Trains the projection and nothing else, on one process or many (`accelerate launch`).
 
-This is the published recipe. What small models need besides is in `small`.
+This is the published recipe; `extended` adds what a small model needs to learn from few pictures.
 """
 
 import csv

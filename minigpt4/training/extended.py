@@ -1,4 +1,4 @@
-"""What a small model needs besides the published recipe to learn from few pictures."""
+"""The published recipe extended, so that a small model learns from few pictures."""
 
 import random
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _MEASURED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class SmallRecipe(Recipe):
+class ExtendedRecipe(Recipe):
     """The published recipe, and what can be added to it.
 
     mirror: show each picture's mirror image half of the time.
@@ -48,13 +48,13 @@ class SmallRecipe(Recipe):
     reward_weight: float = 2.0
 
 
-class SmallTrainer(Trainer):
-    """Trains as a `SmallRecipe` says."""
+class ExtendedTrainer(Trainer):
+    """Trains as a `ExtendedRecipe` says."""
 
-    recipe: SmallRecipe
+    recipe: ExtendedRecipe
 
     def __init__(
-        self, model: MiniGPT4, examples: Sequence[Example], recipe: SmallRecipe, *others, **more
+        self, model: MiniGPT4, examples: Sequence[Example], recipe: ExtendedRecipe, *others, **more
     ) -> None:
         _check_samples(model, recipe)
         self.views = 2 if recipe.mirror or recipe.denoise else 1
@@ -217,7 +217,7 @@ class SmallTrainer(Trainer):
         return f", CIDEr of samples {sum(recent) / len(recent):.3f}" if recent else ""
 
 
-def _check_samples(model: MiniGPT4, recipe: SmallRecipe) -> None:
+def _check_samples(model: MiniGPT4, recipe: ExtendedRecipe) -> None:
     """UserError if answers cannot be sampled as the recipe says."""
     template = model.config.template
     if recipe.samples == 1:
