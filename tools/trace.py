@@ -26,12 +26,13 @@ class Trace:
 
     def __init__(self) -> None:
         self._files: dict[str, str] | None = None
+        self._last = ""
         threading.setprofile(self._hook)  # of threads that start from now on
 
     @contextmanager
-    def files(self) -> Iterator[dict[str, str]]:
-        """The files entered inside the `with`, by any thread."""
-        self._files = found = {}
+    def files(self, last: str = "") -> Iterator[dict[str, str]]:
+        """The files entered inside the `with`, by any thread, up to the function `last`."""
+        self._last, self._files = last, (found := {})
         sys.setprofile(self._hook)
         try:
             yield found
@@ -46,8 +47,11 @@ class Trace:
         path = Path(code.co_filename)
         if path.is_relative_to(PACKAGE):
             name = path.relative_to(PACKAGE).as_posix()
+            function = getattr(code, "co_qualname", code.co_name)
             if name not in LEFT_OUT:
-                files.setdefault(name, getattr(code, "co_qualname", code.co_name))
+                files.setdefault(name, function)
+            if function == self._last:
+                self._files = None
 
 
 def trace(photo: bytes, question: str = "What is this?") -> tuple[dict[str, str], dict[str, str]]:
@@ -62,7 +66,8 @@ def trace(photo: bytes, question: str = "What is this?") -> tuple[dict[str, str]
     model = start.open_model(options, report=lambda line, passing=False: None)
     sampling = start.default_sampling(model.config, max_new_tokens=8, seed=1)
     with Engine(model) as engine:
-        with tracer.files() as upload:
+        # What hands the embeddings over; the engine's thread goes on with its next step.
+        with tracer.files("Pictures.finish") as upload:
             picture = image.load(photo)
             engine.encode(picture)
         with tracer.files() as turn:

@@ -99,8 +99,7 @@ class Engine(RequestQueue):
             embeds = self._pictures.find(picture.key)
             if embeds is not None:
                 return embeds
-            if self._ending:
-                raise failure(ENDING)
+            self._refuse_if_ending()
             future = self._pictures.request(picture)
             self._lock.notify_all()
         return future.result()
@@ -169,9 +168,9 @@ class Engine(RequestQueue):
         return state.stream
 
     def _refuse_if_ending(self) -> None:
-        if sentence := self.fault:  # read once: `_watch` may clear it at any time
+        fault = self.fault  # read once: `_watch` may clear it at any time
+        if sentence := fault or (ENDING if self._ending else ""):
             raise failure(sentence)
-        super()._refuse_if_ending()
 
     def _request_pictures(self, state: RequestState) -> bool:
         """Have its missing pictures encoded; True where some are missing. The lock is held.
