@@ -61,7 +61,7 @@ def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
     is read. UserError where the folder does not hold them."""
     try:
         if (folder / INDEX).exists():
-            blocks = BlockLlama.open(folder).tensors["token_embd.weight"]
+            blocks = BlockLlama.open(folder).embedding
             return BlockEmbedding(blocks), load_tokenizer(folder)
         return TokenEmbedding(_read(folder).to(device)), load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
