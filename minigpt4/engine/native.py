@@ -10,7 +10,6 @@ from minigpt4.engine.kernels.build import (
     BLOCK,
     KINDS,
     MATRICES,
-    PANEL,
     Batch,
     Layer,
     Matrix,

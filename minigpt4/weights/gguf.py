@@ -108,7 +108,11 @@ class BlockLlama:
             if not isinstance(offset, int) or not 0 <= offset <= len(content) - size:
                 raise ValueError(f"{index['file']} is cut short")
             data = content[offset : offset + size]
-            data = data.view(np.float32).reshape(shape) if kind == "F32" else data.reshape(shape[0], -1)
+            data = (
+                data.view(np.float32).reshape(shape)
+                if kind == "F32"
+                else data.reshape(shape[0], -1)
+            )
             tensors[name] = BlockTensor(kind, tuple(shape), data)
         return cls(**index["sizes"], tensors=tensors, mapping=mapping)
 
@@ -121,7 +125,9 @@ class BlockLlama:
 def _size(name: str, kind: str, shape: list[int]) -> int:
     """Bytes of a tensor; ValueError where there is no such tensor."""
     if kind not in BLOCKS:
-        raise ValueError(f"{name} is of kind {kind}, which is not supported: {', '.join(BLOCKS)} are")
+        raise ValueError(
+            f"{name} is of kind {kind}, which is not supported: {', '.join(BLOCKS)} are"
+        )
     if not 1 <= len(shape) <= 2 or not all(isinstance(n, int) and 0 < n <= _MOST for n in shape):
         raise ValueError(f"{name} has the shape {shape}")
     weights, size = BLOCKS[kind]
@@ -187,7 +193,9 @@ def _shapes(llama: BlockLlama) -> tuple[dict[str, tuple[int, ...]], dict[str, tu
             "ffn_down": (hidden, inner),
         }
         required |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
-        optional |= {f"blk.{i}.attn_{name}.bias": (n,) for name, n in zip("qkv", (q, kv, kv), strict=True)}
+        optional |= {
+            f"blk.{i}.attn_{name}.bias": (n,) for name, n in zip("qkv", (q, kv, kv), strict=True)
+        }
     return optional, required
 
 
@@ -211,7 +219,10 @@ def write_index(gguf: str | Path) -> Path:
         tensors[tensor.name] = [tensor.tensor_type.name, shape, int(tensor.data_offset)]
     sizes = _read_sizes({name: reader.fields[name].contents for name in reader.fields})
     sizes["vocabulary"] = tensors["token_embd.weight"][1][0]
-    blocks = {t.name: BlockTensor(t.tensor_type.name, tuple(map(int, reversed(t.shape))), t.data) for t in reader.tensors}
+    blocks = {
+        t.name: BlockTensor(t.tensor_type.name, tuple(map(int, reversed(t.shape))), t.data)
+        for t in reader.tensors
+    }
     BlockLlama(**sizes, tensors=blocks)  # are they all there?
     if "output.weight" in blocks and _same(blocks["token_embd.weight"], blocks["output.weight"]):
         del tensors["token_embd.weight"]
@@ -227,7 +238,9 @@ def _read_sizes(fields: Mapping) -> dict[str, int | float | bool]:
     architecture = fields["general.architecture"]()
     if architecture not in ROPE_HALVES:
         known = ", ".join(ROPE_HALVES)
-        raise ValueError(f"models of the architecture {architecture} are not supported: {known} are")
+        raise ValueError(
+            f"models of the architecture {architecture} are not supported: {known} are"
+        )
 
     def read(name: str, default: float | None = None) -> float:
         name = f"{architecture}.{name}"
@@ -266,7 +279,10 @@ def _same(embedding: BlockTensor, head: BlockTensor, rows: int = 4096) -> bool:
         return False
     for start in range(0, embedding.shape[0], rows):
         shape = (len(embedding.data[start : start + rows]), embedding.shape[1])
-        a, b = (BlockTensor(t.kind, shape, t.data[start : start + rows]).numbers() for t in (embedding, head))
+        a, b = (
+            BlockTensor(t.kind, shape, t.data[start : start + rows]).numbers()
+            for t in (embedding, head)
+        )
         if np.linalg.norm(a - b) > 0.2 * np.linalg.norm(b):
             return False
     return True

@@ -69,7 +69,7 @@ KERNEL void panel_times(int kind, int count, const uint8_t *panel, int blocks, c
     for (int b = 0; b < blocks; b++, x++) {
         const Place place = place_of(kind, panel, b);
         const Activation *const each[MOST_ROWS] = {x, x + stride, x + 2 * stride, x + 3 * stride};
-#pragma GCC unroll 2
+#pragma GCC unroll 1
         for (int first = 0; first < VECTORS_A_PANEL; first += VECTORS) {
             Scales scales[VECTORS];
             ivec dots[VECTORS][MOST_ROWS];
