@@ -11,8 +11,16 @@ setup(
     packages=[*find_packages(include=["minigpt4*"]), *(f"minigpt4._data.{name}" for name in DATA)],
     package_dir={f"minigpt4._data.{name}": name for name in DATA},
     package_data={
-        "minigpt4": ["**/*.c", "**/*.css", "**/*.html", "**/*.jpg", "**/*.js", "**/*.json"]
-        + ["**/*.jsonl", "**/*.md", "**/*.txt"],
+        "minigpt4": [
+            "**/*.c",
+            "**/*.h",
+            "**/*.css",
+            "**/*.html",
+            "**/*.jpg",
+            "**/*.js",
+            "**/*.json",
+        ]
+        + ["**/*.json", "**/*.jsonl", "**/*.md", "**/*.txt"],
         **{f"minigpt4._data.{name}": patterns for name, patterns in DATA.items()},
     },
 )

@@ -1,4 +1,4 @@
-"""python -m benchmarks.chat --json OUT: the engine's speed and memory on nano, beside peers.
+"""python -m benchmarks.chat --json OUT: the engine's speed and memory on a model, beside peers.
 
 Everything is measured several times, the contestants taking turns, and given as medians (with the
 lowest and highest): what else the machine does then hits all of them. Peers that are not installed
@@ -26,6 +26,7 @@ from minigpt4.weights.load import find_weights, load_model
 
 PROMPT_TOKENS, NEW_TOKENS = 60, 100  # of each answer that is timed
 LONG_CONVERSATION = 1500  # tokens before the next turn
+LONG_PROMPT = 512  # tokens read at once
 CHATS = (1, 2, 4, 8, 16)
 
 
@@ -33,13 +34,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.chat")
     parser.add_argument("--json", metavar="OUT", help="write the figures here")
+    parser.add_argument("--model", default="nano", help="one that is held as a GGUF file")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true", help="the engine alone")
     parser.add_argument("--probe", choices=["startup", "memory"], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.probe:
-        return {"startup": probe_startup, "memory": probe_memory}[options.probe]()
-    figures = measure(options.repeat, peers=not options.no_peers)
+        return {"startup": probe_startup, "memory": probe_memory}[options.probe](options.model)
+    figures = measure(options.model, options.repeat, peers=not options.no_peers)
     print(json.dumps(figures, indent=1))
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -48,11 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
 # --- our engine -------------------------------------------------------------------------------
 
 
-def open_engine():
-    """The engine on nano, as `app.py` starts it on a CPU."""
+def open_engine(model: str):
+    """The engine on a model, as `app.py` starts it on a CPU."""
     from minigpt4.engine import Engine
 
-    options = argparse.Namespace(model="nano", quantize="auto", projection=None, device="cpu")
+    options = argparse.Namespace(model=model, quantize="auto", projection=None, device="cpu")
     return Engine(start.open_model(options))
 
 
@@ -113,8 +115,8 @@ def in_threads(work: Callable[[int], None], count: int) -> None:
 class Generate:
     """transformers' `generate`, as the published demo uses it: bf16 or float32, one call a chat."""
 
-    def __init__(self) -> None:
-        config = get_model("nano")
+    def __init__(self, model: str) -> None:
+        config = get_model(model)
         self.model = load_model(config, find_weights(config), quantize="none").llm
 
     def __call__(self, tokens: list[int]) -> tuple[float, float]:
@@ -161,11 +163,11 @@ class _Clock:
 class LlamaCpp:
     """llama.cpp on the same file with as many threads, through llama-cpp-python."""
 
-    def __init__(self, threads: int, chats: int = max(CHATS)) -> None:
+    def __init__(self, model: str, threads: int, chats: int = max(CHATS)) -> None:
         import llama_cpp
 
         self._api = llama_cpp
-        folder = find_weights(get_model("nano")).llm
+        folder = find_weights(get_model(model)).llm
         path = next(folder.glob("*.gguf"))
         self._owner = llama_cpp.Llama(str(path), n_ctx=256, verbose=False)
         params = llama_cpp.llama_context_default_params()
@@ -174,7 +176,9 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._owner.model, params)
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(256, 0, chats)
+        self._batch = llama_cpp.llama_batch_init(LONG_PROMPT, 0, chats)
+        vocabulary = llama_cpp.llama_model_get_vocab(self._owner.model)
+        self._vocabulary = llama_cpp.llama_vocab_n_tokens(vocabulary)
 
     def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         """(token, position, chat, are its logits wanted)."""
@@ -190,7 +194,15 @@ class LlamaCpp:
         import numpy as np
 
         logits = self._api.llama_get_logits_ith(self._context, place)
-        return int(np.ctypeslib.as_array(logits, (49152,)).argmax())
+        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+
+    def read(self, tokens: list[int]) -> float:
+        """Tokens/s of a prompt that is read at once."""
+        self._api.llama_memory_clear(self._memory, True)
+        started, last = time.perf_counter(), len(tokens) - 1
+        self._decode([(token, i, 0, i == last) for i, token in enumerate(tokens)])
+        self._best(last)
+        return len(tokens) / (time.perf_counter() - started)
 
     def rate(self, chats: int, seed: int) -> float:
         """Tokens/s together: greedy, all chats in one batch."""
@@ -212,29 +224,29 @@ class LlamaCpp:
 # --- separate processes -------------------------------------------------------------------------
 
 
-def probe(name: str) -> float:
+def probe(name: str, model: str) -> float:
     """What a fresh process that runs `name`'s probe prints."""
-    command = [sys.executable, "-m", "benchmarks.chat", "--probe", name]
+    command = [sys.executable, "-m", "benchmarks.chat", "--probe", name, "--model", model]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def probe_startup() -> None:
+def probe_startup(model: str) -> None:
     """Seconds from the start of the process to the first token."""
     import psutil
 
-    engine = open_engine()
+    engine = open_engine(model)
     if not engine.health():
         raise SystemExit("the engine gave no token")
     print(time.time() - psutil.Process().create_time())
 
 
-def probe_memory() -> None:
+def probe_memory(model: str) -> None:
     """Peak resident MB of eight chats about a picture each, three turns long."""
     from minigpt4.conversation import Conversation, ask
     from minigpt4.engine import Sampling
 
-    engine = open_engine()
+    engine = open_engine(model)
 
     def chat(number: int) -> None:
         conversation = Conversation()
@@ -253,15 +265,16 @@ def probe_memory() -> None:
 # --- all of it ----------------------------------------------------------------------------------
 
 
-def measure(repeat: int, peers: bool) -> dict:
+def measure(model: str, repeat: int, peers: bool) -> dict:
     """The figures, with `machine`, `date` and each one's `spread`."""
-    engine = open_engine()
+    engine = open_engine(model)
     threads = start_threads()
     contestants: dict[str, Callable[[int, int], float]] = {}
     if peers:
-        contestants["generate"] = Generate().rate
+        contestants["generate"] = Generate(model).rate
         try:
-            contestants["llamacpp"] = LlamaCpp(threads).rate
+            llamacpp = LlamaCpp(model, threads)
+            contestants["llamacpp"] = llamacpp.rate
         except ImportError:
             print("llama-cpp-python is not installed: left out.", file=sys.stderr)
     runs: dict[str, list[float]] = {}
@@ -284,6 +297,10 @@ def measure(repeat: int, peers: bool) -> dict:
         if "generate" in contestants and round_ < 2:  # a minute each
             note("generate 8", contestants["generate"](8, seed))
         note("first", first_token(engine, fresh_tokens(seed + 7))[0])
+        prompt = fresh_tokens(seed + 6, LONG_PROMPT)
+        note("engine prompt", LONG_PROMPT / first_token(engine, prompt)[0])
+        if "llamacpp" in contestants:
+            note("llamacpp prompt", llamacpp.read(prompt))
         long = fresh_tokens(seed + 8, LONG_CONVERSATION)
         note("again", first_token(engine, long)[0])
         seconds, reused = first_token(engine, [*long, *fresh_tokens(seed + 9, 20)])
@@ -291,9 +308,9 @@ def measure(repeat: int, peers: bool) -> dict:
         note("reused", reused)
         note("encode", encode_seconds(engine, round_))
     for _ in range(3):
-        note("startup", probe("startup"))
-    note("memory", probe("memory"))
-    return report(runs, threads)
+        note("startup", probe("startup", model))
+    note("memory", probe("memory", model))
+    return {"model": model, **report(runs, threads)}
 
 
 def encode_seconds(engine, seed: int) -> float:
@@ -344,6 +361,8 @@ def report(runs: dict[str, list[float]], threads: int) -> dict:
         "concurrent_tokens_per_s": {str(n): median(f"engine {n}", 1) for n in CHATS},
         "concurrent_ratio_to_generate": ratio("engine 8", "generate 8"),
         "concurrent_ratio_to_llamacpp": ratio("engine 8", "llamacpp 8"),
+        "prompt_tokens_per_s": median("engine prompt", 1),
+        "prompt_ratio_to_llamacpp": ratio("engine prompt", "llamacpp prompt"),
         "ttft_first_turn_s": median("first"),
         "ttft_next_turn_s": median("next"),
         "ttft_all_again_s": median("again"),

@@ -1,83 +1,56 @@
-"""Tiny random Llamas in GGUF's blocks, and the same ones for transformers."""
+"""The tiny random models for transformers, and as the engine's model."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from minigpt4.config import get_model
-from minigpt4.weights.gguf import BlockLlama, BlockTensor
+from minigpt4.weights.gguf import BlockLlama
+from tests.random_blocks import CONTEXT, HIDDEN, VOCABULARY, block_llama
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, INNER, VOCABULARY, CONTEXT = 64, 2, 2, 1, 96, 320, 512
+__all__ = ["CONTEXT", "HIDDEN", "VOCABULARY", "as_transformers", "block_llama", "tiny_chat_model"]
+
 IMAGE_TOKENS = 5
 
 
-def block_llama(seed: int = 0) -> BlockLlama:
-    """Random 4-bit matrices and an 8-bit embedding, large enough to make answers differ."""
-    draw = np.random.default_rng(seed)
-
-    def blocks(kind: str, rows: int, columns: int, size: float) -> BlockTensor:
-        count = rows * columns // 32
-        if kind == "Q4_1":
-            step = draw.uniform(0.5, 1.5, (count, 1)) * size / 7.5
-            header = np.concatenate([step, -7.5 * step], 1).astype(np.float16)
-            codes = draw.integers(0, 256, (count, 16), np.uint8)
-        else:
-            header = (draw.uniform(0.5, 1.5, (count, 1)) * size / 127).astype(np.float16)
-            codes = draw.integers(-127, 128, (count, 32)).astype(np.int8).view(np.uint8)
-        data = np.concatenate([header.view(np.uint8).reshape(count, -1), codes], 1)
-        return BlockTensor(kind, (rows, columns), data.reshape(rows, -1))
-
-    def norm() -> BlockTensor:
-        return BlockTensor("F32", (HIDDEN,), draw.uniform(0.5, 1.5, HIDDEN).astype(np.float32))
-
-    head_dim = HIDDEN // HEADS
-    tensors = {
-        "token_embd.weight": blocks("Q8_0", VOCABULARY, HIDDEN, 2.0),
-        "output_norm.weight": norm(),
-    }
-    for i in range(LAYERS):
-        for name, rows, columns in (
-            ("attn_q", HIDDEN, HIDDEN),
-            ("attn_k", KV_HEADS * head_dim, HIDDEN),
-            ("attn_v", KV_HEADS * head_dim, HIDDEN),
-            ("attn_output", HIDDEN, HIDDEN),
-            ("ffn_gate", INNER, HIDDEN),
-            ("ffn_up", INNER, HIDDEN),
-            ("ffn_down", HIDDEN, INNER),
-        ):
-            tensors[f"blk.{i}.{name}.weight"] = blocks("Q4_1", rows, columns, 0.4)
-        tensors[f"blk.{i}.attn_norm.weight"] = norm()
-        tensors[f"blk.{i}.ffn_norm.weight"] = norm()
-    return BlockLlama(
-        HIDDEN, LAYERS, HEADS, KV_HEADS, INNER, VOCABULARY, 2048, 1e-5, 10000.0, tensors
-    )
-
-
-def as_transformers(llama: BlockLlama) -> LlamaForCausalLM:
+def as_transformers(llama: BlockLlama) -> PreTrainedModel:
     """The same weights in PyTorch, float32."""
-    config = LlamaConfig(
+    tied = llama.head is llama.embedding
+    kinds = (
+        (Qwen2Config, Qwen2ForCausalLM) if llama.rope_halves else (LlamaConfig, LlamaForCausalLM)
+    )
+    config = kinds[0](
         hidden_size=llama.hidden_size,
         num_hidden_layers=llama.layers,
         num_attention_heads=llama.heads,
         num_key_value_heads=llama.kv_heads,
+        head_dim=llama.head_dim,
         intermediate_size=llama.intermediate_size,
         vocab_size=llama.vocabulary,
         rms_norm_eps=llama.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": llama.rope_theta},
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         max_position_embeddings=2048,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = kinds[1](config).eval()
     state = {}
 
     def numbers(name: str) -> torch.Tensor:
         return torch.from_numpy(llama.tensors[name].numbers().copy())
 
     def unpaired(weight: torch.Tensor, heads: int) -> torch.Tensor:
-        """GGUF keeps the two halves of a head's rows as pairs."""
+        """A Llama's GGUF keeps the two halves of a head's rows as pairs."""
+        if llama.rope_halves:
+            return weight
         return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
     for i in range(llama.layers):
@@ -98,8 +71,10 @@ def as_transformers(llama: BlockLlama) -> LlamaForCausalLM:
             ("post_attention_layernorm", "ffn_norm"),
         ):
             state[f"{layer}{ours}.weight"] = numbers(f"{block}{theirs}.weight")
-    state["model.embed_tokens.weight"] = numbers("token_embd.weight")
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        for name in "qkv" if llama.rope_halves else "":
+            state[f"{layer}self_attn.{name}_proj.bias"] = numbers(f"{block}attn_{name}.bias")
+    state["model.embed_tokens.weight"] = torch.from_numpy(llama.embedding.numbers().copy())
+    state["lm_head.weight"] = torch.from_numpy(llama.head.numbers().copy())
     state["model.norm.weight"] = numbers("output_norm.weight")
     model.load_state_dict(state, strict=True)
     return model

@@ -76,6 +76,62 @@ def test_logits_are_transformers(decoder, reference):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"vocabulary": 333},  # no whole number of panels
+        {"qwen": True},
+        {"qwen": True, "tied": False, "heads": 6, "kv_heads": 2, "head_dim": 16, "vocabulary": 321},
+        {"kind": "F16", "hidden": 54, "heads": 3, "head_dim": 20, "inner": 70, "vocabulary": 61},
+        {"heads": 4, "head_dim": 96},
+    ],
+    ids=str,
+)
+def test_models_of_other_shapes(shape):
+    """Sizes that are no whole blocks, biases, both rotary embeddings, tied or not."""
+    llama = block_llama(3, **shape)
+    ids = np.random.default_rng(0).integers(0, llama.vocabulary, 40)
+    with torch.inference_mode():
+        expected = as_transformers(llama)(torch.from_numpy(ids)[None]).logits[0].numpy()
+    decoder = NativeDecoder(llama, CONTEXT, BLOCKS, threads=2)
+    embeds = np.zeros((0, llama.hidden_size), np.float32)
+    found = whole(decoder, ids, [3, 1, 2], embeds)
+    assert np.abs(found - expected).max() < 0.01 * expected.std()
+    single = [
+        decoder.forward(rows([ids[i]], [i], [0], [[5, 4, 6]], [0], embeds)) for i in range(40)
+    ]
+    assert np.array_equal(np.concatenate(single), found)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": [VOCABULARY]},
+        {"tokens": [-1]},  # there are no embeddings
+        {"tokens": [-(2**31)]},
+        {"positions": [CONTEXT]},
+        {"positions": [-1]},
+        {"positions": [BLOCK_SIZE]},  # the table has one block
+        {"table_rows": [1]},
+        {"tables": [[BLOCKS]]},
+        {"tables": [[-1]]},
+        {"wanted": [1]},
+        {"wanted": [0, 0]},
+        {"positions": [0, 1]},
+        {"embeds": np.zeros((1, HIDDEN + 1), np.float32)},
+    ],
+    ids=str,
+)
+def test_rows_that_point_outside_are_refused(llama, change):
+    decoder = NativeDecoder(llama, CONTEXT, BLOCKS, threads=1)
+    sound = {"tokens": [1], "positions": [0], "table_rows": [0], "tables": [[0]], "wanted": [0]}
+    decoder.forward(rows(**sound))
+    with pytest.raises(ValueError):
+        decoder.forward(rows(**sound | change))
+
+
 def test_chunks_and_company_change_nothing(decoder):
     """One call, one position a call, other blocks, other conversations beside: the same logits; to
     the last bit where the decoder says so."""
@@ -104,7 +160,7 @@ def test_chunks_and_company_change_nothing(decoder):
 def test_a_copied_block_serves_as_the_first(decoder):
     ids = np.random.default_rng(2).integers(0, VOCABULARY, 20)
     expected = whole(decoder, ids, [0, 1])
-    decoder.copy_page(0, 50)
+    decoder.copy_block(0, 50)
     last = decoder.forward(rows(ids[16:], range(16, 20), [0] * 4, [[50, 51]], [3]))
     np.testing.assert_allclose(last[0], expected[-1], atol=1e-5)
 

@@ -590,7 +590,7 @@ def test_an_encoder_that_hangs(model, monkeypatch):
 
 
 def test_a_beam_that_cannot_be_copied_gives_its_memory_back(engine, monkeypatch):
-    real, copied = engine.decoder.copy_page, []
+    real, copied = engine.decoder.copy_block, []
 
     def fail(source, target):
         copied.append(target)
@@ -598,7 +598,7 @@ def test_a_beam_that_cannot_be_copied_gives_its_memory_back(engine, monkeypatch)
             raise RuntimeError("no")
         real(source, target)
 
-    monkeypatch.setattr(engine.decoder, "copy_page", fail)
+    monkeypatch.setattr(engine.decoder, "copy_block", fail)
     wide = replace(GREEDY, num_beams=6)
     with pytest.raises(UserError, match="try again"):
         list(engine.submit(request(1, sampling=wide)))

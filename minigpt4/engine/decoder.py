@@ -5,7 +5,6 @@ the CPU for a GGUF file's weights (`native.py`)."""
 import contextlib
 import ctypes
 import logging
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,7 @@ class Decoder(Protocol):
     def forward(self, rows: "Rows") -> np.ndarray:
         """Float32 logits [wanted rows, vocabulary]; keys and values of every row are stored."""
 
-    def copy_page(self, source: int, target: int) -> None:
+    def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target`."""
 
 
@@ -56,14 +55,14 @@ def build_decoder(
         def build(blocks: int) -> Decoder:
             return NativeDecoder(model.llm, context, blocks, threads())
 
-        block_bytes = NativeDecoder.page_bytes(model.llm)
+        block_bytes = NativeDecoder.block_bytes(model.llm)
     else:
         from minigpt4.engine.torch_decoder import TorchDecoder
 
         def build(blocks: int) -> Decoder:
             return TorchDecoder(model.llm, blocks)
 
-        block_bytes = TorchDecoder.page_bytes(model.llm)
+        block_bytes = TorchDecoder.block_bytes(model.llm)
     least = _blocks_of(context) + 1  # and one for `Engine.health`
     if megabytes is None:
         blocks = _usual_bytes(model.device) // block_bytes
@@ -72,8 +71,6 @@ def build_decoder(
         blocks = megabytes * 2**20 // block_bytes
     built = _build_within_memory(build, max(blocks, least), least)
     if model.device.type == "cpu":
-        if isinstance(model.llm, BlockLlama):
-            _unmap_weights(model.llm)
         _compact_heap()
     return built
 
@@ -113,21 +110,6 @@ def _build_within_memory(
             )
         blocks = max(least, blocks // 2)
         log.warning("out of memory: trying %d blocks of keys and values", blocks)
-
-
-def _unmap_weights(llama: BlockLlama) -> None:
-    """Drop the file's pages, which the decoder has copied, from this process's memory."""
-    bases = {id(base): base for t in llama.tensors.values() if (base := _mapping(t.data))}
-    for mapping in bases.values():
-        with contextlib.suppress(AttributeError, OSError):  # not on every system
-            mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def _mapping(array: np.ndarray) -> mmap.mmap | None:
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return base if isinstance(base, mmap.mmap) else None
 
 
 def _compact_heap() -> None:

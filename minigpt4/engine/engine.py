@@ -390,7 +390,7 @@ class Engine(RequestQueue):
     def _fork(self, state: RequestState, sequence: Sequence) -> Sequence:
         fork, copies = self._scheduler.fork(state, sequence)
         for source, target in copies:
-            self.decoder.copy_page(source, target)
+            self.decoder.copy_block(source, target)
         return fork
 
     # --- faults --------------------------------------------------------------------------------

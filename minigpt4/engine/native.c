@@ -1,4 +1,4 @@
-// A Llama's forward pass on a CPU, straight from a GGUF file's blocks of 4 and 8 bits.
+// The forward pass of a Llama- or Qwen2-style model on a CPU, straight from a GGUF file's blocks.
 //
 // A call takes rows: tokens (or image embeddings) of any conversations, each with its position and
 // its conversation's table of key-value pages. All threads walk the same layers together and meet
@@ -7,483 +7,44 @@
 //
 // `native.py` compiles this file for the machine it runs on and says what the arguments are.
 
-#include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-// --- vectors ------------------------------------------------------------------------------------
-
-#define INLINE static inline __attribute__((always_inline))
-typedef uint16_t half;  // IEEE 754 binary16, as bits
-
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define LANES 8
-typedef __m256 vec;
-INLINE vec splat(float x) { return _mm256_set1_ps(x); }
-INLINE vec load(const float *p) { return _mm256_loadu_ps(p); }
-INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
-INLINE vec fma_(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
-INLINE vec load_half(const half *p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-INLINE void store_half(half *p, vec v) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-INLINE float sum(vec v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-INLINE float from_half(half h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
-INLINE half to_half(float x) { return (half)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-INLINE vec greater(vec a, vec b) { return _mm256_max_ps(a, b); }
-INLINE vec divide(vec a, vec b) { return _mm256_div_ps(a, b); }
-// e^x to 2 units in the last place: 2^n times a polynomial (Cephes) for the rest, |rest| < 0.35.
-INLINE vec exp_(vec x) {
-    x = _mm256_min_ps(_mm256_max_ps(x, splat(-87)), splat(88));
-    const vec n = _mm256_round_ps(mul(x, splat(1.44269504f)),
-                                  _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vec r = fma_(n, splat(-0.693359375f), x);
-    r = fma_(n, splat(2.12194440e-4f), r);
-    vec p = splat(1.9875691500e-4f);
-    p = fma_(p, r, splat(1.3981999507e-3f));
-    p = fma_(p, r, splat(8.3334519073e-3f));
-    p = fma_(p, r, splat(4.1665795894e-2f));
-    p = fma_(p, r, splat(1.6666665459e-1f));
-    p = fma_(p, r, splat(5.0000001201e-1f));
-    p = fma_(p, mul(r, r), _mm256_add_ps(r, splat(1)));
-    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
-}
-#else  // plain C, for the compiler to vectorise as it can
-#define LANES 8
-typedef struct { float x[LANES]; } vec;
-#define EACH(body) do { vec r; for (int i = 0; i < LANES; i++) r.x[i] = (body); return r; } while (0)
-INLINE float from_half(half h) { _Float16 f; memcpy(&f, &h, 2); return (float)f; }
-INLINE vec splat(float x) { EACH(x); }
-INLINE vec load(const float *p) { EACH(p[i]); }
-INLINE void store(float *p, vec v) { memcpy(p, v.x, sizeof v.x); }
-INLINE vec fma_(vec a, vec b, vec c) { EACH(a.x[i] * b.x[i] + c.x[i]); }
-INLINE vec mul(vec a, vec b) { EACH(a.x[i] * b.x[i]); }
-INLINE vec load_half(const half *p) { EACH(from_half(p[i])); }
-INLINE void store_half(half *p, vec v) {
-    for (int i = 0; i < LANES; i++) { _Float16 f = (_Float16)v.x[i]; memcpy(p + i, &f, 2); }
-}
-INLINE float sum(vec v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v.x[i];
-    return s;
-}
-INLINE half to_half(float x) { _Float16 f = (_Float16)x; half h; memcpy(&h, &f, 2); return h; }
-INLINE vec greater(vec a, vec b) { EACH(fmaxf(a.x[i], b.x[i])); }
-INLINE vec divide(vec a, vec b) { EACH(a.x[i] / b.x[i]); }
-INLINE vec exp_(vec a) { EACH(expf(a.x[i])); }
-#endif
-
-// --- the model ----------------------------------------------------------------------------------
-
-// A matrix's weights lie in panels of 8 rows, and in a panel in blocks of 32 columns: 8 scales (one
-// for each row), for Q4_1 8 minimums, then the weights, four columns of each of the 8 rows in turn.
-// A vector of 32 bytes thus meets four columns of the input, and its 8 sums are the 8 rows'.
-enum { Q4_1 = 3, Q8_0 = 8, BLOCK = 32, PANEL = 8, PAGE = 16 };  // types as GGUF numbers them
+#include "kernels/pool.h"
+#include "kernels/attention.h"
 
 typedef struct {
-    const uint8_t *data;
-    int32_t type, rows, columns;
-} Matrix;
-
-typedef struct {
-    const float *attention_norm, *mlp_norm;
-    Matrix q, k, v, o, gate, up, down;
-} Layer;
-
-typedef struct {
-    int32_t hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary, context;
-    float norm_eps;
-    const float *final_norm, *cosines, *sines;  // [context, head_dim / 2]
-    Matrix embedding, head;
-    const Layer *layer;
-} Model;
-
-typedef struct {
-    int32_t rows, logit_rows, table_width;
-    const int32_t *tokens;      // [rows]; below 0: row -1 - token of `embeds`
-    const float *embeds;        // [., hidden]
-    const int32_t *positions;   // [rows]
-    const int32_t *table_rows;  // [rows] which row of `tables`
-    const int32_t *tables;      // [., table_width] pages of a conversation, in order
-    const int32_t *wanted;      // [logit_rows] rows whose logits are asked for
-    half *pages;                // [page, layer, key or value, kv_head, PAGE * head_dim]
-    float *logits;              // [logit_rows, vocabulary]
-} Batch;
-
-// --- products with a matrix of blocks -----------------------------------------------------------
-
-// What is multiplied with weights becomes two rows of 8-bit numbers, in blocks of 32 with a scale
-// each: the rounded numbers, and what the rounding left over. One row alone changes every 30th of
-// nano's likeliest tokens (docs/log.md).
-enum { PARTS = 2 };
-
-typedef struct {
-    int8_t *codes;  // [rows, PARTS, columns]
-    float *scales;  // [rows, PARTS, columns / BLOCK]
-    float *sums;    // [rows, PARTS, columns / BLOCK], of the rounded numbers
-} Rounded;
-
-// Rounds 32 numbers that stand at `column` of `row`.
-INLINE void round_block(const float *x, int columns, const Rounded *to, int row, int column) {
-    float rest[BLOCK];
-    memcpy(rest, x, sizeof rest);
-    for (int part = 0; part < PARTS; part++) {
-        const size_t place = ((size_t)row * PARTS + part) * columns + column;
-        float highest = 0;
-        for (int i = 0; i < BLOCK; i++) highest = fmaxf(highest, fabsf(rest[i]));
-        const float scale = highest / 127.0f, inverse = highest > 0 ? 127.0f / highest : 0;
-        int32_t count = 0;
-        for (int i = 0; i < BLOCK; i++) {
-            const float code = rintf(rest[i] * inverse);
-            to->codes[place + i] = (int8_t)(int32_t)code;
-            rest[i] -= code * scale;
-            count += (int32_t)code;
-        }
-        to->scales[place / BLOCK] = scale;
-        to->sums[place / BLOCK] = scale * (float)count;
-    }
-}
-
-INLINE void round_row(const float *x, int columns, const Rounded *to, int row) {
-    for (int column = 0; column < columns; column += BLOCK)
-        round_block(x + column, columns, to, row, column);
-}
-
-INLINE int panel_block_bytes(int type) { return type == Q4_1 ? 32 + 128 : 16 + 256; }
-
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-// sums += the 8 lanes' products of four unsigned and four signed bytes each.
-INLINE __m256i dot4(__m256i sums, __m256i bytes, __m256i x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sums, bytes, x);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sums, bytes, x);
-#else
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, x),
-                                                    _mm256_set1_epi16(1)));
-#endif
-}
-
-// The same for nibbles, of which 8 products each fit 16 bits: widened once, by `widen`.
-INLINE __m256i dot4_small(__m256i sums, __m256i nibbles, __m256i x) {
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-    return dot4(sums, nibbles, x);
-#else
-    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(nibbles, x));
-#endif
-}
-
-INLINE __m256i widen(__m256i sums) {
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-    return sums;
-#else
-    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-#endif
-}
-
-INLINE __m256i four(const int8_t *p) {
-    int32_t bytes;
-    memcpy(&bytes, p, 4);
-    return _mm256_set1_epi32(bytes);
-}
-
-// out[i][r] = row r of the panel at p . input row (first + i), for `count` rows; `count` and `type`
-// are constants.
-INLINE void panel_times(int type, int count, const uint8_t *p, int columns, const Rounded *x,
-                        int first, float *out, int out_stride) {
-    enum { MOST = 2 * PARTS };
-    const int blocks = columns / BLOCK, parts = count * PARTS;
-    const int8_t *codes = x->codes + (size_t)first * PARTS * columns;
-    const float *scales = x->scales + (size_t)first * PARTS * blocks;
-    const float *sums = x->sums + (size_t)first * PARTS * blocks;
-    __m256 total[MOST];
-    for (int i = 0; i < parts; i++) total[i] = _mm256_setzero_ps();
-    for (int b = 0; b < blocks; b++, p += panel_block_bytes(type), codes += BLOCK) {
-        const vec scale = load_half((const half *)p);
-        __m256i dots[MOST];
-        for (int i = 0; i < parts; i++) dots[i] = _mm256_setzero_si256();
-        if (type == Q4_1) {
-            const vec minimum = load_half((const half *)(p + 16));
-            const __m256i low_bits = _mm256_set1_epi8(15);
-            for (int j = 0; j < 4; j++) {
-                const __m256i w = _mm256_loadu_si256((const __m256i *)(p + 32 + 32 * j));
-                const __m256i low = _mm256_and_si256(w, low_bits);
-                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), low_bits);
-                for (int i = 0; i < parts; i++) {
-                    const int8_t *c = codes + (size_t)i * columns + 4 * j;
-                    dots[i] = dot4_small(dots[i], low, four(c));
-                    dots[i] = dot4_small(dots[i], high, four(c + 16));
-                }
-            }
-            for (int i = 0; i < parts; i++) {
-                const vec d = _mm256_cvtepi32_ps(widen(dots[i]));
-                total[i] = fma_(d, mul(scale, splat(scales[i * blocks + b])), total[i]);
-                total[i] = fma_(minimum, splat(sums[i * blocks + b]), total[i]);
-            }
-        } else {
-            for (int j = 0; j < 8; j++) {
-                const __m256i w = _mm256_loadu_si256((const __m256i *)(p + 16 + 32 * j));
-                const __m256i size = _mm256_abs_epi8(w);
-                for (int i = 0; i < parts; i++)
-                    dots[i] = dot4(dots[i], size,
-                                   _mm256_sign_epi8(four(codes + (size_t)i * columns + 4 * j), w));
-            }
-            for (int i = 0; i < parts; i++) {
-                const vec d = _mm256_cvtepi32_ps(dots[i]);
-                total[i] = fma_(d, mul(scale, splat(scales[i * blocks + b])), total[i]);
-            }
-        }
-    }
-    for (int i = 0; i < count; i++)
-        store(out + (size_t)i * out_stride,
-              _mm256_add_ps(total[i * PARTS], total[i * PARTS + 1]));
-}
-#else
-INLINE void panel_times(int type, int count, const uint8_t *p, int columns, const Rounded *x,
-                        int first, float *out, int out_stride) {
-    const int blocks = columns / BLOCK;
-    for (int i = 0; i < count; i++, out += out_stride) {
-        float total[PARTS][PANEL] = {{0}};
-        for (int part = 0; part < PARTS; part++) {
-            const size_t row = (size_t)(first + i) * PARTS + part;
-            const uint8_t *q = p;
-            for (int b = 0; b < blocks; b++, q += panel_block_bytes(type)) {
-                const int8_t *codes = x->codes + row * columns + b * BLOCK;
-                const float scale = x->scales[row * blocks + b], plus = x->sums[row * blocks + b];
-                const half *scales = (const half *)q;
-                int32_t dots[PANEL] = {0};
-                for (int j = 0; j < (type == Q4_1 ? 4 : 8); j++)
-                    for (int r = 0; r < PANEL; r++)
-                        for (int t = 0; t < 4; t++) {
-                            const int place = 32 * j + 4 * r + t, k = 4 * j + t;
-                            if (type == Q4_1)
-                                dots[r] += (q[32 + place] & 15) * codes[k] +
-                                           (q[32 + place] >> 4) * codes[k + 16];
-                            else
-                                dots[r] += (int8_t)q[16 + place] * codes[k];
-                        }
-                for (int r = 0; r < PANEL; r++) {
-                    total[part][r] += (float)dots[r] * (from_half(scales[r]) * scale);
-                    if (type == Q4_1) total[part][r] += from_half(scales[PANEL + r]) * plus;
-                }
-            }
-        }
-        for (int r = 0; r < PANEL; r++) out[r] = total[0][r] + total[1][r];
-    }
-}
-#endif
-
-INLINE void panel_times_rows(int type, const uint8_t *p, int columns, const Rounded *x, int rows,
-                             float *out, int out_stride) {
-    int i = 0;
-    for (; i + 2 <= rows; i += 2)
-        panel_times(type, 2, p, columns, x, i, out + (size_t)i * out_stride, out_stride);
-    for (; i < rows; i++)
-        panel_times(type, 1, p, columns, x, i, out + (size_t)i * out_stride, out_stride);
-}
-
-// out[i][r] = row (first + r) of m . x[i], r < PANEL.
-static void multiply(const Matrix *m, int first, const Rounded *x, int rows, float *out,
-                     int out_stride) {
-    const size_t blocks = (size_t)(first / PANEL) * (m->columns / BLOCK);
-    const uint8_t *p = m->data + blocks * panel_block_bytes(m->type);
-    if (m->type == Q4_1) panel_times_rows(Q4_1, p, m->columns, x, rows, out, out_stride);
-    else panel_times_rows(Q8_0, p, m->columns, x, rows, out, out_stride);
-}
-
-// One row's weights.
-static void unpack(const Matrix *m, int row, float *out) {
-    const int blocks = m->columns / BLOCK, r = row % PANEL;
-    const uint8_t *p = m->data + (size_t)(row / PANEL) * blocks * panel_block_bytes(m->type);
-    for (int b = 0; b < blocks; b++, p += panel_block_bytes(m->type), out += BLOCK) {
-        const float scale = from_half(((const half *)p)[r]);
-        for (int k = 0; k < BLOCK; k++) {
-            if (m->type == Q4_1) {
-                const uint8_t byte = p[32 + 32 * (k % 16 / 4) + 4 * r + k % 4];
-                out[k] = scale * (k < 16 ? byte & 15 : byte >> 4) + from_half(((const half *)p)[PANEL + r]);
-            } else {
-                out[k] = scale * (int8_t)p[16 + 32 * (k / 4) + 4 * r + k % 4];
-            }
-        }
-    }
-}
-
-// --- the parts of a layer -----------------------------------------------------------------------
-
-static void rms_norm(const Model *m, const float *x, const float *weight, float *out) {
-    vec squares = splat(0);
-    for (int i = 0; i < m->hidden; i += LANES) squares = fma_(load(x + i), load(x + i), squares);
-    const vec scale = splat(1.0f / sqrtf(sum(squares) / m->hidden + m->norm_eps));
-    for (int i = 0; i < m->hidden; i += LANES)
-        store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
-}
-
-// Turns the pairs (x[2i], x[2i+1]), as GGUF orders a head's numbers.
-static void rotate(const Model *m, float *head, int position) {
-    const float *c = m->cosines + (size_t)position * (m->head_dim / 2);
-    const float *s = m->sines + (size_t)position * (m->head_dim / 2);
-    for (int i = 0; i < m->head_dim / 2; i++) {
-        const float a = head[2 * i], b = head[2 * i + 1];
-        head[2 * i] = a * c[i] - b * s[i];
-        head[2 * i + 1] = a * s[i] + b * c[i];
-    }
-}
-
-// A page's keys are [head_dim, PAGE], so that a vector holds one number of several keys; its values
-// are [PAGE, head_dim].
-INLINE half *kv_page(const Model *m, const Batch *b, int row, int position, int layer, int value,
-                     int kv_head) {
-    const int page = b->tables[(size_t)b->table_rows[row] * b->table_width + position / PAGE];
-    const size_t place = (((size_t)page * m->layers + layer) * 2 + value) * m->kv_heads + kv_head;
-    return b->pages + place * PAGE * m->head_dim;
-}
-
-static void keep(const Model *m, const Batch *b, int row, int layer, int value, int kv_head,
-                 const float *x) {
-    const int position = b->positions[row], place = position % PAGE;
-    half *to = kv_page(m, b, row, position, layer, value, kv_head);
-    if (value)
-        for (int i = 0; i < m->head_dim; i += LANES)
-            store_half(to + place * m->head_dim + i, load(x + i));
-    else
-        for (int i = 0; i < m->head_dim; i++) to[i * PAGE + place] = to_half(x[i]);
-}
-
-enum { MAX_HEAD_DIM = 256, TOGETHER = 4, SPAN = PAGE / LANES };
-
-// One head of `count` rows that follow each other in one conversation (`count` is a constant):
-// softmax(q . keys) . values over the positions up to each row's own. `scores` [count, context].
-INLINE void attend(int count, const Model *m, const Batch *b, int row, int layer, int head,
-                   const float *q, int q_stride, float *out, float *scores) {
-    const int first = b->positions[row], last = first + count - 1, dim = m->head_dim;
-    const int kv_head = head / (m->heads / m->kv_heads), width = m->context + PAGE;
-    const float scale = 1.0f / sqrtf((float)dim);
-    vec highest[TOGETHER], total[TOGETHER];
-    for (int i = 0; i < count; i++) highest[i] = splat(-INFINITY), total[i] = splat(0);
-
-    for (int start = 0; start <= last; start += PAGE) {
-        const half *keys = kv_page(m, b, row, start, layer, 0, kv_head);
-        vec dots[TOGETHER][SPAN];
-        for (int i = 0; i < count; i++)
-            for (int c = 0; c < SPAN; c++) dots[i][c] = splat(0);
-        for (int d = 0; d < dim; d++) {
-            vec k[SPAN];
-            for (int c = 0; c < SPAN; c++) k[c] = load_half(keys + d * PAGE + c * LANES);
-            for (int i = 0; i < count; i++) {
-                const vec x = splat(q[(size_t)i * q_stride + d]);
-                for (int c = 0; c < SPAN; c++) dots[i][c] = fma_(x, k[c], dots[i][c]);
-            }
-        }
-        for (int i = 0; i < count; i++) {
-            float *to = scores + (size_t)i * width + start;
-            for (int c = 0; c < SPAN; c++) store(to + c * LANES, mul(dots[i][c], splat(scale)));
-            for (int t = start; t < start + PAGE; t++)
-                if (t > first + i) to[t - start] = -INFINITY;  // not yet, for this row
-            for (int c = 0; c < SPAN; c++) highest[i] = greater(highest[i], load(to + c * LANES));
-        }
-    }
-
-    for (int i = 0; i < count; i++) {
-        float parts[LANES], top = -INFINITY;
-        store(parts, highest[i]);
-        for (int c = 0; c < LANES; c++) top = fmaxf(top, parts[c]);
-        float *s = scores + (size_t)i * width;
-        for (int t = 0; t <= last; t += LANES) {
-            float weights[LANES];
-            store(weights, exp_(fma_(splat(-1), splat(top), load(s + t))));
-            for (int c = 0; c < LANES; c++)
-                if (t + c > first + i) weights[c] = 0;
-            store(s + t, load(weights));
-            total[i] = fma_(splat(1), load(weights), total[i]);
-        }
-    }
-
-    for (int d = 0; d < dim; d += 2 * LANES) {
-        vec mixed[TOGETHER][2];
-        for (int i = 0; i < count; i++) mixed[i][0] = mixed[i][1] = splat(0);
-        for (int start = 0; start <= last; start += PAGE) {
-            const half *v = kv_page(m, b, row, start, layer, 1, kv_head) + d;
-            for (int t = start; t <= last && t < start + PAGE; t++, v += dim) {
-                const vec v0 = load_half(v), v1 = load_half(v + LANES);
-                for (int i = 0; i < count; i++) {
-                    const vec w = splat(scores[(size_t)i * width + t]);
-                    mixed[i][0] = fma_(w, v0, mixed[i][0]);
-                    mixed[i][1] = fma_(w, v1, mixed[i][1]);
-                }
-            }
-        }
-        for (int i = 0; i < count; i++) {
-            const vec share = splat(1.0f / sum(total[i]));
-            store(out + (size_t)i * dim + d, mul(mixed[i][0], share));
-            store(out + (size_t)i * dim + d + LANES, mul(mixed[i][1], share));
-        }
-    }
-}
-
-// --- threads ------------------------------------------------------------------------------------
-
-typedef struct {
-    float *normed;     // [hidden], one row
-    Rounded rounded;   // [max_rows, hidden]
-    float *products;   // [2, max_rows, BLOCK], of a few panels
-    float *scores;     // [TOGETHER, context + PAGE]
+    float *normed;        // [hidden_width], one row
+    Activation *rounded;  // [FEW_ROWS, widest input]
+    float *products;      // [4, max_rows, PANEL] or [head_width / PANEL, max_rows, PANEL]
+    float *scores;        // [TOGETHER, context + PAGE]
+    uint8_t *tile;        // [TILE_BLOCKS, TILE_BYTES]
 } Scratch;  // a thread's own
 
 typedef struct {
-    int threads;
     const Model *model;
     const Batch *batch;
-    float *x, *qkv;               // [max_rows, .], shared by the threads
-    Rounded attended, h;          // likewise
-    int32_t *runs, run_count;     // first rows of runs of TOGETHER or 1 of one conversation
+    int max_rows;
+    float *x, *q, *attended;      // [max_rows, .], shared by the threads
+    Activation *rounded, *inner;  // likewise
+    int32_t *runs, run_count;     // first rows of runs of at most TOGETHER of one conversation
     Scratch *scratch;
     pthread_t *workers;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     uint64_t calls;
     int closing;
-    atomic_int arrived, phase;
+    Barrier barrier;
     atomic_int *taken;  // [phases] how much of each has been taken
 } Pool;
 
-enum { PHASES_A_LAYER = 6 };
+enum { PHASES_A_LAYER = 8, OTHER_PHASES = 3, FEW_ROWS = 8 };
 
-// All threads meet; they look for one another a while, then let others run.
-static void barrier(Pool *pool) {
-    const int phase = atomic_load_explicit(&pool->phase, memory_order_acquire);
-    if (atomic_fetch_add(&pool->arrived, 1) == pool->threads - 1) {
-        atomic_store(&pool->arrived, 0);
-        atomic_store_explicit(&pool->phase, phase + 1, memory_order_release);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&pool->phase, memory_order_acquire) == phase; spins++) {
-        if (spins > 4000) sched_yield();
-#if defined(__x86_64__)
-        else __builtin_ia32_pause();
-#endif
-    }
-}
+// --- the work of a phase --------------------------------------------------------------------------
 
-// The work of a phase, between two barriers, is taken in pieces by whichever thread is free: one
-// that the system has put aside for a moment does not keep the others waiting for its share.
+// A phase, between two barriers, is taken in pieces by whichever thread is free: one that the
+// system has put aside for a moment does not keep the others waiting for its share.
 typedef struct {
     Pool *pool;
-    int id, phase;
+    Scratch *own;
+    int phase;
 } Worker;
 
 INLINE int grab(const Worker *w, int count, int step, int *from, int *to) {
@@ -492,126 +53,204 @@ INLINE int grab(const Worker *w, int count, int step, int *from, int *to) {
     return *from < count;
 }
 
-INLINE void finish(Worker *w) {
-    barrier(w->pool);
+static void finish(Worker *w) {
+    meet(&w->pool->barrier);
     w->phase++;
 }
 
-// x[rows] normed and rounded, for this thread.
-static void norm_rows(const Model *m, Scratch *own, const float *x, const int32_t *chosen, int rows,
-                      const float *weight) {
-    for (int i = 0; i < rows; i++) {
-        rms_norm(m, x + (size_t)(chosen ? chosen[i] : i) * m->hidden, weight, own->normed);
-        round_row(own->normed, m->hidden, &own->rounded, i);
+INLINE size_t q_width(const Model *m) {
+    return ((size_t)m->heads * m->head_dim + BLOCK - 1) / BLOCK * BLOCK;
+}
+
+static void rms_norm(const Model *m, const float *x, const float *weight, float *out) {
+    vec squares = splat(0);
+    for (int i = 0; i < m->hidden_width; i += LANES)
+        squares = fma_(load(x + i), load(x + i), squares);
+    const vec scale = splat(1.0f / sqrtf(sum(squares) / m->hidden + m->norm_eps));
+    for (int i = 0; i < m->hidden_width; i += LANES)
+        store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+}
+
+// Rows of x -> rounded, normed before if there is a weight; of few rows every thread makes its own,
+// of many each a share.
+static const Activation *prepare(Worker *w, const float *x, int width, const float *norm,
+                                 const int32_t *chosen, int rows) {
+    const Model *m = w->pool->model;
+    const int few = rows <= FEW_ROWS;
+    Activation *to = few ? w->own->rounded : w->pool->rounded;
+    int from = 0, end = rows;
+    while (few || grab(w, rows, 4, &from, &end)) {
+        for (int i = from; i < end; i++) {
+            const float *row = x + (size_t)(chosen ? chosen[i] : i) * width;
+            if (norm) rms_norm(m, row, norm, w->own->normed), row = w->own->normed;
+            round_row(row, width, to + (size_t)i * (width / BLOCK));
+        }
+        if (few) return to;
+    }
+    finish(w);
+    return to;
+}
+
+static void embed(Worker *w) {
+    const Model *m = w->pool->model;
+    const Batch *b = w->pool->batch;
+    int from, to;
+    while (grab(w, b->rows, 1, &from, &to)) {
+        float *x = w->pool->x + (size_t)from * m->hidden_width;
+        const int token = b->tokens[from];
+        if (token >= 0) {
+            unpack(&m->embedding, token, x);
+            continue;
+        }
+        memcpy(x, b->embeds + (size_t)(-1 - token) * m->hidden, m->hidden * sizeof *x);
+        memset(x + m->hidden, 0, (m->hidden_width - m->hidden) * sizeof *x);
+    }
+    finish(w);
+}
+
+// One head of queries, keys or values of all rows: turned to their positions, keys and values kept.
+static void project_head(Worker *w, int l, int head, const Activation *x) {
+    const Model *m = w->pool->model;
+    const Batch *b = w->pool->batch;
+    const Layer *layer = &m->layer[l];
+    const int kv = head - m->heads, value = kv >= m->kv_heads, own = kv < 0 ? head : kv % m->kv_heads;
+    const Matrix *matrix = kv < 0 ? &layer->q : value ? &layer->v : &layer->k;
+    const float *bias = kv < 0 ? layer->q_bias : value ? layer->v_bias : layer->k_bias;
+    const int width = m->head_width, panels = width / PANEL;
+    for (int p = 0; p < panels; p++)
+        multiply(matrix, own * panels + p, x, b->rows,
+                 w->own->products + (size_t)p * b->rows * PANEL, w->own->tile);
+    for (int i = 0; i < b->rows; i++) {
+        float out[MAX_HEAD_WIDTH];
+        for (int d = 0; d < width; d++) {
+            out[d] = w->own->products[((size_t)(d / PANEL) * b->rows + i) * PANEL + d % PANEL];
+            if (bias) out[d] += bias[own * width + d];
+        }
+        if (!value) rotate(m, out, b->positions[i]);
+        if (kv >= 0) keep(m, b, i, l, value, own, out);
+        else memcpy(w->pool->q + ((size_t)i * m->heads + head) * width, out, width * sizeof *out);
     }
 }
 
-// x[i][n...] += w . input, and the end of the phase.
-static void add_product(Worker *worker, const Matrix *w, const Rounded *input, int rows) {
-    Pool *pool = worker->pool;
-    float *out = pool->scratch[worker->id].products;
+static void project(Worker *w, int l) {
+    const Model *m = w->pool->model;
+    const Activation *x = prepare(w, w->pool->x, m->hidden_width, m->layer[l].attention_norm, NULL,
+                                  w->pool->batch->rows);
     int from, to;
-    while (grab(worker, w->rows, 4 * PANEL, &from, &to))
-        for (int n = from; n < to; n += PANEL) {
-            multiply(w, n, input, rows, out, PANEL);
-            for (int i = 0; i < rows; i++)
-                for (int r = 0; r < PANEL; r++)
-                    pool->x[(size_t)i * w->rows + n + r] += out[i * PANEL + r];
+    while (grab(w, m->heads + 2 * m->kv_heads, 1, &from, &to)) project_head(w, l, from, x);
+    finish(w);
+}
+
+// Query heads from `head` on that share keys and values, of one run of rows.
+static void attend_run(Worker *w, int l, int run, int head, int heads) {
+    const Model *m = w->pool->model;
+    const int row = w->pool->runs[run], count = w->pool->runs[run + 1] - row;
+    float mixed[TOGETHER * MAX_HEAD_WIDTH];
+    Queries queries = {.out = mixed, .out_stride = m->head_width, .row = row,
+                       .kv_head = head / (m->heads / m->kv_heads),
+                       .first = w->pool->batch->positions[row]};
+    // Of one row its heads go together, of several rows one head after another.
+    const int together = count == 1 ? TOGETHER : 1;
+    for (const int end = head + heads; head < end; head += together) {
+        const int n = count > 1 ? count : end - head < together ? end - head : together;
+        queries.q = w->pool->q + ((size_t)row * m->heads + head) * m->head_width;
+        queries.q_stride = (size_t)(count > 1 ? m->heads : 1) * m->head_width;
+        queries.step = count > 1;
+        attend_all(m, w->pool->batch, l, queries, n, w->own->scores);
+        for (int i = 0; i < n; i++) {
+            float *out = w->pool->attended + (count > 1 ? row + i : row) * q_width(m);
+            memcpy(out + (count > 1 ? head : head + i) * m->head_dim, mixed + i * m->head_width,
+                   m->head_dim * sizeof *out);
         }
-    finish(worker);
+    }
+}
+
+static void attend_phase(Worker *w, int l) {
+    const Pool *pool = w->pool;
+    const Model *m = pool->model;
+    const int group = m->heads / m->kv_heads, tasks = pool->run_count * m->kv_heads;
+    // The heads that share keys are one task where there are tasks enough for all threads.
+    const int heads = tasks >= 2 * pool->barrier.threads ? group : 1, parts = m->heads / heads;
+    int from, to;
+    while (grab(w, pool->run_count * parts, 1, &from, &to))
+        attend_run(w, l, from % pool->run_count, from / pool->run_count * heads, heads);
+    finish(w);
+}
+
+// x += matrix . input
+static void add_product(Worker *w, const Matrix *matrix, const Activation *input) {
+    Pool *pool = w->pool;
+    const int rows = pool->batch->rows, width = pool->model->hidden_width;
+    int from, to;
+    while (grab(w, matrix->rows / PANEL, 1, &from, &to)) {
+        multiply(matrix, from, input, rows, w->own->products, w->own->tile);
+        for (int i = 0; i < rows; i++) {
+            float *x = pool->x + (size_t)i * width + from * PANEL;
+            for (int r = 0; r < PANEL; r += LANES)
+                store(x + r, add(load(x + r), load(w->own->products + i * PANEL + r)));
+        }
+    }
+    finish(w);
+}
+
+// silu(gate . x) * (up . x), rounded
+static void gate(Worker *w, const Layer *layer) {
+    Pool *pool = w->pool;
+    const Model *m = pool->model;
+    const int rows = pool->batch->rows, blocks = m->inner_width / BLOCK;
+    const Activation *input = prepare(w, pool->x, m->hidden_width, layer->mlp_norm, NULL, rows);
+    float *gates = w->own->products, *ups = gates + (size_t)rows * PANEL;
+    int from, to;
+    while (grab(w, blocks, 1, &from, &to)) {
+        multiply(&layer->gate, from, input, rows, gates, w->own->tile);
+        multiply(&layer->up, from, input, rows, ups, w->own->tile);
+        for (int k = 0; k < rows * PANEL; k += LANES) {
+            const vec g = load(gates + k);
+            const vec silu = divide(g, add(exp_(mul(g, splat(-1))), splat(1)));
+            store(gates + k, mul(silu, load(ups + k)));
+        }
+        for (int i = 0; i < rows; i++)
+            round_block(gates + i * PANEL, pool->inner + (size_t)i * blocks + from);
+    }
+    finish(w);
+}
+
+static void write_logits(Worker *w, int rows) {
+    const Model *m = w->pool->model;
+    const Batch *b = w->pool->batch;
+    const Activation *input =
+        prepare(w, w->pool->x, m->hidden_width, m->final_norm, b->wanted, rows);
+    int from, to;
+    while (grab(w, m->head.rows / PANEL, 4, &from, &to))
+        for (int n = from; n < to; n++) {
+            multiply(&m->head, n, input, rows, w->own->products, w->own->tile);
+            const int first = n * PANEL, rest = m->vocabulary - first;
+            for (int i = 0; i < rows && rest > 0; i++)
+                memcpy(b->logits + (size_t)i * m->vocabulary + first, w->own->products + i * PANEL,
+                       (rest < PANEL ? rest : PANEL) * sizeof(float));
+        }
+    finish(w);
 }
 
 static void walk(Pool *pool, int id) {
     const Model *m = pool->model;
-    const Batch *b = pool->batch;
-    Scratch *own = &pool->scratch[id];
-    Worker me = {pool, id, 0};
-    const int rows = b->rows, hidden = m->hidden, inner = m->intermediate;
-    const int logit_rows = b->logit_rows;  // the batch is gone after the last barrier
-    const int q_width = m->heads * m->head_dim, kv_width = m->kv_heads * m->head_dim;
-    const int qkv_width = q_width + 2 * kv_width, all_heads = m->heads + 2 * m->kv_heads;
-    int from, to;
-
-    while (grab(&me, rows, 1, &from, &to)) {
-        float *x = pool->x + (size_t)from * hidden;
-        const int token = b->tokens[from];
-        if (token >= 0) unpack(&m->embedding, token, x);
-        else memcpy(x, b->embeds + (size_t)(-1 - token) * hidden, hidden * sizeof *x);
-    }
-    finish(&me);
-
+    const int rows = pool->batch->rows;
+    const int logit_rows = pool->batch->logit_rows;  // the batch is gone after the last barrier
+    Worker me = {pool, &pool->scratch[id], 0};
+    embed(&me);
     for (int l = 0; l < m->layers; l++) {
         const Layer *layer = &m->layer[l];
-
-        norm_rows(m, own, pool->x, NULL, rows, layer->attention_norm);
-        while (grab(&me, qkv_width, 8 * PANEL, &from, &to))
-            for (int n = from; n < to; n += PANEL) {
-                const Matrix *w = &layer->q;
-                int first = n;
-                if (first >= q_width) w = &layer->k, first -= q_width;
-                if (w == &layer->k && first >= kv_width) w = &layer->v, first -= kv_width;
-                multiply(w, first, &own->rounded, rows, pool->qkv + n, qkv_width);
-            }
-        finish(&me);
-
-        // Queries and keys are turned to their positions, keys and values kept.
-        while (grab(&me, rows * all_heads, all_heads, &from, &to))
-            for (int u = from; u < to; u++) {
-                const int i = u / all_heads, head = u % all_heads, kv = head - m->heads;
-                float *x = pool->qkv + (size_t)i * qkv_width + head * m->head_dim;
-                if (kv < m->kv_heads) rotate(m, x, b->positions[i]);
-                if (kv >= 0) keep(m, b, i, l, kv >= m->kv_heads, kv % m->kv_heads, x);
-            }
-        finish(&me);
-
-        // One head of a run of rows at a time; a head's runs in turn, for they read the same pages.
-        while (grab(&me, pool->run_count * m->heads, 1, &from, &to)) {
-            const int run = from % pool->run_count, head = from / pool->run_count;
-            const int first = pool->runs[run], count = pool->runs[run + 1] - first;
-            const float *q = pool->qkv + (size_t)first * qkv_width + head * m->head_dim;
-            float mixed[TOGETHER * MAX_HEAD_DIM];
-            if (count == TOGETHER)
-                attend(TOGETHER, m, b, first, l, head, q, qkv_width, mixed, own->scores);
-            else
-                attend(1, m, b, first, l, head, q, qkv_width, mixed, own->scores);
-            for (int k = 0; k < count * m->head_dim; k += BLOCK) {
-                const int row = first + k / m->head_dim;
-                round_block(mixed + k, q_width, &pool->attended, row,
-                            head * m->head_dim + k % m->head_dim);
-            }
-        }
-        finish(&me);
-
-        add_product(&me, &layer->o, &pool->attended, rows);
-
-        norm_rows(m, own, pool->x, NULL, rows, layer->mlp_norm);
-        while (grab(&me, inner, BLOCK, &from, &to)) {
-            float *gate = own->products, *up = gate + (size_t)rows * BLOCK;
-            for (int k = 0; k < BLOCK; k += PANEL) {
-                multiply(&layer->gate, from + k, &own->rounded, rows, gate + k, BLOCK);
-                multiply(&layer->up, from + k, &own->rounded, rows, up + k, BLOCK);
-            }
-            for (int i = 0; i < rows; i++) {
-                for (int k = i * BLOCK; k < (i + 1) * BLOCK; k += LANES) {
-                    const vec g = load(gate + k);
-                    const vec silu = divide(g, fma_(splat(1), exp_(mul(g, splat(-1))), splat(1)));
-                    store(gate + k, mul(silu, load(up + k)));
-                }
-                round_block(gate + i * BLOCK, inner, &pool->h, i, from);
-            }
-        }
-        finish(&me);
-
-        add_product(&me, &layer->down, &pool->h, rows);
+        project(&me, l);
+        attend_phase(&me, l);
+        add_product(&me, &layer->o,
+                    prepare(&me, pool->attended, q_width(m), NULL, NULL, rows));
+        gate(&me, layer);
+        add_product(&me, &layer->down, pool->inner);
     }
-
-    if (logit_rows == 0) return;
-    norm_rows(m, own, pool->x, b->wanted, logit_rows, m->final_norm);
-    while (grab(&me, m->vocabulary, 16 * PANEL, &from, &to))
-        for (int n = from; n < to; n += PANEL)
-            multiply(&m->head, n, &own->rounded, logit_rows, b->logits + n, m->vocabulary);
-    finish(&me);
+    if (logit_rows) write_logits(&me, logit_rows);
 }
+
+// --- threads ------------------------------------------------------------------------------------
 
 typedef struct {
     Pool *pool;
@@ -636,18 +275,41 @@ static void *work(void *argument) {
 
 // --- what Python calls --------------------------------------------------------------------------
 
-static int make_rounded(Rounded *r, size_t rows, size_t columns) {
-    const size_t count = rows * PARTS * columns;
-    r->codes = malloc(count);
-    r->scales = malloc(count / BLOCK * sizeof(float));
-    r->sums = malloc(count / BLOCK * sizeof(float));
-    return r->codes && r->scales && r->sums;
+// Bytes that a matrix takes.
+size_t minigpt4_matrix_bytes(const Matrix *m) {
+    const size_t panels = m->rows / PANEL;
+    if (m->kind == F32) return panels * panel_bytes(F32, m->columns);
+    if (m->kind == F16) return panels * panel_bytes(F16, m->columns);
+    return panels * panel_bytes(m->kind, m->columns);
 }
 
-static void free_rounded(Rounded *r) {
-    free(r->codes);
-    free(r->scales);
-    free(r->sums);
+// `rows` rows in GGUF's order, of `file_columns` weights, -> rows of m from `to` on.
+void minigpt4_pack(const Matrix *m, const uint8_t *from, int file_columns, int to, int rows) {
+    pack(m, from, file_columns, to, rows);
+}
+
+// Row `row` of m as floats [columns].
+void minigpt4_unpack(const Matrix *m, int row, float *out) { unpack(m, row, out); }
+
+// out [rows, matrix rows] = x [rows, columns] . m: what the layers compute, for tests.
+int minigpt4_multiply(const Matrix *m, const float *x, int rows, float *out) {
+    const int blocks = m->columns / BLOCK;
+    Activation *rounded = malloc((size_t)rows * blocks * sizeof *rounded);
+    float *products = malloc((size_t)rows * PANEL * sizeof *products);
+    uint8_t *tile = malloc(TILE_BLOCKS * TILE_BYTES);
+    const int good = rounded && products && tile;
+    for (int i = 0; good && i < rows; i++)
+        round_row(x + (size_t)i * m->columns, m->columns, rounded + (size_t)i * blocks);
+    for (int n = 0; good && n < m->rows / PANEL; n++) {
+        multiply(m, n, rounded, rows, products, tile);
+        for (int i = 0; i < rows; i++)
+            memcpy(out + (size_t)i * m->rows + n * PANEL, products + i * PANEL,
+                   PANEL * sizeof *out);
+    }
+    free(rounded);
+    free(products);
+    free(tile);
+    return good;
 }
 
 void minigpt4_close(Pool *pool) {
@@ -655,95 +317,93 @@ void minigpt4_close(Pool *pool) {
     pool->closing = 1;
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
-    for (int i = 1; pool->workers && i < pool->threads; i++)
+    for (int i = 1; pool->workers && i < pool->barrier.threads; i++)
         if (pool->workers[i]) pthread_join(pool->workers[i], NULL);
-    for (int i = 0; pool->scratch && i < pool->threads; i++) {
+    for (int i = 0; pool->scratch && i < pool->barrier.threads; i++) {
         free(pool->scratch[i].normed);
-        free_rounded(&pool->scratch[i].rounded);
+        free(pool->scratch[i].rounded);
         free(pool->scratch[i].products);
         free(pool->scratch[i].scores);
+        free(pool->scratch[i].tile);
     }
-    free(pool->x);
-    free(pool->qkv);
-    free(pool->runs);
-    free(pool->taken);
-    free_rounded(&pool->attended);
-    free_rounded(&pool->h);
-    free(pool->scratch);
-    free(pool->workers);
+    void *const buffers[] = {pool->x, pool->q, pool->attended, pool->rounded, pool->inner,
+                             pool->runs, pool->taken, pool->scratch, pool->workers};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
     free(pool);
 }
 
-// GGUF's blocks, row by row, -> panels (see Matrix); both of the same size.
-void minigpt4_panels(const uint8_t *from, uint8_t *to, int rows, int columns, int type) {
-    const int blocks = columns / BLOCK, size = type == Q4_1 ? 20 : 34, header = size % 16;
-    for (int row = 0; row < rows; row++)
-        for (int b = 0; b < blocks; b++, from += size) {
-            uint8_t *panel = to + ((size_t)(row / PANEL) * blocks + b) * PANEL * size;
-            for (int h = 0; h < header / 2; h++)
-                memcpy(panel + 2 * (h * PANEL + row % PANEL), from + 2 * h, 2);
-            panel += PANEL * header;
-            for (int w = 0; w < (size - header) / 4; w++)
-                memcpy(panel + 4 * (w * PANEL + row % PANEL), from + header + 4 * w, 4);
-        }
+static int make_buffers(Pool *pool, const Model *m) {
+    const size_t rows = pool->max_rows, threads = pool->barrier.threads;
+    const size_t hidden = m->hidden_width, widest = q_width(m) > hidden ? q_width(m) : hidden;
+    const size_t panels = m->head_width / PANEL > 2 ? m->head_width / PANEL : 2;
+    pool->workers = calloc(threads, sizeof *pool->workers);
+    pool->scratch = calloc(threads, sizeof *pool->scratch);
+    pool->x = calloc(rows * m->hidden_width, sizeof(float));
+    pool->q = calloc(rows * m->heads * m->head_width, sizeof(float));
+    pool->attended = calloc(rows * q_width(m), sizeof(float));
+    pool->rounded = calloc(rows * widest / BLOCK, sizeof(Activation));
+    pool->inner = calloc(rows * m->inner_width / BLOCK, sizeof(Activation));
+    pool->runs = calloc(rows + 1, sizeof(int32_t));
+    pool->taken = calloc(PHASES_A_LAYER * (size_t)m->layers + OTHER_PHASES, sizeof(atomic_int));
+    int good = pool->workers && pool->scratch && pool->x && pool->q && pool->attended &&
+               pool->rounded && pool->inner && pool->runs && pool->taken;
+    for (size_t i = 0; good && i < threads; i++) {
+        Scratch *own = &pool->scratch[i];
+        own->normed = calloc(m->hidden_width, sizeof(float));
+        own->rounded = calloc(FEW_ROWS * widest / BLOCK, sizeof(Activation));
+        own->products = calloc(panels * rows * PANEL, sizeof(float));
+        own->scores = calloc(TOGETHER * ((size_t)m->context + PAGE), sizeof(float));
+        own->tile = aligned_alloc(64, TILE_BLOCKS * TILE_BYTES);
+        good = own->normed && own->rounded && own->products && own->scores && own->tile;
+    }
+    return good;
 }
 
 // A pool of threads for calls of at most `max_rows` rows; NULL without the memory for it.
 Pool *minigpt4_open(const Model *m, int threads, int max_rows) {
     Pool *pool = calloc(1, sizeof *pool);
     if (!pool) return NULL;
-    pool->threads = threads;
+    pool->barrier.threads = threads;
+    pool->max_rows = max_rows;
     pool->model = m;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
-    const size_t rows = max_rows, q_width = (size_t)m->heads * m->head_dim;
-    const size_t qkv_width = q_width + 2 * (size_t)m->kv_heads * m->head_dim;
-    pool->workers = calloc(threads, sizeof *pool->workers);
-    pool->scratch = calloc(threads, sizeof *pool->scratch);
-    pool->x = malloc(rows * m->hidden * sizeof(float));
-    pool->qkv = malloc(rows * qkv_width * sizeof(float));
-    pool->runs = malloc((rows + 1) * sizeof(int32_t));
-    pool->taken = malloc((PHASES_A_LAYER * m->layers + 2) * sizeof(atomic_int));
-    int good = make_rounded(&pool->attended, rows, q_width) &
-               make_rounded(&pool->h, rows, m->intermediate);
-    good = good && pool->workers && pool->scratch && pool->x && pool->qkv && pool->runs &&
-           pool->taken;
-    for (int i = 0; good && i < threads; i++) {
-        Scratch *own = &pool->scratch[i];
-        own->normed = malloc(m->hidden * sizeof(float));
-        own->products = malloc(2 * rows * BLOCK * sizeof(float));
-        own->scores = malloc(TOGETHER * (size_t)(m->context + PAGE) * sizeof(float));
-        good = make_rounded(&own->rounded, rows, m->hidden) && own->normed && own->products &&
-               own->scores;
-    }
+    int good = make_buffers(pool, m);
     for (int i = 1; good && i < threads; i++) {
         Start *start = malloc(sizeof *start);
-        if (start) *start = (Start){pool, i};
-        good = start && pthread_create(&pool->workers[i], NULL, work, start) == 0;
+        good = start != NULL;
+        if (good) *start = (Start){pool, i};
+        if (good && pthread_create(&pool->workers[i], NULL, work, start)) {
+            pool->workers[i] = 0;
+            free(start);
+            good = 0;
+        }
     }
     if (good) return pool;
     minigpt4_close(pool);
     return NULL;
 }
 
-// Rows TOGETHER by TOGETHER where they follow each other in one conversation, else one by one.
+// Rows that follow each other in one conversation are taken together.
 static void find_runs(Pool *pool, const Batch *b) {
     pool->run_count = 0;
-    for (int i = 0; i < b->rows;) {
-        int count = 1;
-        while (count < TOGETHER && i + count < b->rows &&
-               b->table_rows[i + count] == b->table_rows[i] &&
-               b->positions[i + count] == b->positions[i] + count)
-            count++;
+    for (int i = 0, count; i < b->rows; i += count) {
+        for (count = 1; count < TOGETHER && i + count < b->rows; count++)
+            if (b->table_rows[i + count] != b->table_rows[i] ||
+                b->positions[i + count] != b->positions[i] + count)
+                break;
         pool->runs[pool->run_count++] = i;
-        i += count == TOGETHER ? TOGETHER : 1;
     }
     pool->runs[pool->run_count] = b->rows;
 }
 
-void minigpt4_forward(Pool *pool, const Batch *batch) {
+// 0, or 1 where a number of the batch points outside of what it is about: nothing is computed then.
+int minigpt4_forward(Pool *pool, const Batch *batch) {
+    if (!is_sound(pool->model, batch, pool->max_rows)) return 1;
     find_runs(pool, batch);
-    for (int i = 0; i < PHASES_A_LAYER * pool->model->layers + 2; i++)
+    for (int i = 0; i < PHASES_A_LAYER * pool->model->layers + OTHER_PHASES; i++)
         atomic_store_explicit(&pool->taken[i], 0, memory_order_relaxed);
     pthread_mutex_lock(&pool->mutex);
     pool->batch = batch;
@@ -751,4 +411,5 @@ void minigpt4_forward(Pool *pool, const Batch *batch) {
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
     walk(pool, 0);
+    return 0;
 }

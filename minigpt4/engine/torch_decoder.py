@@ -39,7 +39,7 @@ class TorchDecoder:
         self._keys_values = torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     @staticmethod
-    def page_bytes(llm: PreTrainedModel) -> int:
+    def block_bytes(llm: PreTrainedModel) -> int:
         """Bytes of one block."""
         layers = llm.get_decoder().layers
         width = llm.config.num_key_value_heads * layers[0].self_attn.head_dim
@@ -103,7 +103,7 @@ class TorchDecoder:
             attended[group.rows] = out.transpose(1, 2)
         return attended.flatten(1)
 
-    def copy_page(self, source: int, target: int) -> None:
+    def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target`."""
         blocks = self._keys_values.unflatten(2, (-1, BLOCK_SIZE))
         blocks[:, :, target] = blocks[:, :, source]

@@ -1,25 +1,45 @@
-"""A Llama as a GGUF file holds it: blocks of 4- and 8-bit weights, mapped into memory. No torch.
+"""A language model as a GGUF file holds it: blocks of quantised weights, mapped into memory. No
+torch.
 
 Reading a GGUF file's header takes seconds (its vocabulary is in there), so `write_index` notes once
 where the tensors lie, and `BlockLlama.open` maps the file by that note in milliseconds.
 """
 
 import json
-from dataclasses import dataclass
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 INDEX = "blocks.json"  # beside the GGUF file
-_BLOCK = 32  # weights
-_BLOCK_BYTES = {"Q4_1": 20, "Q8_0": 34}
+
+# Kind -> (weights in a block, bytes of a block).
+BLOCKS = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
+# Architecture -> does its rotary embedding turn the halves of a head (else neighbouring pairs)?
+ROPE_HALVES = {"llama": False, "qwen2": True}
+MOST_HEAD_DIM = 256
+_MOST = 2**24  # of any size: far more than models have, and no product of two overflows 64 bits
 
 
 @dataclass(frozen=True)
 class BlockTensor:
     """A tensor's place in memory: `data` is uint8 [rows, bytes] in blocks, or float32 for "F32"."""
 
-    kind: str  # "Q4_1", "Q8_0" or "F32"
+    kind: str  # of BLOCKS
     shape: tuple[int, ...]
     data: np.ndarray
 
@@ -27,18 +47,21 @@ class BlockTensor:
         """Its weights as float32 [rows, columns]."""
         if self.kind == "F32":
             return self.data
-        blocks = self.data.reshape(-1, _BLOCK_BYTES[self.kind])
-        scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-        if self.kind == "Q8_0":
-            return (scale * blocks[:, 2:].view(np.int8)).reshape(self.shape)
-        minimum = blocks[:, 2:4].copy().view(np.float16).astype(np.float32)
-        codes = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
-        return (scale * codes + minimum).reshape(self.shape)
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        return dequantize(self.data, GGMLQuantizationType[self.kind]).reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class BlockLlama:
-    """Sizes and tensors (under GGUF's names) of one Llama."""
+    """Sizes and tensors (under GGUF's names) of one Llama- or Qwen2-style model.
+
+    rope_halves: rotary embeddings turn number i of a head with number i + head_dim / 2 (Qwen2), not
+    with its neighbour (Llama, whose q and k rows GGUF files have in that order).
+    Where one matrix serves as embedding and head, only one of their tensors is there. ValueError
+    where a tensor is missing, unknown or of another size than the others ask for.
+    """
 
     hidden_size: int
     layers: int
@@ -50,66 +73,216 @@ class BlockLlama:
     norm_eps: float
     rope_theta: float
     tensors: dict[str, BlockTensor]
+    head_dim: int = 0  # 0: hidden_size / heads
+    rope_halves: bool = False
+    mapping: mmap.mmap | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // max(self.heads, 1))
+        _check_sizes(self)
+        _check_tensors(self)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.heads
+    def embedding(self) -> BlockTensor:
+        """[vocabulary, hidden_size]"""
+        return self.tensors.get("token_embd.weight") or self.tensors["output.weight"]
+
+    @property
+    def head(self) -> BlockTensor:
+        """[vocabulary, hidden_size]"""
+        return self.tensors.get("output.weight") or self.tensors["token_embd.weight"]
 
     @classmethod
     def open(cls, folder: str | Path) -> "BlockLlama":
-        """Map the file that `folder`'s index describes. OSError, ValueError or KeyError where file
-        or index are missing, cut or do not fit each other."""
+        """Map the file that `folder`'s index describes. OSError, ValueError, KeyError or TypeError
+        where file or index are missing, cut or do not fit each other."""
         folder = Path(folder)
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        content = np.memmap(folder / index["file"], np.uint8, "r")
+        with (folder / index["file"]).open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = np.frombuffer(mapping, np.uint8)
         tensors = {}
         for name, (kind, shape, offset) in index["tensors"].items():
-            size = _size(kind, shape)
-            data = content[offset : offset + size]
-            if len(data) != size:
+            size = _size(name, kind, shape)
+            if not isinstance(offset, int) or not 0 <= offset <= len(content) - size:
                 raise ValueError(f"{index['file']} is cut short")
-            data = data.view(np.float32) if kind == "F32" else data.reshape(shape[0], -1)
+            data = content[offset : offset + size]
+            data = (
+                data.view(np.float32).reshape(shape)
+                if kind == "F32"
+                else data.reshape(shape[0], -1)
+            )
             tensors[name] = BlockTensor(kind, tuple(shape), data)
-        return cls(**index["sizes"], tensors=tensors)
+        return cls(**index["sizes"], tensors=tensors, mapping=mapping)
+
+    def release(self) -> None:
+        """Let go of the memory that read parts of the file take; they are read again when used."""
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def _size(kind: str, shape: list[int]) -> int:
-    count = int(np.prod(shape))
-    return count * 4 if kind == "F32" else count // _BLOCK * _BLOCK_BYTES[kind]
+def _size(name: str, kind: str, shape: list[int]) -> int:
+    """Bytes of a tensor; ValueError where there is no such tensor."""
+    if kind not in BLOCKS:
+        raise ValueError(
+            f"{name} is of kind {kind}, which is not supported: {', '.join(BLOCKS)} are"
+        )
+    if not 1 <= len(shape) <= 2 or not all(isinstance(n, int) and 0 < n <= _MOST for n in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    weights, size = BLOCKS[kind]
+    if shape[-1] % weights:
+        raise ValueError(f"{name} has rows of {shape[-1]} weights, which {kind} cannot have")
+    return math.prod(shape) // weights * size
+
+
+def _check_sizes(llama: BlockLlama) -> None:
+    names = "hidden_size layers heads kv_heads intermediate_size vocabulary context head_dim"
+    for name in names.split():
+        value = getattr(llama, name)
+        if type(value) is not int or not 1 <= value <= _MOST:
+            raise ValueError(f"{name} is {value}")
+    for name in ("norm_eps", "rope_theta"):
+        value = getattr(llama, name)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} is {value}")
+    if llama.heads % llama.kv_heads:
+        raise ValueError(f"{llama.heads} heads cannot share {llama.kv_heads} heads of keys")
+    if llama.head_dim % 2 or llama.head_dim > MOST_HEAD_DIM:
+        raise ValueError(f"heads of {llama.head_dim} numbers are not supported")
+
+
+def _check_tensors(llama: BlockLlama) -> None:
+    optional, required = _shapes(llama)
+    shapes = optional | required
+    for name in required.keys() - llama.tensors.keys():
+        raise ValueError(f"{name} is missing")
+    if not {"token_embd.weight", "output.weight"} & llama.tensors.keys():
+        raise ValueError("token_embd.weight is missing")
+    for name, tensor in llama.tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{name} is not a tensor of a Llama or Qwen2 model")
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{name} has the shape {tensor.shape}, not {shapes[name]}")
+        if len(tensor.shape) == 1 and tensor.kind != "F32":
+            raise ValueError(f"{name} is {tensor.kind}, not F32")
+        if tensor.data.nbytes != _size(name, tensor.kind, list(tensor.shape)):
+            raise ValueError(f"{name} has {tensor.data.nbytes} bytes")
+
+
+def _shapes(llama: BlockLlama) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of the tensors that may and of those that must be there, by name."""
+    hidden, inner = llama.hidden_size, llama.intermediate_size
+    q, kv = llama.heads * llama.head_dim, llama.kv_heads * llama.head_dim
+    optional = {
+        "token_embd.weight": (llama.vocabulary, hidden),
+        "output.weight": (llama.vocabulary, hidden),
+        "rope_freqs.weight": (llama.head_dim // 2,),
+    }
+    required = {"output_norm.weight": (hidden,)}
+    for i in range(llama.layers):
+        block = {
+            "attn_norm": (hidden,),
+            "attn_q": (q, hidden),
+            "attn_k": (kv, hidden),
+            "attn_v": (kv, hidden),
+            "attn_output": (hidden, q),
+            "ffn_norm": (hidden,),
+            "ffn_gate": (inner, hidden),
+            "ffn_up": (inner, hidden),
+            "ffn_down": (hidden, inner),
+        }
+        required |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
+        optional |= {
+            f"blk.{i}.attn_{name}.bias": (n,) for name, n in zip("qkv", (q, kv, kv), strict=True)
+        }
+    return optional, required
+
+
+# --- the index ------------------------------------------------------------------------------------
 
 
 def write_index(gguf: str | Path) -> Path:
-    """Note beside a GGUF file of a Llama where its tensors lie; the note's own place.
+    """Note beside a GGUF file of a Llama or Qwen2 where its tensors lie; the note's own place.
 
+    Where `token_embd` and `output` are one matrix, quantised twice, only `output` is noted.
     ValueError where the file holds another kind of model or of block.
     """
     from gguf import GGUFReader
 
     gguf = Path(gguf)
     reader = GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
-
-    def field(name: str) -> float:
-        return reader.fields[f"llama.{name}"].contents()
-
     tensors = {}
     for tensor in reader.tensors:
-        kind = tensor.tensor_type.name
-        if kind != "F32" and kind not in _BLOCK_BYTES:
-            raise ValueError(f"{tensor.name} is {kind}")
         shape = [int(n) for n in reversed(tensor.shape)]
-        tensors[tensor.name] = [kind, shape, int(tensor.data_offset)]
-    sizes = {
-        "hidden_size": field("embedding_length"),
-        "layers": field("block_count"),
-        "heads": field("attention.head_count"),
-        "kv_heads": field("attention.head_count_kv"),
-        "intermediate_size": field("feed_forward_length"),
-        "vocabulary": tensors["token_embd.weight"][1][0],
-        "context": field("context_length"),
-        "norm_eps": field("attention.layer_norm_rms_epsilon"),
-        "rope_theta": field("rope.freq_base"),
+        _size(tensor.name, tensor.tensor_type.name, shape)
+        tensors[tensor.name] = [tensor.tensor_type.name, shape, int(tensor.data_offset)]
+    sizes = _read_sizes({name: reader.fields[name].contents for name in reader.fields})
+    sizes["vocabulary"] = tensors["token_embd.weight"][1][0]
+    blocks = {
+        t.name: BlockTensor(t.tensor_type.name, tuple(map(int, reversed(t.shape))), t.data)
+        for t in reader.tensors
     }
+    BlockLlama(**sizes, tensors=blocks)  # are they all there?
+    if "output.weight" in blocks and _same(blocks["token_embd.weight"], blocks["output.weight"]):
+        del tensors["token_embd.weight"]
     index = {"file": gguf.name, "sizes": sizes, "tensors": tensors}
     place = gguf.with_name(INDEX)
     place.write_text(json.dumps(index), encoding="utf-8")
     return place
+
+
+def _read_sizes(fields: Mapping) -> dict[str, int | float | bool]:
+    """What `BlockLlama` wants to know out of a GGUF file's fields (name -> function that reads it);
+    ValueError for a model that is computed in another way."""
+    architecture = fields["general.architecture"]()
+    if architecture not in ROPE_HALVES:
+        known = ", ".join(ROPE_HALVES)
+        raise ValueError(
+            f"models of the architecture {architecture} are not supported: {known} are"
+        )
+
+    def read(name: str, default: float | None = None) -> float:
+        name = f"{architecture}.{name}"
+        if name not in fields and default is not None:
+            return default
+        return fields[name]()
+
+    heads = read("attention.head_count")
+    sizes = {
+        "hidden_size": read("embedding_length"),
+        "layers": read("block_count"),
+        "heads": heads,
+        "kv_heads": read("attention.head_count_kv", heads),
+        "intermediate_size": read("feed_forward_length"),
+        "context": read("context_length"),
+        "norm_eps": read("attention.layer_norm_rms_epsilon"),
+        "rope_theta": read("rope.freq_base", 10000.0),
+        "head_dim": read("attention.key_length", read("embedding_length") // heads),
+        "rope_halves": ROPE_HALVES[architecture],
+    }
+    for name, expected in (
+        ("rope.scaling.type", "none"),
+        ("rope.dimension_count", sizes["head_dim"]),
+        ("attention.value_length", sizes["head_dim"]),
+        ("attention.sliding_window", 0),
+        ("expert_count", 0),
+    ):
+        if (found := read(name, expected)) != expected:
+            raise ValueError(f"{architecture}.{name} is {found}, which is not supported")
+    return sizes
+
+
+def _same(embedding: BlockTensor, head: BlockTensor, rows: int = 4096) -> bool:
+    """Are these two one matrix, up to what quantisation changes?"""
+    if embedding.shape != head.shape:
+        return False
+    for start in range(0, embedding.shape[0], rows):
+        shape = (len(embedding.data[start : start + rows]), embedding.shape[1])
+        a, b = (
+            BlockTensor(t.kind, shape, t.data[start : start + rows]).numbers()
+            for t in (embedding, head)
+        )
+        if np.linalg.norm(a - b) > 0.2 * np.linalg.norm(b):
+            return False
+    return True

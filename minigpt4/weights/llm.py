@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"  # its name in a Hugging Face Llama's files
 # The tensors of each layer of a Llama's GGUF file, and those of the whole model.
-LAYER_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
-LAYER_TENSORS += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-MODEL_TENSORS = ("token_embd.weight", "output_norm.weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
@@ -257,9 +254,6 @@ def _check_width(folder: Path, width: int, config: ModelConfig) -> None:
 def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTokenizer]:
     try:
         llm, tokenizer = BlockLlama.open(folder), JsonTokenizer(folder)
-        layers = (f"blk.{i}.{name}.weight" for i in range(llm.layers) for name in LAYER_TENSORS)
-        for name in (*MODEL_TENSORS, *layers):
-            llm.tensors[name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.debug("loading %s", folder, exc_info=True)
         raise UserError(
@@ -358,7 +352,7 @@ def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
     """
     try:
         if (folder / INDEX).exists():
-            blocks = BlockLlama.open(folder).tensors["token_embd.weight"]
+            blocks = BlockLlama.open(folder).embedding
             return BlockEmbedding(blocks), load_tokenizer(folder)
         return TokenEmbedding(_read_embedding(folder).to(device)), load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

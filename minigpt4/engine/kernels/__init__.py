@@ -1,0 +1,1 @@
+"""The compiled decoder's source (see ../native.c), and what builds it."""

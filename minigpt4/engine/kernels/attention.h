@@ -1,0 +1,145 @@
+// Rotary positions, pages of keys and values, and attention over them.
+
+#pragma once
+#include "model.h"
+
+// Turns a head's pairs of numbers by their position's angles: neighbours (Llama's GGUF files), or
+// a number and the one half a head further on (Qwen2's).
+static void rotate(const Model *m, float *head, int position) {
+    const int count = m->head_dim / 2, step = m->rope_halves ? 1 : 2;
+    const int other = m->rope_halves ? count : 1;
+    const float *c = m->cosines + (size_t)position * count;
+    const float *s = m->sines + (size_t)position * count;
+    for (int i = 0; i < count; i++) {
+        float *x = head + step * i;
+        const float a = x[0], b = x[other];
+        x[0] = a * c[i] - b * s[i];
+        x[other] = a * s[i] + b * c[i];
+    }
+}
+
+// A page's keys are [head_width, PAGE], so that a vector holds one number of several keys; its
+// values are [PAGE, head_width].
+INLINE half *kv_page(const Model *m, const Batch *b, int row, int position, int layer, int value,
+                     int kv_head) {
+    const int page = b->tables[(size_t)b->table_rows[row] * b->table_width + position / PAGE];
+    const size_t place = (((size_t)page * m->layers + layer) * 2 + value) * m->kv_heads + kv_head;
+    return b->pages + place * PAGE * m->head_width;
+}
+
+static void keep(const Model *m, const Batch *b, int row, int layer, int value, int kv_head,
+                 const float *x) {
+    const int position = b->positions[row], place = position % PAGE;
+    half *to = kv_page(m, b, row, position, layer, value, kv_head);
+    if (value)
+        for (int i = 0; i < m->head_width; i += LANES)
+            store_half(to + place * m->head_width + i, load(x + i));
+    else
+        for (int i = 0; i < m->head_dim; i++) to[i * PAGE + place] = to_half(x[i]);
+}
+
+// Queries that meet the same keys and values: `step` 0: heads of one row; 1: one head of rows that
+// follow each other. Query i is at q + i * q_stride and looks at positions up to first + i * step.
+typedef struct {
+    const float *q;
+    float *out;
+    size_t q_stride, out_stride;
+    int row, kv_head, first, step;
+} Queries;
+
+enum { TOGETHER = LANES / 2, SPAN = PAGE / LANES };
+
+// scores[i][t] = q[i] . key[t] / sqrt(head_dim), and each query's highest.
+INLINE void score(int count, const Model *m, const Batch *b, int layer, const Queries *own,
+                  float *scores, int width, float *highest) {
+    const int last = own->first + (count - 1) * own->step;
+    const float scale = 1.0f / sqrtf((float)m->head_dim);
+    vec most[TOGETHER];
+    for (int i = 0; i < count; i++) most[i] = splat(-INFINITY);
+    for (int start = 0; start <= last; start += PAGE) {
+        const half *keys = kv_page(m, b, own->row, start, layer, 0, own->kv_head);
+        vec dots[TOGETHER][SPAN];
+        for (int i = 0; i < count; i++)
+            for (int c = 0; c < SPAN; c++) dots[i][c] = splat(0);
+        for (int d = 0; d < m->head_dim; d++) {
+            vec k[SPAN];
+            for (int c = 0; c < SPAN; c++) k[c] = load_half(keys + d * PAGE + c * LANES);
+            for (int i = 0; i < count; i++) {
+                const vec x = splat(own->q[i * own->q_stride + d]);
+                for (int c = 0; c < SPAN; c++) dots[i][c] = fma_(x, k[c], dots[i][c]);
+            }
+        }
+        for (int i = 0; i < count; i++) {
+            float *to = scores + (size_t)i * width + start;
+            for (int c = 0; c < SPAN; c++) store(to + c * LANES, mul(dots[i][c], splat(scale)));
+            for (int t = own->first + i * own->step + 1; t < start + PAGE; t++)
+                if (t >= start) to[t - start] = -INFINITY;  // not yet, for this query
+            for (int c = 0; c < SPAN; c++) most[i] = greater(most[i], load(to + c * LANES));
+        }
+    }
+    for (int i = 0; i < count; i++) highest[i] = highest_of(most[i]);
+}
+
+// scores -> e^(score - highest), 0 where a query does not look; their sum.
+INLINE float weigh(float *scores, float highest, int limit, int last) {
+    vec total = splat(0);
+    for (int t = 0; t <= last; t += LANES) {
+        vec weights = exp_(add(load(scores + t), splat(-highest)));
+        store(scores + t, weights);
+        if (t + LANES - 1 > limit) {
+            for (int c = 0; c < LANES; c++)
+                if (t + c > limit) scores[t + c] = 0;
+            weights = load(scores + t);
+        }
+        total = add(total, weights);
+    }
+    return sum(total);
+}
+
+// softmax(q . keys) . values for `count` queries (a constant).
+INLINE void attend(int count, const Model *m, const Batch *b, int layer, const Queries *own,
+                   float *scores) {
+    const int last = own->first + (count - 1) * own->step, width = m->context + PAGE;
+    const int dim = m->head_width;
+    float highest[TOGETHER], shares[TOGETHER];
+    score(count, m, b, layer, own, scores, width, highest);
+    for (int i = 0; i < count; i++)
+        shares[i] = 1.0f / weigh(scores + (size_t)i * width, highest[i],
+                                 own->first + i * own->step, last);
+    for (int d = 0; d < dim; d += 2 * LANES) {
+        vec mixed[TOGETHER][2];
+        for (int i = 0; i < count; i++) mixed[i][0] = mixed[i][1] = splat(0);
+        for (int start = 0; start <= last; start += PAGE) {
+            const half *v = kv_page(m, b, own->row, start, layer, 1, own->kv_head) + d;
+            for (int t = start; t <= last && t < start + PAGE; t++, v += dim) {
+                const vec v0 = load_half(v), v1 = load_half(v + LANES);
+                for (int i = 0; i < count; i++) {
+                    const vec w = splat(scores[(size_t)i * width + t]);
+                    mixed[i][0] = fma_(w, v0, mixed[i][0]);
+                    mixed[i][1] = fma_(w, v1, mixed[i][1]);
+                }
+            }
+        }
+        for (int i = 0; i < count; i++) {
+            store(own->out + i * own->out_stride + d, mul(mixed[i][0], splat(shares[i])));
+            store(own->out + i * own->out_stride + d + LANES, mul(mixed[i][1], splat(shares[i])));
+        }
+    }
+}
+
+// Any number of queries, as many together as the registers allow.
+static void attend_all(const Model *m, const Batch *b, int layer, Queries own, int count,
+                       float *scores) {
+    while (count > 0) {
+        const int n = count >= TOGETHER ? TOGETHER : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+        if (n == TOGETHER) attend(TOGETHER, m, b, layer, &own, scores);
+        else if (n == 4) attend(4, m, b, layer, &own, scores);
+        else if (n == 2) attend(2, m, b, layer, &own, scores);
+        else attend(1, m, b, layer, &own, scores);
+        count -= n;
+        own.q += n * own.q_stride;
+        own.out += n * own.out_stride;
+        own.first += n * own.step;
+        own.row += n * own.step;
+    }
+}

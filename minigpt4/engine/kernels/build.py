@@ -1,0 +1,179 @@
+"""`native.c` compiled for this machine, and its structures and functions for Python."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int32, c_size_t, c_void_p
+from pathlib import Path
+
+_SOURCE = Path(__file__).parent.with_name("native.c")
+_FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
+# What a build may use. Tests compare them; the product uses the first that compiles.
+VARIANTS = {
+    "native": ("-march=native",),
+    "avx2": ("-march=x86-64-v3",),
+    "plain": ("-DMINIGPT4_PLAIN",),
+    "checked": ("-DMINIGPT4_PLAIN", "-O1"),  # for sanitizers, under which -O3 takes minutes
+}
+KINDS = {  # as GGUF numbers them
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+}
+PANEL = BLOCK = 32  # rows and columns that lie together
+
+log = logging.getLogger(__name__)
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("kind", c_int32), ("rows", c_int32), ("columns", c_int32)]
+
+
+MATRICES = {  # of a layer, and their names in GGUF files
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm")),
+        *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias")),
+        *((name, Matrix) for name in MATRICES),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "hidden_width", "layers", "heads", "kv_heads")),
+        *((name, c_int32) for name in ("head_dim", "head_width", "inner_width")),
+        *((name, c_int32) for name in ("vocabulary", "context", "rope_halves")),
+        ("norm_eps", c_float),
+        *((name, c_void_p) for name in ("final_norm", "cosines", "sines")),
+        ("embedding", Matrix),
+        ("head", Matrix),
+        ("layer", POINTER(Layer)),
+    ]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("rows", "logit_rows", "embed_rows", "conversations")),
+        *((name, c_int32) for name in ("table_width", "page_count")),
+        *((name, c_void_p) for name in ("tokens", "embeds", "positions", "table_rows")),
+        *((name, c_void_p) for name in ("tables", "wanted", "pages", "logits")),
+    ]
+
+
+_FUNCTIONS = {  # name -> (result, arguments)
+    "open": (c_void_p, [POINTER(Model), c_int32, c_int32]),
+    "forward": (c_int32, [c_void_p, POINTER(Batch)]),
+    "close": (None, [c_void_p]),
+    "matrix_bytes": (c_size_t, [POINTER(Matrix)]),
+    "pack": (None, [POINTER(Matrix), c_void_p, c_int32, c_int32, c_int32]),
+    "unpack": (None, [POINTER(Matrix), c_int32, c_void_p]),
+    "multiply": (c_int32, [POINTER(Matrix), c_void_p, c_int32, c_void_p]),
+}
+
+
+@functools.cache
+def library(variant: str = "native") -> ctypes.CDLL | None:
+    """The compiled `native.c`, built the first time (seconds); None where that is not possible."""
+    try:
+        loaded = ctypes.CDLL(str(_find_or_build(variant)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the CPU kernels could not be built: %s", error)
+        return None
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = loaded[f"minigpt4_{name}"]
+        function.restype, function.argtypes = result, arguments
+        setattr(loaded, f"minigpt4_{name}", function)
+    return loaded
+
+
+def _find_or_build(variant: str) -> Path:
+    """Where the build is. OSError without a compiler, or where it fails."""
+    compiler = _compiler()
+    built = _cache_folder() / f"native-{_fingerprint(compiler, variant)}.so"
+    if built.exists():
+        return built
+    if compiler is None:
+        raise OSError("no C compiler was found")
+    print("Compiling the CPU kernels (once) …", file=sys.stderr, flush=True)
+    try:
+        _build(compiler, VARIANTS[variant], built)
+    except OSError:
+        if variant != "native":
+            raise
+        _build(compiler, VARIANTS["plain"], built)  # a compiler without -march=native
+    return built
+
+
+def _compiler() -> list[str] | None:
+    """The C compiler that $CC names, or one that is installed."""
+    if named := os.environ.get("CC"):
+        return named.split()
+    found = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    return [found] if found else None
+
+
+def _fingerprint(compiler: Sequence[str] | None, variant: str) -> str:
+    """Of the sources, the compiler's name and options, and the processor it was built for."""
+    processor = platform.machine() + platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    options = [*(compiler or ()), *_FLAGS, *VARIANTS[variant], processor]
+    content = hashlib.sha256(" ".join(options).encode())
+    for file in (_SOURCE, *sorted(Path(__file__).parent.glob("*.h"))):
+        content.update(file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    """Where builds are kept; a folder of this user alone, since what lies there is executed."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "minigpt4"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _scratch_folder()
+
+
+@functools.cache
+def _scratch_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="minigpt4-"))
+
+
+def _build(compiler: Sequence[str], options: Sequence[str], target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    command = [*compiler, *_FLAGS, *options, str(_SOURCE), "-o", str(partial), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise OSError(f"{compiler[0]} failed: {done.stderr[-500:]}")
+    partial.replace(target)
