@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     train = commands.add_parser("train", help="train the projection (stage 1 or 2)")
-    train.add_argument("--stage", type=int, choices=[1, 2], required=True)
+    train.add_argument("--stage", type=int, choices=[1, 2], help="not for mini, which has one")
     train.add_argument(
         "--data",
         required=True,
@@ -148,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--limit", type=_count, help="use the first N pictures only")
     train.add_argument(
         "--cache", metavar="DIR", help="keep the frozen encoder's features here (small data sets)"
+    )
+    train.add_argument(
+        "--threads", type=_count, default=2, help="mini: processor threads (default: 2)"
+    )
+    train.add_argument(
+        "--refit", action="store_true", help="mini: fit the word head anew, also where it is there"
     )
     start.add_model_options(train, default="nano")
     train.set_defaults(run=_train)

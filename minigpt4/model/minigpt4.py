@@ -10,7 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, PooledMap, QFormer
+from minigpt4.config import (
+    ClassesAndObjects,
+    ConcatPatches,
+    EfficientNetLite,
+    ModelConfig,
+    PooledMap,
+    QFormer,
+)
+from minigpt4.model.objects import ObjectsBridge
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess
 
@@ -91,6 +99,11 @@ class PooledMapBridge(nn.Module):
         return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
 
 
+def at_length(embeds: Tensor, length: float) -> Tensor:
+    """Each embedding [..., hidden] scaled to `length`; 0: as they are."""
+    return F.normalize(embeds, dim=-1) * length if length else embeds
+
+
 def build_bridge(config: ModelConfig) -> nn.Module:
     """What turns the encoder's features into the vectors that the projection reads."""
     match config.bridge:
@@ -98,6 +111,8 @@ def build_bridge(config: ModelConfig) -> nn.Module:
             return QFormerBridge(config.bridge, config.vision.hidden_size)
         case ConcatPatches():
             return ConcatPatchesBridge(config.bridge)
+        case PooledMap() if isinstance(config.vision, ClassesAndObjects):
+            return ObjectsBridge(config.bridge, config.vision)
         case PooledMap():
             return PooledMapBridge(config.bridge, config.vision)
 
@@ -171,8 +186,12 @@ class MiniGPT4(nn.Module):
 
     def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> image embeddings [batch, image_tokens, llm_hidden_size]."""
-        features = self.encode_features(self.pixel_values(pictures))
-        return self.projection(features.to(self.projection.weight.dtype))
+        return self.project(self.encode_features(self.pixel_values(pictures)))
+
+    def project(self, features: Tensor) -> Tensor:
+        """What `encode_features` gives -> image embeddings [batch, image_tokens, hidden]."""
+        embeds = self.projection(features.to(self.projection.weight.dtype))
+        return at_length(embeds, self.config.embedding_length)
 
     @torch.inference_mode()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
@@ -200,8 +219,8 @@ class MiniGPT4(nn.Module):
         features: [pictures, image_tokens, projection_in], from `encode_features`.
         """
         embeds = self.embed_tokens(batch.ids)  # [rows, length, llm_hidden_size]
-        images = self.projection(features.to(self.projection.weight.dtype))
-        images = images.to(embeds.dtype)[batch.image_index]  # [n, image_tokens, llm_hidden_size]
+        # [n, image_tokens, llm_hidden_size]
+        images = self.project(features).to(embeds.dtype)[batch.image_index]
         slots = batch.image_rows[:, 1:] + torch.arange(images.shape[1], device=embeds.device)
         embeds = embeds.index_put((batch.image_rows[:, :1], slots), images)
         # true/false -> what is added to the attention scores

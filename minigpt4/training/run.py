@@ -22,6 +22,12 @@ from minigpt4.weights import load as weights
 def train(options: argparse.Namespace) -> None:
     """Run one stage and say where the projection is."""
     config = get_model("nano" if options.model == "auto" else options.model)
+    if config.words:
+        from minigpt4.training import small_run
+
+        return small_run.train(options, config)
+    if not options.stage:
+        raise UserError(f"{config.name} is trained in two stages: give “--stage 1” or “--stage 2”.")
     schedule = schedule_of(options, config)
     embedded = isinstance(config.bridge, PooledMap)
     if options.denoise and not embedded:

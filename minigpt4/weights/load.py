@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.config import (
+    ClassesAndObjects,
     ConcatPatches,
     EfficientNetLite,
     EvaViT,
@@ -58,6 +59,7 @@ class WeightFiles:
     llm: Path  # a Hugging Face Llama folder
     projection: Path | None  # None: a new one, to be trained
     qformer: Path | None = None
+    detector: Path | None = None
 
 
 def owner_of(projection: str | None) -> str | None:
@@ -160,6 +162,12 @@ def load_model(
             network, classifier = efficientnet_tensors(read_checkpoint(files.vision))
             load_strict(encoder, network, files.vision, config.vision.name)
             load_strict(bridge, classifier, files.vision, "classifier")
+        case ClassesAndObjects(classifier=seen):
+            network, classifier = efficientnet_tensors(read_checkpoint(files.vision))
+            load_strict(encoder.classifier, network, files.vision, seen.name)
+            load_strict(bridge, classifier, files.vision, "classifier")
+            objects = read_checkpoint(files.detector)
+            load_strict(encoder.detector, objects, files.detector, "detector")
     load_strict(projection, projected, files.projection, "projection")
 
     if quantize == "auto":
