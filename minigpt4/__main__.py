@@ -155,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--refit", action="store_true", help="mini: fit the word head anew, also where it is there"
     )
+    train.add_argument(
+        "--validate", action="store_true", help="mini: measure what the run has learned, and end"
+    )
+    train.add_argument("--no-words", action="store_true", help="with --validate: list no words")
     start.add_model_options(train, default="nano")
     train.set_defaults(run=_train)
 

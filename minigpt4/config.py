@@ -121,11 +121,9 @@ class PooledMap:
 class Words:
     """A linear head that finds words and phrases in a picture, and how a prompt lists them.
 
-    file: its weights and vocabulary, in the weights folder; threshold: a word is listed from this
-    probability; most: how many at most.
+    threshold: a word is listed from this probability; most: how many at most.
     """
 
-    file: str
     threshold: float = 0.25
     most: int = 12
 
@@ -342,6 +340,7 @@ _MINI = ModelConfig(
     files={
         "vision": _NANO.files["vision"],
         "detector": Source("repository", "weights", "centernet-mobilenetv3.safetensors"),
+        "words": Source("repository", "weights", "mini-words.safetensors"),
         "llm": Source(
             "hub",
             "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
@@ -352,7 +351,7 @@ _MINI = ModelConfig(
     },
     sampling={"temperature": 0.5, "repetition_penalty": 1.1},
     embedding_length=0.6,
-    words=Words("mini-words.safetensors"),
+    words=Words(),
     licence="Apache-2.0 (Qwen2.5-Coder, EfficientNet-Lite), MIT (the detector's package); "
     "projection and words: see weights/README.md",
 )

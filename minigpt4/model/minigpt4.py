@@ -21,6 +21,7 @@ from minigpt4.config import (
 from minigpt4.model.objects import ObjectsBridge
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess
+from minigpt4.model.words import WordHead, choose, listed
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and nano answers without it
     from transformers import PreTrainedModel
@@ -159,6 +160,7 @@ class MiniGPT4(nn.Module):
         llm: Union["PreTrainedModel", "BlockLlama"],
         tokenizer,
         quantize: str = "none",
+        word_head: WordHead | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -168,6 +170,7 @@ class MiniGPT4(nn.Module):
         self.llm = llm
         self.tokenizer = tokenizer
         self.quantize = quantize
+        self.word_head = word_head
         self.requires_grad_(False).eval()
 
     @property
@@ -192,6 +195,18 @@ class MiniGPT4(nn.Module):
         """What `encode_features` gives -> image embeddings [batch, image_tokens, hidden]."""
         embeds = self.projection(features.to(self.projection.weight.dtype))
         return at_length(embeds, self.config.embedding_length)
+
+    @torch.inference_mode()
+    def find_words(self, features: Tensor) -> list[str]:
+        """What a prompt lists of each picture, "" where the model has no word head.
+
+        features: [batch, image_tokens, projection_in], from `encode_features`.
+        """
+        if self.word_head is None:
+            return [""] * len(features)
+        terms, words = self.word_head.terms, self.config.words
+        found = self.word_head(features).tolist()
+        return [listed(choose(probabilities, terms, words)) for probabilities in found]
 
     @torch.inference_mode()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:

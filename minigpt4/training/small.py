@@ -48,8 +48,8 @@ class SmallRecipe:
     average: float = 0.98
     max_answer_tokens: int = 110
     without_words: float = 0.2
-    checkpoint_every: int = 10
-    validate_every: int = 200
+    checkpoint_every: int = 5
+    validate_every: int = 100
     seed: int = 42
     sizes: tuple[tuple[tuple[str, int], ...], ...] = (
         (("described", 4), ("instructed", 1)),

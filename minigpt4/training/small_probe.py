@@ -191,7 +191,8 @@ def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
         eos_token_id=end,
         pad_token_id=end,
     )
-    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    decode = model.tokenizer.decode
+    return [decode(row.tolist(), skip_special_tokens=True).strip() for row in ids]
 
 
 def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:

@@ -73,7 +73,12 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     )
     if trainer.step:
         say(f"Resuming at step {trainer.step} of {recipe.steps}.")
-    trainer.run()
+    if options.validate:
+        size = options.limit or 200
+        sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": size // 5}
+        probe = Probe(kept, objects, out, sizes, not options.no_words)
+        return say(json.dumps(probe(trainer), indent=1))
+    return trainer.run()
 
 
 def read(folder: Path) -> dict[str, list[mixture.Picture]]:
@@ -162,7 +167,7 @@ class Found:
         probabilities[~kept] = word_head.cross_fitted(inputs[~kept], wanted[~kept], folds[~kept])
         layer = word_head.fit(inputs[~kept], wanted[~kept])
         head = word_head.finished(layer, mean, deviation, vocabulary, grid)
-        head.save(path.with_name(config.words.file))
+        head.save(path.with_name(config.files["words"].member))
         with torch.no_grad():
             probabilities[kept] = layer(inputs[kept].float()).sigmoid().half()
         self._say(wanted, probabilities, kept, keys)

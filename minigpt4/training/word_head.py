@@ -35,16 +35,21 @@ def fold_of(key: str, folds: int) -> int:
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % folds
 
 
-def fit(inputs: Tensor, wanted: Tensor, seed: int = 0) -> nn.Linear:
+def fit(inputs: Tensor, wanted: Tensor, epochs: int = _EPOCHS, seed: int = 0) -> nn.Linear:
     """A linear layer from standardised inputs [pictures, width] to the terms' logits."""
     torch.manual_seed(seed)
     layer = nn.Linear(inputs.shape[1], wanted.shape[1])
     nn.init.zeros_(layer.weight)
     layer.bias.data = torch.logit(wanted.mean(0).clamp(1e-4, 0.99))
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=_PEAK_LR, weight_decay=_WEIGHT_DECAY)
-    steps = _EPOCHS * (len(inputs) // _BATCH)
+    # Biases say how common a term is; pulled towards 0 they would make all terms likely.
+    groups = [
+        {"params": [layer.weight], "weight_decay": _WEIGHT_DECAY},
+        {"params": [layer.bias], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=_PEAK_LR)
+    steps = epochs * (len(inputs) // _BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
-    for _ in range(_EPOCHS):
+    for _ in range(epochs):
         for chosen in torch.randperm(len(inputs)).split(_BATCH):
             if len(chosen) < _BATCH:
                 continue
@@ -64,7 +69,7 @@ def standardised(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def cross_fitted(inputs: Tensor, wanted: Tensor, folds: Tensor) -> Tensor:
+def cross_fitted(inputs: Tensor, wanted: Tensor, folds: Tensor, epochs: int = _EPOCHS) -> Tensor:
     """Probabilities [pictures, terms], each by a head fitted to the other folds' pictures.
 
     folds: [pictures], the number of each one's.
@@ -73,7 +78,7 @@ def cross_fitted(inputs: Tensor, wanted: Tensor, folds: Tensor) -> Tensor:
     for fold in folds.unique():
         unseen = folds == fold
         with torch.enable_grad():
-            layer = fit(inputs[~unseen], wanted[~unseen])
+            layer = fit(inputs[~unseen], wanted[~unseen], epochs)
         probabilities[unseen] = layer(inputs[unseen].float()).sigmoid().half()
     return probabilities
 

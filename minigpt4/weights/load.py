@@ -23,6 +23,7 @@ from minigpt4.config import (
 from minigpt4.errors import Report, UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4, build_bridge
 from minigpt4.model.vision import build_encoder
+from minigpt4.model.words import load_words
 from minigpt4.weights.checkpoint import (
     check_projection,
     efficientnet_tensors,
@@ -60,6 +61,7 @@ class WeightFiles:
     projection: Path | None  # None: a new one, to be trained
     qformer: Path | None = None
     detector: Path | None = None
+    words: Path | None = None  # None: they are to be trained, or the model has none
 
 
 def owner_of(projection: str | None) -> str | None:
@@ -92,13 +94,14 @@ def find(
 ) -> WeightFiles:
     """The model's files where they are here; UserError lists what is missing.
 
-    projection: another file than the model's own; new_projection: none is looked for; given:
+    projection: another file than the model's own; new_projection: none is looked for, nor words;
+    given:
     role -> the user's own place for it.
     """
     given = dict(given or {}) | ({"projection": str(projection)} if projection else {})
     roles = [r for r in ROLES if r in config.files or r == "projection"]
     if new_projection:
-        roles.remove("projection")
+        roles = [role for role in roles if role not in ("projection", "words")]
     paths = {role: locate(config, role, given.get(role)) for role in roles}
     absent = [
         given.get(role) or file_name(config, role, sources(config, role)[0])
@@ -175,7 +178,8 @@ def load_model(
         quantize = "int8" if device.type == "cuda" and big else "none"
     llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype)
     parts = [m.to(device, dtype) for m in (encoder, bridge, projection)]
-    return MiniGPT4(config, *parts, llm, tokenizer, quantize)
+    words = load_words(files.words).to(device) if files.words else None
+    return MiniGPT4(config, *parts, llm, tokenizer, quantize, words)
 
 
 def _new_projection(config: ModelConfig, seed: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from minigpt4.errors import UserError
 from minigpt4.weights.gguf import INDEX
 
 REPOSITORY_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-ROLES = ("vision", "detector", "qformer", "llm", "projection")
+ROLES = ("vision", "detector", "words", "qformer", "llm", "projection")
 _HUB = re.compile(r"(?P<ref>(spaces/)?[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<member>[\w./-]+))?")
 
 
