@@ -122,20 +122,20 @@ def test_a_phrase_takes_the_place_of_its_words():
 def test_the_word_head_learns_and_is_kept(tmp_path):
     torch.manual_seed(0)
     vocabulary = Vocabulary(["dog", "bench"])
-    wanted = (torch.rand(512, 2) > 0.5).float()
-    features = torch.randn(512, 28, 40)
+    wanted = (torch.rand(2048, 2) > 0.5).float()
+    features = torch.randn(2048, 28, 40)
     features[:, 25, :2] += 6 * wanted
     inputs, mean, deviation = word_head.standardised(features[:, 25] + features[:, 26])
-    folds = torch.arange(512) % 2
-    unseen = word_head.cross_fitted(inputs, wanted, folds, epochs=200)
-    assert word_head.mean_average_precision(wanted, unseen) > 0.9
+    folds = torch.arange(2048) % 2
+    unseen = word_head.cross_fitted(inputs, wanted, folds, epochs=60)
+    assert word_head.mean_average_precision(wanted, unseen) > 0.8  # chance: 0.5
     head = word_head.finished(
-        word_head.fit(inputs, wanted, epochs=200), mean, deviation, vocabulary, 5
+        word_head.fit(inputs, wanted, epochs=60), mean, deviation, vocabulary, 5
     )
     head.save(tmp_path / "words.safetensors")
     loaded = load_words(tmp_path / "words.safetensors")
     assert loaded.terms == vocabulary.terms
-    assert word_head.mean_average_precision(wanted, loaded(features)) > 0.9
+    assert word_head.mean_average_precision(wanted, loaded(features)) > 0.8
     assert (loaded(features) - head(features)).abs().max() < 0.02
     (tmp_path / "other.safetensors").write_bytes(b"no")
     with pytest.raises(UserError):
