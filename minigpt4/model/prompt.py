@@ -16,9 +16,13 @@ IMAGE_ID = -1  # in `Prompt.ids`, at the position of an image embedding
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture in a message: `key` identifies its content (see `image.Picture`)."""
+    """A picture in a message: `key` identifies its content (see `image.Picture`).
+
+    words: what a word head found in it, listed after its embeddings; "" where there is none.
+    """
 
     key: str
+    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,8 @@ class _Writer:
         self.template("<Img>")
         self.flush()
         self.prompt.add_image(image, self._image_tokens)
+        if image.words:
+            self.text(f" {image.words}")
         self.template("</Img>")
 
     def flush(self) -> None:

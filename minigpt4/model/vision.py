@@ -4,21 +4,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from minigpt4.config import EfficientNetLite, EvaViT
+from minigpt4.config import ClassesAndObjects, EfficientNetLite, EvaViT
+from minigpt4.model.detector import Detector
 
 # The published BLIP-2 image processor's statistics (CLIP's), per RGB channel.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite) -> Tensor:
+def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite | ClassesAndObjects) -> Tensor:
     """RGB picture -> pixel values [3, image_size, image_size]: squashed, not cropped; bicubic."""
     pixels = np.asarray(squash(rgb, config.image_size), dtype=np.float32)
     match config:
         case EvaViT():
             pixels = (pixels / 255.0 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
-        case EfficientNetLite():
+        case EfficientNetLite() | ClassesAndObjects():
             pixels = (pixels - 127.0) / 128.0
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
@@ -92,10 +94,33 @@ class EfficientNetEncoder(nn.Module):
         return [net._swish(net._bn1(net._conv_head(hidden))), *maps, pixel_values]
 
 
-def build_encoder(config: EvaViT | EfficientNetLite) -> nn.Module:
+class TwoEncoders(nn.Module):
+    """Pixel values [batch, 3, 320, 320] -> feature maps of a classifier and of a detector.
+
+    In the order of `ClassesAndObjects.channels`, the detector's heat map last.
+    """
+
+    def __init__(self, config: ClassesAndObjects) -> None:
+        super().__init__()
+        self.side = config.classifier.image_size
+        self.classifier = EfficientNetEncoder(config.classifier)
+        self.detector = Detector(config.detector)
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        smaller = F.interpolate(
+            pixel_values, (self.side, self.side), mode="bilinear", antialias=True
+        )
+        # The classifier reads (RGB - 127) / 128, the detector RGB itself.
+        features, heat = self.detector(pixel_values * 128.0 + 127.0)
+        return [*self.classifier(smaller), features, heat]
+
+
+def build_encoder(config: EvaViT | EfficientNetLite | ClassesAndObjects) -> nn.Module:
     """The visual encoder of `config`, its weights not yet loaded."""
     match config:
         case EvaViT():
             return EvaEncoder(config)
         case EfficientNetLite():
             return EfficientNetEncoder(config)
+        case ClassesAndObjects():
+            return TwoEncoders(config)

@@ -71,9 +71,18 @@ REWARD = (
 )
 
 
+WORDS = (
+    Option("threads", "Processor threads.", 2, integer(1), "N"),
+    Option("refit", "Fit the word head anew, even if the run has one.", False, switch),
+    Option("validate", "Measure what the run has learned, and end.", False, switch),
+    Option("no-words", "With --validate: list no words beside the embeddings.", False, switch),
+)
+
+
 def add_options(parser: Parser) -> None:
     """All options of the command."""
     parser.add(DATA, "data", "TRAIN_")
     parser.add(OPTIMIZER, "optimization", "TRAIN_")
     parser.add(REWARD, "weighting and rewards", "TRAIN_")
+    parser.add(WORDS, "models with a word head", "TRAIN_")
     add_model_options(parser, DEFAULT_MODEL)

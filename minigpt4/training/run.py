@@ -24,6 +24,10 @@ from minigpt4.weights.load import download_weights, find_weights, load_model
 def train(options: argparse.Namespace) -> None:
     """Run one stage and report where the projection is."""
     config = get_model(DEFAULT_MODEL if options.model == "auto" else options.model)
+    if config.words:
+        from minigpt4.training import small_run
+
+        return small_run.train(options, config)
     if not options.stage:
         raise UserError(f"{config.name} is trained in two stages: give --stage 1 or --stage 2.")
     schedule = schedule_of(options, config)

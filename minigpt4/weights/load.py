@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.config import (
+    ClassesAndObjects,
     ConcatPatches,
     EfficientNetLite,
     EvaViT,
@@ -20,6 +21,7 @@ from minigpt4.errors import Report, UserError, say
 from minigpt4.model.bridge import build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.vision import build_encoder
+from minigpt4.model.words import load_words
 from minigpt4.weights.checkpoint import (
     check_projection,
     efficientnet_tensors,
@@ -53,6 +55,8 @@ class WeightFiles:
     llm: Path
     projection: Path | None
     qformer: Path | None = None
+    detector: Path | None = None
+    words: Path | None = None  # None: they are to be trained, or the model has none
 
 
 def owner_of(projection: str | None) -> str | None:
@@ -86,12 +90,12 @@ def find_weights(
     """The model's local files; UserError lists what is missing.
 
     projection: a file instead of the model's own; new_projection: for training, which starts
-    without one; given: role -> the user's own place for it.
+    without one, and without words; given: role -> the user's own place for it.
     """
     given = dict(given or {}) | ({"projection": str(projection)} if projection else {})
     roles = [r for r in ROLES if r in config.files or r == "projection"]
     if new_projection:
-        roles.remove("projection")
+        roles = [role for role in roles if role not in ("projection", "words")]
     paths = {role: locate(config, role, given.get(role)) for role in roles}
     absent = {role: _wanted(config, role, given) for role, path in paths.items() if path is None}
     if "projection" in absent and not sources(config, "projection", given.get("projection")):
@@ -151,7 +155,8 @@ def load_model(
     projected = _read_projection(config, files, seed)
     parts = [part.to(device) for part in _load_vision(config, files, projected, dtype)]
     llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype)
-    return MiniGPT4(config, *parts, llm, tokenizer, quantize)
+    words = load_words(files.words).to(device) if files.words else None
+    return MiniGPT4(config, *parts, llm, tokenizer, quantize, words)
 
 
 def _read_projection(config: ModelConfig, files: WeightFiles, seed: int | None) -> dict:
@@ -193,6 +198,12 @@ def _load_vision(
             network, classifier = efficientnet_tensors(state)
             load_strict(encoder, network, files.vision, config.vision.name, dtype)
             load_strict(bridge, classifier, files.vision, "classifier", dtype)
+        case ClassesAndObjects(classifier=seen):
+            network, classifier = efficientnet_tensors(state)
+            load_strict(encoder.classifier, network, files.vision, seen.name, dtype)
+            load_strict(bridge, classifier, files.vision, "classifier", dtype)
+            objects = read_checkpoint(files.detector)
+            load_strict(encoder.detector, objects, files.detector, "detector", dtype)
     load_strict(projection, projected, files.projection, "projection", dtype)
     for part in (encoder, bridge, projection):
         refuse_unloaded(part)

@@ -1,0 +1,262 @@
+"""What small models learn of a picture: captions, descriptions, questions, tasks, what is absent.
+
+A picture's texts are drawn anew each time it is shown, several together, since they share the cost
+of reading its prompt.
+"""
+
+import json
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from minigpt4.data import examples, shards
+from minigpt4.data.examples import Example
+from minigpt4.data.files import prompt_lines
+from minigpt4.errors import UserError
+from minigpt4.training.word_head import fold_of
+
+Turn = tuple[str, str]  # what is asked, what is answered
+
+HELD_OUT = {"captioned": 4, "described": 20}  # of how many pictures one is kept for validation
+_PEOPLE = {"a person", "a man", "a woman", "a child"}
+_ASKED = (
+    "Is there {} in the image?",
+    "Is there {} in this picture?",
+    "Can you see {} in the photo?",
+    "Do you see {} here?",
+)
+_PREMISES = (  # questions about what is not there
+    "What colour is the {}?",
+    "Where is the {}?",
+    "Describe the {}.",
+    "What is the {} like?",
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what people and machines wrote about it."""
+
+    example: Example
+    source: str  # "described", "captioned", "named" or "instructed"
+    captions: tuple[str, ...] = ()
+    description: str = ""
+    pairs: tuple[Turn, ...] = ()
+    task: Turn | None = None
+    statements: tuple[tuple[str, bool], ...] = ()
+    knowledge: tuple[Turn, ...] = ()
+    things: frozenset[int] = field(default=frozenset(), compare=False)  # spoken of, of Objects
+
+    @property
+    def key(self) -> str:
+        return self.example.key
+
+    @property
+    def held_out(self) -> bool:
+        """Is it kept for validation?"""
+        share = HELD_OUT.get(self.source)
+        return bool(share) and fold_of(f"held out {self.key.rsplit('/', 1)[-1]}", share) == 0
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that speaks of what is there."""
+        answered = tuple(answer for _, answer in self.pairs if not answer.startswith("No"))
+        return (*self.captions, *((self.description,) if self.description else ()), *answered)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A conversation about a picture; its last answer is learned, `weight` times a token."""
+
+    turns: tuple[Turn, ...]
+    weight: float = 1.0
+    kind: str = ""
+
+
+class Objects:
+    """What yes/no questions ask for (`prompts/objects.txt`)."""
+
+    def __init__(self) -> None:
+        lines = [line.partition(":") for line in prompt_lines("objects.txt")]
+        self.names = [name.strip() for name, _, _ in lines]
+        self._patterns = [
+            re.compile(rf"\b(?:{'|'.join(words.split())})\b", re.IGNORECASE)
+            for _, _, words in lines
+        ]
+        self.popular: list[int] = []
+
+    def count(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """The pictures with `things` filled in; notes which objects are popular."""
+        found = []
+        for picture in pictures:
+            text = " ".join(picture.texts)
+            there = frozenset(i for i, p in enumerate(self._patterns) if p.search(text))
+            found.append(replace(picture, things=there))
+        seen = Counter(thing for picture in found for thing in picture.things)
+        self.popular = [thing for thing, _ in seen.most_common(24)]
+        return found
+
+    def absent(self, picture: Picture, draw: random.Random) -> int:
+        """An object that no text speaks of: half of the time a popular one."""
+        people = any(self.names[i] in _PEOPLE for i in picture.things)
+        choices = self.popular if draw.random() < 0.5 else range(len(self.names))
+        missing = [
+            i
+            for i in choices
+            if i not in picture.things and not (people and self.names[i] in _PEOPLE)
+        ]
+        return draw.choice(missing or [len(self.names) - 1])
+
+
+def read_pictures(pattern: str) -> list[Picture]:
+    """Shards whose JSON may hold, beside captions, "description", "questions", "task", "statements"
+    and "knowledge"."""
+    pictures = []
+    for path in shards.expand(pattern):
+        records = _records(Path(path))
+        for example in examples.read_shards(path):
+            pictures.append(_picture(example, records[example.key.rsplit("/", 1)[-1]]))
+    return pictures
+
+
+def _records(path: Path) -> dict[str, dict]:
+    with tarfile.open(path, "r:") as shard:
+        return {
+            member.name.rsplit("/", 1)[-1].partition(".")[0]: json.load(shard.extractfile(member))
+            for member in shard
+            if member.name.endswith(".json")
+        }
+
+
+def _picture(example: Example, record: dict) -> Picture:
+    def pairs(name: str) -> tuple:
+        return tuple((a, b) for a, b in record.get(name) or [])
+
+    described = bool(record.get("description"))
+    named = len(example.captions) == 1 and not described
+    return Picture(
+        example,
+        "described" if described else "named" if named else "captioned",
+        example.captions,
+        record.get("description") or "",
+        pairs("questions"),
+        tuple(record["task"]) if record.get("task") else None,
+        pairs("statements"),
+        pairs("knowledge"),
+    )
+
+
+def read_instructed(folder: str | Path, instructions: str | Path | None) -> list[Picture]:
+    """The second stage's layout: descriptions, and pairs of instruction and answer for some."""
+    asked = examples.read_instructions(instructions, folder) if instructions else []
+    pairs = {e.key: tuple((t.instructions[0], t.answer) for t in e.texts) for e in asked}
+    return [
+        Picture(
+            example,
+            "instructed",
+            description=example.texts[0].answer,
+            pairs=pairs.get(example.key, ()),
+        )
+        for example in examples.read_descriptions(folder)
+    ]
+
+
+def sentence(words: str) -> str:
+    """A word or two, written as a sentence."""
+    return words[:1].upper() + words[1:] + "."
+
+
+def name_of(picture: Picture) -> str:
+    """What the one caption "A photo of …" names."""
+    caption = picture.captions[0].strip().rstrip(".")
+    return sentence(re.sub("^a photo of ", "", caption, flags=re.IGNORECASE))
+
+
+class Mixture:
+    """Draws what is learned of a picture at one showing."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects = objects
+        self.short = prompt_lines("caption.txt")
+        self.detailed = prompt_lines("alignment.txt")
+        if not self.short or not self.detailed:
+            raise UserError("prompts/caption.txt and prompts/alignment.txt need a line each.")
+
+    def draw(self, picture: Picture, draw: random.Random) -> list[Answered]:
+        """The conversations of one showing: two to nine."""
+        parts: dict[str, Callable] = {
+            "captioned": self._captioned,
+            "described": self._described,
+            "named": self._named,
+            "instructed": self._instructed,
+        }
+        return [*parts[picture.source](picture, draw), *self.presence(picture, draw)]
+
+    def _captioned(self, picture: Picture, draw: random.Random) -> list[Answered]:
+        captions = draw.sample(picture.captions, min(3, len(picture.captions)))
+        asked = draw.choice(self.short)  # the same: the captions then share their prompt
+        found = [Answered(((asked, c.strip()),), kind="caption") for c in captions]
+        return found + self._known(picture, draw)
+
+    def _described(self, picture: Picture, draw: random.Random) -> list[Answered]:
+        caption = (draw.choice(self.short), draw.choice(picture.captions).strip())
+        detail = (draw.choice(self.detailed), picture.description)
+        found = [Answered((caption,), kind="caption"), Answered((detail,), 0.8, "description")]
+        pairs = draw.sample(picture.pairs, min(2, len(picture.pairs)))
+        if len(pairs) == 2 and draw.random() < 0.4:  # the second asked after the first's answer
+            found += [Answered(tuple(pairs[:1]), kind="question")]
+            found += [Answered(tuple(pairs), kind="follow-up")]
+        else:
+            found += [Answered((pair,), kind="question") for pair in pairs]
+        if picture.task:
+            found.append(Answered((picture.task,), 0.8, "task"))
+        for statement, right in picture.statements[:1]:
+            asked = f"True or false: {statement}"
+            found.append(Answered(((asked, "True." if right else "False."),), kind="statement"))
+        return found + self._known(picture, draw)
+
+    def _named(self, picture: Picture, draw: random.Random) -> list[Answered]:
+        asked = draw.choice(("What is this?", "What does this picture show? Answer in one word."))
+        return [Answered(((asked, name_of(picture)),), kind="name")]
+
+    def _instructed(self, picture: Picture, draw: random.Random) -> list[Answered]:
+        detail = (draw.choice(self.detailed), picture.description)
+        pairs = [Answered((pair,), 0.8, "task") for pair in picture.pairs]
+        return [Answered((detail,), 0.8, "description"), *pairs]
+
+    def _known(self, picture: Picture, draw: random.Random) -> list[Answered]:
+        found = []
+        for asked, answer in picture.knowledge[:1]:
+            turn = (f"{asked} Answer in a word or two.", sentence(answer))
+            found.append(Answered((turn,), kind="knowledge"))
+        return found
+
+    def presence(self, picture: Picture, draw: random.Random) -> list[Answered]:
+        """One question answered with yes, one with no; sometimes one that presumes wrongly."""
+        found = []
+        if picture.things:
+            name = self.objects.names[draw.choice(sorted(picture.things))]
+            found.append(self._asked(name, True, draw))
+        name = self.objects.names[self.objects.absent(picture, draw)]
+        found.append(self._asked(name, False, draw))
+        name = self.objects.names[self.objects.absent(picture, draw)]
+        if draw.random() < 0.2 and name.startswith(("a ", "an ")):
+            thing = name.split(" ", 1)[1]
+            asked = draw.choice(_PREMISES).format(thing)
+            found.append(Answered(((asked, f"There is no {thing} in this picture."),), 1.0, "none"))
+        return found
+
+    def _asked(self, name: str, there: bool, draw: random.Random) -> Answered:
+        asked = draw.choice(_ASKED).format(name)
+        if draw.random() < 0.6:
+            return Answered(
+                ((asked + " Answer yes or no.", "Yes." if there else "No."),), 2.0, "presence"
+            )
+        thing = re.sub("^an? ", "", name)
+        are = "are" if thing in ("skis", "scissors") else "is"
+        yes, no = f"Yes, there {are} {name} in it.", f"No, there {are} no {thing} in it."
+        return Answered(((asked, yes if there else no),), 1.5, "presence")

@@ -1,0 +1,330 @@
+"""The trainer of small models' projection: a mixture of texts, resumable to the step.
+
+AdamW works in the eigenbasis of the encoders' features, from a ridge regression onto the words'
+embeddings. The language model is frozen; its loss runs over the tokens that occur in the data.
+"""
+
+import json
+import random
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minigpt4.errors import say
+from minigpt4.model.minigpt4 import MiniGPT4, TrainingBatch, at_length
+from minigpt4.model.prompt import ImageRef, Message, Prompt, encode_chat, encode_text
+from minigpt4.training.batches import batches
+from minigpt4.training.mixture import Answered, Mixture, Picture
+from minigpt4.training.packing import pack
+from minigpt4.weights.checkpoint import save_projection
+
+PAUSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class SmallRecipe:
+    """How the projection is trained.
+
+    sizes: pictures of each source in a step's groups; a group's pictures are read together, since
+    their texts are about as long. cool_down: the share of the steps, at the end, in which the rate
+    falls to nothing. average: decay of the running mean of the weights, which is what is written.
+    without_words: the share of showings without the list of words.
+    """
+
+    steps: int = 4000
+    peak_lr: float = 1.5e-4
+    warmup_steps: int = 20
+    cool_down: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    average: float = 0.98
+    max_answer_tokens: int = 110
+    without_words: float = 0.2
+    checkpoint_every: int = 5
+    validate_every: int = 100
+    seed: int = 42
+    sizes: tuple[tuple[tuple[str, int], ...], ...] = (
+        (("described", 4), ("instructed", 1)),
+        (("flickr", 3), ("captioned", 2), ("named", 1)),
+    )
+
+
+class Source:
+    """Pictures of one source, their features, and the words found in them by a head that has not
+    seen them."""
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        features: Callable[[Sequence[int]], Tensor],
+        words: Callable[[int, random.Random | None], str],
+    ) -> None:
+        self.pictures, self.features, self.words = pictures, features, words
+
+
+def learning_rate(recipe: SmallRecipe, step: int) -> float:
+    """Of step `step` (from 0): linear warm-up, level, linear to nothing."""
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    left = (recipe.steps - step) / max(1.0, recipe.cool_down * recipe.steps)
+    return recipe.peak_lr * min(warm, 1.0, left)
+
+
+def occurring_tokens(tokenizer, answers: Iterator[str], end: int) -> Tensor:
+    """The ids, in order, of the tokens in the answers that can be learned."""
+    found = {end}
+    for answer in answers:
+        found.update(encode_text(tokenizer, answer))
+    return torch.tensor(sorted(found))
+
+
+class SmallTrainer:
+    """One run in the folder `out`: checkpoint.pt, log.jsonl, the projection.
+
+    A file “pause” in the folder lets the run wait; SIGTERM and SIGINT end it after the step, saved.
+    """
+
+    def __init__(
+        self,
+        model: MiniGPT4,
+        sources: dict[str, Source],
+        mixture: Mixture,
+        recipe: SmallRecipe,
+        out: str | Path,
+        start: Callable[[], tuple[Tensor, Tensor, Tensor]],
+        tokens: Tensor,
+        validate: Callable[["SmallTrainer"], dict] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        self.model, self.sources, self.mixture, self.recipe = model, sources, mixture, recipe
+        self.out = Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        stored = self._stored()
+        # The weight [hidden, projection_in] is in the basis.
+        self.basis, weight, bias = _start_of(stored) if stored else start()
+        self.projection = nn.Linear(weight.shape[1], weight.shape[0])
+        self.projection.weight.data, self.projection.bias.data = weight.clone(), bias.clone()
+        self.average = {k: v.clone() for k, v in self.projection.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.projection.weight], "weight_decay": recipe.weight_decay},
+                {"params": [self.projection.bias], "weight_decay": 0.0},
+            ],
+            lr=recipe.peak_lr,
+            betas=recipe.betas,
+        )
+        output = model.llm.get_output_embeddings().weight
+        self._vocabulary = output[tokens].clone()
+        self._index = torch.full((len(output),), -1)
+        self._index[tokens] = torch.arange(len(tokens))
+        self._end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
+        self._validate, self._metadata = validate, metadata or {}
+        self._stopping = False
+        self.step = 0
+        if stored:  # go on from this folder's checkpoint
+            self.average, self.step = stored["average"], stored["step"]
+            self.optimizer.load_state_dict(stored["optimizer"])
+
+    # --- prompts --------------------------------------------------------------------------------
+
+    def conversation(self, ref: ImageRef, turns: Sequence[tuple[str, str]]) -> Prompt:
+        """The prompt of a conversation about a picture, up to the answer to its last question."""
+        messages = []
+        for number, (asked, answer) in enumerate(turns):
+            messages.append(Message("user", (ref, asked) if not number else (asked,)))
+            if number < len(turns) - 1:
+                messages.append(Message("assistant", (answer,)))
+        config = self.model.config
+        return encode_chat(messages, config.template, self.model.tokenizer, config.image_tokens)
+
+    def learned(self, ref: ImageRef, answered: Answered) -> Prompt:
+        """The same with the answer, to be learned."""
+        prompt = self.conversation(ref, answered.turns)
+        ids = encode_text(self.model.tokenizer, answered.turns[-1][1])
+        limit = self.recipe.max_answer_tokens
+        prompt.add_tokens(ids if len(ids) > limit else [*ids, self._end], learn=True)
+        if len(ids) > limit:
+            cut = len(prompt) - len(ids) + limit
+            prompt.ids, prompt.keys = prompt.ids[:cut], prompt.keys[:cut]
+            prompt.loss_mask = prompt.loss_mask[:cut]
+        return prompt
+
+    def chosen(self, step: int) -> list[list[tuple[str, int]]]:
+        """The groups of a step: (source, picture) each. Depends on the seed and the step alone."""
+        groups = []
+        for sizes in self.recipe.sizes:
+            group = []
+            for name, size in sizes:
+                count = len(self.sources[name].pictures) if name in self.sources else 0
+                if count:
+                    stream = batches(count, size, self.recipe.seed, step)
+                    group += [(name, index) for index in next(stream)]
+            if group:
+                groups.append(group)
+        return groups
+
+    def batch(
+        self, group: Sequence[tuple[str, int]], draw: random.Random
+    ) -> tuple[Tensor, TrainingBatch, list[str]]:
+        """(features, packed prompts, the kind of each learned token's text) of a group."""
+        rows, weights, kinds, features = [], [], [], []
+        for place, (name, index) in enumerate(group):
+            source = self.sources[name]
+            words = "" if draw.random() < self.recipe.without_words else source.words(index, draw)
+            ref = ImageRef(f"{place:x}", words)
+            texts = self.mixture.draw(source.pictures[index], draw)
+            rows.append([self.learned(ref, text) for text in texts])
+            weights.append([text.weight for text in texts])
+            for prompt, text in zip(rows[-1], texts, strict=True):
+                kinds += [text.kind] * sum(prompt.loss_mask)
+            features.append(source.features([index]))
+        index = {f"{place:x}": place for place in range(len(group))}
+        return torch.cat(features), pack(rows, index, weights), kinds
+
+    # --- the loss -------------------------------------------------------------------------------
+
+    def embeddings(self, features: Tensor, projection: nn.Linear | None = None) -> Tensor:
+        """Features as the encoders give them -> image embeddings."""
+        projected = (projection or self.projection)(features.float() @ self.basis)
+        return at_length(projected, self.model.config.embedding_length)
+
+    def hidden_states(self, images: Tensor, batch: TrainingBatch) -> Tensor:
+        """What the language model makes of the batch [rows, length, hidden]."""
+        embeds = self.model.embed_tokens(batch.ids)
+        images = images.to(embeds.dtype)[batch.image_index]
+        slots = batch.image_rows[:, 1:] + torch.arange(images.shape[1])
+        embeds = embeds.index_put((batch.image_rows[:, :1], slots), images)
+        mask = torch.zeros_like(batch.attention_mask, dtype=embeds.dtype)
+        mask = mask.masked_fill(~batch.attention_mask, torch.finfo(embeds.dtype).min)
+        return self.model.llm.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+
+    def losses(self, images: Tensor, batch: TrainingBatch) -> Tensor:
+        """The cross-entropy of each learned token."""
+        hidden = self.hidden_states(images, batch).flatten(0, 1)[batch.sources]
+        logits = F.linear(hidden, self._vocabulary).float()
+        wanted = self._index[batch.targets]  # -1, not learned: a token that no other answer has
+        return F.cross_entropy(logits, wanted, reduction="none", ignore_index=-1)
+
+    # --- the run --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the recipe's last step, or until stopped."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._stop)
+        while self.step < self.recipe.steps and not self._stopping:
+            while (self.out / "pause").exists() and not self._stopping:
+                time.sleep(PAUSE_SECONDS)
+            self._log(self.one_step())
+            self.step += 1
+            if self._validate and self.step % self.recipe.validate_every == 0:
+                self.save()
+                self._log({"step": self.step, "validation": self._validate(self)})
+            if self.step % self.recipe.checkpoint_every == 0 or self.step == self.recipe.steps:
+                self.save()
+        self.save()
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def one_step(self) -> dict:
+        """Learn from the next pictures; what is to be said of it."""
+        started, cpu = time.perf_counter(), time.process_time()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step)
+        draw = random.Random(f"{self.recipe.seed} {self.step}")
+        groups = [self.batch(group, draw) for group in self.chosen(self.step)]
+        total = sum(batch.weights.sum() for _, batch, _ in groups)
+        by_kind, lengths = defaultdict(list), []
+        self.optimizer.zero_grad()
+        for features, batch, kinds in groups:
+            images = self.embeddings(features)
+            losses = self.losses(images, batch)
+            ((losses * batch.weights).sum() / total).backward()
+            for kind, loss in zip(kinds, losses.tolist(), strict=True):
+                by_kind[kind].append(loss)
+            lengths.append(images.detach().norm(dim=-1).mean().item())
+        norm = nn.utils.clip_grad_norm_(self.projection.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        for name, value in self.projection.state_dict().items():
+            decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
+            self.average[name].lerp_(value, 1 - decay)
+        every = [loss for of_kind in by_kind.values() for loss in of_kind]
+        return {
+            "step": self.step + 1,
+            "loss": round(sum(every) / len(every), 4),
+            "kinds": {k: round(sum(v) / len(v), 3) for k, v in sorted(by_kind.items())},
+            "gradient": round(norm.item(), 4),
+            "length": round(sum(lengths) / len(lengths), 3),
+            "tokens": sum(batch.ids.numel() for _, batch, _ in groups),
+            "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+        }
+
+    def _log(self, record: dict) -> None:
+        line = json.dumps(record)
+        say(line)
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def averaged(self) -> nn.Linear:
+        """The projection with the mean of the latest weights, in the basis."""
+        projection = nn.Linear(self.projection.in_features, self.projection.out_features)
+        projection.load_state_dict(self.average)
+        return projection.requires_grad_(False)
+
+    def save(self) -> None:
+        """Checkpoint and projection, each whole or not at all."""
+        state = {
+            "projection": self.projection.state_dict(),
+            "average": self.average,
+            "basis": self.basis,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        partial = self.out / "checkpoint.part"
+        torch.save(state, partial)
+        partial.replace(self.out / "checkpoint.pt")
+        weights = {
+            "weight": (self.average["weight"] @ self.basis.T).half(),
+            "bias": self.average["bias"].half(),
+        }
+        path = self.out / self.model.config.projection_file
+        save_projection(weights, path, self._metadata | {"steps": str(self.step)})
+
+    def _stored(self) -> dict | None:
+        path = self.out / "checkpoint.pt"
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:
+    projection = stored["projection"]
+    return stored["basis"], projection["weight"], projection["bias"]
+
+
+def fastest_dtype(candidates: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)):
+    """The type in which this processor multiplies matrices fastest, as measured here."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(256, 896, dtype=dtype), torch.ones(896, 4864, dtype=dtype)
+        times = []
+        for _ in range(4):
+            started = time.process_time()
+            left @ right
+            times.append(time.process_time() - started)
+        return min(times[1:])
+
+    return min(candidates, key=seconds)

@@ -1,0 +1,216 @@
+"""What a small model has learned so far, on pictures kept apart: loss, captions, yes/no, obedience.
+
+Captions, yes/no questions and obedience pull in different directions, so they are measured
+together.
+"""
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from minigpt4.evaluation.metrics import caption_scores, is_repetitive
+from minigpt4.model.prompt import ImageRef
+from minigpt4.training.mixture import Objects
+from minigpt4.training.packing import pack
+
+if TYPE_CHECKING:
+    from minigpt4.training.small import SmallTrainer, Source
+
+_TOGETHER = 20  # pictures answered in one batch
+CAPTION = "Describe this image briefly."
+DETAIL = "Describe this image in detail."
+POEM = "Write a four-line poem about this picture."
+
+
+class Probe:
+    """Measures the averaged projection; `sizes`: pictures for each figure."""
+
+    def __init__(
+        self,
+        kept: dict[str, "Source"],
+        objects: Objects,
+        out: Path,
+        sizes: dict[str, int] | None = None,
+        words: bool = True,
+    ) -> None:
+        self.kept, self.objects, self.out, self.words = kept, objects, out, words
+        self.sizes = {"loss": 24, "captions": 60, "yes/no": 60, "detail": 10} | (sizes or {})
+
+    @torch.no_grad()
+    def __call__(self, trainer: "SmallTrainer") -> dict:
+        """The figures; answers go to answers-STEP.txt."""
+        projection, lines = trainer.averaged(), []
+        figures: dict = {"loss": self.loss(trainer, projection)}
+        for name in ("captioned", "flickr"):
+            if name in self.kept:
+                figures[f"captions {name}"] = self.captions(trainer, projection, name, lines)
+        for name in ("described", "captioned"):
+            if name in self.kept:
+                figures[f"yes/no {name}"] = self.presence(trainer, projection, name)
+        if "described" in self.kept:
+            figures |= self.obedience(trainer, projection, lines)
+        path = self.out / f"answers-{trainer.step:06}.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return figures
+
+    def _ref(self, source: "Source", number: int, place: int) -> ImageRef:
+        return ImageRef(f"{place:x}", source.words(number, None) if self.words else "")
+
+    def loss(self, trainer: "SmallTrainer", projection: nn.Linear) -> dict[str, float]:
+        """Mean over the learned tokens of each kind of text."""
+        found = defaultdict(list)
+        for name, source in self.kept.items():
+            for number in range(min(self.sizes["loss"], len(source.pictures))):
+                draw = random.Random(f"probe {name} {number}")
+                texts = trainer.mixture.draw(source.pictures[number], draw)
+                ref = self._ref(source, number, 0)
+                prompts = [trainer.learned(ref, text) for text in texts]
+                images = trainer.embeddings(source.features([number]), projection)
+                losses = trainer.losses(images, pack([prompts], {ref.key: 0})).tolist()
+                for prompt, text in zip(prompts, texts, strict=True):
+                    count = sum(prompt.loss_mask)
+                    found[f"{name} {text.kind}"] += losses[:count]
+                    losses = losses[count:]
+        return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
+
+    def captions(
+        self, trainer: "SmallTrainer", projection: nn.Linear, name: str, lines: list[str]
+    ) -> dict[str, float]:
+        """BLEU-4, CIDEr and words of greedy short captions."""
+        source = self.kept[name]
+        numbers = range(min(self.sizes["captions"], len(source.pictures)))
+        texts = self.answers(trainer, projection, source, numbers, CAPTION, 40)
+        answers = {str(i): text for i, text in zip(numbers, texts, strict=True)}
+        references = {str(i): source.pictures[i].captions for i in numbers}
+        scores = caption_scores(answers, references)
+        for i in list(numbers)[:12]:
+            words = self._ref(source, i, 0).words
+            lines.append(f"{answers[str(i)]} | {references[str(i)][0]} | {words}")
+        return {
+            "cider": round(scores["cider"], 3),
+            "bleu4": round(scores["bleu4"], 3),
+            "words": round(sum(len(t.split()) for t in texts) / len(texts), 1),
+        }
+
+    def presence(
+        self, trainer: "SmallTrainer", projection: nn.Linear, name: str
+    ) -> dict[str, float]:
+        """Accuracy (more likely yes than no; with the best threshold) and AUC of yes/no questions
+        about objects; as many answers are yes as no, half of these about popular objects."""
+        source, odds, right = self.kept[name], [], []
+        tokenizer = trainer.model.tokenizer
+        yes, no = (tokenizer.encode(w, add_special_tokens=False)[0] for w in ("Yes", "No"))
+        output = trainer.model.llm.get_output_embeddings().weight[[yes, no]]
+        for number in range(min(self.sizes["yes/no"], len(source.pictures))):
+            picture = source.pictures[number]
+            draw = random.Random(f"presence {picture.key}")
+            there = draw.sample(sorted(picture.things), min(3, len(picture.things)))
+            absent = {self.objects.absent(picture, draw) for _ in there}
+            asked = [(self.objects.names[i], True) for i in there]
+            asked += [(self.objects.names[i], False) for i in sorted(absent)]
+            if not asked:
+                continue
+            ref, prompts = self._ref(source, number, 0), []
+            for thing, _ in asked:
+                question = f"Is there {thing} in the image? Answer yes or no."
+                prompts.append(trainer.conversation(ref, ((question, ""),)))
+                prompts[-1].add_tokens([yes], learn=True)
+            batch = pack([prompts], {ref.key: 0})
+            images = trainer.embeddings(source.features([number]), projection)
+            hidden = trainer.hidden_states(images, batch).flatten(0, 1)[batch.sources]
+            logits = (hidden @ output.T).float()
+            odds += (logits[:, 0] - logits[:, 1]).tolist()
+            right += [answer for _, answer in asked]
+        return yes_no_scores(odds, right)
+
+    def obedience(
+        self, trainer: "SmallTrainer", projection: nn.Linear, lines: list[str]
+    ) -> dict[str, dict]:
+        """How many sentences a detailed answer has, how many lines a poem; repetition."""
+        source, figures = self.kept["described"], {}
+        numbers = range(min(self.sizes["detail"], len(source.pictures)))
+        for what, asked in (("detail", DETAIL), ("poem", POEM)):
+            texts = self.answers(trainer, projection, source, numbers, asked, 110)
+            for i, text in zip(numbers, texts, strict=True):
+                lines.append(f"[{what}] {text!r} | {source.pictures[i].description}")
+            parts = [_lines(t) if what == "poem" else sentences(t) for t in texts]
+            figures[what] = {
+                "lines" if what == "poem" else "sentences": round(sum(parts) / len(parts), 2),
+                "several": round(sum(n > 1 for n in parts) / len(parts), 2),
+                "repetition": round(sum(map(is_repetitive, texts)) / len(texts), 2),
+            }
+        return figures
+
+    def answers(
+        self,
+        trainer: "SmallTrainer",
+        projection: nn.Linear,
+        source: "Source",
+        numbers: Sequence[int],
+        asked: str,
+        limit: int,
+    ) -> list[str]:
+        """Greedy answers, pictures together."""
+        found = []
+        for first in range(0, len(numbers), _TOGETHER):
+            some = numbers[first : first + _TOGETHER]
+            embeds = trainer.embeddings(source.features(list(some)), projection)
+            rows = []
+            for place, number in enumerate(some):
+                ref = self._ref(source, number, place)
+                prompt = trainer.conversation(ref, ((asked, ""),))
+                rows.append(trainer.model.embed(prompt, {ref.key: embeds[place]})[0])
+            found += greedy(trainer.model, rows, limit)
+        return found
+
+
+def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
+    """The likeliest answers to prompts [length, hidden] of different lengths."""
+    longest = max(len(row) for row in rows)
+    embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        embeds[place, longest - len(row) :] = row
+        mask[place, longest - len(row) :] = 1
+    end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
+    ids = model.llm.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=limit,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    decode = model.tokenizer.decode
+    return [decode(row.tolist(), skip_special_tokens=True).strip() for row in ids]
+
+
+def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:
+    """Of log-odds of yes and whether yes is right."""
+    scores, truth = torch.tensor(odds), torch.tensor(right)
+    pairs = scores[truth][:, None] - scores[~truth][None, :]
+    auc = ((pairs > 0).float() + 0.5 * (pairs == 0).float()).mean().item()
+    best = max(((scores > t) == truth).float().mean().item() for t in scores)
+    accuracy = ((scores > 0) == truth).float().mean().item()
+    said_yes = (scores > 0).float().mean().item()
+    figures = {"accuracy": accuracy, "best": best, "auc": auc, "yes": said_yes}
+    return {k: round(v, 3) for k, v in figures.items()} | {"questions": len(odds)}
+
+
+def sentences(text: str) -> int:
+    """How many sentences a text has."""
+    return len([s for s in re.split(r"[.!?]+(?=\s|$)", text) if re.search(r"\w", s)])
+
+
+def _lines(text: str) -> int:
+    return len([line for line in text.split("\n") if line.strip()])

@@ -1,0 +1,281 @@
+"""python -m minigpt4 train for models with a word head: data -> features -> words -> projection."""
+
+import argparse
+import json
+import random
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minigpt4.config import ModelConfig, Words
+from minigpt4.errors import UserError, say
+from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.words import choose, listed, whole_picture
+from minigpt4.training import int8, mixture, small, small_start, word_head
+from minigpt4.training.features import Features
+from minigpt4.training.small import SmallRecipe, SmallTrainer, Source
+from minigpt4.training.small_probe import Probe
+from minigpt4.training.vocabulary import Vocabulary
+from minigpt4.weights.load import find_weights, load_model
+
+_FOLDS = 4
+_TERMS = (1100, 700, 10)  # words, phrases, pictures that hold one at least
+_FITTED = 5000  # pictures that the start is fitted to
+
+
+def train(options: argparse.Namespace, config: ModelConfig) -> None:
+    """Train, or go on where the run in `options.out` ended."""
+    torch.set_num_threads(options.threads)
+    out = Path(options.out)
+    given = {"llm": options.llm} if options.llm else {}
+    files = find_weights(config, options.init, new_projection=options.init is None, given=given)
+    dtype = small.fastest_dtype()
+    model = load_model(config, files, "cpu", "none", dtype)
+    model.llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
+    integers = int8.is_faster()
+    if integers:
+        int8.replace_linears(model.llm.get_decoder().layers)
+    say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
+    pictures = read(Path(options.data))
+    cache = Path(options.cache or out / "features")
+    features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
+    words = Found(config, pictures, features, out, options.refit)
+    trained, kept = divided(pictures, features, words)
+    objects = mixture.Objects()
+    counted = objects.count([p for source in trained.values() for p in source.pictures])
+    for source in trained.values():
+        source.pictures = counted[: len(source.pictures)]
+        counted = counted[len(source.pictures) :]
+    for source in kept.values():
+        source.pictures = mixture.Objects().count(source.pictures)
+    recipe = SmallRecipe(seed=options.seed)
+    overrides = {"steps": options.steps, "peak_lr": options.peak_lr}
+    recipe = replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
+    trainer = SmallTrainer(
+        model,
+        trained,
+        mixture.Mixture(objects),
+        recipe,
+        out,
+        lambda: beginning(model, trained),
+        tokens_of(model, trained, objects),
+        Probe(kept, objects, out),
+        {
+            "model": config.name,
+            "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
+            "pictures": str(sum(len(s.pictures) for s in trained.values())),
+        },
+    )
+    if trainer.step:
+        say(f"Resuming at step {trainer.step} of {recipe.steps}.")
+    if options.validate:
+        size = options.limit or 200
+        sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": size // 5}
+        probe = Probe(kept, objects, out, sizes, not options.no_words)
+        return say(json.dumps(probe(trainer), indent=1))
+    return trainer.run()
+
+
+def read(folder: Path) -> dict[str, list[mixture.Picture]]:
+    """Data set -> its pictures: `stage1/`, `coco/`, `stage2/` and `instruct/` in a folder.
+
+    Each is optional, but there must be one at least.
+    """
+    found = {}
+    for pattern in ("coco/*.tar", "stage1/*.tar"):
+        for shard in sorted(folder.glob(pattern)):
+            found[shard.stem] = mixture.read_pictures(str(shard))
+    if (folder / "stage2").is_dir():
+        asked = folder / "instruct" / "instruct.jsonl"
+        found["stage2"] = mixture.read_instructed(
+            folder / "stage2", asked if asked.exists() else None
+        )
+    if not found:
+        raise UserError(f"{folder} holds no data: it needs coco/*.tar or stage1/*.tar.")
+    return found
+
+
+class Cached:
+    """The features of one data set's pictures, encoded once."""
+
+    def __init__(self, model: MiniGPT4, pictures: Sequence[mixture.Picture], cache: Path) -> None:
+        self._stored = Features(model, [p.example for p in pictures], 1, cache, True)
+
+    def __call__(self, numbers: Sequence[int]) -> Tensor:
+        """[pictures, image_tokens, projection_in], 16 bit."""
+        return self._stored([(number, 0) for number in numbers])
+
+    def part(self, numbers: Sequence[int]) -> Callable[[Sequence[int]], Tensor]:
+        """The same for some of the pictures, counted anew."""
+        return lambda chosen: self([numbers[i] for i in chosen])
+
+
+def is_kept(name: str, picture: mixture.Picture) -> bool:
+    """Is the picture for validation alone?"""
+    return name.startswith("val") or picture.held_out
+
+
+class Found:
+    """The words found in every picture: by heads that have not seen it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        pictures: dict[str, list[mixture.Picture]],
+        features: dict[str, Cached],
+        out: Path,
+        refit: bool,
+    ) -> None:
+        self.words: Words = config.words
+        keys = [(name, i) for name, of_one in pictures.items() for i in range(len(of_one))]
+        self._row = {key: row for row, key in enumerate(keys)}
+        path = out / "words.pt"
+        if refit or not path.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            self._fit(config, pictures, features, keys, path)
+        stored = torch.load(path, weights_only=True)
+        self.terms: list[str] = stored["terms"]
+        self._probabilities: Tensor = stored["probabilities"]
+        if len(self._probabilities) != len(keys):
+            raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
+
+    def _fit(self, config, pictures, features, keys, path: Path) -> None:
+        """Write the probabilities, and the head that saw all training pictures."""
+        say("Fitting the word head …")
+        flat = [pictures[name][i] for name, i in keys]
+        kept = torch.tensor([is_kept(n, p) for (n, _), p in zip(keys, flat, strict=True)])
+        grid = config.bridge.grid
+        inputs = torch.cat(
+            [
+                whole_picture(features[name](range(first, min(first + 256, len(of_one)))), grid)
+                for name, of_one in pictures.items()
+                for first in range(0, len(of_one), 256)
+            ]
+        )
+        seen = [p.texts for p, k in zip(flat, kept.tolist(), strict=True) if not k]
+        vocabulary = Vocabulary.of(seen, *_TERMS)
+        wanted = word_head.targets(vocabulary, [p.texts for p in flat])
+        _, mean, deviation = word_head.standardised(inputs[~kept])
+        inputs = ((inputs.float() - mean) / deviation).half()
+        folds = torch.tensor([word_head.fold_of(p.key, _FOLDS) for p in flat])
+        probabilities = torch.zeros(wanted.shape, dtype=torch.float16)
+        probabilities[~kept] = word_head.cross_fitted(inputs[~kept], wanted[~kept], folds[~kept])
+        layer = word_head.fit(inputs[~kept], wanted[~kept])
+        head = word_head.finished(layer, mean, deviation, vocabulary, grid)
+        head.save(path.with_name(config.files["words"].member))
+        with torch.no_grad():
+            probabilities[kept] = layer(inputs[kept].float()).sigmoid().half()
+        self._say(wanted, probabilities, kept, keys)
+        torch.save({"terms": list(vocabulary.terms), "probabilities": probabilities}, path)
+
+    def _say(self, wanted: Tensor, probabilities: Tensor, kept: Tensor, keys: list) -> None:
+        flickr = torch.tensor([name.startswith("val") for name, _ in keys])
+        for what, rows in (
+            ("trained (other folds)", ~kept),
+            ("Flickr8k val", flickr),
+            ("COCO, held out", kept & ~flickr),
+        ):
+            if rows.any():
+                score = word_head.mean_average_precision(wanted[rows], probabilities[rows])
+                say(
+                    json.dumps({"words": what, "pictures": int(rows.sum()), "mAP": round(score, 3)})
+                )
+
+    def of(self, name: str, numbers: Sequence[int]) -> Callable:
+        """(picture, draw) -> its list of words, for some of a data set's pictures, counted anew.
+
+        With a draw the threshold, the number and the order vary; without one they are the model's.
+        """
+
+        def words(chosen: int, draw: random.Random | None) -> str:
+            row = self._probabilities[self._row[name, numbers[chosen]]].tolist()
+            if draw is None:
+                return listed(choose(row, self.terms, self.words))
+            varied = replace(
+                self.words, threshold=draw.uniform(0.15, 0.4), most=draw.randint(5, 14)
+            )
+            terms = choose(row, self.terms, varied)
+            if draw.random() < 0.4:
+                draw.shuffle(terms)
+            return listed(terms)
+
+        return words
+
+
+def divided(
+    pictures: dict[str, list[mixture.Picture]], features: dict[str, Cached], words: Found
+) -> tuple[dict[str, Source], dict[str, Source]]:
+    """(sources to learn from, sources for validation): name -> pictures joined over data sets."""
+    parts: dict[tuple[bool, str], list[tuple[str, int]]] = {}
+    for name, of_one in pictures.items():
+        for number, picture in enumerate(of_one):
+            kind = picture.source
+            if kind == "captioned" and not name.startswith("captioned"):
+                kind = "flickr"
+            parts.setdefault((is_kept(name, picture), kind), []).append((name, number))
+    made: tuple[dict, dict] = ({}, {})
+    for (kept, kind), places in parts.items():
+        made[kept][kind] = _joined(places, pictures, features, words)
+    return made
+
+
+def _joined(places, pictures, features, words) -> Source:
+    """One source out of (data set, picture) places."""
+
+    def feature(numbers: Sequence[int]) -> Tensor:
+        return torch.cat([features[places[i][0]]([places[i][1]]) for i in numbers])
+
+    by_set = {name: words.of(name, range(len(of_one))) for name, of_one in pictures.items()}
+
+    def found(number: int, draw: random.Random | None) -> str:
+        name, index = places[number]
+        return by_set[name](index, draw)
+
+    return Source([pictures[name][i] for name, i in places], feature, found)
+
+
+def beginning(model: MiniGPT4, trained: dict[str, Source]) -> tuple[Tensor, Tensor, Tensor]:
+    """The ridge's start, on a fixed draw of the pictures that have captions."""
+    draw = random.Random("start")
+    places = [
+        (name, i)
+        for name, source in trained.items()
+        for i, picture in enumerate(source.pictures)
+        if len(picture.captions) > 1
+    ]
+    places = draw.sample(places, min(_FITTED, len(places)))
+    features = torch.cat([trained[name].features([i]) for name, i in places])
+    return small_start.start(
+        model, features, [trained[name].pictures[i].captions for name, i in places]
+    )
+
+
+def tokens_of(model: MiniGPT4, trained: dict[str, Source], objects: mixture.Objects) -> Tensor:
+    """The tokens that the loss runs over: those of all answers that can be drawn."""
+
+    def answers():
+        for source in trained.values():
+            for picture in source.pictures:
+                yield from (t.strip() for t in (*picture.captions, picture.description))
+                yield from (answer for _, answer in picture.pairs)
+                if picture.task:
+                    yield picture.task[1]
+                for _, answer in picture.knowledge:
+                    yield mixture.sentence(answer)
+                if picture.source == "named":
+                    yield mixture.name_of(picture)
+        for name in objects.names:
+            thing = name.split(" ", 1)[-1]
+            yield f"Yes, there is {name} in it."
+            yield f"No, there is no {thing} in it."
+            yield f"No, there are no {thing} in it."
+            yield f"There is no {thing} in this picture."
+        yield from ("Yes.", "No.", "Yes, there are", "True.", "False.")
+
+    end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
+    return small.occurring_tokens(model.tokenizer, answers(), end)

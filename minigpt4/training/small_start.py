@@ -1,0 +1,85 @@
+"""Where the projection of a small model starts: at the embeddings of the words it should bring up.
+
+Classes and objects begin at the mean embedding of their names' words; the rest is a ridge
+regression from the features onto the mean embedding of the captions' words.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minigpt4.config import ClassesAndObjects
+from minigpt4.data.files import prompt_lines
+from minigpt4.errors import UserError
+from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.words import whole_picture
+
+_HEAT_SCALE = 3.0  # AdamW's steps are equal for all weights: few columns of heat count for more
+_PENALTY = 0.3  # of the ridge, in mean variances of the features
+_LENGTH = 0.5  # of a word's embedding, about
+_EMPTY = frozenset(prompt_lines("empty-words.txt"))  # nothing of them is to be seen
+
+
+def eigenbasis(vectors: Tensor, vision: ClassesAndObjects) -> Tensor:
+    """[projection_in] * 2: the eigenvectors of each encoder's features [n, projection_in].
+
+    Heat and classes are left as they are, apart from the heat's scale.
+    """
+    width = vectors.shape[-1]
+    basis = torch.eye(width)
+    seen = sum(vision.classifier.channels)
+    found = seen + vision.detector.hidden_size
+    for first, last in ((0, seen), (seen, found)):
+        part = vectors[:, first:last].float()
+        basis[first:last, first:last] = torch.linalg.eigh(part.T @ part / len(part)).eigenvectors
+    heat = range(found, found + vision.detector.classes)
+    basis[heat, heat] = _HEAT_SCALE
+    return basis
+
+
+def start(
+    model: MiniGPT4, features: Tensor, texts: Sequence[Sequence[str]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(basis, weight [hidden, projection_in] in that basis, bias).
+
+    features: [pictures, image_tokens, projection_in], 16 bit; texts: the pictures'.
+    """
+    vision, grid = model.config.vision, model.config.bridge.grid
+    cells = features[:512, : grid * grid + 1].flatten(0, 1)
+    basis = eigenbasis(cells, vision)
+    wanted = torch.stack([_mean_embedding(model, " ".join(of_one)) for of_one in texts])
+    inputs = whole_picture(features.float(), grid) @ basis
+    learned = sum(vision.channels) - vision.detector.classes  # columns before heat and classes
+    weight, bias = _ridge(inputs[:, :learned], wanted)
+    whole = torch.zeros(wanted.shape[1], inputs.shape[1])
+    whole[:, :learned] = weight
+    names = torch.stack([_mean_embedding(model, name) for name in _names(vision)])
+    whole[:, learned:] = names.T / names.norm(dim=1)
+    whole[:, learned : learned + vision.detector.classes] /= _HEAT_SCALE
+    return basis, whole, bias
+
+
+def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight, bias) whose outputs vary as far as a word's embedding is long."""
+    mean, centre = inputs.mean(0), wanted.mean(0)
+    inputs, wanted = inputs - mean, wanted - centre
+    covariance = inputs.T @ inputs / len(inputs)
+    penalty = _PENALTY * covariance.diagonal().mean() * torch.eye(len(covariance))
+    weight = torch.linalg.solve(covariance + penalty, inputs.T @ wanted / len(inputs)).T
+    weight *= _LENGTH / (inputs @ weight.T).norm(dim=1).mean()
+    return weight, centre - weight @ mean
+
+
+def _names(vision: ClassesAndObjects) -> list[str]:
+    """The detector's classes, then the classifier's: in the columns' order."""
+    names = [*prompt_lines("coco-classes.txt"), *prompt_lines("imagenet-classes.txt")]
+    if len(names) != vision.detector.classes + vision.classes:
+        raise UserError("prompts/coco-classes.txt or imagenet-classes.txt lacks or repeats lines.")
+    return names
+
+
+def _mean_embedding(model: MiniGPT4, text: str) -> Tensor:
+    words = [w for w in text.lower().replace(",", " ").replace(".", " ").split() if w not in _EMPTY]
+    ids = model.tokenizer.encode(" " + " ".join(words), add_special_tokens=False)
+    return model.embed_tokens(torch.tensor(ids)).float().mean(0)

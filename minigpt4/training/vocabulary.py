@@ -1,0 +1,133 @@
+"""The words and phrases of captions that a picture can be searched for: what the word head finds.
+
+A word is a thing ("truck"), a phrase a thing with what is said of it ("yellow truck", "parking
+lot", "two dogs"): a loose colour in a list binds to whatever stands beside it. Verbs and words that
+fit any picture are left out (`prompts/word-lists.txt`).
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from minigpt4.data.files import prompt_lines
+
+
+def _word_lists() -> dict[str, set[str]]:
+    found = defaultdict(set)
+    for line in prompt_lines("word-lists.txt"):
+        name, _, words = line.partition(":")
+        found[name] |= set(words.split())
+    return found
+
+
+_LISTS = _word_lists()
+_DETERMINERS, _NUMBERS, _QUALITIES = (_LISTS[n] for n in ("determiners", "numbers", "qualities"))
+_FUNCTION, _VAGUE, _ENDS_IN_ING = (_LISTS[n] for n in ("function", "vague", "ing"))
+_SINGULAR = dict(word.split("=") for word in _LISTS["singular"])
+
+
+def tokens(text: str) -> list[str]:
+    """A caption's words, lower case, sentences set apart by "."."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)?|\.", text.lower().replace("-", " "))
+
+
+def singular(word: str) -> str:
+    """ "dogs" -> "dog", "buses" -> "bus", "babies" -> "baby"; people keep their odd forms."""
+    if word in _SINGULAR:
+        return _SINGULAR[word]
+    if len(word) < 4 or word.endswith(("ss", "us", "is")) or not word.endswith("s"):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if re.search(r"(ch|sh|x|ss|zz|us)es$", word):
+        return word[:-2]
+    return word[:-1]
+
+
+class Vocabulary:
+    """Which words and phrases occur in a text.
+
+    terms: in the order of the head's outputs; a phrase is two words with a space between.
+    """
+
+    def __init__(self, terms: Sequence[str]) -> None:
+        self.terms = tuple(terms)
+        self._index = {term: number for number, term in enumerate(self.terms)}
+
+    @classmethod
+    def of(cls, texts: Iterable[Sequence[str]], words: int, phrases: int, least: int):
+        """The commonest terms of pictures' texts: so many, in at least `least` pictures each."""
+        pictures = [[tokens(text) for text in of_one] for of_one in texts]
+        nouns = _nouns(t for of_one in pictures for t in of_one)
+        single, double = Counter(), Counter()
+        pairs, firsts = Counter(), Counter()
+        for of_one in pictures:
+            found, found_pairs = set(), set()
+            for sentence in of_one:
+                found |= {singular(w) for w in sentence if singular(w) in nouns}
+                found_pairs |= set(_pairs(sentence, nouns))
+                pairs.update(_pairs(sentence, nouns))
+                firsts.update(sentence)
+            single.update(found)
+            double.update(found_pairs)
+        # A compound must hold together: its first word stands mostly before its second.
+        kept = {
+            pair: count
+            for pair, count in double.items()
+            if pair[0] in _QUALITIES | _NUMBERS
+            or pairs[pair] > (0.15 if pair[0] in nouns else 0.25) * firsts[pair[0]]
+        }
+        common = [w for w, c in single.most_common(words) if c >= least]
+        joined = [p for p, c in Counter(kept).most_common(phrases) if c >= least]
+        return cls([*common, *(" ".join(pair) for pair in joined)])
+
+    def occurring(self, text: str) -> set[int]:
+        """The numbers of the terms that a text holds."""
+        words = tokens(text)
+        single = [singular(w) for w in words]
+        found = {self._index[w] for w in single if w in self._index}
+        for first, second, whole in zip(words, single[1:], words[1:], strict=False):
+            for pair in (f"{first} {second}", f"{first} {whole}"):
+                if pair in self._index:
+                    found.add(self._index[pair])
+        return found
+
+
+def _nouns(sentences: Iterable[list[str]]) -> set[str]:
+    """Words that stand mostly behind an article or a quality, and mostly end what it begins."""
+    before, after, total = Counter(), Counter(), Counter()
+    for sentence in sentences:
+        for i, word in enumerate(sentence):
+            total[word] += 1
+            earlier = sentence[i - 1] if i else "."
+            later = sentence[i + 1] if i + 1 < len(sentence) else "."
+            before[word] += earlier in _DETERMINERS or earlier in _QUALITIES
+            after[word] += later == "." or later in _FUNCTION or later.endswith("ing")
+    found = set()
+    for word, count in total.items():
+        one = singular(word)
+        if {word, one} & (_DETERMINERS | _QUALITIES | _FUNCTION | _VAGUE):
+            continue
+        if len(word) < 3 or "'" in word or (word.endswith("ing") and word not in _ENDS_IN_ING):
+            continue
+        if after[word] > 0.4 * count and before[word] > (0.2 if one == word else 0.12) * count:
+            found.add(one)
+    return found
+
+
+def _pairs(sentence: list[str], nouns: set[str]) -> list[tuple[str, str]]:
+    """What may be a phrase: a quality, a number or a noun, before a noun."""
+    found = []
+    for i, (first, second) in enumerate(zip(sentence, sentence[1:], strict=False)):
+        later = sentence[i + 2] if i + 2 < len(sentence) else "."
+        if singular(second) not in nouns:
+            continue
+        if first in _NUMBERS:
+            found.append((first, second))
+        elif first in _QUALITIES or (
+            first not in _DETERMINERS | _FUNCTION | _VAGUE
+            and first.isalpha()
+            and (later == "." or later in _FUNCTION or later.endswith("ing"))
+        ):
+            found.append((first, singular(second)))
+    return found

@@ -1,0 +1,245 @@
+"""The training of small models: vocabulary, word head, mixture of texts, trainer."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from minigpt4.config import Words, get_model
+from minigpt4.data.examples import Example
+from minigpt4.errors import UserError
+from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.prompt import ImageRef
+from minigpt4.model.words import choose, load_words
+from minigpt4.training import int8, word_head
+from minigpt4.training.mixture import Answered, Mixture, Objects, Picture
+from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
+from minigpt4.training.small_probe import Probe, yes_no_scores
+from minigpt4.training.vocabulary import Vocabulary, singular
+from minigpt4.weights.llm import load_tokenizer
+from minigpt4.weights.sources import locate
+
+DOG = "A brown dog runs over the green grass."
+SENTENCES = (DOG, "A man sits on a wooden bench.", "Two dogs are in a parking lot.")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Picture]:
+    """Twelve pictures, every other one described."""
+    made = []
+    for i in range(12):
+        example = Example(f"shard/{i}", lambda: b"", ())
+        described = i % 2 == 0
+        made.append(
+            Picture(
+                example,
+                "described" if described else "captioned",
+                (SENTENCES[i % 3], SENTENCES[(i + 1) % 3]),
+                "A long description. It has two sentences." if described else "",
+                (("What is it?", "It is a dog."), ("Is it wet?", "No, it is dry.")),
+                ("Write a poem.", "A dog,\na log.") if i == 0 else None,
+            )
+        )
+    return Objects().count(made)
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniGPT4:
+    """mini's sizes around a tiny language model; nothing sees."""
+    torch.manual_seed(0)
+    config = replace(get_model("mini"), llm_hidden_size=32)
+    tokenizer = load_tokenizer(locate(get_model("nano"), "llm"))
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=49_152,
+            attn_implementation="eager",
+        )
+    )
+    projection = torch.nn.Linear(config.projection_in, 32)
+    return MiniGPT4(config, torch.nn.Identity(), torch.nn.Identity(), projection, llm, tokenizer)
+
+
+def sources(model: MiniGPT4, pictures: list[Picture]) -> dict[str, Source]:
+    found = {}
+    for kind in ("described", "captioned"):
+        of_kind = [p for p in pictures if p.source == kind]
+        generator = torch.Generator().manual_seed(len(kind))
+        shape = (len(of_kind), model.config.image_tokens, 3363)
+        features = torch.randn(shape, generator=generator).half()
+        found[kind] = Source(of_kind, features.__getitem__, lambda number, draw: "brown dog, grass")
+    return found
+
+
+def trainer(model: MiniGPT4, pictures: list[Picture], out, steps: int) -> SmallTrainer:
+    objects = Objects()
+    objects.count(pictures)
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.01 * torch.randn(32, 3363, generator=generator)
+    return SmallTrainer(
+        model,
+        sources(model, pictures),
+        Mixture(objects),
+        SmallRecipe(steps=steps, peak_lr=1e-2, warmup_steps=2, cool_down=0.0, checkpoint_every=2),
+        out,
+        lambda: (torch.eye(3363), weight, torch.zeros(32)),
+        torch.arange(49_152),
+    )
+
+
+def test_vocabulary_has_things_and_phrases():
+    texts = [SENTENCES] * 10
+    found = Vocabulary.of(texts, 100, 100, 5)
+    assert {"dog", "bench", "brown dog", "wooden bench", "two dogs"} <= {*found.terms}
+    assert not {"runs", "brown", "over", "the"} & {*found.terms}
+    assert {found.terms[i] for i in found.occurring("The brown dog and two dogs")} == {
+        "dog",
+        "brown dog",
+        "two dogs",
+    }
+
+
+@pytest.mark.parametrize(
+    ("plural", "word"),
+    [("dogs", "dog"), ("buses", "bus"), ("babies", "baby"), ("women", "woman"), ("grass", "grass")],
+)
+def test_singular(plural, word):
+    assert singular(plural) == word
+
+
+def test_a_phrase_takes_the_place_of_its_words():
+    terms, words = ["dog", "brown dog", "grass", "cat"], Words(threshold=0.3, most=3)
+    assert choose([0.9, 0.5, 0.4, 0.1], terms, words) == ["brown dog", "grass"]
+    assert choose([0.4, 0.9, 0.2, 0.35], terms, words) == ["brown dog", "cat"]
+    assert choose([0.9, 0.1, 0.8, 0.7], terms, Words(threshold=0.3, most=2)) == ["dog", "grass"]
+
+
+def test_the_word_head_learns_and_is_kept(tmp_path):
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(["dog", "bench"])
+    wanted = (torch.rand(2048, 2) > 0.5).float()
+    features = torch.randn(2048, 28, 40)
+    features[:, 25, :2] += 6 * wanted
+    inputs, mean, deviation = word_head.standardised(features[:, 25] + features[:, 26])
+    folds = torch.arange(2048) % 2
+    unseen = word_head.cross_fitted(inputs, wanted, folds, epochs=60)
+    assert word_head.mean_average_precision(wanted, unseen) > 0.8  # chance: 0.5
+    head = word_head.finished(
+        word_head.fit(inputs, wanted, epochs=60), mean, deviation, vocabulary, 5
+    )
+    head.save(tmp_path / "words.safetensors")
+    loaded = load_words(tmp_path / "words.safetensors")
+    assert loaded.terms == vocabulary.terms
+    assert word_head.mean_average_precision(wanted, loaded(features)) > 0.8
+    assert (loaded(features) - head(features)).abs().max() < 0.02
+    (tmp_path / "other.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError):
+        load_words(tmp_path / "other.safetensors")
+
+
+def test_questions_ask_for_what_is_there_and_what_is_not(pictures):
+    objects = Objects()
+    objects.count(pictures)
+    mixture = Mixture(objects)
+    for number, picture in enumerate(pictures * 5):
+        there = {objects.names[i] for i in picture.things}
+        asked = mixture.presence(picture, random.Random(number))
+        answers = [text.turns[0][1] for text in asked]
+        assert sum(a.startswith("Yes") for a in answers) == 1
+        assert all(a.startswith(("Yes", "No", "There is no")) for a in answers)
+        for text in asked:
+            (question, answer), names = text.turns[0], objects.names
+            named = {n for n in names if f" {n} " in question or f" {n}?" in question}
+            if answer.startswith("Yes"):
+                assert named & there
+            else:
+                assert not named & there
+
+
+def test_held_out_pictures_stay_so(pictures):
+    described = [replace(pictures[0], example=Example(f"a/{i}", bytes, ())) for i in range(400)]
+    share = sum(p.held_out for p in described) / 400
+    assert 0.02 < share < 0.09
+    moved = replace(described[0], example=Example("other-shard/0", bytes, ()))
+    assert moved.held_out == described[0].held_out
+    assert not replace(pictures[0], source="instructed").held_out
+
+
+def test_integers_multiply_nearly_as_floats():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96).requires_grad_(False)
+    inputs = torch.randn(3, 7, 64, requires_grad=True)
+    exact = linear(inputs)
+    exact.square().sum().backward()
+    gradient, inputs.grad = inputs.grad, None
+    rough = int8.Int8Linear(linear)(inputs)
+    rough.square().sum().backward()
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), 0) > 0.999
+    assert (
+        torch.nn.functional.cosine_similarity(gradient.flatten(), inputs.grad.flatten(), 0) > 0.99
+    )
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, pictures, tmp_path):
+    whole = trainer(model, pictures, tmp_path / "whole", 4)
+    whole.run()
+    first = trainer(model, pictures, tmp_path / "parts", 4)
+    for _ in range(2):
+        first.one_step()
+        first.step += 1
+    first.save()
+    second = trainer(model, pictures, tmp_path / "parts", 4)
+    assert second.step == 2
+    second.run()
+    assert torch.equal(whole.projection.weight, second.projection.weight)
+    assert torch.equal(whole.average["weight"], second.average["weight"])
+    assert (tmp_path / "parts" / "mini.safetensors").exists()
+
+
+def test_it_learns_at_the_length_of_words(model, pictures, tmp_path):
+    run = trainer(model, pictures, tmp_path, 30)
+    records = [run.one_step()]
+    for step in range(1, 30):
+        run.step = step
+        records.append(run.one_step())
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert all(r["length"] == pytest.approx(0.6, abs=1e-3) for r in records)
+    before = run.projection.weight.clone()
+    assert not torch.equal(before, run.average["weight"])
+
+
+def test_a_follow_up_holds_the_first_answer_but_learns_the_last(model, pictures, tmp_path):
+    run = trainer(model, pictures, tmp_path, 1)
+    turns = (("What is it?", "It is a dog."), ("Is it wet?", "No."))
+    prompt = run.learned(ImageRef("1", "brown dog"), Answered(turns))
+    decode = model.tokenizer.decode
+    learned = [i for i, m in zip(prompt.ids, prompt.loss_mask, strict=True) if m]
+    assert decode(learned) == "No.<|im_end|>"
+    text = decode([i for i in prompt.ids if i >= 0])
+    assert "<Img> brown dog</Img> What is it?" in text
+    assert "It is a dog.<|im_end|>" in text
+
+
+def test_only_tokens_that_occur_are_scored(model):
+    tokens = occurring_tokens(model.tokenizer, iter(["A dog."]), 2)
+    assert 2 in tokens and len(tokens) < 6
+
+
+def test_the_probe_measures_all_sides(model, pictures, tmp_path):
+    run = trainer(model, pictures, tmp_path, 1)
+    kept = sources(model, pictures)
+    figures = Probe(kept, run.mixture.objects, tmp_path, {"captions": 4, "detail": 2})(run)
+    assert 0 <= figures["yes/no described"]["auc"] <= 1
+    assert figures["yes/no described"]["questions"] > 6
+    assert "described caption" in figures["loss"]
+    assert (tmp_path / "answers-000000.txt").read_text()
+
+
+def test_yes_no_scores():
+    figures = yes_no_scores([2.0, 1.0, 0.5, -1.0], [True, True, False, False])
+    assert figures["auc"] == 1 and figures["accuracy"] == 0.75 and figures["best"] == 1
