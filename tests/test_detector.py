@@ -20,7 +20,7 @@ WEIGHTS = WEIGHTS / "centernet-mobilenetv3.safetensors"
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     made = Detector(CenterNet()).eval()
-    load_strict(made, read_checkpoint(WEIGHTS), WEIGHTS, "detector")
+    load_strict(made, read_checkpoint(WEIGHTS), WEIGHTS, "detector", torch.float32)
     return made.float()
 
 

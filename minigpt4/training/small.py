@@ -221,8 +221,15 @@ class SmallTrainer:
 
     def run(self) -> None:
         """Train to the recipe's last step, or until stopped."""
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._stop)
+        names = (signal.SIGTERM, signal.SIGINT)
+        before = {name: signal.signal(name, self._stop) for name in names}
+        try:
+            self._run()
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _run(self) -> None:
         while self.step < self.recipe.steps and not self._stopping:
             while (self.out / "pause").exists() and not self._stopping:
                 time.sleep(PAUSE_SECONDS)
