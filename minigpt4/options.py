@@ -209,7 +209,8 @@ def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespa
 
 # --- options that several commands share --------------------------------------------------------
 
-MODEL = Option("model", f"Model: auto, {', '.join(MODELS)}.", "auto", metavar="NAME")
+READY = [model.name for model in MODELS.values() if not model.in_training]
+MODEL = Option("model", f"Model: auto, {', '.join(READY)}.", "auto", metavar="NAME")
 QUANTIZE = Option(
     "quantize",
     "Precision of the language model's weights. auto: int8 for large models on a GPU, 4-bit blocks "

@@ -144,6 +144,11 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     dtype = getattr(options, "dtype", "auto")
 
     def load(config: ModelConfig, given: dict[str, str]) -> "MiniGPT4":
+        if config.in_training:
+            raise UserError(
+                f"{config.name} is still in training and cannot answer yet: choose another "
+                "“--model”."
+            )
         download_weights(config, report, given)
         report(f"Loading {config.name} …")
         files = find_weights(config, given=given)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, columns] -> (int8 numbers, scale [rows, 1]), by each row's largest number."""
-    least, most = rows.aminmax(dim=1, keepdim=True)
-    scale = torch.maximum(most, -least).clamp_min(1e-12) / 127
+    # Twice over the numbers is many times faster than `aminmax`, which is not vectorised.
+    largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
+    scale = largest.clamp_min(1e-12) / 127
     return (rows * (1 / scale)).round_().to(torch.int8), scale
 
 
@@ -22,14 +23,15 @@ class _Product(torch.autograd.Function):
     def forward(ctx, inputs: Tensor, forwards: Tensor, backwards: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(backwards, scale)
         numbers, token_scale = quantized(inputs.flatten(0, -2))
-        product = (torch._int_mm(numbers, forwards) * token_scale).mul_(scale)
+        product = torch._int_mm(numbers, forwards).to(inputs.dtype)
+        product.mul_(token_scale).mul_(scale)
         return product.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         backwards, scale = ctx.saved_tensors
         numbers, token_scale = quantized(gradient.flatten(0, -2) * scale)
-        product = torch._int_mm(numbers, backwards) * token_scale
+        product = torch._int_mm(numbers, backwards).to(gradient.dtype).mul_(token_scale)
         return product.view(*gradient.shape[:-1], -1), None, None, None
 
 

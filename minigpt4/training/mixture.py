@@ -42,7 +42,7 @@ class Picture:
     """A picture and what people and machines wrote about it."""
 
     example: Example
-    source: str  # "described", "captioned", "named" or "instructed"
+    source: str  # "described" or "captioned" (COCO), "flickr", "named" or "instructed"
     captions: tuple[str, ...] = ()
     description: str = ""
     pairs: tuple[Turn, ...] = ()
@@ -137,10 +137,15 @@ def _picture(example: Example, record: dict) -> Picture:
         return tuple((a, b) for a, b in record.get(name) or [])
 
     described = bool(record.get("description"))
-    named = len(example.captions) == 1 and not described
+    if described:
+        source = "described"
+    elif len(example.captions) == 1:
+        source = "named"
+    else:
+        source = "captioned" if record.get("coco_id") is not None else "flickr"
     return Picture(
         example,
-        "described" if described else "named" if named else "captioned",
+        source,
         example.captions,
         record.get("description") or "",
         pairs("questions"),
@@ -190,6 +195,7 @@ class Mixture:
         """The conversations of one showing: two to nine."""
         parts: dict[str, Callable] = {
             "captioned": self._captioned,
+            "flickr": self._captioned,
             "described": self._described,
             "named": self._named,
             "instructed": self._instructed,

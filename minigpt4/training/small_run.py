@@ -5,7 +5,7 @@ import json
 import random
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,10 +110,6 @@ class Cached:
         """[pictures, image_tokens, projection_in], 16 bit."""
         return self._stored([(number, 0) for number in numbers])
 
-    def part(self, numbers: Sequence[int]) -> Callable[[Sequence[int]], Tensor]:
-        """The same for some of the pictures, counted anew."""
-        return lambda chosen: self([numbers[i] for i in chosen])
-
 
 def is_kept(name: str, picture: mixture.Picture) -> bool:
     """Is the picture for validation alone?"""
@@ -186,25 +182,19 @@ class Found:
                     json.dumps({"words": what, "pictures": int(rows.sum()), "mAP": round(score, 3)})
                 )
 
-    def of(self, name: str, numbers: Sequence[int]) -> Callable:
-        """(picture, draw) -> its list of words, for some of a data set's pictures, counted anew.
+    def of(self, place: tuple[str, int], draw: random.Random | None) -> str:
+        """The list of words of a picture: (data set, number in it).
 
         With a draw the threshold, the number and the order vary; without one they are the model's.
         """
-
-        def words(chosen: int, draw: random.Random | None) -> str:
-            row = self._probabilities[self._row[name, numbers[chosen]]].tolist()
-            if draw is None:
-                return listed(choose(row, self.terms, self.words))
-            varied = replace(
-                self.words, threshold=draw.uniform(0.15, 0.4), most=draw.randint(5, 14)
-            )
-            terms = choose(row, self.terms, varied)
-            if draw.random() < 0.4:
-                draw.shuffle(terms)
-            return listed(terms)
-
-        return words
+        row = self._probabilities[self._row[place]].tolist()
+        if draw is None:
+            return listed(choose(row, self.terms, self.words))
+        varied = replace(self.words, threshold=draw.uniform(0.15, 0.4), most=draw.randint(5, 14))
+        terms = choose(row, self.terms, varied)
+        if draw.random() < 0.4:
+            draw.shuffle(terms)
+        return listed(terms)
 
 
 def divided(
@@ -214,13 +204,11 @@ def divided(
     parts: dict[tuple[bool, str], list[tuple[str, int]]] = {}
     for name, of_one in pictures.items():
         for number, picture in enumerate(of_one):
-            kind = picture.source
-            if kind == "captioned" and not name.startswith("captioned"):
-                kind = "flickr"
-            parts.setdefault((is_kept(name, picture), kind), []).append((name, number))
+            place = (is_kept(name, picture), picture.source)
+            parts.setdefault(place, []).append((name, number))
     made: tuple[dict, dict] = ({}, {})
-    for (kept, kind), places in parts.items():
-        made[kept][kind] = _joined(places, pictures, features, words)
+    for (kept, source), places in parts.items():
+        made[kept][source] = _joined(places, pictures, features, words)
     return made
 
 
@@ -230,11 +218,8 @@ def _joined(places, pictures, features, words) -> Source:
     def feature(numbers: Sequence[int]) -> Tensor:
         return torch.cat([features[places[i][0]]([places[i][1]]) for i in numbers])
 
-    by_set = {name: words.of(name, range(len(of_one))) for name, of_one in pictures.items()}
-
     def found(number: int, draw: random.Random | None) -> str:
-        name, index = places[number]
-        return by_set[name](index, draw)
+        return words.of(places[number], draw)
 
     return Source([pictures[name][i] for name, i in places], feature, found)
 

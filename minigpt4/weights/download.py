@@ -131,6 +131,11 @@ def _next(
 
 def _files(source: Source) -> Iterator[Remote]:
     match source.kind:
+        case "repository":
+            raise UserError(
+                f"weights/{source.member} belongs to this project and is missing: fetch the "
+                "project again."
+            )
         case "url":
             yield transfer.look_up(source.ref, source.file_name, {})
         case "hub":
