@@ -24,7 +24,7 @@ KEPT = 256  # most recently used: 60 KB each for nano
 class Pictures:
     """Not thread-safe: its owner holds a lock, except during `encode`.
 
-    explain: an exception of the encoder -> what people are told.
+    explain: an exception of the encoder -> the error that a user sees.
     """
 
     def __init__(self, model: "MiniGPT4", explain: Callable[[Exception], UserError]) -> None:

@@ -37,7 +37,7 @@ def failure(sentence: str) -> UserError:
 
 
 def explain(error: Exception) -> UserError:
-    """What people are told of an exception."""
+    """The error that a user sees for an exception."""
     return failure(sentence_for(error))
 
 

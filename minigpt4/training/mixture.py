@@ -63,7 +63,7 @@ class Picture:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All that speaks of what is there."""
+        """All texts that say what the picture shows; answers beginning with “No” are excluded."""
         answered = tuple(answer for _, answer in self.pairs if not answer.startswith("No"))
         return (*self.captions, *((self.description,) if self.description else ()), *answered)
 

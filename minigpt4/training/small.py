@@ -246,7 +246,7 @@ class SmallTrainer:
         self._stopping = True
 
     def one_step(self) -> dict:
-        """Learn from the next pictures; what is to be said of it."""
+        """Learn from the next pictures; returns the figures for the log."""
         started, cpu = time.perf_counter(), time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)

@@ -1,6 +1,6 @@
 """The words and phrases of captions that a picture can be searched for: what the word head finds.
 
-A word is a thing ("truck"), a phrase a thing with what is said of it ("yellow truck", "parking
+A word is a thing ("truck"), a phrase a thing with its description ("yellow truck", "parking
 lot", "two dogs"): a loose colour in a list binds to whatever stands beside it. Verbs and words that
 fit any picture are left out (`prompts/word-lists.txt`).
 """
