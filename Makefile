@@ -46,6 +46,7 @@ weights: setup
 .venv/installed: requirements.txt requirements-train.txt .venv/bin/python
 	$(BIN)/python $(INSTALL) --progress-bar on \
 		-r requirements.txt -r requirements-train.txt
+	$(BIN)/python $(INSTALL) --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/dev-installed: requirements-dev.txt .venv/installed
