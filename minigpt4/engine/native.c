@@ -24,37 +24,45 @@ typedef struct {
     int max_rows;
     float *x, *q, *attended;      // [max_rows, .], shared by the threads
     Activation *rounded, *inner;  // likewise
-    int32_t *runs, run_count;     // first rows of runs of at most TOGETHER of one conversation
+    int32_t *runs;                // first rows of runs of at most TOGETHER of one conversation
     Scratch *scratch;
     pthread_t *workers;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    uint64_t calls;
-    int closing;
-    Barrier barrier;
-    atomic_int *taken;  // [phases] how much of each has been taken
+    uint32_t calls;
+    int closing, threads;
+    Phase *phases;
+    atomic_int rows, logit_rows, run_count;  // of the call; `batch` may be gone
+    Bell bell;  // rung whenever a phase is complete
 } Pool;
 
 enum { PHASES_A_LAYER = 8, OTHER_PHASES = 3, FEW_ROWS = 8 };
 
 // --- the work of a phase --------------------------------------------------------------------------
 
-// A phase, between two barriers, is taken in pieces by whichever thread is free: one that the
-// system has put aside for a moment does not keep the others waiting for its share.
+// A phase is taken in pieces by whichever thread is free, and is complete when its pieces are done,
+// whoever did them: no thread waits for one that the system has put aside between two pieces. Such a
+// thread may come back when the call is over; it then gets no piece, and touches nothing else.
 typedef struct {
     Pool *pool;
     Scratch *own;
+    uint32_t call;
     int phase;
 } Worker;
 
 INLINE int grab(const Worker *w, int count, int step, int *from, int *to) {
-    *from = atomic_fetch_add_explicit(&w->pool->taken[w->phase], step, memory_order_relaxed);
+    if (!take(&w->pool->phases[w->phase], w->call, count, step, from)) return 0;
     *to = *from + step < count ? *from + step : count;
-    return *from < count;
+    return 1;
 }
 
-static void finish(Worker *w) {
-    meet(&w->pool->barrier);
+// `n` of the phase's pieces are done.
+INLINE void done(const Worker *w, int n, int count) {
+    if (complete(&w->pool->phases[w->phase], n, count)) ring(&w->pool->bell);
+}
+
+static void finish(Worker *w, int count) {
+    if (w->pool->threads > 1) await(&w->pool->phases[w->phase], w->call, count, &w->pool->bell);
     w->phase++;
 }
 
@@ -71,41 +79,67 @@ static void rms_norm(const Model *m, const float *x, const float *weight, float 
         store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
 }
 
-// Rows of x -> rounded, normed before if there is a weight; of few rows every thread makes its own,
-// of many each a share.
-static const Activation *prepare(Worker *w, const float *x, int width, const float *norm,
-                                 const int32_t *chosen, int rows) {
-    const Model *m = w->pool->model;
-    const int few = rows <= FEW_ROWS;
-    Activation *to = few ? w->own->rounded : w->pool->rounded;
-    int from = 0, end = rows;
-    while (few || grab(w, rows, 4, &from, &end)) {
-        for (int i = from; i < end; i++) {
-            const float *row = x + (size_t)(chosen ? chosen[i] : i) * width;
-            if (norm) rms_norm(m, row, norm, w->own->normed), row = w->own->normed;
-            round_row(row, width, to + (size_t)i * (width / BLOCK));
-        }
-        if (few) return to;
+static void prepare_rows(const Worker *w, const float *x, int width, const float *norm,
+                         const int32_t *chosen, int from, int to, Activation *rounded) {
+    for (int i = from; i < to; i++) {
+        const float *row = x + (size_t)(chosen ? chosen[i] : i) * width;
+        if (norm) rms_norm(w->pool->model, row, norm, w->own->normed), row = w->own->normed;
+        round_row(row, width, rounded + (size_t)i * (width / BLOCK));
     }
-    finish(w);
-    return to;
+}
+
+// What a product's rows are made of: x, normed before if there is a norm, rounded.
+typedef struct {
+    const float *x, *norm;
+    int width, rows, chosen;  // chosen: the rows whose logits are wanted
+    const Activation *rounded;
+} Input;
+
+// Many rows are prepared in a phase of their own, by all threads.
+static void share_preparation(Worker *w, Input *input) {
+    if (input->rows <= FEW_ROWS) return;
+    int from, to;
+    while (grab(w, input->rows, 4, &from, &to)) {
+        prepare_rows(w, input->x, input->width, input->norm,
+                     input->chosen ? w->pool->batch->wanted : NULL, from, to, w->pool->rounded);
+        done(w, to - from, input->rows);
+    }
+    finish(w, input->rows);
+    input->rounded = w->pool->rounded;
+}
+
+// Few rows are prepared by every thread that has taken a piece of the product.
+INLINE const Activation *prepared(const Worker *w, Input *input) {
+    if (!input->rounded) {
+        prepare_rows(w, input->x, input->width, input->norm,
+                     input->chosen ? w->pool->batch->wanted : NULL, 0, input->rows,
+                     w->own->rounded);
+        input->rounded = w->own->rounded;
+    }
+    return input->rounded;
+}
+
+static void embed_row(const Worker *w, int row) {
+    const Model *m = w->pool->model;
+    const Batch *b = w->pool->batch;
+    float *x = w->pool->x + (size_t)row * m->hidden_width;
+    const int token = b->tokens[row];
+    if (token >= 0) {
+        unpack(&m->embedding, token, x);
+        return;
+    }
+    memcpy(x, b->embeds + (size_t)(-1 - token) * m->hidden, m->hidden * sizeof *x);
+    memset(x + m->hidden, 0, (m->hidden_width - m->hidden) * sizeof *x);
 }
 
 static void embed(Worker *w) {
-    const Model *m = w->pool->model;
-    const Batch *b = w->pool->batch;
+    const int rows = w->pool->rows;
     int from, to;
-    while (grab(w, b->rows, 1, &from, &to)) {
-        float *x = w->pool->x + (size_t)from * m->hidden_width;
-        const int token = b->tokens[from];
-        if (token >= 0) {
-            unpack(&m->embedding, token, x);
-            continue;
-        }
-        memcpy(x, b->embeds + (size_t)(-1 - token) * m->hidden, m->hidden * sizeof *x);
-        memset(x + m->hidden, 0, (m->hidden_width - m->hidden) * sizeof *x);
+    while (grab(w, rows, 1, &from, &to)) {
+        embed_row(w, from);
+        done(w, 1, rows);
     }
-    finish(w);
+    finish(w, rows);
 }
 
 // One head of queries, keys or values of all rows: turned to their positions, keys and values kept.
@@ -134,11 +168,15 @@ static void project_head(Worker *w, int l, int head, const Activation *x) {
 
 static void project(Worker *w, int l) {
     const Model *m = w->pool->model;
-    const Activation *x = prepare(w, w->pool->x, m->hidden_width, m->layer[l].attention_norm, NULL,
-                                  w->pool->batch->rows);
+    Input input = {w->pool->x, m->layer[l].attention_norm, m->hidden_width, w->pool->rows, 0, NULL};
+    share_preparation(w, &input);
+    const int heads = m->heads + 2 * m->kv_heads;
     int from, to;
-    while (grab(w, m->heads + 2 * m->kv_heads, 1, &from, &to)) project_head(w, l, from, x);
-    finish(w);
+    while (grab(w, heads, 1, &from, &to)) {
+        project_head(w, l, from, prepared(w, &input));
+        done(w, 1, heads);
+    }
+    finish(w, heads);
 }
 
 // Query heads from `head` on that share keys and values, of one run of rows.
@@ -168,84 +206,101 @@ static void attend_run(Worker *w, int l, int run, int head, int heads) {
 static void attend_phase(Worker *w, int l) {
     const Pool *pool = w->pool;
     const Model *m = pool->model;
-    const int group = m->heads / m->kv_heads, tasks = pool->run_count * m->kv_heads;
-    // The heads that share keys are one task where there are tasks enough for all threads.
-    const int heads = tasks >= 2 * pool->barrier.threads ? group : 1, parts = m->heads / heads;
+    const int runs = pool->run_count, group = m->heads / m->kv_heads;
+    // The heads that share keys are one piece where there are enough for all threads.
+    const int heads = runs * m->kv_heads >= 2 * pool->threads ? group : 1;
+    const int pieces = runs * (m->heads / heads);
     int from, to;
-    while (grab(w, pool->run_count * parts, 1, &from, &to))
-        attend_run(w, l, from % pool->run_count, from / pool->run_count * heads, heads);
-    finish(w);
+    while (grab(w, pieces, 1, &from, &to)) {
+        attend_run(w, l, from % runs, from / runs * heads, heads);
+        done(w, 1, pieces);
+    }
+    finish(w, pieces);
 }
 
 // x += matrix . input
-static void add_product(Worker *w, const Matrix *matrix, const Activation *input) {
+static void add_product(Worker *w, const Matrix *matrix, Input *input) {
     Pool *pool = w->pool;
-    const int rows = pool->batch->rows, width = pool->model->hidden_width;
+    const int width = pool->model->hidden_width, panels = matrix->rows / PANEL;
     int from, to;
-    while (grab(w, matrix->rows / PANEL, 1, &from, &to)) {
-        multiply(matrix, from, input, rows, w->own->products, w->own->tile);
-        for (int i = 0; i < rows; i++) {
+    while (grab(w, panels, 1, &from, &to)) {
+        multiply(matrix, from, prepared(w, input), input->rows, w->own->products, w->own->tile);
+        for (int i = 0; i < input->rows; i++) {
             float *x = pool->x + (size_t)i * width + from * PANEL;
             for (int r = 0; r < PANEL; r += LANES)
                 store(x + r, add(load(x + r), load(w->own->products + i * PANEL + r)));
         }
+        done(w, 1, panels);
     }
-    finish(w);
+    finish(w, panels);
 }
 
-// silu(gate . x) * (up . x), rounded
-static void gate(Worker *w, const Layer *layer) {
-    Pool *pool = w->pool;
-    const Model *m = pool->model;
-    const int rows = pool->batch->rows, blocks = m->inner_width / BLOCK;
-    const Activation *input = prepare(w, pool->x, m->hidden_width, layer->mlp_norm, NULL, rows);
+// 32 columns of silu(gate . x) * (up . x), rounded
+static void gate_block(const Worker *w, const Layer *layer, int block, const Activation *input,
+                       int rows) {
+    const int blocks = w->pool->model->inner_width / BLOCK;
     float *gates = w->own->products, *ups = gates + (size_t)rows * PANEL;
+    multiply(&layer->gate, block, input, rows, gates, w->own->tile);
+    multiply(&layer->up, block, input, rows, ups, w->own->tile);
+    for (int k = 0; k < rows * PANEL; k += LANES) {
+        const vec g = load(gates + k);
+        const vec silu = divide(g, add(exp_(mul(g, splat(-1))), splat(1)));
+        store(gates + k, mul(silu, load(ups + k)));
+    }
+    for (int i = 0; i < rows; i++)
+        round_block(gates + i * PANEL, w->pool->inner + (size_t)i * blocks + block);
+}
+
+static void gate(Worker *w, const Layer *layer) {
+    const Model *m = w->pool->model;
+    Input input = {w->pool->x, layer->mlp_norm, m->hidden_width, w->pool->rows, 0, NULL};
+    share_preparation(w, &input);
+    const int blocks = m->inner_width / BLOCK;
     int from, to;
     while (grab(w, blocks, 1, &from, &to)) {
-        multiply(&layer->gate, from, input, rows, gates, w->own->tile);
-        multiply(&layer->up, from, input, rows, ups, w->own->tile);
-        for (int k = 0; k < rows * PANEL; k += LANES) {
-            const vec g = load(gates + k);
-            const vec silu = divide(g, add(exp_(mul(g, splat(-1))), splat(1)));
-            store(gates + k, mul(silu, load(ups + k)));
-        }
-        for (int i = 0; i < rows; i++)
-            round_block(gates + i * PANEL, pool->inner + (size_t)i * blocks + from);
+        gate_block(w, layer, from, prepared(w, &input), input.rows);
+        done(w, 1, blocks);
     }
-    finish(w);
+    finish(w, blocks);
+}
+
+static void write_panel(const Worker *w, int panel, const Activation *input, int rows) {
+    const Model *m = w->pool->model;
+    const int first = panel * PANEL, rest = m->vocabulary - first;
+    multiply(&m->head, panel, input, rows, w->own->products, w->own->tile);
+    for (int i = 0; i < rows && rest > 0; i++)
+        memcpy(w->pool->batch->logits + (size_t)i * m->vocabulary + first,
+               w->own->products + i * PANEL, (rest < PANEL ? rest : PANEL) * sizeof(float));
 }
 
 static void write_logits(Worker *w, int rows) {
     const Model *m = w->pool->model;
-    const Batch *b = w->pool->batch;
-    const Activation *input =
-        prepare(w, w->pool->x, m->hidden_width, m->final_norm, b->wanted, rows);
+    Input input = {w->pool->x, m->final_norm, m->hidden_width, rows, 1, NULL};
+    share_preparation(w, &input);
+    const int panels = m->head.rows / PANEL;
     int from, to;
-    while (grab(w, m->head.rows / PANEL, 4, &from, &to))
-        for (int n = from; n < to; n++) {
-            multiply(&m->head, n, input, rows, w->own->products, w->own->tile);
-            const int first = n * PANEL, rest = m->vocabulary - first;
-            for (int i = 0; i < rows && rest > 0; i++)
-                memcpy(b->logits + (size_t)i * m->vocabulary + first, w->own->products + i * PANEL,
-                       (rest < PANEL ? rest : PANEL) * sizeof(float));
-        }
-    finish(w);
+    while (grab(w, panels, 4, &from, &to)) {
+        for (int n = from; n < to; n++) write_panel(w, n, prepared(w, &input), rows);
+        done(w, to - from, panels);
+    }
+    finish(w, panels);
 }
 
-static void walk(Pool *pool, int id) {
+static void walk(Pool *pool, int id, uint32_t call) {
     const Model *m = pool->model;
-    const int rows = pool->batch->rows;
-    const int logit_rows = pool->batch->logit_rows;  // the batch is gone after the last barrier
-    Worker me = {pool, &pool->scratch[id], 0};
+    const int rows = pool->rows, logit_rows = pool->logit_rows;
+    Worker me = {pool, &pool->scratch[id], call, 0};
     embed(&me);
     for (int l = 0; l < m->layers; l++) {
         const Layer *layer = &m->layer[l];
         project(&me, l);
         attend_phase(&me, l);
-        add_product(&me, &layer->o,
-                    prepare(&me, pool->attended, q_width(m), NULL, NULL, rows));
+        Input attended = {pool->attended, NULL, q_width(m), rows, 0, NULL};
+        share_preparation(&me, &attended);
+        add_product(&me, &layer->o, &attended);
         gate(&me, layer);
-        add_product(&me, &layer->down, pool->inner);
+        Input inner = {NULL, NULL, m->inner_width, rows, 0, pool->inner};
+        add_product(&me, &layer->down, &inner);
     }
     if (logit_rows) write_logits(&me, logit_rows);
 }
@@ -261,7 +316,7 @@ static void *work(void *argument) {
     const Start start = *(Start *)argument;
     free(argument);
     Pool *pool = start.pool;
-    uint64_t seen = 0;
+    uint32_t seen = 0;
     for (;;) {
         pthread_mutex_lock(&pool->mutex);
         while (pool->calls == seen && !pool->closing) pthread_cond_wait(&pool->wake, &pool->mutex);
@@ -269,7 +324,7 @@ static void *work(void *argument) {
         const int closing = pool->closing;
         pthread_mutex_unlock(&pool->mutex);
         if (closing) return NULL;
-        walk(pool, start.id);
+        walk(pool, start.id, seen);
     }
 }
 
@@ -317,9 +372,9 @@ void minigpt4_close(Pool *pool) {
     pool->closing = 1;
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
-    for (int i = 1; pool->workers && i < pool->barrier.threads; i++)
+    for (int i = 1; pool->workers && i < pool->threads; i++)
         if (pool->workers[i]) pthread_join(pool->workers[i], NULL);
-    for (int i = 0; pool->scratch && i < pool->barrier.threads; i++) {
+    for (int i = 0; pool->scratch && i < pool->threads; i++) {
         free(pool->scratch[i].normed);
         free(pool->scratch[i].rounded);
         free(pool->scratch[i].products);
@@ -327,7 +382,7 @@ void minigpt4_close(Pool *pool) {
         free(pool->scratch[i].tile);
     }
     void *const buffers[] = {pool->x, pool->q, pool->attended, pool->rounded, pool->inner,
-                             pool->runs, pool->taken, pool->scratch, pool->workers};
+                             pool->runs, pool->phases, pool->scratch, pool->workers};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
@@ -335,7 +390,7 @@ void minigpt4_close(Pool *pool) {
 }
 
 static int make_buffers(Pool *pool, const Model *m) {
-    const size_t rows = pool->max_rows, threads = pool->barrier.threads;
+    const size_t rows = pool->max_rows, threads = pool->threads;
     const size_t hidden = m->hidden_width, widest = q_width(m) > hidden ? q_width(m) : hidden;
     const size_t panels = m->head_width / PANEL > 2 ? m->head_width / PANEL : 2;
     pool->workers = calloc(threads, sizeof *pool->workers);
@@ -346,9 +401,9 @@ static int make_buffers(Pool *pool, const Model *m) {
     pool->rounded = calloc(rows * widest / BLOCK, sizeof(Activation));
     pool->inner = calloc(rows * m->inner_width / BLOCK, sizeof(Activation));
     pool->runs = calloc(rows + 1, sizeof(int32_t));
-    pool->taken = calloc(PHASES_A_LAYER * (size_t)m->layers + OTHER_PHASES, sizeof(atomic_int));
+    pool->phases = calloc(PHASES_A_LAYER * (size_t)m->layers + OTHER_PHASES, sizeof(Phase));
     int good = pool->workers && pool->scratch && pool->x && pool->q && pool->attended &&
-               pool->rounded && pool->inner && pool->runs && pool->taken;
+               pool->rounded && pool->inner && pool->runs && pool->phases;
     for (size_t i = 0; good && i < threads; i++) {
         Scratch *own = &pool->scratch[i];
         own->normed = calloc(m->hidden_width, sizeof(float));
@@ -365,7 +420,7 @@ static int make_buffers(Pool *pool, const Model *m) {
 Pool *minigpt4_open(const Model *m, int threads, int max_rows) {
     Pool *pool = calloc(1, sizeof *pool);
     if (!pool) return NULL;
-    pool->barrier.threads = threads;
+    pool->threads = threads;
     pool->max_rows = max_rows;
     pool->model = m;
     pthread_mutex_init(&pool->mutex, NULL);
@@ -387,29 +442,33 @@ Pool *minigpt4_open(const Model *m, int threads, int max_rows) {
 }
 
 // Rows that follow each other in one conversation are taken together.
-static void find_runs(Pool *pool, const Batch *b) {
-    pool->run_count = 0;
+static int find_runs(int32_t *runs, const Batch *b) {
+    int found = 0;
     for (int i = 0, count; i < b->rows; i += count) {
         for (count = 1; count < TOGETHER && i + count < b->rows; count++)
             if (b->table_rows[i + count] != b->table_rows[i] ||
                 b->positions[i + count] != b->positions[i] + count)
                 break;
-        pool->runs[pool->run_count++] = i;
+        runs[found++] = i;
     }
-    pool->runs[pool->run_count] = b->rows;
+    runs[found] = b->rows;
+    return found;
 }
 
 // 0, or 1 where a number of the batch points outside of what it is about: nothing is computed then.
 int minigpt4_forward(Pool *pool, const Batch *batch) {
     if (!is_sound(pool->model, batch, pool->max_rows)) return 1;
-    find_runs(pool, batch);
-    for (int i = 0; i < PHASES_A_LAYER * pool->model->layers + OTHER_PHASES; i++)
-        atomic_store_explicit(&pool->taken[i], 0, memory_order_relaxed);
     pthread_mutex_lock(&pool->mutex);
+    const uint32_t call = ++pool->calls;
+    // First the phases, from which a thread of the last call learns that it is over.
+    for (int i = 0; i < PHASES_A_LAYER * pool->model->layers + OTHER_PHASES; i++)
+        begin(&pool->phases[i], call);
     pool->batch = batch;
-    pool->calls++;
+    pool->run_count = find_runs(pool->runs, batch);
+    pool->rows = batch->rows;
+    pool->logit_rows = batch->logit_rows;
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
-    walk(pool, 0);
+    walk(pool, 0, call);
     return 0;
 }

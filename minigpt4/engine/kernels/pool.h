@@ -13,10 +13,15 @@
 #include <unistd.h>
 #endif
 
+// How much of a phase is taken, and how much is done, each beside the number of the call.
 typedef struct {
-    int threads;
-    atomic_int arrived, phase, asleep;
-} Barrier;
+    _Atomic uint64_t taken, done;
+} Phase;
+
+// What waiting threads sleep by.
+typedef struct {
+    atomic_int rung, asleep;
+} Bell;
 
 enum { SPINS = 2000 };
 
@@ -36,23 +41,51 @@ static void wake_all(atomic_int *place) {
 #endif
 }
 
-// All threads meet. They look for one another for some microseconds, then sleep: on a busy machine
-// the one that is missing has been put aside, and gets the processor of one that sleeps.
-static void meet(Barrier *barrier) {
-    const int phase = atomic_load_explicit(&barrier->phase, memory_order_acquire);
-    if (atomic_fetch_add(&barrier->arrived, 1) == barrier->threads - 1) {
-        atomic_store(&barrier->arrived, 0);
-        atomic_store(&barrier->phase, phase + 1);
-        if (atomic_load(&barrier->asleep)) wake_all(&barrier->phase);
-        return;
-    }
+static void begin(Phase *phase, uint32_t call) {
+    atomic_store(&phase->done, (uint64_t)call << 32);
+    atomic_store(&phase->taken, (uint64_t)call << 32);
+}
+
+// Takes `step` of `count`, from *from on; 0 where nothing is left, or the call is over.
+static int take(Phase *phase, uint32_t call, int count, int step, int *from) {
+    uint64_t seen = atomic_load(&phase->taken);
+    do {
+        if (seen >> 32 != call || (uint32_t)seen >= (uint32_t)count) return 0;
+    } while (!atomic_compare_exchange_weak(&phase->taken, &seen, seen + step));
+    *from = (int)(uint32_t)seen;
+    return 1;
+}
+
+// Of `count`, n more are done; are those all?
+static int complete(Phase *phase, int n, int count) {
+    return (uint32_t)atomic_fetch_add(&phase->done, n) + n == (uint32_t)count;
+}
+
+static void ring(Bell *bell) {
+    atomic_fetch_add(&bell->rung, 1);
+    if (atomic_load(&bell->asleep)) wake_all(&bell->rung);
+}
+
+static int is_over(Phase *phase, uint32_t call, int count) {
+    const uint64_t seen = atomic_load(&phase->done);
+    return seen >> 32 != call || (uint32_t)seen >= (uint32_t)count;
+}
+
+// Until `count` are done, or the call is over: looking for some microseconds, then asleep. On a busy
+// machine the thread that has the last piece has been put aside, and gets the processor of one that
+// sleeps.
+static void await(Phase *phase, uint32_t call, int count, Bell *bell) {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&barrier->phase, memory_order_acquire) != phase) return;
+        if (is_over(phase, call, count)) return;
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
     }
-    atomic_fetch_add(&barrier->asleep, 1);
-    while (atomic_load(&barrier->phase) == phase) sleep_while(&barrier->phase, phase);
-    atomic_fetch_sub(&barrier->asleep, 1);
+    atomic_fetch_add(&bell->asleep, 1);
+    for (;;) {
+        const int rung = atomic_load(&bell->rung);
+        if (is_over(phase, call, count)) break;
+        sleep_while(&bell->rung, rung);
+    }
+    atomic_fetch_sub(&bell->asleep, 1);
 }
