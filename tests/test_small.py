@@ -1,6 +1,9 @@
 """The training of small models: vocabulary, word head, mixture of texts, trainer."""
 
+import io
+import json
 import random
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -13,13 +16,14 @@ from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import choose, load_words
-from minigpt4.training import int8, word_head
+from minigpt4.training import int8, small_run, word_head
 from minigpt4.training.mixture import Answered, Mixture, Objects, Picture
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
 from minigpt4.training.small_probe import Probe, yes_no_scores
 from minigpt4.training.vocabulary import Vocabulary, singular
 from minigpt4.weights.llm import load_tokenizer
 from minigpt4.weights.sources import locate
+from tests.training_case import jpeg, picture, write_descriptions, write_shard
 
 DOG = "A brown dog runs over the green grass."
 SENTENCES = (DOG, "A man sits on a wooden bench.", "Two dogs are in a parking lot.")
@@ -146,9 +150,9 @@ def test_questions_ask_for_what_is_there_and_what_is_not(pictures):
     objects = Objects()
     objects.count(pictures)
     mixture = Mixture(objects)
-    for number, picture in enumerate(pictures * 5):
-        there = {objects.names[i] for i in picture.things}
-        asked = mixture.presence(picture, random.Random(number))
+    for number, one in enumerate(pictures * 5):
+        there = {objects.names[i] for i in one.things}
+        asked = mixture.presence(one, random.Random(number))
         answers = [text.turns[0][1] for text in asked]
         assert sum(a.startswith("Yes") for a in answers) == 1
         assert all(a.startswith(("Yes", "No", "There is no")) for a in answers)
@@ -243,3 +247,35 @@ def test_the_probe_measures_all_sides(model, pictures, tmp_path):
 def test_yes_no_scores():
     figures = yes_no_scores([2.0, 1.0, 0.5, -1.0], [True, True, False, False])
     assert figures["auc"] == 1 and figures["accuracy"] == 0.75 and figures["best"] == 1
+
+
+def test_a_folder_of_data_is_read(tmp_path):
+    (tmp_path / "coco").mkdir()
+    record = {
+        "captions": ["A cat.", "A grey cat on a bed."],
+        "description": "A grey cat lies on a bed.",
+        "questions": [["Is it grey?", "Yes, it is grey."]],
+        "task": ["Write a line.", "A cat."],
+        "statements": [["The cat is on the bed.", True]],
+        "coco_id": 1,
+    }
+    human = {"captions": ["A dog runs."] * 5, "coco_id": 2}
+    with tarfile.open(tmp_path / "coco" / "described-0.tar", "w") as shard:
+        for key, content in (("1", record), ("2", human)):
+            for suffix, data in (("jpg", jpeg(picture(1))), ("json", json.dumps(content).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    (tmp_path / "stage1").mkdir()
+    write_shard(tmp_path / "stage1" / "train-0.tar", 3)
+    write_descriptions(tmp_path / "stage2", 2)
+    found = small_run.read(tmp_path)
+    described, captioned = found["described-0"]
+    assert (described.source, captioned.source) == ("described", "captioned")
+    assert described.task == ("Write a line.", "A cat.")
+    assert described.statements == (("The cat is on the bed.", True),)
+    assert described.example.picture().size == (60, 44)
+    assert [p.source for p in found["train-0"]] == ["flickr"] * 3
+    assert [p.source for p in found["stage2"]] == ["instructed"] * 2
+    with pytest.raises(UserError):
+        small_run.read(tmp_path / "coco")

@@ -118,7 +118,7 @@ def read_pictures(pattern: str) -> list[Picture]:
     pictures = []
     for path in shards.expand(pattern):
         records = _records(Path(path))
-        for example in examples.read_shards(path):
+        for example in examples.read_shards(str(path)):
             pictures.append(_picture(example, records[example.key.rsplit("/", 1)[-1]]))
     return pictures
 

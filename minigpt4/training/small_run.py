@@ -35,7 +35,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     given = {"llm": options.llm} if options.llm else {}
     files = find_weights(config, options.init, new_projection=options.init is None, given=given)
     dtype = small.fastest_dtype()
-    model = load_model(config, files, "cpu", "none", dtype)
+    model = load_model(config, files, "cpu", "none", dtype, seed=options.seed)
     model.llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
     integers = int8.is_faster()
     if integers:
