@@ -152,7 +152,9 @@ def test_a_long_prompt_does_not_stall_a_short_answer(engine):
 
 def test_answers_are_given_in_the_order_of_asking(model):
     engine = Engine(model, max_running=1)
-    streams = [engine.submit(request(seed)) for seed in range(5)]
+    long = replace(GREEDY, max_new_tokens=400)  # the others are asked while it is answered
+    streams = [engine.submit(request(0, sampling=long))]
+    streams += [engine.submit(request(seed)) for seed in range(1, 5)]
     for stream in reversed(streams):  # whoever reads first
         list(stream)
     waits = [stream.stats.seconds_waiting for stream in streams]
