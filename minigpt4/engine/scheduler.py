@@ -399,7 +399,9 @@ def rows_of(chunks: list[Chunk], hidden_size: int) -> Rows:
             table_rows.append(number)
         if chunk.reaches_end:
             wanted.append(len(tokens) - 1)
-    tables = np.zeros((len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32)
+    tables: np.ndarray = np.zeros(
+        (len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32
+    )
     for number, chunk in enumerate(chunks):
         tables[number, : len(chunk.sequence.blocks)] = chunk.sequence.blocks
     return Rows(

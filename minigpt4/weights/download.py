@@ -115,8 +115,8 @@ def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: st
             return plan
         except Exception as error:
             reasons.append((_explain(error, source, plan), error))
-    reason, error = reasons[0]
-    raise UserError(reason) from error
+    reason, cause = reasons[0]
+    raise UserError(reason) from cause
 
 
 def _next(
