@@ -146,10 +146,13 @@ def threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdecimal() and int(asked) > 0:
         return min(int(asked), 8)
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        available = len(os.sched_getaffinity(0))
+    else:
+        available = os.cpu_count() or 1
     try:  # a container's quota: microseconds of processor time per period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         available = min(available, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no quota ("max"), or no Linux
         pass
-    return min(available or 1, 8)
+    return min(available, 8)

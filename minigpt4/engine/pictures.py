@@ -53,10 +53,10 @@ class Pictures:
 
     def encode(self, pictures: list[Picture]) -> list[np.ndarray | UserError]:
         """All in one batch; where that fails, one by one, so that a bad picture fails alone."""
-        outcomes = self._embed(pictures)
-        if outcomes is None:
-            outcomes = [self._encode_alone(picture) for picture in pictures]
-        return outcomes
+        embeds = self._embed(pictures)
+        if embeds is None:
+            return [self._encode_alone(picture) for picture in pictures]
+        return [*embeds]
 
     def _embed(self, pictures: list[Picture]) -> list[np.ndarray] | None:
         """None where it fails. The exception must not live on: its traceback holds tensors."""

@@ -136,8 +136,8 @@ def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
         return logits
     logits = logits.copy()
     chosen = logits[seen]
-    penalty = np.float32(penalty)
-    logits[seen] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    factor = np.float32(penalty)
+    logits[seen] = np.where(chosen > 0, chosen / factor, chosen * factor)
     return logits
 
 
@@ -168,7 +168,7 @@ class BeamSearch:
         self._stop_sequences = [list(s) for s in stop_sequences]
         self._seen = list(seen)
         self.beams: list[list[int]] = [[]]
-        self._scores = np.zeros(1, np.float32)
+        self._scores: np.ndarray = np.zeros(1, np.float32)
         self._finished: list[tuple[np.float32, list[int]]] = []  # best first
         self.done = False
 
