@@ -71,7 +71,7 @@ def merge(reviews: Mapping[str, Mapping[str, dict]]) -> list[dict]:
     doubtful one. The text is that of the first reviewer in `reviews` who edited it, or else the
     original. `votes` contains each reviewer's decision.
     """
-    merged = {}
+    merged: dict[str, dict] = {}
     for reviewer in reviews.values():
         for image_id, record in reviewer.items():
             merged.setdefault(image_id, record)

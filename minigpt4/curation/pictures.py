@@ -50,7 +50,8 @@ def find_pictures(where: str) -> list[PictureFile]:
 
 def _named(found: Iterable[tuple[str, str]]) -> list[PictureFile]:
     """Give each picture an id that is unique even if case is ignored, as some file systems do."""
-    sources, taken = {}, Counter()
+    sources: dict[int, PictureFile] = {}
+    taken: Counter[str] = Counter()
     # Names that stay as they are come first, so that no changed name takes theirs.
     for place, (name, picture) in sorted(
         enumerate(found), key=lambda item: bool(NOT_IN_NAMES.search(item[1][0]))

@@ -46,7 +46,7 @@ def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
         seconds = time.perf_counter() - started
     answers = {key: completion.text for key, completion in completions.items()}
     references = {e.key: list(e.captions) for e in examples if e.key in answers}
-    scores = caption_scores(answers, references)
+    scores: dict = {**caption_scores(answers, references)}
     scores |= failure_rates(answers.values(), (c.truncated for c in completions.values()))
     scores |= {
         "model": config.name,

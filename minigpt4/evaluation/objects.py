@@ -48,7 +48,8 @@ class Objects:
 
     def mentioned(self, captions: Iterable[str]) -> Mentions:
         """What all captions of one picture say together."""
-        present, unclear = set(), set()
+        present: set[str] = set()
+        unclear: set[str] = set()
         sentences = (s for caption in captions for s in re.split(r"[.!?;]\s", caption))
         for sentence in sentences:
             for name, sure in self._found(_words(sentence)):
