@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from minigpt4.conversation import Conversation
-    from minigpt4.engine import Engine
+    from minigpt4.engine import AnyEngine
     from minigpt4.model.image import Picture
 
 __version__ = "0.1.0"
@@ -70,7 +70,7 @@ class Model:
     invalid value, or a question that is too long.
     """
 
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: "AnyEngine") -> None:
         self.engine = engine
 
     @property

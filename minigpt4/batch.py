@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ from minigpt4.errors import UserError, say
 from minigpt4.model import image
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine
+    from minigpt4.engine import AnyEngine
 
 TOGETHER = 16  # dialogues at once
 NAMED = 10  # items left out that are named; the others are only counted
@@ -69,6 +69,7 @@ class Completion:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+BatchEngine = TypeVar("BatchEngine", bound="AnyEngine")
 Dialogue = Generator[Answer, Completion, Result]
 
 
@@ -86,18 +87,18 @@ def complete(answer: Answer) -> Completion:
     return Completion(answer.text.strip(), answer.stop_reason, answer.watched)
 
 
-class Batch:
+class Batch(Generic[BatchEngine]):
     """Asks an engine many questions, at most `together` at once. `with` closes the engine.
 
     left_out: how many items got no result because of an error of their own.
     """
 
-    def __init__(self, engine: "Engine", together: int = TOGETHER) -> None:
+    def __init__(self, engine: BatchEngine, together: int = TOGETHER) -> None:
         self.engine = engine
         self.left_out = 0
         self._together = min(together, engine.max_waiting)
 
-    def __enter__(self) -> "Batch":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,16 +186,19 @@ class Batch:
 
 
 def ask_photos(
-    engine: "Engine", paths: Sequence[Path], question: str, sampling: Sampling, out: str | None
+    engine: "AnyEngine", paths: Sequence[Path], question: str, sampling: Sampling, out: str | None
 ) -> None:
     """One question about many photos: JSON lines to the file `out`, or text to standard output."""
-    questions = [Question(_printable(path), question, lambda p=path: p) for path in paths]
+
+    def about(path: Path) -> Question:
+        return Question(_printable(path), question, lambda: path)
+
     with (
         Batch(engine) as batch,
         open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
         tqdm(total=len(paths), unit="photo", disable=None if out else True) as bar,
     ):
-        for asked, outcome in batch.completions(questions, sampling):
+        for asked, outcome in batch.completions(map(about, paths), sampling):
             record = {"photo": asked.key, "question": question}
             if isinstance(outcome, UserError):
                 record["error"] = line = str(outcome)

@@ -219,24 +219,31 @@ class ModelConfig:
     @property
     def image_tokens(self) -> int:
         """Number of embeddings of one picture in the prompt."""
-        match self.bridge:
-            case QFormer(query_tokens=n):
+        match self.bridge, self.vision:
+            case QFormer(query_tokens=n), _:
                 return n
-            case ConcatPatches(group=g):
-                return (self.vision.image_size // self.vision.patch_size) ** 2 // g
-            case PooledMap(grid=g):
-                return g * g + 1 + self.vision.judgements
+            case ConcatPatches(group=g), EvaViT(image_size=side, patch_size=patch):
+                return (side // patch) ** 2 // g
+            case PooledMap(grid=g), (EfficientNetLite() | ClassesAndObjects() as vision):
+                return g * g + 1 + vision.judgements
+        raise self.misfit()
 
     @property
     def projection_in(self) -> int:
         """Width of the vectors that the projection maps."""
-        match self.bridge:
-            case QFormer(hidden_size=h):
+        match self.bridge, self.vision:
+            case QFormer(hidden_size=h), _:
                 return h
-            case ConcatPatches(group=g):
-                return g * self.vision.hidden_size
-            case PooledMap():
-                return sum(self.vision.channels) + self.vision.classes
+            case ConcatPatches(group=g), EvaViT(hidden_size=h):
+                return g * h
+            case PooledMap(), (EfficientNetLite() | ClassesAndObjects() as vision):
+                return sum(vision.channels) + vision.classes
+        raise self.misfit()
+
+    def misfit(self) -> TypeError:
+        """The error for a bridge that cannot read what the encoder gives."""
+        bridge, vision = type(self.bridge).__name__, type(self.vision).__name__
+        return TypeError(f"{self.name}: a {bridge} cannot read what {vision} gives")
 
 
 # MiniGPT-4's published hyperparameters (train_configs/ of the published code).

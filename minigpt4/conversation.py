@@ -23,7 +23,7 @@ from minigpt4.model.prompt import (
 from minigpt4.model.text import TextStream
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine, Sampling, Stats, Stream
+    from minigpt4.engine import AnyEngine, Sampling, Stats, Stream
 
 
 MAX_CHARACTERS = 200_000  # of a question; no context has room for more
@@ -31,7 +31,7 @@ MAX_CHARACTERS = 200_000  # of a question; no context has room for more
 
 @dataclass
 class Conversation:
-    """Messages, and tnext_question pictures by key. Plain data: copy it, store it, change it."""
+    """Messages, and their pictures by key. Plain data: copy it, store it, change it."""
 
     messages: list[Message] = field(default_factory=list)
     pictures: dict[str, Picture] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class Answer:
 
 
 def ask(
-    engine: "Engine",
+    engine: "AnyEngine",
     conversation: Conversation,
     sampling: "Sampling",
     stop: Sequence[str] = (),
@@ -217,7 +217,7 @@ def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
 
 
 def fit(
-    conversation: Conversation, engine: "Engine", max_new_tokens: int, trim: bool = True
+    conversation: Conversation, engine: "AnyEngine", max_new_tokens: int, trim: bool = True
 ) -> tuple[Prompt, int]:
     """(the prompt that leaves room for the answer, the number of old turns it leaves out).
 
@@ -257,7 +257,7 @@ def fit(
 
 
 def _without_oldest(messages: list[Message], turns: int) -> list[Message]:
-    """`messages` without the first `turns` questions and tnext_question answers."""
+    """`messages` without the first `turns` questions and their answers."""
     if not turns:
         return messages
     next_place = [i for i, m in enumerate(messages) if m.role == "user"][turns]

@@ -14,7 +14,7 @@ from minigpt4.errors import Report, UserError, say
 if TYPE_CHECKING:
     import torch
 
-    from minigpt4.engine import Engine, Sampling
+    from minigpt4.engine import AnyEngine, Sampling
     from minigpt4.model.minigpt4 import MiniGPT4
     from minigpt4.remote.engine import RemoteEngine
     from minigpt4.remote.vllm import VllmServers
@@ -176,14 +176,14 @@ def open_engine(
     report: Report = say,
     kv_megabytes: int | None = None,
     **limits: int,
-) -> "Engine":
+) -> "AnyEngine":
     """The engine that the options name; its language model runs here or at --llm-url.
 
-    A RemoteEngine has the methods of an Engine. limits: max_running and max_waiting, in requests.
+    limits: max_running and max_waiting, in requests.
     kv_megabytes: memory for the key-value cache of a language model that runs here.
     """
     if options.llm_url:
-        return _open_remote(options, report, limits)  # type: ignore[return-value]
+        return _open_remote(options, report, limits)
     model = open_model(options, report)
     from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 

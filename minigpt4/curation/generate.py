@@ -45,7 +45,11 @@ class Generator:
     """Describes pictures with the engine of a batch; asks at most `continues` times to continue."""
 
     def __init__(
-        self, batch: Batch, sampling: Sampling, min_tokens: int = MIN_TOKENS, continues: int = 1
+        self,
+        batch: Batch[Engine],
+        sampling: Sampling,
+        min_tokens: int = MIN_TOKENS,
+        continues: int = 1,
     ) -> None:
         self._batch, self._sampling = batch, sampling
         self._min_tokens, self._continues = min_tokens, continues

@@ -50,7 +50,7 @@ def find_pictures(where: str) -> list[PictureFile]:
 
 def _named(found: Iterable[tuple[str, str]]) -> list[PictureFile]:
     """Give each picture an id that is unique even if case is ignored, as some file systems do."""
-    sources = {}
+    sources: dict[int, PictureFile] = {}
     taken: Counter[str] = Counter()
     # Names that stay as they are come first, so that no changed name takes theirs.
     for place, (name, picture) in sorted(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,8 @@ from pathlib import Path
 from minigpt4.data.files import parse_jsonl
 from minigpt4.errors import UserError
 
-try:
+if sys.platform != "win32":  # there two programs may write the same file
     import fcntl
-except ImportError:  # on Windows two programs may write the same file
-    fcntl = None
 
 KEY = "image_id"
 
@@ -77,7 +76,7 @@ class Records:
         self.path = Path(path)
         make_folder(self.path.parent)
         self._file = self.path.open("ab", buffering=0)
-        if fcntl:
+        if sys.platform != "win32":
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

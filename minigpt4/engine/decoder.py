@@ -146,9 +146,10 @@ def threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdecimal() and int(asked) > 0:
         return min(int(asked), 8)
-    available = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         available = len(os.sched_getaffinity(0))
+    else:
+        available = os.cpu_count() or 1
     try:  # a container's quota: microseconds of processor time per period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         available = min(available, max(1, int(quota) // int(period)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, use_device
 from minigpt4.engine.pictures import Pictures
-from minigpt4.engine.sampling import Sampling, log_softmax
+from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax
 from minigpt4.engine.scheduler import (
     PROBE_BLOCKS,
     Chunk,
@@ -70,6 +70,7 @@ class Engine(RequestQueue):
         hang_seconds: float = 60.0,
     ) -> None:
         super().__init__(max_running, max_waiting)
+        self._running: list[RequestState] = []
         self.model = model
         self.decoder, blocks = build_decoder(model, kv_megabytes, max_running)
         self._scheduler = Scheduler(blocks, kept_blocks(model.device, blocks, kv_megabytes))
@@ -179,8 +180,14 @@ class Engine(RequestQueue):
         large, are released long before the answer ends.
         """
         keys = state.picture_keys - state.embeds.keys()
-        found = {key: self._pictures.find(key) for key in keys}
-        missing = [key for key, embeds in found.items() if embeds is None]
+        missing = []
+        found: dict[str, np.ndarray] = {}
+        for key in keys:
+            embeds = self._pictures.find(key)
+            if embeds is None:
+                missing.append(key)
+            else:
+                found[key] = embeds
         for key in missing:
             self._pictures.request(state.request.pictures[key])
         if not missing:
@@ -348,7 +355,7 @@ class Engine(RequestQueue):
                 self._scheduler.cache.unregister(sequence.blocks)
             self._fail(state, BROKEN)
         elif state.search is not None:
-            self._continue_beams(state, logits)
+            self._continue_beams(state, state.search, logits)
         else:
             if state.request.watched and not state.stream.stats.tokens:
                 watched = log_softmax(logits[0])[list(state.request.watched)]
@@ -369,10 +376,10 @@ class Engine(RequestQueue):
         elif stream.stats.tokens >= state.limit:
             stream._end("length")
 
-    def _continue_beams(self, state: RequestState, logits: np.ndarray) -> None:
-        parents = state.search.step(logits)
-        if state.search.done:
-            for token in state.search.best:
+    def _continue_beams(self, state: RequestState, search: BeamSearch, logits: np.ndarray) -> None:
+        parents = search.step(logits)
+        if search.done:
+            for token in search.best:
                 self._give(state, token)
             state.stream._end("stop")
             return
@@ -381,7 +388,7 @@ class Engine(RequestQueue):
             new.append(old[parent] if parent not in used else self._fork(state, old[parent]))
             used.add(parent)
         state.sequences = new
-        for sequence, ids in zip(new, state.search.beams, strict=True):
+        for sequence, ids in zip(new, search.beams, strict=True):
             sequence.add(ids[-1])
         for place, sequence in enumerate(old):
             if place not in used:

@@ -40,7 +40,7 @@ class PackedMatrices:
         self._library = library
         self._wanted: dict[str, tuple[BlockTensor, int]] = {}
         self._matrices: dict[str, Matrix] = {}
-        self.memory = np.zeros(0, np.uint8)
+        self.memory: np.ndarray = np.zeros(0, np.uint8)
 
     def add(self, name: str, tensor: BlockTensor, group: int | None = None) -> None:
         """Note a matrix; `pack` packs all."""
@@ -92,23 +92,24 @@ class NativeDecoder:
     def __init__(
         self, llama: BlockLlama, context: int, blocks: int, threads: int, variant: str = "native"
     ) -> None:
-        self._library = library(variant)
-        if self._library is None:
+        kernels = library(variant)
+        if kernels is None:
             raise OSError("there is no C compiler, and no build of the kernels")
+        self._library = kernels
         self.vocabulary = llama.vocabulary
         self.hidden_size = llama.hidden_size
-        self._kept = []  # arrays that the library points into
+        self._kept: list = []  # arrays that the library points into
         self._matrices = PackedMatrices(self._library)
         self._model = self._describe(llama, context, threads)
         llama.release()
         width = whole_blocks(llama.head_dim)
-        self.blocks = np.zeros(
+        self.blocks: np.ndarray = np.zeros(
             (blocks, llama.layers, 2, llama.kv_heads, BLOCK_SIZE * width), np.float16
         )
         opened = self._library.minigpt4_open(ctypes.byref(self._model), threads, MAX_ROWS)
         if not opened:
             raise MemoryError("no memory for the decoder's buffers or threads")
-        self._pool = c_void_p(opened)
+        self._pool: c_void_p | None = c_void_p(opened)
 
     @staticmethod
     def block_bytes(llama: BlockLlama) -> int:
@@ -164,7 +165,7 @@ class NativeDecoder:
     def _floats(self, array: np.ndarray) -> int:
         """The address of a float32 copy whose rows are filled up to whole blocks."""
         array = np.atleast_2d(array)
-        padded = np.zeros((len(array), whole_blocks(array.shape[1])), np.float32)
+        padded: np.ndarray = np.zeros((len(array), whole_blocks(array.shape[1])), np.float32)
         padded[:, : array.shape[1]] = array
         return self._keep(padded)
 
@@ -182,7 +183,7 @@ class NativeDecoder:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _call(self, rows: Rows) -> np.ndarray:
-        logits = np.empty((len(rows.wanted), self.vocabulary), np.float32)
+        logits: np.ndarray = np.empty((len(rows.wanted), self.vocabulary), np.float32)
         numbers = [rows.tokens, rows.positions, rows.table_rows, rows.tables, rows.wanted]
         tokens, positions, table_rows, tables, wanted = (
             np.ascontiguousarray(array, np.int32) for array in numbers

@@ -127,8 +127,6 @@ class RequestQueue:
     changed and iterated only while `_lock` is held.
     """
 
-    fault = ""  # a sentence while the engine cannot answer
-
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self.max_running, self.max_waiting = max_running, max_waiting
         self.totals = Totals()
@@ -136,6 +134,7 @@ class RequestQueue:
         self._waiting: deque[Any] = deque()
         self._running: Collection[Any] = []
         self._ending = False
+        self._fault = ""
 
     def __enter__(self) -> Self:
         return self
@@ -146,6 +145,11 @@ class RequestQueue:
     def close(self) -> None:
         """End everything; requests that are not answered yet get an error."""
         raise NotImplementedError
+
+    @property
+    def fault(self) -> str:
+        """A sentence while the engine cannot answer, else ""."""
+        return self._fault
 
     def refuse_if_full(self) -> None:
         """Raise the error that `submit` would raise now, before any work goes into a request."""
@@ -399,9 +403,8 @@ def rows_of(chunks: list[Chunk], hidden_size: int) -> Rows:
             table_rows.append(number)
         if chunk.reaches_end:
             wanted.append(len(tokens) - 1)
-    tables: np.ndarray = np.zeros(
-        (len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32
-    )
+    width = max(len(chunk.sequence.blocks) for chunk in chunks)
+    tables: np.ndarray = np.zeros((len(chunks), width), np.int32)
     for number, chunk in enumerate(chunks):
         tables[number, : len(chunk.sequence.blocks)] = chunk.sequence.blocks
     return Rows(

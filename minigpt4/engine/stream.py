@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from minigpt4.errors import Kind, UserError
 
@@ -19,6 +20,7 @@ NO_MEMORY = "There was not enough memory for this answer; try a shorter conversa
 HANGING = "The model stopped responding; please try again in a minute."
 LOST = "The GPU has failed; the program must be restarted."
 ENDING = "The program is ending."
+StopReason = Literal["", "stop", "length", "time", "closed", "error"]
 KINDS: dict[str, Kind] = {
     FULL: "queue_full",
     BROKEN: "broken",
@@ -181,7 +183,7 @@ class Stream:
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
         self._error: UserError | None = None
         self._started = time.perf_counter()
-        self.stop_reason = ""
+        self.stop_reason: StopReason = ""
         self.stats = Stats(prompt_tokens=prompt_tokens)
         self.logprobs: list[float] = []
         self.watched: list[float] = []
@@ -215,7 +217,7 @@ class Stream:
                 self.logprobs.append(logprob)
             self._notify()
 
-    def _end(self, reason: str, error: UserError | None = None) -> bool:
+    def _end(self, reason: StopReason, error: UserError | None = None) -> bool:
         """End it, unless it has ended already; True where this call ended it."""
         with self._condition:
             ends = not self.stop_reason

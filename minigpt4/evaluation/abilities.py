@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
 
 def read_others(given: Sequence[str]) -> dict[str, Answers]:
     """Model -> its answers, from the values of `--beside`: NAME=FILE."""
-    others = {}
+    others: dict[str, Answers] = {}
     for value in given:
         name, equals, path = value.partition("=")
         if not (name and equals and path):
@@ -168,16 +168,20 @@ def answer_items(
     if options.drawn:
         sampling = start.default_sampling(config, max_new_tokens=TOKENS, seed=options.seed)
     by_id = {item.id: item for item in items}
-    questions = [Question(i.id, i.instruction, lambda p=i.picture: p) for i in items]
-    found = batch.answer(questions, sampling)
+    found = batch.answer(map(_question, items), sampling)
     with open(options.answers or os.devnull, "w", encoding="utf-8") as file:
         for question, answer in tqdm(found, desc="answering", total=len(items), unit="answer"):
             item = by_id[question.key]
-            record = {"id": item.id, "task": item.task, "instruction": item.instruction}
+            record: dict[str, object] = {"id": item.id, "task": item.task}
+            record |= {"instruction": item.instruction}
             record |= {"model": config.name, "sampling": sampled}
             record |= {"answer": answer.text, "truncated": answer.truncated}
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             yield item.id, answer
+
+
+def _question(item: Item) -> Question:
+    return Question(item.id, item.instruction, lambda: item.picture)
 
 
 def task_scores(
@@ -197,9 +201,9 @@ def task_scores(
     verdicts = [v for i in ids if (v := judged.get((model, i)))]
     people = [v for i in ids for v in rated.get((model, i), ())]
     both = [
-        v.fulfilled == judged[model, i].fulfilled
+        v.fulfilled == verdict.fulfilled
         for i in ids
-        if judged.get((model, i))
+        if (verdict := judged.get((model, i)))
         for v in rated.get((model, i), ())
     ]
     return {

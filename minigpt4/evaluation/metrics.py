@@ -121,8 +121,7 @@ def is_fragment(text: str, truncated: bool) -> bool:
     is a fragment only after a mark or an English word that must be continued (a comma, colon, dash,
     opening bracket; "and", "the", "with"): "A dog runs on the grass" is complete.
     """
-    backwards = text[::-1]
-    body = backwards[_TAIL.match(backwards).end() :][::-1]
+    body = _TAIL.sub("", text[::-1], count=1)[::-1]
     if not _words(body) or _LIST_MARK.search(text):
         return True
     return not _END.search(body) and (truncated or bool(_OPEN.search(body)))

@@ -45,7 +45,7 @@ def interval(count: int, total: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def with_interval(share: str, interval: Sequence[float]) -> str:
+def with_interval(share: str | None, interval: Sequence[float]) -> str:
     """A share with its interval: "12.3 %", (0.081, 0.19) -> "12.3 % (8–19)"."""
     low, high = interval
     return f"{share} ({100 * low:.0f}–{100 * high:.0f})"

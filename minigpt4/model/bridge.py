@@ -10,6 +10,7 @@ from minigpt4.config import (
     ClassesAndObjects,
     ConcatPatches,
     EfficientNetLite,
+    EvaViT,
     ModelConfig,
     PooledMap,
     QFormer,
@@ -94,12 +95,13 @@ class PooledMapBridge(nn.Module):
 
 def build_bridge(config: ModelConfig) -> nn.Module:
     """The bridge of `config`, its weights not yet loaded."""
-    match config.bridge:
-        case QFormer():
-            return QFormerBridge(config.bridge, config.vision.hidden_size)
-        case ConcatPatches():
-            return ConcatPatchesBridge(config.bridge)
-        case PooledMap() if isinstance(config.vision, ClassesAndObjects):
-            return ObjectsBridge(config.bridge, config.vision)
-        case PooledMap():
-            return PooledMapBridge(config.bridge, config.vision)
+    match config.bridge, config.vision:
+        case QFormer() as bridge, (EvaViT() | EfficientNetLite() as vision):
+            return QFormerBridge(bridge, vision.hidden_size)
+        case ConcatPatches() as bridge, EvaViT():
+            return ConcatPatchesBridge(bridge)
+        case PooledMap() as bridge, ClassesAndObjects() as vision:
+            return ObjectsBridge(bridge, vision)
+        case PooledMap() as bridge, EfficientNetLite() as vision:
+            return PooledMapBridge(bridge, vision)
+    raise config.misfit()

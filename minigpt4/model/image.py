@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Literal
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
 
 from minigpt4.errors import UserError
 
@@ -356,7 +356,7 @@ def _load_bounded_directory(
     file.seek(start)
     big = directory._bigtiff
     entry = struct.Struct(directory._endian + ("HHQQ" if big else "HHLL"))
-    order = "little" if directory._endian == "<" else "big"
+    order: Literal["little", "big"] = "little" if directory._endian == "<" else "big"
     tags = int.from_bytes(file.read(8 if big else 2), order)
     if tags > MAX_TAGS:
         raise ValueError
@@ -376,16 +376,17 @@ def _load_bounded_directory(
 
 
 # Pillow reads TIFF and EXIF with this while it opens a file, while it loads it, and later.
-TiffImagePlugin.ImageFileDirectory_v2.load = _load_bounded_directory
+_Directory = TiffImagePlugin.ImageFileDirectory_v2
+_Directory.load = _load_bounded_directory  # type: ignore[method-assign, assignment]
 
 
-def _check_work(image: Image.Image) -> None:
+def _check_work(image: ImageFile.ImageFile) -> None:
     """ValueError where decoding would write many more pixels than the picture has."""
     rle = image.format == "BMP" and image.tile[0].codec_name == "bmp_rle"
     if rle and image.width > MAX_RLE_WIDTH:
         raise ValueError
     if image.format == "TIFF":  # strips may overlap; each of four bands may have its own
-        boxes = [tile.extents for tile in image.tile]
+        boxes = [tile.extents or (0, 0, *image.size) for tile in image.tile]
         drawn = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
         if drawn > 4 * image.width * image.height:
             raise ValueError
@@ -433,7 +434,9 @@ def _srgb(image: Image.Image) -> Image.Image:
             embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "sRGB" not in ImageCms.getProfileDescription(embedded):
                 target = ImageCms.createProfile("sRGB")
-                return ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
+                converted = ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
+                if converted is not None:
+                    return converted
     return plain.convert("RGB")
 
 
@@ -441,4 +444,5 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     with suppress(Exception):  # EXIF is often broken where the picture is sound
         orientation = original.getexif().get(ExifTags.Base.Orientation, 1)
         rgb.getexif()[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(rgb)
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb

@@ -88,6 +88,13 @@ class MiniGPT4(nn.Module):
     def device(self) -> torch.device:
         return self.projection.weight.device
 
+    @property
+    def torch_llm(self) -> "PreTrainedModel":
+        """`llm` where PyTorch runs it. TypeError for a GGUF file's blocks, which an engine runs."""
+        if not isinstance(self.llm, nn.Module):
+            raise TypeError(f"PyTorch does not run the {type(self.llm).__name__} of this model")
+        return self.llm
+
     def pixel_values(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> [batch, 3, image_size, image_size] on the model's device."""
         pixels = torch.stack([preprocess(p, self.config.vision) for p in pictures])
@@ -113,9 +120,10 @@ class MiniGPT4(nn.Module):
 
         features: [batch, image_tokens, projection_in], from `encode_features`.
         """
-        if self.word_head is None:
+        words = self.config.words
+        if self.word_head is None or words is None:
             return [""] * len(features)
-        terms, words = self.word_head.terms, self.config.words
+        terms = self.word_head.terms
         found = self.word_head(features).tolist()
         return [listed(choose(probabilities, terms, words)) for probabilities in found]
 
@@ -126,7 +134,7 @@ class MiniGPT4(nn.Module):
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> token embeddings [..., llm_hidden_size]; IMAGE_ID reads as id 0."""
-        return self.llm.get_input_embeddings()(ids.clamp_min(0))
+        return self.torch_llm.get_input_embeddings()(ids.clamp_min(0))
 
     def embed(self, prompt: Prompt, image_embeds: Mapping[str, Tensor]) -> Tensor:
         """The prompt's embeddings [1, length, llm_hidden_size].
@@ -152,14 +160,14 @@ class MiniGPT4(nn.Module):
         # true and false -> 0 and the lowest number, added to the attention scores
         mask = torch.zeros_like(batch.attention_mask, dtype=embeds.dtype)
         mask = mask.masked_fill(~batch.attention_mask, torch.finfo(embeds.dtype).min)
-        hidden_states = self.llm.get_decoder()(
+        hidden_states = self.torch_llm.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
         # Only positions that predict a learned token go through the output layer.
-        logits = self.llm.get_output_embeddings()(hidden_states.flatten(0, 1)[batch.sources])
+        logits = self.torch_llm.get_output_embeddings()(hidden_states.flatten(0, 1)[batch.sources])
         logits = logits.float() / batch.temperatures[:, None]
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
         return (losses * batch.weights).mean()

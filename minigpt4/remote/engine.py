@@ -11,19 +11,17 @@ import contextlib
 import contextvars
 import logging
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from minigpt4.engine.protocol import ModelInfo
 from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit
 from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
-
-if TYPE_CHECKING:
-    from minigpt4.model.minigpt4 import MiniGPT4
 
 UNREACHABLE = "The language model's servers do not answer; please try again in a minute."
 
@@ -64,7 +62,9 @@ class Backend(Protocol):
     def encode(self, picture: Picture) -> np.ndarray:
         """The picture's embeddings, float32 [image_tokens, llm_hidden_size]. Blocks."""
 
-    def generate(self, request: Request, generated: list[int], limit: int) -> AsyncIterator[Part]:
+    def generate(
+        self, request: Request, generated: list[int], limit: int
+    ) -> AsyncGenerator[Part, None]:
         """At most `limit` tokens that follow the prompt and the tokens generated so far.
 
         Unavailable where another try may succeed, UserError where none can.
@@ -106,7 +106,7 @@ class RemoteEngine(RequestQueue):
     """
 
     def __init__(
-        self, model: "MiniGPT4", backend: Backend, max_running: int = 32, max_waiting: int = 64
+        self, model: ModelInfo, backend: Backend, max_running: int = 32, max_waiting: int = 64
     ) -> None:
         super().__init__(max_running, max_waiting)
         self.model, self.backend = model, backend
@@ -147,7 +147,7 @@ class RemoteEngine(RequestQueue):
             healthy = self.call(self.backend.probe(seconds), seconds + 1)
         except TimeoutError:
             healthy = False
-        self.fault = "" if healthy else UNREACHABLE
+        self._fault = "" if healthy else UNREACHABLE
         return healthy
 
     def call(self, work: Coroutine, seconds: float):
@@ -250,7 +250,7 @@ class RemoteEngine(RequestQueue):
         stream = state.stream
         if part.reused_tokens and not stream.stats.reused_tokens:
             stream.stats.reused_tokens = min(part.reused_tokens, stream.stats.prompt_tokens)
-        logprobs = part.logprobs or [None] * len(part.tokens)
+        logprobs: Sequence[float | None] = part.logprobs or [None] * len(part.tokens)
         for token, logprob in zip(part.tokens, logprobs, strict=True):
             generated.append(token)
             stream._put(token, logprob)

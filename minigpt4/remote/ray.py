@@ -10,7 +10,7 @@ that has it cached; where that one dies, another one continues from the last tok
 import asyncio
 import logging
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, get_model
-from minigpt4.engine import Request
+from minigpt4.engine import Engine, Request
 from minigpt4.engine.stream import FULL, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
@@ -79,7 +79,9 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     gpus = options.gpus
     if gpus is None:
         gpus = 1 if cluster_resources().get("GPU") else 0
-    replicas = Replica.options(
+    # `serve.deployment` makes deployments of the classes, which type checkers do not see.
+    replica: serve.Deployment = Replica
+    replicas = replica.options(
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": gpus},
         max_ongoing_requests=options.max_running + options.max_queue,
         autoscaling_config=AutoscalingConfig(
@@ -94,12 +96,12 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
     ).bind(options)
     # An ingress mostly waits: it needs no processor of its own.
-    ingress = Ingress.options(
+    ingress: serve.Deployment = Ingress
+    return ingress.options(
         num_replicas=options.ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
-    )
-    return ingress.bind(replicas, options)
+    ).bind(replicas, options)
 
 
 def _log_progress(line: str, passing: bool = False) -> None:
@@ -115,18 +117,17 @@ class Replica:
     """One whole model."""
 
     def __init__(self, options: Namespace) -> None:
-        from minigpt4.start import open_engine
+        from minigpt4.start import open_model
 
-        self._engine = open_engine(
-            Namespace(**vars(options), device="auto", llm_url=None),
-            _log_progress,
+        self._engine = Engine(
+            open_model(Namespace(**vars(options), device="auto"), _log_progress),
             max_running=options.max_running,
             max_waiting=options.max_queue,
         )
 
     async def generate(
         self, request: Request, generated: list[int], limit: int
-    ) -> AsyncIterator[Part | UserError]:
+    ) -> AsyncGenerator[Part | UserError, None]:
         """What follows the prompt and the tokens generated so far; an error is the last item."""
         prompt = request.prompt
         request = replace(
@@ -199,7 +200,7 @@ class Replicas:
 
     async def generate(
         self, request: Request, generated: list[int], limit: int
-    ) -> AsyncIterator[Part]:
+    ) -> AsyncGenerator[Part, None]:
         shown = {image.key for _, image in request.prompt.images}
         pictures = {
             key: await asyncio.to_thread(self._small, request.pictures[key]) for key in shown

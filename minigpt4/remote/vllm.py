@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ class VllmServers:
 
     async def generate(
         self, request: Request, generated: list[int], limit: int
-    ) -> AsyncIterator[Part]:
+    ) -> AsyncGenerator[Part, None]:
         embeds = await self._embeds(request)
         text = await asyncio.to_thread(self._encoded, request.prompt, generated, embeds)
         body = body_of(request, text, limit)
@@ -156,7 +156,7 @@ class VllmServers:
         idlest = min(up, key=lambda s: s.running)
         return own if own.running <= idlest.running + SLACK else idlest
 
-    async def _ask(self, server: _Server, body: dict) -> AsyncIterator[Part]:
+    async def _ask(self, server: _Server, body: dict) -> AsyncGenerator[Part, None]:
         last: Part | None = None
         try:
             async with self._client.stream("POST", server.url + "/completions", json=body) as reply:

@@ -9,14 +9,14 @@ import argparse
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from minigpt4 import start
 from minigpt4.engine import Engine, Request, Stream
 from minigpt4.engine.scheduler import RequestQueue
-from minigpt4.engine.stream import ENDING, FULL, failure
+from minigpt4.engine.stream import ENDING, FULL, StopReason, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 USUAL_MODEL = "vicuna-7b"  # in 16 bit: GPU memory is ample, disk space and GPU seconds are not
 NO_GPU = "No GPU is available for this answer"
+
+# (token, log-probability) as they come, then the stop reason, or the error.
+Events = Generator[tuple[int, float | None] | StopReason | UserError, None, None]
 
 # In the process with the GPU: the fork brings the model, the first request creates the engine.
 _model: "MiniGPT4 | None" = None
@@ -54,10 +57,11 @@ def seconds(request: Request) -> int:
     return 30 + request.sampling.max_new_tokens // 10
 
 
-def answer(request: Request) -> Iterator[tuple[int, float | None] | str | UserError]:
-    """In the process with the GPU: (token, log-probability) as they come, then the stop reason, or
-    the error."""
+def answer(request: Request) -> Events:
+    """In the process with the GPU: the engine's answer, event by event."""
     global _engine
+    if _model is None:
+        raise RuntimeError("`open_engine` has not loaded the model")
     if _engine is None:
         _engine = Engine(_model, max_running=1, max_waiting=1)
     try:
@@ -79,7 +83,7 @@ class ZeroEngine(RequestQueue):
     """
 
     def __init__(
-        self, model: "MiniGPT4", lend: Callable[[Request], Iterator], max_waiting: int
+        self, model: "MiniGPT4", lend: Callable[[Request], Events], max_waiting: int
     ) -> None:
         super().__init__(max_waiting, max_waiting)
         self.model, self._lend = model, lend

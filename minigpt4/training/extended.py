@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from minigpt4.config import PooledMap
+from minigpt4.config import EvaViT, PooledMap
 from minigpt4.data.examples import Example, Text
 from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
@@ -59,7 +59,7 @@ class ExtendedTrainer(Trainer):
         _check_samples(model, recipe)
         self.views = 2 if recipe.mirror or recipe.denoise else 1
         self.basis: Tensor | None = None  # features are multiplied by it
-        self.reward: CiderReward | None = None
+        self.reward = CiderReward({})
         self.rewards: list[float] = []  # mean reward of each picture since the start
         self._agreement: dict[str, dict[str, float]] = {}  # picture -> caption -> weight
         super().__init__(model, examples, recipe, *others, **more)
@@ -92,7 +92,7 @@ class ExtendedTrainer(Trainer):
         """
         config, recipe = self.model.config, self.recipe
         width = config.projection_in
-        if isinstance(config.bridge, PooledMap):
+        if isinstance(config.bridge, PooledMap) and not isinstance(config.vision, EvaViT):
             width -= config.vision.classes
         draw = random.Random(recipe.seed)
         chosen = draw.sample(range(len(self.examples)), min(_MEASURED, len(self.examples)))

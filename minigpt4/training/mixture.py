@@ -59,7 +59,9 @@ class Picture:
     def held_out(self) -> bool:
         """Is it kept for validation?"""
         share = HELD_OUT.get(self.source)
-        return bool(share) and fold_of(f"held out {self.key.rsplit('/', 1)[-1]}", share) == 0
+        if not share:
+            return False
+        return fold_of(f"held out {self.key.rsplit('/', 1)[-1]}", share) == 0
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -126,9 +128,9 @@ def read_pictures(pattern: str) -> list[Picture]:
 def _records(path: Path) -> dict[str, dict]:
     with tarfile.open(path, "r:") as shard:
         return {
-            member.name.rsplit("/", 1)[-1].partition(".")[0]: json.load(shard.extractfile(member))
+            member.name.rsplit("/", 1)[-1].partition(".")[0]: json.load(content)
             for member in shard
-            if member.name.endswith(".json")
+            if member.name.endswith(".json") and (content := shard.extractfile(member))
         }
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from minigpt4 import start
-from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Schedule, get_model
+from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Quantize, Schedule, get_model
 from minigpt4.data.examples import Example, merge, read_descriptions, read_instructions
 from minigpt4.data.files import prompt_lines
 from minigpt4.data.table import is_table, read_captioned, read_table
@@ -51,8 +51,11 @@ def train(options: argparse.Namespace) -> None:
     }
     recipe = recipe_of(options, config, schedule, replay_share, metadata)
     cache = Path(options.cache) if options.cache else None
-    kind = ExtendedTrainer if isinstance(recipe, ExtendedRecipe) else Trainer
-    trainer = kind(model, examples, recipe, options.out, accelerator, cache, replay)
+    others = (options.out, accelerator, cache, replay)
+    if isinstance(recipe, ExtendedRecipe):
+        trainer: Trainer = ExtendedTrainer(model, examples, recipe, *others)
+    else:
+        trainer = Trainer(model, examples, recipe, *others)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
     path = trainer.run()
@@ -115,6 +118,8 @@ def recipe_of(
 def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
     """The schedule of the stage, changed by the options. Fewer steps have a shorter warm-up."""
     schedule = config.stage1 if options.stage == 1 else config.stage2
+    if schedule is None:
+        raise UserError(f"{config.name} is not trained in stages: omit “--stage”.")
     overrides = {
         "steps": options.steps,
         "batch_size": options.batch_size,
@@ -161,7 +166,7 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     projection = options.init or options.projection
     files = find_weights(config, projection, new_projection=projection is None)
     # Gradients pass through the language model, which needs the range of bfloat16.
-    quantize = "none" if options.quantize == "auto" else options.quantize
+    quantize: Quantize = "none" if options.quantize == "auto" else options.quantize
     if quantize == "int4":
         raise UserError("Training needs more than int4: choose “--quantize none”, int8 or nf4.")
     dtype = options.dtype

@@ -94,7 +94,7 @@ def sample(
     token as its last id. The prompts are read once, and their keys and values repeated.
     """
     end = model.tokenizer.eos_token_id
-    output = model.llm(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
+    output = model.torch_llm(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(count)
     logits = output.logits[:, -1].repeat_interleave(count, 0)
@@ -108,7 +108,7 @@ def sample(
         ended |= token[:, 0] == end
         if ended.all():
             break
-        output = model.llm(input_ids=token, past_key_values=cache, use_cache=True)
+        output = model.torch_llm(input_ids=token, past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
     answers = []
     for ids in torch.cat(drawn, 1).tolist():

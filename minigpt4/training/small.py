@@ -120,7 +120,7 @@ class SmallTrainer:
             lr=recipe.peak_lr,
             betas=recipe.betas,
         )
-        output = model.llm.get_output_embeddings().weight
+        output = model.torch_llm.get_output_embeddings().weight
         self._vocabulary = output[tokens].clone()
         self._index = torch.full((len(output),), -1)
         self._index[tokens] = torch.arange(len(tokens))
@@ -185,8 +185,8 @@ class SmallTrainer:
             for prompt, text in zip(rows[-1], texts, strict=True):
                 kinds += [text.kind] * sum(prompt.loss_mask)
             features.append(source.features([index]))
-        index = {f"{place:x}": place for place in range(len(group))}
-        return torch.cat(features), pack(rows, index, weights), kinds
+        places = {f"{place:x}": place for place in range(len(group))}
+        return torch.cat(features), pack(rows, places, weights), kinds
 
     # --- the loss -------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class SmallTrainer:
         embeds = embeds.index_put((batch.image_rows[:, :1], slots), images)
         mask = torch.zeros_like(batch.attention_mask, dtype=embeds.dtype)
         mask = mask.masked_fill(~batch.attention_mask, torch.finfo(embeds.dtype).min)
-        return self.model.llm.get_decoder()(
+        return self.model.torch_llm.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=batch.position_ids,

@@ -45,7 +45,8 @@ class Probe:
     @torch.no_grad()
     def __call__(self, trainer: "SmallTrainer") -> dict:
         """The figures; answers go to answers-STEP.txt."""
-        projection, lines = trainer.averaged(), []
+        projection = trainer.averaged()
+        lines: list[str] = []
         figures: dict = {"loss": self.loss(trainer, projection)}
         for name in ("captioned", "flickr"):
             if name in self.kept:
@@ -64,7 +65,7 @@ class Probe:
 
     def loss(self, trainer: "SmallTrainer", projection: nn.Linear) -> dict[str, float]:
         """Mean over the learned tokens of each kind of text."""
-        found = defaultdict(list)
+        found: dict[str, list[float]] = defaultdict(list)
         for name, source in self.kept.items():
             for number in range(min(self.sizes["loss"], len(source.pictures))):
                 draw = random.Random(f"probe {name} {number}")
@@ -106,7 +107,7 @@ class Probe:
         source, odds, right = self.kept[name], [], []
         tokenizer = trainer.model.tokenizer
         yes, no = (tokenizer.encode(w, add_special_tokens=False)[0] for w in ("Yes", "No"))
-        output = trainer.model.llm.get_output_embeddings().weight[[yes, no]]
+        output = trainer.model.torch_llm.get_output_embeddings().weight[[yes, no]]
         for number in range(min(self.sizes["yes/no"], len(source.pictures))):
             picture = source.pictures[number]
             draw = random.Random(f"presence {picture.key}")
@@ -179,7 +180,7 @@ def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
         embeds[place, longest - len(row) :] = row
         mask[place, longest - len(row) :] = 1
     end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
-    ids = model.llm.generate(
+    ids = model.torch_llm.generate(
         inputs_embeds=embeds,
         attention_mask=mask,
         max_new_tokens=limit,

@@ -36,10 +36,10 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     files = find_weights(config, options.init, new_projection=options.init is None, given=given)
     dtype = small.fastest_dtype()
     model = load_model(config, files, "cpu", "none", dtype, seed=options.seed)
-    model.llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
+    model.torch_llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
     integers = int8.is_faster()
     if integers:
-        int8.replace_linears(model.llm.get_decoder().layers)
+        int8.replace_linears(model.torch_llm.get_decoder().layers)
     say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
     pictures = read(Path(options.data))
     cache = Path(options.cache or out / "features")
@@ -127,6 +127,8 @@ class Found:
         out: Path,
         refit: bool,
     ) -> None:
+        if config.words is None:
+            raise UserError(f"{config.name} has no word head: train it with “--stage”.")
         self.words: Words = config.words
         keys = [(name, i) for name, of_one in pictures.items() for i in range(len(of_one))]
         self._row = {key: row for row, key in enumerate(keys)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minigpt4.config import ClassesAndObjects
+from minigpt4.config import ClassesAndObjects, PooledMap
 from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
@@ -45,7 +45,10 @@ def start(
 
     features: [pictures, image_tokens, projection_in], 16 bit; texts: the pictures'.
     """
-    vision, grid = model.config.vision, model.config.bridge.grid
+    vision, bridge = model.config.vision, model.config.bridge
+    if not (isinstance(vision, ClassesAndObjects) and isinstance(bridge, PooledMap)):
+        raise TypeError(f"{model.config.name} does not pool the maps of two encoders")
+    grid = bridge.grid
     cells = features[:512, : grid * grid + 1].flatten(0, 1)
     basis = eigenbasis(cells, vision)
     wanted = torch.stack([_mean_embedding(model, " ".join(of_one)) for of_one in texts])

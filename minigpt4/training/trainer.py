@@ -106,7 +106,7 @@ class Trainer:
                 for source in (examples, replay)
             ]
         if model.device.type == "cpu":  # the backward pass of fused attention is many times slower
-            model.llm.set_attn_implementation("eager")
+            model.torch_llm.set_attn_implementation("eager")
         projection = model.projection.float().requires_grad_(True)
         self.start = {k: v.detach().clone() for k, v in projection.state_dict().items()}
         self.identity = self._identity()
@@ -248,7 +248,8 @@ class Trainer:
         share.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows, chosen, weights = (part[rank::world] for part in self.prompts(step, indices))
+        rows, chosen, weights = self.prompts(step, indices)
+        rows, chosen, weights = rows[rank::world], chosen[rank::world], weights[rank::world]
         index = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
         features = self.features(chosen, f"{self.recipe.seed} {step}")
         temperatures = self._sample_answers(step, rows, chosen, features, weights)

@@ -13,7 +13,7 @@ from minigpt4.data.files import prompt_lines
 
 
 def _word_lists() -> dict[str, set[str]]:
-    found = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for line in prompt_lines("word-lists.txt"):
         name, _, words = line.partition(":")
         found[name] |= set(words.split())
@@ -59,10 +59,13 @@ class Vocabulary:
         """The commonest terms of pictures' texts: so many, in at least `least` pictures each."""
         pictures = [[tokens(text) for text in of_one] for of_one in texts]
         nouns = _nouns(t for of_one in pictures for t in of_one)
-        single, double = Counter(), Counter()
-        pairs, firsts = Counter(), Counter()
+        single: Counter[str] = Counter()
+        double: Counter[tuple[str, str]] = Counter()
+        pairs: Counter[tuple[str, str]] = Counter()
+        firsts: Counter[str] = Counter()
         for of_one in pictures:
-            found, found_pairs = set(), set()
+            found: set[str] = set()
+            found_pairs: set[tuple[str, str]] = set()
             for sentence in of_one:
                 found |= {singular(w) for w in sentence if singular(w) in nouns}
                 found_pairs |= set(_pairs(sentence, nouns))
@@ -95,7 +98,9 @@ class Vocabulary:
 
 def _nouns(sentences: Iterable[list[str]]) -> set[str]:
     """Words that stand mostly behind an article or a quality, and mostly end what it begins."""
-    before, after, total = Counter(), Counter(), Counter()
+    before: Counter[str] = Counter()
+    after: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for sentence in sentences:
         for i, word in enumerate(sentence):
             total[word] += 1

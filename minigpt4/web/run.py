@@ -17,7 +17,7 @@ from minigpt4.options import (
 )
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine
+    from minigpt4.engine import AnyEngine
 
 DESCRIPTION = "Serve the chat page and an OpenAI-compatible API."
 
@@ -36,7 +36,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "Engine":
+def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "AnyEngine":
     """The engine that the options name; `report` receives one line for each step."""
 
     def say(line: str, passing: bool = False) -> None:
@@ -68,7 +68,7 @@ def serve(chosen: argparse.Namespace) -> None:
     server = Server(lambda: loading.engine, chosen)
     feedback = Feedback(chosen.feedback) if chosen.feedback else None
     if zerogpu.is_here():
-        loading = Loading.done(zerogpu.open_engine(chosen))  # type: ignore[arg-type]
+        loading = Loading.done(zerogpu.open_engine(chosen))
     else:
         loading = Loading(partial(load, chosen))
     launch(build_page(loading, feedback, server), chosen, loading, server)

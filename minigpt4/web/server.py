@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute
 
+from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.web.api.access import Keys
-from minigpt4.web.api.reply import AnyEngine, ChatService
+from minigpt4.web.api.reply import ChatService
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls

@@ -145,7 +145,8 @@ def _files(source: Source) -> Iterator[Remote]:
 def _hub_files(source: Source) -> Iterator[Remote]:
     repository, kind = _repository(source)
     headers = build_hf_headers()
-    info = HfApi().repo_info(repository, repo_type=kind)
+    hub = HfApi()
+    info = hub.space_info(repository) if kind == "space" else hub.model_info(repository)
     names = [sibling.rfilename for sibling in info.siblings or []]
     if source.member:
         wanted = [source.member]

@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -174,12 +175,12 @@ def _shapes(llama: BlockLlama) -> tuple[dict[str, tuple[int, ...]], dict[str, tu
     """Shapes of the tensors that may and of those that must be there, by name."""
     hidden, inner = llama.hidden_size, llama.intermediate_size
     q, kv = llama.heads * llama.head_dim, llama.kv_heads * llama.head_dim
-    optional = {
+    optional: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (llama.vocabulary, hidden),
         "output.weight": (llama.vocabulary, hidden),
         "rope_freqs.weight": (llama.head_dim // 2,),
     }
-    required = {"output_norm.weight": (hidden,)}
+    required: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,)}
     for i in range(llama.layers):
         block = {
             "attn_norm": (hidden,),
@@ -212,11 +213,11 @@ def write_index(gguf: str | Path) -> Path:
 
     gguf = Path(gguf)
     reader = GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
-    tensors = {}
+    tensors: dict[str, tuple[str, list[int], int]] = {}
     for tensor in reader.tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
         _size(tensor.name, tensor.tensor_type.name, shape)
-        tensors[tensor.name] = [tensor.tensor_type.name, shape, int(tensor.data_offset)]
+        tensors[tensor.name] = (tensor.tensor_type.name, shape, int(tensor.data_offset))
     sizes = _read_sizes({name: reader.fields[name].contents for name in reader.fields})
     sizes["vocabulary"] = tensors["token_embd.weight"][1][0]
     blocks = {
@@ -232,9 +233,12 @@ def write_index(gguf: str | Path) -> Path:
     return place
 
 
-def _read_sizes(fields: Mapping) -> dict[str, int | float | bool]:
-    """What `BlockLlama` wants to know out of a GGUF file's fields (name -> function that reads it);
-    ValueError for a model that is computed in another way."""
+def _read_sizes(fields: Mapping) -> dict[str, Any]:
+    """What `BlockLlama` wants to know out of a GGUF file's fields (name -> function that reads it).
+
+    The values are of whatever type the file holds; `BlockLlama` checks them. ValueError for a model
+    that is computed in another way.
+    """
     architecture = fields["general.architecture"]()
     if architecture not in ROPE_HALVES:
         known = ", ".join(ROPE_HALVES)
@@ -242,7 +246,7 @@ def _read_sizes(fields: Mapping) -> dict[str, int | float | bool]:
             f"models of the architecture {architecture} are not supported: {known} are"
         )
 
-    def read(name: str, default: float | None = None) -> float:
+    def read(name: str, default: Any = None) -> Any:
         name = f"{architecture}.{name}"
         if name not in fields and default is not None:
             return default

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"  # its name in a Hugging Face Llama's files
-# The tensors of each layer of a Llama's GGUF file, and those of the whole model.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.

@@ -96,8 +96,9 @@ def find_weights(
     roles = [r for r in ROLES if r in config.files or r == "projection"]
     if new_projection:
         roles = [role for role in roles if role not in ("projection", "words")]
-    paths = {role: locate(config, role, given.get(role)) for role in roles}
-    absent = {role: _wanted(config, role, given) for role, path in paths.items() if path is None}
+    located = {role: locate(config, role, given.get(role)) for role in roles}
+    paths = {role: path for role, path in located.items() if path is not None}
+    absent = {role: _wanted(config, role, given) for role in roles if role not in paths}
     if "projection" in absent and not sources(config, "projection", given.get("projection")):
         raise UserError(
             f"{config.name}'s trained projection ({absent['projection']}) is missing from "
@@ -109,7 +110,14 @@ def find_weights(
             f"Weights of {config.name} are missing ({', '.join(absent.values())}): run “python -m "
             f"minigpt4 download {config.name}”, or put the files into {weights_folder()}."
         )
-    return WeightFiles(**{"projection": None, **paths})
+    return WeightFiles(
+        paths["vision"],
+        paths["llm"],
+        paths.get("projection"),
+        paths.get("qformer"),
+        paths.get("detector"),
+        paths.get("words"),
+    )
 
 
 def _wanted(config: ModelConfig, role: str, given: Mapping[str, str]) -> str:
@@ -153,10 +161,11 @@ def load_model(
         big = config.gpu_gigabytes > 0 or config.llm_hidden_size >= 4096
         quantize = "int8" if device.type == "cuda" and big else "none"
     projected = _read_projection(config, files, seed)
-    parts = [part.to(device) for part in _load_vision(config, files, projected, dtype)]
+    vision = _load_vision(config, files, projected, dtype)
+    encoder, bridge, projection = (part.to(device) for part in vision)
     llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype)
     words = load_words(files.words).to(device) if files.words else None
-    return MiniGPT4(config, *parts, llm, tokenizer, quantize, words)
+    return MiniGPT4(config, encoder, bridge, projection, llm, tokenizer, quantize, words)
 
 
 def _read_projection(config: ModelConfig, files: WeightFiles, seed: int | None) -> dict:
@@ -202,9 +211,14 @@ def _load_vision(
             network, classifier = efficientnet_tensors(state)
             load_strict(encoder.classifier, network, files.vision, seen.name, dtype)
             load_strict(bridge, classifier, files.vision, "classifier", dtype)
+            if files.detector is None:
+                raise UserError(
+                    f"{config.name} needs a detector's weights: install minigpt4 again."
+                )
             objects = read_checkpoint(files.detector)
             load_strict(encoder.detector, objects, files.detector, "detector", dtype)
-    load_strict(projection, projected, files.projection, "projection", dtype)
+    place = files.projection or Path(config.projection_file)
+    load_strict(projection, projected, place, "projection", dtype)
     for part in (encoder, bridge, projection):
         refuse_unloaded(part)
     return encoder, bridge, projection
@@ -227,6 +241,6 @@ def _new_projection(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     weight *= 0.06 / config.projection_in**0.5
     tensors = {"weight": weight, "bias": torch.zeros(config.llm_hidden_size)}
     if isinstance(config.bridge, ConcatPatches):  # no Q-Former's file brings the final norm
-        hidden = config.vision.hidden_size
+        hidden = config.projection_in // config.bridge.group
         tensors |= {"ln_vision.weight": torch.ones(hidden), "ln_vision.bias": torch.zeros(hidden)}
     return tensors

@@ -167,21 +167,15 @@ def _fetch_all(remote: Remote, part: Path, progress: Progress) -> None:
             time.sleep(WAIT_SECONDS * 2 ** max(0, tries - 1))
 
 
-def _meter(add: Callable[[int], None]) -> Callable:
-    """A stand-in for the progress bar's class that huggingface_hub expects."""
+def _meter(add: Callable[[int], None]) -> type[tqdm]:
+    """A progress bar's class, as huggingface_hub expects, that shows nothing."""
 
-    class Meter:
+    class Meter(tqdm):
         def __init__(self, **_: object) -> None:
-            pass
+            super().__init__(disable=True)
 
-        def update(self, count: int) -> None:
-            add(count)
-
-        def __enter__(self) -> "Meter":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
+        def update(self, n: float | None = 1) -> None:
+            add(int(n or 0))
 
     return Meter
 
@@ -250,9 +244,10 @@ def _download_wheel(requirement: str, folder: Path, size: int, progress: Progres
     command += ["--progress-bar", "raw" if _pip_reports_progress() else "off"]
     done = 0
     # Lines “Progress N of M” become progress; pip's errors go to standard error.
-    pipes = {"stdout": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
-    with subprocess.Popen(command, **pipes) as pip:
-        for line in pip.stdout:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as pip:
+        for line in pip.stdout or ():
             if match := re.match(r"Progress (\d+) of", line):
                 progress.add(int(match[1]) - done)
                 done = int(match[1])

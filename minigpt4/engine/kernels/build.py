@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_size_t, c_void_p
 from pathlib import Path
+from typing import Any
 
 _SOURCE = Path(__file__).parent.with_name("native.c")
 _FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
@@ -35,7 +36,7 @@ KINDS = {  # as GGUF numbers them
     "Q5_K": 13,
     "Q6_K": 14,
 }
-PANEL = BLOCK = 32  # rows and columns that lie together
+BLOCK = 32  # rows and columns that lie together
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Batch(ctypes.Structure):
     ]
 
 
-_FUNCTIONS = {  # name -> (result, arguments)
+_FUNCTIONS: dict[str, tuple[Any, list]] = {  # name -> (result, arguments)
     "open": (c_void_p, [POINTER(Model), c_int32, c_int32]),
     "forward": (c_int32, [c_void_p, POINTER(Batch)]),
     "close": (None, [c_void_p]),

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from minigpt4.web.api.reply import LOADING, AnyEngine
+from minigpt4.engine import AnyEngine
+from minigpt4.web.api.reply import LOADING
 
 PROBE_SECONDS = 10.0
 FRESH_SECONDS = 1.0  # a younger result is given again

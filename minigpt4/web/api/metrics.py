@@ -16,11 +16,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from minigpt4.engine import Histogram
+from minigpt4.engine import AnyEngine, Histogram
 from minigpt4.errors import Kind
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.reply import AnyEngine
 
 
 class Metrics(Collector):

@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from starlette.concurrency import run_in_threadpool
 
 from minigpt4.conversation import Answer, Conversation, ask
-from minigpt4.engine import Engine, explain
+from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
 from minigpt4.model.image import MAX_PIXELS, Picture
-from minigpt4.remote.engine import RemoteEngine
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.openapi import ChatCompletion
 from minigpt4.web.api.schemas import ChatRequest, Message
@@ -23,7 +22,6 @@ from minigpt4.web.guard.image_url import ImageUrls
 
 OPENED_AT_ONCE = 2  # decoding one picture may take hundreds of megabytes
 MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
-AnyEngine = Engine | RemoteEngine
 LOADING = "The model is still loading: try again in a minute."
 HEARTBEAT_SECONDS = 15.0  # proxies close connections on which nothing arrives for a minute
 HEARTBEAT = b": waiting\n\n"  # a comment, which clients skip

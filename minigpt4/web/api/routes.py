@@ -14,15 +14,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from minigpt4.conversation import Answer
-from minigpt4.engine import explain
+from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
-from minigpt4.remote.engine import RemoteEngine
 from minigpt4.web.api import openapi
 from minigpt4.web.api.access import Keys, read_body
 from minigpt4.web.api.errors import ApiError, json_response
 from minigpt4.web.api.health import Health
 from minigpt4.web.api.metrics import Metrics
-from minigpt4.web.api.reply import AnyEngine, ChatService, CompletionReply
+from minigpt4.web.api.reply import ChatService, CompletionReply
 from minigpt4.web.api.schemas import ChatRequest, parse, read_json
 from minigpt4.web.guard.image_url import ImageUrls
 
@@ -40,7 +39,7 @@ def endpoints(service: ChatService, keys: Keys, max_picture_bytes: int) -> list[
 
 
 def application(
-    engine: RemoteEngine, api_key: str = "", image_hosts: str = "", max_upload_mb: int = 20
+    engine: AnyEngine, api_key: str = "", image_hosts: str = "", max_upload_mb: int = 20
 ) -> Starlette:
     """The endpoints alone, without a page."""
     max_bytes = max_upload_mb * 2**20

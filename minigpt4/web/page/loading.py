@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from minigpt4.errors import UserError
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine
+    from minigpt4.engine import AnyEngine
 
 
 class Loading:
@@ -18,8 +18,8 @@ class Loading:
     failed, None unless it did.
     """
 
-    def __init__(self, load: Callable[[Callable[[str], None]], "Engine"]) -> None:
-        self.engine: Engine | None = None
+    def __init__(self, load: Callable[[Callable[[str], None]], "AnyEngine"]) -> None:
+        self.engine: AnyEngine | None = None
         self.error: UserError | None = None
         self.step = "…"
         self._load = load
@@ -27,7 +27,7 @@ class Loading:
         self._thread = threading.Thread(target=self._run, name="loading", daemon=True)
 
     @classmethod
-    def done(cls, engine: "Engine") -> "Loading":
+    def done(cls, engine: "AnyEngine") -> "Loading":
         """For an engine that is loaded already."""
         loading = cls(lambda report: engine)
         loading.engine = engine
@@ -42,7 +42,7 @@ class Loading:
         """Begin loading and return at once."""
         self._thread.start()
 
-    def wait(self) -> "Engine":
+    def wait(self) -> "AnyEngine":
         """The engine, once it is loaded. Raises the error that loading failed with."""
         self._thread.join()
         if self.error is not None:

@@ -21,7 +21,7 @@ from minigpt4.web.page.uploads import Uploads
 from minigpt4.web.server import Server, start_server
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine
+    from minigpt4.engine import AnyEngine
 
 FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]  # those some systems do not know
 MAX_VISITORS = 500  # whose conversations are kept; the one idle the longest goes first
@@ -60,7 +60,7 @@ EVENT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_li
 
 
 def build_page(
-    source: "Engine | Loading", feedback: Feedback | None = None, server: Server | None = None
+    source: "AnyEngine | Loading", feedback: Feedback | None = None, server: Server | None = None
 ) -> gr.Blocks:
     """The page of an engine that is loaded, or still loading; `serve` serves it.
 

@@ -15,7 +15,7 @@ from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import label, translate
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine
+    from minigpt4.engine import AnyEngine
 
 RECENT_JS = (ASSETS / "recent.js").read_text(encoding="utf-8")
 RECENT_HTML = (
@@ -217,7 +217,7 @@ def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
     return controls
 
 
-def sampling_values(engine: "Engine | None") -> dict[str, float]:
+def sampling_values(engine: "AnyEngine | None") -> dict[str, float]:
     """Slider -> the model's default."""
     if engine is None:
         return {name: published for name, (*_, published) in SLIDERS.items()}
@@ -225,7 +225,7 @@ def sampling_values(engine: "Engine | None") -> dict[str, float]:
     return {name: getattr(default, name) for name in SLIDERS}
 
 
-def preset(name: str, engine: "Engine | None") -> list[float]:
+def preset(name: str, engine: "AnyEngine | None") -> list[float]:
     """The values of PRESET_FIELDS. "balanced" is the model's default, "precise" always takes the
     likeliest token, "creative" samples from more tokens at a higher temperature."""
     values = sampling_values(engine)

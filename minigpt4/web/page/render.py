@@ -168,7 +168,7 @@ def make_thumbnails(conversation: Conversation) -> None:
 
 def waiting(session: Session, beams: int, request: gr.Request | None) -> str:
     """What the visitor waits for: the queue, or the answer."""
-    if place := session.answer.position:
+    if session.answer and (place := session.answer.position):
         if place == 1:
             return translate("next", request)
         return translate("queued", request, place=place)
@@ -177,9 +177,9 @@ def waiting(session: Session, beams: int, request: gr.Request | None) -> str:
 
 def statistics(session: Session, request: gr.Request | None) -> str:
     """One line about the answer that has ended; "" where nothing was generated."""
-    stats = session.answer.stats
-    if not stats.tokens:
+    if session.answer is None or not session.answer.stats.tokens:
         return ""
+    stats = session.answer.stats
     line = translate(
         "stats",
         request,

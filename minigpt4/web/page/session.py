@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from minigpt4.web.guard import decoding
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine, Sampling
+    from minigpt4.engine import AnyEngine, Sampling
 
 KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
 SECONDS_PER_UPDATE = 0.05  # rest between two updates of the page, at least
@@ -163,8 +163,8 @@ class Session:
     # --- the answer ----------------------------------------------------------------------------
 
     async def run(
-        self, engine: "Engine", conversation: Conversation, sampling: "Sampling"
-    ) -> AsyncIterator[None]:
+        self, engine: "AnyEngine", conversation: Conversation, sampling: "Sampling"
+    ) -> AsyncGenerator[None, None]:
         """Have `conversation` answered and write the answer down as it comes.
 
         Yields whenever there is something new to show, first when the engine has accepted the
@@ -184,7 +184,9 @@ class Session:
         finally:
             answer.close()
 
-    async def _write_down(self, answer: Answer, conversation: Conversation) -> AsyncIterator[None]:
+    async def _write_down(
+        self, answer: Answer, conversation: Conversation
+    ) -> AsyncGenerator[None, None]:
         head = ""
         if conversation.messages[-1].role == "assistant":
             head = self.last_answer
@@ -225,7 +227,7 @@ def too_many_pictures() -> UserError:
     )
 
 
-async def _start(engine: "Engine", conversation: Conversation, sampling: "Sampling") -> Answer:
+async def _start(engine: "AnyEngine", conversation: Conversation, sampling: "Sampling") -> Answer:
     """`ask` in a thread. Where this is cancelled meanwhile, the answer is closed once it exists."""
     asked = asyncio.ensure_future(asyncio.to_thread(ask, engine, conversation, sampling))
     try:
@@ -246,7 +248,7 @@ def _shrunk(conversation: Conversation) -> dict[str, Picture]:
     return {key: image.smaller(p, KEPT_SIDE) for key, p in conversation.pictures.items()}
 
 
-async def _watched(answer: Answer) -> AsyncIterator[bool]:
+async def _watched(answer: Answer) -> AsyncGenerator[bool, None]:
     """True whenever the answer grew; False every SECONDS_PER_LOOK while nothing comes."""
     pieces = aiter(answer)
     coming = None

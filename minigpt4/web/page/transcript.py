@@ -2,7 +2,7 @@
 
 import base64
 import json
-from typing import Any
+from typing import Any, Literal
 
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
@@ -118,7 +118,7 @@ def from_data(data: object) -> Conversation:
 def _message(data: object, place: int, pictures: dict[str, Picture]) -> Message:
     """Questions and answers take turns; only questions hold pictures."""
     fields = _typed(data, dict)
-    role = ("user", "assistant")[place % 2]
+    role: Literal["user", "assistant"] = "assistant" if place % 2 else "user"
     _require(fields.get("role") == role)
     parts = tuple(_read_part(part, pictures) for part in _typed(fields.get("parts"), list))
     _require(bool(parts))

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -18,7 +18,7 @@ from minigpt4.web.page.texts import explain, translate
 from minigpt4.web.server import warn
 
 if TYPE_CHECKING:
-    from minigpt4.engine import Engine, Sampling
+    from minigpt4.engine import AnyEngine, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Turns:
 
     async def ask(
         self, value: dict, session: Session, request: gr.Request, *settings: float | str | None
-    ) -> AsyncIterator[tuple]:
+    ) -> AsyncGenerator[tuple, None]:
         """Ask what is in the box, which is emptied once the engine has accepted the question."""
 
         def conversation() -> Conversation:
@@ -53,7 +53,7 @@ class Turns:
 
     async def retry(
         self, session: Session, request: gr.Request, *settings: float | str | None
-    ) -> AsyncIterator[tuple]:
+    ) -> AsyncGenerator[tuple, None]:
         """Answer the last question again."""
         async with aclosing(self._answer(session, session.to_retry, request, settings)) as steps:
             async for step in steps:
@@ -65,7 +65,7 @@ class Turns:
         edited: gr.EditData,
         request: gr.Request,
         *settings: float | str | None,
-    ) -> AsyncIterator[tuple]:
+    ) -> AsyncGenerator[tuple, None]:
         """Answer an earlier question with another text; what followed it is removed."""
 
         def conversation() -> Conversation:
@@ -82,7 +82,7 @@ class Turns:
         chosen: gr.SelectData,
         request: gr.Request,
         *settings: float | str | None,
-    ) -> AsyncIterator[tuple]:
+    ) -> AsyncGenerator[tuple, None]:
         """Continue an answer that was cut off, if that is the button that was clicked."""
         if chosen.value != "continue":
             yield (gr.skip(),) * 3
@@ -116,7 +116,7 @@ class Turns:
         request: gr.Request | None,
         settings: Sequence[float | str | None],
         empties_box: bool = False,
-    ) -> AsyncIterator[tuple]:
+    ) -> AsyncGenerator[tuple, None]:
         if session.busy:  # a second Enter, for example
             warn(translate("busy", request))
             yield (gr.skip(),) * 3
@@ -157,7 +157,7 @@ class Turns:
         build: Callable[[], Conversation],
         request: gr.Request | None,
         settings: Sequence[float | str | None],
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Answer what `build` returns; the status line at each step that has something to show."""
         engine = self._engine(request)
         sampling, system = self._sampling(settings, request)
@@ -173,11 +173,11 @@ class Turns:
                     yield render.waiting(session, sampling.num_beams, request)
 
     def _remark_on_dropped_turns(self, session: Session, request: gr.Request | None) -> None:
-        if count := session.answer.dropped_turns:
+        if session.answer and (count := session.answer.dropped_turns):
             text = translate("dropped_one" if count == 1 else "dropped", request, count=count)
             session.remarks.append(Remark(len(session.conversation.messages) - 1, text))
 
-    def _engine(self, request: gr.Request | None) -> "Engine":
+    def _engine(self, request: gr.Request | None) -> "AnyEngine":
         """UserError while it is being loaded."""
         if self._loading.engine is None:
             sentence = str(self._loading.error or translate("still_loading", request))
@@ -191,12 +191,12 @@ class Turns:
         from minigpt4.engine import Sampling
 
         *values, system = settings
-        given = dict(zip(self._names, values, strict=True))
-        digits = (given.pop("seed", None) or "").strip()
+        given: dict[str, Any] = dict(zip(self._names, values, strict=True))  # Sampling checks them
+        digits = str(given.pop("seed", None) or "").strip()
         if digits and not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
             raise UserError(translate("bad_seed", request))
         sampling = Sampling(seed=int(digits) if digits else None, **given)
-        return sampling, (system or "").strip() or None
+        return sampling, str(system or "").strip() or None
 
 
 def _build(build: Callable[[], Conversation]) -> Conversation:
