@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, get_model
-from minigpt4.engine import Engine, Request
+from minigpt4.engine import Request
 from minigpt4.engine.stream import FULL, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
@@ -117,10 +117,11 @@ class Replica:
     """One whole model."""
 
     def __init__(self, options: Namespace) -> None:
-        from minigpt4.start import open_model
+        from minigpt4.start import open_engine
 
-        self._engine = Engine(
-            open_model(Namespace(**vars(options), device="auto"), _log_progress),
+        self._engine = open_engine(
+            Namespace(**vars(options), device="auto", llm_url=None),
+            _log_progress,
             max_running=options.max_running,
             max_waiting=options.max_queue,
         )
@@ -152,7 +153,7 @@ class Replica:
         except UserError as error:
             yield error
 
-    async def encode(self, picture: Picture) -> np.ndarray:
+    async def encode(self, picture: Picture) -> np.ndarray | None:
         return await asyncio.to_thread(self._engine.encode, picture)
 
     async def alive(self, seconds: float) -> bool:
