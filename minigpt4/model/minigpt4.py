@@ -147,25 +147,31 @@ class MiniGPT4(nn.Module):
             embeds[0, position : position + len(vectors)] = vectors.to(embeds.dtype)
         return embeds
 
-    def training_loss(self, features: Tensor, batch: TrainingBatch) -> Tensor:
-        """Mean weighted cross-entropy over the answers' tokens.
+    def hidden_states(self, images: Tensor, batch: TrainingBatch) -> Tensor:
+        """The language model's last hidden states of a packed batch [rows, length, hidden].
 
-        features: [pictures, image_tokens, projection_in], from `encode_features`.
+        images: image embeddings of the batch's pictures [pictures, image_tokens, hidden].
         """
         embeds = self.embed_tokens(batch.ids)  # [rows, length, llm_hidden_size]
-        # [n, image_tokens, llm_hidden_size]
-        images = self.project(features).to(embeds.dtype)[batch.image_index]
+        images = images.to(embeds.dtype)[batch.image_index]  # [n, image_tokens, llm_hidden_size]
         slots = batch.image_rows[:, 1:] + torch.arange(images.shape[1], device=embeds.device)
         embeds = embeds.index_put((batch.image_rows[:, :1], slots), images)
         # true and false -> 0 and the lowest number, added to the attention scores
         mask = torch.zeros_like(batch.attention_mask, dtype=embeds.dtype)
         mask = mask.masked_fill(~batch.attention_mask, torch.finfo(embeds.dtype).min)
-        hidden_states = self.torch_llm.get_decoder()(
+        return self.torch_llm.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
+
+    def training_loss(self, features: Tensor, batch: TrainingBatch) -> Tensor:
+        """Mean weighted cross-entropy over the answers' tokens.
+
+        features: [pictures, image_tokens, projection_in], from `encode_features`.
+        """
+        hidden_states = self.hidden_states(self.project(features), batch)
         # Only positions that predict a learned token go through the output layer.
         logits = self.torch_llm.get_output_embeddings()(hidden_states.flatten(0, 1)[batch.sources])
         logits = logits.float() / batch.temperatures[:, None]

@@ -195,24 +195,9 @@ class SmallTrainer:
         projected = (projection or self.projection)(features.float() @ self.basis)
         return at_length(projected, self.model.config.embedding_length)
 
-    def hidden_states(self, images: Tensor, batch: TrainingBatch) -> Tensor:
-        """What the language model makes of the batch [rows, length, hidden]."""
-        embeds = self.model.embed_tokens(batch.ids)
-        images = images.to(embeds.dtype)[batch.image_index]
-        slots = batch.image_rows[:, 1:] + torch.arange(images.shape[1])
-        embeds = embeds.index_put((batch.image_rows[:, :1], slots), images)
-        mask = torch.zeros_like(batch.attention_mask, dtype=embeds.dtype)
-        mask = mask.masked_fill(~batch.attention_mask, torch.finfo(embeds.dtype).min)
-        return self.model.torch_llm.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-
     def losses(self, images: Tensor, batch: TrainingBatch) -> Tensor:
         """The cross-entropy of each learned token."""
-        hidden = self.hidden_states(images, batch).flatten(0, 1)[batch.sources]
+        hidden = self.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
         logits = F.linear(hidden, self._vocabulary).float()
         wanted = self._index[batch.targets]  # -1, not learned: a token that no other answer has
         return F.cross_entropy(logits, wanted, reduction="none", ignore_index=-1)

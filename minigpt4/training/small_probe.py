@@ -124,7 +124,7 @@ class Probe:
                 prompts[-1].add_tokens([yes], learn=True)
             batch = pack([prompts], {ref.key: 0})
             images = trainer.embeddings(source.features([number]), projection)
-            hidden = trainer.hidden_states(images, batch).flatten(0, 1)[batch.sources]
+            hidden = trainer.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
             logits = (hidden @ output.T).float()
             odds += (logits[:, 0] - logits[:, 1]).tolist()
             right += [answer for _, answer in asked]
