@@ -224,11 +224,14 @@ def test_a_full_queue_keeps_what_was_typed(visit, engine, photo):
     done(page)
 
 
-def test_failures_and_notices_are_said_in_the_conversation(visit):
+def test_failures_and_notices_are_said_in_the_conversation(visit, engine):
+    asked = len(engine.asked)
     page = visit()
     say(page, "Please fail.")
     expect(answers(page)).to_contain_text("The model ran out of memory: ask something shorter.")
     page.get_by_role("button", name="Retry").click()
+    wait_for(lambda: len(engine.asked) == asked + 2)
+    expect(page.get_by_label("Submit")).to_be_visible()  # the second failure has been shown
     expect(answers(page)).to_have_count(1)
     say(page, "Forget the first.")
     expect(page.get_by_text("and were left out")).to_be_visible()
