@@ -53,7 +53,7 @@ def main() -> None:
             60,
         )
         state = RequestState(Request(prompt, {}), Stream(lambda _: 0, 0), 1)
-        state.embeds[picture.key] = small.embed_pictures([picture.rgb])[0]
+        state.embeds[picture.key] = small.encode_pictures([picture.rgb])[0].embeds
         sequence = Sequence(prompt.ids, prompt.keys, list(range(blocks)))
         sequence.computed = 0
         rows = rows_of([Chunk(state, sequence, len(prompt))], config.llm_hidden_size)

@@ -182,7 +182,9 @@ def ask(
 
     config, tokenizer = engine.model.config, engine.model.tokenizer
     template = conversation.template or config.template
-    prompt, dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim)
+    prompt, dropped_turns = fit(
+        _with_words(conversation, engine), engine, sampling.max_new_tokens, trim
+    )
     ends = stop_ids(template, tokenizer)
     # An answer that continues may start in the middle of a word or with a space, which decoding
     # from the token before it shows.
@@ -208,6 +210,22 @@ def ask(
         )
     )
     return Answer(stream, text_stream, ends, dropped_turns, continues)
+
+
+def _with_words(conversation: Conversation, engine: "AnyEngine") -> Conversation:
+    """The same with what a word head lists of each picture, which is encoded if it was not yet."""
+    if engine.model.config.words is None:
+        return conversation
+    words = {}
+    for key, picture in conversation.pictures.items():
+        encoded = engine.encode(picture)
+        words[key] = encoded.words if encoded else ""
+
+    def listed(part: str | ImageRef) -> str | ImageRef:
+        return ImageRef(part.key, words[part.key]) if isinstance(part, ImageRef) else part
+
+    messages = [replace(m, parts=tuple(map(listed, m.parts))) for m in conversation.messages]
+    return replace(conversation, messages=messages)
 
 
 def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:

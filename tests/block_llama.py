@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from minigpt4.config import get_model
+from minigpt4.model.image import Encoded
 from minigpt4.weights.gguf import BlockLlama
 from tests.random_blocks import CONTEXT, HIDDEN, VOCABULARY, block_llama
 
@@ -88,10 +89,10 @@ def tiny_chat_model(llm, context: int = CONTEXT):
     config = replace(get_model("nano"), llm_hidden_size=HIDDEN, context=context)
     mix = np.random.default_rng(1).normal(size=(IMAGE_TOKENS, 48, HIDDEN)).astype(np.float32)
 
-    def embed_pictures(pictures) -> list[np.ndarray]:
+    def encode_pictures(pictures) -> list[Encoded]:
         small = [np.asarray(p.resize((4, 4)), np.float32).ravel() / 255 - 0.5 for p in pictures]
-        return [np.einsum("p,tph->th", pixels, mix) for pixels in small]
+        return [Encoded(np.einsum("p,tph->th", pixels, mix)) for pixels in small]
 
     return SimpleNamespace(
-        config=config, llm=llm, device=torch.device("cpu"), embed_pictures=embed_pictures
+        config=config, llm=llm, device=torch.device("cpu"), encode_pictures=encode_pictures
     )

@@ -512,14 +512,14 @@ def test_logits_that_are_no_numbers_are_an_error(engine, monkeypatch):
 @pytest.mark.trust("Faults", "exception, memory, NaN or hang in the encoder")
 def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     bad, good = picture(1), picture(2)
-    real = model.embed_pictures
+    real = model.encode_pictures
 
     def fail(pictures):
         if any(p is bad.rgb for p in pictures):
             raise RuntimeError("no")
         return real(pictures)
 
-    monkeypatch.setattr(model, "embed_pictures", fail)
+    monkeypatch.setattr(model, "encode_pictures", fail)
     engine = Engine(model)
     first, second = (engine.submit(request(1, 20, (p,))) for p in (bad, good))
     with pytest.raises(UserError):
@@ -527,7 +527,7 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     assert list(second)
     with pytest.raises(UserError):
         engine.encode(bad)
-    assert engine.encode(good).shape == (IMAGE_TOKENS, 64)
+    assert engine.encode(good).embeds.shape == (IMAGE_TOKENS, 64)
     assert settled(engine)
     engine.close()
 
@@ -550,13 +550,16 @@ def test_nothing_is_kept_of_a_fault_in_the_encoder(model, monkeypatch, fault, sa
     bad, good = picture(1), picture(2)
     asked = [request(1, 20, (p,), sampling=BRIEF) for p in (bad, good)]
     expected = [alone(model, one) for one in asked]
-    real = model.embed_pictures
+    real = model.encode_pictures
 
     def embed(pictures):
         pairs = zip(pictures, real(pictures), strict=True)
-        return [fault(embeds) if p is bad.rgb else embeds for p, embeds in pairs]
+        return [
+            encoded._replace(embeds=fault(encoded.embeds)) if p is bad.rgb else encoded
+            for p, encoded in pairs
+        ]
 
-    monkeypatch.setattr(model, "embed_pictures", embed)
+    monkeypatch.setattr(model, "encode_pictures", embed)
     engine = Engine(model)
     first, second = map(engine.submit, asked)
     with pytest.raises(UserError, match=says):
@@ -573,8 +576,10 @@ def test_nothing_is_kept_of_a_fault_in_the_encoder(model, monkeypatch, fault, sa
 def test_an_encoder_that_hangs(model, monkeypatch):
     """Everybody is told, and who asks about the same picture afterwards is answered."""
     engine = Engine(model, hang_seconds=0.2)
-    real, go_on = model.embed_pictures, threading.Event()
-    monkeypatch.setattr(model, "embed_pictures", lambda pictures: go_on.wait(10) and real(pictures))
+    real, go_on = model.encode_pictures, threading.Event()
+    monkeypatch.setattr(
+        model, "encode_pictures", lambda pictures: go_on.wait(10) and real(pictures)
+    )
     asked = request(1, 20, (picture(1),), sampling=BRIEF)
     uploading = ThreadPoolExecutor(1).submit(engine.encode, picture(1))
     for _ in range(2):

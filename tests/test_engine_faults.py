@@ -164,15 +164,15 @@ def test_a_failed_batch_of_pictures_is_forgotten_before_the_next_try(model, gpu_
         steps.append(weakref.ref(tensor))
         if len(pictures) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return model.embed_pictures(pictures)
+        return model.encode_pictures(pictures)
 
     small = on_gpu(model)
-    small.embed_pictures = scarce
+    small.encode_pictures = scarce
     with Engine(small, kv_megabytes=1) as engine:
         with engine._lock:  # all four are there when the engine looks
             futures = [engine._pictures.request(picture(seed)) for seed in range(4)]
             engine._lock.notify_all()
-        assert [future.result(5).shape for future in futures]
+        assert [future.result(5).embeds.shape for future in futures]
     assert len(steps) == 5 and not leaked and ("empty_cache", "engine") in gpu_calls
 
 
@@ -253,7 +253,7 @@ def test_a_gpu_lost_in_the_encoder(model, monkeypatch):
     def lost(_pictures):
         raise AcceleratorError(ILLEGAL)
 
-    monkeypatch.setattr(model, "embed_pictures", lost)
+    monkeypatch.setattr(model, "encode_pictures", lost)
     with Engine(model) as engine:
         with pytest.raises(UserError, match="must be restarted"):
             engine.encode(picture(1))

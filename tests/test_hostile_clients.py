@@ -721,14 +721,14 @@ def test_a_tokenizer_that_hangs(address, monkeypatch):
 @pytest.mark.trust("Faults", "exception, memory, NaN or hang in the encoder")
 def test_an_encoder_that_hangs(address, engine, monkeypatch):
     """Whoever asks is told; when it comes back, the next one is answered."""
-    embed, released = engine.model.embed_pictures, threading.Event()
+    embed, released = engine.model.encode_pictures, threading.Event()
 
     def hang(pictures):
         released.wait(30)
         return embed(pictures)
 
     monkeypatch.setattr(engine, "_hang_seconds", 0.4)
-    monkeypatch.setattr(engine.model, "embed_pictures", hang)
+    monkeypatch.setattr(engine.model, "encode_pictures", hang)
     response = ask(address, "What is this?", data_url(picture_file("lime")))
     assert response.status_code == 503 and "stopped responding" in response.text
     released.set()

@@ -46,7 +46,7 @@ def test_dialogs(loaded):
     case, model, pictures = loaded
     engine = Engine(model)
     keys = [p.key for p in pictures]
-    embeds = {p.key: torch.from_numpy(engine.encode(p)) for p in pictures}
+    embeds = {p.key: torch.from_numpy(engine.encode(p).embeds) for p in pictures}
     for number, dialog in enumerate(case.case["dialogs"]):
         for i, turn in enumerate(dialog["turns"]):
             messages = case.messages(dialog, i, keys)

@@ -10,12 +10,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minigpt4.batch import greedy
 from minigpt4.config import Words, get_model
+from minigpt4.conversation import Conversation, ask
 from minigpt4.data.examples import Example
+from minigpt4.engine import Engine
 from minigpt4.errors import UserError
+from minigpt4.model import image
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef
-from minigpt4.model.words import choose, load_words
+from minigpt4.model.words import WordHead, choose, load_words
 from minigpt4.training import int8, small_run, word_head
 from minigpt4.training.mixture import Answered, Mixture, Objects, Picture
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
@@ -279,3 +283,35 @@ def test_a_folder_of_data_is_read(tmp_path):
     assert [p.source for p in found["stage2"]] == ["instructed"] * 2
     with pytest.raises(UserError):
         small_run.read(tmp_path / "coco")
+
+
+def test_the_words_stand_in_the_prompt_after_the_picture(model, monkeypatch):
+    """Of each picture, wherever it stands in the conversation; the picture is encoded once."""
+    head = WordHead(("brown dog", "grass", "cat"), model.config.projection_in, 5)
+    head.bias += torch.tensor([2.0, 1.0, -9.0])
+    encoded = []
+
+    def features(pixels):
+        encoded.append(len(pixels))
+        return torch.randn(len(pixels), model.config.image_tokens, model.config.projection_in)
+
+    monkeypatch.setattr(model, "word_head", head)
+    monkeypatch.setattr(model, "pixel_values", lambda pictures: torch.zeros(len(pictures)))
+    monkeypatch.setattr(model, "encode_features", features)
+    conversation = Conversation()
+    shown = [image.Picture(picture(number), f"{number:064x}") for number in (1, 2)]
+    conversation.add_question("What is it?", shown)
+    with Engine(model, kv_megabytes=4) as engine:
+        prompts, submit = [], engine.submit
+        monkeypatch.setattr(engine, "submit", lambda r: prompts.append(r.prompt) or submit(r))
+        for _ in range(2):
+            answer = ask(engine, conversation, greedy(2))
+            assert len(list(answer.tokens)) <= 2
+            conversation.add_answer("".join(answer) or "A dog.")
+            conversation.add_question("And its colour?")
+    assert sum(encoded) == 2
+    for prompt in prompts:
+        ids = [i for i in prompt.ids if i >= 0]
+        text = model.tokenizer.decode(ids)
+        assert text.count("<Img> brown dog, grass</Img>") == 2 and "cat" not in text
+    assert conversation.messages[0].images[0].words == ""  # what is stored names the picture alone

@@ -31,7 +31,7 @@ class Faults:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._wanted = engine, set()
         self._wrap(engine.decoder, "forward", self._forward)
-        self._wrap(engine.model, "embed_pictures", self._embed)
+        self._wrap(engine.model, "encode_pictures", self._embed)
         self._wrap(engine._scheduler, "schedule", self._schedule)
         import minigpt4.conversation
 
@@ -83,10 +83,10 @@ class Faults:
         if "encoder" in self._wanted:
             self._once("encoder", len(pictures) == 1)
             raise RuntimeError("an injected fault")
-        embeddings = embed(pictures)
+        encoded = embed(pictures)
         if self._once("encoder nan"):
-            embeddings[0][:] = float("nan")
-        return embeddings
+            encoded[0].embeds[:] = float("nan")
+        return encoded
 
     def _schedule(self, schedule, running):
         if self._once("thread"):

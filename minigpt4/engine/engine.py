@@ -41,7 +41,7 @@ from minigpt4.engine.stream import (
     sentence_for,
 )
 from minigpt4.errors import UserError
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import Prompt
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -91,15 +91,15 @@ class Engine(RequestQueue):
         """A sentence while the engine cannot answer, else "". A lost GPU does not come back."""
         return LOST if self._lost else HANGING if self._hanging else ""
 
-    def encode(self, picture: Picture) -> np.ndarray:
-        """The picture's embeddings, float32 [image_tokens, llm_hidden_size], computed once.
+    def encode(self, picture: Picture) -> Encoded:
+        """What the language model takes of the picture, computed once.
 
         UserError where that fails.
         """
         with self._lock:
-            embeds = self._pictures.find(picture.key)
-            if embeds is not None:
-                return embeds
+            encoded = self._pictures.find(picture.key)
+            if encoded is not None:
+                return encoded
             self._refuse_if_ending()
             future = self._pictures.request(picture)
             self._lock.notify_all()
@@ -183,11 +183,11 @@ class Engine(RequestQueue):
         missing = []
         found: dict[str, np.ndarray] = {}
         for key in keys:
-            embeds = self._pictures.find(key)
-            if embeds is None:
+            encoded = self._pictures.find(key)
+            if encoded is None:
                 missing.append(key)
             else:
-                found[key] = embeds
+                found[key] = encoded.embeds
         for key in missing:
             self._pictures.request(state.request.pictures[key])
         if not missing:

@@ -13,7 +13,7 @@ import numpy as np
 from minigpt4.engine.decoder import empty_cache
 from minigpt4.engine.stream import out_of_memory
 from minigpt4.errors import UserError
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 
 if TYPE_CHECKING:
     from minigpt4.model.minigpt4 import MiniGPT4
@@ -30,35 +30,35 @@ class Pictures:
     def __init__(self, model: "MiniGPT4", explain: Callable[[Exception], UserError]) -> None:
         self._model, self._explain = model, explain
         self._requested: OrderedDict[str, tuple[Picture, Future]] = OrderedDict()
-        self._embeds: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._encoded: OrderedDict[str, Encoded] = OrderedDict()
 
     @property
     def waiting(self) -> bool:
         """Is there anything to encode?"""
         return bool(self._requested)
 
-    def find(self, key: str) -> np.ndarray | None:
-        """The embeddings [image_tokens, llm_hidden_size] of an encoded picture."""
-        if key in self._embeds:
-            self._embeds.move_to_end(key)
-        return self._embeds.get(key)
+    def find(self, key: str) -> Encoded | None:
+        """What the encoder made of a picture, None before that."""
+        if key in self._encoded:
+            self._encoded.move_to_end(key)
+        return self._encoded.get(key)
 
     def request(self, picture: Picture) -> Future:
-        """Have a picture encoded; the future gets its embeddings or a UserError."""
+        """Have a picture encoded; the future gets what comes of it or a UserError."""
         return self._requested.setdefault(picture.key, (picture, Future()))[1]
 
     def next(self, count: int) -> list[Picture]:
         """The pictures that have waited longest."""
         return [self._requested[key][0] for key in list(self._requested)[:count]]
 
-    def encode(self, pictures: list[Picture]) -> list[np.ndarray | UserError]:
+    def encode(self, pictures: list[Picture]) -> list[Encoded | UserError]:
         """All in one batch; where that fails, one by one, so that a bad picture fails alone."""
-        embeds = self._embed(pictures)
-        if embeds is None:
+        encoded = self._encode_together(pictures)
+        if encoded is None:
             return [self._encode_alone(picture) for picture in pictures]
-        return [*embeds]
+        return [*encoded]
 
-    def _embed(self, pictures: list[Picture]) -> list[np.ndarray] | None:
+    def _encode_together(self, pictures: list[Picture]) -> list[Encoded] | None:
         """None where it fails. The exception must not live on: its traceback holds tensors."""
         try:
             return self._finite(pictures)
@@ -68,29 +68,29 @@ class Pictures:
             empty_cache(self._model.device)
         return None
 
-    def _encode_alone(self, picture: Picture) -> np.ndarray | UserError:
+    def _encode_alone(self, picture: Picture) -> Encoded | UserError:
         try:
             return self._finite([picture])[0]
         except Exception as error:
             return self._explain(error)
 
-    def _finite(self, pictures: list[Picture]) -> list[np.ndarray]:
+    def _finite(self, pictures: list[Picture]) -> list[Encoded]:
         """ArithmeticError for embeddings that are not finite: they are never used for an answer."""
-        outcomes = list(self._model.embed_pictures([picture.rgb for picture in pictures]))
-        if not all(np.isfinite(embeds).all() for embeds in outcomes):
+        outcomes = list(self._model.encode_pictures([picture.rgb for picture in pictures]))
+        if not all(np.isfinite(encoded.embeds).all() for encoded in outcomes):
             raise ArithmeticError("the encoder's embeddings are not finite")
         return outcomes
 
-    def finish(self, picture: Picture, outcome: np.ndarray | UserError) -> None:
+    def finish(self, picture: Picture, outcome: Encoded | UserError) -> None:
         """Keep what `encode` returned, and pass it to everyone who waits for it."""
         _, future = self._requested.pop(picture.key, (picture, Future()))
         if isinstance(outcome, UserError):
             future.set_exception(outcome)
             return
-        self._embeds[picture.key] = outcome
+        self._encoded[picture.key] = outcome
         future.set_result(outcome)
-        while len(self._embeds) > KEPT:
-            self._embeds.popitem(last=False)
+        while len(self._encoded) > KEPT:
+            self._encoded.popitem(last=False)
 
     def fail_all(self, error: UserError) -> None:
         """Nothing that waits is encoded any more."""

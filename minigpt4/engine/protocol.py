@@ -5,12 +5,10 @@ No torch.
 
 from typing import Any, Protocol
 
-import numpy as np
-
 from minigpt4.config import ModelConfig
 from minigpt4.engine.scheduler import Request
 from minigpt4.engine.stream import Stream, Totals
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 
 
 class ModelInfo(Protocol):
@@ -60,10 +58,10 @@ class AnyEngine(Protocol):
     def running(self) -> int:
         """Requests being answered."""
 
-    def encode(self, picture: Picture) -> np.ndarray | None:
-        """The picture's embeddings, float32 [image_tokens, llm_hidden_size], computed once.
+    def encode(self, picture: Picture) -> Encoded | None:
+        """What the language model takes of the picture, computed once.
 
-        None where they are computed with the answer. UserError where that fails.
+        None where that is computed with the answer. UserError where that fails.
         """
 
     def submit(self, request: Request) -> Stream:

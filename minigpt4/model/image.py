@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, Literal
+from typing import IO, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pillow_heif
@@ -82,6 +82,17 @@ class Picture:
 
     rgb: Image.Image
     key: str
+
+
+class Encoded(NamedTuple):
+    """What the language model takes of a picture.
+
+    embeds: float32 [image_tokens, llm_hidden_size]. words: what a word head lists of it, "" where
+    the model has none.
+    """
+
+    embeds: np.ndarray
+    words: str = ""
 
 
 class _Held:

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ModelConfig
+from minigpt4.model.image import Encoded
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess
 from minigpt4.model.words import WordHead, choose, listed
@@ -128,9 +128,11 @@ class MiniGPT4(nn.Module):
         return [listed(choose(probabilities, terms, words)) for probabilities in found]
 
     @torch.inference_mode()
-    def embed_pictures(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
-        """RGB pictures -> image embeddings, float32 [image_tokens, llm_hidden_size] each."""
-        return [*self.encode_images(pictures).float().cpu().numpy()]
+    def encode_pictures(self, pictures: Sequence[Image.Image]) -> list[Encoded]:
+        """RGB pictures -> what the language model takes of each."""
+        features = self.encode_features(self.pixel_values(pictures))
+        embeds = self.project(features).float().cpu().numpy()
+        return [*map(Encoded, embeds, self.find_words(features))]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> token embeddings [..., llm_hidden_size]; IMAGE_ID reads as id 0."""

@@ -15,13 +15,11 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
-
 from minigpt4.engine.protocol import ModelInfo
 from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit
 from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure
 from minigpt4.errors import UserError
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 
 UNREACHABLE = "The language model's servers do not answer; please try again in a minute."
 
@@ -59,8 +57,8 @@ class Backend(Protocol):
     def check(self, request: Request) -> None:
         """UserError where these processes cannot answer such a request."""
 
-    def encode(self, picture: Picture) -> np.ndarray:
-        """The picture's embeddings, float32 [image_tokens, llm_hidden_size]. Blocks."""
+    def encode(self, picture: Picture) -> Encoded:
+        """What the language model takes of the picture. Blocks."""
 
     def generate(
         self, request: Request, generated: list[int], limit: int
@@ -118,8 +116,8 @@ class RemoteEngine(RequestQueue):
 
     # --- what callers use ----------------------------------------------------------------------
 
-    def encode(self, picture: Picture) -> np.ndarray:
-        """The picture's embeddings, float32 [image_tokens, llm_hidden_size], computed once."""
+    def encode(self, picture: Picture) -> Encoded:
+        """What the language model takes of the picture, computed once."""
         return self.backend.encode(picture)
 
     def submit(self, request: Request) -> Stream:

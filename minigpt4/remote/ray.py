@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from ray import cluster_resources, serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -25,7 +24,7 @@ from minigpt4.config import DEFAULT_MODEL, ModelConfig, get_model
 from minigpt4.engine import Request
 from minigpt4.engine.stream import FULL, failure
 from minigpt4.errors import UserError
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import Prompt
 from minigpt4.options import (
     API_KEY,
@@ -153,7 +152,7 @@ class Replica:
         except UserError as error:
             yield error
 
-    async def encode(self, picture: Picture) -> np.ndarray | None:
+    async def encode(self, picture: Picture) -> Encoded | None:
         return await asyncio.to_thread(self._engine.encode, picture)
 
     async def alive(self, seconds: float) -> bool:
@@ -189,7 +188,7 @@ class Replicas:
     def check(self, request: Request) -> None:
         """Replicas can answer whatever an engine can."""
 
-    def encode(self, picture: Picture) -> np.ndarray:
+    def encode(self, picture: Picture) -> Encoded:
         handle = self._handle.options(session_id=picture.key)
         return handle.encode.remote(self._small(picture)).result()
 

@@ -28,7 +28,7 @@ from minigpt4.engine.sampling import Sampling
 from minigpt4.engine.scheduler import Request
 from minigpt4.engine.stream import BROKEN, FULL, explain, failure
 from minigpt4.errors import UserError
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import Prompt
 from minigpt4.remote.engine import Part, Unavailable
 
@@ -85,18 +85,18 @@ class VllmServers:
 
     # --- pictures ------------------------------------------------------------------------------
 
-    def encode(self, picture: Picture) -> np.ndarray:
+    def encode(self, picture: Picture) -> Encoded:
         return self._request(picture).result()
 
     def _request(self, picture: Picture) -> Future:
         with self._pictures_lock:
-            embeds = self._pictures.find(picture.key)
-            if embeds is None:
+            encoded = self._pictures.find(picture.key)
+            if encoded is None:
                 future = self._pictures.request(picture)
                 self._encoder.submit(self._encode_some)
                 return future
         done: Future = Future()
-        done.set_result(embeds)
+        done.set_result(encoded)
         return done
 
     def _encode_some(self) -> None:
@@ -113,7 +113,10 @@ class VllmServers:
         keys = {image.key for _, image in request.prompt.images}
         futures = {key: self._request(request.pictures[key]) for key in keys}
         # Shielded, since other requests may wait for the same picture.
-        return {k: await asyncio.shield(asyncio.wrap_future(f)) for k, f in futures.items()}
+        return {
+            key: (await asyncio.shield(asyncio.wrap_future(future))).embeds
+            for key, future in futures.items()
+        }
 
     def _encoded(self, prompt: Prompt, generated: list[int], embeds: dict[str, np.ndarray]) -> str:
         """The embeddings of the prompt and of the tokens generated so far, as they are sent."""
