@@ -168,11 +168,15 @@ KERNEL void fill_tile(int kind, const uint8_t *panel, int first, int count, uint
 
 // --- from GGUF's own order ------------------------------------------------------------------------
 
-// A row's 32 columns, as a GGUF file has them.
+// A row's 32 columns, as a GGUF file has them. Of eight bytes read as one number the lowest is the
+// first: GGUF files are for processors that read them so.
+enum { EIGHTS = BLOCK / 8 };
+#define LOW_NIBBLES 0x0f0f0f0f0f0f0f0full
+#define EVEN_BYTES 0x00ff00ff00ff00ffull
 typedef struct {
     half scale, minimum;     // of the header
     uint8_t scales[2];       // of the body
-    uint8_t codes[BLOCK];    // unsigned (Q8_0: as in the file)
+    uint64_t codes[EIGHTS];  // a byte a column, unsigned (Q8_0: as in the file)
 } Plain;
 
 INLINE int file_bytes(int kind) {  // of a header's worth of one row
@@ -190,6 +194,18 @@ INLINE int file_bytes(int kind) {  // of a header's worth of one row
     }
 }
 
+INLINE uint64_t read_8(const uint8_t *p) {
+    uint64_t x;
+    memcpy(&x, p, 8);
+    return x;
+}
+
+// Eight bits -> 16 or 0 in each byte.
+INLINE uint64_t spread_bits(uint8_t bits) {
+    const uint64_t own = bits * 0x0101010101010101ull & 0x8040201008040201ull;
+    return (own + 0x7f7f7f7f7f7f7f7full & 0x8080808080808080ull) >> 3;
+}
+
 INLINE void read_32(int kind, const uint8_t *p, Plain *to) {
     memcpy(&to->scale, p, 2);
     p += 2;
@@ -198,11 +214,10 @@ INLINE void read_32(int kind, const uint8_t *p, Plain *to) {
         memcpy(to->codes, p, BLOCK);
         return;
     }
-    uint32_t high = 0;
-    if (has_high_bits(kind)) memcpy(&high, p, 4), p += 4;
-    for (int i = 0; i < 16; i++) {
-        to->codes[i] = (p[i] & 15) | (high >> i & 1) << 4;
-        to->codes[i + 16] = p[i] >> 4 | (high >> (i + 16) & 1) << 4;
+    const uint8_t *low = has_high_bits(kind) ? p + 4 : p;
+    for (int g = 0; g < EIGHTS; g++) {
+        to->codes[g] = read_8(low + g % 2 * 8) >> g / 2 * 4 & LOW_NIBBLES;
+        if (has_high_bits(kind)) to->codes[g] |= spread_bits(p[g]);
     }
 }
 
@@ -219,9 +234,10 @@ INLINE void read_k(int kind, const uint8_t *p, int part, Plain *to) {
         to->scales[1] = s[part + 4] >> 4 | s[part] >> 6 << 4;
     }
     const uint8_t *high = p + 16, *low = (kind == Q5_K ? high + 32 : high) + part / 2 * 32;
-    for (int i = 0; i < BLOCK; i++) {
-        to->codes[i] = part % 2 ? low[i] >> 4 : low[i] & 15;
-        if (kind == Q5_K) to->codes[i] |= (high[i] >> part & 1) << 4;
+    for (int g = 0; g < EIGHTS; g++) {
+        to->codes[g] = read_8(low + 8 * g) >> part % 2 * 4 & LOW_NIBBLES;
+        if (kind == Q5_K)
+            to->codes[g] |= (read_8(high + 8 * g) >> part & 0x0101010101010101ull) << 4;
     }
 }
 
@@ -230,36 +246,44 @@ INLINE void read_q6_k(const uint8_t *p, int part, Plain *to) {
     const uint8_t *low = p + 64 * group + 32 * (quarter % 2), *high = p + 128 + 32 * group;
     memcpy(to->scales, p + 192 + 2 * part, 2);
     memcpy(&to->scale, p + 208, 2);
-    for (int i = 0; i < BLOCK; i++)
-        to->codes[i] = (quarter < 2 ? low[i] & 15 : low[i] >> 4) | (high[i] >> 2 * quarter & 3) << 4;
+    for (int g = 0; g < EIGHTS; g++)
+        to->codes[g] = (read_8(low + 8 * g) >> quarter / 2 * 4 & LOW_NIBBLES) |
+                       (read_8(high + 8 * g) >> 2 * quarter & 0x0303030303030303ull) << 4;
+}
+
+// Four 16-bit numbers below 2^width -> side by side; no two of the product's terms overlap.
+INLINE uint32_t join(uint64_t numbers, int width) {
+    const uint64_t places = 1ull << 48 | 1ull << (32 + width) | 1ull << (16 + 2 * width) |
+                            1ull << 3 * width;
+    return numbers * places >> 48;
+}
+
+// Of eight columns the even ones' bits below 16 bits of the odd ones'.
+INLINE uint32_t join_sides(uint64_t codes, int width) {
+    return join(codes & EVEN_BYTES, width) | join(codes >> 8 & EVEN_BYTES, width) << 16;
 }
 
 INLINE void write_codes(int kind, const Plain *from, uint8_t *body, int row) {
     if (kind == Q8_0) {
         for (int pair = 0; pair < PAIRS; pair++)
-            memcpy(body + (pair * PANEL + row) * 2, from->codes + 2 * pair, 2);
+            memcpy(body + (pair * PANEL + row) * 2, (const uint8_t *)from->codes + 2 * pair, 2);
         return;
     }
     if (is_k(kind)) {
         body[row] = from->scales[0];
         body[PANEL + row] = from->scales[1];
     }
-    uint8_t *high = body + scale_bytes(kind) + row * 4, *low = high + high_bytes(kind);
-    for (int side = 0; side < 2; side++) {
-        uint16_t bits[2] = {0, 0};
-        for (int g = 0; g < 4; g++) {
-            uint16_t nibbles = 0;
-            for (int t = 0; t < 4; t++) {
-                const int pair = 4 * g + t, code = from->codes[2 * pair + side];
-                nibbles |= (code & 15) << 4 * t;
-                if (kind == Q6_K) bits[pair / 8] |= code >> 4 << 2 * (pair % 8);
-                else bits[0] |= code >> 4 << pair;
-            }
-            memcpy(low + g * PANEL * 4 + 2 * side, &nibbles, 2);
-        }
-        for (int i = 0; i < high_bytes(kind) / (4 * PANEL); i++)
-            memcpy(high + i * PANEL * 4 + 2 * side, &bits[i], 2);
+    uint32_t high[2] = {0, 0};
+    uint8_t *place = body + scale_bytes(kind) + row * 4;
+    for (int g = 0; g < EIGHTS; g++) {
+        const uint32_t low = join_sides(from->codes[g] & LOW_NIBBLES, 4);
+        memcpy(place + high_bytes(kind) + g * PANEL * 4, &low, 4);
+        const uint64_t rest = from->codes[g] >> 4 & LOW_NIBBLES;
+        if (kind == Q6_K) high[g / 2] |= join_sides(rest, 2) << g % 2 * 8;
+        else if (has_high_bits(kind)) high[0] |= join_sides(rest, 1) << 4 * g;
     }
+    for (int i = 0; i < high_bytes(kind) / (4 * PANEL); i++)
+        memcpy(place + i * PANEL * 4, &high[i], 4);
 }
 
 KERNEL void pack_row(int kind, const uint8_t *from, int columns, uint8_t *panel, int row) {
