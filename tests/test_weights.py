@@ -333,6 +333,11 @@ def test_a_folder_of_ones_own_comes_first(monkeypatch, tmp_path):
     assert sources.locate(get_model("nano"), "projection") == own
 
 
+def test_a_part_that_the_model_does_not_have_is_not_ignored():
+    with pytest.raises(UserError, match="nano has no such part: leave out “--qformer”"):
+        find_weights(get_model("nano"), given={"qformer": "blip2.pth"})
+
+
 def test_missing_weights_say_what_to_run(monkeypatch, tmp_path):
     monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match="download vicuna-7b"):

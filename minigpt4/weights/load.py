@@ -94,6 +94,11 @@ def find_weights(
     """
     given = dict(given or {}) | ({"projection": str(projection)} if projection else {})
     roles = [r for r in ROLES if r in config.files or r == "projection"]
+    if useless := sorted(set(given) - set(roles)):
+        raise UserError(
+            f"{config.name} has no such part: leave out “--{useless[0]}”, or choose another "
+            "“--model”."
+        )
     if new_projection:
         roles = [role for role in roles if role not in ("projection", "words")]
     located = {role: locate(config, role, given.get(role)) for role in roles}
