@@ -80,6 +80,11 @@ class ClassesAndObjects:
         return (*self.classifier.channels, self.detector.hidden_size, self.detector.classes)
 
     @property
+    def objects_column(self) -> int:
+        """Where a vector of features holds the heat map's maxima, one for each object."""
+        return sum(self.channels) - self.detector.classes
+
+    @property
     def classes(self) -> int:
         """Those that the whole picture is judged by, ImageNet's; objects have a feature map."""
         return self.classifier.classes

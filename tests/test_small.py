@@ -18,6 +18,7 @@ from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.objects import OBJECTS
 from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import WordHead, choose, load_words
 from minigpt4.training import int8, small_run, word_head
@@ -123,6 +124,8 @@ def test_singular(plural, word):
 def test_a_phrase_takes_the_place_of_its_words():
     terms, words = ["dog", "brown dog", "grass", "cat"], Words(threshold=0.3, most=3)
     assert choose([0.9, 0.5, 0.4, 0.1], terms, words) == ["brown dog", "grass"]
+    assert choose([0.9, 0.8], ["person", "tall man"], words) == ["tall man"]
+    assert choose([0.9, 0.8], ["person", "umbrella"], words) == ["person", "umbrella"]
     assert choose([0.4, 0.9, 0.2, 0.35], terms, words) == ["brown dog", "cat"]
     assert choose([0.9, 0.1, 0.8, 0.7], terms, Words(threshold=0.3, most=2)) == ["dog", "grass"]
 
@@ -131,19 +134,25 @@ def test_the_word_head_learns_and_is_kept(tmp_path):
     torch.manual_seed(0)
     vocabulary = Vocabulary(["dog", "bench"])
     wanted = (torch.rand(2048, 2) > 0.5).float()
-    features = torch.randn(2048, 28, 40)
+    features = torch.randn(2048, 28, 40 + len(OBJECTS))
+    features[:, :, 40:] = 0  # no object is found
     features[:, 25, :2] += 6 * wanted
     inputs, mean, deviation = word_head.standardised(features[:, 25] + features[:, 26])
     folds = torch.arange(2048) % 2
     unseen = word_head.cross_fitted(inputs, wanted, folds, epochs=60)
     assert word_head.mean_average_precision(wanted, unseen) > 0.8  # chance: 0.5
     head = word_head.finished(
-        word_head.fit(inputs, wanted, epochs=60), mean, deviation, vocabulary, 5
+        word_head.fit(inputs, wanted, epochs=60), mean, deviation, vocabulary, 5, 40
     )
     head.save(tmp_path / "words.safetensors")
     loaded = load_words(tmp_path / "words.safetensors")
-    assert loaded.terms == vocabulary.terms
-    assert word_head.mean_average_precision(wanted, loaded(features)) > 0.8
+    assert loaded.learned == tuple(vocabulary.terms)
+    assert word_head.mean_average_precision(wanted, loaded(features)[:, :2]) > 0.8
+    features[0, 25, 40 + OBJECTS.index("giraffe")] = 0.6  # the root of the heat map's maximum
+    features[0, 25, 40 + OBJECTS.index("dog")] = 0.95
+    found = dict(zip(loaded.terms, loaded(features)[0].tolist(), strict=True))
+    assert found["giraffe"] == pytest.approx(0.36 / (0.36 + 0.36), 0.01) and found["dog"] > 0.7
+    assert found["zebra"] < 0.001 and loaded.terms.count("dog") == 1
     assert (loaded(features) - head(features)).abs().max() < 0.02
     (tmp_path / "other.safetensors").write_bytes(b"no")
     with pytest.raises(UserError):

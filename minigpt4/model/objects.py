@@ -8,6 +8,19 @@ from torch.nn import functional as F
 
 from minigpt4.config import ClassesAndObjects, PooledMap
 
+# COCO's classes, in the detector's order, as they are listed in a prompt.
+_NAMES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
+    "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, "
+    "bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, "
+    "ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, "
+    "wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, "
+    "hot dog, pizza, donut, cake, chair, couch, potted plant, bed, table, toilet, television, "
+    "laptop, computer mouse, remote control, keyboard, phone, microwave, oven, toaster, sink, "
+    "refrigerator, book, clock, vase, scissors, teddy bear, hair dryer, toothbrush"
+)
+OBJECTS = tuple(_NAMES.split(", "))
+
 
 class ObjectsBridge(nn.Module):
     """Feature maps of `TwoEncoders` -> [batch, grid * grid + 3, sum of their channels + classes].

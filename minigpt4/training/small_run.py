@@ -15,7 +15,8 @@ from torch import Tensor
 from minigpt4.config import ModelConfig, Words
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.model.words import choose, listed, whole_picture
+from minigpt4.model.objects import OBJECTS
+from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
 from minigpt4.training import int8, mixture, small, small_start, word_head
 from minigpt4.training.features import Features
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source
@@ -137,10 +138,14 @@ class Found:
             out.mkdir(parents=True, exist_ok=True)
             self._fit(config, pictures, features, keys, path)
         stored = torch.load(path, weights_only=True)
-        self.terms: list[str] = stored["terms"]
-        self._probabilities: Tensor = stored["probabilities"]
-        if len(self._probabilities) != len(keys):
+        if len(stored["probabilities"]) != len(keys):
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
+        self.terms = joined_terms(stored["terms"], OBJECTS)
+        column = config.vision.objects_column
+        heat = _whole(pictures, features, config.bridge.grid)[:, column : column + len(OBJECTS)]
+        self._probabilities = with_objects(
+            stored["probabilities"], heat.float() ** 2, self.terms, OBJECTS
+        )
 
     def _fit(self, config, pictures, features, keys, path: Path) -> None:
         """Write the probabilities, and the head that saw all training pictures."""
@@ -148,13 +153,7 @@ class Found:
         flat = [pictures[name][i] for name, i in keys]
         kept = torch.tensor([is_kept(n, p) for (n, _), p in zip(keys, flat, strict=True)])
         grid = config.bridge.grid
-        inputs = torch.cat(
-            [
-                whole_picture(features[name](range(first, min(first + 256, len(of_one)))), grid)
-                for name, of_one in pictures.items()
-                for first in range(0, len(of_one), 256)
-            ]
-        )
+        inputs = _whole(pictures, features, grid)
         seen = [p.texts for p, k in zip(flat, kept.tolist(), strict=True) if not k]
         vocabulary = Vocabulary.of(seen, *_TERMS)
         wanted = word_head.targets(vocabulary, [p.texts for p in flat])
@@ -164,7 +163,8 @@ class Found:
         probabilities = torch.zeros(wanted.shape, dtype=torch.float16)
         probabilities[~kept] = word_head.cross_fitted(inputs[~kept], wanted[~kept], folds[~kept])
         layer = word_head.fit(inputs[~kept], wanted[~kept])
-        head = word_head.finished(layer, mean, deviation, vocabulary, grid)
+        column = config.vision.objects_column
+        head = word_head.finished(layer, mean, deviation, vocabulary, grid, column)
         head.save(path.with_name(config.files["words"].member))
         with torch.no_grad():
             probabilities[kept] = layer(inputs[kept].float()).sigmoid().half()
@@ -197,6 +197,17 @@ class Found:
         if draw.random() < 0.4:
             draw.shuffle(terms)
         return listed(terms)
+
+
+def _whole(pictures: dict, features: dict[str, Cached], grid: int) -> Tensor:
+    """The vectors of the whole pictures [pictures, projection_in], in the data sets' order."""
+    return torch.cat(
+        [
+            whole_picture(features[name](range(first, min(first + 256, len(of_one)))), grid)
+            for name, of_one in pictures.items()
+            for first in range(0, len(of_one), 256)
+        ]
+    )
 
 
 def divided(

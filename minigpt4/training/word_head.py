@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import WordHead
 from minigpt4.training.vocabulary import Vocabulary
 
@@ -84,10 +85,15 @@ def cross_fitted(inputs: Tensor, wanted: Tensor, folds: Tensor, epochs: int = _E
 
 
 def finished(
-    layer: nn.Linear, mean: Tensor, deviation: Tensor, vocabulary: Vocabulary, grid: int
+    layer: nn.Linear,
+    mean: Tensor,
+    deviation: Tensor,
+    vocabulary: Vocabulary,
+    grid: int,
+    column: int,
 ) -> WordHead:
-    """The fitted layer as a word head with 8-bit weights."""
-    head = WordHead(vocabulary.terms, layer.in_features, grid)
+    """The fitted layer as a word head with 8-bit weights; `column`: where the objects begin."""
+    head = WordHead(vocabulary.terms, layer.in_features, grid, OBJECTS, column)
     scale = layer.weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
     head.weight.copy_((layer.weight.detach() / scale).round().to(torch.int8))
     head.scale.copy_(scale[:, 0])

@@ -234,7 +234,7 @@ def write_index(gguf: str | Path) -> Path:
 
 
 def gguf_of(folder: Path) -> Path:
-    """The GGUF file that the folder's index names; a file that does not exist where it is broken."""
+    """The GGUF file that the folder's index names; one that does not exist where it is broken."""
     try:
         return folder / json.loads((folder / INDEX).read_text(encoding="utf-8"))["file"]
     except (OSError, ValueError, KeyError, TypeError):
