@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigpt4.config import ModelConfig, Words
+from minigpt4.config import ClassesAndObjects, ModelConfig, PooledMap, Words
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
@@ -128,7 +128,12 @@ class Found:
         out: Path,
         refit: bool,
     ) -> None:
-        if config.words is None:
+        vision, bridge = config.vision, config.bridge
+        if (
+            config.words is None
+            or not isinstance(vision, ClassesAndObjects)
+            or not isinstance(bridge, PooledMap)
+        ):
             raise UserError(f"{config.name} has no word head: train it with “--stage”.")
         self.words: Words = config.words
         keys = [(name, i) for name, of_one in pictures.items() for i in range(len(of_one))]
@@ -141,8 +146,8 @@ class Found:
         if len(stored["probabilities"]) != len(keys):
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
         self.terms = joined_terms(stored["terms"], OBJECTS)
-        column = config.vision.objects_column
-        heat = _whole(pictures, features, config.bridge.grid)[:, column : column + len(OBJECTS)]
+        column = vision.objects_column
+        heat = _whole(pictures, features, bridge.grid)[:, column : column + len(OBJECTS)]
         self._probabilities = with_objects(
             stored["probabilities"], heat.float() ** 2, self.terms, OBJECTS
         )
