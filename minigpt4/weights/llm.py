@@ -24,6 +24,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import prompt
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, write_index
+from minigpt4.weights.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +103,8 @@ def load_llm(
             f"{config.name} does not fit into the free memory of {device}: choose a smaller "
             "“--model”, or “--quantize nf4”."
         ) from error
+    except UserError:
+        raise
     except Exception as error:
         log.debug("loading %s", folder, exc_info=True)
         raise UserError(
@@ -153,15 +156,6 @@ def _check_complete(report: dict, folder: Path) -> None:
             f"{folder} is incomplete: “{min(lost)}” is missing or has another shape; fetch the "
             "folder again."
         )
-
-
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer; errors are the libraries' own."""
-    if (folder / INDEX).exists():
-        return JsonTokenizer(folder)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 # --- is the folder the right one? ---------------------------------------------------------------
