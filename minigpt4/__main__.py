@@ -156,7 +156,7 @@ def _ask(options: argparse.Namespace) -> None:
     if not photos:
         raise UserError('Give a photo and a question: ask PHOTO "What is this?".')
     given = start.given_sampling(options)
-    paths = [path for photo in photos for path in image.list_pictures(photo)]
+    paths = _photos(photos)
     single = len(paths) == 1 and not options.out
     conversation = Conversation()
     if single:  # before the model is loaded, so that a mistake shows at once
@@ -169,6 +169,25 @@ def _ask(options: argparse.Namespace) -> None:
             print()
         else:
             ask_photos(engine, paths, question, sampling, options.out)
+
+
+def _photos(named: list[str]) -> list[Path]:
+    """The picture files, and those of folders. One that is missing is reported when it is its turn.
+
+    UserError if half of what is named is missing or more.
+    """
+    from minigpt4.model import image
+
+    paths, missing = [], []
+    for name in named:
+        try:
+            paths += image.list_pictures(name)
+        except UserError as error:
+            paths.append(Path(name))
+            missing.append(error)
+    if 2 * len(missing) >= len(named):
+        raise missing[0]
+    return paths
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 16  # dialogues at once
 NAMED = 10  # items left out that are named; the others are only counted
+MOST_LEFT_OUT = 0.5  # of the questions of a job
 # The engine refuses one request; after an error of any other kind it would refuse the next as well.
 ITEM_ERRORS = {"request", "too_long", "memory"}
 
@@ -168,7 +169,8 @@ class Batch(Generic[BatchEngine]):
         """As `completions` with `next_seeds`, but questions without an answer are reported and left
         out.
 
-        UserError at the end if there was no answer at all.
+        UserError if there was no answer at all, and if more than `MOST_LEFT_OUT` got none: then
+        early, once `NAMED` did not.
         """
         answered = 0
         for question, outcome in self.completions(questions, sampling, watched, True):
@@ -176,6 +178,8 @@ class Batch(Generic[BatchEngine]):
                 self.left_out += 1
                 if self.left_out <= NAMED:
                     say(f"{question.key} is left out: {outcome}")
+                elif answered:
+                    self._check_share(answered)
                 continue
             answered += 1
             yield question, outcome
@@ -183,12 +187,22 @@ class Batch(Generic[BatchEngine]):
             say(f"{self.left_out} of {self.left_out + answered} questions were left out.")
             if not answered:
                 raise UserError("No question was answered: see the reasons above.")
+            self._check_share(answered)
+
+    def _check_share(self, answered: int) -> None:
+        if self.left_out > MOST_LEFT_OUT * (self.left_out + answered):
+            raise UserError(
+                f"{self.left_out} of {self.left_out + answered} questions got no answer, which is "
+                f"more than {MOST_LEFT_OUT:.0%}: see the reasons above."
+            )
 
 
 def ask_photos(
     engine: "AnyEngine", paths: Sequence[Path], question: str, sampling: Sampling, out: str | None
 ) -> None:
     """One question about many photos: JSON lines to the file `out`, or text to standard output."""
+
+    answered = 0
 
     def about(path: Path) -> Question:
         return Question(_printable(path), question, lambda: path)
@@ -205,9 +219,12 @@ def ask_photos(
             else:
                 line = outcome.text
                 record |= {"answer": outcome.text, "stop_reason": outcome.stop_reason}
+                answered += 1
             shown = json.dumps(record, ensure_ascii=False) if out else f"{asked.key}: {line}"
             print(shown, file=file, flush=True)
             bar.update()
+    if answered < len(paths):
+        say(f"{len(paths) - answered} of {len(paths)} photos got no answer.")
 
 
 def _printable(path: Path) -> str:

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from minigpt4 import start
 from minigpt4.batch import Batch, Completion, Question, greedy
 from minigpt4.config import ModelConfig, Schedule
+from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, read_descriptions, usable
 from minigpt4.data.files import prompt_lines
-from minigpt4.data.table import read_captioned
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report

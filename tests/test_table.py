@@ -63,15 +63,27 @@ def test_json_lines(folder):
     ("name", "content", "said"),
     [
         ("c.csv", "a.jpg,One.\n", "must name the columns"),
-        ("c.csv", "file_name,caption\na.jpg,One.\nz.jpg,Two.\n", "Line 3 .* z.jpg"),
-        ("c.csv", "file_name,caption\na.jpg,\n", "Line 2 .* no caption"),
-        ("c.csv", "file_name,caption\n,One.\n", "Line 2 .* no picture"),
-        ("c.csv", "file_name,caption\n", "no lines"),
+        (
+            "c.csv",
+            "file_name,caption\na.jpg,One.\nz.jpg,Two.\n",
+            "1 of 2 pictures .* z.jpg, line 3",
+        ),
+        ("c.csv", "file_name,caption\na.jpg,\n", "without a caption .line 2"),
+        ("c.csv", "file_name,caption\n,One.\n", "without a picture .line 2"),
+        ("c.csv", "file_name,caption\n", "no pictures with captions"),
         ("c.csv", "file_name,caption\na.jpg,A dog, wet.\n", "Line 2 .* quotes"),
         ("c.csv", b"file_name,caption\na.jpg,gr\xfcn\n", "UTF-8"),
         ("c.jsonl", '{"file_name": "a.jpg", "caption": "One."}\n{"file\n', "Line 2 .* JSON"),
-        ("c.jsonl", '{"file_name": "a.jpg", "captions": [7]}\n', "Line 1 .* no caption"),
-        ("c.jsonl", '{"file_name": ["a.jpg"], "caption": "x"}\n', "Line 1 .* no picture"),
+        (
+            "c.jsonl",
+            '{"file_name": "a.jpg", "captions": [7]}\n',
+            "caption that is not text .line 1",
+        ),
+        (
+            "c.jsonl",
+            '{"file_name": ["a.jpg", "b.png"], "caption": "x"}\n',
+            "several pictures .line 1",
+        ),
     ],
 )
 def test_mistakes_are_named(folder, name, content, said):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from minigpt4.curation.pictures import NOT_IN_NAMES, load_picture, locate, read_picture
 from minigpt4.curation.records import KEY, make_folder
-from minigpt4.errors import UserError
+from minigpt4.data.examples import NAMED, check_share
+from minigpt4.errors import UserError, say
 
 JPEG_QUALITY = 95
 
@@ -40,7 +41,8 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
 
     Returns the number of pictures. JPEG files are copied, others are converted to JPEG.
     filter_cap.json is written last and at once: a folder that has it is complete. pictures: the
-    folder in which the pictures are now. UserError if that is the image/ to write.
+    folder in which the pictures are now. Pictures that cannot be read are reported and left out.
+    UserError if these are too many, or if the pictures' folder is the image/ to write.
     """
     folder, records = Path(folder), list(records)
     named = [r["picture"] for r in records if isinstance(r.get("picture"), str)]
@@ -51,19 +53,28 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
             "deleted: choose another folder with “--out”."
         )
     make_folder(folder / "image")
-    annotations = []
+    annotations, unusable = [], 0
     for record in chosen(records):
         image_id = record["image_id"]
         if NOT_IN_NAMES.search(image_id):
             raise UserError(f"“{image_id}” cannot be a file name: change the image_id.")
         path = folder / "image" / f"{image_id}.jpg"
-        content = read_picture(record["picture"], pictures)
-        rgb = load_picture(record["picture"], pictures).rgb  # fails now if it cannot be read
+        try:
+            content = read_picture(record["picture"], pictures)
+            rgb = load_picture(record["picture"], pictures).rgb
+        except UserError as error:
+            unusable += 1
+            if unusable <= NAMED:
+                say(f"{image_id} is left out: {error}")
+            continue
         if content[:3] == b"\xff\xd8\xff":
             path.write_bytes(content)
         else:
             rgb.save(path, "JPEG", quality=JPEG_QUALITY)
         annotations.append({"image_id": image_id, "caption": record["text"]})
+    if unusable:
+        check_share(unusable, unusable + len(annotations))
+        say(f"{unusable} pictures cannot be used and are left out.")
     if not annotations:
         raise UserError("There is nothing to export: all descriptions were dropped.")
     _remove_others(folder, {a["image_id"] for a in annotations})

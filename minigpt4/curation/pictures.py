@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt4.data.shards import PICTURE_SUFFIXES, expand, members, read_member
+from minigpt4.data.names import is_hidden
+from minigpt4.data.shards import expand, members, read_member
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.image import Picture
@@ -38,7 +39,7 @@ def find_pictures(where: str) -> list[PictureFile]:
     found = []
     for shard in expand(where):
         for member in members(shard):
-            if Path(member).suffix.lower().lstrip(".") in PICTURE_SUFFIXES:
+            if image.has_picture_name(member) and not is_hidden(member):
                 stem = member.removeprefix("./").rsplit(".", 1)[0].replace("/", "-")
                 found.append((f"{shard.stem}-{stem}", f"{shard.resolve()}:{member}"))
     if not found:

@@ -1,25 +1,36 @@
-"""Pictures with texts: from shards, tables, or the published layout of the second stage."""
+"""Pictures with texts: from shards, or in the published layout of the second stage."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from minigpt4.data.files import parse_jsonl, read_text, version_of
-from minigpt4.data.shards import PICTURE_SUFFIXES, expand, members, read_at
+from minigpt4.data import captions
+from minigpt4.data.captions import Reading, choose_captions
+from minigpt4.data.files import decode, parse_jsonl, read_bytes, read_json, read_text, version_of
+from minigpt4.data.names import PictureFinder, is_hidden
+from minigpt4.data.shards import expand, members, read_at
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
+
+MOST_UNUSABLE = 0.5  # of the pictures: with more, a result would be about something else
+NAMED = 10  # pictures that cannot be used; the others are only counted
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to learn: `answer` to one of `instructions` (if empty, to those of the stage)."""
+    """A text to learn: `answer` to one of `instructions` (if empty, to those of the stage).
+
+    earlier: the turns of the conversation before it, (question, answer) each.
+    """
 
     answer: str
     instructions: tuple[str, ...] = ()
+    earlier: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -43,21 +54,33 @@ class Example:
 def usable(examples: Sequence[Example]) -> list[Example]:
     """The examples whose pictures can be decoded. The others are reported to the user.
 
-    UserError if there are none.
+    UserError if there are none, or if more than `MOST_UNUSABLE` cannot be decoded.
     """
-    found = []
+    found, unusable = [], 0
     for example in examples:
         try:
             example.picture()
         except UserError as error:
-            say(str(error))
+            unusable += 1
+            if unusable <= NAMED:
+                say(str(error))
         else:
             found.append(example)
     if not found:
         raise UserError("None of the pictures can be used: provide readable ones.")
-    if unusable := len(examples) - len(found):
+    if unusable:
+        check_share(unusable, len(examples))
         say(f"{unusable} of {len(examples)} pictures cannot be used and are left out.")
     return found
+
+
+def check_share(unusable: int, count: int) -> None:
+    """UserError if more than `MOST_UNUSABLE` of `count` pictures cannot be used."""
+    if unusable > MOST_UNUSABLE * count:
+        raise UserError(
+            f"{unusable} of {count} pictures cannot be used, which is more than "
+            f"{MOST_UNUSABLE:.0%}: provide readable ones."
+        )
 
 
 def merge(sources: Sequence[Sequence[Example]]) -> list[Example]:
@@ -78,82 +101,186 @@ def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Exampl
     pattern: a path, a glob or a brace range ("train-{00000..00007}.tar"). Only the index and the
     captions are kept in memory; a picture is read from the shard when it is needed.
     """
-    examples = [e for shard in expand(pattern) for e in _read_shard(shard, instructions)]
-    if not examples:
-        raise UserError(
-            f"{pattern} contains no pictures with captions (KEY.jpg beside KEY.json or KEY.txt)."
-        )
-    return examples
+    reading = Reading(pattern)
+    found = [e for shard in expand(pattern) for e in _read_shard(shard, instructions, reading)]
+    return reading.finish(found, "it needs KEY.jpg beside KEY.json or KEY.txt")
 
 
-def _read_shard(shard: Path, instructions: tuple[str, ...]) -> Iterator[Example]:
-    pictures: dict[str, tuple[int, int]] = {}
-    captions: dict[str, list[str]] = {}
-    for member, place in members(shard).items():
-        folder, _, name = member.rpartition("/")
-        key, _, suffix = name.partition(".")
-        key, suffix = f"{shard.stem}/{folder}/{key}".replace("/./", "/"), suffix.lower()
-        key = key.replace("//", "/")
-        if suffix in PICTURE_SUFFIXES:
-            pictures[key] = place
-        elif suffix == "json":
-            captions[key] = _captions_of(shard, member, read_at(shard, *place))
-        elif suffix == "txt":
-            captions.setdefault(key, [read_at(shard, *place).decode("utf-8", "replace").strip()])
+def _read_shard(shard: Path, instructions: tuple[str, ...], reading: Reading) -> Iterator[Example]:
     version = version_of(shard)
-    for key, (offset, size) in pictures.items():
-        if found := tuple(captions.get(key, ())):
-            read = partial(read_at, shard, offset, size)
-            texts = tuple(Text(caption, instructions) for caption in found)
-            yield Example(key, read, texts, found, f"{version} {offset}")
+    index = members(shard)
+
+    def read(name: str) -> bytes:
+        return read_at(shard, *index[name])
+
+    for key, name, found in captioned_files(index, read, reading):
+        texts = tuple(Text(caption, instructions) for caption in found)
+        offset, size = index[name]
+        picture = partial(read_at, shard, offset, size)
+        yield Example(f"{shard.stem}/{key}", picture, texts, found, f"{version} {offset}")
 
 
-def _captions_of(shard: Path, member: str, content: bytes) -> list[str]:
-    """The strings of "captions", a list, or of "caption"; none if the record has neither."""
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{member} in {shard} is not JSON: correct or remove it.") from error
+def captioned_files(
+    names: Iterable[str], read: Callable[[str], bytes], reading: Reading
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(key, picture's name, captions) of KEY.jpg beside KEY.json or KEY.txt, the JSON first.
+
+    An ending begins at the last dot of a name. Hidden files do not count; other files with a key,
+    such as KEY.svg or KEY.cls, are left out unless KEY has a picture.
+    """
+    pictures: dict[str, str] = {}
+    texts: dict[str, dict[str, str]] = {}
+    others: dict[str, str] = {}
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        key = stem.removeprefix("./")
+        if is_hidden(name):
+            continue
+        if image.has_picture_name(name):
+            if key in pictures:
+                reading.leave_out(name, captions.SAME_NAME)
+            else:
+                pictures[key] = name
+        elif suffix.lower() in ("json", "txt"):
+            texts.setdefault(key, {})[suffix.lower()] = name
+        else:
+            others.setdefault(key, name)
+    for key, name in pictures.items():
+        found, reason = _captions_beside(texts.get(key, {}), read)
+        if found:
+            yield key, name, found
+        else:
+            reading.leave_out(name, reason)
+    for key, name in others.items():
+        if key not in pictures:
+            reading.leave_out(name, captions.OTHER_KIND)
+    for key, beside in texts.items():
+        if key not in pictures and key not in others:
+            reading.leave_out(next(iter(beside.values())), captions.NO_PICTURE)
+
+
+def _captions_beside(
+    texts: dict[str, str], read: Callable[[str], bytes]
+) -> tuple[tuple[str, ...], str]:
+    """The captions of KEY.json, or else KEY.txt; if there are none, the reason."""
+    reason = captions.NO_CAPTION
+    for suffix in ("json", "txt"):
+        if suffix not in texts:
+            continue
+        try:
+            content = decode(read(texts[suffix]))
+            value = json.loads(content) if suffix == "json" else content
+        except UnicodeDecodeError:
+            reason = captions.NOT_UTF8
+        except (ValueError, RecursionError):
+            reason = captions.NOT_JSON
+        else:
+            found, why = choose_captions(fields_of(value))
+            if found:
+                return found, ""
+            reason = why if reason == captions.NO_CAPTION else reason
+    return (), reason
+
+
+def fields_of(record: object) -> list[object]:
+    """The values of a record's caption fields in the order in which they are tried; a value that is
+    no record itself."""
     if not isinstance(record, dict):
-        return []
-    found = record.get("captions") or record.get("caption") or []
-    found = [found] if isinstance(found, str) else found
-    return [c for c in found if isinstance(c, str) and c.strip()]
+        return [record]
+    named = {str(name).strip().casefold(): value for name, value in record.items()}
+    return [named[name] for name in captions.FIELDS if name in named]
 
 
 def read_descriptions(folder: str | Path) -> list[Example]:
     """The published layout of the second stage: `filter_cap.json` and `image/ID.jpg`."""
     folder = Path(folder)
     try:
-        annotations = json.loads((folder / "filter_cap.json").read_text(encoding="utf-8-sig"))
-        pairs = [(str(a["image_id"]), a["caption"]) for a in annotations["annotations"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        annotations = read_json(folder / "filter_cap.json")["annotations"]
+        pairs = [(picture_name(a["image_id"]), a["caption"]) for a in annotations]
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is not in the layout of the second stage: it needs filter_cap.json with "
             "“annotations” of “image_id” and “caption”, and the pictures as image/ID.jpg; or a "
             "table of captions (CSV or JSON lines) beside the pictures."
         ) from error
-    return [_described(folder, key, (Text(caption),)) for key, caption in pairs]
+    collected = Collected(folder / "filter_cap.json", [folder / "image"])
+    for key, value in pairs:
+        found, reason = choose_captions([value])
+        shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
+        collected.add(key, tuple(map(Text, found)), reason, shown=shown)
+    return collected.finish("every annotation needs a caption and image/ID.jpg")
 
 
 def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image."""
-    records = parse_jsonl(file, read_text(file), "image_id", "pairs")
+    collected = Collected(file, [Path(folder) / "image"])
     try:
-        found = [
-            (str(r["image_id"]), tuple(Text(p["answer"], (p["instruction"],)) for p in r["pairs"]))
-            for _, r in records
-        ]
-    except (KeyError, TypeError) as error:
+        for _, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
+            key = picture_name(record["image_id"])
+            for pair in record["pairs"]:
+                questions, reason = choose_captions([pair["instruction"]])
+                answers, why = choose_captions([pair["answer"]])
+                texts = tuple(Text(a, questions) for a in answers if questions)
+                collected.add(key, texts, why or reason)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} is not an instruction file: each line must be a JSON object with “image_id” "
             "and “pairs” of “instruction” and “answer”."
         ) from error
-    return [_described(Path(folder), key, texts) for key, texts in found]
+    return collected.finish("every line needs pairs with an answer, and image/ID.jpg")
 
 
-def _described(folder: Path, key: str, texts: tuple[Text, ...]) -> Example:
-    path = folder / "image" / f"{key}.jpg"
-    if not path.is_file():
-        raise UserError(f"The picture {path} is missing: every image_id needs image/ID.jpg.")
-    return Example(key, path.read_bytes, texts, version=version_of(path))
+def picture_name(value: object) -> str:
+    """An id or name of a picture as text. ValueError if it is neither text nor an integer."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError
+    return str(value).strip()
+
+
+class Collected:
+    """Collects the texts of pictures from an annotation file, in the order of first appearance.
+
+    folders: where the pictures are looked for, in this order. by_path: a picture's key is its path
+    relative to the first folder; otherwise it is the name that the file uses.
+    """
+
+    def __init__(self, source: str | Path, folders: Sequence[Path], by_path: bool = False) -> None:
+        self.reading = Reading(source)
+        self._finder = PictureFinder(folders)
+        self._root = folders[0] if by_path else None
+        self._paths: dict[str, Path | None] = {}  # by name
+        self._found: dict[Path, Example] = {}
+
+    def add(
+        self,
+        name: str,
+        texts: tuple[Text, ...],
+        reason: str = captions.NO_CAPTION,
+        found: tuple[str, ...] = (),
+        shown: str = "",
+    ) -> None:
+        """Add the texts of the picture `name`; without texts it is left out for this reason.
+
+        found: captions among them. shown: what the user finds the record by.
+        """
+        shown = shown or name
+        if name not in self._paths:
+            self._paths[name] = self._finder.find(name)
+            if self._paths[name] is None:
+                self.reading.leave_out(shown, captions.MISSING)
+        if (path := self._paths[name]) is None:
+            return
+        if not texts:
+            self.reading.leave_out(shown, reason)
+        elif old := self._found.get(path):
+            self._found[path] = replace(old, texts=old.texts + texts, captions=old.captions + found)
+        else:
+            key = Path(os.path.relpath(path, self._root)).as_posix() if self._root else name
+            read = partial(read_bytes, path)
+            self._found[path] = Example(key, read, texts, found, version_of(path))
+
+    def finish(self, needs: str) -> list[Example]:
+        """The examples, reported as by `Reading.finish`."""
+        return self.reading.finish([*self._found.values()], needs)

@@ -1,9 +1,11 @@
 """The text files that people write: UTF-8 text, JSON lines, the texts in `prompts/`."""
 
+import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from minigpt4 import _data
 from minigpt4.errors import UserError
@@ -11,14 +13,47 @@ from minigpt4.errors import UserError
 PROMPTS = _data.folder("prompts")
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """A text file, without its byte-order mark. UserError if it cannot be read as UTF-8."""
+_ENCODINGS = (  # the longer marks first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decode(content: bytes) -> str:
+    """UTF-8 text, or another Unicode encoding that its byte-order mark names; without the mark.
+
+    UnicodeDecodeError if it is neither.
+    """
+    encoding = next((e for mark, e in _ENCODINGS if content.startswith(mark)), "utf-8")
+    return content.decode(encoding).lstrip("\ufeff")
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a file. UserError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not a possible name"
+        raise UserError(f"{path} cannot be read ({why}): check the path.") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A text file, without its byte-order mark. UserError if it cannot be read as `decode` does."""
+    try:
+        text = decode(read_bytes(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file. UserError if it is not one."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: check that the file is complete.") from error
 
 
 def read_jsonl(path: str | os.PathLike, *required: str) -> list[dict]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from minigpt4.data.files import version_of
 from minigpt4.errors import UserError
 
-PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
-
 
 def expand(pattern: str) -> list[Path]:
     """The shards of a path, a glob or a brace range such as "train-{00000..00007}.tar".
@@ -50,10 +48,13 @@ def _index(shard: Path, version: str) -> dict[str, tuple[int, int]]:
 
 
 def read_at(shard: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a shard from `offset`."""
-    with shard.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+    """`size` bytes of a shard from `offset`. UserError if it cannot be read."""
+    try:
+        with shard.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise UserError(f"{shard} cannot be read ({error.strerror}): check the path.") from error
 
 
 def read_member(shard: Path, name: str) -> bytes:

@@ -7,8 +7,8 @@ from tqdm import tqdm
 
 from minigpt4 import start
 from minigpt4.batch import Batch, Question, greedy
+from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import usable
-from minigpt4.data.table import read_captioned
 from minigpt4.engine import Engine
 from minigpt4.evaluation import report
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
 
 def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     """(scores of short captions, or of descriptions with `--detail`; every answer)."""
-    examples = usable(read_captioned(options.shard)[: options.limit])
+    examples = usable(read_references(options.shard)[: options.limit])
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config
         instruction = config.detail_instruction if options.detail else config.short_instruction

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from minigpt4 import start
 from minigpt4.batch import Batch, Question, greedy
+from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import Example, usable
-from minigpt4.data.table import read_captioned
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
@@ -70,7 +70,7 @@ class PopeAnswer:
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(scores by reading and by choice of objects, their tables)."""
-    examples = read_captioned(options.shard)
+    examples = read_references(options.shard)
     objects = Objects(options.objects)
     mentions = [objects.mentioned(e.captions) for e in examples]
     if "{}" not in options.question:

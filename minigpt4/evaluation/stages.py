@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from minigpt4 import start
 from minigpt4.batch import Batch, Completion, Question, greedy
+from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, usable
-from minigpt4.data.table import read_captioned
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report

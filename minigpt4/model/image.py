@@ -22,8 +22,12 @@ import pillow_heif
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
 
 from minigpt4.errors import UserError
+from minigpt4.model import repair
 
-MAX_PIXELS = 40_000_000
+MAX_PIXELS = 40_000_000  # after decoding
+MAX_JPEG_PIXELS = 200_000_000  # of a JPEG file, which can be decoded at a half, fourth or eighth
+# With several scans, libjpeg keeps the coefficients of the whole picture, 6 bytes a pixel.
+MAX_PROGRESSIVE_PIXELS = 64_000_000
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
 DECODING_WAIT = 60.0  # seconds for a turn to decode
@@ -37,6 +41,8 @@ MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
 MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
 MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
 MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
+LITTLE_USED = 0.25  # of the range of 16 bits: less is stretched
+OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which may be faulty
 MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
 BUSY = "Too many pictures are being opened at the moment: try again in a minute."
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
@@ -45,7 +51,6 @@ READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 # both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
 _FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
 _SUFFIX = re.compile(r"(?i)\.(jpe?g|jpe|jfif|mpo|a?png|webp|avifs?|hei[cf]s?|hif|gif|bmp|tiff?)")
-_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # others occur within compressed data
 _TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
 _TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
 _TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
@@ -62,6 +67,8 @@ _OTHER_KINDS = {
     rb"(?s).{4}ftyp(?!hei|hev|mif1|msf1|avi)|\x1a\x45\xdf\xa3": "a video or a camera's raw file",
 }
 
+# Pillow checks this before the limits here, which depend on the format.
+Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
 
 _decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
@@ -70,6 +77,14 @@ _load_directory = TiffImagePlugin.ImageFileDirectory_v2.load
 # The libraries' warnings about odd files are not for the user's terminal.
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+class _TooLarge(Exception):
+    """A picture of more than `limit` pixels."""
+
+    def __init__(self, limit: int = MAX_PIXELS) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +189,9 @@ def data_url(picture: Picture, side: int, quality: int = 90) -> str:
 def load(source: str | os.PathLike | bytes) -> Picture:
     """Open a picture file, or the bytes of one; of an animation, the first frame.
 
-    UserError where the file does not exist, is not a readable picture or has more than
-    `MAX_PIXELS` pixels (checked before they are decoded), or where all pictures in use together
-    have too many.
+    A JPEG of up to `MAX_JPEG_PIXELS` is decoded at a smaller scale. UserError where the file does
+    not exist, is not a readable picture or has more than `MAX_PIXELS` pixels (checked before they
+    are decoded), or where all pictures in use together have too many.
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), "The picture")
@@ -187,6 +202,11 @@ def load(source: str | os.PathLike | bytes) -> Picture:
             raise UserError(f"{name} is a folder or a device: name one picture file.")
         with path.open("rb") as file:
             return _decode(file, name)
+
+
+def has_picture_name(name: str) -> bool:
+    """Whether the name's ending, after its last dot, is one of a picture that `load` opens."""
+    return bool(_SUFFIX.fullmatch(os.path.splitext(name)[1]))
 
 
 def list_pictures(path: str | os.PathLike) -> list[Path]:
@@ -201,7 +221,7 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
         if not path.is_dir():
             return [path]
         files = [p for p in path.iterdir() if not p.name.startswith(".") and p.is_file()]
-    pictures = sorted(p for p in files if _SUFFIX.fullmatch(p.suffix))
+    pictures = sorted(p for p in files if has_picture_name(p.name))
     if not pictures:
         raise UserError(f"{name} holds no picture files: choose a folder with {READABLE} files.")
     return pictures
@@ -249,16 +269,14 @@ def _decode(file: BinaryIO, name: str) -> Picture:
     try:
         with _turn():
             _check_parts(file, head)
-            image = Image.open(file, formats=_FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
+            image = _open(file, head)
             _check_work(image)
             held.take(image.width * image.height)
             taken = image.width * image.height
-            image.load()
+            image = _loaded(image, file)
             size = image.width * image.height  # a HEIC file may declare another one
             if size > MAX_PIXELS:
-                raise Image.DecompressionBombError
+                raise _TooLarge
             held.take(size - taken)
             taken = size
             rgb = _upright(_on_white(_eight_bit(image)), image)
@@ -267,12 +285,12 @@ def _decode(file: BinaryIO, name: str) -> Picture:
             return picture
     except UserError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = f"{MAX_PIXELS / 1e6:g} megapixels"
+    except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{getattr(error, 'limit', MAX_PIXELS) / 1e6:g}"
         raise UserError(
-            f"{name} has more than {limit}: scale it down and try again.",
+            f"{name} has more than {limit} megapixels: scale it down and try again.",
             message_id="picture_too_large",
-            values={"name": name, "megapixels": f"{MAX_PIXELS / 1e6:g}"},
+            values={"name": name, "megapixels": limit},
         ) from None
     except Image.UnidentifiedImageError:
         kinds = (kind for pattern, kind in _OTHER_KINDS.items() if re.match(pattern, head))
@@ -291,6 +309,43 @@ def _decode(file: BinaryIO, name: str) -> Picture:
         ) from None
     finally:
         held.give_back(taken)
+
+
+def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
+    """The picture, not decoded yet. _TooLarge where it would have too many pixels."""
+    if head.startswith(repair.PNG):
+        file = repair.without_damaged_chunks(file)
+    image = Image.open(file, formats=_FORMATS)
+    pixels = image.width * image.height
+    if pixels <= MAX_PIXELS:
+        return image
+    if image.format not in ("JPEG", "MPO"):
+        raise _TooLarge
+    file.seek(0)
+    scans = list(_jpeg_segments(file)).count(0xDA)
+    limit = MAX_JPEG_PIXELS if scans == 1 else MAX_PROGRESSIVE_PIXELS
+    if pixels > limit or scans * pixels > MAX_SCANS * MAX_PIXELS:
+        raise _TooLarge(limit if pixels > limit else MAX_PIXELS)
+    scale = next(s for s in (2, 4, 8) if -(-image.width // s) * -(-image.height // s) <= MAX_PIXELS)
+    image.draft(None, (image.width // scale, image.height // scale))
+    if image.width * image.height > MAX_PIXELS:
+        raise _TooLarge
+    return image
+
+
+def _loaded(image: ImageFile.ImageFile, file: BinaryIO) -> ImageFile.ImageFile:
+    """The decoded picture; of a JPEG file without its last bytes, all but `repair.MOST_MISSING`."""
+    try:
+        image.load()
+        return image
+    except OSError:
+        if image.format not in ("JPEG", "MPO"):
+            raise
+    whole = _open(repair.with_end(file), repair.END_OF_JPEG)
+    whole.load()
+    if not repair.all_scans_begun(file) or repair.missing_share(whole) > repair.MOST_MISSING:
+        raise ValueError
+    return whole
 
 
 def _key(rgb: Image.Image) -> str:
@@ -315,14 +370,8 @@ def _check_parts(file: BinaryIO, head: bytes) -> None:
 
 
 def _jpeg_segments(file: BinaryIO) -> Iterator[int]:
-    """The kinds of a JPEG file's markers before its end; a video may follow it."""
-    data, place = file.read(), 0
-    while (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
-        kind, place = found[1][0], found.end()
-        yield kind
-        # A segment's length counts itself; markers below 0xC0 have none, and libjpeg skips them.
-        if kind >= 0xC0 and kind != 0xD8:
-            place += int.from_bytes(data[place : place + 2], "big")
+    """The kinds of a JPEG file's markers before its end."""
+    return (kind for kind, _ in repair.jpeg_segments(file.read()))
 
 
 def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
@@ -404,12 +453,13 @@ def _check_work(image: ImageFile.ImageFile) -> None:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Deep grey scaled to 8 bits: 16 bits from their full range, other depths from their own."""
+    """Deep grey scaled to 8 bits: 16 bits from their full range, or from the range that they use if
+    that is small, as with thermal cameras and 12-bit sensors; other depths from their own."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
     stripes = [values[top : top + _STRIPE] for top in range(0, len(values), _STRIPE)]
-    low, high = 0.0, 65535.0
+    low, high = _used_range(values)
     if image.mode in ("I", "F"):
         extremes = [(p.min(), p.max()) for s in stripes if (p := s[np.isfinite(s)]).size]
         low, high = float(min(e[0] for e in extremes)), float(max(e[1] for e in extremes))
@@ -422,6 +472,15 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     grey = Image.fromarray(eight)
     grey.info["icc_profile"] = image.info.get("icc_profile")
     return grey
+
+
+def _used_range(values: np.ndarray) -> tuple[float, float]:
+    """The range that 16-bit values use, without outliers; (0, 65535) if that is not small."""
+    step = max(1, round((values.size / 1e6) ** 0.5))
+    sample = values[::step, ::step]
+    low = float(np.percentile(sample, OUTLIERS, method="lower"))
+    high = float(np.percentile(sample, 100 - OUTLIERS, method="higher"))
+    return (low, high) if 0 < high - low < LITTLE_USED * 65535 else (0.0, 65535.0)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

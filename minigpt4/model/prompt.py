@@ -307,19 +307,32 @@ def encode_training(
     max_text_tokens: int,
     wrap: bool = True,
     end: str | None = None,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> Prompt:
     """A training sample: `parts` are the user's message; `answer` and its end are learned.
 
+    earlier: the turns before it, (question, answer) each; the pictures then belong to the first.
     wrap: False is the published stage 1: the image embeddings, then the answer, without a prompt.
     The answer is tokenised on its own, as in the published code, and cut at `max_text_tokens`
     together with its end. end: None is the template's first stop string.
     """
     writer = _Writer(tokenizer, template, image_tokens)
     if wrap:
-        writer.template(template.training_user or template.user)
-        writer.parts(parts)
-        writer.template(template.training_user_end or template.user_end)
-        writer.template(template.assistant)
+        opening = template.training_user or template.user
+        pictures = [part for part in parts if isinstance(part, ImageRef)]
+        messages: list[tuple[Sequence[str | ImageRef], str]]
+        messages = [([*pictures, question], reply) for question, reply in earlier[:1]]
+        messages += [([question], reply) for question, reply in earlier[1:]]
+        last = [part for part in parts if part not in pictures] if earlier else parts
+        for content, reply in [*messages, (last, None)]:
+            writer.template(opening)
+            writer.parts(content)
+            writer.template(template.training_user_end or template.user_end)
+            writer.template(template.assistant)
+            if reply is not None:
+                writer.text(reply)
+                writer.template(template.assistant_end)
+            opening = template.user
         writer.flush()
     else:
         for part in parts:

@@ -98,7 +98,7 @@ class ExtendedTrainer(Trainer):
         chosen = draw.sample(range(len(self.examples)), min(_MEASURED, len(self.examples)))
         covariance, noise = torch.zeros(2, width, width, device=self.model.device)
         for start in range(0, len(chosen), _MEASURED_AT_ONCE):
-            part = chosen[start : start + _MEASURED_AT_ONCE]
+            part = self._readable(chosen[start : start + _MEASURED_AT_ONCE])
             vectors = self.features([(index, 0) for index in part])[..., :width].float()
             covariance += _outer_products(vectors)
             if recipe.denoise:

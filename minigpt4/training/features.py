@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt4.data.examples import Example
+from minigpt4.data.examples import Example, check_share
+from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training.batches import random_resized_crop
 from minigpt4.weights.llm import cpu_dtype
 
 _ENCODED_AT_ONCE = 8  # pictures; more of them do not fit a CPU's cache
+_NAMED = 10  # unreadable pictures; the others are only counted
 
 
 class Features:
@@ -41,6 +44,9 @@ class Features:
         self.views = views
         self.crops = crop and cache is None
         self._stored: np.ndarray | None = None
+        self._decoded: dict[int, Image.Image] = {}  # by `readable`, until they are encoded
+        self.unreadable: set[int] = set()  # examples whose pictures cannot be decoded
+        self._tried = self._failed = 0  # in this process
         if cache is not None and examples:
             self._stored = self._fill(cache, progress)
 
@@ -51,11 +57,59 @@ class Features:
         """
         if self._stored is not None:
             rows = np.stack([self._stored[example, view] for example, view in chosen])
+            if np.isnan(rows).any():
+                raise UserError("A picture of the data cannot be used: see the reasons above.")
             return torch.from_numpy(rows).to(self._model.device)
-        return self._encode(chosen, seed)
+        features = self._encode(chosen, seed)
+        self._decoded.clear()
+        return features
+
+    def readable(self, indices: Sequence[int]) -> list[int]:
+        """The same examples; in place of one whose picture cannot be decoded, the next that can.
+
+        This depends on the pictures alone, so a resumed run repeats it. UserError if too many
+        cannot be decoded.
+        """
+        self._decoded.clear()
+        return [self._next_readable(index) for index in indices]
+
+    def _next_readable(self, index: int) -> int:
+        for place in range(index, index + len(self._examples)):
+            place %= len(self._examples)
+            if self._is_readable(place):
+                return place
+        raise UserError("None of the pictures can be used: provide readable ones.")
+
+    def _is_readable(self, index: int) -> bool:
+        if index in self.unreadable:
+            return False
+        self._tried += index not in self._decoded
+        if self._stored is not None:
+            readable = not np.isnan(self._stored[index]).any()
+            if not readable:
+                self._leave_out(index, f"Picture {self._examples[index].key} is left out.")
+            return readable
+        if index not in self._decoded:
+            try:
+                self._decoded[index] = self._examples[index].picture()
+            except UserError as error:
+                self._leave_out(index, f"{error} It is left out.")
+                return False
+        return True
+
+    def _leave_out(self, index: int, line: str) -> None:
+        self.unreadable.add(index)
+        self._failed += 1
+        if len(self.unreadable) <= _NAMED:
+            say(line)
+        check_share(len(self.unreadable), len(self._examples))
+        if self._failed > _NAMED:  # do not read a large set to its half
+            check_share(self._failed, self._tried)
 
     def _encode(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
-        pictures = [self._examples[example].picture() for example, _ in chosen]
+        pictures = [
+            self._decoded.get(example) or self._examples[example].picture() for example, _ in chosen
+        ]
         if self.crops:
             draws = (random.Random(f"{seed} {example}") for example, _ in chosen)
             pictures = [random_resized_crop(p, d) for p, d in zip(pictures, draws, strict=True)]
@@ -93,9 +147,13 @@ class Features:
         starts = range(0, len(self._examples), _ENCODED_AT_ONCE)
         for start in tqdm(starts, desc="encoding pictures", disable=not progress):
             numbers = range(start, min(start + _ENCODED_AT_ONCE, len(self._examples)))
-            for view in range(self.views):
-                encoded = self._encode([(i, view) for i in numbers])
-                stored[start : start + len(numbers), view] = encoded.half().cpu().numpy()
+            self._decoded.clear()
+            usable = [number for number in numbers if self._is_readable(number)]
+            for view in range(self.views if usable else 0):
+                encoded = self._encode([(i, view) for i in usable])
+                stored[usable, view] = encoded.half().cpu().numpy()
+        self._decoded.clear()
+        stored[sorted(self.unreadable)] = np.nan
         stored.flush()
 
 

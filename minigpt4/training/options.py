@@ -12,8 +12,8 @@ DATA = (
     ),
     Option(
         "data",
-        "A folder of pictures with a table of captions (CSV or JSON lines). Stage 1 also reads "
-        "WebDataset shards (a path, a glob, {00000..00007}), stage 2 filter_cap.json with image/.",
+        "Captioned pictures: WebDataset shards (a path, a glob, {00000..00007}), a folder with a "
+        "table (CSV, JSON lines) or filter_cap.json, COCO's or LLaVA's JSON (docs/own-data.md).",
         required=True,
     ),
     Option("instructions", "Stage 2: JSON lines of questions and answers.", metavar="FILE"),

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from minigpt4 import start
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Quantize, Schedule, get_model
-from minigpt4.data.examples import Example, merge, read_descriptions, read_instructions
+from minigpt4.data.datasets import read_captioned
+from minigpt4.data.examples import Example, merge, read_instructions
 from minigpt4.data.files import prompt_lines
-from minigpt4.data.table import is_table, read_captioned, read_table
 from minigpt4.errors import UserError
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
@@ -132,16 +132,15 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
 
 def read_examples(options: argparse.Namespace) -> list[Example]:
     """The data that the options name, in a fixed order."""
-    if options.stage == 1:
-        return read_captioned(options.data)
-    if is_table(options.data) and not Path(options.data, "filter_cap.json").exists():
-        if options.instructions:
-            raise UserError("With a table, write instructions into its “instruction” column.")
-        return read_table(options.data)
-    described = read_descriptions(options.data)
+    found = read_captioned(options.data)
     if options.instructions:
-        described = merge([described, read_instructions(options.instructions, options.data)])
-    return described
+        if not Path(options.data, "filter_cap.json").exists():
+            raise UserError(
+                "“--instructions” needs the layout of the second stage (filter_cap.json): write "
+                "those of other data into the data, such as a table's “instruction” column."
+            )
+        found = merge([found, read_instructions(options.instructions, options.data)])
+    return found
 
 
 def instructions(stage: int, config: ModelConfig) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minigpt4.config import ModelConfig, Schedule
 from minigpt4.data.examples import Example, Text
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt, encode_training
 from minigpt4.training.batches import mixed_batches, published_caption
@@ -128,6 +128,7 @@ class Trainer:
         lines = [self.model.config.name, self.model.quantize, repr(recipe), str(self.counts)]
         lines += [fingerprint(self.examples), *(str(source.crops) for source in self.sources)]
         lines += [repr((example.texts, example.captions)) for example in self.examples]
+        lines += [repr(t.earlier) for e in self.examples for t in e.texts if t.earlier]
         identity = hashlib.sha256("\n".join(lines).encode("utf-8", "replace"))
         for tensor in self.start.values():
             identity.update(tensor.cpu().numpy().tobytes())
@@ -172,6 +173,7 @@ class Trainer:
             "step": self.step,
             "identity": self.identity,
             "rows": self.rows,
+            "unreadable": [sorted(source.unreadable) for source in self.sources],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -179,6 +181,8 @@ class Trainer:
         self.model.projection.load_state_dict(state["projection"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows = state["step"], state["rows"]
+        for source, unreadable in zip(self.sources, state.get("unreadable", ()), strict=False):
+            source.unreadable.update(unreadable)
 
     def _progress(self) -> str:
         """Shown behind the loss while training."""
@@ -225,6 +229,7 @@ class Trainer:
             self.recipe.schedule.max_text_tokens,
             wrap=bool(instruction),
             end=None if instruction else PUBLISHED_STAGE1_END,
+            earlier=text.earlier,
         )
 
     def features(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
@@ -241,6 +246,23 @@ class Trainer:
         order = sorted(range(len(chosen)), key=lambda place: replayed[place])
         return joined[torch.tensor(order, device=joined.device).argsort()]
 
+    def _readable(self, indices: Sequence[int]) -> list[int]:
+        """The batch without pictures that cannot be decoded: others of the same source take their
+        places. Only this process's share is decoded."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        found, offset = list(indices), 0
+        for source, count in zip(self.sources, self.counts, strict=True):
+            own = [
+                place
+                for place in range(rank, len(found), world)
+                if offset <= indices[place] < offset + count
+            ]
+            readable = source.readable([indices[place] - offset for place in own])
+            for place, index in zip(own, readable, strict=True):
+                found[place] = offset + index
+            offset += count
+        return found
+
     def loss_and_gradient(self, step: int, indices: Sequence[int]) -> float:
         """The mean loss over the answer tokens of all processes, in nats per token.
 
@@ -248,6 +270,7 @@ class Trainer:
         share.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        indices = self._readable(indices)
         rows, chosen, weights = self.prompts(step, indices)
         rows, chosen, weights = rows[rank::world], chosen[rank::world], weights[rank::world]
         index = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
@@ -280,7 +303,13 @@ class Trainer:
             raise
         finally:
             bar.close()
+        self._report_unreadable()
         return self.projection_path
+
+    def _report_unreadable(self) -> None:
+        count = sum(len(source.unreadable) for source in self.sources)
+        if count and self.main:
+            say(f"{count} of {len(self.examples)} pictures could not be used and were left out.")
 
     def _train_step(self, indices: list[int], bar: tqdm) -> None:
         schedule = self.recipe.schedule

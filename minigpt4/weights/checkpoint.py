@@ -19,14 +19,18 @@ from torch.nn import functional as F
 from minigpt4.config import EvaViT, ModelConfig, model_of_projection
 from minigpt4.errors import UserError
 
+# Where training programs nest a model's tensors: the published code, Lightning, others.
+_NESTS = ("model", "state_dict", "model_state_dict", "module")
+
 # --- reading ----------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Name -> tensor of a .pth or .safetensors file; nothing in the file is executed.
 
-    A .pth file is mapped into memory, not read. The published files nest their tensors in "model".
-    UserError where the file is missing, damaged or holds anything other than tensors.
+    A .pth file is mapped into memory, not read. The published files nest their tensors
+    in "model", others elsewhere. UserError where the file is missing, damaged or holds anything
+    other than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,10 +51,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             f"{path} was not loaded, because it holds something other than tensors: fetch it again "
             "from its publisher."
         ) from error
-    for inner in (state.get("model") if isinstance(state, dict) else None, state):
-        if isinstance(inner, dict):
-            state = inner
+    while isinstance(state, dict):
+        inner = next((state[n] for n in _NESTS if isinstance(state.get(n), dict)), None)
+        if inner is None:
             break
+        state = inner
     found = state.items() if isinstance(state, dict) else ()
     tensors = {k: v for k, v in found if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
@@ -171,19 +176,38 @@ def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
     UserError where it holds no projection, or one that was never trained.
     """
     state = read_checkpoint(path)
-    tensors = {k.removeprefix("llama_proj."): v for k, v in state.items() if "llama_proj." in k}
-    tensors = tensors or {k: v for k, v in state.items() if k in ("weight", "bias")}
-    if {"weight", "bias"} - tensors.keys() or tensors["weight"].ndim != 2:
+    tensors = {n: _by_suffix(state, f"llama_proj.{n}", path) for n in ("weight", "bias")}
+    if any(tensor is None for tensor in tensors.values()):
+        rest = {name: tensor for name, tensor in state.items() if "ln_vision." not in name}
+        wrapped = rest if len(rest) == 2 else {}  # else "weight" may be of another layer
+        tensors = {n: rest.get(n, _by_suffix(wrapped, n, path)) for n in ("weight", "bias")}
+    found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if {"weight", "bias"} - found.keys() or found["weight"].ndim != 2:
         raise UserError(
             f"{path} holds no projection (llama_proj.weight and llama_proj.bias): give the "
             "pretrained_minigpt4 file, or one written by “train” or “convert”."
         )
-    if not (tensors["weight"].isfinite().all() and tensors["weight"].any()):
+    if not (found["weight"].isfinite().all() and found["weight"].any()):
         raise UserError(
             f"{path} holds a projection that was not trained, or whose training failed (zeros or "
             "numbers that are not finite): give another file."
         )
-    return tensors | {k: v for k, v in state.items() if k.startswith("ln_vision.")}
+    norms = {n: _by_suffix(state, f"ln_vision.{n}", path) for n in ("weight", "bias")}
+    return found | {f"ln_vision.{n}": tensor for n, tensor in norms.items() if tensor is not None}
+
+
+def _by_suffix(state: Mapping[str, Tensor], name: str, path: str | os.PathLike) -> Tensor | None:
+    """The tensor of this name, behind whatever prefixes wrappers have added; None without one.
+
+    UserError where several differ, such as a model and its moving average.
+    """
+    found = [v for k, v in state.items() if k == name or k.endswith(f".{name}")]
+    if any(not torch.equal(found[0], other) for other in found[1:]):
+        names = " and ".join(k for k in state if k == name or k.endswith(f".{name}"))
+        raise UserError(
+            f"{path} holds several tensors for “{name}” ({names}): keep only the projection to use."
+        )
+    return found[0] if found else None
 
 
 def check_projection(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:

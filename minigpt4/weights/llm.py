@@ -25,6 +25,7 @@ from minigpt4.errors import UserError, say
 from minigpt4.model import prompt
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, gguf_of, write_index
+from minigpt4.weights.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,13 +101,13 @@ def load_llm(
             _unpack_weights(folder)
         llm, report = _from_pretrained(folder, device, quantize, dtype)
         tokenizer = load_tokenizer(folder)
-    except UserError:
-        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{config.name} does not fit into the free memory of {device}: choose a smaller "
             "“--model”, or “--quantize nf4”."
         ) from error
+    except UserError:
+        raise
     except Exception as error:
         log.debug("loading %s", folder, exc_info=True)
         raise UserError(
@@ -158,15 +159,6 @@ def _check_complete(report: dict, folder: Path) -> None:
             f"{folder} is incomplete: “{min(lost)}” is missing or has another shape; fetch the "
             "folder again."
         )
-
-
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer; errors are the libraries' own."""
-    if (folder / INDEX).exists():
-        return JsonTokenizer(folder)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 # --- is the folder the right one? ---------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""Records of conversations about a picture: LLaVA's, ShareGPT's, ms-swift's, LLaMA-Factory's."""
+
+import re
+from collections.abc import Iterator
+
+from minigpt4.data import captions
+from minigpt4.data.captions import choose_captions
+from minigpt4.data.examples import Text
+
+_TURNS = ("conversations", "messages", "conversation")
+_USER = {"user", "human"}
+_ASSISTANT = {"assistant", "gpt", "model"}
+_PLACEHOLDER = re.compile(r"\s*<(image|img|ImageHere|image_placeholder)>\s*")
+
+
+class NotUsable(Exception):
+    """A conversation that cannot be learned; its text is the reason."""
+
+
+def is_conversation(row: dict) -> bool:
+    """Whether a record has turns. row: with names in lower case."""
+    return any(isinstance(row.get(name), list) for name in _TURNS)
+
+
+def texts_of(row: dict) -> tuple[Text, ...]:
+    """Each answer of a conversation, after the turns before it. NotUsable if there is none."""
+    turns = next(row[name] for name in _TURNS if isinstance(row.get(name), list))
+    texts: list[Text] = []
+    earlier: list[tuple[str, str]] = []
+    for question, answer in _exchanges(turns):
+        texts.append(Text(answer, (question,) if question else (), tuple(earlier)))
+        earlier.append((question, answer))
+    if not texts:
+        raise NotUsable(captions.NO_CAPTION)
+    return tuple(texts)
+
+
+def history_of(row: dict) -> tuple[tuple[str, str], ...]:
+    """The earlier turns in a record's "history": pairs of question and answer."""
+    found = row.get("history") or []
+    try:
+        return tuple((without_placeholders(str(q)), str(a).strip()) for q, a in found)
+    except (TypeError, ValueError):
+        raise NotUsable(captions.NOT_TEXT) from None
+
+
+def pictures_in(row: dict) -> list[object]:
+    """The pictures that the parts of a conversation's messages name."""
+    turns: list = next((row[n] for n in _TURNS if isinstance(row.get(n), list)), [])
+    contents = [t.get("content") for t in turns if isinstance(t, dict)]
+    parts = [p for content in contents if isinstance(content, list) for p in content]
+    named = [p.get("image") or p.get("image_url") for p in parts if isinstance(p, dict)]
+    urls = [p.get("url") if isinstance(p, dict) else p for p in named if p]
+    return [url for url in urls if url]
+
+
+def without_placeholders(text: str) -> str:
+    """A question without the marks that stand for the picture, which comes first here."""
+    return _PLACEHOLDER.sub("\n", text).strip()
+
+
+def _exchanges(turns: list) -> Iterator[tuple[str, str]]:
+    """(question, answer) of a conversation. Messages in a row by the same person are joined; a
+    system message is part of the first question. A question without an answer has no pair."""
+    question: list[str] = []
+    answer: list[str] = []
+    for turn in turns:
+        role, text = _message(turn)
+        if role in _ASSISTANT:
+            answer += [text] if text else []
+            continue
+        if answer:
+            yield "\n".join(question), "\n".join(answer)
+            question, answer = [], []
+        question += [text] if text else []
+    if answer:
+        yield "\n".join(question), "\n".join(answer)
+
+
+def _message(turn: object) -> tuple[str, str]:
+    if not isinstance(turn, dict):
+        raise NotUsable(captions.NOT_TEXT)
+    role = str(turn.get("role", turn.get("from"))).lower()
+    if role not in _USER | _ASSISTANT | {"system"}:
+        raise NotUsable(captions.TOOLS)
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        content = [part.get("text") if isinstance(part, dict) else part for part in content]
+    found, reason = choose_captions([content])
+    if reason == captions.NOT_TEXT:
+        raise NotUsable(reason)
+    return role, without_placeholders("\n".join(found))

@@ -1,0 +1,225 @@
+"""The one entry to captioned pictures: finds out which of the known formats a place is in."""
+
+import glob
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minigpt4.data import huggingface
+from minigpt4.data.captions import Reading, choose_captions
+from minigpt4.data.examples import (
+    Collected,
+    Example,
+    Text,
+    captioned_files,
+    fields_of,
+    picture_name,
+    read_descriptions,
+    read_shards,
+)
+from minigpt4.data.files import read_bytes, read_json, version_of
+from minigpt4.data.names import is_hidden
+from minigpt4.data.table import (
+    is_table,
+    picture_folders,
+    read_rows,
+    read_table,
+    tables_in,
+    with_lower_names,
+)
+from minigpt4.errors import UserError
+from minigpt4.model.image import has_picture_name
+
+HUB = "hf:"  # hf:USER/NAME[:SPLIT]
+# What is not read: the ending of a file -> what it is, and what to do.
+_OTHER_KINDS = {
+    (".parquet",): "a Parquet file: install “datasets” and name its folder, or convert it to JSON "
+    "lines and picture files",
+    (".arrow", ".feather"): "an Arrow file: install “datasets” and name the saved folder",
+    (".tfrecord", ".tfrecords"): "a TFRecord file: convert it to WebDataset shards",
+    (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"): "a compressed tar file: unpack it, as "
+    "shards must be uncompressed",
+    (".zip", ".7z", ".rar"): "an archive: unpack it",
+    (".xlsx", ".xls", ".ods"): "a spreadsheet: save it as CSV (UTF-8)",
+    (".xml",): "an XML file, such as Pascal VOC's: convert it to a table of captions",
+    (".h5", ".hdf5"): "an HDF5 file: convert it to a table of captions and picture files",
+    (".pkl", ".pickle", ".npy", ".npz"): "a file of Python objects: convert it to a table of "
+    "captions and picture files",
+    (".yaml", ".yml", ".toml"): "a configuration file: name the data itself",
+}
+_FORMATS = (
+    "WebDataset shards, a table of captions (CSV or JSON lines), COCO's or LLaVA's JSON, or a "
+    "folder with one of them or with KEY.txt beside KEY.jpg (docs/own-data.md)"
+)
+
+
+def read_captioned(where: str, instructions: tuple[str, ...] = ()) -> list[Example]:
+    """Captioned pictures in any of the formats of docs/own-data.md.
+
+    where: a file, a folder, a glob or brace range of shards, or hf:USER/NAME[:SPLIT].
+    instructions: for captions without one. UserError if it is in no known format.
+    """
+    if where.startswith(HUB):
+        return huggingface.read_dataset(where.removeprefix(HUB), instructions)
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return _read_folder(path, instructions)
+    kind = next((k for ends, k in _OTHER_KINDS.items() if path.name.lower().endswith(ends)), None)
+    if path.is_file() and kind:
+        raise UserError(f"{where} is {kind}.")
+    if path.suffix.lower() == ".json":
+        return _read_json(path, instructions)
+    if is_table(path):
+        return read_table(path, instructions)
+    if path.is_file() and has_picture_name(path.name):
+        raise UserError(f"{where} is a single picture: name {_FORMATS}.")
+    return read_shards(where, instructions)
+
+
+def read_references(where: str) -> list[Example]:
+    """The pictures of `read_captioned` that have captions, to which others can be compared."""
+    found = [example for example in read_captioned(where) if example.captions]
+    if not found:
+        raise UserError(f"{where} has descriptions or conversations, but no captions to compare.")
+    return found
+
+
+def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
+    if (folder / "filter_cap.json").exists():
+        return read_descriptions(folder)
+    if tables_in(folder):
+        return read_table(folder, instructions)
+    if huggingface.is_saved(folder):
+        return huggingface.read_saved(folder, instructions)
+    if any(folder.glob("*.tar")):
+        return read_shards(f"{glob.escape(str(folder))}/*.tar", instructions)
+    for name in ("train", "data"):  # as in Hugging Face's imagefolder
+        if (folder / name).is_dir() and tables_in(folder / name):
+            return read_table(folder / name, instructions)
+    annotations = [p for p in sorted(folder.glob("*.json")) if _is_annotation(p)]
+    if len(annotations) == 1:
+        return _read_json(annotations[0], instructions)
+    if len(annotations) > 1 and not any(p.with_suffix(".jpg").exists() for p in annotations):
+        names = ", ".join(p.name for p in annotations[:3])
+        raise UserError(f"{folder} contains {len(annotations)} JSON files ({names}): name one.")
+    return _read_files(folder, instructions)
+
+
+def _is_annotation(path: Path) -> bool:
+    """Whether a JSON file may be a data set's, not one picture's or a program's own."""
+    beside = any(has_picture_name(p.name) for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    return not (beside or is_hidden(path.name) or path.stem.endswith(("_stats", "dataset_info")))
+
+
+def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
+    """KEY.jpg beside KEY.txt or KEY.json, in the folder and those in it: img2dataset's "files"."""
+    names = [name for name in _walk(folder) if not name.endswith(("_stats.json", ".parquet"))]
+    if not any(name.lower().endswith((".txt", ".json")) for name in names):
+        raise UserError(f"{folder} contains no table of captions. {_why(folder, names)}")
+    reading = Reading(folder)
+    found = []
+    beside = captioned_files(names, lambda name: read_bytes(folder / name), reading)
+    for key, name, captions in beside:
+        texts = tuple(Text(caption, instructions) for caption in captions)
+        read, version = partial(read_bytes, folder / name), version_of(folder / name)
+        found.append(Example(key, read, texts, captions, version))
+    return reading.finish(found, "put KEY.txt or KEY.json beside KEY.jpg")
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The files below a folder, relative to it, in a fixed order."""
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        yield from (Path(parent, name).relative_to(folder).as_posix() for name in sorted(files))
+
+
+def _why(folder: Path, names: list[str]) -> str:
+    """What a folder without captions is, and what to do."""
+    for name in names:
+        for ends, kind in _OTHER_KINDS.items():
+            if name.lower().endswith(ends):
+                return f"{name} in it is {kind}."
+    labelled = {Path(n).parts[0] for n in names if has_picture_name(n) and len(Path(n).parts) > 1}
+    if len(labelled) > 1:
+        return (
+            "Its folders seem to be classes, which are no captions: write a table with the columns "
+            "“file_name” and “caption”."
+        )
+    return (
+        "Put a CSV or JSON-lines file beside the pictures, or KEY.txt beside KEY.jpg, or name "
+        "shards (DIR/*.tar)."
+    )
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, instructions: tuple[str, ...]) -> list[Example]:
+    """COCO's captions, Karpathy's, the second stage's, or a list of records."""
+    content = read_json(path)
+    if isinstance(content, dict) and "annotations" in content:
+        return _read_coco(path, content, instructions)
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = next((v for v in lists if v and isinstance(v[0], dict)), None)
+    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
+        raise UserError(
+            f"{path} is JSON in no known format: it must be COCO's captions, LLaVA's conversations "
+            "or a list of records with a picture and a caption (docs/own-data.md)."
+        )
+    rows = ((f"record {i}", _row(record)) for i, record in enumerate(content, 1))
+    return read_rows(path, rows, instructions, _folders_of(path))
+
+
+def _row(record: dict) -> dict[str, Any]:
+    """A record with lower-case names; Karpathy's sentences as captions."""
+    row = with_lower_names(record)
+    if isinstance(sentences := row.get("sentences"), list):
+        row["captions"] = [s.get("raw") if isinstance(s, dict) else s for s in sentences]
+        row["file_name"] = f"{row.get('filepath', '')}/{row.get('filename', '')}".strip("/")
+    return row
+
+
+def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list[Example]:
+    annotations = content["annotations"]
+    if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
+        raise UserError(f"“annotations” in {path} must be a list of objects.")
+    if annotations and not any("caption" in a for a in annotations):
+        kind = next((k for f, k in _OTHER_COCO.items() if f in annotations[0]), "other annotations")
+        raise UserError(f"{path} contains COCO's {kind}, which are no captions: name its captions.")
+    try:
+        images = content.get("images", [])
+        names = {i["id"]: picture_name(i.get("file_name") or i["id"]) for i in images}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"Each of the “images” in {path} needs an “id” and a “file_name”, as in COCO."
+        ) from error
+    collected = Collected(path, _folders_of(path), by_path=True)
+    for place, annotation in enumerate(annotations, 1):
+        found, reason = choose_captions(fields_of(annotation))
+        texts = tuple(Text(caption, instructions) for caption in found)
+        image_id = annotation.get("image_id")
+        name = names.get(image_id) if isinstance(image_id, int | str) else None
+        collected.add(name or str(image_id), texts, reason, found, f"{name or image_id}, {place}")
+    return collected.finish("it needs captions of its “images”")
+
+
+_OTHER_COCO = {
+    "segmentation": "object instances",
+    "bbox": "object boxes",
+    "keypoints": "keypoints",
+    "segments_info": "panoptic segments",
+}
+
+
+def _folders_of(path: Path) -> list[Path]:
+    """Where the pictures of a JSON file are looked for: beside it, and in the folders beside it, as
+    COCO's are beside `annotations/`."""
+    folders = picture_folders(path.parent)
+    around = [path.parent] + ([path.parent.parent] if path.parent.name == "annotations" else [])
+    for folder in around:
+        folders.append(folder)
+        folders += sorted(f for f in folder.iterdir() if f.is_dir() and not is_hidden(f.name))
+    return list(dict.fromkeys(folders))

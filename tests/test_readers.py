@@ -1,0 +1,467 @@
+"""Data sets as people really have them: nothing is left out or taken in without a word."""
+
+import io
+import json
+import sys
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from minigpt4.data.captions import captions_in
+from minigpt4.data.datasets import read_captioned
+from minigpt4.data.examples import read_descriptions, read_instructions
+from minigpt4.data.names import PictureFinder, is_hidden
+from minigpt4.errors import UserError
+from tests.training_case import jpeg, picture
+
+
+def shard(path: Path, files: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def saved(name: str, number: int = 0) -> bytes:
+    """A picture's file in the format of its ending."""
+    file = io.BytesIO()
+    kind = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF", "heic": "HEIF"}
+    suffix = name.rpartition(".")[2].lower()
+    picture(number).save(file, kind.get(suffix, suffix.upper()))
+    return file.getvalue()
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(saved(name, len(name)))
+
+
+def answers(examples) -> dict[str, list[str]]:
+    return {e.key: [t.answer for t in e.texts] for e in examples}
+
+
+# --- captions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (" A dog. ", ["A dog."]),
+        (["A dog.", ["A cat.", None, " "]], ["A dog.", "A cat."]),
+        ("['A dog.', \"A cat's.\"]", ["A dog.", "A cat's."]),
+        ('["A dog.", "A \\"wet\\" cat."]', ["A dog.", 'A "wet" cat.']),
+        ("['A dog.'\n 'A cat.']", ["A dog.", "A cat."]),
+        ("[]", []),
+        ("[A red box]", ["[A red box]"]),
+        ("", []),
+        (None, []),
+        (float("nan"), []),
+        ("nan", []),
+        ([], []),
+    ],
+)
+def test_captions_in_a_field(value, found):
+    assert captions_in(value) == found
+
+
+@pytest.mark.parametrize("value", [7, 1.5, True, {"raw": "A dog."}, ["A dog.", 7], "['A dog.', 7]"])
+def test_what_is_no_caption(value):
+    with pytest.raises(ValueError):
+        captions_in(value)
+
+
+# --- shards -------------------------------------------------------------------------------------
+
+
+def test_the_next_source_is_tried(tmp_path):
+    content = jpeg(picture(0))
+    texts = [
+        b'{"caption": null}',
+        b'{"caption": ""}',
+        b'{"captions": [], "width": 3}',
+        b'{"caption": 7}',
+        b"{damaged",
+        b'\xef\xbb\xbf{"caption": "  "}',
+        b"[1]",
+    ]
+    files = {}
+    for i, text in enumerate(texts):
+        files |= {f"{i}.jpg": content, f"{i}.json": text}
+        files[f"{i}.txt"] = f"\ufeffGrün {i}.\r\n".encode("utf-16" if i % 2 else "utf-8")
+    found = read_captioned(shard(tmp_path / "a.tar", files))
+    assert [e.captions for e in found] == [(f"Grün {i}.",) for i in range(len(texts))]
+
+
+def test_every_kind_of_picture_is_read_from_shards(tmp_path):
+    names = ["a.JPG", "b.jpeg", "c.png", "d.webp", "e.avif", "f.heic", "g.gif", "h.bmp", "i.tif"]
+    names += ["j.jfif", "cam_22.5mm.jpg"]
+    files = {}
+    for i, name in enumerate(names):
+        files |= {name: saved(name, i), name.rpartition(".")[0] + ".txt": name.encode()}
+    found = read_captioned(shard(tmp_path / "a.tar", files))
+    assert [e.captions for e in found] == [(name,) for name in names]
+    assert all(e.picture().size == (60, 44) for e in found)
+
+
+def test_what_is_left_out_is_named_and_counted(tmp_path, capsys):
+    content = jpeg(picture(0))
+    files = {"0.jpg": content, "0.txt": b"A dog."}
+    files |= {f"none-{i}.jpg": content for i in range(5)}
+    files |= {
+        "x.svg": b"<svg/>",
+        "x.txt": b"A drawing.",
+        "latin.jpg": content,
+        "latin.txt": b"\xff",
+    }
+    files |= {"alone.txt": b"No picture.", "0.png": saved("0.png")}
+    files |= {"._0.jpg": b"x", "__MACOSX/0.jpg": b"x", ".hidden/0.jpg": content}
+    assert len(read_captioned(shard(tmp_path / "a.tar", files))) == 1
+    line = capsys.readouterr().err
+    assert "a.tar: 1 picture read; 9 left out: " in line and line.count("\n") == 1
+    for part in (
+        "5 without a caption (none-0.jpg, none-1.jpg, none-2.jpg, …)",
+        "1 of a kind that is not read (x.svg)",
+        "1 with a caption that is not in UTF-8 (latin.jpg)",
+        "1 without a picture (alone.txt)",
+        "1 with the name of another picture (0.png)",
+    ):
+        assert part in line
+
+
+def test_nothing_to_read_says_why(tmp_path):
+    path = shard(tmp_path / "a.tar", {"0.jpg": jpeg(picture(0)), "0.json": b'{"caption": 3}'})
+    with pytest.raises(UserError, match="1 with a caption that is not text .0.jpg"):
+        read_captioned(path)
+
+
+# --- the second stage's layout ------------------------------------------------------------------
+
+
+def described(folder: Path, annotations: list, encoding: str = "utf-8") -> Path:
+    folder.mkdir(exist_ok=True)
+    content = json.dumps({"annotations": annotations}, ensure_ascii=False)
+    (folder / "filter_cap.json").write_text(content, encoding=encoding)
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_descriptions(tmp_path, encoding, capsys):
+    put(tmp_path / "image", "1.jpg", "2.PNG", "3.jpeg", "4.jpg", "5.webp", "6.jpg")
+    annotations = [
+        {"image_id": "1", "caption": ["A dog.", "A wet dog."]},
+        {"image_id": 2, "caption": "A cät."},
+        {"image_id": "3", "caption": None},
+        {"image_id": "4", "caption": {"text": "A"}},
+        {"image_id": 5.0, "caption": "A hen."},
+        {"image_id": "6.jpg", "caption": "A cow."},
+        {"image_id": "1", "caption": "Again."},
+    ]
+    found = read_descriptions(described(tmp_path, annotations, encoding))
+    assert answers(found) == {
+        "1": ["A dog.", "A wet dog.", "Again."],
+        "2": ["A cät."],
+        "5": ["A hen."],
+        "6.jpg": ["A cow."],
+    }
+    line = capsys.readouterr().err
+    assert "4 pictures read; 2 left out: 1 without a caption (image/3.jpg)" in line
+    assert "1 with a caption that is not text (image/4.jpg)" in line
+
+
+def test_instructions(tmp_path, capsys):
+    put(tmp_path / "image", "1.png", "2.jpg")
+    pairs = [
+        {"instruction": "Why?", "answer": ["Because.", "So."]},
+        {"instruction": " ", "answer": "Left out."},
+        {"instruction": "How?", "answer": None},
+    ]
+    lines = [{"image_id": 1, "pairs": pairs}, {"image_id": "2", "pairs": []}]
+    file = tmp_path / "asked.jsonl"
+    file.write_bytes("\n".join(map(json.dumps, lines)).encode("utf-8-sig"))
+    found = read_instructions(file, tmp_path)
+    assert answers(found) == {"1": ["Because.", "So."]}
+    assert found[0].texts[0].instructions == ("Why?",)
+    assert "1 picture read; 2 left out: 2 without a caption" in capsys.readouterr().err
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        (r"bilder\a.jpg", "bilder/a.jpg"),
+        ("./bilder//a.jpg", "bilder/a.jpg"),
+        (r"C:\Users\me\bilder\a.jpg", "bilder/a.jpg"),
+        ("/home/me/set/bilder/a.jpg", "bilder/a.jpg"),
+        ("file:///home/me/bilder/a.jpg", "bilder/a.jpg"),
+        ("BILDER/A.JPG", "bilder/a.jpg"),
+        (unicodedata.normalize("NFD", "Grün.jpg"), unicodedata.normalize("NFC", "Grün.jpg")),
+        (unicodedata.normalize("NFC", "grün.jpg"), unicodedata.normalize("NFD", "GRÜN.jpg")),
+        ("a", "a.jpg"),
+        ("a.jpg", "a.jpeg"),
+        ("a.jpg", "a.PNG"),
+        ("cam_22.5mm", "cam_22.5mm.webp"),
+        ('"a.jpg"', "a.jpg"),
+    ],
+)
+def test_names_from_other_systems(tmp_path, name, there):
+    put(tmp_path, there)
+    assert PictureFinder([tmp_path]).find(name).samefile(tmp_path / there)
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [("a", ("a.jpg", "a.png")), ("b.jpg", ("a.jpg",)), ("A.JPG", ("a.jpg", "a.Jpg"))],
+)
+def test_names_that_leave_a_choice(tmp_path, name, there):
+    put(tmp_path, *there)
+    assert PictureFinder([tmp_path]).find(name) is None
+
+
+def test_hidden_names():
+    assert all(map(is_hidden, ("._a.csv", "x/._a.jpg", ".git/a.jpg", "__MACOSX/a.jpg")))
+    assert not any(map(is_hidden, ("./a.jpg", "../a.jpg", "a.b.jpg")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', None])
+def test_tables_of_spreadsheets(tmp_path, encoding, end, first):
+    put(tmp_path, "a.jpg", "b.png")
+    (tmp_path / "._captions.csv").write_bytes(b"\0\5\26\7")
+    lines = ["File_Name;Caption", "a.jpg;Ein Hund, grün.", "b.jpg;\"['Eine Katze.', 'Nass.']\""]
+    text = end.join([first, *lines] if first else lines)
+    (tmp_path / "captions.csv").write_bytes(text.encode(encoding))
+    assert answers(read_captioned(str(tmp_path))) == {
+        "a.jpg": ["Ein Hund, grün."],
+        "b.png": ["Eine Katze.", "Nass."],
+    }
+
+
+def test_lines_without_a_caption_are_left_out(tmp_path, capsys):
+    put(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    (tmp_path / "t.csv").write_text("file_name,caption\na.jpg,A dog.\nb.jpg,\nc.jpg,nan\n,A cat.\n")
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
+    line = capsys.readouterr().err
+    assert "2 without a caption (line 3, line 4), 1 without a picture (line 5)" in line
+
+
+def test_a_few_missing_pictures_are_left_out(tmp_path, capsys):
+    put(tmp_path, *(f"{i}.jpg" for i in range(10)))
+    lines = [f"{i}.jpg,A dog." for i in range(11)]
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["file_name,caption", *lines]))
+    assert len(read_captioned(str(tmp_path))) == 10
+    assert "1 with a missing picture (10.jpg, line 12)" in capsys.readouterr().err
+    table.write_text("\n".join(["file_name,caption", *lines, "11.jpg,A cat."]))
+    with pytest.raises(UserError, match="2 of 12 pictures .* are missing: 10.jpg, line 12"):
+        read_captioned(str(tmp_path))
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+
+def test_coco(tmp_path, capsys):
+    put(tmp_path / "val2017", "000000000007.jpg", "000000000008.jpg")
+    (tmp_path / "annotations").mkdir()
+    images = [
+        {"id": 7, "file_name": "000000000007.jpg"},
+        {"id": 8, "file_name": "000000000008.jpg"},
+    ]
+    annotations = [
+        {"id": 1, "image_id": 7, "caption": "A dog."},
+        {"id": 2, "image_id": 8, "caption": "A cat. "},
+        {"id": 3, "image_id": 7, "caption": "A wet dog."},
+        {"id": 4, "image_id": 8, "caption": ""},
+    ]
+    file = tmp_path / "annotations" / "captions_val2017.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    found = read_captioned(str(file))
+    assert [e.captions for e in found] == [("A dog.", "A wet dog."), ("A cat.",)]
+    assert "1 without a caption" in capsys.readouterr().err
+    boxes = [{"image_id": 7, "bbox": [1, 2, 3, 4]}]
+    file.write_text(json.dumps({"images": images, "annotations": boxes}))
+    with pytest.raises(UserError, match="COCO's object boxes"):
+        read_captioned(str(file))
+
+
+def test_karpathy(tmp_path):
+    put(tmp_path, "val2014/a.jpg")
+    sentences = [{"raw": "A dog."}, {"raw": "A wet dog."}]
+    record = {"filepath": "val2014", "filename": "a.jpg", "sentences": sentences}
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [record], "dataset": "coco"}))
+    assert answers(read_captioned(str(tmp_path))) == {"val2014/a.jpg": ["A dog.", "A wet dog."]}
+
+
+LLAVA = [
+    {"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A red box."},
+    {"from": "human", "value": "Where?"},
+    {"from": "gpt", "value": "On a field."},
+]
+TURNS = [("What is it?",), ("Where?",)]
+
+
+def test_llava(tmp_path, capsys):
+    put(tmp_path / "coco" / "train2017", "a.jpg")
+    records = [
+        {"id": "0", "image": "coco/train2017/a.jpg", "conversations": LLAVA},
+        {"id": "1", "conversations": LLAVA},
+        {"id": "2", "image": ["coco/train2017/a.jpg"] * 2, "conversations": LLAVA},
+        {"id": "3", "image": "coco/train2017/a.jpg", "conversations": LLAVA[:1]},
+        {"id": "4", "image": "coco/train2017/a.jpg", "conversations": [{"from": "tool"}]},
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    (example,) = read_captioned(str(tmp_path / "llava.json"))
+    assert [t.instructions for t in example.texts] == TURNS
+    assert [t.answer for t in example.texts] == ["A red box.", "On a field."]
+    assert [t.earlier for t in example.texts] == [(), (("What is it?", "A red box."),)]
+    line = capsys.readouterr().err
+    for part in (
+        "1 without a picture (record 2)",
+        "1 with several pictures (record 3)",
+        "1 without a caption (record 4)",
+        "1 with calls of tools (record 5)",
+    ):
+        assert part in line
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "<image>What is it?"},
+    {"role": "assistant", "content": "A red box."},
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "On a field."},
+]
+PARTS = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is it?"}],
+    },
+    *MESSAGES[2:],
+]
+
+
+@pytest.mark.parametrize(
+    ("record", "first"),
+    [
+        ({"messages": MESSAGES, "images": ["a.jpg"]}, "Be brief.\nWhat is it?"),
+        ({"messages": PARTS}, "What is it?"),
+        ({"conversations": LLAVA, "images": [{"path": "a.jpg"}]}, "What is it?"),
+        (
+            {
+                "query": "Where?",
+                "response": "On a field.",
+                "history": [["<image>What is it?", "A red box."]],
+                "images": ["a.jpg"],
+            },
+            "What is it?",
+        ),
+    ],
+)
+def test_json_lines_of_trainers(tmp_path, record, first):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    (example,) = read_captioned(str(tmp_path / "train.jsonl"))
+    last = example.texts[-1]
+    assert (last.answer, last.instructions) == ("On a field.", ("Where?",))
+    assert last.earlier == ((first, "A red box."),)
+
+
+def test_instruction_records(tmp_path):
+    put(tmp_path, "a.jpg")
+    record = {"instruction": "Translate:", "input": "chien", "output": "dog", "images": ["a.jpg"]}
+    (tmp_path / "alpaca.json").write_text(json.dumps([record]))
+    (example,) = read_captioned(str(tmp_path / "alpaca.json"))
+    assert (example.texts[0].answer, example.texts[0].instructions) == (
+        "dog",
+        ("Translate:\nchien",),
+    )
+
+
+def test_files_of_img2dataset(tmp_path, capsys):
+    for i in range(3):
+        put(tmp_path / "00000", f"00000000{i}.jpg")
+        record = {"caption": None if i else "A dog.", "status": "success"}
+        (tmp_path / "00000" / f"00000000{i}.json").write_text(json.dumps(record))
+    (tmp_path / "00000" / "000000001.txt").write_text("A cat.")
+    (tmp_path / "00000_stats.json").write_text('{"count": 3}')
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    found = read_captioned(str(tmp_path))
+    assert answers(found) == {"00000/000000000": ["A dog."], "00000/000000001": ["A cat."]}
+    assert "1 without a caption (00000/000000002.jpg)" in capsys.readouterr().err
+    assert len(read_captioned(str(tmp_path / "00000"))) == 2
+
+
+def test_a_folder_of_shards(tmp_path):
+    for name in ("a", "b"):
+        shard(tmp_path / f"{name}.tar", {"0.jpg": jpeg(picture(0)), "0.txt": name.encode()})
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    assert answers(read_captioned(str(tmp_path))) == {"a/0": ["a"], "b/0": ["b"]}
+
+
+def test_imagefolder(tmp_path):
+    put(tmp_path / "train", "a.jpg")
+    line = json.dumps({"file_name": "a.jpg", "text": "A dog."})
+    (tmp_path / "train" / "metadata.jsonl").write_text(line)
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.parquet", "a Parquet file"),
+        ("a.zip", "an archive"),
+        ("a.tar.gz", "a compressed tar file"),
+        ("a.xlsx", "a spreadsheet"),
+        ("a.tfrecord", "a TFRecord file"),
+        ("a.jpg", "a single picture"),
+    ],
+)
+def test_other_kinds_are_called_by_their_names(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=kind):
+        read_captioned(str(tmp_path / name))
+
+
+def test_folders_without_captions_say_what_they_are(tmp_path):
+    put(tmp_path / "classes", "cat/1.jpg", "dog/1.jpg")
+    with pytest.raises(UserError, match="seem to be classes"):
+        read_captioned(str(tmp_path / "classes"))
+    put(tmp_path / "bare", "1.jpg")
+    with pytest.raises(UserError, match="no table of captions"):
+        read_captioned(str(tmp_path / "bare"))
+    (tmp_path / "odd.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="JSON in no known format"):
+        read_captioned(str(tmp_path / "odd.json"))
+
+
+def test_without_the_datasets_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("minigpt4.data.huggingface.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="install its library first"):
+        read_captioned("hf:user/name")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="install its library first"):
+        read_captioned(str(tmp_path))
+
+
+def test_a_saved_dataset(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    put(tmp_path, "a.jpg", "b.jpg")
+    rows = {"image": [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")], "text": ["A dog.", None]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(str(tmp_path / "saved"))
+    (example,) = read_captioned(str(tmp_path / "saved"))
+    assert example.captions == ("A dog.",) and example.picture().size == (60, 44)
+    assert "1 without a caption (row 1)" in capsys.readouterr().err
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    table.to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
+    (example,) = read_captioned(str(tmp_path / "hub"))
+    assert example.captions == ("A dog.",) and example.picture().size == (60, 44)

@@ -1,0 +1,110 @@
+"""Pictures that viewers show although their files are not whole, or too large, or too dark."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minigpt4.model import repair
+from minigpt4.model.image import load
+from tests.test_image import encoded, noise, pixels, quarters, refusal
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+@pytest.mark.parametrize("missing", [1, 2, 3, 4, 8])
+def test_a_jpeg_without_its_last_bytes(options, missing):
+    data = encoded(noise(320, 240), "JPEG", **options)
+    whole, cut = pixels(load(data)).astype(int), pixels(load(data[:-missing])).astype(int)
+    assert (np.abs(whole - cut).max(2) > 40).mean() < repair.MOST_MISSING
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_a_jpeg_of_which_much_is_missing_is_refused(options, share):
+    data = encoded(noise(320, 240), "JPEG", **options)
+    assert "damaged" in refusal(data[: int(len(data) * share)])
+
+
+def test_a_thumbnail_in_the_exif_does_not_hide_that_scans_are_missing():
+    thumbnail = encoded(quarters(), "JPEG")
+    exif = b"Exif\0\0" + thumbnail
+    data = encoded(noise(320, 240), "JPEG", progressive=True, exif=exif)
+    assert "damaged" in refusal(data[: len(data) // 2])
+    assert load(data[:-2]).rgb.size == (320, 240)
+
+
+def with_chunk(data: bytes, kind: bytes, body: bytes, before: bytes, wrong: bool) -> bytes:
+    checksum = zlib.crc32(kind + body) ^ wrong
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+    place = data.index(before) - 4
+    return data[:place] + chunk + data[place:]
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize(
+    ("kind", "body"), [(b"tEXt", b"a\0b"), (b"gAMA", bytes(4)), (b"zzZz", b"")]
+)
+def test_wrong_checksums_beside_the_picture(before, kind, body):
+    sound = encoded(quarters(), "PNG")
+    damaged = with_chunk(sound, kind, body, before, wrong=True)
+    assert (pixels(load(damaged)) == pixels(load(sound))).all()
+
+
+def test_a_wrong_checksum_of_the_picture_is_refused():
+    data = bytearray(encoded(quarters(), "PNG"))
+    data[data.index(b"IHDR") + 13] ^= 1
+    assert "damaged" in refusal(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((8064, 6048), (4032, 3024)), ((16_320, 12_240), (4080, 3060))]
+)
+@pytest.mark.trust("Pictures", "JPEG files of 48 to 200 megapixels, decoded smaller")
+def test_a_phones_jpeg_is_decoded_smaller(size, expected):
+    picture = Image.new("L", size, 60)
+    picture.paste(200, (size[0] // 2, 0, *size))
+    data = encoded(picture, "JPEG", exif=b"")
+    del picture
+    rgb = load(data).rgb
+    # 200 megapixels: a half would still have 50.
+    assert rgb.size == expected
+    assert rgb.getpixel((10, 10))[0] == 60 and rgb.getpixel((expected[0] - 9, 9))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "limit"),
+    [
+        ({}, (16_400, 12_300), "200"),
+        ({"progressive": True}, (8200, 8000), "64"),
+    ],
+)
+def test_larger_jpegs_are_refused_before_decoding(options, size, limit):
+    data = bytearray(encoded(quarters(), "JPEG", **options))
+    frame = data.index(b"\xff\xc2" if options else b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", size[1], size[0])
+    assert f"more than {limit} megapixels" in refusal(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 4095), (100, 900), (7500, 8500), (64_000, 65_535), (30_000, 30_020)]
+)
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_little_used_ranges_of_sixteen_bits_are_stretched(low, high, format):
+    values = np.linspace(low, high, 64 * 48).astype("<u2").reshape(48, 64)
+    values[20, 20] = 65_535  # a faulty pixel
+    values[21, 21] = 0
+    image = Image.frombytes("I;16", (64, 48), values.tobytes())
+    found = pixels(load(encoded(image, format)))[..., 0]
+    assert found.min() == 0 and found.max() == 255
+    assert abs(int(found[24].mean()) - 128) < 12
+
+
+@pytest.mark.parametrize("value", [0, 30_000, 65_535])
+def test_flat_sixteen_bits_keep_their_brightness(value):
+    image = Image.frombytes("I;16", (8, 8), np.full((8, 8), value, "<u2").tobytes())
+    found = pixels(load(encoded(image, "PNG")))
+    assert found.min() == found.max() == round(value / 257)

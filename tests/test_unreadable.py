@@ -1,0 +1,93 @@
+"""One picture that cannot be used ends no long job: it is named, counted and left out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minigpt4.__main__ import main
+from minigpt4.curation.export import export
+from minigpt4.data.examples import read_shards, usable
+from minigpt4.errors import UserError
+from minigpt4.training.extended import ExtendedRecipe
+from minigpt4.training.trainer import Recipe
+from tests.test_training import PROMPTED, train
+from tests.training_case import SCHEDULE, write_captioned, write_shard
+
+
+def damaged(examples, *places: int) -> list:
+    """The examples, with pictures at these places that cannot be decoded."""
+    return [replace(e, read=lambda: b"x") if i in places else e for i, e in enumerate(examples)]
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return damaged(read_shards(str(write_shard(tmp_path / "train-00000.tar"))), 3, 4, 9)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_goes_on_and_a_resumed_run_repeats_it(examples, tmp_path, cached, capsys):
+    options = {"feature_cache": tmp_path / "cache"} if cached else {}
+    whole = train(examples, tmp_path / "whole", **options)
+    lines = capsys.readouterr().err.splitlines()
+    named = [line for line in lines if "left out" in line and "train-00000/0000" in line]
+    assert sorted(line.split()[1][-1] for line in named) == ["3", "4", "9"]
+    assert any("3 of 10 pictures could not be used and were left out." in line for line in lines)
+    recipe = replace(PROMPTED, checkpoint_every=3)
+    train(examples, tmp_path / "halves", recipe, steps=3, **options)
+    halves = train(examples, tmp_path / "halves", recipe, **options)
+    assert [r["loss"] for r in halves.rows] == [r["loss"] for r in whole.rows]
+    torch.testing.assert_close(
+        halves.model.projection.weight, whole.model.projection.weight, atol=0, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(SCHEDULE, crop=True), ExtendedRecipe(SCHEDULE, ("Say.",), eigenbasis=True)]
+)
+def test_each_recipe_leaves_them_out(examples, tmp_path, recipe):
+    trainer = train(examples, tmp_path / "run", recipe)
+    assert trainer.step == SCHEDULE.steps
+    assert trainer.sources[0].unreadable <= {3, 4, 9}
+
+
+def test_replayed_pictures_are_replaced_by_replayed_ones(examples, tmp_path):
+    recipe = replace(PROMPTED, replay_share=0.5)
+    trainer = train(examples[:3], tmp_path / "run", recipe, replay=examples[3:])
+    assert trainer.sources[1].unreadable <= {0, 1, 6} and trainer.step == SCHEDULE.steps
+
+
+def test_too_many_end_the_run(examples, tmp_path):
+    with pytest.raises(UserError, match="6 of 10 pictures cannot be used, which is more than 50%"):
+        train(damaged(examples, *range(7)), tmp_path / "run")
+    with pytest.raises(UserError, match="6 of 10 pictures cannot be used"):
+        usable(damaged(examples, 0, 1, 2))
+
+
+def test_photos_that_are_missing_or_damaged(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_MODEL", "nano")
+    folder = write_captioned(tmp_path / "photos", 2)
+    (folder / "0.jpg").write_bytes(b"x")
+    photos = [str(folder / name) for name in ("0.jpg", "1.jpg", "2.jpg")]
+    out = tmp_path / "answers.jsonl"
+    assert main(["ask", *photos, "What?", "--out", str(out), "--max-new-tokens", "2"]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["error" in r for r in records] == [True, False, True]
+    assert "2 of 3 photos got no answer." in capsys.readouterr().err
+    # More likely a question without quotes:
+    assert main(["ask", photos[1], "What", "is", "this?"]) == 2
+    assert "What does not exist" in capsys.readouterr().err
+
+
+def test_export_leaves_out_what_cannot_be_read(tmp_path, capsys):
+    folder = write_captioned(tmp_path / "photos", 3)
+    (folder / "1.jpg").write_bytes(b"x")
+    records = [
+        {"image_id": str(i), "picture": str(folder / f"{i}.jpg"), "text": "A."} for i in range(3)
+    ]
+    assert export(records, tmp_path / "out") == 2
+    annotations = json.loads((tmp_path / "out" / "filter_cap.json").read_text())["annotations"]
+    assert [a["image_id"] for a in annotations] == ["0", "2"]
+    line = capsys.readouterr().err
+    assert "1 is left out: " in line and "1 pictures cannot be used" in line
