@@ -32,6 +32,7 @@ def cases(dot: bool):
     for name, rows, n, k, silu, used in (
         ("qkv", 1, 12288, 4096, False, "norm"),
         ("gate_up", 32, 11008, 4096, True, "norm"),
+        ("output", 1, 4096, 4096, False, "residual"),
         ("down", 32, 4096, 11008, False, "residual"),
         ("head", 32, 32001, 4096, False, "norm"),
     ):

@@ -6,7 +6,6 @@ float32 scale per output channel; sums are float32. Loop bounds are compile-time
 Triton's interpreter needs.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -222,6 +221,8 @@ def linear_blocks(rows: int, n: int, k: int, dot: bool) -> dict[str, int]:
     if not dot:
         return {"BLOCK_M": 1, "BLOCK_N": 16, "BLOCK_K": block_k}
     block_n = 16 if n <= 8192 else 32
+    if rows <= 16 and n <= 8192:  # room for more bytes on their way
+        block_k = max(16, min(256, triton.next_power_of_2(k)))
     return {"BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": block_n, "BLOCK_K": block_k}
 
 
@@ -264,8 +265,3 @@ def attend(
     combine_kernel[(rows * heads,)](
         partial, lse, out, D=head_dim, BLOCK_D=block_d, SPLITS=SPLITS, num_warps=1
     )
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """The GPU's compute capability, such as (8, 0)."""
-    return torch.cuda.get_device_capability(device)
