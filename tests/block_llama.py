@@ -93,5 +93,9 @@ def tiny_chat_model(llm, context: int = CONTEXT):
         return [np.einsum("p,tph->th", pixels, mix) for pixels in small]
 
     return SimpleNamespace(
-        config=config, llm=llm, device=torch.device("cpu"), embed_pictures=embed_pictures
+        config=config,
+        llm=llm,
+        quantize="none",
+        device=torch.device("cpu"),
+        embed_pictures=embed_pictures,
     )

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from minigpt4.engine import Engine
+from minigpt4.engine.decoder import build_decoder
 from minigpt4.engine.sampling import Sampling
 from minigpt4.engine.scheduler import Request, Rows
 from minigpt4.engine.torch_decoder import TorchDecoder
@@ -147,6 +149,22 @@ def test_where_it_cannot_run_one_line_says_so(llm, monkeypatch, caplog):
     assert choose.faster(eager, llm, CONTEXT) is decoder
     decoder._eps = 100.0
     assert choose.faster(eager, llm, CONTEXT) is eager
+
+
+def test_only_int8_weights_on_a_gpu_get_graphs(llm, monkeypatch):
+    """And none of them where the caller wants the eager decoder, as ZeroGPU does."""
+    given = []
+    monkeypatch.setattr(choose, "faster", lambda eager, llm, context: given.append(eager) or eager)
+    gpu = SimpleNamespace(type="cuda")
+    for quantize, device, eager in (
+        ("none", gpu, False), ("w8a16", CPU, False), ("w8a16", gpu, True), ("w8a16", gpu, False)
+    ):  # fmt: skip
+        assert not given
+        model = SimpleNamespace(
+            llm=llm, config=SimpleNamespace(context=CONTEXT), device=device, quantize=quantize
+        )
+        decoder, _ = build_decoder(model, megabytes=1, eager=eager)
+    assert given == [decoder]
 
 
 def test_a_step_uses_the_next_bucket(llm):

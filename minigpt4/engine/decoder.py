@@ -65,10 +65,14 @@ def build_decoder(
 
         block_bytes = NativeDecoder.block_bytes(model.llm)
     else:
+        from minigpt4.engine.gpu.choose import faster
         from minigpt4.engine.torch_decoder import TorchDecoder
 
+        graphs = model.device.type == "cuda" and model.quantize == "w8a16" and not eager
+
         def build(blocks: int) -> Decoder:
-            return TorchDecoder(model.llm, blocks)
+            decoder = TorchDecoder(model.llm, blocks)
+            return faster(decoder, model.llm, context) if graphs else decoder
 
         block_bytes = TorchDecoder.block_bytes(model.llm)
     least = _blocks_of(context) + 1  # and one for `Engine.health`
@@ -77,14 +81,10 @@ def build_decoder(
         blocks = min(blocks, max_running * _blocks_of(context) + 1)
     else:
         blocks = megabytes * 2**20 // block_bytes
-    decoder, blocks = _build_within_memory(build, max(blocks, least), least)
+    built = _build_within_memory(build, max(blocks, least), least)
     if model.device.type == "cpu":
         _compact_heap()
-    elif model.quantize == "w8a16" and not eager:
-        from minigpt4.engine.gpu.choose import faster
-
-        decoder = faster(decoder, model.llm, context)
-    return decoder, blocks
+    return built
 
 
 def kept_blocks(device: "torch.device", blocks: int, megabytes: int | None) -> int:

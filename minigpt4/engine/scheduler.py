@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -367,7 +366,7 @@ class Scheduler:
         self.row_limit = max(1, min(self.row_limit, rows) // 2)
 
 
-Outputs = SequenceOf[np.ndarray | int]  # a decoder's, of each wanted row: see `Decoder.forward`
+Outputs = np.ndarray | list[np.ndarray | int]  # of each wanted row: see `Decoder.forward`
 
 
 @dataclass(frozen=True)

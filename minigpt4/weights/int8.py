@@ -132,13 +132,14 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a Hugging Face folder's weights."""
+def weight_files(folder: Path, tensor: str | None = None) -> list[Path]:
+    """The files that hold a Hugging Face folder's weights, or the one with this tensor."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / Path(name).name for name in sorted({*names})]
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = {*files.values()} if tensor is None else {files[tensor]}
+            return [folder / Path(name).name for name in sorted(names)]
         if (folder / single).is_file():
             return [folder / single]
     raise FileNotFoundError(f"{folder} holds no weights")

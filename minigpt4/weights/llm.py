@@ -366,14 +366,10 @@ def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
 
 
 def _read_embedding(folder: Path) -> Tensor:
-    """The one tensor, from the only file that may hold it or the shard that holds it."""
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                if EMBEDDING in file.keys():  # noqa: SIM118, it is no dictionary
-                    return file.get_tensor(EMBEDDING)
-        else:  # mapped, so that only this tensor's pages are read
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if EMBEDDING in tensors:
-                return tensors[EMBEDDING].clone()
-    raise KeyError(EMBEDDING)
+    """The one tensor, from a single file or from the shard that the index names."""
+    (path,) = weight_files(folder, EMBEDDING)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(EMBEDDING)
+    # Mapped, so that only this tensor's pages are read.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[EMBEDDING].clone()

@@ -108,7 +108,7 @@ def _forward(
     of rows, whose tokens are drawn from the first 256."""
     counts = [count for _, count in parts]
     positions = [np.arange(start, start + count) for start, count in parts]
-    tables = np.arange(len(parts) * SEQUENCE_BLOCKS, dtype=np.int32)
+    tables: np.ndarray = np.arange(len(parts) * SEQUENCE_BLOCKS, dtype=np.int32)
     rows = Rows(
         draw.integers(0, 256, sum(counts)).astype(np.int32),
         np.zeros((0, 1), np.float32),

@@ -61,7 +61,7 @@ class GpuDecoder:
         answers = rows.take(np.flatnonzero(decoding))
         with torch.inference_mode():
             self._launch(answers)
-        prompts: Outputs = ()
+        prompts: Outputs = []
         if not decoding.all():
             prompts = self._eager.forward(rows.take(np.flatnonzero(~decoding)))
         from_answers, from_prompts = iter(self._outputs(answers)), iter(prompts)
