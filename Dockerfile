@@ -3,7 +3,8 @@
 # without Docker.
 FROM debian:bookworm-20250520-slim AS python
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3 python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev \
+        python3-venv \
     && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 
@@ -22,7 +23,8 @@ RUN --mount=type=cache,target=/root/.cache/pip python -m minigpt4 download nano
 
 FROM python
 # Downloads and compiled kernels go into the volume; nano's weights lie beside the code. The kernels
-# are compiled at the first start, for the processor of that machine: hence gcc.
+# are compiled at the first start, for the processor of that machine: hence gcc; and python3-dev, for
+# what Triton compiles on a machine with a GPU.
 RUN useradd --create-home --uid 1000 app && install -d -o app -g app /data
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=nano /build/weights /app/weights

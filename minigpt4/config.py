@@ -9,7 +9,7 @@ from typing import Literal
 from minigpt4.errors import UserError
 from minigpt4.model import prompt
 
-Quantize = Literal["auto", "none", "int8", "nf4", "int4", "remote"]
+Quantize = Literal["auto", "none", "w8a16", "int8", "nf4", "int4", "remote"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minigpt4.config import DEFAULT_MODEL, MODELS, ModelConfig, Quantize, get_model
 from minigpt4.errors import Report, UserError, say
@@ -175,7 +175,7 @@ def open_engine(
     options: argparse.Namespace,
     report: Report = say,
     kv_megabytes: int | None = None,
-    **limits: int,
+    **limits: Any,
 ) -> "AnyEngine":
     """The engine that the options name; its language model runs here or at --llm-url.
 

@@ -94,5 +94,9 @@ def tiny_chat_model(llm, context: int = CONTEXT):
         return [Encoded(np.einsum("p,tph->th", pixels, mix)) for pixels in small]
 
     return SimpleNamespace(
-        config=config, llm=llm, device=torch.device("cpu"), encode_pictures=encode_pictures
+        config=config,
+        llm=llm,
+        quantize="none",
+        device=torch.device("cpu"),
+        encode_pictures=encode_pictures,
     )

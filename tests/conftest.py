@@ -16,6 +16,9 @@ settings.load_profile("any machine")
 # Processes that run tests side by side share the processors: a thread that waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Triton's kernels run in its interpreter, which must be chosen before Triton is first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The tests mean float32 unless they ask for `computing_type`: not what this processor is good at.
 os.environ["MINIGPT4_DTYPE"] = "float32"
 

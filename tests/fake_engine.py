@@ -57,6 +57,7 @@ class FakeEngine:
     def __init__(self, word_seconds: float = 0.01) -> None:
         config = MODELS["nano"]
         self.model = SimpleNamespace(config=config, quantize="none", device="cpu")
+        self.decoder_name = "PyTorch"
         self.word_seconds = word_seconds
         self.pictures: list[str] = []
         self.asked: list = []

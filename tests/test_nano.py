@@ -75,13 +75,13 @@ def test_a_conversation_goes_on(engine, photo):
     assert (second.stop_reason == "length") == (second.stats.tokens == GREEDY.max_new_tokens)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", "w8a16", "int8", "nf4"])
 def test_quantised(quantize, engine, photo):
-    """In PyTorch, and bitsandbytes for real on the CPU: all see the picture and end in time."""
+    """In PyTorch, int8 and nf4 by bitsandbytes, on the CPU: all see the picture and end in time."""
     config = get_model("nano")
     model = load_model(config, find_weights(config), quantize=quantize)
-    layers = {type(m).__name__ for m in model.llm.modules()}
-    assert {"none": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}[quantize] in layers
+    kinds = {"w8a16": "Int8Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit", "none": "Linear"}
+    assert kinds[quantize] in {type(m).__name__ for m in model.llm.modules()}
     assert model.encoder.net._conv_stem.weight.dtype == model.projection.weight.dtype
     question = "Describe this image briefly."
     rough = set(answer(Engine(model), question, image.load(photo)).lower().split())

@@ -195,6 +195,7 @@ def test_metrics(address, engine):
         name = f'minigpt4_api_responses_total{{path="/v1/chat/completions",status="{status}"}}'
         assert grown[name] == 1
     assert after["minigpt4_queue_length"] == after["minigpt4_active_chats"] == 0
+    assert after[f'minigpt4_decoder_info{{name="{engine.decoder_name}"}}'] == 1
     assert after["process_resident_memory_bytes"] > 1e8
 
 

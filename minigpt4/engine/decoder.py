@@ -1,6 +1,7 @@
 """Which decoder runs, and how much memory it gets. A decoder turns rows into logits, and keeps keys
-and values in blocks: in PyTorch for any Llama on any device (`torch_decoder.py`), or compiled for
-the CPU for a GGUF file's weights (`native.py`)."""
+and values in blocks: in PyTorch for any Llama on any device (`torch_decoder.py`), in CUDA graphs
+for int8 weights on a GPU (`gpu/`), or compiled for the CPU for a GGUF file's weights (`native.py`).
+"""
 
 import contextlib
 import ctypes
@@ -10,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.stream import out_of_memory
 from minigpt4.errors import UserError
@@ -20,7 +19,7 @@ from minigpt4.weights.gguf import BlockLlama
 if TYPE_CHECKING:
     import torch
 
-    from minigpt4.engine.scheduler import Rows
+    from minigpt4.engine.scheduler import Outputs, Rows
     from minigpt4.model.minigpt4 import MiniGPT4
 
 CPU_MEGABYTES = 384
@@ -30,23 +29,32 @@ log = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
-    """What the engine needs of a decoder."""
+    """What the engine needs of a decoder.
 
-    def forward(self, rows: "Rows") -> np.ndarray:
-        """Float32 logits [wanted rows, vocabulary]; keys and values of every row are stored."""
+    name: which one runs, for people. chunk_rows: prompt rows in a step, without and with answers
+    beside them.
+    """
+
+    name: str
+    chunk_rows: tuple[int, int]
+
+    def forward(self, rows: "Rows") -> "Outputs":
+        """Float32 logits [vocabulary] of each wanted row, or the token that its draw chooses (-1
+        where the logits are not finite). Keys and values of every row are stored."""
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target`."""
 
 
 def build_decoder(
-    model: "MiniGPT4", megabytes: int | None = None, max_running: int = 32
+    model: "MiniGPT4", megabytes: int | None = None, max_running: int = 32, eager: bool = False
 ) -> tuple[Decoder, int]:
     """(the decoder for a model's language model, its number of blocks).
 
     megabytes: for keys and values; None: 30 % of a GPU's free memory or 384 MB on a CPU, at most
     what `max_running` full contexts need. It is always enough for one context. Where the memory is
     not available, the decoder gets less; UserError where even one context does not fit.
+    eager: use no CUDA graphs.
     """
     context = model.config.context
     if isinstance(model.llm, BlockLlama):
@@ -57,10 +65,14 @@ def build_decoder(
 
         block_bytes = NativeDecoder.block_bytes(model.llm)
     else:
+        from minigpt4.engine.gpu.choose import faster
         from minigpt4.engine.torch_decoder import TorchDecoder
 
+        graphs = model.device.type == "cuda" and model.quantize == "w8a16" and not eager
+
         def build(blocks: int) -> Decoder:
-            return TorchDecoder(model.llm, blocks)
+            decoder = TorchDecoder(model.llm, blocks)
+            return faster(decoder, model.llm, context) if graphs else decoder
 
         block_bytes = TorchDecoder.block_bytes(model.llm)
     least = _blocks_of(context) + 1  # and one for `Engine.health`

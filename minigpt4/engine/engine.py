@@ -20,6 +20,7 @@ from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax
 from minigpt4.engine.scheduler import (
     PROBE_BLOCKS,
     Chunk,
+    Outputs,
     Request,
     RequestQueue,
     RequestState,
@@ -58,7 +59,8 @@ class Engine(RequestQueue):
 
     max_running: answers at once; max_waiting: requests that may wait; kv_megabytes: memory for keys
     and values of running and remembered conversations (None: see `build_decoder`); hang_seconds: a
-    step that takes longer means that the model hangs. UserError where the memory is not available.
+    step that takes longer means that the model hangs; eager: use no CUDA graphs. UserError where
+    the memory is not available.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Engine(RequestQueue):
         max_waiting: int = 64,
         kv_megabytes: int | None = None,
         hang_seconds: float = 60.0,
+        eager: bool = False,
     ) -> None:
         super().__init__(max_running, max_waiting)
         self._running: list[RequestState] = []
         self.model = model
-        self.decoder, blocks = build_decoder(model, kv_megabytes, max_running)
-        self._scheduler = Scheduler(blocks, kept_blocks(model.device, blocks, kv_megabytes))
+        self.decoder, blocks = build_decoder(model, kv_megabytes, max_running, eager)
+        kept = kept_blocks(model.device, blocks, kv_megabytes)
+        self._scheduler = Scheduler(blocks, kept, self.decoder.chunk_rows)
         self._pictures = Pictures(model, self._explain)
         self._hang_seconds = hang_seconds
         self._step_started: float | None = None
@@ -90,6 +94,11 @@ class Engine(RequestQueue):
     def fault(self) -> str:
         """A sentence while the engine cannot answer, else "". A lost GPU does not come back."""
         return LOST if self._lost else HANGING if self._hanging else ""
+
+    @property
+    def decoder_name(self) -> str:
+        """Which decoder runs the language model."""
+        return self.decoder.name
 
     def encode(self, picture: Picture) -> Encoded:
         """What the language model takes of the picture, computed once.
@@ -287,15 +296,15 @@ class Engine(RequestQueue):
         """
         for chunk in chunks:
             self._scheduler.allocate(chunk)
-        logits, sentence = self._forward(chunks)
-        if logits is None:
+        outputs, sentence = self._forward(chunks)
+        if outputs is None:
             self._recover(chunks, sentence)
         else:
             self._scheduler.note_success()
-            self._postprocess(chunks, logits)
+            self._postprocess(chunks, outputs)
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[np.ndarray | None, str]:
-        """(float32 logits [sequences that reach their end, vocabulary], ""), or (None, what went
+    def _forward(self, chunks: list[Chunk]) -> tuple[Outputs | None, str]:
+        """(the decoder's output for each sequence that reaches its end, ""), or (None, what went
         wrong): the exception must not live on, since its traceback holds the step's tensors."""
         try:
             return self.decoder.forward(rows_of(chunks, self.model.config.llm_hidden_size)), ""
@@ -335,35 +344,43 @@ class Engine(RequestQueue):
 
     # --- postprocess ---------------------------------------------------------------------------
 
-    def _postprocess(self, chunks: list[Chunk], logits: np.ndarray) -> None:
-        rows = iter(logits)
+    def _postprocess(self, chunks: list[Chunk], outputs: Outputs) -> None:
+        rows = iter(outputs)
         for state, group in by_request(chunks):
             found = [next(rows) for chunk in group if chunk.reaches_end]
             try:
                 for chunk in group:
                     self._scheduler.advance(chunk)
                 if found:
-                    self._choose(state, np.stack(found) if state.search else found[0][None])
+                    self._choose(state, found)
             except Exception as error:
                 self._fail(state, self._note_failure(error, "while choosing a token"))
 
-    def _choose(self, state: RequestState, logits: np.ndarray) -> None:
-        """Logits [sequences, vocabulary] -> the request's next token or tokens."""
-        if not np.isfinite(logits.max(-1)).all():
+    def _choose(self, state: RequestState, found: list[np.ndarray | int]) -> None:
+        """What the decoder gives for the request's sequences -> its next token or tokens."""
+        if not all(_is_finite(output) for output in found):
             log.error("the model's logits are not finite")
             for sequence in state.sequences:  # no other conversation may continue from these
                 self._scheduler.cache.unregister(sequence.blocks)
             self._fail(state, BROKEN)
         elif state.search is not None:
-            self._continue_beams(state, state.search, logits)
+            self._continue_beams(state, state.search, np.stack(found))
         else:
-            if state.request.watched and not state.stream.stats.tokens:
-                watched = log_softmax(logits[0])[list(state.request.watched)]
-                state.stream.watched = watched.tolist()
-            token = state.sampler(logits[0])
-            logprob = float(log_softmax(logits[0])[token]) if state.request.logprobs else None
+            token, logprob = self._next_token(state, found[0])
             self._give(state, token, logprob)
             state.sequences[0].add(token)
+
+    def _next_token(
+        self, state: RequestState, output: np.ndarray | int
+    ) -> tuple[int, float | None]:
+        """(the token, its log-probability where the request asks for it)."""
+        if isinstance(output, int):
+            state.sampler.accept(output)
+            return output, None
+        if state.request.watched and not state.stream.stats.tokens:
+            state.stream.watched = log_softmax(output)[list(state.request.watched)].tolist()
+        token = state.sampler(output)
+        return token, float(log_softmax(output)[token]) if state.request.logprobs else None
 
     def _give(self, state: RequestState, token: int, logprob: float | None = None) -> None:
         """Put a token into the stream, and end it where this is the last one."""
@@ -439,6 +456,10 @@ class Engine(RequestQueue):
             self._waiting.clear()
             self._running.clear()
             cache = self._scheduler.cache
-            self._scheduler = Scheduler(cache.count, cache.kept)
+            self._scheduler = Scheduler(cache.count, cache.kept, self.decoder.chunk_rows)
             self._step_started = None
             self._thread = self._start_thread()
+
+
+def _is_finite(output: np.ndarray | int) -> bool:
+    return output >= 0 if isinstance(output, int) else bool(np.isfinite(output.max()))

@@ -88,6 +88,8 @@ class NativeDecoder:
     """
 
     exact = True  # a row's numbers are the same bits whatever else is computed beside it
+    name = "compiled"
+    chunk_rows = (256, 32)
 
     def __init__(
         self, llama: BlockLlama, context: int, blocks: int, threads: int, variant: str = "native"

@@ -43,6 +43,10 @@ class AnyEngine(Protocol):
         """What the engine has done since it started."""
 
     @property
+    def decoder_name(self) -> str:
+        """What runs the language model, for people: "CUDA graphs", "PyTorch", "remote" …"""
+
+    @property
     def fault(self) -> str:
         """A sentence while the engine cannot answer, else ""."""
 

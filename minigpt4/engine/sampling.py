@@ -62,6 +62,16 @@ class Sampling:
                 raise UserError(f"{name} must be {kind} {start} {low} up to {high}.")
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What the choice of one token needs besides the logits: the settings, the ids that the
+    repetition penalty covers, and a number from 0 to 1."""
+
+    sampling: Sampling
+    seen: list[int]
+    uniform: float
+
+
 class Sampler:
     """Chooses one request's tokens; the choice depends only on its seed and its logits.
 
@@ -72,20 +82,35 @@ class Sampler:
         self.sampling = sampling
         self._seen = dict.fromkeys(seen)
         self._random = random.Random(sampling.seed)
+        self._draw: Draw | None = None
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token id from float32 logits [vocabulary]."""
-        token = self._choose(penalize(logits, list(self._seen), self.sampling.repetition_penalty))
-        self._seen[token] = None
+        draw = self.draw()
+        token = self._choose(
+            penalize(logits, draw.seen, self.sampling.repetition_penalty), draw.uniform
+        )
+        self.accept(token)
         return token
 
-    def _choose(self, logits: np.ndarray) -> int:
+    def draw(self) -> Draw:
+        """What chooses the next token; the same until `accept`."""
+        if self._draw is None:
+            uniform = self._random.random() if self.sampling.temperature else 0.0
+            self._draw = Draw(self.sampling, list(self._seen), uniform)
+        return self._draw
+
+    def accept(self, token: int) -> None:
+        """The next token is chosen: by this sampler, or elsewhere by its `draw`."""
+        self._seen[token] = None
+        self._draw = None
+
+    def _choose(self, logits: np.ndarray, draw: float) -> int:
         """As transformers' `generate`: temperature, top-k, top-p, min-p, then a draw."""
         s = self.sampling
         if s.temperature == 0:
             return int(logits.argmax())
         scaled = (logits - logits.max()) / np.float32(s.temperature)
-        draw = self._random.random()
         weights = np.exp(scaled)
         # The draw nearly always falls among few tokens, so the others need no sorting.
         for floor in (1e-4, 1e-7, 0.0):

@@ -15,14 +15,13 @@ from typing import Any, Self
 import numpy as np
 
 from minigpt4.engine.kvcache import BLOCK_SIZE, BlockCache, hashes
-from minigpt4.engine.sampling import BeamSearch, Sampler, Sampling
+from minigpt4.engine.sampling import BeamSearch, Draw, Sampler, Sampling
 from minigpt4.engine.stream import ENDING, FULL, Stream, Totals, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 from minigpt4.model.prompt import IMAGE_ID, Prompt
 
 PROBE_BLOCKS = 1  # never reserved by requests, so that a health probe always gets in
-CHUNK_ALONE, CHUNK_AMONG_OTHERS = 256, 32  # prompt rows in a step
 GOOD_STEPS = 200  # after which a step that was made smaller for want of memory doubles again
 
 
@@ -107,6 +106,13 @@ class RequestState:
         tokens = len(self.request.prompt) + self.limit
         return -(-tokens // BLOCK_SIZE) * (self.request.sampling.num_beams if self.search else 1)
 
+    def draw(self) -> Draw | None:
+        """What chooses the next token; None where its logits are needed for more."""
+        watched = self.request.watched and not self.stream.stats.tokens
+        if self.search is not None or self.request.logprobs or watched:
+            return None
+        return self.sampler.draw()
+
     def embedding(self, position: int) -> np.ndarray:
         """The picture's embedding at a position of the prompt."""
         start, image = next(
@@ -145,6 +151,11 @@ class RequestQueue:
     def close(self) -> None:
         """End everything; requests that are not answered yet get an error."""
         raise NotImplementedError
+
+    @property
+    def decoder_name(self) -> str:
+        """What runs the language model; here, other machines."""
+        return "remote"
 
     @property
     def fault(self) -> str:
@@ -233,12 +244,16 @@ def by_request(chunks: list[Chunk]) -> list[tuple[RequestState, list[Chunk]]]:
 class Scheduler:
     """Blocks for requests, and rows for steps. Used by the engine's thread alone.
 
-    blocks, kept: see `BlockCache`. row_limit: rows in a step, fewer after a shortage of memory.
+    blocks, kept: see `BlockCache`. chunk_rows: prompt rows in a step, without and with answers
+    beside them. row_limit: rows in a step, fewer after a shortage of memory.
     """
 
-    def __init__(self, blocks: int, kept: int | None = None) -> None:
+    def __init__(
+        self, blocks: int, kept: int | None = None, chunk_rows: tuple[int, int] = (256, 32)
+    ) -> None:
         self.cache = BlockCache(blocks, kept)
-        self.row_limit = CHUNK_ALONE
+        self.chunk_rows = chunk_rows
+        self.row_limit = chunk_rows[0]
         self._good_steps = 0
 
     def admit(self, state: RequestState) -> bool:
@@ -271,7 +286,7 @@ class Scheduler:
                 chunks += [Chunk(state, sequence, 1) for sequence in state.sequences]
                 room = max(0, room - beams)
         if prompts:
-            rows = min(room, CHUNK_AMONG_OTHERS if chunks else CHUNK_ALONE)
+            rows = min(room, self.chunk_rows[bool(chunks)])
             share = max(1, rows // len(prompts))
             for state in prompts:
                 sequence = state.sequences[0]
@@ -343,12 +358,15 @@ class Scheduler:
         """A step fitted into memory."""
         self._good_steps += 1
         if self._good_steps % GOOD_STEPS == 0:
-            self.row_limit = min(CHUNK_ALONE, 2 * self.row_limit)
+            self.row_limit = min(self.chunk_rows[0], 2 * self.row_limit)
 
     def note_shortage(self, chunks: list[Chunk]) -> None:
         """These chunks did not fit into memory: later steps have at most half as many rows."""
         rows = sum(chunk.count for chunk in chunks)
         self.row_limit = max(1, min(self.row_limit, rows) // 2)
+
+
+Outputs = np.ndarray | list[np.ndarray | int]  # of each wanted row: see `Decoder.forward`
 
 
 @dataclass(frozen=True)
@@ -361,6 +379,8 @@ class Rows:
     table_rows: int32 [rows], the sequence: which row of `tables`.
     tables: int32 [sequences, width], each sequence's blocks, in order; padded with 0.
     wanted: int32 [n], the rows whose logits are needed, ascending.
+    draws: for each of them, what chooses its token, if that is all that its logits are for; or
+    empty.
     """
 
     tokens: np.ndarray
@@ -369,6 +389,20 @@ class Rows:
     table_rows: np.ndarray
     tables: np.ndarray
     wanted: np.ndarray
+    draws: tuple[Draw | None, ...] = ()
+
+    def take(self, chosen: np.ndarray) -> "Rows":
+        """Some of the rows, by their numbers in ascending order."""
+        kept = np.isin(self.wanted, chosen)
+        return Rows(
+            self.tokens[chosen],
+            self.embeds,
+            self.positions[chosen],
+            self.table_rows[chosen],
+            self.tables,
+            np.flatnonzero(np.isin(chosen, self.wanted)),
+            tuple(draw for draw, keep in zip(self.draws, kept, strict=False) if keep),
+        )
 
     def split(self, count: int) -> Iterator["Rows"]:
         """The same rows in parts of at most `count`."""
@@ -376,21 +410,12 @@ class Rows:
             yield self
             return
         for start in range(0, len(self.tokens), count):
-            part = slice(start, start + count)
-            here = (self.wanted >= start) & (self.wanted < start + count)
-            yield Rows(
-                self.tokens[part],
-                self.embeds,
-                self.positions[part],
-                self.table_rows[part],
-                self.tables,
-                self.wanted[here] - start,
-            )
+            yield self.take(np.arange(start, min(start + count, len(self.tokens))))
 
 
 def rows_of(chunks: list[Chunk], hidden_size: int) -> Rows:
     """The chunks as a decoder's input."""
-    tokens, embeds, positions, table_rows, wanted = [], [], [], [], []
+    tokens, embeds, positions, table_rows, wanted, draws = [], [], [], [], [], []
     for number, chunk in enumerate(chunks):
         sequence = chunk.sequence
         for position in range(sequence.computed, sequence.computed + chunk.count):
@@ -403,6 +428,7 @@ def rows_of(chunks: list[Chunk], hidden_size: int) -> Rows:
             table_rows.append(number)
         if chunk.reaches_end:
             wanted.append(len(tokens) - 1)
+            draws.append(chunk.state.draw())
     width = max(len(chunk.sequence.blocks) for chunk in chunks)
     tables: np.ndarray = np.zeros((len(chunks), width), np.int32)
     for number, chunk in enumerate(chunks):
@@ -414,4 +440,5 @@ def rows_of(chunks: list[Chunk], hidden_size: int) -> Rows:
         np.array(table_rows, np.int32),
         tables,
         np.array(wanted, np.int32),
+        tuple(draws),
     )

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.scheduler import Rows
 
-MAX_ROWS = 512  # in one call of the model
+MAX_ROWS = 1024  # in one call of the model
 
 
 def free_memory(device: torch.device) -> int:
@@ -22,10 +22,12 @@ class TorchDecoder:
     """Runs rows through a Hugging Face Llama, quantised or not.
 
     Kernels for other shapes round differently, so the last bits of a row's numbers may depend on
-    what is computed with it.
+    what is computed with it. keys_values: [layers, 2, slots, kv_heads, head_dim]; a block's slots
+    follow each other.
     """
 
     exact = False
+    name = "PyTorch"
 
     def __init__(self, llm: PreTrainedModel, blocks: int) -> None:
         self._model, self._head = llm.get_decoder(), llm.get_output_embeddings()
@@ -33,17 +35,19 @@ class TorchDecoder:
         config = llm.config
         self._kv_heads = config.num_key_value_heads
         self._head_dim = self._model.layers[0].self_attn.head_dim
-        self._device = self._embedding.weight.device
+        norm = self._model.norm.weight  # unquantised
+        self.device, self._dtype = norm.device, norm.dtype
+        # A GPU is faster with many rows; a CPU's answers would stall.
+        self.chunk_rows = (1024, 512) if self.device.type == "cuda" else (256, 32)
         shape = (len(self._model.layers), 2, blocks * BLOCK_SIZE, self._kv_heads, self._head_dim)
-        self._dtype = self._embedding.weight.dtype
-        self._keys_values = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self.keys_values = torch.zeros(shape, dtype=self._dtype, device=self.device)
 
     @staticmethod
     def block_bytes(llm: PreTrainedModel) -> int:
         """Bytes of one block."""
         layers = llm.get_decoder().layers
         width = llm.config.num_key_value_heads * layers[0].self_attn.head_dim
-        element_size = llm.get_input_embeddings().weight.element_size()
+        element_size = llm.get_decoder().norm.weight.element_size()
         return BLOCK_SIZE * len(layers) * 2 * width * element_size
 
     def forward(self, rows: Rows) -> np.ndarray:
@@ -54,27 +58,27 @@ class TorchDecoder:
 
     def _forward(self, rows: Rows) -> np.ndarray:
         hidden_states = self._embed(rows)  # [rows, hidden_size]
-        positions = torch.from_numpy(rows.positions).long().to(self._device)
+        positions = torch.from_numpy(rows.positions).long().to(self.device)
         rotation = self._model.rotary_emb(hidden_states[None], positions[None])
-        groups = [_Group(rows, chosen, self._device) for chosen in _by_row_count(rows)]
+        groups = [_Group(rows, chosen, self.device) for chosen in _by_row_count(rows)]
         blocks = rows.tables[rows.table_rows, rows.positions // BLOCK_SIZE]
         places = blocks * BLOCK_SIZE + rows.positions % BLOCK_SIZE
-        places = torch.from_numpy(places).long().to(self._device)
+        places = torch.from_numpy(places).long().to(self.device)
         for number, layer in enumerate(self._model.layers):
             normed = layer.input_layernorm(hidden_states)
             attended = self._attend(number, layer.self_attn, normed, rotation, places, groups)
             hidden_states = hidden_states + layer.self_attn.o_proj(attended)
             normed = layer.post_attention_layernorm(hidden_states)
             hidden_states = hidden_states + layer.mlp(normed)
-        wanted = torch.from_numpy(rows.wanted).long().to(self._device)
+        wanted = torch.from_numpy(rows.wanted).long().to(self.device)
         logits = self._head(self._model.norm(hidden_states[wanted]))
         return logits.float().cpu().numpy()
 
     def _embed(self, rows: Rows) -> Tensor:
-        tokens = torch.from_numpy(rows.tokens).long().to(self._device)
+        tokens = torch.from_numpy(rows.tokens).long().to(self.device)
         embeds = self._embedding(tokens.clamp_min(0))
         if len(rows.embeds):
-            pictures = torch.from_numpy(rows.embeds).to(self._device, self._dtype)
+            pictures = torch.from_numpy(rows.embeds).to(self.device, self._dtype)
             image = tokens < 0
             embeds[image] = pictures[-1 - tokens[image]]
         return embeds
@@ -86,7 +90,7 @@ class TorchDecoder:
         k = attention.k_proj(normed).view(1, count, -1, self._head_dim).transpose(1, 2)
         v = attention.v_proj(normed).view(count, -1, self._head_dim)
         q, k = apply_rotary_pos_emb(q, k, *rotation)  # [1, heads, rows, head_dim]
-        keys, values = self._keys_values[number]
+        keys, values = self.keys_values[number]
         keys[places] = k[0].transpose(0, 1).to(self._dtype)
         values[places] = v.to(self._dtype)
         q = q[0].transpose(0, 1)  # [rows, heads, head_dim]
@@ -105,7 +109,7 @@ class TorchDecoder:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target`."""
-        blocks = self._keys_values.unflatten(2, (-1, BLOCK_SIZE))
+        blocks = self.keys_values.unflatten(2, (-1, BLOCK_SIZE))
         blocks[:, :, target] = blocks[:, :, source]
 
 

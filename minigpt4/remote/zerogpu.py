@@ -63,7 +63,7 @@ def answer(request: Request) -> Events:
     if _model is None:
         raise RuntimeError("`open_engine` has not loaded the model")
     if _engine is None:
-        _engine = Engine(_model, max_running=1, max_waiting=1)
+        _engine = Engine(_model, max_running=1, max_waiting=1, eager=True)
     try:
         stream = _engine.submit(request)
         try:
@@ -88,6 +88,11 @@ class ZeroEngine(RequestQueue):
         super().__init__(max_waiting, max_waiting)
         self.model, self._lend = model, lend
         self._running: list[Stream] = []
+
+    @property
+    def decoder_name(self) -> str:
+        """The eager decoder: capturing graphs would take a good part of a loan."""
+        return "PyTorch"
 
     @property
     def waiting(self) -> int:

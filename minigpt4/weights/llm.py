@@ -25,6 +25,7 @@ from minigpt4.errors import UserError, say
 from minigpt4.model import prompt
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, gguf_of, write_index
+from minigpt4.weights.int8 import load_int8, weight_files
 from minigpt4.weights.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def _from_pretrained(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     match quantize:
+        case "w8a16":
+            return load_int8(folder, device, dtype)
         case "int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)
         case "nf4":
@@ -387,18 +390,9 @@ def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
 
 def _read_embedding(folder: Path) -> Tensor:
     """The one tensor, from a single file or from the shard that the index names."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            shard = json.loads(index.read_text(encoding="utf-8"))["weight_map"][EMBEDDING]
-            path = folder / Path(shard).name
-        elif (folder / single).is_file():
-            path = folder / single
-        else:
-            continue
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(EMBEDDING)
-        # Mapped, so that only this tensor's pages are read.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[EMBEDDING].clone()
-    raise FileNotFoundError(f"{folder} holds no weights")
+    (path,) = weight_files(folder, EMBEDDING)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(EMBEDDING)
+    # Mapped, so that only this tensor's pages are read.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[EMBEDDING].clone()

@@ -153,7 +153,7 @@ def load_model(
 ) -> MiniGPT4:
     """Assemble the model from its files.
 
-    quantize: of the language model alone; "auto" is int8 for the big models on a GPU, else none.
+    quantize: of the language model alone; "auto" is w8a16 for the big models on a GPU, else none.
     llm_dtype: a type, or a name for `llm.choose_dtype`. seed: a new projection is drawn from it
     where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
     projection; None is 16 bit on a GPU and 32 bit on the CPU.
@@ -164,7 +164,7 @@ def load_model(
     dtype = vision_dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     if quantize == "auto":
         big = config.gpu_gigabytes > 0 or config.llm_hidden_size >= 4096
-        quantize = "int8" if device.type == "cuda" and big else "none"
+        quantize = "w8a16" if device.type == "cuda" and big else "none"
     projected = _read_projection(config, files, seed)
     vision = _load_vision(config, files, projected, dtype)
     encoder, bridge, projection = (part.to(device) for part in vision)

@@ -8,6 +8,7 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
+    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.exposition import choose_encoder
@@ -73,6 +74,9 @@ def _of_engine(engine: AnyEngine) -> Iterator[Metric]:
         ("reused_tokens", "Tokens of prompts taken from the cache.", totals.reused_tokens),
     ):
         yield CounterMetricFamily(f"minigpt4_{name}", text, value)
+    yield InfoMetricFamily(
+        "minigpt4_decoder", "What runs the language model.", {"name": engine.decoder_name}
+    )
     errors = CounterMetricFamily(
         "minigpt4_errors", "Requests refused or failed, by kind.", labels=["kind"]
     )

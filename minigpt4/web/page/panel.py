@@ -252,7 +252,7 @@ def describe(loading: Loading, request: gr.Request | None) -> str:
         request,
         name=html.escape(model.config.name),
         precision=html.escape(precision),
-        device=html.escape(str(model.device)),
+        device=html.escape(f"{model.device} ({loading.engine.decoder_name})"),
         licence=html.escape(model.config.licence or "—"),
     )
 

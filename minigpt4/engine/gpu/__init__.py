@@ -1,0 +1,1 @@
+"""The decoder for GPUs: Triton kernels on int8 weights, replayed as CUDA graphs."""

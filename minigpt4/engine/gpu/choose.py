@@ -1,0 +1,120 @@
+"""Which decoder a GPU gets: the one with CUDA graphs, where it is available and proves itself.
+
+At the start, both decoders continue the same made-up conversations with the same weights. Where the
+new one raises, or its logits differ by more than rounding explains, one line says so, and the eager
+decoder serves.
+"""
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from minigpt4.engine.kvcache import BLOCK_SIZE
+from minigpt4.engine.scheduler import Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from minigpt4.engine.gpu.decoder import GpuDecoder
+    from minigpt4.engine.torch_decoder import TorchDecoder
+
+BOUND = 0.03  # root mean square of the difference, in standard deviations of the logits
+STEPS = 4  # that each made-up conversation continues, over the edge of a block
+SEQUENCE_BLOCKS = 3  # of a made-up conversation
+ROWS = (1, 3, 32)
+
+log = logging.getLogger(__name__)
+
+
+def faster(
+    eager: "TorchDecoder", llm: "PreTrainedModel", context: int
+) -> "GpuDecoder | TorchDecoder":
+    """The decoder with CUDA graphs, or `eager` where that one does not run here."""
+    try:
+        reason = _why_not(eager.device)
+        if not reason:
+            with torch.cuda.device(eager.device):
+                decoder = build(eager, llm, context)
+                reason = difference(decoder, eager)
+                if not reason:
+                    return decoder
+    except Exception as error:
+        log.debug("building the decoder with CUDA graphs", exc_info=True)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    log.warning("CUDA graphs are not used, so answers are slower (%s)", reason)
+    return eager
+
+
+def _why_not(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "the GPU is older than Triton supports"
+    return ""
+
+
+def build(eager: "TorchDecoder", llm: "PreTrainedModel", context: int) -> "GpuDecoder":
+    """Without tensor cores that Triton uses (before Ampere), a row costs as much as reading all
+    weights, and from 5 rows on the eager decoder is faster."""
+    from minigpt4.engine.gpu.decoder import BUCKETS, GpuDecoder
+    from minigpt4.engine.gpu.graphs import CudaGraphs
+
+    dot = torch.cuda.get_device_capability(eager.device) >= (8, 0)
+    return GpuDecoder(eager, llm, context, CudaGraphs(), dot, BUCKETS if dot else BUCKETS[:3])
+
+
+def difference(decoder: "GpuDecoder | TorchDecoder", eager: "TorchDecoder") -> str:
+    """What distinguishes the decoder's logits from the eager one's, "" where nothing does.
+
+    Both share one cache, which is zeroed before and after.
+    """
+    blocks = eager.keys_values.shape[2] // BLOCK_SIZE
+    for count in ROWS:
+        count = min(count, blocks // SEQUENCE_BLOCKS - 1)
+        expected, found = (_logits_of(one, eager, count) for one in (eager, decoder))
+        if not np.isfinite(found).all():
+            return f"its logits for {count} rows are not finite"
+        error = np.sqrt(np.mean((found - expected) ** 2)) / expected.std()
+        if not error <= BOUND:
+            return f"its logits for {count} rows differ by {error:.2g} standard deviations"
+    return ""
+
+
+def _logits_of(
+    decoder: "GpuDecoder | TorchDecoder", eager: "TorchDecoder", count: int
+) -> np.ndarray:
+    """The logits of `count` made-up conversations, one more of which joins in the last step."""
+    eager.keys_values.zero_()
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(BLOCK_SIZE - STEPS, BLOCK_SIZE + 1, count)
+    _forward(decoder, [(0, int(length)) for length in lengths], draw)
+    logits = []
+    for step in range(STEPS):
+        parts = [(int(length) + step, 1) for length in lengths]
+        if step == STEPS - 1:
+            parts.append((0, 2 * BLOCK_SIZE + 1))
+        logits.append(_forward(decoder, parts, draw))
+    eager.keys_values.zero_()
+    return np.concatenate(logits)
+
+
+def _forward(
+    decoder: "GpuDecoder | TorchDecoder", parts: list[tuple[int, int]], draw: np.random.Generator
+) -> np.ndarray:
+    """Logits of the last of each sequence's rows. parts: each sequence's first position and number
+    of rows, whose tokens are drawn from the first 256."""
+    counts = [count for _, count in parts]
+    positions = [np.arange(start, start + count) for start, count in parts]
+    tables: np.ndarray = np.arange(len(parts) * SEQUENCE_BLOCKS, dtype=np.int32)
+    rows = Rows(
+        draw.integers(0, 256, sum(counts)).astype(np.int32),
+        np.zeros((0, 1), np.float32),
+        np.concatenate(positions).astype(np.int32),
+        np.repeat(np.arange(len(parts), dtype=np.int32), counts),
+        tables.reshape(len(parts), SEQUENCE_BLOCKS),
+        np.cumsum(counts, dtype=np.int32) - 1,
+    )
+    return np.stack([np.asarray(logits) for logits in decoder.forward(rows)])

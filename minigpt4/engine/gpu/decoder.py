@@ -1,0 +1,169 @@
+"""The decoder for int8 weights on a GPU.
+
+Answers take a step together: their newest tokens go through the kernels, which a CUDA graph for the
+number of rows, rounded up to a bucket, launches at once. Prompts go through the eager decoder, in
+large chunks, with the same weights and the same key-value cache.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minigpt4.engine.gpu import kernels, sampling
+from minigpt4.engine.gpu.graphs import Graphs
+from minigpt4.engine.gpu.sampling import UNDECIDED
+from minigpt4.engine.kvcache import BLOCK_SIZE
+from minigpt4.engine.sampling import Draw
+from minigpt4.engine.scheduler import Outputs, Rows
+from minigpt4.engine.torch_decoder import TorchDecoder
+
+BUCKETS = (1, 2, 4, 8, 16, 32)  # rows of a step
+SEEN = 1024  # ids that the repetition penalty covers; the host samples where there are more
+
+
+class GpuDecoder:
+    """Runs a Llama with `weights.int8` layers.
+
+    eager: runs the same model, and owns the cache. context: positions of the longest sequence.
+    dot: use tensor cores. buckets: a step with more rows than the largest goes to `eager`.
+    """
+
+    exact = False
+    name = "CUDA graphs"
+
+    def __init__(
+        self,
+        eager: TorchDecoder,
+        llm: PreTrainedModel,
+        context: int,
+        graphs: Graphs,
+        dot: bool = True,
+        buckets: tuple[int, ...] = BUCKETS,
+    ) -> None:
+        self._eager, self._dot = eager, dot
+        self.chunk_rows = eager.chunk_rows
+        self._layers, self._norm = llm.get_decoder().layers, llm.get_decoder().norm
+        self._embedding = llm.get_input_embeddings().stored
+        self._head = llm.get_output_embeddings().stored
+        self._eps = llm.config.rms_norm_eps
+        self._rotation = _rotation(llm, context, eager.device)
+        self._buffers = _Buffers(llm, context, eager, buckets[-1])
+        self._replays = {rows: graphs.capture(partial(self._step, rows)) for rows in buckets}
+
+    def forward(self, rows: Rows) -> Outputs:
+        """See `Decoder`. The logits may be overwritten by the next call."""
+        decoding = _decoding(rows)
+        if not 0 < decoding.sum() <= max(self._replays):
+            return self._eager.forward(rows)
+        answers = rows.take(np.flatnonzero(decoding))
+        with torch.inference_mode():
+            self._launch(answers)
+        prompts: Outputs = []
+        if not decoding.all():
+            prompts = self._eager.forward(rows.take(np.flatnonzero(~decoding)))
+        from_answers, from_prompts = iter(self._outputs(answers)), iter(prompts)
+        return [next(from_answers if decoding[row] else from_prompts) for row in rows.wanted]
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy block `source` to block `target`."""
+        self._eager.copy_block(source, target)
+
+    def _launch(self, rows: Rows) -> None:
+        """Start one step, and the copy of its results to the host."""
+        buffers, count = self._buffers, len(rows.tokens)
+        bucket = min(size for size in self._replays if size >= count)
+        inputs = buffers.inputs.host.numpy()
+        inputs[:bucket, :2] = 0, -1
+        inputs[:count, 0], inputs[:count, 1] = rows.tokens, rows.positions
+        inputs[:count, 2 : 2 + rows.tables.shape[1]] = rows.tables[rows.table_rows]
+        buffers.inputs.upload(bucket)
+        draws: list[Draw | None] = [None] * bucket
+        for row, draw in zip(rows.wanted, rows.draws, strict=False):
+            draws[row] = draw
+        sampling.write(draws, buffers.settings.host.numpy(), buffers.seen.host.numpy())
+        buffers.settings.upload(bucket)
+        buffers.seen.upload(bucket)
+        self._replays[bucket]()
+        buffers.logits.download(count)
+        buffers.tokens.download(count)
+
+    def _outputs(self, rows: Rows) -> Outputs:
+        """Wait for the step; the wanted rows' tokens, or logits where no token was chosen."""
+        if self._eager.device.type == "cuda":
+            torch.cuda.current_stream(self._eager.device).synchronize()
+        logits, tokens = self._buffers.logits.host.numpy(), self._buffers.tokens.host.tolist()
+        return [logits[row] if tokens[row] == UNDECIDED else tokens[row] for row in rows.wanted]
+
+    def _step(self, rows: int) -> None:
+        """What a graph records: 7 kernels a layer, and the choice of tokens."""
+        buffers = self._buffers
+        inputs, x, qkv = buffers.inputs.device[:rows], buffers.x[:rows], buffers.qkv[:rows]
+        attended, gated = buffers.attended[:rows], buffers.gated[:rows]
+        linear = partial(kernels.linear, eps=self._eps, dot=self._dot)
+        kernels.embed(inputs, self._embedding, x)
+        for layer, (keys, values) in zip(self._layers, self._eager.keys_values, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            linear(x, attention.qkv, qkv.flatten(1), norm=layer.input_layernorm.weight)
+            kernels.rotate_and_store(qkv, inputs, self._rotation, keys, values)
+            kernels.attend(qkv, inputs, keys, values, attended, buffers.partial)
+            linear(attended.flatten(1), attention.output, x, residual=x)
+            linear(x, mlp.gate_up, gated, norm=layer.post_attention_layernorm.weight, silu=True)
+            linear(gated, mlp.down, x, residual=x)
+        logits = buffers.logits.device[:rows]
+        linear(x, self._head, logits, norm=self._norm.weight)
+        settings, seen = buffers.settings.device[:rows], buffers.seen.device[:rows]
+        buffers.tokens.device[:rows] = sampling.choose(logits, settings, seen)
+
+
+class _Shared:
+    """The same memory on the host and on the device; the host's is pinned."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        self.device = torch.zeros(shape, dtype=dtype, device=device)
+
+    def upload(self, rows: int) -> None:
+        self.device[:rows].copy_(self.host[:rows], non_blocking=True)
+
+    def download(self, rows: int) -> None:
+        self.host[:rows].copy_(self.device[:rows], non_blocking=True)
+
+
+class _Buffers:
+    """Fixed memory of a step with at most `rows` rows."""
+
+    def __init__(self, llm: PreTrainedModel, context: int, eager: TorchDecoder, rows: int) -> None:
+        config, device, dtype = llm.config, eager.device, eager.keys_values.dtype
+        kv_heads, head_dim = eager.keys_values.shape[-2:]
+        heads = config.num_attention_heads
+        self.x = torch.zeros(rows, config.hidden_size, dtype=dtype, device=device)
+        self.qkv = self.x.new_zeros(rows, heads + 2 * kv_heads, head_dim)
+        self.attended = self.x.new_zeros(rows, heads, head_dim)
+        self.gated = self.x.new_zeros(rows, config.intermediate_size)
+        partial = rows * heads * kernels.SPLITS * (head_dim + 1)
+        self.partial = torch.zeros(partial, device=device)
+        wide = 2 + -(-context // BLOCK_SIZE)  # see `kernels`
+        self.inputs = _Shared((rows, wide), torch.int32, device)
+        self.inputs.host[:, 1] = self.inputs.device[:, 1] = -1
+        self.settings = _Shared((rows, 6), torch.float64, device)
+        self.seen = _Shared((rows, min(context, SEEN)), torch.int32, device)
+        vocabulary = len(llm.get_output_embeddings().stored.scale)
+        self.logits = _Shared((rows, vocabulary), torch.float32, device)
+        self.tokens = _Shared((rows,), torch.int64, device)
+
+
+def _decoding(rows: Rows) -> np.ndarray:
+    """bool [rows]: the only row of its sequence, and no picture's."""
+    counts = np.bincount(rows.table_rows)
+    return (counts[rows.table_rows] == 1) & (rows.tokens >= 0)
+
+
+def _rotation(llm: PreTrainedModel, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rotary embedding's cosines and sines, float32 [context, head_dim / 2]."""
+    positions = torch.arange(context, device=device)[None]
+    both = llm.get_decoder().rotary_emb(torch.zeros(1, device=device), positions)
+    cosines, sines = (table[0].float().chunk(2, -1)[0].contiguous() for table in both)
+    return cosines, sines
