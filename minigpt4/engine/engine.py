@@ -16,9 +16,8 @@ import numpy as np
 
 from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, use_device
 from minigpt4.engine.pictures import Pictures
-from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax
+from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax, most_likely
 from minigpt4.engine.scheduler import (
-    PROBE_BLOCKS,
     Chunk,
     Request,
     RequestQueue,
@@ -91,6 +90,12 @@ class Engine(RequestQueue):
         """A sentence while the engine cannot answer, else "". A lost GPU does not come back."""
         return LOST if self._lost else HANGING if self._hanging else ""
 
+    @property
+    def cache_use(self) -> float:
+        """The share of the key-value cache that running answers hold or have reserved."""
+        cache = self._scheduler.cache
+        return 1 - cache.available / cache.count
+
     def encode(self, picture: Picture) -> np.ndarray:
         """The picture's embeddings, float32 [image_tokens, llm_hidden_size], computed once.
 
@@ -149,13 +154,14 @@ class Engine(RequestQueue):
 
     def _submit(self, request: Request, probe: bool = False) -> Stream:
         limit = answer_limit(request, self.model.config.context)
-        state = RequestState(request, Stream(self._position, len(request.prompt)), limit, probe)
-        if state.blocks_needed > self._scheduler.cache.count - PROBE_BLOCKS:
+        limit = min(limit, self._scheduler.room(request.sampling.num_beams) - len(request.prompt))
+        if limit < 1:
             raise UserError(
                 "The conversation needs more memory than there is for conversations: shorten it, "
-                "allow a shorter answer, or use fewer beams.",
+                "or use fewer beams.",
                 "too_long",
             )
+        state = RequestState(request, Stream(self._position, len(request.prompt)), limit, probe)
         with self._lock:
             if probe:
                 self._refuse_if_ending()
@@ -258,7 +264,7 @@ class Engine(RequestQueue):
         for state in ended:
             self._scheduler.finish(state)
             if not state.probe:
-                self.totals.add_answer(state.stream.stats)
+                self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
 
     def _admit(self) -> None:
         """Let requests in, first come first served, while there are places and blocks."""
@@ -361,14 +367,24 @@ class Engine(RequestQueue):
                 watched = log_softmax(logits[0])[list(state.request.watched)]
                 state.stream.watched = watched.tolist()
             token = state.sampler(logits[0])
-            logprob = float(log_softmax(logits[0])[token]) if state.request.logprobs else None
-            self._give(state, token, logprob)
+            logprob, top = None, []
+            if state.request.logprobs:
+                logprobs = log_softmax(logits[0])
+                logprob = float(logprobs[token])
+                top = most_likely(logprobs, state.request.top_logprobs)
+            self._give(state, token, logprob, top)
             state.sequences[0].add(token)
 
-    def _give(self, state: RequestState, token: int, logprob: float | None = None) -> None:
+    def _give(
+        self,
+        state: RequestState,
+        token: int,
+        logprob: float | None = None,
+        top: list[tuple[int, float]] | None = None,
+    ) -> None:
         """Put a token into the stream, and end it where this is the last one."""
         stream = state.stream
-        stream._put(token, logprob)
+        stream._put(token, logprob, top or ())
         if not state.probe:
             self.totals.add(tokens=1)
         if token in state.request.stop_ids:
