@@ -24,6 +24,7 @@ from minigpt4.model.text import TextStream
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine, Sampling, Stats, Stream
+    from minigpt4.engine.sampling import Constraint
 
 
 MAX_CHARACTERS = 200_000  # of a question; no context has room for more
@@ -141,6 +142,12 @@ class Answer:
         return self._stream.logprobs[: len(self.tokens)]
 
     @property
+    def top_logprobs(self) -> list[list[tuple[int, float]]]:
+        """(id, log-probability) of the most likely tokens in the place of each of `tokens`, if
+        requested."""
+        return self._stream.top_logprobs[: len(self.tokens)]
+
+    @property
     def watched(self) -> list[float]:
         """The log-probabilities of the `watched` token ids as the answer's first token."""
         return self._stream.watched
@@ -169,22 +176,28 @@ def ask(
     stop: Sequence[str] = (),
     trim: bool = True,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     watched: Sequence[int] = (),
+    reserve: int | None = None,
+    constraint: "Constraint | None" = None,
 ) -> Answer:
     """Answer the conversation's last question. The caller adds the answer to the conversation, or
-    the part that was read.
+    the part that was read. Where the last message is the assistant's, its text is continued.
 
     stop: strings that end the answer, besides the template's; trim: leave out old turns where the
     conversation is too long, instead of refusing it; logprobs: note each token's log-probability;
-    watched: token ids whose log-probability as the first token is noted.
+    top_logprobs: with it, those of so many of the most likely tokens;
+    watched: token ids whose log-probability as the first token is noted; reserve: see `fit`;
+    constraint: what the answer must keep to, for this answer alone.
     """
     from minigpt4.engine import Request
 
     config, tokenizer = engine.model.config, engine.model.tokenizer
     template = conversation.template or config.template
-    prompt, dropped_turns = fit(
-        _with_words(conversation, engine), engine, sampling.max_new_tokens, trim
-    )
+    conversation, spaced = _without_last_spaces(_with_words(conversation, engine))
+    prompt, dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim, reserve)
+    longest = max(1, config.context - len(prompt))
+    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, longest))
     ends = stop_ids(template, tokenizer)
     # An answer that continues may start in the middle of a word or with a space, which decoding
     # from the token before it shows.
@@ -205,11 +218,26 @@ def ask(
             stop_sequences(template, tokenizer),
             penalized(prompt, template),
             logprobs,
+            top_logprobs,
+            constraint,
             session=conversation.session,
             watched=tuple(watched),
         )
     )
-    return Answer(stream, text_stream, ends, dropped_turns, continues)
+    return Answer(stream, text_stream, ends, dropped_turns, continues and not spaced)
+
+
+def _without_last_spaces(conversation: Conversation) -> tuple[Conversation, bool]:
+    """(the conversation whose unfinished answer ends in a word, did it end in spaces).
+
+    A token of spaces alone would be followed by no word that the model knows.
+    """
+    *before, last = conversation.messages
+    text = last.parts[-1] if last.parts else ""
+    if last.role != "assistant" or not isinstance(text, str) or text == text.rstrip():
+        return conversation, False
+    shortened = replace(last, parts=(*last.parts[:-1], text.rstrip()))
+    return replace(conversation, messages=[*before, shortened]), True
 
 
 def _with_words(conversation: Conversation, engine: "AnyEngine") -> Conversation:
@@ -235,15 +263,23 @@ def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
 
 
 def fit(
-    conversation: Conversation, engine: "AnyEngine", max_new_tokens: int, trim: bool = True
+    conversation: Conversation,
+    engine: "AnyEngine",
+    max_new_tokens: int,
+    trim: bool = True,
+    reserve: int | None = None,
 ) -> tuple[Prompt, int]:
     """(the prompt that leaves room for the answer, the number of old turns it leaves out).
 
     The oldest question and its answer go first. The system text and every picture stay: pictures of
-    a dropped turn move to the next question. UserError where the last question alone is too long.
+    a dropped turn move to the next question. reserve: max_new_tokens is a ceiling; turns are left
+    out to keep so many tokens for the answer, at most, and the last question may leave fewer. None:
+    all of max_new_tokens are kept. UserError where the last question alone is too long.
     """
     config = engine.model.config
-    room = config.context - max_new_tokens
+    needed = max_new_tokens if reserve is None else 1
+    kept = max_new_tokens if reserve is None else min(reserve, max_new_tokens)
+    room = config.context - kept
     last = sum(len(part) for part in conversation.messages[-1].parts if isinstance(part, str))
     if last > MAX_CHARACTERS:
         raise UserError(f"The question has more than {MAX_CHARACTERS} characters.", "too_long")
@@ -263,13 +299,13 @@ def fit(
     # Each dropped turn makes the prompt shorter: of a thousand turns, ten lengths are computed.
     dropped = bisect.bisect_left(range(most), -room, key=lambda turns: -len(without(turns)))
     prompt = without(dropped)
-    if len(prompt) <= room:
+    if len(prompt) <= config.context - needed:
         return prompt, dropped
     what = "question" if trim else "conversation"
     raise UserError(
         f"The {what} is too long: with its pictures it takes {len(prompt)} tokens, and "
-        f"{max(0, room)} fit beside an answer of {max_new_tokens}; shorten it or allow a "
-        "shorter answer.",
+        f"{max(0, config.context - needed)} fit beside an answer of {needed}; shorten it"
+        + (" or allow a shorter answer." if needed > 1 else "."),
         "too_long",
     )
 

@@ -270,6 +270,16 @@ SAMPLING = (
     Option("max-new-tokens", "Maximum length of an answer, in tokens.", read=integer()),
     Option("num-beams", "Beam width; above 1, beam search replaces sampling.", read=integer()),
     Option("seed", "Random seed; the same seed gives the same answer.", read=integer()),
+    Option(
+        "presence-penalty",
+        "Subtracted from the scores of tokens that the answer already has.",
+        read=number(),
+    ),
+    Option(
+        "frequency-penalty",
+        "Subtracted once for each time that the answer already has the token.",
+        read=number(),
+    ),
 )
 MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1), "N")
 MAX_RUNNING = Option(
@@ -284,6 +294,12 @@ IMAGE_HOSTS = Option(
     "image-hosts",
     "Hosts from which the API may fetch pictures, separated by commas. By default none.",
     metavar="HOSTS",
+)
+CORS_ORIGINS = Option(
+    "cors-origins",
+    "Origins of web pages whose scripts may use the API, such as https://chat.example.org, "
+    "separated by commas; * for all. By default those of this machine.",
+    metavar="ORIGINS",
 )
 API_KEY = Option("api-key", "Key that clients of the API must send.", metavar="KEY")
 SERVER = (
@@ -302,6 +318,7 @@ SERVER = (
     Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
     API_KEY,
     IMAGE_HOSTS,
+    CORS_ORIGINS,
     Option("root-path", "Path under which a proxy serves the page, such as /chat.", metavar="PATH"),
     Option(
         "shutdown-seconds",

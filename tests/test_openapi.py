@@ -22,8 +22,8 @@ CHECKS = [
     openapi_checks.negative_data_rejection,
     openapi_checks.unsupported_method,
 ]
-# What is generated follows the description, but not what only code can say (the last message is a
-# user's, there is one such model): many are refused, and checked just as well.
+# What is generated follows the description, but not what only code can say (there is a user's
+# message, there is one such model): many are refused, and checked just as well.
 schema = schemathesis.openapi.from_dict(openapi.description())
 schema.config.generation.update(modes=list(schemathesis.GenerationMode))
 
@@ -53,9 +53,14 @@ made_up = settings(
 
 def check(case, app) -> None:
     """A made-up request, right or wrong, is answered as described."""
-    sound = isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 1), int)
-    if sound and "max_completion_tokens" not in case.body and case.meta.generation.mode.is_positive:
-        case.body["max_tokens"] = 2  # an answer may be short
+    if (
+        isinstance(case.body, dict)
+        and "questions" not in case.body
+        and case.meta.generation.mode.is_positive
+    ):
+        case.body.pop("max_completion_tokens", None)
+        name = "max_output_tokens" if "input" in case.body else "max_tokens"
+        case.body[name] = 2  # an answer may be short
     response = case.call(app=app)
     case.validate_response(response, checks=CHECKS)
     if response.status_code >= 400:
@@ -68,6 +73,20 @@ def check(case, app) -> None:
 @made_up
 @pytest.mark.trust("Protocol", "requests made up from the API's own description (schemathesis)")
 def test_made_up_completions(case, app):
+    check(case, app)
+
+
+@schema.include(path="/v1/responses").parametrize()
+@made_up
+@pytest.mark.trust("Protocol", "requests made up from the API's own description (schemathesis)")
+def test_made_up_responses(case, app):
+    check(case, app)
+
+
+@schema.include(path="/v1/decisions").parametrize()
+@made_up
+@pytest.mark.trust("Protocol", "requests made up from the API's own description (schemathesis)")
+def test_made_up_decisions(case, app):
     check(case, app)
 
 
@@ -84,7 +103,8 @@ def test_made_up_models(case, app):
 
 
 def test_each_operation_is_made_up():
-    tried = {"/v1/chat/completions", "/v1/models", "/v1/models/{name}"}
+    answering = {"/v1/chat/completions", "/v1/responses", "/v1/decisions"}
+    tried = answering | {"/v1/models", "/v1/models/{name}"}
     assert {operation.ok().path for operation in schema.get_all_operations()} == tried
 
 

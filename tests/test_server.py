@@ -54,7 +54,7 @@ def metrics(address: str) -> dict[str, float]:
     """Every sample, by name and labels."""
     response = httpx.get(address + "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-    samples = re.findall(r"(?m)^([a-z_0-9]+(?:\{.*\})?) ([0-9.e+-]+)$", response.text)
+    samples = re.findall(r"(?m)^([a-z_0-9:]+(?:\{.*\})?) ([0-9.e+-]+)$", response.text)
     lines = [line for line in response.text.splitlines() if not line.startswith("#")]
     assert len(samples) == len(lines) == len(dict(samples))
     return {name: float(value) for name, value in samples}
@@ -194,6 +194,16 @@ def test_metrics(address, engine):
     for status in (200, 404):
         name = f'minigpt4_api_responses_total{{path="/v1/chat/completions",status="{status}"}}'
         assert grown[name] == 1
+    label = f'{{model_name="{MODEL}"}}'
+    for name in ("inter_token_latency_seconds", "e2e_request_latency_seconds"):
+        assert grown[f"vllm:{name}_sum{label}"] > 0
+    assert grown[f"vllm:inter_token_latency_seconds_count{label}"] == 10  # of two answers
+    assert grown[f"vllm:request_generation_tokens_sum{label}"] == 12
+    assert grown[f"vllm:generation_tokens_total{label}"] == 12
+    assert grown["llamacpp:tokens_predicted_total"] == 12
+    ended = f'{{finished_reason="length",model_name="{MODEL}"}}'
+    assert grown[f"vllm:request_success_total{ended}"] == 2
+    assert after[f"vllm:kv_cache_usage_perc{label}"] == 0  # no answer is running
     assert after["minigpt4_queue_length"] == after["minigpt4_active_chats"] == 0
     assert after[f'minigpt4_decoder_info{{name="{engine.decoder_name}"}}'] == 1
     assert after["process_resident_memory_bytes"] > 1e8
@@ -373,3 +383,39 @@ def test_the_real_server_and_its_end():
     finally:
         server.kill()
         server.wait()
+
+
+# --- web pages of other origins ------------------------------------------------------------------
+
+
+def allowed(address: str, origin: str, path: str = "/v1/models") -> tuple[str | None, str | None]:
+    """(what a browser reads before a request with a key, and with its answer)."""
+    wants = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    before = httpx.options(address + path, headers={"Origin": origin, **wants})
+    after = httpx.get(address + path, headers={"Origin": origin})
+    name = "access-control-allow-origin"
+    return before.headers.get(name), after.headers.get(name)
+
+
+def test_web_pages_of_other_origins(engine):
+    chat = "https://chat.example.org"
+    with served(lambda: engine, engine) as address:
+        assert allowed(address, "http://localhost:3000") == ("http://localhost:3000",) * 2
+        assert allowed(address, chat) == (None, None)
+    with served(
+        lambda: engine, engine, "--cors-origins", f"{chat}, http://10.0.0.5:8080"
+    ) as address:
+        assert allowed(address, chat) == allowed(address, chat, "/v1/none") == (chat, chat)
+        assert allowed(address, "http://localhost:3000") == (None, None)
+        answer = httpx.get(address + "/v1/models", headers={"Origin": chat})
+        assert "X-Dropped-Turns" in answer.headers["access-control-expose-headers"]
+    with served(lambda: engine, engine, "--cors-origins", "*") as address:
+        assert allowed(address, chat) == ("*", "*")
+    with (
+        pytest.raises(UserError, match="without a path"),
+        served(lambda: engine, engine, "--cors-origins", "chat.example.org"),
+    ):
+        pass

@@ -16,9 +16,8 @@ import numpy as np
 
 from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, use_device
 from minigpt4.engine.pictures import Pictures
-from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax
+from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax, most_likely
 from minigpt4.engine.scheduler import (
-    PROBE_BLOCKS,
     Chunk,
     Outputs,
     Request,
@@ -100,6 +99,12 @@ class Engine(RequestQueue):
         """Which decoder runs the language model."""
         return self.decoder.name
 
+    @property
+    def cache_use(self) -> float:
+        """The share of the key-value cache that running answers hold or have reserved."""
+        cache = self._scheduler.cache
+        return 1 - cache.available / cache.count
+
     def encode(self, picture: Picture) -> Encoded:
         """What the language model takes of the picture, computed once.
 
@@ -158,13 +163,14 @@ class Engine(RequestQueue):
 
     def _submit(self, request: Request, probe: bool = False) -> Stream:
         limit = answer_limit(request, self.model.config.context)
-        state = RequestState(request, Stream(self._position, len(request.prompt)), limit, probe)
-        if state.blocks_needed > self._scheduler.cache.count - PROBE_BLOCKS:
+        limit = min(limit, self._scheduler.room(request.sampling.num_beams) - len(request.prompt))
+        if limit < 1:
             raise UserError(
                 "The conversation needs more memory than there is for conversations: shorten it, "
-                "allow a shorter answer, or use fewer beams.",
+                "or use fewer beams.",
                 "too_long",
             )
+        state = RequestState(request, Stream(self._position, len(request.prompt)), limit, probe)
         with self._lock:
             if probe:
                 self._refuse_if_ending()
@@ -267,7 +273,7 @@ class Engine(RequestQueue):
         for state in ended:
             self._scheduler.finish(state)
             if not state.probe:
-                self.totals.add_answer(state.stream.stats)
+                self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
 
     def _admit(self) -> None:
         """Let requests in, first come first served, while there are places and blocks."""
@@ -366,26 +372,36 @@ class Engine(RequestQueue):
         elif state.search is not None:
             self._continue_beams(state, state.search, np.stack(found))
         else:
-            token, logprob = self._next_token(state, found[0])
-            self._give(state, token, logprob)
+            token, logprob, top = self._next_token(state, found[0])
+            self._give(state, token, logprob, top)
             state.sequences[0].add(token)
 
     def _next_token(
         self, state: RequestState, output: np.ndarray | int
-    ) -> tuple[int, float | None]:
-        """(the token, its log-probability where the request asks for it)."""
+    ) -> tuple[int, float | None, list[tuple[int, float]]]:
+        """(the token, its log-probability, the most likely ones), where the request asks."""
         if isinstance(output, int):
             state.sampler.accept(output)
-            return output, None
+            return output, None, []
         if state.request.watched and not state.stream.stats.tokens:
             state.stream.watched = log_softmax(output)[list(state.request.watched)].tolist()
         token = state.sampler(output)
-        return token, float(log_softmax(output)[token]) if state.request.logprobs else None
+        if not state.request.logprobs:
+            return token, None, []
+        logprobs = log_softmax(output)
+        top = most_likely(logprobs, state.request.top_logprobs)
+        return token, float(logprobs[token]), top
 
-    def _give(self, state: RequestState, token: int, logprob: float | None = None) -> None:
+    def _give(
+        self,
+        state: RequestState,
+        token: int,
+        logprob: float | None = None,
+        top: list[tuple[int, float]] | None = None,
+    ) -> None:
         """Put a token into the stream, and end it where this is the last one."""
         stream = state.stream
-        stream._put(token, logprob)
+        stream._put(token, logprob, top or ())
         if not state.probe:
             self.totals.add(tokens=1)
         if token in state.request.stop_ids:

@@ -51,6 +51,10 @@ class AnyEngine(Protocol):
         """A sentence while the engine cannot answer, else ""."""
 
     @property
+    def cache_use(self) -> float | None:
+        """The share of the key-value cache in use; None where it is in another process."""
+
+    @property
     def max_waiting(self) -> int:
         """Requests that may wait."""
 

@@ -1,8 +1,10 @@
 """Logits -> tokens: sampling, and beam search. No torch."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 
@@ -15,8 +17,10 @@ class Sampling:
 
     temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off (min_p drops tokens less likely
     than that fraction of the likeliest one); repetition_penalty divides positive and multiplies
-    negative logits of tokens already generated (CTRL, Keskar et al., 2019); seed None picks one at
-    random; num_beams above 1 is beam search, without sampling. UserError for values out of range.
+    negative logits of tokens already generated (CTRL, Keskar et al., 2019); presence_penalty is
+    subtracted from them once, frequency_penalty for each time (OpenAI's definition); seed None
+    picks one at random; num_beams above 1 is beam search, without sampling. UserError for values
+    out of range.
     """
 
     temperature: float = 1.0
@@ -27,6 +31,8 @@ class Sampling:
     max_new_tokens: int = 300
     num_beams: int = 1
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     # field -> (lowest, highest, may be the lowest itself)
     RANGES = {
@@ -38,6 +44,8 @@ class Sampling:
         "max_new_tokens": (1, 100_000, True),
         "num_beams": (1, 16, True),
         "seed": (0, 2**63 - 1, True),
+        "presence_penalty": (-2.0, 2.0, True),
+        "frequency_penalty": (-2.0, 2.0, True),
     }
 
     def __post_init__(self) -> None:
@@ -72,24 +80,42 @@ class Draw:
     uniform: float
 
 
+class Constraint(Protocol):
+    """What an answer's tokens must keep to, such as a grammar. It serves one answer."""
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """The logits [vocabulary], -inf for tokens that may not come next."""
+
+    def accept(self, token: int) -> None:
+        """This token comes next."""
+
+
 class Sampler:
     """Chooses one request's tokens; the choice depends only on its seed and its logits.
 
     seen: ids that the repetition penalty covers from the start.
     """
 
-    def __init__(self, sampling: Sampling, seen: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        seen: tuple[int, ...] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
         self.sampling = sampling
-        self._seen = dict.fromkeys(seen)
+        self._constraint = constraint
+        self._seen = seen
+        self._generated: Counter[int] = Counter()
         self._random = random.Random(sampling.seed)
         self._draw: Draw | None = None
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token id from float32 logits [vocabulary]."""
         draw = self.draw()
-        token = self._choose(
-            penalize(logits, draw.seen, self.sampling.repetition_penalty), draw.uniform
-        )
+        logits = penalize_all(logits, self._seen, self._generated, self.sampling)
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
+        token = self._choose(logits, draw.uniform)
         self.accept(token)
         return token
 
@@ -97,12 +123,14 @@ class Sampler:
         """What chooses the next token; the same until `accept`."""
         if self._draw is None:
             uniform = self._random.random() if self.sampling.temperature else 0.0
-            self._draw = Draw(self.sampling, list(self._seen), uniform)
+            self._draw = Draw(self.sampling, [*self._seen, *self._generated], uniform)
         return self._draw
 
     def accept(self, token: int) -> None:
         """The next token is chosen: by this sampler, or elsewhere by its `draw`."""
-        self._seen[token] = None
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        self._generated[token] += 1
         self._draw = None
 
     def _choose(self, logits: np.ndarray, draw: float) -> int:
@@ -155,6 +183,19 @@ def _draw(weights: np.ndarray, candidates: np.ndarray, draw: float, s: Sampling)
     return int(order[place])
 
 
+def penalize_all(
+    logits: np.ndarray, seen: Sequence[int], generated: Counter[int], s: Sampling
+) -> np.ndarray:
+    """Logits [vocabulary] after the three penalties. seen: further ids for the repetition penalty;
+    generated: how often each token was."""
+    logits = penalize(logits, [*seen, *generated], s.repetition_penalty)
+    if generated and (s.presence_penalty or s.frequency_penalty):
+        logits = logits.copy()
+        counts = np.fromiter(generated.values(), np.float32)
+        logits[list(generated)] -= s.presence_penalty + s.frequency_penalty * counts
+    return logits
+
+
 def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
     """Logits [vocabulary] that make the token ids `seen` less likely."""
     if penalty == 1.0 or not seen:
@@ -164,6 +205,13 @@ def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
     factor = np.float32(penalty)
     logits[seen] = np.where(chosen > 0, chosen / factor, chosen * factor)
     return logits
+
+
+def most_likely(logprobs: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """(token id, log-probability) of the `count` most likely ones, in order, from [vocabulary]."""
+    count = min(count, len(logprobs))
+    top = np.argpartition(-logprobs, count - 1)[:count] if count else []
+    return sorted(((int(i), float(logprobs[i])) for i in top), key=lambda pair: -pair[1])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -191,7 +239,7 @@ class BeamSearch:
         self._count = sampling.num_beams
         self._stop_ids = stop_ids
         self._stop_sequences = [list(s) for s in stop_sequences]
-        self._seen = list(seen)
+        self._seen = seen
         self.beams: list[list[int]] = [[]]
         self._scores: np.ndarray = np.zeros(1, np.float32)
         self._finished: list[tuple[np.float32, list[int]]] = []  # best first
@@ -207,10 +255,9 @@ class BeamSearch:
 
         Each of `beams` then ends with the token to feed next; `done`: the search is over.
         """
-        penalty = self._sampling.repetition_penalty
         scores = np.stack(
             [
-                penalize(row, self._seen + beam, penalty) + score
+                penalize_all(row, self._seen, Counter(beam), self._sampling) + score
                 for row, beam, score in zip(
                     log_softmax(logits), self.beams, self._scores, strict=True
                 )

@@ -9,13 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 
 from minigpt4.engine.kvcache import BLOCK_SIZE, BlockCache, hashes
-from minigpt4.engine.sampling import BeamSearch, Draw, Sampler, Sampling
+from minigpt4.engine.sampling import BeamSearch, Constraint, Draw, Sampler, Sampling
 from minigpt4.engine.stream import ENDING, FULL, Stream, Totals, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
@@ -39,6 +39,8 @@ class Request:
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # that end a beam, since beams have no text
     penalized: tuple[int, ...] = ()  # ids the repetition penalty covers from the start
     logprobs: bool = False
+    top_logprobs: int = 0  # how many of the most likely tokens to note, with `logprobs`
+    constraint: Constraint | None = None  # what the answer must keep to; for this request alone
     watched: tuple[int, ...] = ()  # ids whose log-probability as the first token is wanted
     max_seconds: float = 600.0  # from submit; then the answer ends as it is
     session: str = ""  # the same for a whole conversation, which stays at one machine
@@ -54,6 +56,16 @@ def answer_limit(request: Request, context: int) -> int:
             "too_long",
         )
     return limit
+
+
+def refuse_beyond_tokens(request: Request) -> None:
+    """UserError for what engines cannot do whose language model runs in another process."""
+    if request.top_logprobs or request.constraint is not None:
+        what = "response_format" if request.constraint is not None else "top_logprobs"
+        raise UserError(
+            f"{what} is not available where the language model runs in another process: leave it "
+            "out."
+        )
 
 
 class Sequence:
@@ -81,11 +93,12 @@ class RequestState:
 
     def __init__(self, request: Request, stream: Stream, limit: int, probe: bool = False) -> None:
         self.request, self.stream, self.limit, self.probe = request, stream, limit, probe
-        self.sampler = Sampler(request.sampling, request.penalized)
+        self.sampler = Sampler(request.sampling, request.penalized, request.constraint)
         self.search: BeamSearch | None = None
         if request.sampling.num_beams > 1:
+            sampling = replace(request.sampling, max_new_tokens=limit)
             self.search = BeamSearch(
-                request.sampling, request.stop_ids, request.stop_sequences, request.penalized
+                sampling, request.stop_ids, request.stop_sequences, request.penalized
             )
         self.embeds: dict[str, np.ndarray] = {}  # by picture key
         self.sequences: list[Sequence] = []
@@ -108,8 +121,10 @@ class RequestState:
 
     def draw(self) -> Draw | None:
         """What chooses the next token; None where its logits are needed for more."""
-        watched = self.request.watched and not self.stream.stats.tokens
-        if self.search is not None or self.request.logprobs or watched:
+        request, sampling = self.request, self.request.sampling
+        watched = request.watched and not self.stream.stats.tokens
+        further = sampling.presence_penalty or sampling.frequency_penalty
+        if self.search is not None or request.logprobs or watched or request.constraint or further:
             return None
         return self.sampler.draw()
 
@@ -170,6 +185,11 @@ class RequestQueue:
         except UserError as error:
             self.totals.add_error(error.kind)
             raise
+
+    @property
+    def cache_use(self) -> float | None:
+        """None: the key-value cache is in another process."""
+        return None
 
     @property
     def waiting(self) -> int:
@@ -255,6 +275,10 @@ class Scheduler:
         self.chunk_rows = chunk_rows
         self.row_limit = chunk_rows[0]
         self._good_steps = 0
+
+    def room(self, beams: int) -> int:
+        """Tokens of prompt and answer together that one request may have, at most."""
+        return (self.cache.count - PROBE_BLOCKS) // beams * BLOCK_SIZE
 
     def admit(self, state: RequestState) -> bool:
         """Share the known blocks of the prompt and reserve the rest; False where too few are

@@ -8,8 +8,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from minigpt4.errors import Kind, UserError
@@ -29,6 +29,11 @@ KINDS: dict[str, Kind] = {
     LOST: "broken",
     ENDING: "ending",
 }
+
+# Upper bounds of the histograms' buckets: of an answer, of one token of it, and of tokens.
+SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+LENGTHS = (1, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 # --- errors ---------------------------------------------------------------------------------------
 
@@ -76,7 +81,8 @@ def device_lost(error: Exception) -> bool:
 class Stats:
     """What one answer took. Seconds count from `submit`, and are 0 until the event has happened.
 
-    reused_tokens: positions of the prompt whose keys and values were in the cache.
+    reused_tokens: positions of the prompt whose keys and values were in the cache; gaps: seconds
+    between each token and the one before.
     """
 
     prompt_tokens: int = 0
@@ -85,6 +91,7 @@ class Stats:
     seconds_waiting: float = 0.0
     seconds_to_first: float = 0.0
     seconds: float = 0.0
+    gaps: "Histogram" = field(default_factory=lambda: Histogram(*TOKEN_SECONDS))
 
     @property
     def tokens_per_s(self) -> float:
@@ -106,14 +113,26 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def merge(self, other: "Histogram") -> None:
+        """Count all values of another one with the same bounds."""
+        self.counts = [own + more for own, more in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+
+
+def _histogram(bounds: Sequence[float]) -> Histogram:
+    return field(default_factory=lambda: Histogram(*bounds))
+
 
 @dataclass
 class Totals:
     """What an engine has done since it started, health probes excepted. The numbers only grow.
 
-    errors: by `UserError.kind`, of requests that were refused or that failed; seconds_to_first:
-    from `submit`; tokens_per_s: of each answer of two tokens or more, after its first. Several
-    threads write: change it by its methods, and read several numbers together from a `snapshot`.
+    errors: by `UserError.kind`, of requests that were refused or that failed; endings: answers by
+    stop reason; tokens_per_s: of each answer of two tokens or more, after its first; gaps: seconds
+    between two tokens. The other histograms are over answers that have a token: seconds from
+    `submit` to the first token and to the end, in the queue, in prefill and after it; tokens of the
+    prompt and of the answer. Several threads write: change it by its methods, and read several
+    numbers together from a `snapshot`.
     """
 
     requests: int = 0
@@ -121,12 +140,16 @@ class Totals:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    seconds_to_first: Histogram = field(
-        default_factory=lambda: Histogram(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-    )
-    tokens_per_s: Histogram = field(
-        default_factory=lambda: Histogram(1, 2, 5, 10, 20, 50, 100, 200, 500)
-    )
+    endings: Counter[str] = field(default_factory=Counter)
+    seconds_to_first: Histogram = _histogram(SECONDS)
+    tokens_per_s: Histogram = _histogram((1, 2, 5, 10, 20, 50, 100, 200, 500))
+    gaps: Histogram = _histogram(TOKEN_SECONDS)
+    seconds: Histogram = _histogram(SECONDS)
+    seconds_waiting: Histogram = _histogram(SECONDS)
+    seconds_prefill: Histogram = _histogram(SECONDS)
+    seconds_decode: Histogram = _histogram(SECONDS)
+    prompt_lengths: Histogram = _histogram(LENGTHS)
+    answer_lengths: Histogram = _histogram(LENGTHS)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(
@@ -144,24 +167,32 @@ class Totals:
         with self._lock:
             self.errors[kind] += 1
 
-    def add_answer(self, stats: Stats) -> None:
-        """An answer has ended."""
+    def add_answer(self, stats: Stats, ending: str = "") -> None:
+        """An answer has ended, for the reason `ending`."""
         with self._lock:
-            if stats.tokens:
-                self.seconds_to_first.add(stats.seconds_to_first)
+            self.endings[ending] += 1
             if stats.tokens_per_s:
                 self.tokens_per_s.add(stats.tokens_per_s)
+            if not stats.tokens:
+                return
+            self.seconds_to_first.add(stats.seconds_to_first)
+            self.gaps.merge(stats.gaps)
+            self.seconds.add(stats.seconds)
+            self.seconds_waiting.add(stats.seconds_waiting)
+            self.seconds_prefill.add(stats.seconds_to_first - stats.seconds_waiting)
+            self.seconds_decode.add(stats.seconds - stats.seconds_to_first)
+            self.prompt_lengths.add(stats.prompt_tokens)
+            self.answer_lengths.add(stats.tokens)
 
     def snapshot(self) -> "Totals":
         """A copy whose numbers belong to the same moment."""
         with self._lock:
-            return replace(
-                self,
-                errors=Counter(self.errors),
-                seconds_to_first=copy.deepcopy(self.seconds_to_first),
-                tokens_per_s=copy.deepcopy(self.tokens_per_s),
-                _lock=threading.Lock(),
-            )
+            counted = {
+                f.name: copy.deepcopy(getattr(self, f.name))
+                for f in fields(self)
+                if f.name != "_lock"
+            }
+        return Totals(**counted)
 
 
 # --- the stream -----------------------------------------------------------------------------------
@@ -172,8 +203,9 @@ class Stream:
 
     stop_reason: "" until the end, then "stop" (a stop id), "length", "time", "closed" or "error";
     iterating raises the error, as a UserError. logprobs: of each token, where the request asks for
-    them; watched: log-probabilities of the ids that the request names, as the first token.
-    `close`, from any thread, ends the request within one step of the engine.
+    them; top_logprobs: (id, log-probability) of each step's most likely tokens; watched:
+    log-probabilities of the ids that the request names, as the first token. `close`, from any
+    thread, ends the request within one step of the engine.
     """
 
     def __init__(self, position: Callable[["Stream"], int], prompt_tokens: int) -> None:
@@ -186,6 +218,7 @@ class Stream:
         self.stop_reason: StopReason = ""
         self.stats = Stats(prompt_tokens=prompt_tokens)
         self.logprobs: list[float] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []
         self.watched: list[float] = []
 
     @property
@@ -204,17 +237,22 @@ class Stream:
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def _put(self, token: int, logprob: float | None) -> None:
+    def _put(
+        self, token: int, logprob: float | None, top: Sequence[tuple[int, float]] = ()
+    ) -> None:
         with self._condition:
             if self.stop_reason:
                 return
             self._tokens.append(token)
             self.stats.tokens += 1
-            self.stats.seconds = self._seconds()
+            before, self.stats.seconds = self.stats.seconds, self._seconds()
             if self.stats.tokens == 1:
                 self.stats.seconds_to_first = self.stats.seconds
+            else:
+                self.stats.gaps.add(self.stats.seconds - before)
             if logprob is not None:
                 self.logprobs.append(logprob)
+                self.top_logprobs.append([*top])
             self._notify()
 
     def _end(self, reason: StopReason, error: UserError | None = None) -> bool:

@@ -39,6 +39,11 @@ class JsonTokenizer:
         """The text of token ids."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The tokenizers library's own, under the name that transformers gives it."""
+        return self._tokenizer
+
     def convert_tokens_to_ids(self, token: str) -> int:
         """The id of one token; KeyError where there is none."""
         found = self._tokenizer.token_to_id(token)

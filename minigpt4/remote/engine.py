@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from minigpt4.engine.protocol import ModelInfo
-from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit
+from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit, refuse_beyond_tokens
 from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, Picture
@@ -124,6 +124,7 @@ class RemoteEngine(RequestQueue):
         """Start answering. UserError where the queue is full, or the backend cannot do it."""
         try:
             limit = answer_limit(request, self.model.config.context)
+            refuse_beyond_tokens(request)
             self.backend.check(request)
             stream = RemoteStream(self._position, len(request.prompt))
             with self._lock:
@@ -218,7 +219,7 @@ class RemoteEngine(RequestQueue):
             self._fail(state, failure(BROKEN))
         finally:
             self.totals.add(reused_tokens=stream.stats.reused_tokens)
-            self.totals.add_answer(stream.stats)
+            self.totals.add_answer(stream.stats, stream.stop_reason)
             with self._lock:
                 self._running.discard(state)
             self._start_some()

@@ -231,6 +231,8 @@ def body_of(request: Request, prompt_embeds: str, limit: int) -> dict[str, Any]:
         "top_k": s.top_k,
         "min_p": s.min_p,
         "repetition_penalty": s.repetition_penalty,
+        "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty,
         "stop_token_ids": sorted(request.stop_ids),
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from minigpt4 import start
 from minigpt4.engine import Engine, Request, Stream
-from minigpt4.engine.scheduler import RequestQueue
+from minigpt4.engine.scheduler import RequestQueue, refuse_beyond_tokens
 from minigpt4.engine.stream import ENDING, FULL, StopReason, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
@@ -111,6 +111,7 @@ class ZeroEngine(RequestQueue):
 
     def submit(self, request: Request) -> Stream:
         """Start answering. UserError where too many requests are on their way."""
+        refuse_beyond_tokens(request)
         stream = Stream(lambda s: 0 if s.stats.tokens else 1, len(request.prompt))
         with self._lock:
             self.refuse_if_full()

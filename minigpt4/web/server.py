@@ -19,8 +19,8 @@ from starlette.routing import BaseRoute
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.web.api.access import Keys
-from minigpt4.web.api.reply import ChatService
 from minigpt4.web.api.routes import endpoints
+from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.guard.limits import Limits
@@ -85,7 +85,8 @@ class Server:
     @property
     def routes(self) -> list[BaseRoute]:
         """They come before the page's own."""
-        return endpoints(self.chat_service, self._keys, self._max_bytes)
+        origins = self._options.cors_origins
+        return endpoints(self.chat_service, self._keys, self._max_bytes, origins)
 
     @property
     def launching(self) -> dict[str, Any]:

@@ -2,12 +2,18 @@
 
 import asyncio
 import hmac
+import re
+from collections.abc import Sequence
 
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
+from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError
 
 BODY_SECONDS = 120  # to send a request
+THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 TEXT_BYTES = 2**20  # of a request, beside its picture
 
 
@@ -37,6 +43,28 @@ class Keys:
     def _unauthorized(sentence: str) -> ApiError:
         headers = {"WWW-Authenticate": "Bearer"}
         return ApiError(sentence, 401, "invalid_api_key", headers=headers)
+
+
+def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
+    """Lets scripts of web pages from these origins use the API, with the key that they have.
+
+    origins: as in --cors-origins, None for those of this machine; headers: those of the answers
+    that scripts may read.
+    """
+    named = [origin.strip().rstrip("/") for origin in (origins or "").split(",") if origin.strip()]
+    for origin in named:
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise UserError(
+                "--cors-origins must name origins such as https://chat.example.org, without a path."
+            )
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=named,
+        allow_origin_regex=None if named else THIS_MACHINE,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[*headers, "Retry-After"],
+    )
 
 
 async def read_body(request: Request, max_picture_bytes: int) -> bytearray:

@@ -72,11 +72,12 @@ def json_path(location: tuple[int | str, ...]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         elif not (path.endswith("]") and step.startswith("<")):  # not the tag of a union's member
-            path += ("." if path else "") + _printable(step)
+            path += ("." if path else "") + printable(step)
     return path
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
+    """A name from a request, cut and made fit for one line."""
     return "".join(c if c.isprintable() and c not in "<>“”" else "?" for c in name[:40])
 
 

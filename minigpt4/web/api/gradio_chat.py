@@ -8,8 +8,9 @@ import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
-from minigpt4.web.api.reply import ChatService
-from minigpt4.web.api.schemas import parse
+from minigpt4.start import default_sampling
+from minigpt4.web.api.normalize import read_chat
+from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.uploads import uploaded
 
 DESCRIPTION = (
@@ -43,9 +44,13 @@ def add_chat_endpoint(service: ChatService) -> None:
         }
         answer = None
         try:
-            body = {"messages": _messages(message, history, system), **settings}
-            request = await run_in_threadpool(parse, body)
-            answer = await service.ask(request, await run_in_threadpool(_files, image))
+            # A conversation that is too long is refused: there is no header that could say more.
+            body = {"messages": _messages(message, history, system), "truncation": "disabled"}
+            if max_tokens is None:
+                config = service.engine.model.config
+                settings["max_tokens"] = default_sampling(config).max_new_tokens
+            request, _ = await run_in_threadpool(read_chat, body | settings)
+            (answer,) = await service.ask(request, await run_in_threadpool(_files, image))
             async for _ in answer:
                 yield answer.text
             if not answer.text:

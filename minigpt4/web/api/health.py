@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from minigpt4.engine import AnyEngine
-from minigpt4.web.api.reply import LOADING
+from minigpt4.web.api.service import LOADING
 
 PROBE_SECONDS = 10.0
 FRESH_SECONDS = 1.0  # a younger result is given again

@@ -1,7 +1,6 @@
 """What the API returns, and its own description in OpenAPI 3.1: GET /v1/openapi.json.
 
-Who speaks first and last, and what fits, only code can say: a request may follow the description
-and still get a 400.
+Only code can say what fits: a request may follow the description and still get a 400.
 """
 
 import functools
@@ -10,14 +9,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
+from minigpt4.web.api.questions import DecisionRequest
 from minigpt4.web.api.schemas import ChatRequest
 
 Schema = dict[str, Any]
 TEXT = {"schema": {"type": "string"}}
 # What a status says in its headers: how long to wait, how to log in.
+# Headers of an answer.
+IGNORED, DROPPED = "X-Ignored-Fields", "X-Dropped-Turns"
+# Fields of chat completions that the Responses API has, too.
+SHARED = ("model", "instructions", "temperature", "top_p", "truncation", "stream", "user", "tools")
 HEADERS = {429: "Retry-After", 503: "Retry-After", 401: "WWW-Authenticate"}
 
 
+ANSWERING = (400, 401, 404, 408, 413, 429, 500, 503)  # errors of all that the model answers
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -27,11 +32,14 @@ class Response(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TokenLogprob(Response):
+class LikelyToken(Response):
     token: str
     logprob: float
     bytes: list[int] | None
-    top_logprobs: Annotated[list, Field(max_length=0)]
+
+
+class TokenLogprob(LikelyToken):
+    top_logprobs: list[LikelyToken]
 
 
 class Logprobs(Response):
@@ -46,7 +54,7 @@ class AnswerMessage(Response):
 
 
 class Choice(Response):
-    index: Literal[0]
+    index: Count
     message: AnswerMessage
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"]
@@ -68,8 +76,35 @@ class ChatCompletion(Response):
     created: Count
     model: str
     object: Literal["chat.completion"]
-    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+    choices: Annotated[list[Choice], Field(min_length=1)]
     usage: Usage
+
+
+class ResponseObject(BaseModel):
+    """A response of OpenAI's Responses API: the fields that all have."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    object: Literal["response"]
+    created_at: Count
+    model: str
+    status: Literal["completed", "incomplete"]
+    output: list[dict[str, Any]]
+    usage: dict[str, Any]
+
+
+class Decision(Response):
+    """Each answer is a predicate's, a choice's or a score's, as OpenAI's client reads it."""
+
+    model: str
+    answers: list[dict[str, Any]]
+    usage: dict[str, Any]
+
+
+class Architecture(Response):
+    input_modalities: list[Literal["text", "image"]]
+    output_modalities: list[Literal["text"]]
 
 
 class Model(Response):
@@ -77,6 +112,9 @@ class Model(Response):
     object: Literal["model"]
     created: Count
     owned_by: str
+    max_model_len: Count
+    context_length: Count
+    architecture: Architecture
 
 
 class Models(Response):
@@ -113,6 +151,8 @@ def description() -> Schema:
         },
         "paths": {
             "/v1/chat/completions": {"post": _complete()},
+            "/v1/responses": {"post": _respond()},
+            "/v1/decisions": {"post": _decide()},
             "/v1/models": {"get": models},
             "/v1/models/{name}": {"parameters": [name], "get": model},
         },
@@ -125,15 +165,38 @@ def description() -> Schema:
 
 
 def _complete() -> Schema:
+    events = "`data: ` and a chat.completion.chunk, or [DONE]"
+    return _answering("createChatCompletion", "ChatRequest", "ChatCompletion", events)
+
+
+def _respond() -> Schema:
+    events = "`event: `, its type, `data: ` and the event"
+    return _answering("createResponse", "ResponsesRequest", "ResponseObject", events)
+
+
+def _decide() -> Schema:
     operation = _operation(
-        "createChatCompletion",
-        "Answer a conversation, whole or as server-sent events.",
-        "ChatCompletion",
-        *(400, 401, 404, 408, 413, 429, 500, 503),
+        "createDecision", "Answer questions with probabilities.", "Decision", *ANSWERING
     )
-    events = {"type": "string", "description": "`data: ` and a chat.completion.chunk, or [DONE]"}
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": events}
-    operation["requestBody"] = {"required": True, "content": _json("ChatRequest")}
+    operation["requestBody"] = {"required": True, "content": _json("DecisionRequest")}
+    return operation
+
+
+def _answering(name: str, request: str, response: str, events: str) -> Schema:
+    operation = _operation(
+        name,
+        "Answer a conversation, whole or as server-sent events.",
+        response,
+        *ANSWERING,
+    )
+    answered = operation["responses"]["200"]
+    stream = {"type": "string", "description": events}
+    answered["content"]["text/event-stream"] = {"schema": stream}
+    answered["headers"] = {
+        IGNORED: {"description": "The first fields of the request that are not read.", **TEXT},
+        DROPPED: {"description": "How many old turns are left out of the prompt.", **TEXT},
+    }
+    operation["requestBody"] = {"required": True, "content": _json(request)}
     return operation
 
 
@@ -155,11 +218,37 @@ def _json(schema: str) -> Schema:
 
 
 def _schemas() -> Schema:
-    models = (ChatRequest, ChatCompletion, Model, Models, Error)
+    models = (
+        DecisionRequest,
+        ChatRequest,
+        ChatCompletion,
+        ResponseObject,
+        Decision,
+        Model,
+        Models,
+        Error,
+    )
     _, found = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
-    return _untitled(found["$defs"])
+    schemas = _untitled(found["$defs"])
+    response = _responses_request(schemas["ChatRequest"])
+    decision = schemas["DecisionRequest"]
+    decision["properties"]["input"] = response["properties"]["input"]
+    decision["required"].append("input")
+    return schemas | {"ResponsesRequest": response}
+
+
+def _responses_request(chat: Schema) -> Schema:
+    """The fields that it shares with a chat completion, and its own."""
+    shared = {name: chat["properties"][name] for name in SHARED}
+    item = {"type": "object", "description": "a message of OpenAI's Responses API"}
+    own = {
+        "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": item, "minItems": 1}]},
+        "max_output_tokens": chat["properties"]["max_tokens"],
+        "text": {"description": "{format: as response_format, with the schema beside its type}"},
+    }
+    return {"type": "object", "properties": shared | own, "required": ["input"]}
 
 
 def _untitled(schema: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A program's request -> an answer of the engine -> OpenAI's objects, whole or streamed."""
+"""Answers of the engine -> OpenAI's objects, whole or streamed."""
 
 import asyncio
 import json
@@ -6,191 +6,66 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
-from starlette.concurrency import run_in_threadpool
-
-from minigpt4.conversation import Answer, Conversation, ask
+from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
-from minigpt4.model.image import MAX_PIXELS, Picture
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.openapi import ChatCompletion
-from minigpt4.web.api.schemas import ChatRequest, Message
-from minigpt4.web.guard import decoding
-from minigpt4.web.guard.image_url import ImageUrls
+from minigpt4.web.api.schemas import ChatRequest
 
-OPENED_AT_ONCE = 2  # decoding one picture may take hundreds of megabytes
-MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
-LOADING = "The model is still loading: try again in a minute."
 HEARTBEAT_SECONDS = 15.0  # proxies close connections on which nothing arrives for a minute
 HEARTBEAT = b": waiting\n\n"  # a comment, which clients skip
 
 log = logging.getLogger(__name__)
 
 
-class ChatService:
-    """Puts programs' requests to the engine, whichever endpoint they come through.
+class Choice:
+    """One answer as a choice of OpenAI's completions; request: what was asked."""
 
-    find_engine: the engine, None while it is loading.
-    """
-
-    def __init__(self, find_engine: Callable[[], AnyEngine | None], image_urls: ImageUrls) -> None:
-        self.find_engine = find_engine
-        self.image_urls = image_urls
-        self._opening = asyncio.Semaphore(OPENED_AT_ONCE)
-
-    @property
-    def engine(self) -> AnyEngine:
-        """UserError while it is loading."""
-        engine = self.find_engine()
-        if engine is None:
-            raise UserError(LOADING, "loading")
-        return engine
-
-    async def ask(self, request: ChatRequest, pictures: Sequence[bytes] = ()) -> Answer:
-        """Start an answer, to be read by the caller. `pictures`: files for the last question.
-
-        UserError where it cannot be asked. A conversation that is too long is refused, not trimmed.
-        """
-        engine = self.engine
-        engine.refuse_if_full()  # before the work of opening pictures
-        conversation = await self._conversation(request, pictures)
-        try:
-            return await run_in_threadpool(
-                ask,
-                engine,
-                conversation,
-                request.sampling(engine.model.config),
-                stop=request.stop or (),
-                trim=False,
-                logprobs=bool(request.logprobs),
-            )
-        except UserError as error:
-            raise ApiError.of(error, "messages" if error.kind == "too_long" else None) from None
-
-    async def _conversation(self, request: ChatRequest, files: Sequence[bytes]) -> Conversation:
-        conversation = Conversation(system=request.system)
-        pixels = 0
-        for place, message in enumerate(request.messages):
-            if message.is_system:
-                continue
-            if message.role == "assistant":
-                conversation.add_answer(message.text)
-                continue
-            pictures = await self._pictures(message, f"messages[{place}].content")
-            if message is request.messages[-1]:
-                pictures += [await self._open(file) for file in files]
-            pixels += sum(p.rgb.width * p.rgb.height for p in pictures)
-            if pixels > MAX_PIXELS_TOGETHER:
-                limit = f"{MAX_PIXELS_TOGETHER / 1e6:g} megapixels"
-                sentence = f"The pictures have more than {limit} together: scale them down."
-                raise ApiError(sentence, param="messages")
-            conversation.add_question(message.text, pictures)
-        return conversation
-
-    async def _pictures(self, message: Message, path: str) -> list[Picture]:
-        """The message's pictures. ApiError that names the part that cannot be opened."""
-        pictures = []
-        for place, url in message.images:
-            try:
-                pictures.append(await self._open(await self.image_urls.read(url)))
-            except UserError as error:
-                raise ApiError.of(error, f"{path}[{place}].image_url.url") from None
-        return pictures
-
-    async def _open(self, content: bytes) -> Picture:
-        async with self._opening:
-            return await run_in_threadpool(decoding.load, content)
-
-
-class CompletionReply:
-    """An answer as OpenAI's chat.completion; logprobs, include_usage: whether to report them."""
-
-    def __init__(
-        self, engine: AnyEngine, answer: Answer, logprobs: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, engine: AnyEngine, answer: Answer, index: int, request: ChatRequest) -> None:
         self._decode = engine.model.tokenizer.decode
-        self._answer = answer
-        self._with_logprobs, self._with_usage = logprobs, include_usage
+        self._answer, self._index = answer, index
+        self._with_logprobs = bool(request.logprobs)
         self._reported = 0  # tokens whose log-probabilities have been sent
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": engine.model.config.name,
-        }
 
     def whole(self) -> dict:
-        """The chat.completion, once the answer has ended."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": self._answer.text, "refusal": None},
-            "logprobs": self._logprobs(),
-            "finish_reason": self._finish_reason,
-        }
-        completion = {"object": "chat.completion", "choices": [choice], "usage": self._usage}
-        return ChatCompletion.model_validate(self._head | completion).model_dump()
+        """A chat.completion's choice, once the answer has ended."""
+        message = {"role": "assistant", "content": self._answer.text, "refusal": None}
+        return self._choice("message", message, self.finish_reason)
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events with the answer's text as it is generated."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        try:
-            async for text in _with_heartbeat(self._answer, HEARTBEAT_SECONDS):
-                yield HEARTBEAT if text is None else self._chunk({"content": text})
-        except UserError as error:
-            yield _event(ApiError.of(error).body)
-            return
-        except Exception as error:
-            log.exception("An answer to a program failed.")
-            yield _event(ApiError.of(explain(error)).body)
-            return
-        yield self._chunk({}, self._finish_reason)
-        if self._with_usage:
-            yield _event(self._as_chunk([]) | {"usage": self._usage})
-        yield b"data: [DONE]\n\n"
-
-    def _chunk(self, delta: dict, finish_reason: str | None = None) -> bytes:
-        choice = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": self._logprobs(),
-            "finish_reason": finish_reason,
-        }
-        return _event(self._as_chunk([choice]))
-
-    def _as_chunk(self, choices: list) -> dict:
-        chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
-        return chunk | ({"usage": None} if self._with_usage else {})
+    def part(self, delta: dict, finish_reason: str | None = None) -> dict:
+        """A chat.completion.chunk's choice."""
+        return self._choice("delta", delta, finish_reason)
 
     @property
-    def _finish_reason(self) -> str:
+    def finish_reason(self) -> str:
+        """OpenAI's reason, once the answer has ended."""
         return "stop" if self._answer.stop_reason == "stop" else "length"
 
-    @property
-    def _usage(self) -> dict:
-        stats = self._answer.stats
+    def _choice(self, name: str, content: dict, finish_reason: str | None) -> dict:
         return {
-            "prompt_tokens": stats.prompt_tokens,
-            "completion_tokens": stats.tokens,
-            "total_tokens": stats.prompt_tokens + stats.tokens,
-            "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
+            "index": self._index,
+            name: content,
+            "logprobs": self.logprobs(),
+            "finish_reason": finish_reason,
         }
 
-    def _logprobs(self) -> dict | None:
-        """Log-probabilities of the tokens generated since the last call."""
+    def logprobs(self) -> dict | None:
+        """Log-probabilities of the tokens generated since the last call, if requested."""
         if not self._with_logprobs:
             return None
         start, known = self._reported, self._answer.logprobs
         self._reported = len(known)
-        return {
-            "content": [
-                self._logprob(token, logprob)
-                for token, logprob in zip(
-                    self._answer.tokens[start : self._reported], known[start:], strict=True
-                )
-            ],
-            "refusal": None,
-        }
+        new = slice(start, self._reported)
+        tokens, top = self._answer.tokens[new], self._answer.top_logprobs[new]
+        content = [
+            self._logprob(token, logprob)
+            | {"top_logprobs": [self._logprob(*pair) for pair in likeliest]}
+            for token, logprob, likeliest in zip(tokens, known[new], top, strict=True)
+        ]
+        return {"content": content, "refusal": None}
 
     def _logprob(self, token: int, logprob: float) -> dict:
         text = self._decode([token])
@@ -199,25 +74,104 @@ class CompletionReply:
             "token": text,
             "logprob": logprob if math.isfinite(logprob) else -9999.0,
             "bytes": list(text.encode()) if whole else None,
-            "top_logprobs": [],
         }
 
 
-async def _with_heartbeat(texts: Answer, seconds: float) -> AsyncIterator[str | None]:
-    """The answer's text as it comes, and None whenever nothing came for `seconds`."""
-    iterator = aiter(texts)
-    while True:
-        upcoming = asyncio.ensure_future(anext(iterator))
+class CompletionReply:
+    """Answers to one request as OpenAI's chat.completion."""
+
+    def __init__(self, engine: AnyEngine, answers: Sequence[Answer], request: ChatRequest) -> None:
+        self._answers = answers
+        self._choices = [Choice(engine, a, i, request) for i, a in enumerate(answers)]
+        self._with_usage = request.include_usage
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": engine.model.config.name,
+        }
+
+    def whole(self) -> dict:
+        """The chat.completion, once the answers have ended."""
+        choices = [choice.whole() for choice in self._choices]
+        completion = {"object": "chat.completion", "choices": choices, "usage": self._usage}
+        return ChatCompletion.model_validate(self._head | completion).model_dump()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events with the answers' texts as they are generated."""
+        for choice in self._choices:
+            yield self._chunk(choice.part({"role": "assistant", "content": ""}))
         try:
-            while not (await asyncio.wait([upcoming], timeout=seconds))[0]:
-                yield None
-            text = upcoming.result()
-        except StopAsyncIteration:
+            async for number, text in texts_of(self._answers):
+                if number is None:
+                    yield HEARTBEAT
+                    continue
+                choice = self._choices[number]
+                part = choice.part({}, choice.finish_reason) if text is None else None
+                yield self._chunk(part or choice.part({"content": text}))
+        except Exception as error:
+            yield event(refusal(error).body)
             return
-        finally:
-            upcoming.cancel()  # where the client has gone
-        yield text
+        if self._with_usage:
+            yield event(self._as_chunk([]) | {"usage": self._usage})
+        yield b"data: [DONE]\n\n"
+
+    def _chunk(self, choice: dict) -> bytes:
+        return event(self._as_chunk([choice]))
+
+    def _as_chunk(self, choices: list) -> dict:
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
+        return chunk | ({"usage": None} if self._with_usage else {})
+
+    @property
+    def _usage(self) -> dict:
+        prompt, tokens, reused = used(self._answers)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+            "prompt_tokens_details": {"cached_tokens": reused},
+        }
 
 
-def _event(content: dict) -> bytes:
+def used(answers: Sequence[Answer]) -> tuple[int, int, int]:
+    """(tokens of the prompt, which the answers share; tokens generated; reused ones of the
+    prompt)."""
+    first = answers[0].stats
+    return first.prompt_tokens, sum(a.stats.tokens for a in answers), first.reused_tokens
+
+
+def refusal(error: Exception) -> ApiError:
+    """What ended an answer, as a program is told; unexpected errors are logged."""
+    if not isinstance(error, UserError):
+        log.error("An answer to a program failed.", exc_info=error)
+        error = explain(error)
+    return ApiError.of(error)
+
+
+async def texts_of(answers: Sequence[Answer]) -> AsyncIterator[tuple[int | None, str | None]]:
+    """(number of an answer, its next text, or None at its end) as they come.
+
+    (None, None) whenever nothing came for `HEARTBEAT_SECONDS`.
+    """
+    iterators = [aiter(answer) for answer in answers]
+    upcoming = {i: asyncio.ensure_future(anext(it, None)) for i, it in enumerate(iterators)}
+    try:
+        while upcoming:
+            done, _ = await asyncio.wait(
+                upcoming.values(), timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                yield None, None
+            for number in [n for n, task in upcoming.items() if task in done]:
+                text = upcoming.pop(number).result()
+                yield number, text
+                if text is not None:
+                    upcoming[number] = asyncio.ensure_future(anext(iterators[number], None))
+    finally:  # where the client has gone
+        for task in upcoming.values():
+            task.cancel()
+
+
+def event(content: dict) -> bytes:
+    """One server-sent event."""
     return b"data: " + json.dumps(content).encode() + b"\n\n"

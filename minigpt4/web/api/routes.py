@@ -4,11 +4,12 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
@@ -17,23 +18,34 @@ from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api import openapi
-from minigpt4.web.api.access import Keys, read_body
+from minigpt4.web.api.access import Keys, cors, read_body
+from minigpt4.web.api.decisions import decide, read_decisions
 from minigpt4.web.api.errors import ApiError, json_response
 from minigpt4.web.api.health import Health
 from minigpt4.web.api.metrics import Metrics
-from minigpt4.web.api.reply import ChatService, CompletionReply
-from minigpt4.web.api.schemas import ChatRequest, parse, read_json
+from minigpt4.web.api.normalize import read_chat
+from minigpt4.web.api.openapi import DROPPED, IGNORED
+from minigpt4.web.api.reply import CompletionReply
+from minigpt4.web.api.responses import ResponseReply, read_response, renamed
+from minigpt4.web.api.schemas import ChatRequest, read_json
+from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.image_url import ImageUrls
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
+# A JSON object -> (the request, fields that are ignored).
+Read = Callable[[dict], tuple[ChatRequest, list[str]]]
+TO_POST = ("chat/completions", "responses", "decisions")
+T = TypeVar("T")
 CLIENT_GONE = 499  # nginx's status for a client that closed the connection
 
 log = logging.getLogger(__name__)
 
 
-def endpoints(service: ChatService, keys: Keys, max_picture_bytes: int) -> list[BaseRoute]:
+def endpoints(
+    service: ChatService, keys: Keys, max_picture_bytes: int, cors_origins: str | None = None
+) -> list[BaseRoute]:
     """Everything programs may ask. These routes come before the page's own, if there is one."""
-    api = Api(service, keys, max_picture_bytes)
+    api = Api(service, keys, max_picture_bytes, cors(cors_origins, (IGNORED, DROPPED)))
     metrics = Metrics(service.find_engine, api.responses, keys)
     return [*api.routes, *Health(service.find_engine).routes, *metrics.routes]
 
@@ -53,8 +65,10 @@ class Api:
     responses: how many there were, by endpoint and status.
     """
 
-    def __init__(self, service: ChatService, keys: Keys, max_picture_bytes: int) -> None:
-        self._service, self._keys = service, keys
+    def __init__(
+        self, service: ChatService, keys: Keys, max_picture_bytes: int, cors: Middleware
+    ) -> None:
+        self._service, self._keys, self._cors = service, keys, cors
         self._max_picture_bytes = max_picture_bytes
         self._started = int(time.time())
         self.responses: Counter[tuple[str, int]] = Counter()
@@ -62,6 +76,8 @@ class Api:
         # a proxy that strips --root-path.
         self.routes = [
             self._route("/v1/chat/completions", self._complete, ["POST"]),
+            self._route("/v1/responses", self._respond, ["POST"]),
+            self._route("/v1/decisions", self._decide, ["POST"]),
             self._route("/v1/models", self._models, ["GET"]),
             self._route("/v1/models/{name:path}", self._model, ["GET"]),
             self._route("/v1/openapi.json", self._openapi, ["GET"]),
@@ -89,13 +105,13 @@ class Api:
             self.responses[name, response.status_code] += 1
             return response
 
-        return Route(path, endpoint, methods=methods)
+        return Route(path, endpoint, methods=methods, middleware=[self._cors])
 
     async def _other(self, request: Request) -> Response:
         """No endpoint, or not with this method."""
         path = request.path_params.get("other", "")
-        method = "POST" if path == "chat/completions" else "GET"
-        if path == "chat/completions" or path.partition("/")[0] in ("models", "openapi.json"):
+        method = "POST" if path in TO_POST else "GET"
+        if path in TO_POST or path.partition("/")[0] in ("models", "openapi.json"):
             sentence = f"This endpoint takes {method} only: use that method."
             raise ApiError(sentence, 405, "wrong_method", headers={"Allow": method})
         sentence = "There is no such endpoint: /v1/openapi.json lists those that exist."
@@ -118,55 +134,111 @@ class Api:
             "object": "model",
             "created": self._started,
             "owned_by": "minigpt4",
+            "max_model_len": engine.model.config.context,  # vLLM's name
+            "context_length": engine.model.config.context,  # OpenRouter's, as the next one
+            "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
         }
 
     async def _complete(self, request: Request) -> Response:
+        return await self._answer(request, read_chat, CompletionReply)
+
+    async def _respond(self, request: Request) -> Response:
+        try:
+            return await self._answer(request, read_response, ResponseReply)
+        except UserError as error:
+            raise renamed(ApiError.of(error)) from None
+
+    async def _decide(self, request: Request) -> Response:
         engine = self._service.engine
         body = await read_body(request, self._max_picture_bytes)
-        asked = await run_in_threadpool(_read_request, body)  # JSON of up to 28 MB takes its time
+        try:
+            asked = await run_in_threadpool(_read, read_decisions, body)
+            if asked.about.model is not None:
+                _check_model(asked.about.model, engine)
+            engine.refuse_if_full()
+            conversation = await self._service.conversation(asked.about)
+            return json_response(await decide(engine, conversation, asked))
+        except UserError as error:
+            kind = "input" if error.kind == "too_long" else None
+            raise renamed(ApiError.of(error, kind)) from None
+
+    async def _answer(
+        self,
+        request: Request,
+        read: Read,
+        make_reply: type[CompletionReply] | type[ResponseReply],
+    ) -> Response:
+        engine = self._service.engine
+        body = await read_body(request, self._max_picture_bytes)
+        # JSON of up to 28 MB takes its time.
+        asked, ignored = await run_in_threadpool(_read, read, body)
         if asked.model is not None:
             _check_model(asked.model, engine)
-        answer = await self._service.ask(asked)
-        reply = CompletionReply(engine, answer, bool(asked.logprobs), asked.include_usage)
+        answers = await self._service.ask(asked)
+        reply = make_reply(engine, answers, asked)
+        headers = _headers(ignored, answers[0].dropped_turns)
         stream = asked.stream
         del body, asked  # perhaps tens of megabytes, which the answer does not need
         if stream:
-            return _Events(reply.events(), answer)
-        watch = asyncio.create_task(_close_when_gone(request, answer))
-        try:
-            async for _ in answer:
-                pass
-        finally:
-            watch.cancel()
-            answer.close()
-        if answer.stop_reason == "closed":
-            raise ClientDisconnect
-        return json_response(reply.whole())
+            return _Events(reply.events(), answers, headers)
+        await _read_all(request, answers)
+        return json_response(reply.whole(), headers=headers)
 
 
 class _Events(StreamingResponse):
-    """An answer's server-sent events. The answer ends when the client goes away."""
+    """Server-sent events about answers, which end when the client goes away."""
 
-    def __init__(self, events: AsyncIterator[bytes], answer: Answer) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    def __init__(
+        self, events: AsyncIterator[bytes], answers: Sequence[Answer], headers: Mapping[str, str]
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._answer = answer
+        self._answers = answers
 
     async def __call__(self, *connection: Any) -> None:
         try:
             await super().__call__(*connection)
         finally:  # even where it never began
-            self._answer.close()
+            _close(self._answers)
 
 
-def _read_request(body: bytearray) -> ChatRequest:
-    return parse(read_json(body))
+def _read(read: Callable[[dict], T], body: bytearray) -> T:
+    return read(read_json(body))
 
 
-async def _close_when_gone(request: Request, answer: Answer) -> None:
+def _headers(ignored: Sequence[str], dropped_turns: int) -> dict[str, str]:
+    """What a program should know about its answer beside the answer."""
+    headers = {}
+    if ignored:
+        headers[IGNORED] = ", ".join(ignored).encode("ascii", "replace").decode()
+    if dropped_turns:
+        headers[DROPPED] = str(dropped_turns)
+    return headers
+
+
+async def _read_all(request: Request, answers: Sequence[Answer]) -> None:
+    """Wait for the answers' ends. ClientDisconnect where the client goes away before."""
+    watch = asyncio.create_task(_close_when_gone(request, answers))
+    try:
+        for answer in answers:
+            async for _ in answer:
+                pass
+    finally:
+        watch.cancel()
+        _close(answers)
+    if any(answer.stop_reason == "closed" for answer in answers):
+        raise ClientDisconnect
+
+
+async def _close_when_gone(request: Request, answers: Sequence[Answer]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    answer.close()
+    _close(answers)
+
+
+def _close(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        answer.close()
 
 
 def _check_model(name: str, engine: AnyEngine) -> None:

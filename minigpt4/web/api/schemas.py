@@ -1,6 +1,7 @@
 """What POST /v1/chat/completions takes: one source for parsing, error messages and OpenAPI.
 
-`parse` turns a body into a `ChatRequest`, or raises an `ApiError` whose sentence names the field.
+`parse` turns a body that `normalize` has read into a `ChatRequest`, or raises an `ApiError` whose
+sentence names the field.
 """
 
 import json
@@ -19,17 +20,16 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from minigpt4.config import ModelConfig
 from minigpt4.engine import Sampling
-from minigpt4.errors import UserError
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError, json_path
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
-MAX_STOPS, MAX_STOP_CHARACTERS = 4, 200
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 200
+MAX_ANSWERS, MAX_TOP_LOGPROBS = 8, 20
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON escapes it
 # pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
 # field has a description, that is the end.
@@ -52,19 +52,9 @@ class Object(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class ClosedObject(Object):
-    """A JSON object that refuses fields that it does not know."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, data: Any) -> Any:
-        """Stops at the first one: pydantic would list them all, however many there are."""
-        for name in data if isinstance(data, dict) else ():
-            if name not in cls.model_fields:
-                raise PydanticCustomError("unknown_field", "{name}", {"name": name})
-        return data
+def _described_as(accepted: Any) -> BeforeValidator:
+    """For OpenAPI: what clients may send in this place, which `normalize` has turned into ours."""
+    return BeforeValidator(lambda value: value, json_schema_input_type=accepted)
 
 
 class TextPart(Object):
@@ -74,11 +64,12 @@ class TextPart(Object):
 
 class ImageUrl(Object):
     url: str
+    detail: Any = None  # changes nothing here
 
 
 class ImagePart(Object):
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, _described_as(str | ImageUrl)]
 
 
 def _part_tag(part: Any) -> str | None:
@@ -96,10 +87,6 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
 def _number(name: str) -> Any:
     """A field with the range of one of Sampling's."""
     low, high, inclusive = Sampling.RANGES[name]
@@ -110,13 +97,28 @@ def _number(name: str) -> Any:
     return Field(gt=low, le=high, description=sentence)
 
 
+def _described_from(low: int, kind: type, high: float = 2**63 - 1) -> BeforeValidator:
+    """As `_described_as`, for a number that clients may also send as `low`, such as -1."""
+    return _described_as(Annotated[kind, Field(ge=low, le=high)] | None)
+
+
+# The longest answer wanted, which may be longer than fits. None, and -1: as long as fits.
+MaxTokens = Annotated[
+    int | None,
+    Field(
+        ge=1, le=2**63 - 1, description="must be an integer of at least 1, or -1: as long as fits."
+    ),
+    _described_from(-1, int),
+]
+
+
 def _only(sentence: str, **constraints: Any) -> Any:
     """A field that is accepted while it asks for nothing."""
     return Field(description=sentence, **constraints)
 
 
 EMPTY = _only("is not supported: leave it out.", max_length=0)
-NO_PENALTY = _only("is not supported: use repetition_penalty.", ge=0, le=0)
+NO_TOOLS = _only("is not supported: this model calls no functions. Leave it out.", max_length=0)
 NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
 
@@ -125,13 +127,15 @@ class Message(Object):
 
     role: Annotated[
         Literal["system", "developer", "user", "assistant"],
-        Field(description="must be system, developer, user or assistant."),
+        Field(description="must be system, developer, user or assistant: tools are not supported."),
     ]
     content: Annotated[
-        list[Part], FailFast(), BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])
+        list[Part],
+        FailFast(),
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None),
     ]
-    tool_calls: Annotated[list | None, EMPTY] = None
-    function_call: Annotated[dict | None, EMPTY] = None
+    tool_calls: Annotated[list | None, NO_TOOLS] = None
+    function_call: Annotated[dict | None, NO_TOOLS] = None
 
     @property
     def text(self) -> str:
@@ -148,58 +152,88 @@ class Message(Object):
         return self.role in ("system", "developer")
 
 
-class StreamOptions(ClosedObject):
+class StreamOptions(Object):
     include_usage: bool | None = None
     include_obfuscation: Any = None  # changes nothing here
 
 
-class TextFormat(ClosedObject):
-    type: Literal["text"]
+class JsonSchema(Object):
+    """`schema` is a JSON schema; the answer follows it, strict or not."""
+
+    name: Any = None
+    description: Any = None
+    strict: Any = None
+    content: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+class ResponseFormat(Object):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow, None where it is plain text."""
+        if self.json_schema is not None and self.type == "json_schema":
+            return self.json_schema.content
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
-class ChatRequest(ClosedObject):
+class ChatRequest(Object):
     """The body. A setting that is left out, or null, is the model's default."""
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
     temperature: Annotated[float | None, _number("temperature")] = None
-    top_p: Annotated[float | None, _number("top_p")] = None
-    top_k: Annotated[int | None, _number("top_k")] = None
+    top_p: Annotated[float | None, _number("top_p"), _described_from(0, float, 1)] = None
+    top_k: Annotated[int | None, _number("top_k"), _described_from(-1, int, 1_000_000)] = None
     min_p: Annotated[float | None, _number("min_p")] = None
     repetition_penalty: Annotated[float | None, _number("repetition_penalty")] = None
+    presence_penalty: Annotated[float | None, _number("presence_penalty")] = None
+    frequency_penalty: Annotated[float | None, _number("frequency_penalty")] = None
     num_beams: Annotated[int | None, _number("num_beams")] = None
-    seed: Annotated[int | None, _number("seed")] = None
-    max_tokens: Annotated[int | None, _number("max_new_tokens")] = None
-    max_completion_tokens: Annotated[int | None, _number("max_new_tokens")] = None
+    seed: Annotated[int | None, _number("seed"), _described_from(-1, int)] = None
+    max_tokens: MaxTokens = None
+    max_completion_tokens: MaxTokens = None
+    instructions: Annotated[str | None, Field(description="must be a string.")] = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None, Field(description="must be auto or disabled.")
+    ] = None
     stop: Annotated[
         Stops | None,
-        BeforeValidator(_as_list, json_schema_input_type=Stop | Stops | None),
+        _described_as(Stop | Stops | None),
         Field(
-            description=f"must be a string of 1 to {MAX_STOP_CHARACTERS} characters, or a list of "
+            description=f"must be a string of up to {MAX_STOP_CHARACTERS} characters, or a list of "
             f"up to {MAX_STOPS} of them."
         ),
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    # Accepted while they ask for nothing.
-    n: Annotated[int | None, _only("must be 1: ask again for another answer.", ge=1, le=1)] = None
     top_logprobs: Annotated[
-        int | None, _only("must be 0: only the chosen token's logprob is known.", ge=0, le=0)
+        int | None,
+        _only(f"must be an integer from 0 to {MAX_TOP_LOGPROBS}.", ge=0, le=MAX_TOP_LOGPROBS),
     ] = None
-    presence_penalty: Annotated[float | None, NO_PENALTY] = None
-    frequency_penalty: Annotated[float | None, NO_PENALTY] = None
+    n: Annotated[
+        int | None, _only(f"must be an integer from 1 to {MAX_ANSWERS}.", ge=1, le=MAX_ANSWERS)
+    ] = None
+    response_format: Annotated[
+        ResponseFormat | None,
+        _only(
+            'must be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", '
+            '"json_schema": {"schema": …}}.'
+        ),
+    ] = None
+    # Accepted while they ask for nothing.
     logit_bias: Annotated[dict | None, EMPTY] = None
-    tools: Annotated[list | None, EMPTY] = None
-    functions: Annotated[list | None, EMPTY] = None
+    tools: Annotated[list | None, NO_TOOLS] = None
+    functions: Annotated[list | None, NO_TOOLS] = None
     tool_choice: NoTool = None
     function_call: NoTool = None
     parallel_tool_calls: bool | None = None
-    response_format: Annotated[TextFormat | None, _only('must be {"type": "text"}.')] = None
     modalities: Annotated[
         list[Literal["text"]] | None, _only('must be ["text"].', min_length=1, max_length=1)
     ] = None
@@ -216,13 +250,31 @@ class ChatRequest(ClosedObject):
     def _check(self) -> "ChatRequest":
         if self.logprobs and (self.num_beams or 1) > 1:
             _refuse("logprobs are not available with beam search: set num_beams to 1.", "logprobs")
+        if self.top_logprobs and not self.logprobs:
+            _refuse("top_logprobs needs logprobs: set logprobs to true.", "top_logprobs")
         _check_conversation(self.messages)
+        self._check_format()
         return self
+
+    def _check_format(self) -> None:
+        """ApiError where the format cannot be kept to."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return
+        if wanted.type == "json_schema" and wanted.json_schema is None:
+            where = "response_format.json_schema"
+            _refuse(f"{where} is missing: add the schema.", where)
+        if (self.num_beams or 1) > 1:
+            _refuse("JSON is not available with beam search: set num_beams to 1.", "num_beams")
+        if self.messages[-1].role == "assistant":
+            sentence = "An answer in JSON cannot be continued: end with a user's message."
+            _refuse(sentence, "response_format")
 
     @property
     def system(self) -> str | None:
-        """The system messages; None: the model's own system text."""
+        """The instructions and system messages; None: the model's own system text."""
         texts = [message.text for message in self.messages if message.is_system]
+        texts = [text for text in (self.instructions, *texts) if text]
         return "\n".join(texts) if texts else None
 
     @property
@@ -230,33 +282,25 @@ class ChatRequest(ClosedObject):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, config: ModelConfig) -> Sampling:
-        """The settings, over the model's defaults."""
+        """The settings, over the model's defaults; without a maximum, as long as fits."""
         given = {name: getattr(self, name, None) for name in Sampling.RANGES}
         # The newer name wins.
-        given["max_new_tokens"] = self.max_completion_tokens or self.max_tokens
-        try:
-            return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
-        except UserError as error:  # the ranges are checked: what remains is too low a temperature
-            raise ApiError.of(error, "temperature") from None
+        most = self.max_completion_tokens or self.max_tokens or config.context
+        given["max_new_tokens"] = min(most, config.context)
+        return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
 
 
 def _check_conversation(messages: Sequence[Message]) -> None:
     """ApiError where the messages do not make a conversation, or are too much of one."""
-    spoken: list[Message] = []
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
         if message.images and message.role != "user":
             _refuse(f"{where}: only a user's message may hold pictures.", f"{where}.content")
-        if message.is_system:
-            if spoken:
-                _refuse(f"{where}: put system messages before all others.", f"{where}.role")
-            continue
         if message.role == "user" and not message.text.strip() and not message.images:
             _refuse(f"{where} is empty: write a question.", f"{where}.content")
-        spoken.append(message)
-    if not spoken or spoken[0].role != "user" or spoken[-1].role != "user":
-        _refuse("The first and the last message, system messages aside, must be a user's.")
-    if sum(len(message.images) for message in spoken) > FILES_AT_ONCE:
+    if not any(message.role == "user" for message in messages):
+        _refuse("messages must hold a user's message: add a question.")
+    if sum(len(message.images) for message in messages) > FILES_AT_ONCE:
         _refuse(f"A conversation may hold at most {FILES_AT_ONCE} pictures: leave some out.")
     if sum(len(message.text) for message in messages) > MAX_CHARACTERS:
         sentence = f"The conversation has more than {MAX_CHARACTERS} characters: shorten it."
@@ -296,9 +340,6 @@ def _explained(error: ValidationError) -> ApiError:
     """The first thing that pydantic refuses, in our words."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind, location, path = first["type"], first["loc"], json_path(first["loc"])
-    if kind == "unknown_field":
-        path = json_path((*location, first["ctx"]["name"]))
-        return ApiError(f"There is no field “{path}”: leave it out.", param=path)
     if described := _description(location):
         return ApiError(described, param=path)
     if kind == "list_type" and location[-1] == "content":

@@ -14,9 +14,14 @@ from typing import Any, NoReturn
 
 import gradio as gr
 import gradio.queueing
+import gradio.routes
 from gradio import processing_utils, utils
 from gradio.queueing import Queue
+from gradio.route_utils import CustomCORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from minigpt4.web.guard.limits import parts_of
 
 IDLE_POLL_SECONDS = 0.05  # between two looks at an empty queue; a pushed event ends the wait
 PROGRESS_POLL_SECONDS = 0.1  # the page has no progress bars
@@ -54,6 +59,11 @@ PATCHES = (
         "asyncio",
         "A sleep of the queue's loop must end when an event is pushed, or polling less often "
         "would delay every answer.",
+    ),
+    Patch(
+        "gradio.routes",
+        "CustomCORSMiddleware",
+        "It lets every web page use a server that is not localhost, and its API with it.",
     ),
     Patch(
         "gradio.queueing.Queue()",
@@ -137,6 +147,7 @@ def apply() -> None:
     gradio.queueing.asyncio = _QueueAsyncio()
     processing_utils.async_ssrf_protected_get = _fetch_nothing
     processing_utils.async_move_files_to_cache = _move_files_to_cache
+    gradio.routes.CustomCORSMiddleware = PageCORS
     processing_utils.add_root_url = _add_root_url
     gr.Chatbot.postprocess = _postprocess_chatbot
     gr.Blocks.postprocess_data = _postprocess_data
@@ -162,6 +173,16 @@ _original_move_files = processing_utils.async_move_files_to_cache
 _original_add_root_url = processing_utils.add_root_url
 _original_postprocess_chatbot = gr.Chatbot.postprocess
 _original_postprocess_data = gr.Blocks.postprocess_data
+
+
+class PageCORS(CustomCORSMiddleware):
+    """Gradio's, for the page; the API has its own rule (--cors-origins)."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and parts_of(scope)[:1] == ("v1",):
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 # --- the queue ------------------------------------------------------------------------------------

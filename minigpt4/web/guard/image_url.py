@@ -6,6 +6,7 @@ import functools
 import ssl
 import string
 from collections.abc import Collection
+from urllib.parse import unquote_to_bytes
 
 import httpx
 from starlette.concurrency import run_in_threadpool
@@ -16,6 +17,7 @@ SECONDS = 15  # to fetch one picture
 REDIRECTS = 3
 MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
+STANDARD = bytes.maketrans(b"-_", b"+/")  # from the alphabet for URLs
 
 
 class TooLarge(UserError):
@@ -35,20 +37,22 @@ class ImageUrls:
 
     async def read(self, url: str) -> bytes:
         """The picture file's bytes. UserError where it is refused or not available."""
-        if url[:5].lower() == "data:":
-            return await run_in_threadpool(self._decode, url)
+        if url[:20].lstrip()[:5].lower() == "data:":
+            return await run_in_threadpool(self._decode, url.lstrip())
         return await self._fetch(url)
 
     def _decode(self, url: str) -> bytes:
         head, comma, data = url[5:].partition(",")
         if not comma or not head.lower().rstrip().endswith(";base64"):
             raise UserError("A data: URL must read data:image/…;base64,… to be a picture.")
-        if len(data) > self.max_bytes * 4 // 3 + 4096:
+        if len(data) > self.max_bytes * 11 // 8 + 4096:  # line breaks included
             raise self._too_large()
         try:
             # Some clients break it into lines. Splitting it there could make millions of strings.
-            plain = data.encode("ascii").translate(None, BLANKS)
-            content = base64.b64decode(plain, validate=True)
+            plain = data.encode("ascii")
+            plain = unquote_to_bytes(plain) if b"%" in plain else plain
+            plain = plain.translate(STANDARD, BLANKS).rstrip(b"=")
+            content = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
         except ValueError:
             raise UserError("The picture's base64 is damaged: encode the file again.") from None
         if len(content) > self.max_bytes:

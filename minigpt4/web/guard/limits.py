@@ -52,7 +52,7 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        parts = _parts(scope)
+        parts = parts_of(scope)
         if closed(parts):
             await PlainTextResponse("There is no such page.\n", 404)(scope, receive, send)
         elif parts[:1] == ("v1",):
@@ -69,7 +69,7 @@ def closed(parts: tuple[str, ...]) -> bool:
     return bool(inner) and (inner[0] in CLOSED or inner[0].startswith("proxy="))
 
 
-def _parts(scope: Scope) -> tuple[str, ...]:
+def parts_of(scope: Scope) -> tuple[str, ...]:
     """The path's parts, without the prefix that a proxy may have left."""
     path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
     return tuple(part for part in path.split("/") if part)

@@ -1,0 +1,152 @@
+"""POST /v1/decisions: questions about one input, answered with probabilities.
+
+Each question ends a conversation that begins with the input, so the engine's cache computes the
+input once. Its answer is read from the distribution of the answer's first token over the labels
+that the question allows: yes and no, or a letter for each choice or level. Nothing is sampled.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from string import ascii_uppercase
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from minigpt4.conversation import Answer, Conversation, ask
+from minigpt4.engine import AnyEngine, Sampling
+from minigpt4.errors import UserError
+from minigpt4.model.prompt import Tokenizer, encode_text
+from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.api.questions import DecisionRequest, Question
+from minigpt4.web.api.reply import used
+from minigpt4.web.api.responses import read_response
+from minigpt4.web.api.schemas import ChatRequest
+
+TOGETHER = 4  # questions at once, so that other requests get their turn
+FIRST_TOKEN = Sampling(temperature=0.0, max_new_tokens=1, repetition_penalty=1.0)
+NOT_WATCHED = "Decisions are not available where the language model runs in another process."
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What was asked: the conversation of the input, and the questions about it."""
+
+    about: ChatRequest
+    questions: list[Question]
+
+
+def read_decisions(body: dict) -> Decisions:
+    """ApiError about the first mistake."""
+    try:
+        request = DecisionRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        path = json_path(first["loc"])
+        raise ApiError(f"{path} has a wrong value: see docs/api.md.", param=path) from None
+    for place, question in enumerate(request.questions):
+        if question.type != "predicate" and not question.options:
+            name = "choices" if question.type == "choice" else "levels"
+            path = f"questions[{place}].{name}"
+            raise ApiError(f"{path} is missing: add it.", param=path)
+    about, _ = read_response({"input": body.get("input"), "model": request.model})
+    return Decisions(about, request.questions)
+
+
+async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions) -> dict:
+    """OpenAI's decision. UserError where a question cannot be asked."""
+    room = asyncio.Semaphore(TOGETHER)
+
+    async def answer(question: Question) -> tuple[Answer, dict]:
+        async with room:
+            return await _answer(engine, conversation, question)
+
+    found = [await answer(asked.questions[0])]  # after which the cache has the input
+    tasks = [asyncio.ensure_future(answer(question)) for question in asked.questions[1:]]
+    try:
+        found += await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    numbers = [used([answer]) for answer, _ in found]
+    prompt, tokens, reused = (sum(column) for column in zip(*numbers, strict=True))
+    return {
+        "model": engine.model.config.name,
+        "answers": [decision for _, decision in found],
+        "usage": {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
+            "output_tokens": tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + tokens,
+        },
+    }
+
+
+async def _answer(
+    engine: AnyEngine, conversation: Conversation, question: Question
+) -> tuple[Answer, dict]:
+    asked = replace(conversation, messages=[*conversation.messages])
+    asked.add_question(question.text)
+    count = len(question.options)
+    labels = [*ascii_uppercase[:count]] if count else ["Yes", "No"]
+    firsts = first_tokens(engine.model.tokenizer, labels)
+    watched = [token for tokens in firsts for token in tokens]
+    answer = await run_in_threadpool(ask, engine, asked, FIRST_TOKEN, trim=False, watched=watched)
+    try:
+        async for _ in answer:
+            pass
+    finally:
+        answer.close()
+    if len(answer.watched) != len(watched):
+        raise UserError(NOT_WATCHED)
+    return answer, _decision(question, _shares(firsts, answer.watched))
+
+
+def first_tokens(tokenizer: Tokenizer, labels: Sequence[str]) -> list[list[int]]:
+    """The first tokens of each label in all spellings, without those that labels share."""
+
+    def firsts(label: str) -> set[int]:
+        forms = [space + word for word in (label, label.lower()) for space in ("", " ")]
+        return {encode_text(tokenizer, form)[0] for form in forms}
+
+    found = [firsts(label) for label in labels]
+    own = [
+        sorted(tokens - set().union(*(other for other in found if other is not tokens)))
+        for tokens in found
+    ]
+    if not all(own):
+        raise UserError("This model's tokenizer cannot tell the answers apart.")
+    return own
+
+
+def _shares(firsts: Sequence[Sequence[int]], logprobs: Sequence[float]) -> list[float]:
+    """The probability of each label, among all labels."""
+    rest = iter(logprobs)
+    weights = [[next(rest) for _ in tokens] for tokens in firsts]
+    highest = max(max(group) for group in weights)
+    sums = [sum(math.exp(w - highest) for w in group) for group in weights]
+    return [s / sum(sums) for s in sums]
+
+
+def _decision(question: Question, shares: list[float]) -> dict:
+    """OpenAI's answer to a question. A score is the mean of the levels' numbers, from 1."""
+    head: dict[str, Any] = {"type": question.type, "name": question.name}
+    if question.type == "predicate":
+        return head | {"probability": shares[0]}
+    head["confidence"] = max(shares)
+    if question.type == "choice":
+        values = [choice.value for choice in question.choices or ()]
+        pairs = zip(values, shares, strict=True)
+        probabilities = [{"value": value, "probability": share} for value, share in pairs]
+        best = values[shares.index(max(shares))]
+        return head | {"choice": best, "probabilities": probabilities}
+    levels = enumerate(zip(question.levels or (), shares, strict=True), 1)
+    scores = [
+        {"value": number, "label": level.label, "probability": share}
+        for number, (level, share) in levels
+    ]
+    mean = sum(number * share for number, share in enumerate(shares, 1))
+    return head | {"score": mean, "probabilities": scores}

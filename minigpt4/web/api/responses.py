@@ -1,0 +1,235 @@
+"""POST /v1/responses: OpenAI's Responses API, over the conversation of chat completions.
+
+A request becomes the same `ChatRequest`; item i of `input` becomes message i, so that errors can
+name the field as the client sent it. Nothing is kept between requests.
+"""
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from minigpt4.conversation import Answer
+from minigpt4.engine import AnyEngine
+from minigpt4.web.api.errors import ApiError, printable
+from minigpt4.web.api.normalize import read_chat
+from minigpt4.web.api.reply import HEARTBEAT, Choice, event, refusal, texts_of, used
+from minigpt4.web.api.schemas import ChatRequest
+
+# What is called otherwise here than in chat completions, as errors name it.
+NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+FIELDS = r"^(?:messages|max_tokens|response_format)\b|\bmessages(?=\[)"
+KEPT_STATE = ("previous_response_id", "conversation", "background", "prompt")
+LOGPROBS = "message.output_text.logprobs"  # in `include`
+
+
+def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
+    """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake."""
+    for name in KEPT_STATE:
+        if body.get(name):
+            sentence = f"{name} is not supported: this server keeps nothing. Send all of the input."
+            raise ApiError(sentence, param=name)
+    chat = dict(body)
+    ignored = ["n"] if chat.pop("n", None) else []
+    messages, include = chat.pop("input", None), chat.pop("include", None)
+    if messages is None:
+        raise ApiError("input is missing: add it.", param="input")
+    chat["messages"] = _messages(messages)
+    if "max_output_tokens" in chat:
+        chat["max_tokens"] = chat.pop("max_output_tokens")
+    if isinstance(text := chat.pop("text", None), dict):
+        chat["response_format"] = _format(text.get("format"))
+        ignored += ["text.verbosity"] if text.get("verbosity") else []
+    if isinstance(include, list) and LOGPROBS in include:
+        chat["logprobs"] = True
+    else:
+        chat.pop("top_logprobs", None)
+    request, others = read_chat(chat)
+    return request, [*ignored, *others]
+
+
+def renamed(error: ApiError) -> ApiError:
+    """An error about a chat completion, in the Responses API's words."""
+
+    def rename(text: str) -> str:
+        text = re.sub(FIELDS, lambda found: NAMES[found[0]], text)
+        return text.replace("text.format.json_schema", "text.format").replace(
+            ".image_url.url", ".image_url"
+        )
+
+    param = rename(error.param) if error.param else error.param
+    return ApiError(rename(str(error)), error.status, error.code, param, error.headers)
+
+
+def _messages(items: Any) -> Any:
+    if isinstance(items, str):
+        return [{"role": "user", "content": items}]
+    return [_message(item, i) for i, item in enumerate(items)] if isinstance(items, list) else items
+
+
+def _message(item: Any, place: int) -> Any:
+    """A message for an item; an item of reasoning, which clients send back, says nothing."""
+    if not isinstance(item, dict):
+        return item
+    kind = item.get("type") or "message"
+    if kind == "reasoning":
+        return {"role": "system", "content": ""}
+    if kind != "message":
+        name = printable(kind) if isinstance(kind, str) else "unknown"
+        sentence = f"input[{place}] is of type “{name}”: only messages are supported."
+        raise ApiError(sentence, param=f"input[{place}].type")
+    message = {name: item[name] for name in ("role", "content") if name in item}
+    if isinstance(content := message.get("content"), list):
+        message["content"] = [_part(part) for part in content]
+    return message
+
+
+def _part(part: Any) -> Any:
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
+
+
+def _format(wanted: Any) -> Any:
+    """`text.format` as chat completions' response_format, which nests the schema once more."""
+    if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": wanted}
+    return wanted
+
+
+class ResponseReply:
+    """An answer as OpenAI's response, whole or as events."""
+
+    def __init__(self, engine: AnyEngine, answers: Sequence[Answer], request: ChatRequest) -> None:
+        (self._answer,) = self._answers = answers
+        self._choice = Choice(engine, self._answer, 0, request)
+        self._item = f"msg_{uuid.uuid4().hex}"
+        self._number = -1  # of the last event
+        self._logprobs: list[dict] = []
+        sampling = request.sampling(engine.model.config)
+        self._head = {
+            "id": f"resp_{uuid.uuid4().hex}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": engine.model.config.name,
+            "error": None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_tokens,
+            "metadata": request.metadata if isinstance(request.metadata, dict) else {},
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "temperature": sampling.temperature,
+            "text": {"format": _echo(request)},
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": sampling.top_p,
+            "truncation": request.truncation or "auto",
+        }
+
+    def whole(self) -> dict:
+        """The response, once the answer has ended."""
+        self._logprobs += self._new_logprobs()
+        reason = None if self._complete else {"reason": "max_output_tokens"}
+        status = "completed" if self._complete else "incomplete"
+        message = self._message(status, [self._text])
+        ends = {"status": status, "incomplete_details": reason, "output": [message]}
+        return self._head | ends | {"usage": self._usage}
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events with the answer's text as it is generated."""
+        begun = self._head | {"status": "in_progress", "incomplete_details": None, "output": []}
+        begun |= {"usage": None}
+        empty = self._text | {"text": ""}
+        yield self._event("created", response=begun)
+        yield self._event("in_progress", response=begun)
+        yield self._event(
+            "output_item.added", output_index=0, item=self._message("in_progress", [])
+        )
+        yield self._event("content_part.added", **self._place, part=empty)
+        try:
+            async for number, text in texts_of(self._answers):
+                if number is None:
+                    yield HEARTBEAT
+                elif text is not None:
+                    new = self._new_logprobs()
+                    self._logprobs += new
+                    yield self._event("output_text.delta", **self._place, delta=text, logprobs=new)
+        except Exception as error:
+            refused = {"code": "server_error", "message": str(refusal(error))}
+            yield self._event("failed", response=begun | {"status": "failed", "error": refused})
+            return
+        done = self.whole()
+        (message,) = done["output"]
+        (part,) = message["content"]
+        logprobs = self._logprobs
+        yield self._event("output_text.done", **self._place, text=part["text"], logprobs=logprobs)
+        yield self._event("content_part.done", **self._place, part=part)
+        yield self._event("output_item.done", output_index=0, item=message)
+        yield self._event(done["status"], response=done)
+
+    def _event(self, name: str, **content: Any) -> bytes:
+        self._number += 1
+        kind = f"response.{name}"
+        data = {"type": kind, "sequence_number": self._number, **content}
+        return f"event: {kind}\n".encode() + event(data)
+
+    @property
+    def _place(self) -> dict:
+        return {"item_id": self._item, "output_index": 0, "content_index": 0}
+
+    @property
+    def _complete(self) -> bool:
+        return self._choice.finish_reason == "stop"
+
+    @property
+    def _text(self) -> dict:
+        text = self._answer.text
+        return {
+            "type": "output_text",
+            "text": text,
+            "annotations": [],
+            "logprobs": self._logprobs,
+        }
+
+    def _message(self, status: str, content: list[dict]) -> dict:
+        return {
+            "id": self._item,
+            "type": "message",
+            "role": "assistant",
+            "status": status,
+            "content": content,
+        }
+
+    def _new_logprobs(self) -> list[dict]:
+        """Since the last call. Their bytes are always a list here."""
+
+        def listed(token: dict) -> dict:
+            return token | {"bytes": token["bytes"] or []}
+
+        found = (self._choice.logprobs() or {}).get("content", ())
+        return [
+            listed(token) | {"top_logprobs": [listed(top) for top in token["top_logprobs"]]}
+            for token in found
+        ]
+
+    @property
+    def _usage(self) -> dict:
+        prompt, tokens, reused = used(self._answers)
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
+            "output_tokens": tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + tokens,
+        }
+
+
+def _echo(request: ChatRequest) -> dict:
+    """The format as it was asked for."""
+    wanted = request.response_format
+    if wanted is None or wanted.json_schema is None:
+        return {"type": wanted.type if wanted else "text"}
+    schema = wanted.json_schema
+    name = schema.name if isinstance(schema.name, str) else "answer"
+    return {"type": "json_schema", "name": name, "schema": schema.content}

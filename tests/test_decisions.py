@@ -1,0 +1,112 @@
+"""POST /v1/decisions, asked by OpenAI's own client on a real server."""
+
+import math
+
+import httpx
+import pytest
+
+from minigpt4.conversation import Conversation, ask
+from minigpt4.engine import Sampling
+from minigpt4.web.api.decisions import first_tokens
+from tests.api_case import (
+    MODEL,
+    address_fixture,
+    client,
+    data_url,
+    engine_fixture,
+    picture_file,
+)
+
+engine, address = engine_fixture(), address_fixture()
+ABOUT = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "input_image", "image_url": data_url(picture_file())},
+            {"type": "input_text", "text": "Here is a photo."},
+        ],
+    }
+]
+QUESTIONS = [
+    {"type": "predicate", "instructions": "There is a sky.", "name": "sky"},
+    {
+        "type": "choice",
+        "instructions": "Which colour is it?",
+        "choices": [{"value": "red", "description": "like fire"}, {"value": "blue"}],
+    },
+    {
+        "type": "choice",
+        "instructions": "Is it day?",
+        "choices": [{"value": True}, {"value": False}],
+    },
+    {
+        "type": "score",
+        "instructions": "How sharp is it?",
+        "levels": [{"label": "blurred"}, {"label": "fair"}, {"label": "sharp"}],
+    },
+]
+
+
+def test_every_kind_of_question(address):
+    decision = client(address).decisions.create(model=MODEL, input=ABOUT, questions=QUESTIONS)
+    predicate, choice, typed, score = decision.answers
+    assert (predicate.type, predicate.name) == ("predicate", "sky")
+    assert 0 < predicate.probability < 1
+    assert [p.value for p in choice.probabilities] == ["red", "blue"]
+    assert [p.value for p in typed.probabilities] == [True, False]
+    for answer in (choice, typed, score):
+        shares = [p.probability for p in answer.probabilities]
+        assert math.isclose(sum(shares), 1) and answer.confidence == max(shares)
+    best = max(choice.probabilities, key=lambda p: p.probability)
+    assert choice.choice == best.value
+    assert [(p.value, p.label) for p in score.probabilities] == [
+        (1, "blurred"),
+        (2, "fair"),
+        (3, "sharp"),
+    ]
+    assert math.isclose(score.score, sum(p.value * p.probability for p in score.probabilities))
+    assert decision.usage.output_tokens == 4 and decision.usage.input_tokens_details.cached_tokens
+
+
+def test_a_probability_is_the_models_own(address, engine):
+    """Recomputed from the log-probabilities of all first tokens."""
+    question = QUESTIONS[0]
+    (answer,) = (
+        client(address).decisions.create(model=MODEL, input="Hello.", questions=[question]).answers
+    )
+    asked = Conversation()
+    asked.add_question("Hello.")
+    asked.add_question("There is a sky.\nIs this true? Answer with Yes or No.")
+    sampling = Sampling(temperature=0, max_new_tokens=1, repetition_penalty=1.0)
+    width = engine.model.config and len(engine.model.tokenizer)
+    found = ask(engine, asked, sampling, watched=range(width))
+    list(found)
+    yes, no = (
+        sum(math.exp(found.watched[token]) for token in tokens)
+        for tokens in first_tokens(engine.model.tokenizer, ["Yes", "No"])
+    )
+    assert math.isclose(answer.probability, yes / (yes + no), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("input", {"questions": QUESTIONS}),
+        ("questions", {"input": "Hello."}),
+        ("questions", {"input": "Hello.", "questions": []}),
+        (
+            "questions[0].type",
+            {"input": "Hello.", "questions": [{"type": "x", "instructions": ""}]},
+        ),
+        (
+            "questions[0].choices",
+            {"input": "Hello.", "questions": [{"type": "choice", "instructions": "Which?"}]},
+        ),
+        ("input[0].role", {"input": [{"role": "x", "content": ""}], "questions": QUESTIONS}),
+    ],
+)
+def test_what_cannot_be_asked(address, param, body):
+    response = httpx.post(address + "/v1/decisions", json=body, timeout=60)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert error["message"].endswith(".")
