@@ -213,8 +213,8 @@ READY = [model.name for model in MODELS.values() if not model.in_training]
 MODEL = Option("model", f"Model: auto, {', '.join(READY)}.", "auto", metavar="NAME")
 QUANTIZE = Option(
     "quantize",
-    "Precision of the language model's weights. auto: int8 for large models on a GPU, 4-bit blocks "
-    "for models that come with them on a CPU.",
+    "Precision of the language model's weights. auto: int8 for large models on a GPU, 4 bits on a "
+    "CPU.",
     "auto",
     one_of("auto", "int8", "nf4", "int4", "none"),
     metavar="{auto,int8,nf4,int4,none}",
