@@ -288,7 +288,9 @@ def _download(options: argparse.Namespace) -> None:
     config = get_model(options.model)
     given = start.given_places(options)
     download_weights(config, start.say, given)
-    find_weights(config, given=given)
+    files = find_weights(config, given=given)
+    device = start.device_of("auto")
+    start.prepare(config, files, start.quantize_of("auto", config, device))
 
 
 if __name__ == "__main__":

@@ -204,6 +204,8 @@ class ModelConfig:
     projection_file: str
     files: dict[str, Source] = field(default_factory=dict)  # role -> source
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
+    cpu_gigabytes: float = 0.0  # memory it needs without a GPU, in 4 bit; `auto` selects it by this
+    converted_to_4bit: bool = False  # on the CPU: its 16-bit weights are, once
     small: bool = False  # downloads take moments: training may start one without asking
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
@@ -218,8 +220,10 @@ class ModelConfig:
 
     @property
     def has_4bit_blocks(self) -> bool:
-        """Does its language model come as a GGUF file, whose 4-bit blocks the CPU kernels read?"""
-        return "llm" in self.files and self.files["llm"].member.endswith(".gguf")
+        """Does its language model come as a GGUF file, whose 4-bit blocks the CPU kernels read, or
+        is it converted to one?"""
+        comes_so = "llm" in self.files and self.files["llm"].member.endswith(".gguf")
+        return comes_so or self.converted_to_4bit
 
     @property
     def image_tokens(self) -> int:
@@ -294,6 +298,8 @@ _VICUNA_7B = ModelConfig(
         ),
     },
     gpu_gigabytes=12,
+    cpu_gigabytes=7.0,
+    converted_to_4bit=True,
     stage1=_PUBLISHED_STAGE1,
     stage2=_PUBLISHED_STAGE2,
     licence="LLaMA's non-commercial licence (Vicuna v0); BSD-3-Clause (BLIP-2, MiniGPT-4)",
@@ -317,6 +323,7 @@ _VICUNA_13B = replace(
         ),
     },
     gpu_gigabytes=24,
+    cpu_gigabytes=11,
 )
 
 _LLAMA2_7B = replace(
@@ -336,12 +343,14 @@ _LLAMA2_7B = replace(
         ),
     },
     gpu_gigabytes=0,
+    cpu_gigabytes=6.8,
     licence="Llama 2 Community Licence; BSD-3-Clause (BLIP-2, MiniGPT-4)",
 )
 
 _NANO = ModelConfig(
     name="nano",
     small=True,
+    cpu_gigabytes=0.8,
     vision=EfficientNetLite(),
     bridge=PooledMap(),
     template=prompt.CHATML,
@@ -373,6 +382,8 @@ _NANO = ModelConfig(
 
 _MINI = ModelConfig(
     name="mini",
+    small=True,
+    cpu_gigabytes=2.0,
     vision=ClassesAndObjects(),
     bridge=PooledMap(),
     template=prompt.CHATML,

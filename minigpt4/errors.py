@@ -1,6 +1,7 @@
 """UserError, the one kind of error a user may see; and how progress is reported."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TextIO
@@ -37,6 +38,19 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.sentence
+
+
+_SHORT = ("out of memory", "allocate memory", "bad_alloc", "not enough memory", "bad allocation")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Does an exception say that memory is short? Python's own, the system's, or any library's,
+    which raise it as a RuntimeError that says so (nothing of them is imported for this)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORT)
 
 
 class Report(Protocol):

@@ -214,7 +214,7 @@ MODEL = Option("model", f"Model: auto, {', '.join(READY)}.", "auto", metavar="NA
 QUANTIZE = Option(
     "quantize",
     "Precision of the language model's weights. auto: w8a16 (int8 weights, 16-bit activations) for "
-    "large models on a GPU, 4-bit blocks for models that come with them on a CPU.",
+    "large models on a GPU, 4 bits on a CPU.",
     "auto",
     one_of("auto", "w8a16", "int8", "nf4", "int4", "none"),
     metavar="{auto,w8a16,int8,nf4,int4,none}",

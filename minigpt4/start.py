@@ -5,19 +5,22 @@ import os
 import stat
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt4.config import DEFAULT_MODEL, MODELS, ModelConfig, Quantize, get_model
-from minigpt4.errors import Report, UserError, say
+from minigpt4.config import DEFAULT_MODEL, MODELS, EvaViT, ModelConfig, Quantize, get_model
+from minigpt4.errors import Report, UserError, out_of_memory, say
 
 if TYPE_CHECKING:
     import torch
 
     from minigpt4.engine import AnyEngine, Sampling
+    from minigpt4.engine.embeddings import EmbeddingStore
     from minigpt4.model.minigpt4 import MiniGPT4
     from minigpt4.remote.engine import RemoteEngine
     from minigpt4.remote.vllm import VllmServers
+    from minigpt4.weights.load import WeightFiles
 
 
 PROBE_SECONDS = 30.0  # for the first token of each server
@@ -49,17 +52,34 @@ def default_sampling(config: ModelConfig, **given) -> "Sampling":
     return Sampling(**(config.sampling | given))
 
 
-def choose(free_gpu_bytes: int | None) -> tuple[ModelConfig, str]:
-    """The model that “auto” selects, and why: the largest that fits into the free GPU memory."""
+def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[ModelConfig, str]:
+    """The model that “auto” selects, and why: the largest that fits into the free memory.
+
+    On a GPU its weights are downloaded where they are missing. Without one, only models whose
+    weights are here, or are a small download, are considered. free_bytes: the computer's free
+    memory; None: unknown.
+    """
+    from minigpt4.weights.sources import missing
+
     default = get_model(DEFAULT_MODEL)
-    if free_gpu_bytes is None:
+    if free_gpu_bytes is not None:
+        free = free_gpu_bytes / 1e9
+        fitting = [m for m in MODELS.values() if 0 < m.gpu_gigabytes <= free]
+        if not fitting:
+            return default, f"the GPU has {free:.0f} GB free, too little for a larger one"
+        best = max(fitting, key=lambda m: m.gpu_gigabytes)
+        return best, f"the GPU has {free:.0f} GB free"
+    if free_bytes is None:
         return default, "no GPU was found"
-    free = free_gpu_bytes / 1e9
-    fitting = [m for m in MODELS.values() if 0 < m.gpu_gigabytes <= free]
-    if not fitting:
-        return default, f"the GPU has {free:.0f} GB free, too little for a larger one"
-    best = max(fitting, key=lambda m: m.gpu_gigabytes)
-    return best, f"the GPU has {free:.0f} GB free"
+    free = free_bytes / 1e9
+    fitting = [
+        model
+        for model in MODELS.values()
+        if 0 < model.cpu_gigabytes <= free and not model.in_training
+        if model.small or not missing(model, {})
+    ]
+    best = max(fitting, key=lambda m: m.cpu_gigabytes, default=default)
+    return best, f"no GPU was found, and {free:.1f} GB of memory are free"
 
 
 def free_gpu_memory(device: "torch.device") -> int | None:
@@ -112,13 +132,10 @@ def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> 
     """What “auto” means for this model here. UserError if int4 is requested but not available."""
     if name not in ("auto", "int4") or (name == "auto" and not config.has_4bit_blocks):
         return name
-    if not config.has_4bit_blocks or device.type != "cpu":
+    if device.type != "cpu":
         if name == "auto":
-            return "none"
-        models = ", ".join(m.name for m in MODELS.values() if m.has_4bit_blocks)
-        raise UserError(
-            f"“--quantize int4” works for {models} on the CPU: choose int8, nf4 or none."
-        )
+            return name
+        raise UserError("“--quantize int4” works on the CPU: choose int8, nf4 or none.")
     from minigpt4.engine.native import library
 
     if library() is not None:
@@ -132,13 +149,57 @@ def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> 
     return "none"
 
 
+def prepare(
+    config: ModelConfig, files: "WeightFiles", quantize: Quantize, report: Report = say
+) -> "WeightFiles":
+    """The files to load: for “int4” the language model's 4-bit blocks, converted where missing."""
+    if quantize != "int4":
+        return files
+    from minigpt4.engine.decoder import threads
+    from minigpt4.engine.native import quantize as quantizer
+    from minigpt4.weights.convert import make_blocks
+
+    return replace(files, llm=make_blocks(config, files.llm, quantizer, threads(), report))
+
+
+def _load(
+    config: ModelConfig,
+    files: "WeightFiles",
+    device: "torch.device",
+    quantize: Quantize,
+    dtype: str,
+    report: Report,
+) -> "MiniGPT4":
+    """Check the memory, convert, load. UserError where the memory is too small."""
+    from minigpt4.weights.load import load_model
+
+    loading = f"Loading {config.name} …"
+    if device.type != "cpu":
+        report(loading)
+        return load_model(config, files, device, quantize, dtype)
+    from minigpt4.weights.llm import cpu_dtype
+    from minigpt4.weights.memory import check_memory, too_little
+
+    computing = cpu_dtype(dtype)
+    vision = computing if isinstance(config.vision, EvaViT) else None
+    try:
+        check_memory(config, files.llm, quantize, computing, vision)
+        files = prepare(config, files, quantize, report)
+        report(loading)
+        return load_model(config, files, device, quantize, dtype, vision_dtype=vision)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    raise too_little(config, quantize)  # here the traceback, which holds tensors, is gone
+
+
 def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     """Load the model that the options name; missing weights are downloaded.
 
     If “auto” selects a large model whose weights are not available, the default model is loaded
     instead. `report` receives one line for each step.
     """
-    from minigpt4.weights.load import download_weights, find_weights, load_model, owner_of
+    from minigpt4.weights.load import download_weights, find_weights, owner_of
 
     device, given = device_of(options.device), given_places(options)
     dtype = getattr(options, "dtype", "auto")
@@ -150,17 +211,18 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
                 "“--model”."
             )
         download_weights(config, report, given)
-        report(f"Loading {config.name} …")
         files = find_weights(config, given=given)
         quantize = quantize_of(options.quantize, config, device)
-        return load_model(config, files, device, quantize, dtype)
+        return _load(config, files, device, quantize, dtype, report)
 
     if options.model != "auto":
         return load(get_model(options.model), given)
     if owner := owner_of(given.get("projection")):
         report(f"Model: {owner}, because the projection belongs to it.")
         return load(get_model(owner), given)
-    config, why = choose(free_gpu_memory(device))
+    from minigpt4.weights.memory import free_memory
+
+    config, why = choose(free_gpu_memory(device), free_memory())
     report(f"Model: {config.name}, because {why}.")
     if config.name == DEFAULT_MODEL:
         return load(config, given)
@@ -187,7 +249,20 @@ def open_engine(
     model = open_model(options, report)
     from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 
-    return Engine(model, kv_megabytes=kv_megabytes, **limits)
+    return Engine(model, kv_megabytes=kv_megabytes, store=_embedding_store(model), **limits)
+
+
+def _embedding_store(model: "MiniGPT4") -> "EmbeddingStore | None":
+    """Where embeddings are kept that take seconds to compute; $MINIGPT4_EMBEDDINGS_MB limits it."""
+    if model.device.type != "cpu" or not isinstance(model.config.vision, EvaViT):
+        return None
+    from minigpt4.engine.embeddings import MEGABYTES, EmbeddingStore
+
+    limit = os.environ.get("MINIGPT4_EMBEDDINGS_MB") or str(MEGABYTES)
+    if not limit.isdecimal():
+        raise UserError(f"MINIGPT4_EMBEDDINGS_MB is “{limit}”: set it to a number of megabytes.")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return EmbeddingStore(cache / "minigpt4" / "embeddings", model, int(limit))
 
 
 def _open_remote(

@@ -8,7 +8,7 @@ import numpy as np
 
 from minigpt4.engine.kernels.build import library
 from minigpt4.engine.kvcache import BLOCK_SIZE
-from minigpt4.engine.native import NativeDecoder, PackedMatrices
+from minigpt4.engine.native import NativeDecoder, PackedMatrices, quantize
 from minigpt4.engine.scheduler import Rows
 from minigpt4.weights.gguf import BLOCKS
 from tests.random_blocks import block_llama, random_tensor
@@ -36,6 +36,14 @@ def multiply(variant: str, kind: str) -> None:
             raise SystemExit(f"{kind}: not a number")
 
 
+def write_blocks(variant: str) -> None:
+    draw = np.random.default_rng(1)
+    numbers = draw.normal(size=(9, 512)).astype(np.float32)
+    numbers[0], numbers[1], numbers[2], numbers[3, :40] = 0, 1e-30, 1e30, 60000
+    for kind in ("Q4_1", "Q8_0", "Q4_K", "Q6_K"):
+        quantize(kind, numbers, variant)
+
+
 def decode(variant: str, shape: dict) -> None:
     llama = block_llama(**shape)
     decoder = NativeDecoder(llama, 64, 8, 2, variant)
@@ -60,6 +68,7 @@ def main() -> None:
     variant = sys.argv[1]
     for kind in BLOCKS:
         multiply(variant, kind)
+    write_blocks(variant)
     for shape in SHAPES:
         decode(variant, shape)
     print("done")

@@ -14,9 +14,9 @@ import torch
 
 from minigpt4 import start
 from minigpt4.engine import Engine, Totals, decoder
-from minigpt4.engine.stream import LOST, Stats, device_lost, out_of_memory
+from minigpt4.engine.stream import LOST, Stats, device_lost
 from minigpt4.engine.torch_decoder import TorchDecoder
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, out_of_memory
 from minigpt4.options import from_mapping
 from tests.block_llama import CONTEXT, as_transformers, block_llama, tiny_chat_model
 from tests.test_engine import BRIEF, GREEDY, picture, request, settled, until

@@ -198,7 +198,7 @@ def test_the_users_own_places(hub, tmp_path, monkeypatch):
     places = ["--projection", "me/mine:other.pth", "--vision", f"{hub.address}/{EVA}"]
     assert main(["download", "vicuna-7b", *places, "--qformer", BLIP2]) == 0
     names = {path.name.split("-")[0] for path in hub.folder.iterdir()} - {".lock"}
-    assert names == {"other", "eva_vit_g", "blip2"}
+    assert names == {"other", "eva_vit_g", "blip2", "llm"}  # llm: the 4-bit blocks
     assert not any(VICUNA in line for line in hub.asked)
     given = {"projection": "me/mine:other.pth", "llm": str(hub.case.folder / "llm")}
     given |= {"vision": f"{hub.address}/{EVA}", "qformer": BLIP2}

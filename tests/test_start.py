@@ -29,18 +29,19 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     """On a machine with a big GPU but no weights: one line says so, and nano is loaded."""
     loaded = []
 
-    def load(config, files, *_):
+    def load(config, files, *_, **__):
         loaded.append(config.name)
 
     def find(config, given=None):
         if config.name != "nano":
             raise UserError(f"Weights of {config.name} are missing.")
+        return SimpleNamespace(llm=Path("nowhere"))
 
-    monkeypatch.setattr(start, "choose", lambda free: (get_model("vicuna-13b"), "it is big"))
+    monkeypatch.setattr(start, "choose", lambda *_: (get_model("vicuna-13b"), "it is big"))
     monkeypatch.setattr("minigpt4.weights.load.find_weights", find)
     monkeypatch.setattr("minigpt4.weights.load.download_weights", lambda *_: None)
     monkeypatch.setattr("minigpt4.weights.load.load_model", load)
-    options = argparse.Namespace(model="auto", quantize="auto", projection=None, device="cpu")
+    options = argparse.Namespace(model="auto", quantize="none", projection=None, device="cpu")
     start.open_model(options)
     assert loaded == ["nano"]
     said = capsys.readouterr().err
@@ -117,9 +118,10 @@ def test_a_model_in_training_does_not_answer():
 
 def test_the_type_reaches_the_loader(monkeypatch):
     given = []
-    monkeypatch.setattr(load, "find_weights", lambda config, given: None)
+    files = SimpleNamespace(llm=Path("nowhere"))
+    monkeypatch.setattr(load, "find_weights", lambda config, given: files)
     monkeypatch.setattr(load, "download_weights", lambda config, report, given: None)
-    monkeypatch.setattr(load, "load_model", lambda *arguments: given.append(arguments[-1]))
+    monkeypatch.setattr(load, "load_model", lambda *arguments, **_: given.append(arguments[-1]))
     options = {"model": "nano", "quantize": "none", "device": "cpu"}
     start.open_model(argparse.Namespace(**options, dtype="float32"))
     assert given == ["float32"]

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from minigpt4.engine.kvcache import BLOCK_SIZE
-from minigpt4.engine.stream import out_of_memory
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, out_of_memory
 from minigpt4.weights.gguf import BlockLlama
 
 if TYPE_CHECKING:

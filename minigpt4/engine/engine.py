@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, use_device
+from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.engine.pictures import Pictures
 from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax, most_likely
 from minigpt4.engine.scheduler import (
@@ -58,8 +59,8 @@ class Engine(RequestQueue):
 
     max_running: answers at once; max_waiting: requests that may wait; kv_megabytes: memory for keys
     and values of running and remembered conversations (None: see `build_decoder`); hang_seconds: a
-    step that takes longer means that the model hangs; eager: use no CUDA graphs. UserError where
-    the memory is not available.
+    step that takes longer means that the model hangs; eager: use no CUDA graphs; store: keeps
+    pictures' embeddings on disk. UserError where the memory is not available.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Engine(RequestQueue):
         kv_megabytes: int | None = None,
         hang_seconds: float = 60.0,
         eager: bool = False,
+        store: EmbeddingStore | None = None,
     ) -> None:
         super().__init__(max_running, max_waiting)
         self._running: list[RequestState] = []
@@ -77,7 +79,7 @@ class Engine(RequestQueue):
         self.decoder, blocks = build_decoder(model, kv_megabytes, max_running, eager)
         kept = kept_blocks(model.device, blocks, kv_megabytes)
         self._scheduler = Scheduler(blocks, kept, self.decoder.chunk_rows)
-        self._pictures = Pictures(model, self._explain)
+        self._pictures = Pictures(model, self._explain, store)
         self._hang_seconds = hang_seconds
         self._step_started: float | None = None
         self._closing = self._hanging = self._lost = False

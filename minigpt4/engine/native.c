@@ -9,6 +9,7 @@
 
 #include "kernels/pool.h"
 #include "kernels/attention.h"
+#include "kernels/quantize.h"
 
 typedef struct {
     float *normed;        // [hidden_width], one row
@@ -341,6 +342,11 @@ size_t minigpt4_matrix_bytes(const Matrix *m) {
 // `rows` rows in GGUF's order, of `file_columns` weights, -> rows of m from `to` on.
 void minigpt4_pack(const Matrix *m, const uint8_t *from, int file_columns, int to, int rows) {
     pack(m, from, file_columns, to, rows);
+}
+
+// `count` finite numbers -> blocks of `kind`; 1 for a kind that is not written.
+int minigpt4_quantize(int kind, const float *x, size_t count, uint8_t *out) {
+    return quantize(kind, x, count, out);
 }
 
 // Row `row` of m as floats [columns].

@@ -1,6 +1,7 @@
 """The compiled decoder: `native.c` built for this machine, reading a GGUF file's blocks."""
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_void_p
 
@@ -18,7 +19,8 @@ from minigpt4.engine.kernels.build import (
 )
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.scheduler import Rows
-from minigpt4.weights.gguf import BlockLlama, BlockTensor
+from minigpt4.errors import UserError
+from minigpt4.weights.gguf import BLOCKS, BlockLlama, BlockTensor
 
 MAX_ROWS = 256  # in one call of the library; longer ones are cut
 _ALIGNMENT = 64  # bytes of a cache line
@@ -27,6 +29,26 @@ _ALIGNMENT = 64  # bytes of a cache line
 def whole_blocks(n: int) -> int:
     """n, rounded up to whole blocks."""
     return -(-n // BLOCK) * BLOCK
+
+
+def quantize(kind: str, numbers: np.ndarray, variant: str = "native") -> np.ndarray:
+    """Finite float32 [rows, columns] -> blocks of Q4_1, Q8_0, Q4_K or Q6_K, uint8 [rows, bytes].
+
+    ValueError for another kind, OSError where the kernels could not be built.
+    """
+    kernels = library(variant)
+    if kernels is None:
+        raise OSError("there is no C compiler, and no build of the kernels")
+    weights, size = BLOCKS[kind]
+    rows, columns = numbers.shape
+    if columns % weights:
+        raise ValueError(f"{kind} cannot have rows of {columns} weights")
+    numbers = np.ascontiguousarray(numbers, np.float32)
+    blocks: np.ndarray = np.empty((rows, columns // weights * size), np.uint8)
+    place, count = numbers.ctypes.data, numbers.size
+    if kernels.minigpt4_quantize(KINDS[kind], place, count, blocks.ctypes.data):
+        raise ValueError(f"{kind} is not written")
+    return blocks
 
 
 class PackedMatrices:
@@ -49,8 +71,9 @@ class PackedMatrices:
     def __getitem__(self, name: str) -> Matrix:
         return self._matrices[name]
 
-    def pack(self, threads: int) -> None:
-        """Take the memory for all matrices and fill it."""
+    def pack(self, threads: int, release: Callable[[], None] = lambda: None) -> None:
+        """Take the memory for all matrices and fill it. `release` is called after each matrix: its
+        file's pages are needed no more."""
         offsets, end = {}, 0
         for name, (tensor, group) in self._wanted.items():
             rows = tensor.shape[0] // group * whole_blocks(group)
@@ -63,11 +86,17 @@ class PackedMatrices:
         for name, matrix in self._matrices.items():
             matrix.data = start + offsets[name]
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(self._fill, self._wanted))
+            for _ in pool.map(self._fill, self._wanted):
+                release()
         self._wanted.clear()
 
     def _fill(self, name: str) -> None:
         tensor, group = self._wanted[name]
+        if not tensor.is_sound():
+            raise UserError(
+                "The file with the language model's 4-bit blocks is damaged: delete the folder "
+                "that it is in, and start again."
+            )
         rows, columns = tensor.shape
         data = np.ascontiguousarray(tensor.data)
         for number in range(rows // group):
@@ -126,7 +155,7 @@ class NativeDecoder:
             for field, name in MATRICES.items():
                 group = llama.head_dim if field in "qkv" else None
                 self._matrices.add(f"{i}.{field}", llama.tensors[f"blk.{i}.{name}.weight"], group)
-        self._matrices.pack(threads)
+        self._matrices.pack(threads, llama.release)
         layers = (Layer * llama.layers)()
         for i, layer in enumerate(layers):
             self._fill_layer(llama, i, layer)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minigpt4.engine.decoder import empty_cache
-from minigpt4.engine.stream import out_of_memory
-from minigpt4.errors import UserError
+from minigpt4.engine.embeddings import EmbeddingStore
+from minigpt4.errors import UserError, out_of_memory
 from minigpt4.model.image import Encoded, Picture
 
 if TYPE_CHECKING:
@@ -24,11 +24,17 @@ KEPT = 256  # most recently used: 60 KB each for nano
 class Pictures:
     """Not thread-safe: its owner holds a lock, except during `encode`.
 
-    explain: an exception of the encoder -> the error that a user sees.
+    explain: an exception of the encoder -> the error that a user sees. store: keeps embeddings on
+    disk, too.
     """
 
-    def __init__(self, model: "MiniGPT4", explain: Callable[[Exception], UserError]) -> None:
-        self._model, self._explain = model, explain
+    def __init__(
+        self,
+        model: "MiniGPT4",
+        explain: Callable[[Exception], UserError],
+        store: EmbeddingStore | None = None,
+    ) -> None:
+        self._model, self._explain, self._store = model, explain, store
         self._requested: OrderedDict[str, tuple[Picture, Future]] = OrderedDict()
         self._encoded: OrderedDict[str, Encoded] = OrderedDict()
 
@@ -39,6 +45,10 @@ class Pictures:
 
     def find(self, key: str) -> Encoded | None:
         """What the encoder made of a picture, None before that."""
+        if key not in self._encoded and self._store and key not in self._requested:
+            stored = self._store.find(key)
+            if stored is not None:
+                self._remember(key, Encoded(stored))
         if key in self._encoded:
             self._encoded.move_to_end(key)
         return self._encoded.get(key)
@@ -79,6 +89,9 @@ class Pictures:
         outcomes = list(self._model.encode_pictures([picture.rgb for picture in pictures]))
         if not all(np.isfinite(encoded.embeds).all() for encoded in outcomes):
             raise ArithmeticError("the encoder's embeddings are not finite")
+        if self._store:
+            for picture, encoded in zip(pictures, outcomes, strict=True):
+                self._store.keep(picture.key, encoded.embeds)
         return outcomes
 
     def finish(self, picture: Picture, outcome: Encoded | UserError) -> None:
@@ -87,8 +100,11 @@ class Pictures:
         if isinstance(outcome, UserError):
             future.set_exception(outcome)
             return
-        self._encoded[picture.key] = outcome
+        self._remember(picture.key, outcome)
         future.set_result(outcome)
+
+    def _remember(self, key: str, encoded: Encoded) -> None:
+        self._encoded[key] = encoded
         while len(self._encoded) > KEPT:
             self._encoded.popitem(last=False)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from minigpt4.errors import Kind, UserError
+from minigpt4.errors import Kind, UserError, out_of_memory
 
 FULL = "Too many people are waiting at the moment; please try again soon."
 BROKEN = "Something went wrong while answering; please try again."
@@ -53,15 +53,6 @@ def sentence_for(error: Exception) -> str:
     if out_of_memory(error):
         return NO_MEMORY
     return LOST if device_lost(error) else BROKEN
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Python's own, or torch's (which is not imported for this)."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error))
-    )
 
 
 def device_lost(error: Exception) -> bool:

@@ -4,6 +4,8 @@ A file that is missing, cut short or of another kind or model, a tensor that is 
 another shape: each is one UserError that names the file, what was expected and what to do.
 """
 
+import ctypes
+import mmap
 import os
 import re
 import zipfile
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import EvaViT, ModelConfig, model_of_projection
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, out_of_memory
+
+LARGE = 2**20  # bytes of a tensor whose memory is worth a system call
 
 # Where training programs nest a model's tensors: the published code, Lightning, others.
 _NESTS = ("model", "state_dict", "model_state_dict", "module")
@@ -43,6 +47,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        if out_of_memory(error):
+            raise MemoryError from error
         raise UserError(
             f"{path} is damaged or cut short ({path.stat().st_size:,} bytes): fetch it again."
         ) from error
@@ -89,7 +95,33 @@ def load_strict(
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    copy = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    forget(tensor)
+    return copy
+
+
+def forget(tensor: Tensor) -> None:
+    """Let go of the memory that a mapped file's large tensor takes; it is read again when used."""
+    if tensor.nbytes < LARGE or not _is_of_a_file(tensor.data_ptr()):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    advise = ctypes.CDLL(None).madvise
+    advise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def _is_of_a_file(address: int) -> bool:
+    """Does a mapped file lie there? False on systems without /proc."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        places, _, _, _, file_number, *_ = line.split()
+        start, end = (int(place, 16) for place in places.split("-"))
+        if start <= address < end:
+            return file_number != "0"
+    return False
 
 
 def _shape(tensor: Tensor) -> str:
@@ -247,7 +279,7 @@ def keep_tensors(shards: Sequence[Path], beginnings: tuple[str, ...], target: Pa
     """
     kept = {}
     for shard in shards:
-        for name, tensor in _tensors_of(shard, beginnings):
+        for name, tensor in tensors_of(shard, beginnings):
             if "qformer." in beginnings:
                 name = name.replace("vision_model.post_layernorm.", "ln_vision.")
             kept[name] = tensor.clone()
@@ -256,7 +288,8 @@ def keep_tensors(shards: Sequence[Path], beginnings: tuple[str, ...], target: Pa
     partial.replace(target)
 
 
-def _tensors_of(shard: Path, beginnings: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(shard: Path, beginnings: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a shard's tensors with these beginnings of their names."""
     if shard.suffix != ".safetensors":
         state = read_checkpoint(shard)
         yield from ((name, t) for name, t in state.items() if name.startswith(beginnings))

@@ -22,12 +22,10 @@ from minigpt4.errors import Report, UserError
 from minigpt4.weights import transfer
 from minigpt4.weights.checkpoint import keep_tensors, read_projection, save_projection
 from minigpt4.weights.llm import convert_gguf, is_complete
-from minigpt4.weights.sources import file_name, missing, sources, weights_folder
+from minigpt4.weights.sources import PARTS, file_name, missing, sources, weights_folder
 from minigpt4.weights.transfer import Progress, Remote, in_words
 
 log = logging.getLogger(__name__)
-
-PARTS = ".parts"  # within the weights folder: what is not complete yet
 
 
 @dataclass

@@ -5,10 +5,11 @@ Reading a GGUF file's header takes seconds (its vocabulary is in there), so `wri
 where the tensors lie, and `BlockLlama.open` maps the file by that note in milliseconds.
 """
 
+import hashlib
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,19 @@ _MOST = 2**24  # of any size: far more than models have, and no product of two o
 
 @dataclass(frozen=True)
 class BlockTensor:
-    """A tensor's place in memory: `data` is uint8 [rows, bytes] in blocks, or float32 for "F32"."""
+    """A tensor's place in memory: `data` is uint8 [rows, bytes] in blocks, or float32 for "F32".
+
+    sha256: of its bytes, where the file's index has it; "" where it has none.
+    """
 
     kind: str  # of BLOCKS
     shape: tuple[int, ...]
     data: np.ndarray
+    sha256: str = ""
+
+    def is_sound(self) -> bool:
+        """Are the bytes those that were written, as far as the index tells?"""
+        return not self.sha256 or hashlib.sha256(memoryview(self.data)).hexdigest() == self.sha256
 
     def numbers(self) -> np.ndarray:
         """Its weights as float32 [rows, columns]."""
@@ -103,9 +112,9 @@ class BlockLlama:
         with (folder / index["file"]).open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         content = np.frombuffer(mapping, np.uint8)
-        tensors = {}
+        tensors, digests = {}, index.get("sha256", {})
         for name, (kind, shape, offset) in index["tensors"].items():
-            size = _size(name, kind, shape)
+            size = size_of(name, kind, shape)
             if not isinstance(offset, int) or not 0 <= offset <= len(content) - size:
                 raise ValueError(f"{index['file']} is cut short")
             data = content[offset : offset + size]
@@ -114,7 +123,7 @@ class BlockLlama:
                 if kind == "F32"
                 else data.reshape(shape[0], -1)
             )
-            tensors[name] = BlockTensor(kind, tuple(shape), data)
+            tensors[name] = BlockTensor(kind, tuple(shape), data, digests.get(name, ""))
         return cls(**index["sizes"], tensors=tensors, mapping=mapping)
 
     def release(self) -> None:
@@ -123,7 +132,7 @@ class BlockLlama:
             self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def _size(name: str, kind: str, shape: list[int]) -> int:
+def size_of(name: str, kind: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor; ValueError where there is no such tensor."""
     if kind not in BLOCKS:
         raise ValueError(
@@ -154,7 +163,7 @@ def _check_sizes(llama: BlockLlama) -> None:
 
 
 def _check_tensors(llama: BlockLlama) -> None:
-    optional, required = _shapes(llama)
+    optional, required = shapes_of(**vars(llama))
     shapes = optional | required
     for name in required.keys() - llama.tensors.keys():
         raise ValueError(f"{name} is missing")
@@ -167,21 +176,31 @@ def _check_tensors(llama: BlockLlama) -> None:
             raise ValueError(f"{name} has the shape {tensor.shape}, not {shapes[name]}")
         if len(tensor.shape) == 1 and tensor.kind != "F32":
             raise ValueError(f"{name} is {tensor.kind}, not F32")
-        if tensor.data.nbytes != _size(name, tensor.kind, list(tensor.shape)):
+        if tensor.data.nbytes != size_of(name, tensor.kind, list(tensor.shape)):
             raise ValueError(f"{name} has {tensor.data.nbytes} bytes")
 
 
-def _shapes(llama: BlockLlama) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def shapes_of(
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate_size: int,
+    vocabulary: int,
+    head_dim: int,
+    **_: Any,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Shapes of the tensors that may and of those that must be there, by name."""
-    hidden, inner = llama.hidden_size, llama.intermediate_size
-    q, kv = llama.heads * llama.head_dim, llama.kv_heads * llama.head_dim
+    hidden, inner = hidden_size, intermediate_size
+    q, kv = heads * head_dim, kv_heads * head_dim
     optional: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (llama.vocabulary, hidden),
-        "output.weight": (llama.vocabulary, hidden),
-        "rope_freqs.weight": (llama.head_dim // 2,),
+        "token_embd.weight": (vocabulary, hidden),
+        "output.weight": (vocabulary, hidden),
+        "rope_freqs.weight": (head_dim // 2,),
     }
     required: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,)}
-    for i in range(llama.layers):
+    for i in range(layers):
         block = {
             "attn_norm": (hidden,),
             "attn_q": (q, hidden),
@@ -203,9 +222,10 @@ def _shapes(llama: BlockLlama) -> tuple[dict[str, tuple[int, ...]], dict[str, tu
 # --- the index ------------------------------------------------------------------------------------
 
 
-def write_index(gguf: str | Path) -> Path:
+def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> Path:
     """Note beside a GGUF file of a Llama or Qwen2 where its tensors lie; the note's own place.
 
+    digests: SHA-256 of the tensors, which are checked whenever the model is opened.
     Where `token_embd` and `output` are one matrix, quantised twice, only `output` is noted.
     ValueError where the file holds another kind of model or of block.
     """
@@ -216,7 +236,7 @@ def write_index(gguf: str | Path) -> Path:
     tensors: dict[str, tuple[str, list[int], int]] = {}
     for tensor in reader.tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
-        _size(tensor.name, tensor.tensor_type.name, shape)
+        size_of(tensor.name, tensor.tensor_type.name, shape)
         tensors[tensor.name] = (tensor.tensor_type.name, shape, int(tensor.data_offset))
     sizes = _read_sizes({name: reader.fields[name].contents for name in reader.fields})
     sizes["vocabulary"] = tensors["token_embd.weight"][1][0]
@@ -227,7 +247,7 @@ def write_index(gguf: str | Path) -> Path:
     BlockLlama(**sizes, tensors=blocks)  # are they all there?
     if "output.weight" in blocks and _same(blocks["token_embd.weight"], blocks["output.weight"]):
         del tensors["token_embd.weight"]
-    index = {"file": gguf.name, "sizes": sizes, "tensors": tensors}
+    index = {"file": gguf.name, "sizes": sizes, "tensors": tensors, "sha256": dict(digests or {})}
     place = gguf.with_name(INDEX)
     place.write_text(json.dumps(index), encoding="utf-8")
     return place

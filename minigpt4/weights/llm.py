@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minigpt4.config import ModelConfig, Quantize
-from minigpt4.errors import UserError, say
+from minigpt4.errors import UserError, out_of_memory, say
 from minigpt4.model import prompt
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, gguf_of, write_index
@@ -94,6 +95,11 @@ def load_llm(
         embedding, tokenizer = load_embedding(config, folder, device)
         _check_width(folder, embedding.hidden_size, config)
         return embedding, tokenizer
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise UserError(
+            f"{folder} is a GGUF file, which runs on the CPU in 4 bit alone: choose “--device cpu "
+            "--quantize int4”, or give a Hugging Face folder with “--llm”."
+        )
     check_folder(folder, config)
     if not isinstance(dtype, torch.dtype):
         dtype = choose_dtype(dtype, device)
@@ -110,6 +116,8 @@ def load_llm(
     except UserError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise MemoryError from error
         log.debug("loading %s", folder, exc_info=True)
         raise UserError(
             f"The language model in {folder} could not be loaded: a file is missing, cut short or "
@@ -117,8 +125,9 @@ def load_llm(
             "“--quantize none --device cpu”."
         ) from error
     _check_complete(report, folder)
-    check_is_no_delta(llm, folder, config)
-    _check_width(folder, llm.get_input_embeddings().weight.shape[1], config)
+    embedding = llm.get_input_embeddings().weight
+    check_is_no_delta(embedding[:LLAMA_VOCABULARY], llm.get_decoder().norm.weight, folder, config)
+    _check_width(folder, embedding.shape[1], config)
     return llm.eval(), tokenizer
 
 
@@ -131,6 +140,7 @@ def _from_pretrained(
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="bitsandbytes")  # hundreds for each token
     match quantize:
         case "w8a16":
             return load_int8(folder, device, dtype)
@@ -210,21 +220,31 @@ def missing_weights(folder: Path, blocks: bool = True) -> str:
     if blocks and (folder / INDEX).is_file():
         file = gguf_of(folder)
         return "" if file.is_file() else file.name
-    lost = "model.safetensors or pytorch_model.bin"
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            try:
-                text = (folder / index).read_text(encoding="utf-8")
-                shards = sorted({*json.loads(text)["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError):
-                return index
-            missing = [name for name in shards if not (folder / name).is_file()]
-            if not missing:
-                return ""
-            lost = missing[0]
-            break
-    whole = ("model.safetensors", "pytorch_model.bin")
-    return "" if any((folder / name).is_file() for name in whole) else lost
+    try:
+        files = shards_of(folder)
+    except (ValueError, KeyError, AttributeError):
+        return "a readable index of the shards"
+    if not files:
+        return "model.safetensors or pytorch_model.bin"
+    return next((file.name for file in files if not file.is_file()), "")
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files that hold the folder's weights, as its index names them; safetensors first.
+
+    ValueError, KeyError or AttributeError for a damaged index.
+    """
+    found: list[Path] = []
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        files = [folder / single]
+        if index.is_file():
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted({*places.values()})]
+        if all(file.is_file() for file in files):
+            return files
+        found = found or (files if index.is_file() else [])
+    return found
 
 
 def is_complete(folder: Path) -> bool:
@@ -233,11 +253,14 @@ def is_complete(folder: Path) -> bool:
     return configured and _has_tokenizer(folder) and not missing_weights(folder)
 
 
-def check_is_no_delta(llm: "PreTrainedModel", folder: Path, config: ModelConfig) -> None:
-    """UserError where the loaded weights are the difference between Vicuna's and LLaMA's."""
-    spread = llm.get_input_embeddings().weight[:LLAMA_VOCABULARY].float().std().item()
-    norm = llm.get_decoder().norm.weight.float().mean().abs().item()
-    if spread < DELTA_EMBEDDING_STD and norm < DELTA_NORM:
+def check_is_no_delta(embedding: Tensor, norm: Tensor, folder: Path, config: ModelConfig) -> None:
+    """UserError where the weights are the difference between Vicuna's and LLaMA's.
+
+    embedding: [tokens, hidden_size], of any tokens but an added one's; norm: the last one's weight.
+    """
+    spread = embedding.float().std().item()
+    norm_size = norm.float().mean().abs().item()
+    if spread < DELTA_EMBEDDING_STD and norm_size < DELTA_NORM:
         raise UserError(
             f"{folder} holds Vicuna's delta weights, which must be added to LLaMA's first: apply "
             "them with FastChat's apply_delta, or run “python -m minigpt4 download "

@@ -13,6 +13,7 @@ from minigpt4.errors import UserError
 from minigpt4.weights.gguf import INDEX
 
 WEIGHTS = _data.folder("weights")  # the projections trained here
+PARTS = ".parts"  # within the weights folder: what is not complete yet
 ROLES = ("vision", "detector", "words", "qformer", "llm", "projection")
 _HUB = re.compile(r"(?P<ref>(spaces/)?[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<member>[\w./-]+))?")
 

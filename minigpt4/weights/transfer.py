@@ -30,6 +30,7 @@ TRIES = 4  # in a row without a single byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
 LINE_SECONDS = 30.0  # between lines in a log, where there is no terminal to show a bar
 PASSING_SECONDS = 0.5  # between the lines that replace each other on the page
+LEAST_SECONDS = 3.0  # before the time left is estimated
 BLOCK_BYTES = 2**20
 
 constants.DOWNLOAD_CHUNK_SIZE = BLOCK_BYTES  # what a break loses, and a step of the bar; else 10 MB
@@ -37,13 +38,16 @@ logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)  # br
 
 
 class Progress:
-    """Bytes fetched of a total: a bar in a terminal, lines in a log and on the page."""
+    """Bytes fetched of a total: a bar in a terminal, lines in a log and on the page.
 
-    def __init__(self, what: str, total: int, report: Report) -> None:
-        self._what, self.report = what, report
+    doing: what the lines begin with.
+    """
+
+    def __init__(self, what: str, total: int, report: Report, doing: str = "Fetching") -> None:
+        self._what, self.report, self._doing = what, report, doing
         self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
         self.total, self.done = total, 0
-        self._passing = self._line = time.monotonic()
+        self._passing = self._line = self._start = time.monotonic()
 
     def add(self, count: int) -> None:
         """Count more bytes; a negative count takes back bytes that must be fetched again."""
@@ -68,7 +72,16 @@ class Progress:
 
     def __str__(self) -> str:
         share = f", {100 * self.done // self.total} %" if self.total else ""
-        return f"Fetching {self._what}: {in_words(self.done)} of {in_words(self.total)}{share}"
+        count = f"{in_words(self.done)} of {in_words(self.total)}{share}"
+        return f"{self._doing} {self._what}: {count}{self._time_left()}"
+
+    def _time_left(self) -> str:
+        """At the average speed so far; "" in the first seconds, which say little."""
+        seconds = time.monotonic() - self._start
+        if seconds < LEAST_SECONDS or not 0 < self.done < self.total:
+            return ""
+        minutes, rest = divmod(round(seconds * (self.total - self.done) / self.done), 60)
+        return f", {minutes}:{rest:02} left"
 
 
 def in_words(count: int) -> str:

@@ -92,6 +92,7 @@ _FUNCTIONS: dict[str, tuple[Any, list]] = {  # name -> (result, arguments)
     "close": (None, [c_void_p]),
     "matrix_bytes": (c_size_t, [POINTER(Matrix)]),
     "pack": (None, [POINTER(Matrix), c_void_p, c_int32, c_int32, c_int32]),
+    "quantize": (c_int32, [c_int32, c_void_p, c_size_t, c_void_p]),
     "unpack": (None, [POINTER(Matrix), c_int32, c_void_p]),
     "multiply": (c_int32, [POINTER(Matrix), c_void_p, c_int32, c_void_p]),
 }

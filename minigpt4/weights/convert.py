@@ -1,0 +1,413 @@
+"""A language model for the CPU: a Hugging Face folder -> a GGUF file of 4-bit blocks, once.
+
+Tensors are read one after the other, quantised and written to their places; the shards stay as they
+are. Matrices get the kinds of llama.cpp's Q4_K_M: 6 bits for embedding and head, and for `attn_v`
+and `ffn_down` in half of the layers; 4 bits for the rest.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from huggingface_hub.utils import WeakFileLock
+from torch import Tensor
+
+from minigpt4.config import ModelConfig
+from minigpt4.errors import Report, UserError
+from minigpt4.weights.checkpoint import forget, tensors_of
+from minigpt4.weights.gguf import (
+    BLOCKS,
+    INDEX,
+    ROPE_HALVES,
+    shapes_of,
+    size_of,
+    write_index,
+)
+from minigpt4.weights.llm import check_folder, check_is_no_delta, shards_of
+from minigpt4.weights.sources import PARTS, weights_folder
+from minigpt4.weights.transfer import Progress, in_words
+
+INT4 = "int4"  # the converted model's folder within its Hugging Face folder
+CHUNK = 2**20  # weights quantised at once by a thread
+_ALIGNMENT = 32  # of a tensor in a GGUF file
+
+# (kind, float32 [rows, columns]) -> the blocks, uint8 [rows, bytes]
+Quantizer = Callable[[str, np.ndarray], np.ndarray]
+
+_NAMES = {  # a Hugging Face layer's -> a GGUF file's
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def blocks_folder(llm: Path) -> Path:
+    """Where the 4-bit blocks of a language model (a folder or a GGUF file) are or will be.
+
+    In a folder of the weights folder beside its 16-bit files; the blocks of a user's own files in a
+    folder of their own in the weights folder, whose name changes with these files.
+    """
+    if (llm / INDEX).exists():
+        return llm
+    weights = weights_folder().resolve()
+    if not llm.is_symlink() and llm.is_dir() and llm.resolve().parent == weights:
+        return llm / INT4
+    files = shards_of(llm) if llm.is_dir() else [llm]
+    facts = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
+    mark = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    return weights / f"{llm.stem}-{mark}-{INT4}"
+
+
+def make_blocks(
+    config: ModelConfig, llm: Path, quantize: Quantizer, threads: int, report: Report
+) -> Path:
+    """The folder with the blocks of a language model; it is made where it is missing.
+
+    UserError where the model is incomplete, of another kind, or the disk is full or read-only.
+    """
+    target = blocks_folder(llm)
+    if (target / INDEX).exists():
+        return target
+    scratch = weights_folder() / PARTS / target.name
+    try:
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(weights_folder() / ".lock"):  # another program may be converting it
+            if not (target / INDEX).exists():
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                if llm.is_dir():
+                    _convert_folder(config, llm, scratch, quantize, threads, report)
+                else:
+                    _adopt_gguf(llm, scratch, report)
+                scratch.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or target} cannot be written ({error.strerror or error}): name "
+            "another folder in MINIGPT4_WEIGHTS."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # not empty, or never made
+            scratch.parent.rmdir()
+    if llm.is_dir():
+        report(_advice(llm, target))
+    return target
+
+
+def _advice(llm: Path, target: Path) -> str:
+    """How to free the space of the 16-bit files."""
+    shards = shards_of(llm)
+    size = in_words(sum(shard.stat().st_size for shard in shards))
+    names = f"{shards[0].name.split('-')[0].removesuffix(shards[0].suffix)}*{shards[0].suffix}"
+    then = "" if target.parent == llm else f" Then name {target} with “--llm”."
+    return (
+        f"The 4-bit model is kept in {target}. It does not need the 16-bit files any more; to free "
+        f"{size}: rm {shlex.quote(str(llm))}/{names}.{then}"
+    )
+
+
+def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
+    """A folder for a user's own GGUF file, which stays where it is."""
+    from transformers import AutoTokenizer
+
+    report(f"Reading {gguf.name} (once) …")
+    try:
+        link = target / gguf.name
+        link.symlink_to(gguf.resolve())
+        write_index(link)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.save_pretrained(target)
+    except OSError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{gguf} is not a GGUF file of a kind that can be read ({error}): give one of a Llama "
+            f"model in {', '.join(BLOCKS)} blocks, as llama.cpp quantises it."
+        ) from error
+
+
+# --- from a Hugging Face folder -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the new file: its kind, shape, and first byte after the header."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return size_of("", self.kind, list(self.shape))
+
+
+def _convert_folder(
+    config: ModelConfig,
+    folder: Path,
+    target: Path,
+    quantize: Quantizer,
+    threads: int,
+    report: Report,
+) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    check_folder(folder, config)
+    transformers_logging.set_verbosity_error()
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        sizes = read_sizes(settings)
+        parts = _plan(sizes, tied=bool(settings.get("tie_word_embeddings")))
+        shards = shards_of(folder)
+        total = sum(shard.stat().st_size for shard in shards)
+        _check_space(target, sum(part.size for part in parts.values()), total, report)
+        progress = Progress(config.name, total, report, "Converting")
+        try:
+            outer = _write(folder, target, sizes, parts, quantize, threads, progress)
+        finally:
+            progress.close()
+        check_is_no_delta(*outer, folder, config)
+        _save_tokenizer(folder, target)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} cannot be converted to 4 bit ({error}): fetch the folder again, or choose "
+            "“--quantize none”."
+        ) from error
+
+
+def _check_space(target: Path, size: int, total: int, report: Report) -> None:
+    free = shutil.disk_usage(target).free
+    report(
+        f"Converting the language model to 4 bit (once): {in_words(total)} of 16-bit weights → "
+        f"{in_words(size)} …"
+    )
+    if size > free:
+        raise UserError(
+            f"The 4-bit model takes {in_words(size)}, and {weights_folder()} has {in_words(free)} "
+            "free: make room, or name another folder in MINIGPT4_WEIGHTS."
+        )
+
+
+def _save_tokenizer(folder: Path, target: Path) -> None:
+    from transformers import AutoTokenizer
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    AutoTokenizer.from_pretrained(folder, **options).save_pretrained(target)
+
+
+def read_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `BlockLlama` wants to know out of a Hugging Face config.json.
+
+    ValueError for a model that is computed in another way.
+    """
+    kind = settings["model_type"]
+    if kind not in ROPE_HALVES:
+        raise ValueError(f"models of the type {kind} are not supported")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    for name, found, expected in (
+        ("hidden_act", settings.get("hidden_act", "silu"), "silu"),
+        ("rope type", rope.get("rope_type") or rope.get("type") or "default", "default"),
+        ("attention_bias", bool(settings.get("attention_bias")), False),
+        ("mlp_bias", bool(settings.get("mlp_bias")), False),
+        ("use_sliding_window", bool(settings.get("use_sliding_window")), False),
+    ):
+        if found != expected:
+            raise ValueError(f"{name} is {found}, which is not supported")
+    heads = settings["num_attention_heads"]
+    return {
+        "hidden_size": settings["hidden_size"],
+        "layers": settings["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": settings.get("num_key_value_heads") or heads,
+        "intermediate_size": settings["intermediate_size"],
+        "vocabulary": settings["vocab_size"],
+        "context": settings.get("max_position_embeddings") or 2048,
+        "norm_eps": settings.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(rope.get("rope_theta") or settings.get("rope_theta") or 10000.0),
+        "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
+        "rope_halves": ROPE_HALVES[kind],
+    }
+
+
+def planned_bytes(folder: Path) -> int:
+    """Bytes that a folder's language model will take in 4 bit. ValueError, KeyError, TypeError or
+    OSError where it cannot be converted."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = _plan(read_sizes(settings), tied=bool(settings.get("tie_word_embeddings")))
+    return sum(part.size for part in parts.values())
+
+
+def kind_of(name: str, shape: tuple[int, ...], layers: int) -> str:
+    """The kind of block that a tensor of this name (a GGUF file's) is written in."""
+    if len(shape) == 1:
+        return "F32"
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    fine = not found or (found[2] in ("attn_v", "ffn_down") and _is_fine(int(found[1]), layers))
+    columns = shape[-1]
+    if columns % 32:
+        return "F16"
+    if columns % 256:
+        return "Q8_0" if fine else "Q4_1"
+    return "Q6_K" if fine else "Q4_K"
+
+
+def _is_fine(layer: int, layers: int) -> bool:
+    """The first and the last eighth of the layers, and every third between, as in llama.cpp."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _plan(sizes: Mapping[str, Any], tied: bool) -> dict[str, _Part]:
+    """The new file's tensors."""
+    optional, required = shapes_of(**sizes)
+    optional.pop("rope_freqs.weight")
+    if not sizes["rope_halves"]:
+        optional = {name: shape for name, shape in optional.items() if not name.endswith(".bias")}
+    if tied:
+        optional.pop("output.weight")
+    parts, offset = {}, 0
+    for name, shape in (required | optional).items():
+        parts[name] = _Part(kind_of(name, shape, sizes["layers"]), shape, offset)
+        offset += -(-parts[name].size // _ALIGNMENT) * _ALIGNMENT
+    return parts
+
+
+def new_name(name: str) -> str | None:
+    """A Hugging Face tensor's name in a GGUF file; None for one that is not kept."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)", name)
+    if found and found[2] in _NAMES:
+        return f"blk.{found[1]}.{_NAMES[found[2]]}.{found[3]}"
+    return _OUTER.get(name)
+
+
+def _write(
+    folder: Path,
+    target: Path,
+    sizes: Mapping[str, Any],
+    parts: Mapping[str, _Part],
+    quantize: Quantizer,
+    threads: int,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """Some rows of the embedding, and the last norm's weight."""
+    path = target / f"{folder.name}-4bit.gguf"
+    start = _write_header(path, sizes, parts)
+    digests: dict[str, str] = {}
+    outer: dict[str, Tensor] = {}
+    with path.open("r+b") as file, ThreadPoolExecutor(threads) as pool:
+        for name, tensor in _tensors(folder, progress):
+            part = parts.get(name)
+            if part is None:
+                continue
+            if tuple(tensor.shape) != part.shape:
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {part.shape}")
+            if name in ("token_embd.weight", "output_norm.weight"):
+                outer[name] = tensor[:1000].clone()
+            if not sizes["rope_halves"] and re.search(r"attn_[qk]\.", name):
+                tensor = _neighbours(tensor, sizes["head_dim"])
+            file.seek(start + part.offset)
+            digests[name] = _write_tensor(file, part, tensor, quantize, pool)
+        file.flush()
+        os.fsync(file.fileno())
+    if lost := parts.keys() - digests.keys():
+        raise ValueError(f"{min(lost)} is missing")
+    write_index(path, digests)
+    return outer["token_embd.weight"], outer["output_norm.weight"]
+
+
+def _tensors(folder: Path, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """(name in a GGUF file, tensor) of all shards, one shard after the other."""
+    for shard in shards_of(folder):
+        size = shard.stat().st_size
+        for name, tensor in tensors_of(shard, ("",)):
+            if renamed := new_name(name):
+                yield renamed, tensor
+                forget(tensor)
+            counted = min(tensor.nbytes, size)
+            size -= counted
+            progress.add(counted)
+        progress.add(size)  # what is no tensor
+
+
+def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k so that the rotary embedding turns each with its neighbour in its head."""
+    halves = tensor.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _write_tensor(
+    file: BinaryIO, part: _Part, tensor: Tensor, quantize: Quantizer, pool: ThreadPoolExecutor
+) -> str:
+    """Quantise and write it; the SHA-256 of what was written."""
+
+    def blocks(rows: Tensor) -> np.ndarray:
+        numbers = np.ascontiguousarray(rows.float().numpy())
+        if not np.isfinite(numbers).all():
+            raise ValueError("a weight is not a finite number")
+        if part.kind == "F32":
+            return numbers
+        return numbers.astype(np.float16) if part.kind == "F16" else quantize(part.kind, numbers)
+
+    digest = hashlib.sha256()
+    count = max(1, CHUNK // max(1, tensor[0].numel()))
+    for written in pool.map(blocks, tensor.split(count)):
+        file.write(written.data)
+        digest.update(written.data)
+    return digest.hexdigest()
+
+
+def _write_header(path: Path, sizes: Mapping[str, Any], parts: Mapping[str, _Part]) -> int:
+    """Write all but the tensors, for which there is room; the first tensor's place."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, "qwen2" if sizes["rope_halves"] else "llama")
+    writer.add_context_length(sizes["context"])
+    writer.add_embedding_length(sizes["hidden_size"])
+    writer.add_block_count(sizes["layers"])
+    writer.add_feed_forward_length(sizes["intermediate_size"])
+    writer.add_head_count(sizes["heads"])
+    writer.add_head_count_kv(sizes["kv_heads"])
+    writer.add_key_length(sizes["head_dim"])
+    writer.add_value_length(sizes["head_dim"])
+    writer.add_rope_dimension_count(sizes["head_dim"])
+    writer.add_layer_norm_rms_eps(sizes["norm_eps"])
+    writer.add_rope_freq_base(sizes["rope_theta"])
+    writer.add_vocab_size(sizes["vocabulary"])
+    for name, part in parts.items():
+        kind = GGMLQuantizationType[part.kind]
+        shape = part.shape if part.kind in ("F32", "F16") else _byte_shape(part)
+        dtype = {"F32": np.float32, "F16": np.float16}.get(part.kind, np.uint8)
+        writer.add_tensor_info(name, shape, np.dtype(dtype), part.size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    start = -(-path.stat().st_size // _ALIGNMENT) * _ALIGNMENT
+    last = max(parts.values(), key=lambda part: part.offset)
+    os.truncate(path, start + -(-(last.offset + last.size) // _ALIGNMENT) * _ALIGNMENT)
+    return start
+
+
+def _byte_shape(part: _Part) -> tuple[int, int]:
+    return part.shape[0], part.size // part.shape[0]

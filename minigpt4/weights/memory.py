@@ -1,0 +1,177 @@
+"""How much memory a model needs on the CPU, and how much there is: both known before loading."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from minigpt4.config import MODELS, ModelConfig, Quantize
+from minigpt4.errors import UserError
+from minigpt4.model.bridge import build_bridge
+from minigpt4.model.vision import build_encoder
+from minigpt4.weights.convert import blocks_folder, planned_bytes, read_sizes
+from minigpt4.weights.gguf import INDEX, BlockLlama, shapes_of
+from minigpt4.weights.transfer import in_words
+
+LIBRARIES = 600 * 10**6  # Python, PyTorch and transformers once they are loaded
+CHAT_POSITIONS = 512  # whose keys and values are counted: more conversations need more
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+# --- how much there is --------------------------------------------------------------------------
+
+
+def free_memory(mapped: int = 0) -> int | None:
+    """Bytes that this process can still take; None where the system does not tell.
+
+    The least of what the machine has free, what its control groups (containers) allow, and what is
+    left of its address space, in which `mapped` bytes of files will lie too.
+    """
+    found = [*_machine(), *_control_groups(), *(n - mapped for n in _address_space())]
+    return max(0, min(found)) if found else None
+
+
+def _machine() -> Iterator[int]:
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _control_groups() -> Iterator[int]:
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            yield from _group(_CGROUPS, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            yield from _group(_CGROUPS / "memory", path, *names)
+
+
+def _group(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterator[int]:
+    """Of a group and all that it is in: the limit less what is used, files' pages not counted."""
+    folder = root / path.lstrip("/")
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(root):
+            return
+        most, used = _number(group / limit), _number(group / usage)
+        if most is not None and used is not None:
+            reclaimable = sum(
+                int(line.split()[1])
+                for line in _lines(group / "memory.stat")
+                if line.startswith(f"{cache} ")
+            )
+            yield most - used + reclaimable
+
+
+def _number(file: Path) -> int | None:
+    """None where there is no such file, or no limit."""
+    text = next(iter(_lines(file)), "")
+    return int(text) if text.isdecimal() and int(text) < 2**60 else None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _address_space() -> Iterator[int]:
+    try:
+        import resource  # Windows has none
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    except (ImportError, OSError, ValueError):
+        return
+    if limit == resource.RLIM_INFINITY:
+        return
+    for line in _lines(Path("/proc/self/statm")):
+        yield limit - int(line.split()[0]) * resource.getpagesize()
+
+
+# --- how much is needed -------------------------------------------------------------------------
+
+
+def check_memory(
+    config: ModelConfig,
+    llm: Path,
+    quantize: Quantize,
+    llm_dtype: torch.dtype,
+    vision_dtype: torch.dtype | None,
+) -> None:
+    """UserError where the CPU's memory is too small: how much is needed, is free, and would fit.
+
+    llm_dtype: of a language model that is not quantised; vision_dtype: of the encoder (None: 32
+    bit). A language model's folder that cannot be read is left to the loader.
+    """
+    try:
+        mapped = llm_bytes(llm, quantize, llm_dtype.itemsize)
+        vision = vision_bytes(config, (vision_dtype or torch.float32).itemsize)
+        needed = mapped + vision + LIBRARIES + chat_bytes(llm, quantize)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return
+    free = free_memory(mapped if quantize == "int4" else 0)
+    if free is not None and needed > free:
+        raise too_little(config, quantize, needed, free)
+
+
+def too_little(
+    config: ModelConfig, quantize: Quantize, needed: int | None = None, free: int | None = None
+) -> UserError:
+    """The error for a model that does not fit into the CPU's memory."""
+    free = free_memory() if free is None else free
+    amount = f" needs about {in_words(needed)} of memory" if needed else " does not fit into memory"
+    there = f", and {in_words(free)} are free" if free is not None else ""
+    return UserError(f"{config.name}{amount}{there}: {_advice(config, quantize, free)}.", "memory")
+
+
+def _advice(config: ModelConfig, quantize: Quantize, free: int | None) -> str:
+    room = (free or 0) / 1e9
+    if quantize not in ("int4", "remote") and 0 < config.cpu_gigabytes <= room:
+        return f"choose “--quantize int4”, which needs {config.cpu_gigabytes:g} GB"
+    fitting = [m for m in MODELS.values() if 0 < m.cpu_gigabytes <= room and not m.in_training]
+    smaller = [m for m in fitting if m.cpu_gigabytes < (config.cpu_gigabytes or math.inf)]
+    if smaller:
+        best = max(smaller, key=lambda m: m.cpu_gigabytes)
+        return f"choose “--model {best.name}”, which needs {best.cpu_gigabytes:g} GB"
+    return "close other programs, or raise the limit on memory"
+
+
+def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
+    """Bytes of the language model's weights; bitsandbytes holds them in 16 bit while it loads."""
+    if quantize == "int4":
+        folder = blocks_folder(llm)
+        if (folder / INDEX).exists():
+            tensors = BlockLlama.open(folder).tensors.values()
+            return sum(tensor.data.nbytes for tensor in tensors)
+        return planned_bytes(llm) if llm.is_dir() else llm.stat().st_size
+    optional, required = shapes_of(**_sizes(llm))
+    optional = {name: s for name, s in optional.items() if name.endswith("d.weight")}
+    count = sum(math.prod(shape) for shape in (required | optional).values())
+    return count * (size if quantize == "none" else 2)
+
+
+def chat_bytes(llm: Path, quantize: Quantize) -> int:
+    """Keys and values of one short conversation."""
+    if quantize == "int4" and (blocks_folder(llm) / INDEX).exists():
+        sizes = vars(BlockLlama.open(blocks_folder(llm)))
+    elif llm.is_dir():
+        sizes = _sizes(llm)
+    else:
+        return 0
+    width = sizes["kv_heads"] * sizes["head_dim"]
+    return CHAT_POSITIONS * sizes["layers"] * 2 * width * 2
+
+
+def _sizes(llm: Path) -> dict:
+    return read_sizes(json.loads((llm / "config.json").read_text(encoding="utf-8")))
+
+
+def vision_bytes(config: ModelConfig, size: int) -> int:
+    """Bytes of encoder, bridge and projection with numbers of `size` bytes."""
+    with torch.device("meta"):
+        parts = build_encoder(config.vision), build_bridge(config)
+    count = config.projection_in * config.llm_hidden_size
+    return size * (count + sum(p.numel() for part in parts for p in part.parameters()))

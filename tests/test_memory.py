@@ -1,0 +1,181 @@
+"""How much memory there is and is needed, and what a model that does not fit is answered."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt4 import start
+from minigpt4.config import MODELS, get_model
+from minigpt4.errors import UserError, out_of_memory
+from minigpt4.weights import memory
+
+CASES = Path(__file__).parent / "parity"
+GB = 10**9
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """A file system of control groups; write(path, text)."""
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    read = memory._lines
+    own = tmp_path / "own"
+    own.write_text("")
+
+    def lines(path: Path) -> list[str]:
+        return read(own if str(path) == "/proc/self/cgroup" else path)
+
+    monkeypatch.setattr(memory, "_lines", lines)
+    monkeypatch.setattr(memory, "_machine", lambda: iter([64 * GB]))
+
+    def write(name: str, text: str) -> None:
+        place = own if name == "own" else tmp_path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+
+    return write
+
+
+def test_a_machine_without_limits(groups):
+    assert memory.free_memory() == 64 * GB
+
+
+def test_control_groups_of_version_2(groups):
+    """The narrowest of a group and those that it is in; files' pages can be taken back."""
+    groups("own", "0::/box/inner\n")
+    groups("box/inner/memory.max", "max\n")
+    groups("box/inner/memory.current", "5\n")
+    groups("box/memory.max", f"{8 * GB}\n")
+    groups("box/memory.current", f"{6 * GB}\n")
+    groups("box/memory.stat", f"anon 7\ninactive_file {3 * GB}\n")
+    assert memory.free_memory() == 5 * GB
+
+
+def test_control_groups_of_version_1(groups):
+    groups("own", "9:cpu,cpuacct:/a\n4:memory:/docker/x\n")
+    groups("memory/docker/x/memory.limit_in_bytes", f"{2 * GB}\n")
+    groups("memory/docker/x/memory.usage_in_bytes", f"{3 * GB}\n")
+    groups("memory/memory.limit_in_bytes", "9223372036854771712\n")  # none
+    groups("memory/memory.usage_in_bytes", "0\n")
+    assert memory.free_memory() == 0
+
+
+def test_a_limit_on_the_address_space():
+    """In a program of its own; 1 GB of mapped files comes off."""
+    code = (
+        "import resource; from minigpt4.weights.memory import free_memory;"
+        "resource.setrlimit(resource.RLIMIT_AS, (100 * 10**9, 100 * 10**9));"
+        "resource.setrlimit(resource.RLIMIT_AS, (20 * 10**9, 20 * 10**9));"
+        "from minigpt4.weights import memory; memory._machine = lambda: iter([]);"
+        "memory._control_groups = lambda: iter([]);"
+        "print(free_memory(), free_memory(10**9))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    free, beside = map(int, out.stdout.split())
+    assert 1 * GB < free < 20 * GB and abs(free - beside - GB) < 10**8
+
+
+def test_what_a_7b_needs(monkeypatch):
+    """Of the published sizes, without a file: 4.1 GB of blocks, and 2.2 GB for vision in 16 bit."""
+    config = get_model("vicuna-7b")
+    assert memory.vision_bytes(config, 2) == pytest.approx(2.19 * GB, rel=0.02)
+    assert memory.vision_bytes(get_model("nano"), 4) < 0.1 * GB
+
+
+@pytest.mark.parametrize(
+    ("free", "quantize", "expected"),
+    [
+        (7.5, "none", "“--quantize int4”, which needs 7 GB"),
+        (3.0, "int4", "“--model nano”"),
+        (0.1, "int4", "close other programs"),
+    ],
+)
+def test_what_would_fit(monkeypatch, free, quantize, expected):
+    monkeypatch.setattr(memory, "free_memory", lambda mapped=0: int(free * GB))
+    case = CASES / "vicuna_qformer_a" / "llm"
+    monkeypatch.setattr(memory, "llm_bytes", lambda *_: 13 * GB)
+    config = get_model("vicuna-7b")
+    with pytest.raises(UserError) as raised:
+        memory.check_memory(config, case, quantize, torch.bfloat16, torch.bfloat16)
+    sentence = str(raised.value)
+    assert expected in sentence and f"{free:.1f} GB are free" in sentence.replace(
+        "100.0 MB", "0.1 GB"
+    )
+    assert "needs about 15." in sentence and raised.value.kind == "memory"
+
+
+def test_enough_memory_is_no_error(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda mapped=0: 8 * GB)
+    case = CASES / "vicuna_qformer_a" / "llm"
+    memory.check_memory(get_model("vicuna-7b"), case, "none", torch.float32, torch.bfloat16)
+    monkeypatch.setattr(memory, "free_memory", lambda mapped=0: None)  # no Linux
+    memory.check_memory(get_model("vicuna-7b"), case, "none", torch.float32, None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)"),
+        RuntimeError("std::bad_alloc"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_every_librarys_word_for_it(error, monkeypatch):
+    """While a model loads, each ends in the same sentence."""
+    assert out_of_memory(error)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("minigpt4.weights.load.load_model", fail)
+    config = get_model("nano")
+    files = type("Files", (), {"llm": Path("nowhere")})
+    with pytest.raises(UserError, match="nano does not fit into memory, and .* are free: "):
+        start._load(config, files, torch.device("cpu"), "none", "auto", start.say)
+
+
+def test_other_errors_are_not_about_memory():
+    assert not any(
+        map(out_of_memory, (ValueError("out of memory"), OSError(2, "x"), RuntimeError()))
+    )
+
+
+# --- auto -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpu", "free", "here", "name"),
+    [
+        (None, 32, {"vicuna-7b", "vicuna-13b"}, "vicuna-13b"),
+        (None, 8, {"vicuna-7b", "vicuna-13b"}, "vicuna-7b"),
+        (None, 32, set(), "nano"),  # nothing large is fetched unasked
+        (None, 4, {"vicuna-7b"}, "nano"),
+        (None, None, {"vicuna-7b"}, "nano"),
+        (None, 0.1, set(), "nano"),
+        (20, 64, set(), "vicuna-7b"),
+        (6, 64, {"vicuna-7b"}, "nano"),
+    ],
+)
+def test_auto(monkeypatch, gpu, free, here, name):
+    monkeypatch.setattr(
+        "minigpt4.weights.sources.missing",
+        lambda model, given: [] if model.name in here else ["llm"],
+    )
+    config, why = start.choose(gpu and gpu * GB, None if free is None else int(free * GB))
+    assert config.name == name and why
+
+
+def test_a_small_model_is_chosen_from_its_memory_on(monkeypatch):
+    """Once it is trained."""
+    from dataclasses import replace
+
+    monkeypatch.setitem(MODELS, "mini", replace(get_model("mini"), in_training=False))
+    assert start.choose(None, int(2.1 * GB))[0].name == "mini"
+    assert start.choose(None, int(1.9 * GB))[0].name == "nano"
