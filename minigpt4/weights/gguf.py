@@ -51,7 +51,7 @@ class BlockTensor:
 
     def is_sound(self) -> bool:
         """Are the bytes those that were written, as far as the index tells?"""
-        return not self.sha256 or hashlib.sha256(memoryview(self.data)).hexdigest() == self.sha256
+        return not self.sha256 or hashlib.sha256(self.data.data).hexdigest() == self.sha256
 
     def numbers(self) -> np.ndarray:
         """Its weights as float32 [rows, columns]."""
