@@ -272,9 +272,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    needed = {None: ("pycocoevalcap",), "captions": ("pycocoevalcap",)}
-    needed["abilities"] = ("openai",) if options.judge else ()
-    _need(*needed.get(options.experiment, ()))
+    if options.experiment in (None, "captions"):
+        _need("pycocoevalcap")
+    elif options.experiment == "abilities" and options.judge:
+        _need("openai")
     from minigpt4.evaluation.run import evaluate
 
     evaluate(options)

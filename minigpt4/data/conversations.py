@@ -46,7 +46,7 @@ def history_of(row: dict) -> tuple[tuple[str, str], ...]:
 
 def pictures_in(row: dict) -> list[object]:
     """The pictures that the parts of a conversation's messages name."""
-    turns = next((row[n] for n in _TURNS if isinstance(row.get(n), list)), [])
+    turns: list = next((row[n] for n in _TURNS if isinstance(row.get(n), list)), [])
     contents = [t.get("content") for t in turns if isinstance(t, dict)]
     parts = [p for content in contents if isinstance(content, list) for p in content]
     named = [p.get("image") or p.get("image_url") for p in parts if isinstance(p, dict)]

@@ -136,7 +136,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
     try:
         for row in reader:
             number = reader.line_num + skipped
-            if any(row.pop(None, ())):  # type: ignore[call-overload]
+            if any(row.pop(None, ())):
                 raise UserError(
                     f"Line {number} of {path} has more cells than the first line: put a "
                     f"caption that contains a “{mark}” in double quotes."
