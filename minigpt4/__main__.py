@@ -265,7 +265,7 @@ def _need(*packages: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _need("matplotlib")
+    _need("matplotlib", "yaml")
     from minigpt4.training.run import train
 
     train(options)
