@@ -38,7 +38,8 @@ def load(
     llm_url: str | None = None,
     llm_key: str | None = None,
 ) -> "Model":
-    """Load a model; missing weights are downloaded.
+    """Load a model; missing weights are downloaded. model: a name such as "nano", or USER/NAME of a
+    projection that `minigpt4 push` sent to the Hugging Face hub.
 
     The arguments are the options of `minigpt4 ask` and have the same environment variables and
     defaults: see `minigpt4 ask --help`. UserError for an invalid value, and for weights that are

@@ -1,4 +1,4 @@
-"""The command line: minigpt4 ask | chat | serve | train | evaluate | curate | convert | download"""
+"""The command line: minigpt4 ask, chat, serve, train, evaluate, curate, convert, download, push"""
 
 import argparse
 import os
@@ -20,6 +20,7 @@ from minigpt4.options import (
     add_places,
     add_remote_llm_options,
     add_sampling_options,
+    switch,
 )
 from minigpt4.training import options as training
 from minigpt4.web import run as server
@@ -74,6 +75,7 @@ def _parser() -> Parser:
         _add_curate,
         _add_convert,
         _add_download,
+        _add_push,
     ):
         add(commands)
     return parser
@@ -142,6 +144,15 @@ def _add_download(commands) -> None:
     command.add_argument("model", choices=READY)
     add_places(command)
     command.set_defaults(run=_download)
+
+
+def _add_push(commands) -> None:
+    command = commands.add_parser("push", help="send a trained projection to the Hugging Face hub")
+    command.add_argument("projection", help="A file that “train” wrote, or the folder of its run.")
+    command.add_argument("repository", metavar="USER/NAME")
+    private = Option("private", "Make a new repository private.", False, switch)
+    command.add([private], prefix="PUSH_")
+    command.set_defaults(run=_push)
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -254,15 +265,17 @@ def _need(*packages: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _need("matplotlib")
+    _need("matplotlib", "yaml")
     from minigpt4.training.run import train
 
     train(options)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    needed = {"stages": (), "pope": (), "abilities": ("openai",) if options.judge else ()}
-    _need(*needed.get(options.experiment, ("pycocoevalcap",)))
+    if options.experiment in (None, "captions"):
+        _need("pycocoevalcap")
+    elif options.experiment == "abilities" and options.judge:
+        _need("openai")
     from minigpt4.evaluation.run import evaluate
 
     evaluate(options)
@@ -280,6 +293,14 @@ def _convert(options: argparse.Namespace) -> None:
     rows, columns = tensors["weight"].shape
     owner = model_of_projection(rows, columns) or "no known model"
     print(f"{out}: a projection from {columns} to {rows} ({owner}), {out.stat().st_size:,} bytes.")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from minigpt4.weights.share import push
+
+    start.say(
+        f"The projection is at {push(options.projection, options.repository, options.private)}."
+    )
 
 
 def _download(options: argparse.Namespace) -> None:

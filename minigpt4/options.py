@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from minigpt4.config import MODELS
+from minigpt4.data.files import read_settings
 from minigpt4.errors import UserError
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -98,8 +99,9 @@ class Option:
     """One option, for example `Option("max-queue", "Waiting requests.", 32, integer(1))`.
 
     read: turns its text into its value; raises ArgumentTypeError. `switch` makes a flag without a
-    value. many: may be given several times; the value is a list. variable: its environment
-    variable where that is not the derived name. fallback: a second one, read after the first.
+    value. many: may be given several times; the value is a list. bare: its text where it is given
+    without a value. variable: its environment variable where that is not the derived name.
+    fallback: a second one, read after the first.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Option:
     metavar: str | None = None
     required: bool = False
     many: bool = False
+    bare: str | None = None
     variable: str = ""
     fallback: str = ""
 
@@ -139,6 +142,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.reads_file = ""  # the option that names a file of options, such as "--options"
         self._declared: list[tuple[Option, str]] = []
 
     def add(self, options: Iterable[Option], title: str = "", prefix: str = "") -> None:
@@ -157,6 +161,8 @@ class Parser(argparse.ArgumentParser):
                 settings |= {"type": option.read, "metavar": option.metavar or last_word}
             if option.many:
                 settings["action"] = "append"
+            if option.bare is not None:
+                settings |= {"nargs": "?", "const": option.bare}
             group.add_argument(
                 f"--{option.name}",
                 dest=option.attribute,
@@ -166,6 +172,11 @@ class Parser(argparse.ArgumentParser):
             )
 
     def parse_known_args(self, args=None, namespace=None):  # also called for each subcommand
+        if self.reads_file and args is not None:
+            try:
+                args = [*self._arguments_of_file(args), *args]
+            except UserError as error:
+                self.error(str(error).removesuffix("."))
         found, rest = super().parse_known_args(args, namespace)
         for option, prefix in self._declared:
             if not hasattr(found, option.attribute):
@@ -174,6 +185,32 @@ class Parser(argparse.ArgumentParser):
                 except UserError as error:
                     self.error(str(error).removesuffix("."))
         return found, rest
+
+    def _arguments_of_file(self, args: list[str]) -> list[str]:
+        """The options of the file that the arguments name, to stand before them."""
+        own = next((o, p) for o, p in self._declared if f"--{o.name}" == self.reads_file)
+        named = [i for i, text in enumerate(args) if text.partition("=")[0] == self.reads_file]
+        if named:
+            _, equals, path = args[named[-1]].partition("=")
+            path = path if equals else "".join(args[named[-1] + 1 : named[-1] + 2])
+        else:
+            path = own[0].from_environment(own[1])
+        if not path:
+            return []
+        options = {option.attribute: option for option, _ in self._declared}
+        found = []
+        for name, value in read_settings(path).items():
+            option = options.get(str(name).replace("-", "_"))
+            if option is None or option is own[0]:
+                raise UserError(f"{path} has “{name}”, which is no option of {self.prog}.")
+            if option.read is switch and isinstance(value, bool):
+                found.append(f"--{'' if value else 'no-'}{option.name}")
+                continue
+            values = value if isinstance(value, list) else [value]
+            if len(values) > 1 and not option.many:
+                raise UserError(f"“{name}” in {path} must be a single value.")
+            found += [f"--{option.name}={text}" for text in values if text is not None]
+        return found
 
     def error(self, message: str) -> NoReturn:
         """One line, as every other mistake: the whole usage is a screen long."""

@@ -201,6 +201,8 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     """
     from minigpt4.weights.load import download_weights, find_weights, owner_of
 
+    if "/" in options.model:
+        options = _shared(options)
     device, given = device_of(options.device), given_places(options)
     dtype = getattr(options, "dtype", "auto")
 
@@ -231,6 +233,14 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     except UserError as error:
         report(f"{error} Continuing with {DEFAULT_MODEL}.")
     return load(get_model(DEFAULT_MODEL), {})  # the given weights are for the large model
+
+
+def _shared(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with the model and projection of the hub's repository that --model names."""
+    from minigpt4.weights.share import resolve
+
+    model, projection = resolve(options.model) or (options.model, options.projection)
+    return argparse.Namespace(**vars(options) | {"model": model, "projection": projection})
 
 
 def open_engine(

@@ -1,6 +1,7 @@
 """A small server that speaks the Hugging Face hub's protocol on the loopback address, and the
 published repositories at tiny sizes on it."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -29,6 +30,7 @@ class Hub:
 
     files: "owner/name/FILE" or "spaces/owner/name/FILE" or "plain/FILE" -> content; breaks: FILE ->
     after how many bytes the line breaks, once for each number; asked: "GET FILE RANGE" and so on.
+    Uploads need the token.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -36,6 +38,8 @@ class Hub:
     breaks: dict[str, list[int]] = field(default_factory=dict)
     damaged: dict[str, int] = field(default_factory=dict)  # FILE -> how often it comes damaged
     asked: list[str] = field(default_factory=list)
+    made: dict[str, dict] = field(default_factory=dict)  # repositories, as they were created
+    large: dict[str, bytes] = field(default_factory=dict)  # uploads, by their SHA-256
     address: str = ""
 
     def fetched(self, name: str) -> list[str]:
@@ -86,6 +90,53 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        path = urlsplit(self.path).path.lstrip("/")
+        self.hub.asked.append(f"POST {path}")
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self._refuse(401, "")
+        if path == "api/repos/create":
+            made = json.loads(body)
+            name = "/".join(filter(None, (made.get("organization"), made["name"])))
+            self.hub.made[name] = made
+            answer: dict = {"url": f"{self.hub.address}/{name}"}
+        elif "/preupload/" in path:
+            modes = {True: "lfs", False: "regular"}
+            answer = {
+                "files": [
+                    {"path": f["path"], "shouldIgnore": False}
+                    | {"uploadMode": modes[f["path"].endswith(".safetensors")]}
+                    for f in json.loads(body)["files"]
+                ]
+            }
+        elif path.endswith("/info/lfs/objects/batch"):
+            answer = {"transfer": "basic", "objects": json.loads(body)["objects"]}
+            for item in answer["objects"]:
+                item["actions"] = {"upload": {"href": f"{self.hub.address}/lfs/{item['oid']}"}}
+        else:
+            repository = path.removeprefix("api/models/").partition("/commit/")[0]
+            self._commit(repository, [json.loads(line) for line in body.splitlines()])
+            answer = {"success": True, "commitOid": COMMIT}
+            answer["commitUrl"] = f"{self.hub.address}/{repository}/commit/{COMMIT}"
+        self._send(json.dumps(answer).encode())
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.large[hashlib.sha256(content).hexdigest()] = content
+        self._send(b"{}")
+
+    def _commit(self, repository: str, lines: list[dict]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                content = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = self.hub.large[value["oid"]]
+            else:
+                continue
+            self.hub.files[f"{repository}/{value['path']}"] = content
 
     def _list(self, path: str) -> None:
         repository = path.split("/revision/")[0]

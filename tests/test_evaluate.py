@@ -11,7 +11,8 @@ from minigpt4.data.examples import Example
 from minigpt4.data.files import read_jsonl
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
-from minigpt4.evaluation import captions, pope, report, stages
+from minigpt4.evaluation import captions, chair, pope, report, stages
+from minigpt4.evaluation.objects import Objects
 from minigpt4.evaluation.stages import sentences
 from minigpt4.weights.checkpoint import read_projection, save_projection
 from tests.evaluation_case import run, use_tiny_model
@@ -76,6 +77,34 @@ def test_a_folder_with_a_table_of_captions_and_a_damaged_picture(
     said = capsys.readouterr().err
     assert said.count("Picture 1.jpg of the data cannot be used") == 3
     assert said.count("1 of 4 pictures cannot be used and are left out.") == 3
+
+
+def test_objects_that_a_description_invents():
+    objects = Objects()
+    captions = ("A dog chases a frisbee.", "An animal on the grass, no cat.")
+    example = Example("a", bytes, (), captions)
+    one = chair.judge(objects, example, "A dog and two cats sit on a bench. A horse?")
+    assert one == chair.Judged({"a dog"}, {"a bench"}, {"a frisbee"})
+    other = chair.judge(objects, example, "A dog with a frisbee.")
+    result = chair.rates([one, other])
+    assert (result["chair_i"], result["chair_s"], result["recall"]) == (1 / 4, 1 / 2, 3 / 4)
+    assert result["most_often_wrong"] == {"a bench": 1}
+    assert "25 % (" in chair.as_text(result) or "25.0 % (" in chair.as_text(result)
+
+
+def test_chair(tiny, shard, tmp_path, monkeypatch):
+    monkeypatch.setattr(chair, "TOKENS", 20)
+    monkeypatch.setattr(captions, "DETAIL_TOKENS", 20)
+    answers = tmp_path / "answers.jsonl"
+    run(shard, "--experiment", "captions", "--detail", "--answers", answers, out=tmp_path)
+    (tmp_path / "out.md").unlink()
+    words = [w for x in read_jsonl(answers) for w in x["answer"].split()]
+    word = next(w for w in words if w.isascii() and w.isalpha() and len(w) > 2)
+    (tmp_path / "objects.txt").write_text(f"a thing: {word}\na dog: dog\n")
+    result, _ = run(
+        shard, "--experiment", "chair", "--objects", tmp_path / "objects.txt", out=tmp_path
+    )
+    assert result["n"] == 3 and result["chair_s"] > 0 and result["chair_i"] == 1
 
 
 def test_where_all_pictures_are_damaged(tmp_path, capsys):

@@ -176,6 +176,21 @@ def test_training_asks_as_chat_does():
     assert trained.ids[: len(asked)] == asked.ids
 
 
+def test_training_has_the_turns_before_the_answer():
+    """As in the chat; the picture belongs to the first question, and the last answer is learned."""
+    tokenizer = byte_level_tokenizer()
+    earlier = (("What?", "A cat."), ("Where?", "Here."))
+    trained = encode_training(
+        (ImageRef("ab"), "Why?"), "Because.", CHATML, tokenizer, IMAGE_TOKENS, 100, earlier=earlier
+    )
+    messages = [Message("user", (ImageRef("ab"), "What?")), Message("assistant", ("A cat.",))]
+    messages += [Message("user", ("Where?",)), Message("assistant", ("Here.",))]
+    messages += [Message("user", ("Why?",))]
+    asked = encode_chat(messages, CHATML, tokenizer, IMAGE_TOKENS)
+    assert trained.ids[: len(asked)] == asked.ids
+    assert trained.loss_mask.index(True) == len(asked.ids)
+
+
 def test_continuing_an_answer(template_and_tokenizer):
     template, tokenizer = template_and_tokenizer
     messages = [Message("user", ("Count.",)), Message("assistant", ("One, two",))]

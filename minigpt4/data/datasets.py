@@ -61,6 +61,7 @@ def read_captioned(where: str, instructions: tuple[str, ...] = ()) -> list[Examp
     where: a file, a folder, a glob or brace range of shards, or hf:USER/NAME[:SPLIT].
     instructions: for captions without one. UserError if it is in no known format.
     """
+    where = str(where)
     if where.startswith(HUB):
         return huggingface.read_dataset(where.removeprefix(HUB), instructions)
     path = Path(where).expanduser()

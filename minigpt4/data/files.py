@@ -3,7 +3,7 @@
 import codecs
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,41 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
     """One object per line."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The names and values in a TOML or YAML file. UserError if it is not one, or nested."""
+    text = read_text(path)
+    try:
+        if str(path).endswith(".toml"):
+            import tomllib
+
+            found = tomllib.loads(text)
+        else:
+            import yaml
+
+            found = yaml.safe_load(text) or {}
+    except Exception as error:  # of two libraries
+        raise UserError(
+            f"{path} is not TOML or YAML: check it near {_first_line(error)}."
+        ) from error
+    if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
+        raise UserError(f"{path} must have a line “name: value” for each value.")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}" if mark else str(error).strip().split("\n")[-1].rstrip(".")
+
+
+def write_settings(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """A YAML file that `read_settings` reads."""
+    import yaml
+
+    text = yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def version_of(path: Path) -> str:

@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "captions": "BLEU and CIDEr",
     "stages": "how often answers fail after stage 1, and after stage 2",
     "pope": "yes/no questions about objects that are in the picture, and that are not",
+    "chair": "how many of the objects that a description names are not in the picture",
     "abilities": "recipes, advertisements, poems, jokes, …, judged by a model or by people",
 }
 
@@ -60,7 +61,7 @@ STAGES = (
     Option("seed", "Seed of sampled answers.", 42, integer(0)),
 )
 POPE = (
-    Option("objects", "List of objects. By default COCO's 80.", metavar="FILE"),
+    Option("objects", "List of objects, also of chair. By default COCO's 80.", metavar="FILE"),
     Option("question", "Question; {} stands for the object.", "Is there {} in the image?"),
     Option("per-picture", "Objects per picture.", 3, integer(1), "N"),
 )
@@ -104,6 +105,7 @@ _ONLY: dict[str, set[str | None]] = {
     "drawn": {"stages", "abilities"},
     "seed": {"stages", "abilities"},
     **{option.attribute: {"pope"} for option in POPE},
+    "objects": {"pope", "chair"},
     **{option.attribute: {"abilities"} for option in ABILITIES},
 }
 

@@ -19,10 +19,11 @@ from typing import IO, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin
 
 from minigpt4.errors import UserError
-from minigpt4.model import repair
+from minigpt4.model import colours, repair
+from minigpt4.model.colours import STRIPE
 
 MAX_PIXELS = 40_000_000  # after decoding
 MAX_JPEG_PIXELS = 200_000_000  # of a JPEG file, which can be decoded at a half, fourth or eighth
@@ -31,7 +32,6 @@ MAX_PROGRESSIVE_PIXELS = 64_000_000
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
 DECODING_WAIT = 60.0  # seconds for a turn to decode
-_STRIPE = 64  # rows processed together
 MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each costs a full pass
 MAX_SEGMENTS = 1000  # of a JPEG file; joining those of its EXIF takes quadratic time
 MAX_COMMENTS = 1000  # blocks of 255 bytes of a GIF file; joining them takes quadratic time
@@ -41,9 +41,6 @@ MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
 MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
 MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
 MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
-LITTLE_USED = 0.25  # of the range of 16 bits: less is stretched
-OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which may be faulty
-MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
 BUSY = "Too many pictures are being opened at the moment: try again in a minute."
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 
@@ -279,7 +276,7 @@ def _decode(file: BinaryIO, name: str) -> Picture:
                 raise _TooLarge
             held.take(size - taken)
             taken = size
-            rgb = _upright(_on_white(_eight_bit(image)), image)
+            rgb = _upright(colours.on_white(colours.eight_bit(image)), image)
             picture = hold(rgb, _key(rgb))
             taken = 0
             return picture
@@ -350,8 +347,8 @@ def _loaded(image: ImageFile.ImageFile, file: BinaryIO) -> ImageFile.ImageFile:
 
 def _key(rgb: Image.Image) -> str:
     digest = hashlib.sha256(b"%d x %d\n" % rgb.size)
-    for top in range(0, rgb.height, _STRIPE):
-        digest.update(rgb.crop((0, top, rgb.width, min(top + _STRIPE, rgb.height))).tobytes())
+    for top in range(0, rgb.height, STRIPE):
+        digest.update(rgb.crop((0, top, rgb.width, min(top + STRIPE, rgb.height))).tobytes())
     return digest.hexdigest()
 
 
@@ -450,64 +447,6 @@ def _check_work(image: ImageFile.ImageFile) -> None:
         drawn = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
         if drawn > 4 * image.width * image.height:
             raise ValueError
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Deep grey scaled to 8 bits: 16 bits from their full range, or from the range that they use if
-    that is small, as with thermal cameras and 12-bit sensors; other depths from their own."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    stripes = [values[top : top + _STRIPE] for top in range(0, len(values), _STRIPE)]
-    low, high = _used_range(values)
-    if image.mode in ("I", "F"):
-        extremes = [(p.min(), p.max()) for s in stripes if (p := s[np.isfinite(s)]).size]
-        low, high = float(min(e[0] for e in extremes)), float(max(e[1] for e in extremes))
-        if low == high:  # a flat picture has no range: white is 1, or its own value above that
-            low, high = min(low, 0.0), max(high, 1.0)
-    eight = np.empty(values.shape, np.uint8)
-    for place, stripe in enumerate(stripes):  # numpy's copies are eight times as large
-        scaled = np.nan_to_num(np.interp(stripe, (low, high), (0, 255)))
-        eight[place * _STRIPE : (place + 1) * _STRIPE] = np.rint(scaled)
-    grey = Image.fromarray(eight)
-    grey.info["icc_profile"] = image.info.get("icc_profile")
-    return grey
-
-
-def _used_range(values: np.ndarray) -> tuple[float, float]:
-    """The range that 16-bit values use, without outliers; (0, 65535) if that is not small."""
-    step = max(1, round((values.size / 1e6) ** 0.5))
-    sample = values[::step, ::step]
-    low = float(np.percentile(sample, OUTLIERS, method="lower"))
-    high = float(np.percentile(sample, 100 - OUTLIERS, method="higher"))
-    return (low, high) if 0 < high - low < LITTLE_USED * 65535 else (0.0, 65535.0)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    white = Image.new("RGB", image.size, "white")
-    white.paste(_srgb(image), mask=alpha)
-    return white
-
-
-def _srgb(image: Image.Image) -> Image.Image:
-    """RGB without alpha; an embedded profile is applied where it is sound and not sRGB.
-
-    Profiles with multi-process elements are ignored: any number of them may take minutes to read.
-    """
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return image.convert("RGB")
-    plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    with suppress(Exception):  # the profile may be broken, or for other channels
-        if len(profile) <= MAX_PROFILE and b"mpet" not in profile:
-            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(embedded):
-                target = ImageCms.createProfile("sRGB")
-                converted = ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
-                if converted is not None:
-                    return converted
-    return plain.convert("RGB")
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:

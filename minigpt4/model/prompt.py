@@ -320,9 +320,9 @@ def encode_training(
     if wrap:
         opening = template.training_user or template.user
         pictures = [part for part in parts if isinstance(part, ImageRef)]
-        messages: list[tuple[Sequence[str | ImageRef], str]]
-        messages = [([*pictures, question], reply) for question, reply in earlier[:1]]
-        messages += [([question], reply) for question, reply in earlier[1:]]
+        messages: list[tuple[Sequence[str | ImageRef], str | None]] = []
+        for question, answered in earlier:
+            messages.append(([question] if messages else [*pictures, question], answered))
         last = [part for part in parts if part not in pictures] if earlier else parts
         for content, reply in [*messages, (last, None)]:
             writer.template(opening)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from minigpt4.errors import UserError
+
 
 def batches(count: int, size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
     """Endless batches of `size` indices below `count`, from batch `start` on.
@@ -38,6 +40,24 @@ def mixed_batches(
     used = [o for o, s in zip(offsets, sizes, strict=True) if s]
     while True:
         yield [o + i for o, stream in zip(used, streams, strict=True) for i in next(stream)]
+
+
+def divide(size: int, weights: Sequence[float]) -> list[int]:
+    """A batch of `size` divided by weights, by largest remainders.
+
+    UserError if a data set would get no place in it.
+    """
+    shares = [size * weight / sum(weights) for weight in weights]
+    sizes = [int(share) for share in shares]
+    order = sorted(range(len(shares)), key=lambda k: sizes[k] - shares[k])
+    for k in order[: size - sum(sizes)]:
+        sizes[k] += 1
+    if 0 in sizes:
+        raise UserError(
+            f"A batch of {size} pictures is too small for these weights: raise “--batch-size”, or "
+            "give the rarest data set a larger weight."
+        )
+    return sizes
 
 
 def published_caption(caption: str, max_words: int = 50) -> str:

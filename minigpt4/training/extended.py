@@ -77,10 +77,8 @@ class ExtendedTrainer(Trainer):
 
     # --- features ---------------------------------------------------------------------------
 
-    def features(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
-        """(example, view) pairs -> features [pictures, image_tokens, projection_in], in the basis
-        of this run."""
-        features = super().features(chosen, seed)
+    def in_basis(self, features: Tensor) -> Tensor:
+        """Features in the basis of this run."""
         return features if self.basis is None else features.float() @ self.basis
 
     def _measure(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +164,7 @@ class ExtendedTrainer(Trainer):
             hash((recipe.seed, step, self.accelerator.process_index)) % 2**63
         )
         for members in self._groups(rows, chosen):
-            questions = [_question(rows[i][0]) for i in members]
+            questions = [question_of(rows[i][0]) for i in members]
             drawn = self._draw(questions, features[members], generator)
             for i, question, answers in zip(members, questions, drawn, strict=True):
                 rewards = self._score(self.examples[chosen[i][0]].key, answers)
@@ -183,7 +181,7 @@ class ExtendedTrainer(Trainer):
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (example, _) in enumerate(chosen):
             if example >= self.counts[0] and len(self.examples[example].captions) > 1:
-                groups.setdefault(tuple(_question(rows[i][0]).ids), []).append(i)
+                groups.setdefault(tuple(question_of(rows[i][0]).ids), []).append(i)
         return list(groups.values())
 
     def _draw(
@@ -235,7 +233,7 @@ def _outer_products(vectors: Tensor) -> Tensor:
     return vectors.T @ vectors
 
 
-def _question(prompt: Prompt) -> Prompt:
+def question_of(prompt: Prompt) -> Prompt:
     """The part of a training prompt before the tokens that are learned."""
     length = prompt.loss_mask.index(True)
     return Prompt(

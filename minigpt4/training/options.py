@@ -1,7 +1,9 @@
 """The options of `minigpt4 train`. Imports nothing heavy."""
 
+from argparse import ArgumentTypeError
+
 from minigpt4.config import DEFAULT_MODEL
-from minigpt4.options import Option, Parser, add_model_options, integer, number, one_of, switch
+from minigpt4.options import OFF, Option, Parser, add_model_options, integer, number, one_of, switch
 
 DATA = (
     Option(
@@ -16,6 +18,13 @@ DATA = (
         "table (CSV, JSON lines) or filter_cap.json, COCO's or LLaVA's JSON (docs/own-data.md).",
         required=True,
     ),
+    Option(
+        "mix",
+        "More data, with its weight in each batch; that of --data is 1. Repeatable.",
+        metavar="DATA=WEIGHT",
+        many=True,
+        read=lambda text: _weighted(text),
+    ),
     Option("instructions", "Stage 2: JSON lines of questions and answers.", metavar="FILE"),
     Option("replay", "Stage 2: captions, as stage 1 reads them, to mix in.", metavar="DATA"),
     Option("replay-share", "Share of each batch that --replay fills.", 0.33, number(0, below=1)),
@@ -25,6 +34,25 @@ DATA = (
     Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
     Option("cache", "Keep the frozen encoder's features in this folder.", metavar="FOLDER"),
     Option("out", "Folder of the run; an interrupted run resumes there.", "runs/train"),
+    Option(
+        "options",
+        "TOML or YAML file of options; the command line takes precedence. A run writes its own "
+        "into options.yaml.",
+        metavar="FILE",
+    ),
+)
+WATCHING = (
+    Option(
+        "validate",
+        "Held-out captioned pictures: measure loss and CIDEr on them while training, and keep the "
+        "best projection. Without a value, for models with a word head: measure what the run has "
+        "learned, and end.",
+        metavar="SHARD",
+        bare="on",
+        read=lambda text: "" if text.lower() in OFF else text,
+    ),
+    Option("validate-every", "Steps between these measurements.", 100, integer(1), "N"),
+    Option("no-words", "With --validate: list no words beside the embeddings.", False, switch),
 )
 OPTIMIZER = (
     Option("init", "Projection to start from; in stage 2 that of stage 1.", metavar="FILE"),
@@ -32,6 +60,13 @@ OPTIMIZER = (
         "steps", "Number of steps. By default as the model's schedule says.", None, integer(1), "N"
     ),
     Option("batch-size", "Pictures per step, over all processes.", None, integer(1), "N"),
+    Option(
+        "accumulate",
+        "Divide a batch into N parts, one after the other, to save memory. The result is the same.",
+        1,
+        integer(1),
+        "N",
+    ),
     Option("peak-lr", "Highest learning rate.", None, number(0), "RATE"),
     Option("seed", "Random seed.", 42, integer(0)),
     Option("blend", "Share of what was learned in the result; the rest is --init.", 1.0, number(0)),
@@ -74,14 +109,26 @@ REWARD = (
 WORDS = (
     Option("threads", "Processor threads.", 2, integer(1), "N"),
     Option("refit", "Fit the word head anew, even if the run has one.", False, switch),
-    Option("validate", "Measure what the run has learned, and end.", False, switch),
-    Option("no-words", "With --validate: list no words beside the embeddings.", False, switch),
 )
+GROUPS = (DATA, WATCHING, OPTIMIZER, REWARD, WORDS)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """DATA=WEIGHT."""
+    data, _, weight = text.rpartition("=")
+    if not data:
+        raise ArgumentTypeError(f"must be DATA=WEIGHT, such as captions.json=0.5, not “{text}”")
+    value = number(0)(weight)
+    if not value:
+        raise ArgumentTypeError("needs a weight above 0")
+    return data, value
 
 
 def add_options(parser: Parser) -> None:
     """All options of the command."""
     parser.add(DATA, "data", "TRAIN_")
+    parser.reads_file = "--options"
+    parser.add(WATCHING, "validation", "TRAIN_")
     parser.add(OPTIMIZER, "optimization", "TRAIN_")
     parser.add(REWARD, "weighting and rewards", "TRAIN_")
     parser.add(WORDS, "models with a word head", "TRAIN_")

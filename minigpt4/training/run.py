@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from minigpt4 import start
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Quantize, Schedule, get_model
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, merge, read_instructions
-from minigpt4.data.files import prompt_lines
+from minigpt4.data.files import prompt_lines, write_settings
+from minigpt4.data.table import is_table, read_table
 from minigpt4.errors import UserError
+from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
+from minigpt4.training.options import GROUPS
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -33,8 +37,10 @@ def train(options: argparse.Namespace) -> None:
     schedule = schedule_of(options, config)
     _check(options, config)
     examples = read_examples(options)[: options.limit]
-    if not examples:
-        raise UserError(f"{options.data} contains no pictures with texts.")
+    mixed = [(read_captioned(data)[: options.limit], weight) for data, weight in options.mix]
+    mixture = [(len(examples), 1.0), *((len(more), weight) for more, weight in mixed)]
+    examples += [example for more, _ in mixed for example in more]
+    held_out = read_captioned(options.validate) if options.validate else []
     replay = read_captioned(options.replay, prompt_lines("caption.txt")) if options.replay else []
     replay_share = options.replay_share if replay else 0.0
     if options.samples and options.stage == 1 and not replay:  # sample answers to all of them
@@ -50,6 +56,8 @@ def train(options: argparse.Namespace) -> None:
         "pictures": str(len(examples) + len(replay)),
     }
     recipe = recipe_of(options, config, schedule, replay_share, metadata)
+    if options.mix:
+        recipe = replace(recipe, mixture=tuple(mixture))
     cache = Path(options.cache) if options.cache else None
     others = (options.out, accelerator, cache, replay)
     if isinstance(recipe, ExtendedRecipe):
@@ -58,9 +66,32 @@ def train(options: argparse.Namespace) -> None:
         trainer = Trainer(model, examples, recipe, *others)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
+    if trainer.main:
+        write_settings(trainer.out / "options.yaml", given_options(options))
+        watch(trainer, held_out, options.validate_every)
     path = trainer.run()
     if trainer.main:
         start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
+
+
+def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
+    """Validate every so many steps where there are held-out examples; log to TensorBoard where it
+    is installed."""
+    from minigpt4.training.validation import TensorBoard, Validation
+
+    validation = Validation(trainer, held_out, every) if held_out else None
+    trainer.after_step += [validation] if validation else []
+    if TensorBoard.installed():
+        trainer.after_step.append(TensorBoard(trainer, validation))
+
+
+def given_options(options: argparse.Namespace) -> dict[str, object]:
+    """The options of a run that have a value, as `--options` reads them."""
+    names = [o.name for group in GROUPS for o in group if o.name != "options"]
+    names += ["model", "quantize", "dtype", "device", "projection", "vision", "qformer", "llm"]
+    found = {name: getattr(options, name.replace("-", "_"), None) for name in names}
+    found["mix"] = [f"{data}={weight:g}" for data, weight in options.mix]
+    return {name: value for name, value in found.items() if value not in (None, "", [])}
 
 
 def _check(options: argparse.Namespace, config: ModelConfig) -> None:
@@ -70,6 +101,10 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
             "“--denoise” compares pictures with their mirror images, which the training of "
             f"{config.name} does not use: omit it."
         )
+    if options.mix and (options.questions or options.samples and not options.replay):
+        raise UserError("“--mix” cannot be combined with “--questions”, or “--samples” alone.")
+    if options.validate in ON:
+        raise UserError("Name the held-out pictures: “--validate SHARD”.")
     if options.crop and options.cache:
         raise UserError(
             "“--crop” shows another part of a picture in each step, so features cannot be cached: "
@@ -99,6 +134,7 @@ def recipe_of(
         "blend": options.blend,
         "replay_share": replay_share,
         "crop": options.crop or not extended,
+        "accumulate": options.accumulate,
         "metadata": metadata,
     }
     samples = options.samples if replay_share else 0
@@ -132,6 +168,8 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
 
 def read_examples(options: argparse.Namespace) -> list[Example]:
     """The data that the options name, in a fixed order."""
+    if options.stage == 1 and is_table(options.data):  # it may lie beside filter_cap.json
+        return read_table(options.data)
     found = read_captioned(options.data)
     if options.instructions:
         if not Path(options.data, "filter_cap.json").exists():

@@ -7,16 +7,12 @@ import csv
 import hashlib
 import math
 import random
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -27,9 +23,10 @@ from minigpt4.data.examples import Example, Text
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt, encode_training
-from minigpt4.training.batches import mixed_batches, published_caption
+from minigpt4.training.batches import divide, mixed_batches, published_caption
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
+from minigpt4.training.saving import plot_losses, uninterrupted
 from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.load import projection_tensors
 
@@ -45,6 +42,9 @@ class Recipe:
     replay_share: share of each batch that comes from `Trainer.replay`.
     blend: share of the trained projection in the one that is written; the rest is the initial one.
     crop: show a random part of each picture, as the published training does.
+    accumulate: in how many parts a batch goes through the language model, to save memory.
+    mixture: (number of examples, weight) of each data set among the examples, in order. If empty,
+    all examples are alike.
     """
 
     schedule: Schedule
@@ -55,6 +55,8 @@ class Recipe:
     replay_share: float = 0.0
     crop: bool = False
     metadata: dict[str, str] = field(default_factory=dict)  # written into the projection's file
+    accumulate: int = field(default=1, repr=False)
+    mixture: tuple[tuple[int, float], ...] = field(default=(), repr=False)
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:
@@ -120,6 +122,7 @@ class Trainer:
             betas=recipe.schedule.betas,
         )
         self.step = 0
+        self.after_step: list[Callable[[], None]] = []  # called by the main process
         self.rows: list[dict[str, float]] = []  # loss.csv
 
     def _identity(self) -> str:
@@ -128,6 +131,7 @@ class Trainer:
         lines = [self.model.config.name, self.model.quantize, repr(recipe), str(self.counts)]
         lines += [fingerprint(self.examples), *(str(source.crops) for source in self.sources)]
         lines += [repr((example.texts, example.captions)) for example in self.examples]
+        lines += [repr(recipe.mixture)] if recipe.mixture else []
         lines += [repr(t.earlier) for e in self.examples for t in e.texts if t.earlier]
         identity = hashlib.sha256("\n".join(lines).encode("utf-8", "replace"))
         for tensor in self.start.values():
@@ -160,6 +164,10 @@ class Trainer:
         Returns the temperatures at which each was drawn; None if they are all 1.
         """
         return None
+
+    def in_basis(self, features: Tensor) -> Tensor:
+        """Features of pictures as the projection takes them while it is trained."""
+        return features
 
     def _weights_to_save(self) -> dict[str, Tensor]:
         """The projection as it is used after training."""
@@ -210,12 +218,13 @@ class Trainer:
             texts = draw.sample(example.texts, min(schedule.texts_per_picture, len(example.texts)))
             # A batch may contain a picture twice, so its place is part of the key.
             ref = ImageRef(f"{place:x}")
-            rows.append([self._prompt(ref, text, pick) for text in texts])
+            rows.append([self.prompt(ref, text, pick) for text in texts])
             chosen.append((index, self._view(draw)))
             weights.append(self._text_weights(example, texts))
         return rows, chosen, weights
 
-    def _prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
+    def prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
+        """The training prompt of one text. pick: which instruction is drawn, from 0 to 1."""
         config: ModelConfig = self.model.config
         choices = text.instructions or self.recipe.instructions or ("",)
         instruction = choices[int(pick * len(choices))]
@@ -244,7 +253,7 @@ class Trainer:
             parts.append(replay([(i - count, v) for i, v in chosen if i >= count], seed))
         joined = torch.cat(parts)  # examples, then replay: restore the order of `chosen`
         order = sorted(range(len(chosen)), key=lambda place: replayed[place])
-        return joined[torch.tensor(order, device=joined.device).argsort()]
+        return self.in_basis(joined[torch.tensor(order, device=joined.device).argsort()])
 
     def _readable(self, indices: Sequence[int]) -> list[int]:
         """The batch without pictures that cannot be decoded: others of the same source take their
@@ -273,18 +282,29 @@ class Trainer:
         indices = self._readable(indices)
         rows, chosen, weights = self.prompts(step, indices)
         rows, chosen, weights = rows[rank::world], chosen[rank::world], weights[rank::world]
-        index = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
         features = self.features(chosen, f"{self.recipe.seed} {step}")
         temperatures = self._sample_answers(step, rows, chosen, features, weights)
-        batch = pack(rows, index, weights, temperatures).to(self.model.device)
-        mean = self.model.training_loss(features, batch)
-        count = torch.tensor(float(len(batch.targets)), device=self.model.device)
+        parts = min(self.recipe.accumulate, len(rows))
+        batches = [
+            pack(
+                rows[part::parts],
+                {row[0].images[0][1].key: i for i, row in enumerate(rows[part::parts])},
+                weights[part::parts],
+                temperatures and temperatures[part::parts],
+            )
+            for part in range(parts)
+        ]
+        count = torch.tensor(float(sum(len(b.targets) for b in batches)), device=features.device)
         total = self.accelerator.reduce(count, "sum")
-        loss = mean * count / total  # this process's part of the mean over all tokens
-        loss.backward()
+        loss = torch.zeros((), device=features.device)
+        for part, batch in enumerate(batches):
+            mean = self.model.training_loss(features[part::parts], batch.to(self.model.device))
+            part_loss = mean * len(batch.targets) / total  # its part of the mean over all tokens
+            part_loss.backward()
+            loss += part_loss.detach()
         for parameter in self.model.projection.parameters():
             parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
-        return self.accelerator.reduce(loss.detach(), "sum").item()
+        return self.accelerator.reduce(loss, "sum").item()
 
     # --- the run ----------------------------------------------------------------------------
 
@@ -292,8 +312,12 @@ class Trainer:
         """Train to the last step of the schedule. Returns the path of the projection."""
         schedule = self.recipe.schedule
         replayed = round(schedule.batch_size * self.recipe.replay_share)
-        sizes = [schedule.batch_size - replayed, replayed]
-        order = mixed_batches(self.counts, sizes, self.recipe.seed, self.step)
+        sizes, counts = [schedule.batch_size - replayed, replayed], self.counts
+        if self.recipe.mixture:
+            counts = [*(count for count, _ in self.recipe.mixture), self.counts[1]]
+            weights = [weight for _, weight in self.recipe.mixture]
+            sizes = [*divide(sizes[0], weights), replayed]
+        order = mixed_batches(counts, sizes, self.recipe.seed, self.step)
         bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
         try:
             while self.step < schedule.steps:
@@ -321,7 +345,7 @@ class Trainer:
         loss = self.loss_and_gradient(self.step, indices)
         if schedule.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.projection.parameters(), schedule.clip_norm)
-        with _uninterrupted():
+        with uninterrupted():
             self.optimizer.step()
             self.step += 1
             speed = schedule.batch_size / (time.perf_counter() - started)
@@ -332,6 +356,9 @@ class Trainer:
             f"loss {mean:.3f}, lr {rate:.1e}, {speed:.1f} pictures/s{self._progress()}"
         )
         bar.update()
+        if self.main:
+            for call in self.after_step:
+                call()
         if self.step % self.recipe.checkpoint_every == 0 or self.step == schedule.steps:
             self.save()
 
@@ -347,16 +374,20 @@ class Trainer:
         partial = self.out / "checkpoint.part"
         torch.save(self._state(), partial)
         partial.replace(self.out / "checkpoint.pt")
-        weights = self._weights_to_save()
-        for name, start in self.start.items():  # weight averaging: WiSE-FT, Wortsman et al., 2022
-            weights[name] = torch.lerp(start, weights[name].detach(), self.recipe.blend)
-        weights = {k: v.half() for k, v in weights.items()}
-        save_projection(weights, self.projection_path, self.recipe.metadata)
+        self.save_weights(self.projection_path)
         with (self.out / "loss.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["step", "loss", "lr", "samples_per_s"])
             writer.writeheader()
             writer.writerows(self.rows)
         plot_losses(self.rows, self.out / "loss.png")
+
+    def save_weights(self, path: Path) -> None:
+        """Write the projection of this step."""
+        weights = self._weights_to_save()
+        for name, start in self.start.items():  # weight averaging: WiSE-FT, Wortsman et al., 2022
+            weights[name] = torch.lerp(start, weights[name].detach(), self.recipe.blend)
+        weights = {k: v.half() for k, v in weights.items()}
+        save_projection(weights, path, self.recipe.metadata | {"step": str(self.step)})
 
     def resume(self) -> bool:
         """Continue from the checkpoint of this folder. False if there is none."""
@@ -378,35 +409,3 @@ class Trainer:
             )
         self._restore(state)
         return True
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the block has ended; only the main thread receives it."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    pressed = []
-    signal.signal(signal.SIGINT, lambda *call: pressed.append(call))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        handler(*pressed[0])
-
-
-def plot_losses(rows: Sequence[dict[str, float]], path: Path) -> None:
-    """Plot the loss of each step and its mean over 25 steps, as PNG."""
-    from matplotlib.figure import Figure
-
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    window = min(25, len(losses))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    axes.plot(steps, losses, linewidth=0.6, alpha=0.4, label="each step")
-    axes.plot(steps[window - 1 :], smooth, label=f"mean of {window}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(path, dpi=120)

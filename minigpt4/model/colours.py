@@ -1,0 +1,70 @@
+"""The colours of a decoded picture: any depth, profile and transparency become 8-bit sRGB."""
+
+import io
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image, ImageCms
+
+LITTLE_USED = 0.25  # of the range of 16 bits: less is stretched
+OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which may be faulty
+MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
+STRIPE = 64  # rows processed together
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Deep grey scaled to 8 bits: 16 bits from their full range, or from the range that they use if
+    that is small, as with thermal cameras and 12-bit sensors; other depths from their own."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    stripes = [values[top : top + STRIPE] for top in range(0, len(values), STRIPE)]
+    low, high = _used_range(values)
+    if image.mode in ("I", "F"):
+        extremes = [(p.min(), p.max()) for s in stripes if (p := s[np.isfinite(s)]).size]
+        low, high = float(min(e[0] for e in extremes)), float(max(e[1] for e in extremes))
+        if low == high:  # a flat picture has no range: white is 1, or its own value above that
+            low, high = min(low, 0.0), max(high, 1.0)
+    eight = np.empty(values.shape, np.uint8)
+    for place, stripe in enumerate(stripes):  # numpy's copies are eight times as large
+        scaled = np.nan_to_num(np.interp(stripe, (low, high), (0, 255)))
+        eight[place * STRIPE : (place + 1) * STRIPE] = np.rint(scaled)
+    grey = Image.fromarray(eight)
+    grey.info["icc_profile"] = image.info.get("icc_profile")
+    return grey
+
+
+def _used_range(values: np.ndarray) -> tuple[float, float]:
+    """The range that 16-bit values use, without outliers; (0, 65535) if that is not small."""
+    step = max(1, round((values.size / 1e6) ** 0.5))
+    sample = values[::step, ::step]
+    low = float(np.percentile(sample, OUTLIERS, method="lower"))
+    high = float(np.percentile(sample, 100 - OUTLIERS, method="higher"))
+    return (low, high) if 0 < high - low < LITTLE_USED * 65535 else (0.0, 65535.0)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    white = Image.new("RGB", image.size, "white")
+    white.paste(_srgb(image), mask=alpha)
+    return white
+
+
+def _srgb(image: Image.Image) -> Image.Image:
+    """RGB without alpha; an embedded profile is applied where it is sound and not sRGB.
+
+    Profiles with multi-process elements are ignored: any number of them may take minutes to read.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    with suppress(Exception):  # the profile may be broken, or for other channels
+        if len(profile) <= MAX_PROFILE and b"mpet" not in profile:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(embedded):
+                target = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
+                if converted is not None:
+                    return converted
+    return plain.convert("RGB")

@@ -1,0 +1,165 @@
+"""Watches a run: held-out loss and caption score, the best projection, TensorBoard's logs."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt4.data.examples import Example, usable
+from minigpt4.errors import UserError, say
+from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.training.extended import question_of
+from minigpt4.training.features import Features
+from minigpt4.training.packing import pack
+from minigpt4.training.selfcritical import CiderReward, sample
+from minigpt4.training.trainer import Trainer
+
+PICTURES = 100  # of the held-out data, at most
+CAPTION_TOKENS = 40  # longest caption that is scored
+_AT_ONCE = 8  # pictures in a batch
+_GREEDY = 1e-4  # the temperature of captions: the most likely token takes all
+
+
+class Validation:
+    """Measures a trainer on held-out examples every `every` steps, and after the last one.
+
+    The rows go into validation.csv. The projection with the lowest held-out loss is kept in
+    MODEL-best.safetensors, beside the last one. A resumed run continues both.
+    """
+
+    def __init__(self, trainer: Trainer, examples: Sequence[Example], every: int) -> None:
+        self._trainer, self._every = trainer, every
+        self._examples = usable(examples[:PICTURES])
+        trained = {example.key for example in trainer.examples}
+        if seen := [e.key for e in self._examples if e.key in trained]:
+            say(f"{len(seen)} held-out pictures are also trained on ({seen[0]}).")
+        source = Features(trainer.model, self._examples)
+        parts = [
+            source([(i, 0) for i in range(start, min(start + _AT_ONCE, len(self._examples)))])
+            for start in range(0, len(self._examples), _AT_ONCE)
+        ]
+        self._features = torch.cat(parts)
+        references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
+        self._score = CiderReward(references)
+        self._path = trainer.out / "validation.csv"
+        self.rows = [row for row in self._read() if row["step"] <= trainer.step]
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best projection is written."""
+        path = self._trainer.projection_path
+        return path.with_name(f"{path.stem}-best{path.suffix}")
+
+    def __call__(self) -> None:
+        """Measure, if it is time."""
+        trainer = self._trainer
+        if trainer.step % self._every and trainer.step != trainer.recipe.schedule.steps:
+            return
+        row = {"step": float(trainer.step)} | self.measure()
+        best = all(row["loss"] < other["loss"] for other in self.rows)
+        self.rows.append(row)
+        if best:
+            trainer.save_weights(self.best_path)
+        with self._path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        say(
+            f"Step {trainer.step}: held-out loss {row['loss']:.4f}, CIDEr {row['cider']:.4f}"
+            f"{', the best so far' if best else ''}."
+        )
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The mean loss in nats per token of each picture's first text, and the mean CIDEr of
+        greedy captions (1.0 is 100 in papers)."""
+        prompts = [
+            self._trainer.prompt(ImageRef(f"{i:x}"), example.texts[0], 0.0)
+            for i, example in enumerate(self._examples)
+        ]
+        total = count = 0.0
+        for start in range(0, len(prompts), _AT_ONCE):
+            part = prompts[start : start + _AT_ONCE]
+            features = self._embedded(range(start, start + len(part)))
+            index = {prompt.images[0][1].key: i for i, prompt in enumerate(part)}
+            batch = pack([[prompt] for prompt in part], index).to(self._trainer.model.device)
+            total += self._trainer.model.training_loss(features, batch).item() * len(batch.targets)
+            count += len(batch.targets)
+        scores = self._scores([question_of(prompt) for prompt in prompts])
+        return {"loss": total / count, "cider": sum(scores) / len(scores)}
+
+    def _embedded(self, places: Sequence[int]) -> Tensor:
+        return self._trainer.in_basis(self._features[list(places)])
+
+    def _scores(self, questions: Sequence[Prompt]) -> list[float]:
+        """The CIDEr of a greedy caption for each picture. Questions of equal length go together."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for place, question in enumerate(questions):
+            groups[len(question.ids)].append(place)
+        scores = []
+        for members in groups.values():
+            for start in range(0, len(members), _AT_ONCE):
+                part = members[start : start + _AT_ONCE]
+                for place, ids in zip(part, self._captions(part, questions), strict=True):
+                    scores.append(self._score(self._examples[place].key, *self._text(ids)))
+        return scores
+
+    def _captions(self, places: Sequence[int], questions: Sequence[Prompt]) -> list[list[int]]:
+        model = self._trainer.model
+        embeds = model.projection(self._embedded(places).float())
+        inputs = [
+            model.embed(questions[place], {questions[place].images[0][1].key: one})
+            for place, one in zip(places, embeds, strict=True)
+        ]
+        generator = torch.Generator(model.device).manual_seed(0)
+        drawn = sample(model, torch.cat(inputs), 1, CAPTION_TOKENS, _GREEDY, generator)
+        return [answers[0] for answers in drawn]
+
+    def _text(self, ids: list[int]) -> tuple[str, bool]:
+        """(a caption without what follows its end, whether it has one)."""
+        model = self._trainer.model
+        text = model.tokenizer.decode(ids, skip_special_tokens=True)
+        places = [text.find(stop) for stop in model.config.template.stop if stop in text]
+        ended = ids[-1] == model.tokenizer.eos_token_id or bool(places)
+        return (text[: min(places)] if places else text), ended
+
+    def _read(self) -> list[dict[str, float]]:
+        if not self._path.exists():
+            return []
+        try:
+            with self._path.open(newline="") as file:
+                return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self._path} is damaged: delete it.") from error
+
+
+class TensorBoard:
+    """Writes loss, learning rate and the rows of a validation, for `tensorboard --logdir`."""
+
+    def __init__(self, trainer: Trainer, validation: Validation | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._trainer, self._validation = trainer, validation
+        self._writer: Any = SummaryWriter(str(trainer.out), purge_step=trainer.step + 1)
+
+    @staticmethod
+    def installed() -> bool:
+        """Whether the package is there."""
+        return find_spec("tensorboard") is not None
+
+    def __call__(self) -> None:
+        """Write the last step."""
+        row = self._trainer.rows[-1]
+        for name in ("loss", "lr", "samples_per_s"):
+            self._writer.add_scalar(f"training/{name}", row[name], self._trainer.step)
+        measured = self._validation.rows[-1:] if self._validation else []
+        for found in measured:
+            if found["step"] == self._trainer.step:
+                for name in ("loss", "cider"):
+                    self._writer.add_scalar(f"held-out/{name}", found[name], self._trainer.step)
+        self._writer.flush()

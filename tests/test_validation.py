@@ -1,0 +1,210 @@
+"""What researchers need of a run: held-out scores, the best projection, parts, mixtures, files."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from minigpt4.__main__ import main
+from minigpt4.data.examples import read_shards
+from minigpt4.data.files import write_settings
+from minigpt4.errors import UserError
+from minigpt4.options import Option, Parser, integer, number, switch
+from minigpt4.training import validation
+from minigpt4.training.batches import divide
+from minigpt4.training.trainer import Recipe
+from minigpt4.training.validation import TensorBoard, Validation
+from minigpt4.weights.checkpoint import read_projection
+from tests.test_training import PROMPTED, make
+from tests.training_case import SCHEDULE, tiny_model, write_captioned, write_shard
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return read_shards(str(write_shard(tmp_path / "train-00000.tar")))
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    return read_shards(str(write_shard(tmp_path / "val-00000.tar", 5, first=20)))
+
+
+def run(examples, held_out, out, recipe=PROMPTED, steps=SCHEDULE.steps):
+    trainer = make(tiny_model(), examples, replace(recipe, checkpoint_every=2), out)
+    trainer.resume()
+    watching = Validation(trainer, held_out, 2)
+    trainer.after_step.append(watching)
+    if steps < SCHEDULE.steps:
+
+        def stop():
+            if trainer.step == steps:
+                trainer.save()
+                raise KeyboardInterrupt
+
+        trainer.after_step.append(stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+    else:
+        trainer.run()
+    return trainer, watching
+
+
+@pytest.mark.parametrize("recipe", [PROMPTED, Recipe(SCHEDULE)], ids=["extended", "published"])
+def test_held_out_scores_and_the_best_projection(
+    examples, held_out, tmp_path, recipe, monkeypatch, capsys
+):
+    monkeypatch.setattr(validation, "CAPTION_TOKENS", 5)
+    trainer, watching = run(examples, held_out, tmp_path / "whole", recipe)
+    assert [row["step"] for row in watching.rows] == [2, 4, 6]
+    losses = [row["loss"] for row in watching.rows]
+    assert len(set(losses)) == 3 and all(row["cider"] >= 0 for row in watching.rows)
+    with (tmp_path / "whole" / "validation.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == losses
+    assert "held-out loss" in capsys.readouterr().err
+    best = read_projection(watching.best_path)["weight"]
+    is_last = losses.index(min(losses)) == 2
+    assert torch.equal(best, read_projection(trainer.projection_path)["weight"]) == is_last
+    # Measuring changes nothing, and a resumed run goes on with both.
+    plain = make(tiny_model(), examples, recipe, tmp_path / "plain")
+    plain.run()
+    assert [r["loss"] for r in plain.rows] == [r["loss"] for r in trainer.rows]
+    run(examples, held_out, tmp_path / "halves", recipe, steps=4)
+    _, halves = run(examples, held_out, tmp_path / "halves", recipe)
+    assert halves.rows == watching.rows
+
+
+def test_the_loss_is_that_of_the_held_out_pictures(examples, tmp_path, monkeypatch):
+    """On what is learned by heart it falls; the greedy captions come to match."""
+    monkeypatch.setattr(validation, "CAPTION_TOKENS", 12)
+    schedule = replace(SCHEDULE, steps=60, peak_lr=5e-2, floor_lr=5e-2)
+    trainer = make(tiny_model(), examples, replace(PROMPTED, schedule=schedule), tmp_path / "run")
+    watching = Validation(trainer, examples, 60)
+    before = watching.measure()
+    trainer.run()
+    assert watching.measure()["loss"] < before["loss"] - 0.3
+
+
+@pytest.mark.parametrize("recipe", [PROMPTED, replace(PROMPTED, consensus=1.0)])
+def test_a_batch_in_parts_has_the_same_gradient(examples, tmp_path, recipe):
+    found = []
+    for parts in (1, 3, 9):
+        trainer = make(
+            tiny_model(), examples, replace(recipe, accumulate=parts), tmp_path / str(parts)
+        )
+        loss = trainer.loss_and_gradient(0, [3, 1, 4, 9])
+        found.append((loss, trainer.model.projection.weight.grad.clone()))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_batches_are_divided_by_weight(examples, held_out, tmp_path):
+    assert divide(12, [1, 1, 1]) == [4, 4, 4]
+    assert divide(10, [2, 1, 1]) == [5, 3, 2]
+    with pytest.raises(UserError, match="too small for these weights"):
+        divide(4, [100, 1])
+    recipe = replace(PROMPTED, mixture=((10, 1.0), (5, 3.0)))
+    trainer = make(tiny_model(), [*examples, *held_out], recipe, tmp_path / "run")
+    seen = []
+    loss = trainer.loss_and_gradient
+    trainer.loss_and_gradient = lambda step, indices: seen.append(indices) or loss(step, indices)
+    trainer.run()
+    assert [sum(i < 10 for i in batch) for batch in seen] == [1] * SCHEDULE.steps
+    other = make(tiny_model(), [*examples, *held_out], PROMPTED, tmp_path / "run")
+    with pytest.raises(UserError):
+        other.resume()
+
+
+def test_logs_for_tensorboard(examples, tmp_path):
+    pytest.importorskip("tensorboard")
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    trainer.after_step.append(TensorBoard(trainer, None))
+    trainer.run()
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+# --- a file of options --------------------------------------------------------------------------
+
+
+def parser() -> Parser:
+    made = Parser(prog="try")
+    made.reads_file = "--options"
+    options = [
+        Option("options", "File."),
+        Option("data", "Data.", required=True),
+        Option("batch-size", "Size.", 3, integer(1)),
+        Option("rate", "Rate.", 0.1, number(0)),
+        Option("crop", "Crop.", True, switch),
+        Option("mix", "More.", many=True),
+        Option("validate", "Held out.", bare="on"),
+    ]
+    made.add(options, prefix="TRY_")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("o.yaml", "data: a b.tar\nbatch-size: 7\nrate: 1e-3\ncrop: false\nmix: [b=1, c=2]\n"),
+        (
+            "o.toml",
+            'data = "a b.tar"\nbatch_size = 7\nrate = 1e-3\ncrop = false\nmix = ["b=1", "c=2"]',
+        ),
+    ],
+)
+def test_options_from_a_file(tmp_path, name, text, monkeypatch):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8-sig")
+    found = parser().parse_args(["--options", str(path), "--rate", "0.5"])
+    assert (found.data, found.batch_size, found.crop) == ("a b.tar", 7, False)
+    assert (found.rate, found.mix) == (0.5, ["b=1", "c=2"])
+    monkeypatch.setenv("MINIGPT4_TRY_OPTIONS", str(path))
+    assert parser().parse_args([]).rate == 1e-3
+    write_settings(tmp_path / "again.yaml", {"data": "ä: b", "rate": 0.25, "crop": True})
+    again = parser().parse_args([f"--options={tmp_path / 'again.yaml'}", "--validate", "v.tar"])
+    assert (again.data, again.rate, again.crop, again.validate) == ("ä: b", 0.25, True, "v.tar")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: a\nbatchsize: 3", "“batchsize”, which is no option"),
+        ("data: a\nbatch-size: [1, 2]", "must be a single value"),
+        ("data: a\nbatch-size: x", "must be an integer"),
+        ("data: [", "is not TOML or YAML: check it near line"),
+        ("data:\n  a: 1", "must have a line"),
+        ("- data", "must have a line"),
+    ],
+)
+def test_mistakes_in_a_file_of_options(tmp_path, text, message, capsys):
+    path = tmp_path / "o.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--options", str(path)])
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
+
+
+def test_a_run_of_the_command(tmp_path, monkeypatch):
+    """Everything together, with nano; the file that the run writes starts the same run again."""
+    monkeypatch.setattr(validation, "CAPTION_TOKENS", 3)
+    write_shard(tmp_path / "train.tar", 4)
+    write_shard(tmp_path / "val.tar", 2, first=10)
+    more = write_captioned(tmp_path / "more", 3)
+    given = {"stage": 1, "data": str(tmp_path / "train.tar"), "mix": [f"{more}=1"], "steps": 2}
+    given |= {"batch-size": 2, "accumulate": 2, "validate": str(tmp_path / "val.tar")}
+    given |= {"validate-every": 1, "out": str(tmp_path / "run"), "device": "cpu"}
+    (tmp_path / "o.yaml").write_text(yaml.safe_dump(given))
+    assert main(["train", "--options", str(tmp_path / "o.yaml")]) == 0
+    written = tmp_path / "run" / "options.yaml"
+    assert {**yaml.safe_load(written.read_text()), **given} == yaml.safe_load(written.read_text())
+    assert (tmp_path / "run" / "nano-best.safetensors").exists()
+    with (tmp_path / "run" / "validation.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1.0", "2.0"]
+    losses = (tmp_path / "run" / "loss.csv").read_text().splitlines()
+    again = ["train", "--options", str(written), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    repeated = (tmp_path / "again" / "loss.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in repeated] == [line.split(",")[1] for line in losses]
