@@ -125,7 +125,21 @@ def say(page: Page, text: str) -> None:
 
 def done(page: Page) -> None:
     """Wait for the answer's end."""
-    expect(status(page)).to_contain_text("tokens/s")
+    expect(page.locator("html:not([data-sending])")).to_have_count(1)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+
+
+def figures(page: Page) -> Locator:
+    """What is behind the last answer's button."""
+    page.locator("#chat .about").last.click()
+    return page.locator("#chat .facts").last
+
+
+def open_settings(page: Page) -> None:
+    """The settings, with those under "Advanced"."""
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Advanced").click()
+    expect(page.get_by_label("Seed")).to_be_visible()
 
 
 def ask(page: Page, text: str) -> None:
@@ -133,7 +147,6 @@ def ask(page: Page, text: str) -> None:
     say(page, text)
     expect(answers(page)).to_have_count(count + 1)
     done(page)
-    expect(page.locator("#box .submit-button")).to_be_visible()
 
 
 def answers(page: Page) -> Locator:

@@ -74,7 +74,7 @@ def test_what_the_model_writes_is_text(visit, tmp_path):
     kept = {"format": FORMAT, "version": VERSION, "messages": messages, "pictures": {}}
     (tmp_path / "kept.json").write_text(json.dumps(kept))
     page.get_by_role("tab", name="Conversations", exact=True).click()
-    page.locator("#panel input[type=file]").set_input_files(tmp_path / "kept.json")
+    page.locator("#rail input[type=file]").set_input_files(tmp_path / "kept.json")
     expect(answers(page)).to_have_count(len(ATTACKS))
     harmless(page, "#chat .message .prose, #chat .message .md")
     assert len(page.locator("#chat .message .prose").all()) >= len(ATTACKS)
@@ -90,8 +90,8 @@ def test_downloads_and_kept_conversations_are_text(visit, tmp_path):
     title = f"{NAME} ![x](http://192.0.2.1/title.png) hostile 0"
     ask(page, title)
     page.get_by_role("tab", name="Conversations", exact=True).click()
-    expect(page.locator("#recent li")).to_contain_text(NAME)
-    harmless(page, "#recent")
+    expect(page.locator("#conversations li")).to_contain_text(NAME)
+    harmless(page, "#conversations")
     kept = tmp_path / f"{NAME}.json"
     for button, suffix in (("Download as Markdown", "md"), ("Download as JSON", "json")):
         before = page.url
@@ -107,10 +107,10 @@ def test_downloads_and_kept_conversations_are_text(visit, tmp_path):
     kept.write_text(json.dumps(data))
     page.get_by_role("button", name="New chat").click()
     expect(answers(page)).to_have_count(0)
-    page.locator("#panel input[type=file]").set_input_files(kept)
+    page.locator("#rail input[type=file]").set_input_files(kept)
     expect(answers(page)).to_have_count(1)
     expect(questions(page)).to_contain_text(NAME)
-    harmless(page, "#chat .message .prose, #chat .message .md, #recent")
+    harmless(page, "#chat .message .prose, #chat .message .md, #conversations")
     assert len(page.context.pages) == 1
 
 
@@ -146,7 +146,7 @@ def test_error_messages_are_text(visit, engine, tmp_path):
     page.get_by_role("tab", name="Conversations", exact=True).click()
     wrong = tmp_path / f"{NAME}.json"
     wrong.write_text(json.dumps({"format": NAME}))
-    page.locator("#panel input[type=file]").set_input_files(wrong)
+    page.locator("#rail input[type=file]").set_input_files(wrong)
     expect(page.get_by_text("This file holds no conversation")).to_be_visible()
     assert not toast.locator("img").count()
     engine.failure = (

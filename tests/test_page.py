@@ -17,6 +17,8 @@ from tests.page_case import (
     attach,
     box,
     done,
+    figures,
+    open_settings,
     options,
     picture,
     questions,
@@ -35,9 +37,10 @@ def test_a_picture_is_encoded_while_its_question_is_typed(visit, engine, photo):
     ask(page, "Describe this image in detail.")
     thumbnail = page.get_by_test_id("user").locator("img")
     wait_for(lambda: thumbnail.evaluate("image => image.naturalWidth") == 320)
-    expect(status(page)).to_contain_text(re.compile(r"\d+ tokens · [\d.]+ tokens/s · first after"))
+    told = figures(page)
+    expect(told).to_contain_text(re.compile(r"Answered in [\d.]+ s\.Length in tokens\d+"))
     ask(page, "And what is beside it?")
-    expect(status(page)).to_contain_text("40 of 64 prompt tokens reused")
+    expect(figures(page)).to_contain_text("Prompt tokens64of these, reused40")
 
 
 def test_words_appear_one_after_another(visit, engine):
@@ -54,7 +57,7 @@ def test_words_appear_one_after_another(visit, engine):
     expect(answers(page)).to_contain_text(f"word{count + 30}")
     page.keyboard.press("Escape")  # stops
     expect(page.get_by_label("Submit")).to_be_visible()
-    expect(status(page)).to_contain_text("stopped")
+    expect(status(page)).to_contain_text("Stopped")
     count = len(answers(page).inner_text().split())
     time.sleep(0.3)
     assert len(answers(page).inner_text().split()) == count < 200
@@ -89,10 +92,11 @@ def test_stop_and_continue(visit, engine):
 
 def test_an_answer_cut_at_its_length_goes_on(visit):
     page = visit(**WIDE)
+    open_settings(page)
     page.get_by_label("number input for Maximum length").fill("20")
     page.get_by_label("number input for Maximum length").press("Tab")
     ask(page, "A long one, please.")
-    expect(status(page)).to_contain_text("stopped at the maximum length")
+    expect(status(page)).to_contain_text("Stopped at the maximum length")
     page.get_by_role("button", name="Continue").click()
     expect(answers(page)).to_contain_text("word40")
     assert answers(page).inner_text().split() == [f"word{i}" for i in range(1, 41)]
@@ -161,27 +165,21 @@ def test_paste_and_drop(visit, photo):
 
 def test_camera(visit):
     page = visit(permissions=["camera"])
-    camera = page.locator("#camera")
-    video = camera.locator("video")
-    seen = "all => all.some((video) => video.videoWidth && video.currentTime)"
-    off = "all => all.every((video) => !video.srcObject?.active)"
     for count in (1, 2):
-        page.get_by_role("button", name="Camera").click()
-        expect(camera).to_be_visible()
-        camera.get_by_text("Click to Access Webcam").click()
-        wait_for(lambda: video.evaluate_all(seen))
-        camera.get_by_label("capture photo").click()
+        page.get_by_role("button", name="Add a picture").click()
+        page.get_by_role("menuitem", name="Camera").click()
+        video = page.locator("#camera video")
+        page.get_by_role("button", name="Take the picture").click()  # enabled once it is on
+        expect(video).to_have_count(0)
         expect(page.get_by_label("File thumbnail")).to_have_count(count)
-        expect(camera).to_be_hidden()
-        wait_for(lambda: video.evaluate_all(off))
-    page.get_by_role("button", name="Camera").click()
-    expect(camera).to_be_visible()
-    page.get_by_role("button", name="Camera").click()  # put away again
-    expect(camera).to_be_hidden()
+    page.get_by_role("button", name="Add a picture").click()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")  # the menu's second entry
+    expect(page.get_by_role("dialog", name="Camera")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#camera")).to_have_count(0)
     ask(page, "Count them.")
     expect(answers(page)).to_contain_text("I see 2 pictures.")
-    # Gradio asks now and then for the progress of an upload that has no name yet.
-    visit.expected(r"upload_progress\?upload_id=$|^Response \S+/assets/index-\S+\.js$")
 
 
 def test_no_picture(visit, photo, tmp_path):
@@ -247,9 +245,19 @@ def test_an_empty_message(visit):
 
 def test_settings_and_presets(visit, engine):
     page = visit(**WIDE)
+    expect(page.get_by_label("Seed")).to_be_hidden()
+    open_settings(page)
     page.get_by_label("precise").click()
     temperature = page.get_by_label("number input for Temperature")
     expect(temperature).to_have_value("0")
+    expect(page.get_by_label("custom")).to_be_hidden()
+    temperature.fill("0.7")
+    temperature.press("Tab")
+    expect(page.get_by_label("custom")).to_be_checked()
+    temperature.fill("0")
+    temperature.press("Tab")
+    expect(page.get_by_label("precise")).to_be_checked()
+    expect(page.get_by_label("custom")).to_be_hidden()
     page.get_by_label("Seed").fill("lucky")
     say(page, "Hello?")
     expect(page.get_by_text("The seed must be a whole number")).to_be_visible()
@@ -285,19 +293,19 @@ def test_new_chat_in_the_middle_of_an_answer(visit, engine):
     expect(answers(page)).to_contain_text("word3")
     page.get_by_role("button", name="New chat").click()
     expect(answers(page)).to_have_count(0)
-    expect(page.get_by_text("Chat about a picture")).to_be_visible()
+    expect(page.get_by_text("What's in your picture?")).to_be_visible()
     ask(page, "Hello?")
     expect(answers(page)).to_have_count(1)
 
 
-def test_an_example(visit, engine):
+def test_an_example_is_sent_at_once(visit, engine):
     page = visit()
+    box(page).fill("What I was writing")
     page.get_by_text("Explain a joke").click()
-    expect(box(page)).to_have_value("Why is this image funny?")
-    expect(page.get_by_label("File thumbnail")).to_have_count(1)
-    box(page).press("Enter")
+    expect(questions(page).last).to_contain_text("Why is this image funny?")
     done(page)
     assert len(engine.asked[-1].pictures) == 1
+    expect(box(page)).to_have_value("What I was writing")
 
 
 @pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")

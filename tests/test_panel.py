@@ -21,6 +21,8 @@ from tests.page_case import (
     attach,
     box,
     done,
+    figures,
+    open_settings,
     questions,
     say,
     served,
@@ -29,10 +31,6 @@ from tests.page_case import (
 )
 
 AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
-
-
-def tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
 
 
 @pytest.mark.trust("What the model writes", "HTML and scripts, in the chat and in the preview")
@@ -53,25 +51,24 @@ def test_a_website_is_previewed_in_a_closed_frame(visit):
     inner = page.frames[1]
     assert inner.evaluate("document.title") == "kept out"
     assert inner.evaluate("typeof RTCPeerConnection") == "undefined"
-    tab(page, "Download")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the website").click()
     assert download.value.suggested_filename == "website.html"
     saved = Path(download.value.path()).read_text()
     assert saved.startswith("<!doctype html>") and "Content-Security" not in saved
-    tab(page, "Code")
+    page.get_by_role("button", name="Code").click()
     expect(page.locator("#code")).to_contain_text("Why did the chicken")
 
     ask(page, "Another website, please.")
     page.get_by_role("button", name="Preview the website").click()
-    expect(page.get_by_label("Answer 2")).to_be_checked()
-    page.get_by_label("Answer 1").click()
-    expect(page.get_by_label("Answer 1")).to_be_checked()
+    which = page.get_by_label("Which answer")
+    expect(which).to_have_value("Answer 2")
+    for number in (1, 2):
+        which.click()
+        page.get_by_role("option", name=f"Answer {number}").click()
+        expect(which).to_have_value(f"Answer {number}")
 
     # What is shown can be saved, though its answer is gone.
-    tab(page, "Download")
-    page.get_by_label("Answer 2").click()
-    expect(page.get_by_label("Answer 2")).to_be_checked()
     page.get_by_role("button", name="Undo").click()
     expect(answers(page)).to_have_count(1)
     with page.expect_download() as download:
@@ -109,17 +106,21 @@ def test_nothing_is_fetched_from_elsewhere(browser, address):
     page.close()
 
 
+def download_as(page: Page, kind: str) -> None:
+    page.get_by_role("button", name="Download the conversation").click()
+    page.get_by_role("menuitem", name=f"Download as {kind}").click()
+
+
 def test_downloaded_conversations_can_be_opened(visit, photo, tmp_path, engine):
     page = visit(**WIDE)
     attach(page, photo)
     ask(page, "Describe <i>this</i>.")
-    tab(page, "Conversations")
     with page.expect_download() as download:
-        page.get_by_role("button", name="Download as Markdown").click()
+        download_as(page, "Markdown")
     text = Path(download.value.path()).read_text()
     assert "## Question" in text and "](data:image/jpeg;base64," in text and "red house" in text
     with page.expect_download() as download:
-        page.get_by_role("button", name="Download as JSON").click()
+        download_as(page, "JSON")
     kept = tmp_path / "kept.json"
     download.value.save_as(kept)
     assert json.loads(kept.read_text())["format"] == "minigpt4-conversation"
@@ -128,9 +129,9 @@ def test_downloaded_conversations_can_be_opened(visit, photo, tmp_path, engine):
     expect(answers(page)).to_have_count(0)
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"format": "something else"}')
-    page.locator("#panel input[type=file]").set_input_files(wrong)
+    page.locator("#rail input[type=file]").set_input_files(wrong)
     expect(page.get_by_text("This file holds no conversation")).to_be_visible()
-    page.locator("#panel input[type=file]").set_input_files(kept)
+    page.locator("#rail input[type=file]").set_input_files(kept)
     expect(answers(page)).to_have_count(1)
     expect(questions(page).locator("img")).to_have_count(1)
     expect(questions(page).last).to_contain_text("Describe <i>this</i>.")
@@ -147,8 +148,7 @@ def test_recent_conversations_stay_in_the_browser(visit, photo):
     page.evaluate("for (const name of 'abc') localStorage[`minigpt4:chat:${name}`] = '{damaged'")
     page.reload()
     expect(answers(page)).to_have_count(0)
-    tab(page, "Conversations")
-    recent = page.locator("#recent li")
+    recent = page.locator("#conversations li")
     expect(recent).to_have_count(1)
     assert not page.evaluate("Object.values(localStorage).includes('{damaged')")
     expect(recent).to_contain_text("Describe it <b>well</b>.")
@@ -191,9 +191,8 @@ def test_recent_conversations_stay_in_the_browser(visit, photo):
 
 def test_the_list_while_an_answer_is_given(visit, engine):
     page = visit(**WIDE)
-    tab(page, "Conversations")
-    row = page.locator("#recent li")
-    title = page.locator("#recent button.title")
+    row = page.locator("#conversations li")
+    title = page.locator("#conversations button.title")
     field = page.get_by_label("Rename", exact=True)
     ask(page, "First?")
     page.get_by_role("button", name="New chat").click()
@@ -242,14 +241,12 @@ def test_the_list_while_an_answer_is_given(visit, engine):
 
 def test_two_pages_go_on_with_one_conversation(visit):
     page = visit(**WIDE)
-    tab(page, "Conversations")
     ask(page, "First?")
-    recent = page.locator("#recent li")
+    recent = page.locator("#conversations li")
     expect(recent).to_have_count(1)
     other = page.context.new_page()
     other.goto(page.url)
-    tab(other, "Conversations")
-    other.locator("#recent button.title").click()
+    other.locator("#conversations button.title").click()
     expect(answers(other)).to_have_count(1)
     ask(other, "Second?")
     ask(other, "Third?")
@@ -264,22 +261,18 @@ def test_two_pages_go_on_with_one_conversation(visit):
 
 def test_chinese(visit):
     page = visit(locale="zh-CN", **WIDE)
-    for text in (
-        "新对话",
-        "设置",
-        "对话记录",
-        "温度",
-        "重复惩罚",
-        "和图片聊聊天",
-        "看图做菜",
-        "均衡",
-    ):
+    for text in ("新对话", "对话记录", "您的图片里有什么？", "看图做菜", "把照片拖到这里"):
+        expect(page.get_by_text(text, exact=True).first).to_be_visible()
+    page.get_by_role("button", name="设置").click()
+    page.get_by_role("button", name="高级").click()
+    for text in ("设置", "温度", "重复惩罚", "均衡"):
         expect(page.get_by_text(text, exact=True).first).to_be_visible()
     expect(box(page)).to_have_attribute("placeholder", "就图片提问……")
     say(page, "你好")
-    expect(status(page)).to_contain_text("token/秒")
+    done(page)
+    expect(figures(page)).to_contain_text("每秒 token 数")
     # What Gradio names in English only, for screen readers.
-    for name in ("发送", "打开或关闭侧边栏", "添加图片", "温度，数字", "复制消息"):
+    for name in ("发送", "添加图片", "温度，数字", "复制消息"):
         expect(page.get_by_label(name, exact=True).first).to_be_attached()
     expect(page.get_by_role("group", name="您", exact=True)).to_contain_text("你好")
     expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
@@ -287,40 +280,26 @@ def test_chinese(visit):
     expect(german.get_by_role("button", name="Neuer Chat")).to_be_visible()
 
 
-def test_phone_in_the_dark(visit, photo, tmp_path):
+def test_phone_in_the_dark(visit, photo):
     page = visit(color_scheme="dark", **PHONE)
-    expect(page.locator("#panel")).not_to_have_class(re.compile(r"\bopen\b"))
+    expect(page.get_by_label("Seed")).to_be_hidden()
     assert page.evaluate("document.body.classList.contains('dark')")
-    page.screenshot(path=tmp_path / "phone-empty.png")
     attach(page, photo)
     ask(page, "Make a website of this.")
-    page.screenshot(path=tmp_path / "phone.png")
-    page.get_by_label("Toggle Sidebar").click()
-    expect(page.get_by_label("Seed")).to_be_visible()
-    page.screenshot(path=tmp_path / "phone-settings.png")
-    page.get_by_label("Toggle Sidebar").click()
+    open_settings(page)
+    # Light, if one likes it better; it stays so.
+    page.get_by_role("button", name="Light or dark").click()
+    assert not page.evaluate("document.body.classList.contains('dark')")
+    page.locator("#settings").get_by_role("button", name="Close").click()
+    expect(page.get_by_label("Seed")).to_be_hidden()  # for the keyboard too
     page.get_by_role("button", name="Preview the website").click()
     frame = page.frame_locator("iframe.website")
     expect(frame.get_by_text("My Joke Website")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    # Light, if one likes it better; it stays so.
-    tab(page, "Settings")
-    page.get_by_role("button", name="Light or dark").click()
-    assert not page.evaluate("document.body.classList.contains('dark')")
     page.reload()
     expect(box(page)).to_be_visible()
     page.wait_for_function("!document.body.classList.contains('dark')")
     visit.expected("AbortError|Connection errored out")  # what the reloaded page still listened to
-
-
-def test_the_panel_folds_away(visit):
-    page = visit(**WIDE)
-    expect(page.get_by_label("Seed")).to_be_visible()
-    before = page.locator("#chat").bounding_box()["width"]
-    page.get_by_label("Toggle Sidebar").click()
-    expect(page.get_by_label("Seed")).to_be_hidden()  # for the keyboard too
-    assert page.locator("#chat").bounding_box()["width"] > before
-    assert page.locator("#chat").bounding_box()["x"] > 20
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -332,14 +311,19 @@ def test_accessibility(visit, photo, scheme):
     page = visit(color_scheme=scheme, **WIDE)
     _assert_accessible(page, "empty")
     attach(page, photo)
+    _assert_accessible(page, "attached")
     ask(page, "Make a website of this.")
+    figures(page)
+    expect(page.locator("#conversations li")).to_have_count(1)
     _assert_accessible(page, "answered")
     page.get_by_role("button", name="Preview the website").click()
     expect(page.frame_locator("iframe.website").get_by_text("My Joke")).to_be_visible()
     _assert_accessible(page, "preview")
-    tab(page, "Conversations")
-    expect(page.locator("#recent li")).to_have_count(1)
-    _assert_accessible(page, "conversations")
+    open_settings(page)
+    _assert_accessible(page, "settings")
+    page.keyboard.press("Escape")
+    page.locator("#chat .image-container > button").click()
+    _assert_accessible(page, "lightbox")
 
 
 def _assert_accessible(page: Page, state: str) -> None:
@@ -381,6 +365,7 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         go_on.touch()
         expect(status(page)).to_contain_text("The model is ready.")
         expect(page.locator("#model")).to_contain_text(MODELS["nano"].licence[:10])
+        open_settings(page)
         expect(page.get_by_label("number input for Temperature")).to_have_value("0.5")
         box(page).press("Enter")
         done(page)

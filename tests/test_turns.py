@@ -26,15 +26,26 @@ from minigpt4.web.guard import decoding
 from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import render, transcript
 from minigpt4.web.page import session as session_module
+from minigpt4.web.page.answers import waiting
 from minigpt4.web.page.loading import Loading
-from minigpt4.web.page.render import literal, show, unescape, waiting
+from minigpt4.web.page.render import literal, show, unescape, verbatim
 from minigpt4.web.page.session import Session, too_many_pictures
 from minigpt4.web.page.texts import PREFIX, TEXTS, explain, translate
 from minigpt4.web.page.turns import Turns
 from minigpt4.web.page.uploads import Uploads
 from tests.api_case import at_rest
 from tests.fake_engine import FakeAnswer, FakeEngine
-from tests.page_case import WIDE, Visitors, answers, attach, done, picture, served, status
+from tests.page_case import (
+    WIDE,
+    Visitors,
+    answers,
+    attach,
+    done,
+    open_settings,
+    picture,
+    served,
+    status,
+)
 from tests.page_case import ask as page_ask
 from tests.parity_case import ParityCase
 
@@ -253,8 +264,12 @@ def test_an_answer_that_is_cancelled_between_two_awaits_ends(monkeypatch):
 def test_only_messages_that_changed_are_rendered(monkeypatch):
     """A long conversation costs no more at each update than a short one."""
     monkeypatch.setattr(session_module, "ask", FakeAnswer)
-    rendered, real = [], render.literal
-    monkeypatch.setattr(render, "literal", lambda text: rendered.append(text) or real(text))
+    rendered = []
+    for name in ("literal", "verbatim"):
+        real = getattr(render, name)
+        monkeypatch.setattr(
+            render, name, lambda text, real=real: rendered.append(text) or real(text)
+        )
     engine, session = FakeEngine(), Session()
     for number in range(3):
         answered(ask(engine, session, f"Question {number}?"))
@@ -395,6 +410,9 @@ def test_text_is_shown_as_it_was_written():
     text = "a <b> ![x](http://y) `<b>` <b>\n```html\n<b>"
     assert literal(text) == ("a &#0060;b> !&#0091;x](http://y) `<b>` &#0060;b>\n```html\n<b>")
     assert unescape(literal(text)) == text
+    typed = "2*3*4 \\_ a\n    1. first\n# title &#0042; `x` <b>  $y$\n- ~"
+    assert unescape(verbatim(typed)) == typed
+    assert not set("*_\\<`$~") & set(verbatim(typed))
 
 
 def test_beams_say_that_they_take_their_time():
@@ -503,6 +521,7 @@ def test_nano_answers_through_the_page(browser, tmp_path):
         visitors = Visitors(browser, address)
         page = visitors(**WIDE)
         expect(status(page)).to_contain_text("The model is ready.")
+        open_settings(page)
         page.get_by_label("number input for Maximum length").fill("20")
         page.get_by_label("number input for Maximum length").press("Tab")
         page.get_by_label("precise").click()

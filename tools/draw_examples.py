@@ -53,8 +53,11 @@ class Canvas:
         self.shape((0, HEIGHT), *points, (WIDTH, HEIGHT), colour=colour)
 
     def save(self, path: Path) -> None:
-        small = self.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-        small.save(path, quality=82, optimize=True)
+        """Write the picture, and a copy of half its size into the folder `small` beside it."""
+        for file, scale in ((path, 1), (path.parent / "small" / path.name, 2)):
+            size = (WIDTH // scale, HEIGHT // scale)
+            small = self.image.resize(size, Image.Resampling.LANCZOS)
+            small.save(file, quality=82, optimize=True)
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls
+from minigpt4.web.guard.lighter import Lighter
 from minigpt4.web.guard.limits import Limits
 from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
@@ -97,7 +98,10 @@ class Server:
                 "routes": self.routes,
                 "lifespan": partial(sweeping, kept=in_folder),
                 "exception_handlers": {KeyError: _no_such_event},
-                "middleware": [Middleware(Limits, max_bytes=self._max_bytes)],
+                "middleware": [
+                    Middleware(Lighter),
+                    Middleware(Limits, max_bytes=self._max_bytes),
+                ],
             },
             "auth": self._auth,
             "root_path": self._options.root_path,

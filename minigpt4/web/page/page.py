@@ -9,11 +9,12 @@ from gradio.events import Dependency, Events
 
 from minigpt4.web.api.gradio_chat import add_chat_endpoint
 from minigpt4.web.guard.uploads import KEPT_SECONDS
-from minigpt4.web.page import panel, render, texts
-from minigpt4.web.page.examples import FOLDER, examples
+from minigpt4.web.page import panel, parts, render, texts
+from minigpt4.web.page.examples import FOLDER
 from minigpt4.web.page.feedback import Feedback, Ratings
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.panel import Panel
+from minigpt4.web.page.parts import PLAIN, fragment
 from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import label, translate
 from minigpt4.web.page.turns import Turns
@@ -37,16 +38,10 @@ LOOK = {  # for Blocks.launch, or gr.mount_gradio_app
         primary_hue="teal", font=["sans-serif"], font_mono=["ui-monospace", "monospace"]
     ),
     # The style is here, not in `css`: Gradio would prefix its selectors, `body` among them.
-    "head": f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-    f"<style>\n{(render.ASSETS / 'page.css').read_text(encoding='utf-8')}</style>\n"
-    + "".join(
-        f"<script>\n{(render.ASSETS / name).read_text(encoding='utf-8')}</script>\n"
-        for name in ("names.js", "page.js")
-    ),
+    "head": f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n' + parts.head(),
     "i18n": texts.I18N,
     "allowed_paths": [str(FOLDER)],  # from whichever folder the program is started
 }
-NAME = "<h1>MiniGPT-4</h1><small>${value}</small>"
 # Screen readers read this line out when it changes.
 LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
 # The box without the files that were refused.
@@ -54,8 +49,7 @@ WITHOUT_REFUSED = (
     "(refused, box) => refused?.length ? {...box, files: box.files.filter((file) => "
     "!refused.includes(file.path))} : {__type__: 'update'}"
 )
-OPEN_IF_WIDE = "() => ({__type__: 'update', open: innerWidth >= 1100})"
-# Of each event. Questions wait in the engine's own queue, which knows their places, not here.
+# Each event's options. Questions wait in the engine's own queue, not here: it knows their places.
 EVENT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
 
@@ -82,28 +76,25 @@ class ChatPage:
         self._page, self._loading = page, loading
         self._known_when_built = loading.engine is not None
         self._session = gr.State(Session(), time_to_live=KEPT_SECONDS)
-        self._build_head()
-        self._build_chat(feedback is not None)
-        ratings = Ratings(loading, feedback) if feedback else None
-        self._build_status()
-        self._build_box()
-        with gr.Sidebar(open=False, position="right", width="24rem", elem_id="panel") as sidebar:
-            self._panel = Panel(loading)
-        self._sidebar = sidebar
+        self._panel = side = Panel(loading)
+        with gr.Column(elem_id="rail", min_width=0):
+            self._new_chat = side.build_rail()
+        with gr.Column(elem_id="main", min_width=0):
+            self._head = fragment("head", panel.summary(loading), elem_id="head")
+            self._hello = parts.hello()
+            self._build_chat(feedback is not None)
+            ratings = Ratings(loading, feedback) if feedback else None
+            self._build_composer()
+        side.build_drawers()
 
         self._wire_turns()
         uploads = Uploads(loading)
         self._wire_pictures(uploads)
         self._wire_conversations(uploads)
-        self._panel.wire(sidebar, self._chatbot, self._session, EVENT)
+        side.wire(self._head, self._chatbot, self._session, EVENT)
         if ratings:
             ratings.wire(self._chatbot, self._session, EVENT)
         self._wire_start()
-
-    def _build_head(self) -> None:
-        with gr.Row(elem_id="head"):
-            self._name = gr.HTML(panel.summary(self._loading), html_template=NAME)
-            self._new_chat = gr.Button(label("new_chat"), size="sm", scale=0, min_width=96)
 
     def _build_chat(self, rated: bool) -> None:
         self._chatbot = gr.Chatbot(
@@ -111,8 +102,6 @@ class ChatPage:
             scale=1,
             show_label=False,
             label=label("conversation"),
-            placeholder=label("welcome"),
-            examples=examples(None),
             buttons=["copy"],
             editable="user",
             allow_file_downloads=False,
@@ -120,50 +109,40 @@ class ChatPage:
             group_consecutive_messages=False,
         )
 
-    def _build_status(self) -> None:
-        with gr.Row(elem_id="under"):
-            self._status = gr.HTML("", elem_id="status", js_on_load=LIVE)
-            self._camera_button = gr.Button(label("camera"), size="sm", scale=0, min_width=72)
+    def _build_composer(self) -> None:
+        with gr.Column(elem_id="composer", min_width=0):
+            fragment("add", elem_id="add")
+            self._box = gr.MultimodalTextbox(
+                elem_id="box",
+                show_label=False,
+                label=label("message"),
+                placeholder=label("ask_here"),
+                file_types=FILE_TYPES,
+                file_count="multiple",
+                max_plain_text_length=100_000,
+                autofocus=True,
+            )
+        self._status = gr.HTML("", elem_id="status", js_on_load=LIVE, **PLAIN)
+        fragment("note", elem_id="note")
         self._refused = gr.JSON(visible=False)  # paths of files
-        self._camera_open = gr.State(False)
-        self._camera = gr.Image(
-            sources=["webcam"],
-            type="filepath",
-            label=label("take_picture"),
-            visible="hidden",  # created again each time, Gradio's camera loses pictures
-            elem_id="camera",
-            height=320,
-            webcam_options=gr.WebcamOptions(mirror=False),
-        )
-
-    def _build_box(self) -> None:
-        self._box = gr.MultimodalTextbox(
-            elem_id="box",
-            show_label=False,
-            label=label("message"),
-            placeholder=label("ask_here"),
-            file_types=FILE_TYPES,
-            file_count="multiple",
-            max_plain_text_length=100_000,
-            autofocus=True,
-        )
 
     def _wire_turns(self) -> None:
         names = [name for name in self._panel.settings if name != "system"]
         turns = Turns(self._loading, names)
-        session, box, chatbot = self._session, self._box, self._chatbot
-        settings = list(self._panel.settings.values())
+        session, box, chatbot, side = self._session, self._box, self._chatbot, self._panel
+        settings = list(side.settings.values())
         shown = [chatbot, box, self._status]
         events = [
             box.submit(turns.ask, [box, session, *settings], shown, **EVENT),
             chatbot.retry(turns.retry, [session, *settings], shown, **EVENT),
             chatbot.edit(turns.edit, [session, *settings], shown, **EVENT),
             chatbot.option_select(turns.option, [session, *settings], shown, **EVENT),
+            self._hello.select(turns.example, [session, *settings], shown, **EVENT),
         ]
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
         events.append(chatbot.undo(turns.undo, session, shown, **EVENT))
         for event in events:
-            event.then(self._panel.record, session, self._panel.keeper, **EVENT)
+            event.then(side.record, session, [side.keeper, side.facts], **EVENT)
             event.then(renew, session, session, **EVENT)
 
     def _wire_pictures(self, uploads: Uploads) -> None:
@@ -177,12 +156,6 @@ class ChatPage:
             **EVENT,
         )
         attaching.then(None, [self._refused, box], box, js=WITHOUT_REFUSED)
-        self._chatbot.example_select(uploads.fill, [box, session], [box, self._status], **EVENT)
-        camera = [self._camera_open, self._camera]
-        self._camera_button.click(uploads.show_camera, self._camera_open, camera, **EVENT)
-        self._camera.change(
-            uploads.photograph, [self._camera, box, session], [box, *camera, self._status], **EVENT
-        )
 
     def _wire_conversations(self, uploads: Uploads) -> None:
         """What shows another conversation: New chat, the browser's list, a downloaded file."""
@@ -196,43 +169,41 @@ class ChatPage:
         )
         for event in events:
             event.then(side.clear_website, None, side.site, **EVENT)
-            event.then(side.record_left, session, side.keeper, **EVENT)
+            event.then(side.record_left, session, [side.keeper, side.facts], **EVENT)
 
     def _wire_start(self) -> None:
         side = self._panel
-        model = [self._name, side.model, *(side.settings[name] for name in panel.SLIDERS)]
+        model = [self._head, side.model, *(side.settings[name] for name in panel.SLIDERS)]
         self._page.load(renew, self._session, self._session, **EVENT)
-        self._page.load(self.greet, None, [self._chatbot, side.preset, *model], **EVENT)
-        self._page.load(None, None, self._sidebar, js=OPEN_IF_WIDE)
+        self._page.load(self.greet, None, [self._status, *model], **EVENT)
         if self._loading.engine is None:
             timer = gr.Timer(0.5)
-            timer.tick(self.show_progress, None, [self._status, timer, *model], **EVENT)
+            timer.tick(self.show_progress, side.preset, [self._status, timer, *model], **EVENT)
 
     def greet(self, request: gr.Request) -> list:
         """What was not known, or not in the visitor's language, when the page was built."""
-        return [
-            gr.Chatbot(examples=examples(request)),
-            gr.Radio(choices=panel.preset_choices(request)),
-            *self._describe_model(request),
-        ]
+        status, _, *model = self.show_progress("balanced", request)
+        return [gr.skip() if self._loading.engine else status, *model]
 
-    def show_progress(self, request: gr.Request) -> list:
+    def show_progress(self, preset: str, request: gr.Request) -> list:
         """The state of loading; the last call stops the timer."""
         loading = self._loading
         unchanged = [gr.skip()] * (2 + len(panel.SLIDERS))
         if loading.engine is not None:
             ready = translate("ready", request)
-            return [ready, gr.Timer(active=False), *self._describe_model(request)]
+            return [ready, gr.Timer(active=False), *self._describe_model(preset, request)]
         if loading.error is not None:
             return [str(loading.error), gr.Timer(active=False), *unchanged]
         line = translate("loading", request, step=loading.step, seconds=loading.seconds)
         return [line, gr.skip(), *unchanged]
 
-    def _describe_model(self, request: gr.Request) -> list[Any]:
-        values: list[Any] = list(panel.sampling_values(self._loading.engine).values())
+    def _describe_model(self, preset: str, request: gr.Request) -> list[Any]:
+        engine = self._loading.engine
+        values = panel.sampling_values(engine) | panel.preset_values(preset, engine)
+        sliders: list[Any] = [gr.update(value=value, interactive=True) for value in values.values()]
         if self._known_when_built:  # a visitor may have moved them already
-            values = [gr.skip()] * len(values)
-        return [panel.summary(self._loading), panel.describe(self._loading, request), *values]
+            sliders = [gr.skip()] * len(sliders)
+        return [panel.summary(self._loading), panel.describe(self._loading, request), *sliders]
 
 
 async def renew(session: Session) -> Session:

@@ -1,4 +1,4 @@
-"""The side panel: settings and presets, saved conversations, the website in an answer."""
+"""What is beside the conversation: its list, the settings, the website in an answer."""
 
 import html
 import json
@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from minigpt4 import start
-from minigpt4.web.page import render, transcript
+from minigpt4.web.page import answers, render, transcript
 from minigpt4.web.page.loading import Loading
-from minigpt4.web.page.render import ASSETS
+from minigpt4.web.page.parts import PLAIN, fragment
 from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import label, translate
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
 
-RECENT_JS = (ASSETS / "recent.js").read_text(encoding="utf-8")
-RECENT_HTML = (
-    '<p class="none"></p><ul class="recent"></ul><button type="button" class="all" hidden></button>'
-)
 KEEP_JS = "watch('value', () => minigpt4.recent.keep(props.value));"
+FACTS_JS = "watch('value', () => minigpt4.facts(props.value));"
+# The website's drawer opens as soon as there is something in it.
+FRAME_JS = (
+    "const show = () => { if (props.value) minigpt4.drawer('website'); }; "
+    "watch('value', show); show();"
+)
 SAVE_JS = "(file) => { if (file) minigpt4.save(file); }"
 # Saves the website that is shown, even if its answer has been removed since.
 SAVE_WEBSITE_JS = "(text) => minigpt4.save({ name: 'website.html', type: 'text/html', text })"
@@ -39,66 +41,56 @@ PRESET_FIELDS = ("temperature", "top_p", "num_beams")
 
 
 class Panel:
-    """The panel's parts, rendered where this is constructed, and its handlers.
+    """What is beside the conversation: the rail, the settings and the website, and its handlers.
 
     settings: Sampling's fields, "seed" and "system" -> their controls.
     """
 
     def __init__(self, loading: Loading) -> None:
         self._loading = loading
-        # Passes the conversation to the script that stores it, whichever tab is shown.
-        self.keeper = gr.HTML(html_template="", js_on_load=KEEP_JS, elem_id="keeper")
-        with gr.Tabs() as self.tabs:
-            with gr.Tab(label("settings"), id="settings"):
-                self._build_settings()
-            with gr.Tab(label("conversations"), id="conversations"):
-                self._build_conversations()
-            with gr.Tab(label("website"), id="website"):
-                self._build_website()
 
-    def _build_settings(self) -> None:
-        self.preset = gr.Radio(
-            preset_choices(None),
-            value="balanced",
-            label=label("preset"),
-            info=label("preset_info"),
+    def build_rail(self) -> gr.Button:
+        """The list of conversations; returns the button for a new one."""
+        fragment("brand")
+        new_chat = gr.Button(label("new_chat"), elem_id="new-chat", elem_classes="line")
+        # Pass the conversation to the script that stores it, and what is known of its answers.
+        self.keeper = gr.HTML(html_template="", js_on_load=KEEP_JS, elem_classes="unseen")
+        self.facts = gr.HTML(html_template="", js_on_load=FACTS_JS, elem_classes="unseen")
+        self.recent = fragment("recent", elem_id="conversations")
+        self.upload = gr.UploadButton(
+            label("open_file"), file_types=[".json"], elem_id="open-file", elem_classes="line"
         )
-        self.settings = build_controls(self._loading)
-        self.theme = gr.Button(label("theme"), size="sm")
-        self.model = gr.Markdown(describe(self._loading, None), elem_id="model")
+        return new_chat
 
-    def _build_conversations(self) -> None:
-        with gr.Row():
-            self.markdown = gr.Button(label("save_markdown"), size="sm", min_width=140)
-            self.json = gr.Button(label("save_json"), size="sm", min_width=140)
-        self.upload = gr.UploadButton(label("open_file"), size="sm", file_types=[".json"])
+    def build_drawers(self) -> None:
+        """The settings and the website, each in a drawer that is closed at first."""
+        with gr.Column(elem_id="settings", elem_classes="drawer", min_width=0):
+            fragment("drawer", "settings")
+            self._build_settings()
+        with gr.Column(elem_id="website", elem_classes="drawer", min_width=0):
+            fragment("drawer", "website")
+            self._build_website()
         # Passes what is to be saved to the browser; the server writes no file.
         self.saved = gr.JSON(visible=False)
-        gr.Markdown(label("save_info"), elem_classes="hint")
-        gr.Markdown(label("recent"), elem_classes="hint")
-        self.recent = gr.HTML(
-            html_template=RECENT_HTML,
-            js_on_load=RECENT_JS,
-            elem_id="recent",
-            padding=False,
-            apply_default_css=False,
-        )
+
+    def _build_settings(self) -> None:
+        self.preset = fragment("presets", "balanced", elem_id="presets")
+        with gr.Accordion(label("advanced"), open=False, elem_id="advanced"):
+            self.settings = build_controls(self._loading)
+        fragment("theme")
+        self.model = gr.Markdown(describe(self._loading, None), elem_id="model")
 
     def _build_website(self) -> None:
-        self.no_website = gr.Markdown(label("no_website"), elem_id="no-website")
-        with gr.Column(visible=False, elem_id="website") as self.website:
-            self.version = gr.Radio(label=label("versions"), visible=False)
-            with gr.Tabs():
-                with gr.Tab(label("preview_tab")):
-                    self.frame = gr.HTML(elem_id="frame")
-                with gr.Tab(label("code_tab")):
-                    self.code = gr.Code(
-                        language="html", interactive=False, elem_id="code", label="HTML"
-                    )
-                with gr.Tab(label("download_tab")):
-                    gr.Markdown(label("download_info"))
-                    self.download = gr.Button(label("download_page"), size="sm")
-
+        self.no_website = gr.Markdown(label("no_website"), elem_classes="hint")
+        with gr.Column(visible=False, elem_id="site", min_width=0) as self.website:
+            self.version = gr.Dropdown(label=label("versions"), visible=False)
+            self.frame = gr.HTML(elem_id="frame", js_on_load=FRAME_JS, **PLAIN)
+            self.download = gr.Button(label("download_page"))
+            gr.Markdown(label("download_info"), elem_classes="hint")
+            with gr.Accordion(label("code_tab"), open=False):
+                self.code = gr.Code(
+                    language="html", interactive=False, elem_id="code", label="HTML"
+                )
         self.site = [self.no_website, self.website, self.version, self.frame, self.code]
 
     def clear_website(self) -> list:
@@ -106,45 +98,57 @@ class Panel:
         hidden = gr.update(visible=False)
         return [gr.update(visible=True), hidden, gr.update(choices=[], value=None), "", ""]
 
-    def wire(
-        self, sidebar: gr.Sidebar, chatbot: gr.Chatbot, session: gr.State, event: dict
-    ) -> None:
+    def wire(self, head: gr.HTML, chatbot: gr.Chatbot, session: gr.State, event: dict) -> None:
         """Connect the parts to their handlers."""
         changed = [self.settings[name] for name in PRESET_FIELDS]
-        self.preset.input(self.choose_preset, self.preset, changed, **event)
-        self.theme.click(None, js="() => minigpt4.theme()")
-        for button, handler in ((self.markdown, self.save_markdown), (self.json, self.save_json)):
-            button.click(handler, session, self.saved, **event).then(
-                None, self.saved, None, js=SAVE_JS
-            )
-        site = self.site
-        chatbot.option_select(self.show_website, session, [sidebar, self.tabs, *site], **event)
-        self.version.input(self.show_version, [self.version, session], site, **event)
+        self.preset.select(self.choose_preset, None, changed, **event)
+        gr.on(
+            [slider.input for slider in changed],
+            self.name_preset,
+            changed,
+            self.preset,
+            trigger_mode="always_last",
+            **event,
+        )
+        saving = head.select(self.save, session, self.saved, **event)
+        saving.then(None, self.saved, None, js=SAVE_JS)
+        chatbot.option_select(self.show_website, session, self.site, **event)
+        self.version.input(self.show_version, [self.version, session], self.site, **event)
         self.download.click(None, self.code, None, js=SAVE_WEBSITE_JS)
 
-    def choose_preset(self, name: str) -> list[float]:
+    def choose_preset(self, chosen: gr.SelectData) -> list[float]:
         """The values of the sliders that a preset sets."""
-        return preset(name, self._loading.engine)
+        return [*preset_values(str(chosen.value), self._loading.engine).values()]
 
-    def record(self, session: Session) -> dict:
-        """The conversation, with small pictures, for the browser's list."""
+    def name_preset(self, *values: float) -> str:
+        """The preset that has these values, "custom" where none has."""
+        for name in PRESETS:
+            if [*preset_values(name, self._loading.engine).values()] == [*values]:
+                return name
+        return "custom"
+
+    def record(self, session: Session, request: gr.Request) -> list:
+        """The conversation, with small pictures, for the browser's list; what is known of its
+        answers."""
+        return [self._record(session), answers.facts(session, request)]
+
+    def record_left(self, session: Session, request: gr.Request) -> list:
+        """The same of a session that another has replaced: the conversation that was left while
+        its answer was running, as far as it had come."""
+        left, session.predecessor = session.predecessor, None
+        return [self._record(left) if left else gr.skip(), answers.facts(session, request)]
+
+    def _record(self, session: Session) -> dict:
         if not session.conversation.messages:
             return gr.skip()
         data = transcript.to_data(session.conversation, transcript.SMALL_SIDE, self._name())
         return {"name": session.name, "data": data}
 
-    def record_left(self, session: Session) -> dict:
-        """The conversation that was left while its answer was running, as far as it had come."""
-        left, session.predecessor = session.predecessor, None
-        return self.record(left) if left else gr.skip()
-
-    def save_markdown(self, session: Session, request: gr.Request) -> dict | None:
-        """The conversation as a Markdown file."""
-        text = transcript.to_markdown(session.conversation, self._name())
-        return self._file(session, "md", "text/markdown", text, request)
-
-    def save_json(self, session: Session, request: gr.Request) -> dict | None:
-        """The conversation as a JSON file that can be opened again."""
+    def save(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> dict | None:
+        """The conversation as a Markdown file, or as a JSON file that can be opened again."""
+        if chosen.value == "markdown":
+            text = transcript.to_markdown(session.conversation, self._name())
+            return self._file(session, "md", "text/markdown", text, request)
         data = transcript.to_data(session.conversation, transcript.FULL_SIDE, self._name())
         text = json.dumps(data, ensure_ascii=False, indent=1)
         return self._file(session, "json", "application/json", text, request)
@@ -161,17 +165,11 @@ class Panel:
     def _name(self) -> str:
         return self._loading.engine.model.config.name if self._loading.engine else ""
 
-    def show_website(
-        self, session: Session, chosen: gr.SelectData, request: gr.Request
-    ) -> list | dict:
-        """Open the panel with the last answer's website, if that is the button that was clicked."""
+    def show_website(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> list:
+        """The last answer's website, if that is the button that was clicked."""
         if chosen.value != "preview":
-            return [gr.skip()] * 7
-        return [
-            gr.Sidebar(open=True),
-            gr.Tabs(selected="website"),
-            *self._site(len(render.websites(session)) - 1, session, request),
-        ]
+            return [gr.skip()] * 5
+        return self._site(len(render.websites(session)) - 1, session, request)
 
     def show_version(self, number: int, session: Session, request: gr.Request) -> list:
         """The website of an earlier answer."""
@@ -207,6 +205,7 @@ def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
             precision=0 if isinstance(step, int) else None,
             label=label(name),
             info=label(f"{name}_info"),
+            interactive=loading.engine is not None,  # the model's own values come with it
         )
     controls["seed"] = gr.Textbox(
         label=label("seed"), info=label("seed_info"), placeholder=label("random"), max_length=20
@@ -225,20 +224,15 @@ def sampling_values(engine: "AnyEngine | None") -> dict[str, float]:
     return {name: getattr(default, name) for name in SLIDERS}
 
 
-def preset(name: str, engine: "AnyEngine | None") -> list[float]:
-    """The values of PRESET_FIELDS. "balanced" is the model's default, "precise" always takes the
+def preset_values(name: str, engine: "AnyEngine | None") -> dict[str, float]:
+    """PRESET_FIELDS -> values. "balanced" is the model's default, "precise" always takes the
     likeliest token, "creative" samples from more tokens at a higher temperature."""
     values = sampling_values(engine)
     if name == "precise":
         values |= {"temperature": 0, "top_p": 1}
     elif name == "creative":
         values |= {"temperature": min(2, round(values["temperature"] + 0.3, 2)), "top_p": 0.95}
-    return [values[field] for field in PRESET_FIELDS]
-
-
-def preset_choices(request: gr.Request | None) -> list[tuple[str, str]]:
-    """The presets with their names in the visitor's language."""
-    return [(translate(name, request), name) for name in PRESETS]
+    return {field: values[field] for field in PRESET_FIELDS}
 
 
 def describe(loading: Loading, request: gr.Request | None) -> str:

@@ -18,34 +18,42 @@ from gradio_client.utils import encode_file_path, get_mimetype
 from minigpt4.conversation import Conversation
 from minigpt4.model import image
 from minigpt4.model.image import Picture
-from minigpt4.model.prompt import ImageRef, Message
+from minigpt4.model.prompt import Message
 from minigpt4.web.guard.gradio_patches import Prepared
+from minigpt4.web.page.parts import asset
 from minigpt4.web.page.session import Remark, Session
 from minigpt4.web.page.texts import translate
 
-THUMBNAIL_SIDE = 512  # pixels
+THUMBNAIL_SIDE = 1024  # pixels
 THUMBNAILS_KNOWN = 1000
 FILE_URL = "/gradio_api/file="
-ASSETS = Path(__file__).parent / "assets"
-# Markdown would read these as markup. They are written with zeros that nobody else writes, so that
-# assets/page.js can turn them back where a message is copied or edited.
-_ENTITIES = {"<": "&#0060;", "![": "!&#0091;"}
+# Markdown would read some characters as markup. They are written with zeros that nobody else
+# writes, so that assets/page.js can turn them back where a message is copied or edited.
+_ENTITY = re.compile(r"&#00(\d{2,3});")
+_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]|^\s|(?<=[ \t])[ \t]|\d(?=[.)])", re.MULTILINE)
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 
 
 def literal(text: str) -> str:
     """Markdown that shows tags and picture links as they were written."""
     parts = _CODE.split(text)  # every second part is code
-    for written, entity in _ENTITIES.items():
+    for written, entity in (("<", _entity("<")), ("![", "!" + _entity("["))):
         parts[::2] = [p.replace(written, entity) for p in parts[::2]]
     return "".join(parts)
 
 
+def verbatim(text: str) -> str:
+    """Markdown that shows all of the text as it was typed."""
+    return _PUNCTUATION.sub(lambda found: _entity(found[0]), text)
+
+
 def unescape(text: str) -> str:
-    """The inverse of `literal`."""
-    for mark, entity in _ENTITIES.items():
-        text = text.replace(entity, mark)
-    return text
+    """The inverse of `literal` and `verbatim`."""
+    return _ENTITY.sub(lambda found: chr(int(found[1])), text)
+
+
+def _entity(character: str) -> str:
+    return f"&#00{ord(character)};"
 
 
 # --- messages -------------------------------------------------------------------------------------
@@ -64,7 +72,8 @@ def show(session: Session) -> tuple[Prepared, list[int]]:
         remarks.setdefault(remark.before, []).append(remark)
     for place in range(len(messages) + 1):
         for remark in remarks.get(place, ()):
-            shown.append(_text("assistant", f"<small>{literal(html.escape(remark.text))}</small>"))
+            line = f"<small>{literal(html.escape(remark.text))}</small>"
+            shown.append(_message("assistant", [TextMessage(text=line)]))
             places.append(-1)
         if place < len(messages):
             rendered = _rendered(session, place)
@@ -91,31 +100,37 @@ def _rendered(session: Session, place: int) -> list[dict]:
     message = session.conversation.messages[place]
     known, rendered = session.rendered.get(place, (None, []))
     if known is not message:
-        rendered = [_part(part, message, session.conversation) for part in message.parts if part]
+        texts = [_text(message.role, p) for p in message.parts if p and isinstance(p, str)]
+        rendered = [*_pictures(message, session), *texts]
         if all(_thumbnails.find(reference.key) for reference in message.images):
             session.rendered[place] = message, rendered
     return rendered
 
 
-def _part(part: str | ImageRef, message: Message, conversation: Conversation) -> dict:
-    if isinstance(part, ImageRef):
-        return _picture(conversation.pictures[part.key])
-    if message.role == "assistant":
-        part = fenced(part)
-    return _text(message.role, literal(part))
-
-
 def _text(role: str, text: str) -> dict:
-    return ChatbotMessage(role=role, content=[TextMessage(text=text)]).model_dump()
+    shown = literal(fenced(text)) if role == "assistant" else verbatim(text)
+    return _message(role, [TextMessage(text=shown)])
 
 
-def _picture(picture: Picture) -> dict:
-    path = _thumbnails.find(picture.key)
-    if not path:  # the disk is full, or was
-        return _text("user", "(picture)")
-    file = FileData(path=path, url=FILE_URL + encode_file_path(path), mime_type=get_mimetype(path))
-    content = [FileMessage(file=file, alt_text="Your picture")]
-    return ChatbotMessage(role="user", content=content).model_dump()
+def _message(role: str, content: list) -> dict:
+    return ChatbotMessage(role=role, content=content).model_dump()
+
+
+def _pictures(message: Message, session: Session) -> list[dict]:
+    """Their alternative texts are "2/5 dog.jpg"; assets/pictures.js says them in the visitor's
+    language."""
+    shown = []
+    for number, reference in enumerate(message.images, 1):
+        path = _thumbnails.find(reference.key)
+        if not path:  # the disk is full, or was
+            shown.append(_message("user", [TextMessage(text="(picture)")]))
+            continue
+        url = FILE_URL + encode_file_path(path)
+        file = FileData(path=path, url=url, mime_type=get_mimetype(path))
+        name = Path(session.files.get(reference.key, "")).name
+        alt = f"{number}/{len(message.images)} {name}"
+        shown.append(_message("user", [FileMessage(file=file, alt_text=alt)]))
+    return shown
 
 
 # --- thumbnails -----------------------------------------------------------------------------------
@@ -163,39 +178,6 @@ def make_thumbnails(conversation: Conversation) -> None:
             _thumbnails.make(conversation.pictures[reference.key])
 
 
-# --- the status line ------------------------------------------------------------------------------
-
-
-def waiting(session: Session, beams: int, request: gr.Request | None) -> str:
-    """What the visitor waits for: the queue, or the answer."""
-    if session.answer and (place := session.answer.position):
-        if place == 1:
-            return translate("next", request)
-        return translate("queued", request, place=place)
-    return translate("weighing" if beams > 1 else "answering", request)
-
-
-def statistics(session: Session, request: gr.Request | None) -> str:
-    """One line about the answer that has ended; "" where nothing was generated."""
-    if session.answer is None or not session.answer.stats.tokens:
-        return ""
-    stats = session.answer.stats
-    line = translate(
-        "stats",
-        request,
-        tokens=stats.tokens,
-        speed=f"{stats.tokens_per_s:.3g}",
-        first=f"{stats.seconds_to_first:.2f}",
-    )
-    if stats.reused_tokens:
-        line += translate("reused", request, reused=stats.reused_tokens, prompt=stats.prompt_tokens)
-    if session.stop_reason == "length":
-        line += translate("cut_length", request)
-    elif session.stop_reason in ("time", "closed"):
-        line += translate("cut_closed", request)
-    return line
-
-
 # --- the website in an answer ---------------------------------------------------------------------
 
 # A whole document, or the beginning of one, that stands in an answer without a code fence.
@@ -219,7 +201,7 @@ FRAME_POLICY = (
     "base-uri 'none'"
 )
 # Removes WebRTC, which no policy covers.
-_FIRST_SCRIPT = (ASSETS / "frame.js").read_text(encoding="utf-8")
+_FIRST_SCRIPT = asset("frame.js")
 # What would make a shadow root of markup.
 _SHADOW = re.compile("shadowrootmode", re.IGNORECASE)
 

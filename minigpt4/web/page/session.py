@@ -17,7 +17,7 @@ from minigpt4.web.guard import decoding
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 if TYPE_CHECKING:
-    from minigpt4.engine import AnyEngine, Sampling
+    from minigpt4.engine import AnyEngine, Sampling, Stats
 
 KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
 SECONDS_PER_UPDATE = 0.05  # rest between two updates of the page, at least
@@ -53,6 +53,7 @@ class Session:
     predecessor: "Session | None" = field(default=None, repr=False, compare=False)
     stop_reason: str = ""  # of the last answer
     name: str = ""  # among the visitor's recent conversations; given with the first question
+    statistics: dict[int, "Stats"] = field(default_factory=dict)  # place -> its answer's
     # Place -> the message and how it is shown, so that each is rendered once (see render.py).
     rendered: dict[int, tuple[Message, list[dict]]] = field(
         default_factory=dict, repr=False, compare=False
@@ -159,6 +160,7 @@ class Session:
         count = len(conversation.messages)
         self.remarks = [r for r in self.remarks if r.before < count]
         self.rendered = {place: r for place, r in self.rendered.items() if place < count}
+        self.statistics = {place: s for place, s in self.statistics.items() if place < count}
 
     # --- the answer ----------------------------------------------------------------------------
 
@@ -210,6 +212,7 @@ class Session:
         finally:
             answer.close()
             self.stop_reason = answer.stop_reason or "closed"
+            self.statistics[place] = answer.stats
             text = head + answer.text
             self._write(place, text if self.stop_reason == "length" else text.strip())
 

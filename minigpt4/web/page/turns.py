@@ -7,11 +7,13 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import render
+from minigpt4.web.page import answers, examples, render
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Remark, Session
 from minigpt4.web.page.texts import explain, translate
@@ -48,6 +50,24 @@ class Turns:
             return session.with_question(value["text"], [uploaded(path) for path in value["files"]])
 
         async with aclosing(self._answer(session, conversation, request, settings, True)) as steps:
+            async for step in steps:
+                yield step
+
+    async def example(
+        self,
+        session: Session,
+        clicked: gr.SelectData,
+        request: gr.Request,
+        *settings: float | str | None,
+    ) -> AsyncGenerator[tuple, None]:
+        """Ask an example's question about its picture. The box keeps what is in it."""
+
+        def conversation() -> Conversation:
+            question, path = examples.chosen(clicked.index)
+            copy = save_file_to_cache(path, get_upload_folder())
+            return session.with_question(question, [copy])
+
+        async with aclosing(self._answer(session, conversation, request, settings)) as steps:
             async for step in steps:
                 yield step
 
@@ -134,7 +154,7 @@ class Turns:
                     yield render.messages(session, request, False), change, line
             if not session.last_answer and session.stop_reason != "closed":
                 session.remark(translate("silent", request))
-            status = render.statistics(session, request)
+            status = answers.ending(session, request)
         except UserError as error:
             failure = explain(error, request)
         except Exception:
@@ -170,7 +190,7 @@ class Turns:
                     accepted = True
                     self._remark_on_dropped_turns(session, request)
                 if not session.successor:  # else the page shows another conversation
-                    yield render.waiting(session, sampling.num_beams, request)
+                    yield answers.waiting(session, sampling.num_beams, request)
 
     def _remark_on_dropped_turns(self, session: Session, request: gr.Request | None) -> None:
         if session.answer and (count := session.answer.dropped_turns):

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
+from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
 from minigpt4.conversation import Conversation
@@ -18,7 +18,6 @@ from minigpt4.model import image
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import render, transcript
-from minigpt4.web.page.examples import chosen
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import KEPT_SIDE, Session, too_many_pictures
 from minigpt4.web.page.texts import explain, translate
@@ -76,35 +75,6 @@ class Uploads:
             return good, gr.skip()
         ready = bool(good) and all(path in uploads for path in good)
         return good, translate("looked", request) if ready else ""
-
-    def show_camera(self, is_open: bool) -> tuple:
-        """Open or close the camera: (whether it is open, camera)."""
-        return not is_open, gr.update(visible="hidden" if is_open else True)
-
-    def photograph(
-        self, path: str | None, value: dict, session: Session, request: gr.Request
-    ) -> tuple:
-        """Put the camera's picture into the box and close the camera."""
-        if path is None:
-            return (gr.skip(),) * 4
-        value = {"text": value["text"], "files": [*value["files"], path]}
-        value, status = self._checked(value, session, request)
-        return value, False, gr.update(value=None, visible="hidden"), status
-
-    def fill(
-        self, value: dict, session: Session, example: gr.SelectData, request: gr.Request
-    ) -> tuple:
-        """Put a clicked example into the box, with its picture unless there is one already."""
-        text, path = chosen(example.index)
-        files = value["files"] or [save_file_to_cache(path, get_upload_folder())]
-        return self._checked({"text": text, "files": files}, session, request)
-
-    def _checked(
-        self, value: dict, session: Session, request: gr.Request
-    ) -> tuple[dict, str | dict]:
-        """The box's value without the files that are not uploaded pictures, and the status."""
-        good, status = self._look_at(value["files"], session, request)
-        return {**value, "files": good}, status
 
     def new_chat(self, session: Session) -> tuple:
         """An empty conversation: (session, messages, box, status)."""

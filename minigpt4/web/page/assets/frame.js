@@ -1,3 +1,11 @@
+// A link or a form would leave an empty frame: the page's policy lets none be followed. Links to a
+// place in the website itself work.
+addEventListener("click", (event) => {
+  const link = event.target.closest?.("a[href], area[href]");
+  if (link && !link.getAttribute("href").startsWith("#")) event.preventDefault();
+});
+addEventListener("submit", (event) => event.preventDefault());
+
 // The first script in a website's frame. No policy covers WebRTC, which could send data to another
 // host, so it is removed. A frame inside this one would have it again, so such frames are removed as
 // soon as they exist, before they load.

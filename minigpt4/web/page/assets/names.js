@@ -12,12 +12,11 @@
   const NAMES = {
     "chatbot conversation": "conversation", "user's message: *": "you", "bot's message: *": "bot",
     "Select example *": "example", "Copy message": "copy_message", "Copy": "copy", "copy": "copy",
-    "Fullscreen": "fullscreen", "Scroll down": "scroll_down", "Multimedia input field": "message",
+    "Scroll down": "scroll_down", "Multimedia input field": "message",
     "Upload a file": "add_picture", "File upload": "add_picture", "Uploaded files": "added_pictures",
     "File thumbnail": "added_picture", "Remove file": "remove_picture", "Submit": "submit",
-    "Stop": "stop", "Toggle Sidebar": "toggle", "number input for *": "number",
-    "range slider for *": "range", "Reset to default value": "reset",
-    "Click to Access Webcam": "webcam",
+    "Stop": "stop", "number input for *": "number", "range slider for *": "range",
+    "Reset to default value": "reset",
   };
   const patterns = Object.entries(NAMES).map(([name, key]) => [
     new RegExp(`^${name.replace("*", "([^]*)")}$`), key,
@@ -58,20 +57,15 @@
     ];
     all("[aria-label], [title]").forEach(translate);
     all("[data-testid=toast-body]").forEach(explain);
+    for (const found of all("[data-say]")) found.textContent = say(found.dataset.say);
+    for (const found of all("[data-label]")) {
+      found.setAttribute("aria-label", say(found.dataset.label));
+      if (found.matches("button")) found.title = say(found.dataset.label);
+    }
     for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
       found.setAttribute("role", "group"); // a name without a role is not read out
     }
-    // Gradio calls them a list, but they hold buttons.
-    for (const found of all("#chat .examples")) found.setAttribute("role", "group");
     for (const found of all("#chat pre")) found.setAttribute("tabindex", "0"); // it scrolls
-    for (const found of all("#chat .image-frame")) {
-      found.closest("button")?.setAttribute("aria-label", say("picture"));
-    }
-    for (const found of all("#camera .wrap")) {
-      for (const text of found.childNodes) {
-        if (text.nodeType === Node.TEXT_NODE) text.nodeValue = translated(text.nodeValue.trim());
-      }
-    }
   };
   new MutationObserver((changes) => {
     for (const { type, target, addedNodes } of changes) {

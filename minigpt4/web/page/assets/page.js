@@ -1,8 +1,8 @@
 // What Gradio has no part for: keys, copying what was written, saving files, light and dark.
 (() => {
   const { say } = window.minigpt4;
-  // render.py escapes "<" and "![" so that they stay text; copied or edited, they are themselves.
-  const written = (text) => text.replaceAll("&#0060;", "<").replaceAll("&#0091;", "[");
+  // render.py escapes characters so that they stay text; copied or edited, they are themselves.
+  const written = (text) => text.replace(/&#00(\d{2,3});/g, (_, code) => String.fromCharCode(code));
   if (navigator.clipboard?.writeText) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => write(written(String(text)));
@@ -30,9 +30,8 @@
     if (event.isComposing || event.keyCode === 229) {
       // A key that ends the composition of a word (Chinese, Japanese, ...) neither sends nor stops.
       if (["Enter", "Escape"].includes(event.key)) event.stopImmediatePropagation();
-    } else if (event.key === "Escape" && !event.target.closest?.("#panel")) {
-      // In the panel, Escape ends the editing of a name.
-      document.querySelector("#box .stop-button")?.click();
+    } else if (event.key === "Escape" && !event.target.closest?.("#rail, .drawer, dialog, .menu")) {
+      document.querySelector("#box .stop-button")?.click(); // there, Escape ends something else
     }
   }, true);
 
@@ -43,13 +42,17 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   };
-  // The visitor's choice of light or dark overrides Gradio's, which follows the system.
+  // The visitor's choice of light or dark overrides Gradio's, which follows the system. The root
+  // has the class from the start, the body as soon as Gradio sets it.
   const chosen = () => localStorage.getItem("minigpt4:theme");
   const apply = () => {
-    if (chosen()) document.body.classList.toggle("dark", chosen() === "dark");
+    if (chosen()) document.body?.classList.toggle("dark", chosen() === "dark");
+    const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+    const dark = (chosen() ?? system) === "dark";
+    document.documentElement.classList.toggle("dark", dark);
   };
   const theme = () => {
-    const dark = document.body.classList.contains("dark");
+    const dark = document.documentElement.classList.contains("dark");
     localStorage.setItem("minigpt4:theme", dark ? "light" : "dark");
     apply();
   };
@@ -57,6 +60,7 @@
     apply();
     new MutationObserver(apply).observe(document.body, { attributeFilter: ["class"] });
   };
+  apply();
   if (document.body) follow(); else addEventListener("DOMContentLoaded", follow);
 
   // Recent conversations are kept in this browser's localStorage, each under its own key. If two

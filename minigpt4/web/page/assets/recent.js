@@ -40,7 +40,10 @@ const row = (entry) => {
   const time = document.createElement("time");
   time.textContent = new Date(entry.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
   open.append(time);
-  open.addEventListener("click", () => trigger("select", { index: 0, value: opening(entry) }));
+  open.addEventListener("click", () => {
+    trigger("select", { index: 0, value: opening(entry) });
+    minigpt4.drawer("");
+  });
   const rename = button(`${say("rename")}: ${title}`, "rename", () => {
     const input = document.createElement("input");
     input.value = title;
@@ -100,8 +103,6 @@ const draw = () => {
   all.hidden = entries.length < 2;
 };
 
-none.textContent = say("none_recent");
-all.textContent = say("delete_all");
 all.addEventListener("click", () => {
   if (confirm(say("delete_all_sure"))) for (const { key } of load()) remove(key);
 });

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import gradio as gr
 from gradio.processing_utils import save_file_to_cache
-
-from minigpt4.web.page.texts import translate
 
 FOLDER = Path(__file__).parent
 # Name of the label and of the picture -> question. The models were trained on English.
@@ -21,20 +18,13 @@ QUESTIONS = {
 }
 
 
-def examples(request: gr.Request | None) -> list[dict]:
-    """The examples for gr.Chatbot, with names in the visitor's language."""
-    return [
-        {
-            "text": question,
-            "display_text": translate(name, request),
-            "files": [_picture(name)],
-        }
-        for name, question in QUESTIONS.items()
-    ]
+def thumbnail(name: str) -> str:
+    """The file of an example's small picture."""
+    return str(FOLDER / "small" / f"{name}.jpg")
 
 
 def chosen(index: int) -> tuple[str, str]:
-    """An example's question and its picture's file."""
+    """An example's question and its picture's file. IndexError where there is none."""
     name, question = [*QUESTIONS.items()][index]
     return question, _picture(name)
 

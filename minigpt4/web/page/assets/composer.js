@@ -1,0 +1,88 @@
+// The message box: what can be sent, where pictures come from, and the wait for an answer.
+(() => {
+  const { say, button } = window.minigpt4;
+  const find = (selector) => document.querySelector(selector);
+
+  const attach = (files) => {
+    const input = find("#box input[type=file]");
+    const transfer = new DataTransfer();
+    for (const file of files) transfer.items.add(file);
+    if (!transfer.files.length) return;
+    input.files = transfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    find("#box textarea").focus();
+  };
+  const choose = () => find("#box input[type=file]").click();
+
+  // Three dots from the moment of sending until the turn has ended.
+  const sending = (now) => document.documentElement.toggleAttribute("data-sending", now);
+  const update = () => {
+    const text = find("#box textarea")?.value.trim();
+    const button = find("#box .submit-button");
+    const empty = !text && !find("#box .thumbnail-wrapper");
+    if (button && button.disabled !== empty) button.disabled = empty;
+  };
+  const asked = () => {
+    if (find("#box .submit-button:not(:disabled)")) sending(true);
+  };
+  document.addEventListener("input", update, true);
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("#box .submit-button")) asked();
+  }, true);
+  document.addEventListener("keydown", (event) => {
+    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+    if (sends && event.target.matches("#box textarea")) asked();
+  }, true);
+  new MutationObserver((changes) => {
+    update();
+    const toast = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
+      node.nodeType === Node.ELEMENT_NODE && (node.matches("[data-testid=toast-body]") ||
+      node.querySelector("[data-testid=toast-body]"))));
+    if (toast && !find("#box .stop-button")) sending(false);
+  }).observe(document.documentElement, { childList: true, subtree: true });
+
+  // The camera, which is on as soon as its window is open.
+  const camera = async () => {
+    const dialog = document.createElement("dialog");
+    const video = document.createElement("video");
+    let facing = "environment";
+    const stop = () => video.srcObject?.getTracks().forEach((track) => track.stop());
+    const start = async () => {
+      stop();
+      video.srcObject = await navigator.mediaDevices.getUserMedia({
+        video: { facingMode: facing, width: { ideal: 1920 } },
+      });
+    };
+    const shoot = () => {
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+      canvas.getContext("2d").drawImage(video, 0, 0);
+      canvas.toBlob((blob) => {
+        attach([new File([blob], "camera.jpg", { type: "image/jpeg" })]);
+        dialog.close();
+      }, "image/jpeg", 0.92);
+    };
+    Object.assign(dialog, { id: "camera", ariaLabel: say("camera") });
+    Object.assign(video, { autoplay: true, muted: true, playsInline: true });
+    const shot = button("shoot", "camera", shoot);
+    shot.classList.add("shoot");
+    shot.disabled = true;
+    video.addEventListener("playing", () => { shot.disabled = false; });
+    dialog.append(video, button("other_camera", "turn", () => {
+      facing = facing === "user" ? "environment" : "user";
+      start();
+    }), shot, button("close", "close", () => dialog.close()));
+    dialog.addEventListener("close", () => {
+      stop();
+      dialog.remove();
+    });
+    try {
+      await start();
+    } catch { // no camera, no permission, or a page without HTTPS
+      video.replaceWith(Object.assign(document.createElement("p"), { textContent: say("no_camera") }));
+    }
+    document.body.append(dialog);
+    dialog.showModal();
+  };
+  Object.assign(window.minigpt4, { attach, choose, sending, camera });
+})();

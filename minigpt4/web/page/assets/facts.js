@@ -1,0 +1,53 @@
+// What is known of each answer, behind a button of its own.
+(() => {
+  const { button } = window.minigpt4;
+  let answers = {};
+
+  const described = ({ line, figures }) => {
+    const note = document.createElement("span");
+    Object.assign(note, { className: "facts", hidden: true });
+    const words = document.createElement("span");
+    words.textContent = line;
+    const list = document.createElement("dl");
+    for (const [name, value] of figures) for (const [tag, text] of [["dt", name], ["dd", value]]) {
+      list.append(Object.assign(document.createElement(tag), { textContent: text }));
+    }
+    note.append(words, list);
+    return note;
+  };
+  const add = (row, known) => {
+    const buttons = row.nextElementSibling?.matches(".message-buttons") && row.nextElementSibling;
+    const before = buttons && buttons.querySelector(".about");
+    if (!buttons || before?.known === known) return;
+    before?.remove();
+    buttons.querySelector(".facts")?.remove();
+    if (!known) return;
+    const note = described(known);
+    const about = button("about", "about", () => {
+      note.hidden = !note.hidden;
+      about.ariaExpanded = String(!note.hidden);
+      note.scrollIntoView({ block: "nearest" });
+    });
+    about.classList.add("about");
+    Object.assign(about, { known, ariaExpanded: "false" });
+    buttons.append(about, note);
+  };
+  const update = () => {
+    document.querySelectorAll("#chat .message-row").forEach((row, place) => add(row, answers[place]));
+  };
+  const facts = (told) => {
+    answers = told?.answers ?? {};
+    window.minigpt4.sending(false);
+    update();
+  };
+  let waiting = false;
+  new MutationObserver(() => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      update();
+    });
+  }).observe(document.documentElement, { childList: true, subtree: true });
+  Object.assign(window.minigpt4, { facts });
+})();

@@ -1,0 +1,87 @@
+// Drawers (the rail on phones, settings, a website), menus, and where the focus goes.
+(() => {
+  const { say } = window.minigpt4;
+  const PHONE = matchMedia("(max-width: 900px)");
+  const find = (selector) => document.querySelector(selector);
+  let opener = null;
+
+  // Show the drawer of this name, and no other; "" closes.
+  const drawer = (name) => {
+    const before = document.documentElement.dataset.drawer ?? "";
+    if (before === name) return;
+    if (name && !before) opener = document.activeElement;
+    document.documentElement.dataset.drawer = name;
+    for (const button of document.querySelectorAll("[data-drawer]:not(html)")) {
+      button.ariaExpanded = String(button.dataset.drawer === name);
+    }
+    // What a drawer covers is out of the keyboard's reach.
+    for (const id of ["rail", "main"]) {
+      const part = document.getElementById(id);
+      if (part) part.inert = Boolean(name) && PHONE.matches && id !== name;
+    }
+    if (name) setTimeout(() => find(`#${name} [data-close]`)?.focus(), 50);
+    else if (opener?.isConnected) opener.focus();
+  };
+  PHONE.addEventListener("change", () => drawer(""));
+
+  const close = (menu, focus) => {
+    menu.hidden = true;
+    menu.previousElementSibling.ariaExpanded = "false";
+    if (focus) menu.previousElementSibling.focus();
+  };
+  const open = (button) => {
+    const menu = button.nextElementSibling;
+    menu.hidden = false;
+    button.ariaExpanded = "true";
+    menu.querySelector("[role=menuitem]").focus();
+  };
+
+  document.addEventListener("click", ({ target }) => {
+    const button = target.closest("[aria-haspopup=menu]");
+    const opened = find(".menu:not([hidden])");
+    if (opened) close(opened, target.closest(".menu") || button);
+    if (button && button !== opened?.previousElementSibling) open(button);
+    const toggle = target.closest("[data-drawer]:not(html)");
+    const name = document.documentElement.dataset.drawer;
+    if (toggle) drawer(name === toggle.dataset.drawer ? "" : toggle.dataset.drawer);
+    else if (target.closest("[data-close]")) drawer("");
+    else if (target.closest("#new-chat") || (name === "rail" && !target.closest("#rail"))) drawer("");
+  });
+
+  document.addEventListener("keydown", (event) => {
+    const menu = event.target.closest?.(".menu");
+    if (event.key === "Escape") {
+      if (menu) close(menu, true);
+      else if (PHONE.matches || event.target.closest?.("#rail, .drawer")) {
+        if (!event.target.matches?.("#rail input")) drawer(""); // a name is being edited
+      }
+    } else if (menu && ["ArrowDown", "ArrowUp", "Home", "End"].includes(event.key)) {
+      const items = [...menu.querySelectorAll("[role=menuitem]")];
+      const at = items.indexOf(document.activeElement);
+      const step = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: -1 }[event.key];
+      items.at(step % items.length).focus();
+      event.preventDefault();
+    } else if (menu && event.key === "Tab") close(menu, false);
+  });
+
+  // What is focused may go away with what it did (Retry, Delete): then the message box has it.
+  let focused = null;
+  document.addEventListener("focusin", ({ target }) => { focused = target; });
+  document.addEventListener("focusout", ({ target, relatedTarget }) => {
+    if (!relatedTarget && target.isConnected) focused = null;
+  });
+  new MutationObserver(() => {
+    if (!focused || focused.isConnected || document.activeElement !== document.body) return;
+    focused = null;
+    find("#box textarea")?.focus({ preventScroll: true });
+  }).observe(document.documentElement, { childList: true, subtree: true });
+
+  const button = (key, icon, act) => {
+    const made = document.createElement("button");
+    Object.assign(made, { type: "button", className: "icon", title: say(key), ariaLabel: say(key) });
+    made.dataset.icon = icon;
+    made.addEventListener("click", act);
+    return made;
+  };
+  Object.assign(window.minigpt4, { drawer, button });
+})();

@@ -1,0 +1,11 @@
+// The presets; "custom" stands among them only while the values are the visitor's own.
+const show = () => {
+  for (const radio of element.querySelectorAll("input")) radio.checked = radio.value === props.value;
+  element.querySelector(".custom").hidden = props.value !== "custom";
+};
+element.addEventListener("change", (event) => {
+  props.value = event.target.value;
+  trigger("select", { index: 0, value: event.target.value });
+});
+watch("value", show);
+show();

@@ -1,0 +1,49 @@
+"""The page's own HTML, styles and scripts, in the folder assets."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from minigpt4.web.page.examples import QUESTIONS, thumbnail
+
+ASSETS = Path(__file__).parent / "assets"
+STYLES = ("theme", "layout", "chat", "composer", "panels")
+SCRIPTS = ("names", "page", "layout", "composer", "pictures", "facts")
+# A gr.HTML without Gradio's own look.
+PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}
+# names.js fills in the texts: see `complete` there.
+CARD = (
+    '<button type="button" class="card" data-index="{index}"><img data-file="{path}" alt="" '
+    'width="320" height="200"><span data-say="{name}"></span></button>'
+)
+
+
+def asset(name: str) -> str:
+    """The text of a file of the folder."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def fragment(name: str, value: Any = None, **settings: Any) -> gr.HTML:
+    """assets/NAME.html, with `value` where it says ${value}, and assets/NAME.js if there is one."""
+    script = asset(f"{name}.js") if (ASSETS / f"{name}.js").exists() else None
+    return gr.HTML(
+        value, html_template=asset(f"{name}.html"), js_on_load=script, **PLAIN, **settings
+    )
+
+
+def hello() -> gr.HTML:
+    """The empty page: where a photo can be dropped, and a card for each example."""
+    cards = "".join(
+        CARD.format(index=index, path=thumbnail(name), name=name)
+        for index, name in enumerate(QUESTIONS)
+    )
+    template = asset("hello.html").replace("<!-- cards -->", cards)
+    return gr.HTML(html_template=template, js_on_load=asset("hello.js"), elem_id="hello", **PLAIN)
+
+
+def head() -> str:
+    """The page's styles and scripts, for its <head>."""
+    return "".join(f"<style>\n{asset(f'{name}.css')}</style>\n" for name in STYLES) + "".join(
+        f"<script>\n{asset(f'{name}.js')}</script>\n" for name in SCRIPTS
+    )

@@ -1,0 +1,35 @@
+"""What the page's first visit transfers."""
+
+import re
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from minigpt4.web.guard.lighter import FRONTEND, UNUSED, Lighter
+from minigpt4.web.page.page import LOOK, build_page
+from tests.fake_engine import FakeEngine
+
+
+def test_the_page_is_compressed_and_brings_nothing_unused():
+    app = gr.mount_gradio_app(FastAPI(), build_page(FakeEngine()), "/", **LOOK)
+    client = TestClient(Lighter(app))
+    with client.stream("GET", "/", headers={"accept-encoding": "gzip"}) as response:
+        assert response.headers["content-encoding"] == "gzip"
+        assert len(b"".join(response.iter_raw())) < 50_000
+    plain = client.get("/", headers={"accept-encoding": "identity"})
+    assert "content-encoding" not in plain.headers and "MiniGPT-4" in plain.text
+
+    (unused,) = FRONTEND.glob("hls-*.js")
+    assert UNUSED.search(f"/assets/{unused.name}")
+    stub = client.get(f"/assets/{unused.name}")
+    assert len(stub.content) < 200
+    names = {name for file in FRONTEND.glob("*.js") for name in _imported(file, unused.name)}
+    assert names and all(f"as {name}" in stub.text for name in names)
+    assert client.get("/assets/hls-none.js").status_code == 404
+
+
+def _imported(file, name) -> list[str]:
+    text = file.read_text(encoding="utf-8")
+    found = re.search(r'import\{([^}]*)\}from"\./' + re.escape(name), text)
+    return re.findall(r"(\w+) as", found[1]) if found else []

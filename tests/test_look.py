@@ -1,0 +1,184 @@
+"""How the page looks and is operated: its order, its windows, keys and fingers."""
+
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.page_case import (
+    PHONE,
+    WIDE,
+    answers,
+    ask,
+    attach,
+    box,
+    done,
+    picture,
+    questions,
+    say,
+)
+
+TYPED = [
+    "What is 2*3*4?",
+    r"Where is C:\new\_dir_?",
+    "1. first",
+    "# title",
+    "- item",
+    "a  b\n\n<b> & &#42;",
+]
+SHIFT = """() => new Promise((resolve) => {
+  let sum = 0;
+  const add = (entries) => entries.forEach((e) => { if (!e.hadRecentInput) sum += e.value; });
+  new PerformanceObserver((list) => add(list.getEntries())).observe(
+    { type: 'layout-shift', buffered: true });
+  setTimeout(() => resolve(sum), 300);
+})"""
+
+
+def test_what_is_typed_is_shown_as_typed(visit):
+    page = visit()
+    for count, text in enumerate(TYPED, 1):
+        box(page).fill(text)
+        box(page).press("Enter")
+        expect(answers(page)).to_have_count(count)
+        done(page)
+        shown = questions(page).last.inner_text()
+        assert re.sub(r"\n+", "\n", shown.strip()) == re.sub(r"\n+", "\n", text)
+    page.get_by_role("button", name="Edit").last.click()
+    expect(page.locator("#chat textarea")).to_have_value(TYPED[-1])
+
+
+def test_a_message_that_cannot_be_sent_yet(visit, photo):
+    page = visit()
+    send = page.get_by_label("Submit")
+    expect(send).to_be_disabled()
+    box(page).fill("  ")
+    expect(send).to_be_disabled()
+    box(page).fill("Hello?")
+    expect(send).to_be_enabled()
+    box(page).fill("")
+    expect(send).to_be_disabled()
+    attach(page, photo)
+    expect(send).to_be_enabled()
+
+
+def test_the_wait_is_shown_from_the_moment_of_sending(visit, engine):
+    engine.ahead = 1
+    page = visit()
+    say(page, "Hello?")
+    assert page.evaluate("document.documentElement.hasAttribute('data-sending')")
+    engine.ahead = 0
+    done(page)
+
+
+def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
+    page = visit(**WIDE)
+    skies = {"dog.png": "skyblue", "cat.png": "navy", "cow.png": "pink"}
+    attach(page, *(picture(tmp_path / name, sky) for name, sky in skies.items()))
+    for side in ("width", "height"):
+        thumbnail = page.locator("#box .thumbnail-wrapper img").first
+        assert thumbnail.bounding_box()[side] == 72
+    ask(page, "Count them.")
+    pictures = page.locator("#chat .image-frame img")
+    expect(pictures).to_have_count(3)
+    assert pictures.last.bounding_box()["y"] == pictures.first.bounding_box()["y"]
+    first, second = (pictures.nth(place).bounding_box() for place in (0, 1))
+    assert first["y"] == second["y"] and first["x"] < second["x"]
+
+    opener = page.get_by_role("button", name="Show larger: Picture 2 of 3: cat.png")
+    opener.click()
+    window = page.get_by_role("dialog", name="Picture 2 of 3: cat.png")
+    expect(window).to_be_visible()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("dialog", name="Picture 3 of 3: cow.png")).to_be_visible()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("dialog", name="Picture 1 of 3: dog.png")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#lightbox")).to_have_count(0)
+    expect(opener).to_be_focused()
+
+
+def test_the_list_on_a_phone(visit):
+    page = visit(**PHONE)
+    ask(page, "Hello?")
+    menu = page.get_by_role("button", name="Conversations")
+    expect(menu).to_have_attribute("aria-expanded", "false")
+    expect(page.locator("#conversations .title")).to_be_hidden()
+    menu.click()
+    expect(menu).to_have_attribute("aria-expanded", "true")
+    page.keyboard.press("Escape")
+    expect(menu).to_be_focused()
+    menu.click()
+    page.locator("#conversations .title").click()
+    expect(page.locator("#conversations .title")).to_be_hidden()  # the conversation is in view
+    expect(answers(page)).to_have_count(1)
+    expect(answers(page)).to_be_in_viewport()
+
+
+def test_settings_are_closed_at_first_and_give_the_focus_back(visit):
+    page = visit(**WIDE)
+    gear = page.get_by_role("button", name="Settings")
+    expect(gear).to_have_attribute("aria-expanded", "false")
+    expect(page.get_by_label("precise")).to_be_hidden()
+    gear.press("Enter")
+    expect(gear).to_have_attribute("aria-expanded", "true")
+    page.get_by_label("balanced").focus()
+    page.keyboard.press("ArrowDown")  # one group: arrows go through it
+    expect(page.get_by_label("creative")).to_be_checked()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("precise")).to_be_hidden()
+    expect(gear).to_be_focused()
+
+
+def test_the_focus_is_never_lost(visit):
+    page = visit(**WIDE)
+    ask(page, "Say it again.")
+    page.get_by_role("button", name="Retry").press("Enter")
+    done(page)
+    assert page.evaluate("document.activeElement !== document.body")
+    page.get_by_label("Delete: Say it again.").press("Enter")
+    expect(page.locator("#conversations li")).to_have_count(0)
+    expect(box(page)).to_be_focused()
+
+
+@pytest.mark.parametrize("state", ["empty", "chat", "settings", "list"])
+def test_fingers_hit_what_they_mean(visit, photo, state):
+    page = visit(has_touch=True, **PHONE)
+    if state != "empty":
+        attach(page, photo)
+        ask(page, "Hello?")
+    if state == "settings":
+        page.get_by_role("button", name="Settings").click()
+    if state == "list":
+        page.get_by_role("button", name="Conversations").click()
+    page.wait_for_timeout(300)
+    assert too_small(page) == []
+
+
+def too_small(page: Page) -> list:
+    """Buttons that are less than 40 pixels high or wide."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll("button, [role=button]")].filter((button) => {
+            const { width, height } = button.getBoundingClientRect();
+            return button.checkVisibility({ visibilityProperty: true, opacityProperty: true })
+                && width && (width < 40 || height < 40);
+        }).map((button) => button.outerHTML.slice(0, 120))"""
+    )
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_nothing_jumps(visit, photo, size):
+    page = visit(**size)
+    page.wait_for_timeout(500)
+    assert page.evaluate(SHIFT) < 0.05
+    attach(page, photo)
+    ask(page, "Hello?")
+    assert page.evaluate(SHIFT) < 0.05
+
+
+def test_the_column(visit):
+    page = visit(viewport={"width": 1440, "height": 900})
+    ask(page, "A long one, please.")
+    for part in (answers(page), page.locator("#composer")):
+        assert part.bounding_box()["width"] <= 46 * 16
+    assert answers(page).evaluate("e => getComputedStyle(e.parentElement).borderTopWidth") == "0px"
