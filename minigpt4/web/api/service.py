@@ -11,6 +11,7 @@ from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.model.image import MAX_PIXELS, Picture
 from minigpt4.model.prompt import Message as Turn
+from minigpt4.model.vision import squash
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.grammar import json_constraint
@@ -56,18 +57,17 @@ class ChatService:
     async def conversation(self, request: ChatRequest, files: Sequence[bytes] = ()) -> Conversation:
         """The messages and their opened pictures. ApiError for one that cannot be opened."""
         conversation = Conversation(system=request.system)
-        pixels = 0
+        opened: list[int] = []  # pixels of each picture
         for place, message in enumerate(request.messages):
             if message.is_system:
                 continue
             if message.role == "assistant":
                 self._add_answer(conversation, message, message is request.messages[-1])
                 continue
-            pictures = await self._pictures(message, f"messages[{place}].content")
+            pictures = await self._pictures(message, f"messages[{place}].content", opened)
             if message is request.messages[-1]:
-                pictures += [await self._open(file) for file in files]
-            pixels += sum(p.rgb.width * p.rgb.height for p in pictures)
-            if pixels > MAX_PIXELS_TOGETHER:
+                pictures += [await self._open(file, opened) for file in files]
+            if sum(opened) > MAX_PIXELS_TOGETHER:
                 limit = f"{MAX_PIXELS_TOGETHER / 1e6:g} megapixels"
                 sentence = f"The pictures have more than {limit} together: scale them down."
                 raise ApiError(sentence, param="messages")
@@ -83,19 +83,23 @@ class ChatService:
         elif text := message.text.lstrip():
             conversation.messages.append(Turn("assistant", (text,)))
 
-    async def _pictures(self, message: Message, path: str) -> list[Picture]:
+    async def _pictures(self, message: Message, path: str, opened: list[int]) -> list[Picture]:
         """The message's pictures. ApiError that names the part that cannot be opened."""
         pictures = []
         for place, url in message.images:
             try:
-                pictures.append(await self._open(await self.image_urls.read(url)))
+                pictures.append(await self._open(await self.image_urls.read(url), opened))
             except UserError as error:
                 raise ApiError.of(error, f"{path}[{place}].image_url.url") from None
         return pictures
 
-    async def _open(self, content: bytes) -> Picture:
+    async def _open(self, content: bytes, opened: list[int]) -> Picture:
+        """The picture at the encoder's size: an answer takes no more of it, and many may wait."""
         async with self._opening:
-            return await run_in_threadpool(decoding.load, content)
+            picture = await run_in_threadpool(decoding.load, content)
+            opened.append(picture.rgb.width * picture.rgb.height)
+            size = self.engine.model.config.vision.image_size
+            return Picture(await run_in_threadpool(squash, picture.rgb, size), picture.key)
 
 
 def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest) -> list[Answer]:
