@@ -21,6 +21,9 @@ from minigpt4.training.word_head import fold_of
 
 Turn = tuple[str, str]  # what is asked, what is answered
 
+# How much a token of an answer counts. There are three short captions for each long text: with equal
+# weights, a request for details or a poem was answered with a caption after 180 steps.
+SHORT, LONG, TASK = 0.6, 1.2, 2.0
 HELD_OUT = {"captioned": 4, "described": 20}  # of how many pictures one is kept for validation
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
 _ASKED = (
@@ -207,13 +210,13 @@ class Mixture:
     def _captioned(self, picture: Picture, draw: random.Random) -> list[Answered]:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))
         asked = draw.choice(self.short)  # the same: the captions then share their prompt
-        found = [Answered(((asked, c.strip()),), kind="caption") for c in captions]
+        found = [Answered(((asked, c.strip()),), SHORT, "caption") for c in captions]
         return found + self._known(picture, draw)
 
     def _described(self, picture: Picture, draw: random.Random) -> list[Answered]:
         caption = (draw.choice(self.short), draw.choice(picture.captions).strip())
         detail = (draw.choice(self.detailed), picture.description)
-        found = [Answered((caption,), kind="caption"), Answered((detail,), 0.8, "description")]
+        found = [Answered((caption,), SHORT, "caption"), Answered((detail,), LONG, "description")]
         pairs = draw.sample(picture.pairs, min(2, len(picture.pairs)))
         if len(pairs) == 2 and draw.random() < 0.4:  # the second asked after the first's answer
             found += [Answered(tuple(pairs[:1]), kind="question")]
@@ -221,7 +224,7 @@ class Mixture:
         else:
             found += [Answered((pair,), kind="question") for pair in pairs]
         if picture.task:
-            found.append(Answered((picture.task,), 0.8, "task"))
+            found.append(Answered((picture.task,), TASK, "task"))
         for statement, right in picture.statements[:1]:
             asked = f"True or false: {statement}"
             found.append(Answered(((asked, "True." if right else "False."),), kind="statement"))
@@ -233,8 +236,8 @@ class Mixture:
 
     def _instructed(self, picture: Picture, draw: random.Random) -> list[Answered]:
         detail = (draw.choice(self.detailed), picture.description)
-        pairs = [Answered((pair,), 0.8, "task") for pair in picture.pairs]
-        return [Answered((detail,), 0.8, "description"), *pairs]
+        pairs = [Answered((pair,), TASK, "task") for pair in picture.pairs]
+        return [Answered((detail,), LONG, "description"), *pairs]
 
     def _known(self, picture: Picture, draw: random.Random) -> list[Answered]:
         found = []
