@@ -21,8 +21,8 @@ from minigpt4.training.word_head import fold_of
 
 Turn = tuple[str, str]  # what is asked, what is answered
 
-# How much a token of an answer counts. There are three short captions for each long text: with equal
-# weights, a request for details or a poem was answered with a caption after 180 steps.
+# How much a token of an answer counts. There are three short captions for each long text: with
+# equal weights, a request for details or a poem was answered with a caption after 180 steps.
 SHORT, LONG, TASK = 0.6, 1.2, 2.0
 HELD_OUT = {"captioned": 4, "described": 20}  # of how many pictures one is kept for validation
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
