@@ -24,6 +24,8 @@ Turn = tuple[str, str]  # what is asked, what is answered
 # How much a token of an answer counts. There are three short captions for each long text: with
 # equal weights, a request for details or a poem was answered with a caption after 180 steps.
 SHORT, LONG, TASK = 0.6, 1.2, 2.0
+# Pictures of which little is said are only asked about what is missing, so more answers are no.
+YES, NO = 3.0, 2.0
 HELD_OUT = {"captioned": 4, "described": 20}  # of how many pictures one is kept for validation
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
 _ASKED = (
@@ -264,9 +266,8 @@ class Mixture:
     def _asked(self, name: str, there: bool, draw: random.Random) -> Answered:
         asked = draw.choice(_ASKED).format(name)
         if draw.random() < 0.6:
-            return Answered(
-                ((asked + " Answer yes or no.", "Yes." if there else "No."),), 2.0, "presence"
-            )
+            turn = (asked + " Answer yes or no.", "Yes." if there else "No.")
+            return Answered((turn,), YES if there else NO, "presence")
         thing = re.sub("^an? ", "", name)
         are = "are" if thing in ("skis", "scissors") else "is"
         yes, no = f"Yes, there {are} {name} in it.", f"No, there {are} no {thing} in it."
