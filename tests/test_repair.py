@@ -9,7 +9,7 @@ from PIL import Image
 
 from minigpt4.model import repair
 from minigpt4.model.image import load
-from tests.test_image import encoded, noise, pixels, quarters, refusal
+from tests.test_image import encoded, noise, pixels, png, quarters, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
 
@@ -101,6 +101,16 @@ def test_little_used_ranges_of_sixteen_bits_are_stretched(low, high, format):
     found = pixels(load(encoded(image, format)))[..., 0]
     assert found.min() == 0 and found.max() == 255
     assert abs(int(found[24].mean()) - 128) < 12
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_twelve_bit_colours_in_sixteen_bits_are_stretched(colour, channels):
+    values = np.linspace(0, 4095, 48 * 64 * channels).reshape(48, 64, channels)
+    if channels in (2, 4):
+        values[..., -1] = 65_535  # opaque
+    rows = (b"\0" + row.tobytes() for row in values.astype(">u2"))
+    found = pixels(load(png(64, 48, 16, colour, b"".join(rows))))
+    assert found.min() == 0 and found.max() == 255
 
 
 @pytest.mark.parametrize("value", [0, 30_000, 65_535])

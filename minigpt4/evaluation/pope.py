@@ -70,11 +70,11 @@ class PopeAnswer:
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(scores by reading and by choice of objects, their tables)."""
-    examples = read_references(options.shard)
-    objects = Objects(options.objects)
-    mentions = [objects.mentioned(e.captions) for e in examples]
     if "{}" not in options.question:
         raise UserError("“--question” must contain {} for the object: “Is there {} here?”.")
+    objects = Objects(options.objects)
+    examples = read_references(options.shard)
+    mentions = [objects.mentioned(e.captions) for e in examples]
     pictures = set(usable(examples[: options.limit]))
     asked = [i for i, e in enumerate(examples) if e in pictures]
     probes = make_probes(objects.names, mentions, asked, options.per_picture)

@@ -43,6 +43,23 @@ def _used_range(values: np.ndarray) -> tuple[float, float]:
     return (low, high) if 0 < high - low < LITTLE_USED * 65535 else (0.0, 65535.0)
 
 
+def brightened(image: Image.Image) -> Image.Image:
+    """A picture that was decoded from 16 bits a channel to 8, stretched if it uses little of them.
+
+    12-bit data in 16-bit files is dark; of their 4096 levels, 16 are left.
+    """
+    count = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode, 0)  # without alpha
+    bands = image.split()
+    high = max((int(np.asarray(band).max()) for band in bands[:count]), default=0)
+    if not 0 < high < LITTLE_USED * 256:
+        return image
+    table = [min(255, round(value * 255 / high)) for value in range(256)]
+    coloured = [band.point(table) for band in bands[:count]]
+    stretched = Image.merge(image.mode, [*coloured, *bands[count:]])
+    stretched.info.update(image.info)
+    return stretched
+
+
 def on_white(image: Image.Image) -> Image.Image:
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     white = Image.new("RGB", image.size, "white")

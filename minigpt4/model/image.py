@@ -270,13 +270,15 @@ def _decode(file: BinaryIO, name: str) -> Picture:
             _check_work(image)
             held.take(image.width * image.height)
             taken = image.width * image.height
+            deep = ";16" in str(image.tile)  # only known before it is decoded
             image = _loaded(image, file)
             size = image.width * image.height  # a HEIC file may declare another one
             if size > MAX_PIXELS:
                 raise _TooLarge
             held.take(size - taken)
             taken = size
-            rgb = _upright(colours.on_white(colours.eight_bit(image)), image)
+            eight = colours.brightened(image) if deep else image
+            rgb = _upright(colours.on_white(colours.eight_bit(eight)), image)
             picture = hold(rgb, _key(rgb))
             taken = 0
             return picture

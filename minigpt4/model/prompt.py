@@ -324,13 +324,13 @@ def encode_training(
         for question, answered in earlier:
             messages.append(([question] if messages else [*pictures, question], answered))
         last = [part for part in parts if part not in pictures] if earlier else parts
-        for content, reply in [*messages, (last, None)]:
+        for content, answered in [*messages, (last, None)]:
             writer.template(opening)
             writer.parts(content)
             writer.template(template.training_user_end or template.user_end)
             writer.template(template.assistant)
-            if reply is not None:
-                writer.text(reply)
+            if answered is not None:
+                writer.text(answered)
                 writer.template(template.assistant_end)
             opening = template.user
         writer.flush()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from minigpt4.config import MODELS, get_model
@@ -47,7 +47,7 @@ def push(place: str, repository: str, private: bool = False) -> str:
                 folder_path=folder,
                 commit_message=f"Projection for {config.name}",
             )
-        except (HfHubHTTPError, LocalTokenNotFoundError, HFValidationError, OSError) as error:
+        except Exception as error:  # of the hub's client, its HTTP client, or the network
             raise UserError(_explain(error, repository)) from error
     return f"{constants.ENDPOINT}/{repository}"
 
@@ -59,10 +59,11 @@ def resolve(name: str) -> tuple[str, str] | None:
         return None
     try:
         path = HfApi().hf_hub_download(name, CONFIG)
+    except Exception as error:  # of the hub's client, its HTTP client, or the network
+        raise UserError(_explain(error, name)) from error
+    try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         model, projection = str(content["model"]), str(content["projection"])
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(_explain(error, name)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{CONFIG} in {name} is damaged: push the projection again.") from error
     get_model(model)
