@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt4 import start
-from minigpt4.config import get_model
+from minigpt4.config import MODELS, get_model
 from minigpt4.curation import options as curation
 from minigpt4.errors import UserError
 from minigpt4.evaluation import options as evaluation
 from minigpt4.options import (
-    READY,
     Option,
     Parser,
     add_model_options,
@@ -141,7 +140,7 @@ def _add_convert(commands) -> None:
 
 def _add_download(commands) -> None:
     command = commands.add_parser("download", help="download a model's weights")
-    command.add_argument("model", choices=READY)
+    command.add_argument("model", choices=MODELS)
     add_places(command)
     command.set_defaults(run=_download)
 

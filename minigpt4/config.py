@@ -215,7 +215,6 @@ class ModelConfig:
     stage2: Schedule | None = None
     embedding_length: float = 0.0  # what image embeddings are scaled to; 0: they stay as they are
     words: Words | None = None  # listed beside the image embeddings
-    in_training: bool = False  # its projection is not there yet: for `train` alone
     licence: str = ""
 
     @property
@@ -416,7 +415,6 @@ _MINI = ModelConfig(
     sampling={"temperature": 0.5, "repetition_penalty": 1.1},
     embedding_length=0.6,
     words=Words(),
-    in_training=False,
     licence="Apache-2.0 (Qwen2.5-Coder, EfficientNet-Lite), MIT (the detector's package); "
     "projection and words: see weights/README.md",
 )

@@ -246,8 +246,7 @@ def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespa
 
 # --- options that several commands share --------------------------------------------------------
 
-READY = [model.name for model in MODELS.values() if not model.in_training]
-MODEL = Option("model", f"Model: auto, {', '.join(READY)}.", "auto", metavar="NAME")
+MODEL = Option("model", f"Model: auto, {', '.join(MODELS)}.", "auto", metavar="NAME")
 QUANTIZE = Option(
     "quantize",
     "Precision of the language model's weights. auto: w8a16 (int8 weights, 16-bit activations) for "

@@ -75,7 +75,7 @@ def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[M
     fitting = [
         model
         for model in MODELS.values()
-        if 0 < model.cpu_gigabytes <= free and not model.in_training
+        if 0 < model.cpu_gigabytes <= free
         if model.small or not missing(model, {})
     ]
     best = max(fitting, key=lambda m: m.cpu_gigabytes, default=default)
@@ -207,11 +207,6 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     dtype = getattr(options, "dtype", "auto")
 
     def load(config: ModelConfig, given: dict[str, str]) -> "MiniGPT4":
-        if config.in_training:
-            raise UserError(
-                f"{config.name} is still in training and cannot answer yet: choose another "
-                "“--model”."
-            )
         download_weights(config, report, given)
         files = find_weights(config, given=given)
         quantize = quantize_of(options.quantize, config, device)

@@ -22,7 +22,7 @@ from minigpt4.weights.int8 import Int8Linear, Int8Module, build_int8, load_int8
 from tests.block_llama import VOCABULARY, as_transformers, block_llama, tiny_chat_model
 
 pytest.importorskip("triton", reason="Triton is not installed: it needs Linux on x86-64")
-from minigpt4.engine.gpu import choose, kernels  # noqa: E402
+from minigpt4.engine.gpu import choose, kernels, sampling  # noqa: E402
 from minigpt4.engine.gpu.decoder import GpuDecoder  # noqa: E402
 from minigpt4.engine.gpu.graphs import NoGraphs  # noqa: E402
 
@@ -118,12 +118,24 @@ def test_logits_are_the_eager_decoders(dot, qwen):
     assert not eager.keys_values.any()
 
 
-def test_the_self_check_notices_a_wrong_decoder(llm):
+def test_the_self_check_notices_a_wrong_decoder(llm, monkeypatch):
     eager = TorchDecoder(llm, BLOCKS)
     decoder = GpuDecoder(eager, llm, CONTEXT, NoGraphs())
     cosines, sines = decoder._rotation
     decoder._rotation = cosines, -sines
     assert "standard deviations" in choose.difference(decoder, eager)
+    decoder._rotation = cosines, sines
+    monkeypatch.setattr(choose, "ROWS", (1,))
+    assert choose.difference(decoder, eager) == ""
+    right = sampling.choose
+
+    def wrong(*inputs: torch.Tensor) -> torch.Tensor:
+        tokens = right(*inputs)
+        return torch.where(tokens < 0, tokens, tokens ^ 1)
+
+    monkeypatch.setattr(sampling, "choose", wrong)
+    assert "other tokens" in choose.difference(decoder, eager)
+    monkeypatch.setattr(sampling, "choose", right)
     decoder._rotation = cosines * float("nan"), sines
     assert "not finite" in choose.difference(decoder, eager)
 
@@ -168,10 +180,18 @@ def test_only_int8_weights_on_a_gpu_get_graphs(llm, monkeypatch):
 
 
 def test_a_step_uses_the_next_bucket(llm):
-    """Padding changes no block; more rows than the largest bucket go to the eager decoder."""
+    """Padding changes no block. More rows than the largest bucket take several steps, or, without
+    tensor cores, go to the eager decoder."""
     eager, graphs = TorchDecoder(llm, BLOCKS), RecordedGraphs()
     decoder = GpuDecoder(eager, llm, CONTEXT, graphs, buckets=(1, 2, 4))
-    for count, expected in ((1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (5, [1, 1, 1])):
+    for count, expected, dot in (
+        (1, [1, 0, 0], True),
+        (2, [1, 1, 0], True),
+        (3, [1, 1, 1], True),
+        (5, [2, 1, 2], True),
+        (5, [2, 1, 2], False),
+    ):
+        decoder._dot = dot
         numbers = np.arange(count, dtype=np.int32)
         tables = 1 + numbers[:, None]
         rows = Rows(numbers + 5, np.zeros((0, 64)), numbers * 0, numbers, tables, numbers)

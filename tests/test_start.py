@@ -110,12 +110,6 @@ def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch
     assert len(closed) == 1 and options.quantize == "auto"
 
 
-def test_a_model_in_training_does_not_answer():
-    options = argparse.Namespace(model="mini", device="cpu", quantize="auto")
-    with pytest.raises(UserError, match="mini is still in training"):
-        start.open_model(options)
-
-
 def test_the_type_reaches_the_loader(monkeypatch):
     given = []
     files = SimpleNamespace(llm=Path("nowhere"))

@@ -321,8 +321,8 @@ def encode_training(
         opening = template.training_user or template.user
         pictures = [part for part in parts if isinstance(part, ImageRef)]
         messages: list[tuple[Sequence[str | ImageRef], str | None]] = []
-        for question, answered in earlier:
-            messages.append(([question] if messages else [*pictures, question], answered))
+        for question, earlier_answer in earlier:
+            messages.append(([question] if messages else [*pictures, question], earlier_answer))
         last = [part for part in parts if part not in pictures] if earlier else parts
         for content, answered in [*messages, (last, None)]:
             writer.template(opening)

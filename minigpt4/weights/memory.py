@@ -131,7 +131,7 @@ def _advice(config: ModelConfig, quantize: Quantize, free: int | None) -> str:
     room = (free or 0) / 1e9
     if quantize not in ("int4", "remote") and 0 < config.cpu_gigabytes <= room:
         return f"choose “--quantize int4”, which needs {config.cpu_gigabytes:g} GB"
-    fitting = [m for m in MODELS.values() if 0 < m.cpu_gigabytes <= room and not m.in_training]
+    fitting = [m for m in MODELS.values() if 0 < m.cpu_gigabytes <= room]
     smaller = [m for m in fitting if m.cpu_gigabytes < (config.cpu_gigabytes or math.inf)]
     if smaller:
         best = max(smaller, key=lambda m: m.cpu_gigabytes)

@@ -5,6 +5,7 @@ number of rows, rounded up to a bucket, launches at once. Prompts go through the
 large chunks, with the same weights and the same key-value cache.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -28,7 +29,8 @@ class GpuDecoder:
     """Runs a Llama with `weights.int8` layers.
 
     eager: runs the same model, and owns the cache. context: positions of the longest sequence.
-    dot: use tensor cores. buckets: a step with more rows than the largest goes to `eager`.
+    dot: use tensor cores; without, a step with more rows than the largest bucket goes to `eager`,
+    which is faster then.
     """
 
     exact = False
@@ -54,48 +56,49 @@ class GpuDecoder:
         self._replays = {rows: graphs.capture(partial(self._step, rows)) for rows in buckets}
 
     def forward(self, rows: Rows) -> Outputs:
-        """See `Decoder`. The logits may be overwritten by the next call."""
-        decoding = _decoding(rows)
-        if not 0 < decoding.sum() <= max(self._replays):
+        """See `Decoder`."""
+        decoding, largest = _decoding(rows), max(self._replays)
+        if not decoding.any() or (decoding.sum() > largest and not self._dot):
             return self._eager.forward(rows)
-        answers = rows.take(np.flatnonzero(decoding))
-        with torch.inference_mode():
-            self._launch(answers)
+        *first, last = rows.take(np.flatnonzero(decoding)).split(largest)
+        answers = [output for part in first for output in self._launch(part)()]
+        wait = self._launch(last)
         prompts: Outputs = []
-        if not decoding.all():
+        if not decoding.all():  # while the GPU computes the answers
             prompts = self._eager.forward(rows.take(np.flatnonzero(~decoding)))
-        from_answers, from_prompts = iter(self._outputs(answers)), iter(prompts)
+        from_answers, from_prompts = iter(answers + wait()), iter(prompts)
         return [next(from_answers if decoding[row] else from_prompts) for row in rows.wanted]
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target`."""
         self._eager.copy_block(source, target)
 
-    def _launch(self, rows: Rows) -> None:
-        """Start one step, and the copy of its results to the host."""
+    def _launch(self, rows: Rows) -> Callable[[], list[np.ndarray | int]]:
+        """Start one step; the call waits for its outputs, and comes before the next step."""
         buffers, count = self._buffers, len(rows.tokens)
         bucket = min(size for size in self._replays if size >= count)
         inputs = buffers.inputs.host.numpy()
         inputs[:bucket, :2] = 0, -1
         inputs[:count, 0], inputs[:count, 1] = rows.tokens, rows.positions
         inputs[:count, 2 : 2 + rows.tables.shape[1]] = rows.tables[rows.table_rows]
-        buffers.inputs.upload(bucket)
         draws: list[Draw | None] = [None] * bucket
         for row, draw in zip(rows.wanted, rows.draws, strict=False):
             draws[row] = draw
         sampling.write(draws, buffers.settings.host.numpy(), buffers.seen.host.numpy())
-        buffers.settings.upload(bucket)
-        buffers.seen.upload(bucket)
-        self._replays[bucket]()
-        buffers.logits.download(count)
-        buffers.tokens.download(count)
+        with torch.inference_mode():
+            for sent in (buffers.inputs, buffers.settings, buffers.seen):
+                sent.upload(bucket)
+            self._replays[bucket]()
+            for received in (buffers.logits, buffers.tokens):
+                received.download(count)
+        return partial(self._outputs, rows.wanted)
 
-    def _outputs(self, rows: Rows) -> Outputs:
-        """Wait for the step; the wanted rows' tokens, or logits where no token was chosen."""
+    def _outputs(self, wanted: np.ndarray) -> list[np.ndarray | int]:
+        """Wait for the step; these rows' tokens, or logits where no token was chosen."""
         if self._eager.device.type == "cuda":
             torch.cuda.current_stream(self._eager.device).synchronize()
         logits, tokens = self._buffers.logits.host.numpy(), self._buffers.tokens.host.tolist()
-        return [logits[row] if tokens[row] == UNDECIDED else tokens[row] for row in rows.wanted]
+        return [logits[row].copy() if tokens[row] == UNDECIDED else tokens[row] for row in wanted]
 
     def _step(self, rows: int) -> None:
         """What a graph records: 7 kernels a layer, and the choice of tokens."""

@@ -1,8 +1,8 @@
 """Tokens from logits, as `engine.sampling` chooses them, for all rows of a step at once.
 
 Only the `LIKELIEST` tokens are sorted. Where a draw may fall outside of them, or asks for more, the
-host chooses that row's token. A CUDA graph records `choose`: it may neither wait for the
-GPU nor copy a number from the host, as `torch.where` does with a Python number.
+host chooses that row's token. A CUDA graph records `choose`, so it may not wait for
+the GPU, nor copy from the host.
 """
 
 from collections.abc import Sequence
