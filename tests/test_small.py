@@ -21,7 +21,7 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import WordHead, choose, load_words
-from minigpt4.training import int8, small_run, word_head
+from minigpt4.training import int8, small_run, small_start, word_head
 from minigpt4.training.mixture import Answered, Mixture, Objects, Picture
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
 from minigpt4.training.small_probe import Probe, yes_no_scores
@@ -228,6 +228,15 @@ def test_it_learns_at_the_length_of_words(model, pictures, tmp_path):
     assert all(r["length"] == pytest.approx(0.6, abs=1e-3) for r in records)
     before = run.projection.weight.clone()
     assert not torch.equal(before, run.average["weight"])
+
+
+def test_a_run_can_start_from_given_weights(model):
+    basis = torch.linalg.qr(torch.randn(model.config.projection_in, model.config.projection_in))[0]
+    basis[:, :3] *= 3
+    weight, bias = small_start.in_basis(model.projection, basis)
+    features = torch.randn(4, model.config.projection_in)
+    expected = model.projection(features)
+    assert torch.allclose(features @ basis @ weight.T + bias, expected, atol=1e-4)
 
 
 def test_a_follow_up_holds_the_first_answer_but_learns_the_last(model, pictures, tmp_path):

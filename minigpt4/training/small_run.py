@@ -63,7 +63,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         mixture.Mixture(objects),
         recipe,
         out,
-        lambda: beginning(model, trained),
+        lambda: beginning(model, trained, options.init is not None),
         tokens_of(model, trained, objects),
         Probe(kept, objects, out),
         {
@@ -242,8 +242,13 @@ def _joined(places, pictures, features, words) -> Source:
     return Source([pictures[name][i] for name, i in places], feature, found)
 
 
-def beginning(model: MiniGPT4, trained: dict[str, Source]) -> tuple[Tensor, Tensor, Tensor]:
-    """The ridge's start, on a fixed draw of the pictures that have captions."""
+def beginning(
+    model: MiniGPT4, trained: dict[str, Source], given: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ridge's start, on a fixed draw of the pictures that have captions.
+
+    given: the weights are the model's own, those of `--init`.
+    """
     draw = random.Random("start")
     places = [
         (name, i)
@@ -253,9 +258,12 @@ def beginning(model: MiniGPT4, trained: dict[str, Source]) -> tuple[Tensor, Tens
     ]
     places = draw.sample(places, min(_FITTED, len(places)))
     features = torch.cat([trained[name].features([i]) for name, i in places])
-    return small_start.start(
+    basis, weight, bias = small_start.start(
         model, features, [trained[name].pictures[i].captions for name, i in places]
     )
+    if given:
+        weight, bias = small_start.in_basis(model.projection, basis)
+    return basis, weight, bias
 
 
 def tokens_of(model: MiniGPT4, trained: dict[str, Source], objects: mixture.Objects) -> Tensor:

@@ -7,7 +7,7 @@ regression from the features onto the mean embedding of the captions' words.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt4.config import ClassesAndObjects, PooledMap
 from minigpt4.data.files import prompt_lines
@@ -61,6 +61,12 @@ def start(
     whole[:, learned:] = names.T / names.norm(dim=1)
     whole[:, learned : learned + vision.detector.classes] /= _HEAT_SCALE
     return basis, whole, bias
+
+
+def in_basis(projection: nn.Linear, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight, bias) that give a projection's outputs for features in the basis."""
+    weight = projection.weight.detach().float()
+    return torch.linalg.solve(basis, weight.T).T, projection.bias.detach().float()
 
 
 def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
