@@ -366,6 +366,8 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         go_on.touch()
         expect(status(page)).to_contain_text("The model is ready.")
         expect(page.locator("#model")).to_contain_text(MODELS["nano"].licence[:10])
+        download = page.get_by_role("button", name="Download the conversation")
+        expect(download).to_be_visible()  # the header was redrawn: its buttons keep their names
         open_settings(page)
         expect(page.get_by_label("number input for Temperature")).to_have_value("0.5")
         box(page).press("Enter")
