@@ -2,7 +2,7 @@
 
     python -m benchmarks.page --clients 16        # answers streamed to so many visitors at once
     python -m benchmarks.page --idle 30           # CPU of a server with one open tab
-    python -m benchmarks.page --visits 7          # until a new visitor sees the page, and can use it
+    python -m benchmarks.page --visits 7          # until a new visitor sees the page and can use it
 
 The model is replaced by words that come at a fixed pace, so that only the page is measured: one
 server process, clients in another that speak the page's own protocol. Prints one line of JSON.
@@ -109,7 +109,12 @@ def serve_page(port: int, pace: float, timed: bool) -> None:
     model = SimpleNamespace(config=MODELS["nano"], quantize="none", device="cpu")
     # It is never idle: no picture is captioned before it is asked about.
     engine = SimpleNamespace(
-        model=model, pace=pace, encode=lambda picture: None, running=1, waiting=0
+        model=model,
+        decoder_name="paced words",
+        pace=pace,
+        encode=lambda picture: None,
+        running=1,
+        waiting=0,
     )
     options = argparse.Namespace(
         host="127.0.0.1",

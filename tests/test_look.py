@@ -14,6 +14,7 @@ from tests.page_case import (
     attach,
     box,
     done,
+    open_settings,
     picture,
     questions,
     say,
@@ -28,6 +29,16 @@ TYPED = [
     "- item",
     "a  b\n\n<b> & &#42;",
 ]
+# The focused element, and whether it, its label or the composer around it is outlined.
+FOCUS = """() => {
+  const focused = document.activeElement;
+  const ringed = [focused, focused.closest("label"), focused.closest("#composer .full-container")];
+  const seen = ringed.filter(Boolean).some((element) => {
+    const { outlineStyle, outlineWidth } = getComputedStyle(element);
+    return outlineStyle !== "none" && parseFloat(outlineWidth) >= 2;
+  });
+  return [focused.outerHTML.slice(0, 160), seen || focused === document.body];
+}"""
 SHIFT = """() => new Promise((resolve) => {
   let sum = 0;
   const add = (entries) => entries.forEach((e) => { if (!e.hadRecentInput) sum += e.value; });
@@ -250,6 +261,21 @@ def test_the_focus_is_never_lost(visit):
     page.get_by_label("Delete: Say it again.").press("Enter")
     expect(page.locator("#conversations li")).to_have_count(0)
     expect(box(page)).to_be_focused()
+
+
+def test_the_focus_is_always_seen(visit):
+    page = visit(**WIDE)
+    ask(page, "Say it again.")
+    for opened in (False, True):
+        if opened:
+            open_settings(page)
+        seen = set()
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            name, outlined = page.evaluate(FOCUS)
+            assert outlined, name
+            seen.add(name)
+        assert len(seen) > 8, seen
 
 
 @pytest.mark.parametrize("state", ["empty", "chat", "settings", "list"])
