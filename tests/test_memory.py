@@ -88,7 +88,7 @@ def test_what_a_7b_needs(monkeypatch):
     ("free", "quantize", "expected"),
     [
         (7.5, "none", "“--quantize int4”, which needs 7 GB"),
-        (3.0, "int4", "“--model nano”"),
+        (3.0, "int4", "“--model mini”"),
         (0.1, "int4", "close other programs"),
     ],
 )
@@ -155,8 +155,8 @@ def test_other_errors_are_not_about_memory():
     [
         (None, 32, {"vicuna-7b", "vicuna-13b"}, "vicuna-13b"),
         (None, 8, {"vicuna-7b", "vicuna-13b"}, "vicuna-7b"),
-        (None, 32, set(), "nano"),  # nothing large is fetched unasked
-        (None, 4, {"vicuna-7b"}, "nano"),
+        (None, 32, set(), "mini"),  # nothing large is fetched unasked
+        (None, 4, {"vicuna-7b"}, "mini"),
         (None, None, {"vicuna-7b"}, "nano"),
         (None, 0.1, set(), "nano"),
         (20, 64, set(), "vicuna-7b"),
