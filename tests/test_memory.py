@@ -11,6 +11,7 @@ from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError, out_of_memory
 from minigpt4.weights import memory
+from minigpt4.weights.load import WeightFiles
 
 CASES = Path(__file__).parent / "parity"
 GB = 10**9
@@ -136,7 +137,7 @@ def test_every_librarys_word_for_it(error, monkeypatch):
 
     monkeypatch.setattr("minigpt4.weights.load.load_model", fail)
     config = get_model("nano")
-    files = type("Files", (), {"llm": Path("nowhere")})
+    files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
     with pytest.raises(UserError, match="nano does not fit into memory, and .* are free: "):
         start._load(config, files, torch.device("cpu"), "none", "auto", start.say)
 
