@@ -225,6 +225,11 @@ class ModelConfig:
         return comes_so or self.converted_to_4bit
 
     @property
+    def detects(self) -> bool:
+        """Does its encoder find objects, the last of its feature maps being their heat map?"""
+        return isinstance(self.vision, ClassesAndObjects)
+
+    @property
     def image_tokens(self) -> int:
         """Number of embeddings of one picture in the prompt."""
         match self.bridge, self.vision:

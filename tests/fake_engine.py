@@ -5,9 +5,12 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
+
 from minigpt4.config import MODELS
 from minigpt4.engine import Stats
 from minigpt4.errors import UserError
+from minigpt4.model.image import Encoded, Spot
 from minigpt4.model.prompt import ImageRef
 
 WEBSITE = """Here it is.
@@ -42,6 +45,8 @@ ATTACKS = [
     f"<form action={SPY}><button formaction=javascript:{RUN}>Send</button></form>",
     f"| a | b |\n|---|---|\n| <img src={SPY}.png> | [x](vbscript:{RUN}) |\n\n> <object data={SPY}>",
 ]
+CAPTION = "A red house beside a lake."
+SPOTS = (Spot("boat", 0.5, 0.75, 0.1, 0.9),)
 LONG = " ".join(f"word{i}" for i in range(1, 400))
 STORY = (
     "The red house stands by the lake, and a small boat waits in front of it. Behind the house "
@@ -66,9 +71,11 @@ class FakeEngine:
         self.full = False
         self.failure = ""
         self.closed = False
+        self.running = self.waiting = 0
 
-    def encode(self, picture) -> None:
+    def encode(self, picture) -> Encoded:
         self.pictures.append(picture.key)
+        return Encoded(np.zeros((1, 1), np.float32), "", SPOTS)
 
     def close(self) -> None:
         self.closed = True
@@ -83,6 +90,8 @@ def answer_to(conversation, asked: int) -> str:
     pictures = sum(isinstance(p, ImageRef) for m in conversation.messages for p in m.parts)
     if "hostile" in question:
         return ATTACKS[int(question.split()[-1])]
+    if "briefly" in question:
+        return CAPTION
     if "website" in question:
         return WEBSITE
     if "long" in question:
@@ -102,8 +111,10 @@ class FakeAnswer:
     def __init__(self, engine: FakeEngine, conversation, sampling) -> None:
         if engine.full:
             raise UserError("Too many people are waiting: try again in a minute.")
-        engine.asked.append(conversation)
-        engine.samplings.append(sampling)
+        captioning = text_of(conversation.messages[-1]) == engine.model.config.short_instruction
+        if not captioning:
+            engine.asked.append(conversation)
+            engine.samplings.append(sampling)
         self._engine, self._limit = engine, sampling.max_new_tokens
         self._closed = threading.Event()
         self.text, self.stop_reason, self.notice, self.dropped_turns = "", "", "", 0

@@ -89,6 +89,7 @@ def test_a_previewed_website_cannot_lead_elsewhere(visit):
         expect(inside.get_by_text("My Joke Website")).to_be_visible()
         page.frames[1].evaluate(f"setTimeout(() => {{ location.href = {place!r} }})")
         expect(inside.get_by_text("My Joke Website")).to_have_count(0)  # the browser refused
+        page.locator("#website").get_by_role("button", name="Close").click()
         page.get_by_role("button", name="New chat").click()
         expect(answers(page)).to_have_count(0)
         ask(page, "Make a website of this draft.")

@@ -96,15 +96,27 @@ class Picture:
     key: str
 
 
+class Spot(NamedTuple):
+    """An object that a detector found: its name, its centre (x, y) and its radius, as shares of the
+    picture's width and height, and how sure the detector is, 0 to 1."""
+
+    name: str
+    x: float
+    y: float
+    radius: float
+    certainty: float
+
+
 class Encoded(NamedTuple):
     """What the language model takes of a picture.
 
     embeds: float32 [image_tokens, llm_hidden_size]. words: what a word head lists of it, "" where
-    the model has none.
+    the model has none. spots: what a detector found, the surest first, if the model has one.
     """
 
     embeds: np.ndarray
     words: str = ""
+    spots: tuple[Spot, ...] = ()
 
 
 class _Held:

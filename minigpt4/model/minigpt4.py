@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ModelConfig
-from minigpt4.model.image import Encoded
+from minigpt4.model.image import Encoded, Spot
+from minigpt4.model.objects import find_spots
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess
 from minigpt4.model.words import WordHead, choose, listed
@@ -130,9 +131,13 @@ class MiniGPT4(nn.Module):
     @torch.inference_mode()
     def encode_pictures(self, pictures: Sequence[Image.Image]) -> list[Encoded]:
         """RGB pictures -> what the language model takes of each."""
-        features = self.encode_features(self.pixel_values(pictures))
+        maps = self.encoder(self.pixel_values(pictures))
+        features = self.bridge(maps)
         embeds = self.project(features).float().cpu().numpy()
-        return [*map(Encoded, embeds, self.find_words(features))]
+        spots: list[tuple[Spot, ...]] = [()] * len(pictures)
+        if self.config.detects:
+            spots = [find_spots(heat) for heat in maps[-1].float().cpu()]
+        return [*map(Encoded, embeds, self.find_words(features), spots)]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> token embeddings [..., llm_hidden_size]; IMAGE_ID reads as id 0."""

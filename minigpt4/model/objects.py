@@ -1,5 +1,6 @@
 """The bridge for two encoders: what a classifier and a detector see, pooled to the same grid."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ClassesAndObjects, PooledMap
+from minigpt4.model.image import Spot
 
 # COCO's classes, in the detector's order, as they are listed in a prompt.
 _NAMES = (
@@ -20,6 +22,13 @@ _NAMES = (
     "refrigerator, book, clock, vase, scissors, teddy bear, hair dryer, toothbrush"
 )
 OBJECTS = tuple(_NAMES.split(", "))
+
+
+# From this height on, a peak of the heat map is an object that the page points at.
+SURE = 0.35
+MOST_SPOTS = 20
+# An object's half side, in widths (standard deviations) of its peak.
+SIDE_OF_PEAK = 3.0
 
 
 class ObjectsBridge(nn.Module):
@@ -68,3 +77,38 @@ class ObjectsBridge(nn.Module):
 
 def _layer_norm(vectors: Tensor) -> Tensor:
     return F.layer_norm(vectors, vectors.shape[-1:])
+
+
+def find_spots(heat: Tensor) -> tuple[Spot, ...]:
+    """The sure objects of a heat map [classes, H, W], the surest first.
+
+    CenterNet's peaks are Gaussians whose width grows with the object: the area above half of a
+    peak's height, which is 2 ln 2 * pi * deviation^2, tells its size.
+    """
+    highest = F.max_pool2d(heat[None], 3, stride=1, padding=1)[0]
+    peaks = heat * (heat == highest) * (heat >= SURE)
+    values, places = peaks.flatten().topk(MOST_SPOTS)
+    height, width = heat.shape[1:]
+    spots = []
+    for certainty, place in zip(values.tolist(), places.tolist(), strict=True):
+        if not certainty:
+            break
+        number, y, x = place // (height * width), place // width % height, place % width
+        area = _area_around(heat[number] > certainty / 2, x, y)
+        deviation = (area / (2 * math.log(2) * math.pi)) ** 0.5
+        radius = SIDE_OF_PEAK * deviation / max(height, width)
+        spots.append(
+            Spot(OBJECTS[number], (x + 0.5) / width, (y + 0.5) / height, radius, certainty)
+        )
+    return tuple(spots)
+
+
+def _area_around(mask: Tensor, x: int, y: int) -> int:
+    """Cells of the connected region of `mask` [H, W] that holds (x, y)."""
+    region = torch.zeros_like(mask)
+    region[y, x] = True
+    while True:
+        grown = F.max_pool2d(region[None].float(), 3, stride=1, padding=1)[0].bool() & mask
+        if torch.equal(grown, region):
+            return int(region.sum())
+        region = grown

@@ -32,7 +32,8 @@ def ending(session: Session, request: gr.Request | None) -> str:
 
 
 def facts(session: Session, request: gr.Request | None) -> dict:
-    """Place among the shown messages -> what is known of that answer, for assets/facts.js.
+    """Place among the shown messages -> what is known of that answer; and where the objects of each
+    picture are. For assets/facts.js.
 
     The mark is new each time: the script is to be called whenever a turn has ended.
     """
@@ -42,7 +43,8 @@ def facts(session: Session, request: gr.Request | None) -> dict:
         for index, place in enumerate(places)
         if place in session.statistics and session.statistics[place].tokens
     }
-    return {"mark": secrets.token_hex(4), "answers": known}
+    objects = [[spot._asdict() for spot in spots] for spots in render.objects(session)]
+    return {"mark": secrets.token_hex(4), "answers": known, "objects": objects}
 
 
 def _facts(stats: "Stats", request: gr.Request | None) -> dict:

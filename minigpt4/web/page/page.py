@@ -12,6 +12,7 @@ from minigpt4.web.guard.uploads import KEPT_SECONDS
 from minigpt4.web.page import panel, parts, render, texts
 from minigpt4.web.page.examples import FOLDER
 from minigpt4.web.page.feedback import Feedback, Ratings
+from minigpt4.web.page.first_look import FirstLook
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.panel import Panel
 from minigpt4.web.page.parts import PLAIN, fragment
@@ -49,6 +50,7 @@ WITHOUT_REFUSED = (
     "(refused, box) => refused?.length ? {...box, files: box.files.filter((file) => "
     "!refused.includes(file.path))} : {__type__: 'update'}"
 )
+CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 # Each event's options. Questions wait in the engine's own queue, not here: it knows their places.
 EVENT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
@@ -103,6 +105,7 @@ class ChatPage:
             show_label=False,
             label=label("conversation"),
             buttons=["copy"],
+            latex_delimiters=render.FORMULAS,
             editable="user",
             allow_file_downloads=False,
             feedback_options=("Like", "Dislike") if rated else None,
@@ -125,6 +128,7 @@ class ChatPage:
         self._status = gr.HTML("", elem_id="status", js_on_load=LIVE, **PLAIN)
         fragment("note", elem_id="note")
         self._refused = gr.JSON(visible=False)  # paths of files
+        self._captions = gr.HTML(html_template="", js_on_load=CAPTIONS_JS, elem_classes="unseen")
 
     def _wire_turns(self) -> None:
         names = [name for name in self._panel.settings if name != "system"]
@@ -155,7 +159,9 @@ class ChatPage:
             trigger_mode="always_last",
             **EVENT,
         )
-        attaching.then(None, [self._refused, box], box, js=WITHOUT_REFUSED)
+        looked = attaching.then(None, [self._refused, box], box, js=WITHOUT_REFUSED)
+        first_look = FirstLook(self._loading)
+        looked.then(first_look.caption, [box, session], self._captions, **EVENT)
 
     def _wire_conversations(self, uploads: Uploads) -> None:
         """What shows another conversation: New chat, the browser's list, a downloaded file."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from minigpt4 import start
-from minigpt4.web.page import answers, render, transcript
+from minigpt4.web.page import answers, looks, render, transcript
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.parts import PLAIN, fragment
 from minigpt4.web.page.session import Session
@@ -130,13 +130,17 @@ class Panel:
     def record(self, session: Session, request: gr.Request) -> list:
         """The conversation, with small pictures, for the browser's list; what is known of its
         answers."""
-        return [self._record(session), answers.facts(session, request)]
+        return [self._record(session), self._facts(session, request)]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
         """The same of a session that another has replaced: the conversation that was left while
         its answer was running, as far as it had come."""
         left, session.predecessor = session.predecessor, None
-        return [self._record(left) if left else gr.skip(), answers.facts(session, request)]
+        return [self._record(left) if left else gr.skip(), self._facts(session, request)]
+
+    def _facts(self, session: Session, request: gr.Request) -> dict:
+        looks.find_objects(self._loading.engine, session.conversation.pictures.values())
+        return answers.facts(session, request)
 
     def _record(self, session: Session) -> dict:
         if not session.conversation.messages:

@@ -9,7 +9,7 @@ from minigpt4.web.page.examples import QUESTIONS, thumbnail
 
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("theme", "layout", "chat", "composer", "panels")
-SCRIPTS = ("names", "page", "layout", "composer", "pictures", "facts")
+SCRIPTS = ("names", "page", "layout", "composer", "where", "pictures", "facts", "speak", "keys")
 # A gr.HTML without Gradio's own look.
 PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}
 # names.js fills in the texts: see `complete` there.

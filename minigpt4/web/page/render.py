@@ -1,11 +1,13 @@
 """A conversation as gr.Chatbot shows it. Whatever the texts hold, none of it runs in the page."""
 
 import html
+import json
 import re
 import secrets
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from urllib.parse import quote
 
 import gradio as gr
 from gradio.components.chatbot import FileMessage, TextMessage
@@ -17,9 +19,10 @@ from gradio_client.utils import encode_file_path, get_mimetype
 
 from minigpt4.conversation import Conversation
 from minigpt4.model import image
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Picture, Spot
 from minigpt4.model.prompt import Message
 from minigpt4.web.guard.gradio_patches import Prepared
+from minigpt4.web.page import looks
 from minigpt4.web.page.parts import asset
 from minigpt4.web.page.session import Remark, Session
 from minigpt4.web.page.texts import translate
@@ -32,13 +35,26 @@ FILE_URL = "/gradio_api/file="
 _ENTITY = re.compile(r"&#00(\d{2,3});")
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]|^\s|(?<=[ \t])[ \t]|\d(?=[.)])", re.MULTILINE)
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+# $x^2$, but no amounts of money: no space inside the dollars, no digit behind them (Pandoc's rule).
+_FORMULA = re.compile(r"(?<![\\$\w])\$(?![\s$])([^$\n]{1,500})(?<![\s\\])\$(?![\w$])")
+_MARKED_FORMULA = re.compile(r"\\\(\{\}(.*?)\\\)")
+# How gr.Chatbot finds formulas. A single dollar is none of its marks: it would take amounts, too.
+FORMULAS = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
 
 
 def literal(text: str) -> str:
-    """Markdown that shows tags and picture links as they were written."""
+    """Markdown that shows formulas, but tags and picture links as they were written.
+
+    A formula's {} is the mark by which assets/page.js knows the dollars again.
+    """
     parts = _CODE.split(text)  # every second part is code
     for written, entity in (("<", _entity("<")), ("![", "!" + _entity("["))):
         parts[::2] = [p.replace(written, entity) for p in parts[::2]]
+    parts[::2] = [_FORMULA.sub(r"\\({}\1\\)", p) for p in parts[::2]]
     return "".join(parts)
 
 
@@ -49,6 +65,7 @@ def verbatim(text: str) -> str:
 
 def unescape(text: str) -> str:
     """The inverse of `literal` and `verbatim`."""
+    text = _MARKED_FORMULA.sub(r"$\1$", text)
     return _ENTITY.sub(lambda found: chr(int(found[1])), text)
 
 
@@ -96,6 +113,12 @@ def messages(session: Session, request: gr.Request | None, done: bool = True) ->
     return shown
 
 
+def objects(session: Session) -> list[tuple[Spot, ...]]:
+    """Of each picture that is shown, what was found in it, for assets/where.js."""
+    keys = [i.key for m in session.conversation.messages for i in m.images]
+    return [looks.find(key).objects or () for key in keys if _thumbnails.find(key)]
+
+
 def _rendered(session: Session, place: int) -> list[dict]:
     message = session.conversation.messages[place]
     known, rendered = session.rendered.get(place, (None, []))
@@ -117,19 +140,19 @@ def _message(role: str, content: list) -> dict:
 
 
 def _pictures(message: Message, session: Session) -> list[dict]:
-    """Their alternative texts are "2/5 dog.jpg"; assets/pictures.js says them in the visitor's
-    language."""
+    """Behind the "#" of its address is what assets/pictures.js says of each in the visitor's
+    language: its number, of how many, its file's name, its caption."""
     shown = []
     for number, reference in enumerate(message.images, 1):
         path = _thumbnails.find(reference.key)
         if not path:  # the disk is full, or was
             shown.append(_message("user", [TextMessage(text="(picture)")]))
             continue
-        url = FILE_URL + encode_file_path(path)
-        file = FileData(path=path, url=url, mime_type=get_mimetype(path))
         name = Path(session.files.get(reference.key, "")).name
-        alt = f"{number}/{len(message.images)} {name}"
-        shown.append(_message("user", [FileMessage(file=file, alt_text=alt)]))
+        told = [number, len(message.images), name, looks.find(reference.key).caption]
+        url = f"{FILE_URL}{encode_file_path(path)}#{quote(json.dumps(told), safe='')}"
+        file = FileData(path=path, url=url, mime_type=get_mimetype(path))
+        shown.append(_message("user", [FileMessage(file=file)]))
     return shown
 
 

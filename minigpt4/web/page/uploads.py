@@ -17,7 +17,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import render, transcript
+from minigpt4.web.page import looks, render, transcript
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import KEPT_SIDE, Session, too_many_pictures
 from minigpt4.web.page.texts import explain, translate
@@ -67,7 +67,7 @@ class Uploads:
             good.append(path)
             try:
                 if engine := self._loading.engine:
-                    engine.encode(picture)
+                    looks.note_objects(picture, engine.encode(picture))
                     uploads[path] = image.smaller(picture, KEPT_SIDE)
             except Exception:  # only a head start: the answer will tell
                 log.exception("while encoding a picture")

@@ -28,16 +28,21 @@
       about.ariaExpanded = String(!note.hidden);
       note.scrollIntoView({ block: "nearest" });
     });
-    about.classList.add("about");
+    about.classList.add("about", "small");
     Object.assign(about, { known, ariaExpanded: "false" });
     buttons.append(about, note);
   };
   const update = () => {
-    document.querySelectorAll("#chat .message-row").forEach((row, place) => add(row, answers[place]));
+    document.querySelectorAll("#chat .message-row").forEach((row, place) => {
+      add(row, answers[place]);
+      window.minigpt4.speakable(row);
+    });
+    window.minigpt4.where.again();
   };
   const facts = (told) => {
     answers = told?.answers ?? {};
     window.minigpt4.sending(false);
+    window.minigpt4.where.update(told?.objects);
     update();
   };
   let waiting = false;

@@ -66,15 +66,20 @@
 
   // What is focused may go away with what it did (Retry, Delete): then the message box has it.
   let focused = null;
-  document.addEventListener("focusin", ({ target }) => { focused = target; });
-  document.addEventListener("focusout", ({ target, relatedTarget }) => {
-    if (!relatedTarget && target.isConnected) focused = null;
-  });
-  new MutationObserver(() => {
+  const lost = () => {
     if (!focused || focused.isConnected || document.activeElement !== document.body) return;
     focused = null;
     find("#box textarea")?.focus({ preventScroll: true });
-  }).observe(document.documentElement, { childList: true, subtree: true });
+  };
+  document.addEventListener("focusin", ({ target }) => { focused = target; });
+  document.addEventListener("focusout", ({ target, relatedTarget }) => {
+    if (relatedTarget) return;
+    setTimeout(() => { // browsers say so before they take the element away
+      if (target.isConnected && focused === target) focused = null;
+      else lost();
+    });
+  });
+  new MutationObserver(lost).observe(document.documentElement, { childList: true, subtree: true });
 
   const button = (key, icon, act) => {
     const made = document.createElement("button");

@@ -51,25 +51,32 @@
     }
   };
 
+  // The texts of the page's own parts, which name them.
+  const write = (part) => {
+    const { say: text, label } = part.dataset;
+    if (text && part.textContent !== say(text)) part.textContent = say(text);
+    if (!label || part.ariaLabel === say(label)) return;
+    part.ariaLabel = say(label);
+    if (part.matches("button")) part.title = say(label);
+  };
   const complete = (node) => {
     const all = (selector) => [
       ...(node.matches(selector) ? [node] : []), ...node.querySelectorAll(selector),
     ];
     all("[aria-label], [title]").forEach(translate);
     all("[data-testid=toast-body]").forEach(explain);
-    for (const found of all("[data-say]")) found.textContent = say(found.dataset.say);
-    for (const found of all("[data-label]")) {
-      found.setAttribute("aria-label", say(found.dataset.label));
-      if (found.matches("button")) found.title = say(found.dataset.label);
-    }
+    all("[data-say]").forEach(write);
+    all("[data-label]").forEach(write);
     for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
       found.setAttribute("role", "group"); // a name without a role is not read out
     }
+    for (const found of all("#box .thumbnails")) found.setAttribute("role", "list");
     for (const found of all("#chat pre")) found.setAttribute("tabindex", "0"); // it scrolls
   };
   new MutationObserver((changes) => {
     for (const { type, target, addedNodes } of changes) {
       if (type === "attributes") translate(target);
+      if (target.dataset?.say || target.dataset?.label) write(target); // a part that was redrawn
       for (const node of addedNodes) if (node.nodeType === Node.ELEMENT_NODE) complete(node);
     }
     // An answer is read out when it is whole, not word by word.

@@ -1,8 +1,10 @@
 // What Gradio has no part for: keys, copying what was written, saving files, light and dark.
 (() => {
   const { say } = window.minigpt4;
-  // render.py escapes characters so that they stay text; copied or edited, they are themselves.
-  const written = (text) => text.replace(/&#00(\d{2,3});/g, (_, code) => String.fromCharCode(code));
+  // render.py escapes characters so that they stay text, and marks formulas; copied or edited, they
+  // are what was written.
+  const written = (text) => text.replace(/\\\(\{\}(.*?)\\\)/g, "$$$1$$")
+    .replace(/&#00(\d{2,3});/g, (_, code) => String.fromCharCode(code));
   if (navigator.clipboard?.writeText) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => write(written(String(text)));

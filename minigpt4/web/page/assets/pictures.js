@@ -1,18 +1,29 @@
 // The pictures of a conversation: their names, and the window that shows them large.
 (() => {
-  const { say, button } = window.minigpt4;
-  // render.py writes "2/5 dog.jpg".
-  const named = (text) => {
-    const [, number, count, name] = text.match(/^(\d+)\/(\d+) ?(.*)$/) ?? [];
-    if (!number) return "";
-    const place = say("picture_of").replace("{number}", number).replace("{count}", count);
-    return name ? `${place}: ${name}` : place;
+  const { say, button, where } = window.minigpt4;
+  // render.py writes behind the "#" of its address: [2, 5, "dog.jpg", "A dog on a beach"].
+  const named = (address) => {
+    try {
+      const [number, count, name, caption] = JSON.parse(decodeURIComponent(address.split("#")[1]));
+      const place = say("picture_of").replace("{number}", number).replace("{count}", count);
+      return [name ? `${place}: ${name}` : place, caption].filter(Boolean).join(". ");
+    } catch { return ""; } // no such address
   };
   const name = (picture) => {
-    const text = named(picture.alt);
-    const button = picture.closest("button");
-    if (text) picture.alt = text;
-    if (button && picture.alt) button.ariaLabel = `${say("enlarge")}: ${picture.alt}`;
+    const text = named(picture.src);
+    if (!text || picture.alt === text) return;
+    picture.alt = text;
+    picture.closest("button").ariaLabel = `${say("enlarge")}: ${text}`;
+  };
+  // The captions of the pictures in the message box, by their files' paths on the server.
+  let known = {};
+  const captions = (told) => {
+    known = told ?? {};
+    for (const picture of document.querySelectorAll("#box .thumbnail-image")) {
+      const path = Object.keys(known).find((one) => decodeURI(picture.src).endsWith(one));
+      const text = path && known[path];
+      if (text) picture.alt = picture.closest(".thumbnail-wrapper").title = text;
+    }
   };
   const all = () => [...document.querySelectorAll("#chat .image-frame img")];
 
@@ -20,15 +31,26 @@
     const dialog = document.createElement("dialog");
     const large = document.createElement("img");
     const caption = document.createElement("p");
+    const objects = document.createElement("div");
     let at = all().indexOf(clicked);
     const turn = (step) => {
       const pictures = all();
       at = (at + step + pictures.length) % pictures.length;
       large.src = pictures[at].src;
       large.alt = caption.textContent = dialog.ariaLabel = pictures[at].alt;
+      where.hide();
+      objects.replaceChildren(...where.objects(at).map((name) => {
+        const made = Object.assign(document.createElement("button"), { type: "button", textContent: name });
+        for (const type of ["pointerenter", "focus", "click"]) {
+          made.addEventListener(type, () => where.point(large, at, name));
+        }
+        for (const type of ["pointerleave", "blur"]) made.addEventListener(type, where.hide);
+        return made;
+      }));
     };
     dialog.id = "lightbox";
-    dialog.append(button("close", "close", () => dialog.close()), large, caption);
+    objects.className = "objects";
+    dialog.append(button("close", "close", () => dialog.close()), large, caption, objects);
     if (all().length > 1) {
       dialog.append(button("previous", "left", () => turn(-1)), button("following", "right", () => turn(1)));
     }
@@ -49,7 +71,8 @@
     event.stopPropagation();
     show(picture);
   }, true);
+  Object.assign(window.minigpt4, { captions });
   new MutationObserver(() => all().forEach(name)).observe(document.documentElement, {
-    childList: true, subtree: true, attributeFilter: ["alt"],
+    childList: true, subtree: true, attributeFilter: ["src"],
   });
 })();

@@ -1,0 +1,44 @@
+// Reading an answer aloud with the browser's own voice.
+(() => {
+  const { say, button } = window.minigpt4;
+  const voice = window.speechSynthesis;
+  let reading = null; // its button
+
+  // The commonest words tell apart the languages that the page speaks.
+  const COMMON = {
+    en: /\b(the|and|is|of|with|it)\b/gi, de: /\b(der|die|das|und|ist|mit|ein)\b/gi,
+    es: /\b(el|la|los|y|es|con|una|que)\b/gi, zh: /[\u4e00-\u9fff]/g,
+  };
+  const language = (text) => {
+    const count = (tag) => text.match(COMMON[tag])?.length ?? 0;
+    return Object.keys(COMMON).reduce((best, tag) => (count(tag) > count(best) ? tag : best));
+  };
+  const stop = () => {
+    voice.cancel();
+    if (reading) Object.assign(reading, { ariaPressed: "false", title: say("read") });
+    reading = null;
+  };
+  const read = (answer, pressed) => {
+    const again = reading === pressed;
+    stop();
+    if (again) return;
+    const text = answer.innerText;
+    const speech = Object.assign(new SpeechSynthesisUtterance(text), { lang: language(text) });
+    speech.onend = speech.onerror = () => { if (reading === pressed) stop(); };
+    reading = pressed;
+    Object.assign(pressed, { ariaPressed: "true", title: say("read_stop") });
+    voice.speak(speech);
+  };
+  const speakable = (row) => {
+    const buttons = row.nextElementSibling;
+    const answer = row.matches(".bot-row") && row.querySelector(".md");
+    if (!voice || !answer || !buttons?.matches(".message-buttons")) return;
+    if (buttons.querySelector(".read")) return;
+    const made = button("read", "speaker", () => read(answer, made));
+    made.classList.add("read", "small");
+    made.ariaPressed = "false";
+    buttons.insertBefore(made, buttons.querySelector(".about"));
+  };
+  addEventListener("pagehide", () => voice?.cancel());
+  Object.assign(window.minigpt4, { speakable });
+})();

@@ -1,0 +1,130 @@
+// Show where: an object that an answer names is ringed in the pictures while its word is hovered,
+// focused or touched. The server finds the objects (looks.py); this finds their words.
+(() => {
+  // What else a detector's classes are called. A plural is found with "s" or "es".
+  const OTHERS = {
+    person: "people man men woman women boy girl child children kid baby lady player guy",
+    bicycle: "bike", motorcycle: "motorbike scooter", airplane: "plane aeroplane aircraft jet",
+    boat: "ship sailboat canoe", cat: "kitten", dog: "puppy", cow: "cattle bull", sheep: "lamb",
+    handbag: "purse bag", backpack: "rucksack", suitcase: "luggage", skis: "ski", knife: "knives",
+    "wine glass": "glass", cup: "mug", donut: "doughnut", couch: "sofa", "potted plant": "plant",
+    table: "desk", television: "tv", "computer mouse": "mouse", "remote control": "remote",
+    phone: "smartphone cellphone", refrigerator: "fridge", "teddy bear": "teddy", bus: "buses",
+  };
+  let pictures = []; // of each picture in the chat: [{ name, x, y, radius }, …]
+  const images = () => [...document.querySelectorAll("#chat .image-frame img")];
+
+  const finder = (names) => {
+    const meaning = new Map();
+    for (const name of names) {
+      for (const word of [name, ...(OTHERS[name]?.split(" ") ?? [])]) meaning.set(word, name);
+    }
+    const words = [...meaning.keys()].sort((a, b) => b.length - a.length).join("|");
+    return { meaning, pattern: new RegExp(`\\b(${words})(?:s|es)?\\b`, "gi") };
+  };
+
+  // --- rings ---------------------------------------------------------------------------------
+
+  // Where the picture's own left, top, width and height are in its element's box.
+  const drawn = (image) => {
+    const { width, height } = image.getBoundingClientRect();
+    const { naturalWidth: w, naturalHeight: h } = image;
+    const fit = getComputedStyle(image).objectFit === "cover" ? Math.max : Math.min;
+    const scale = fit(width / w, height / h);
+    return [(width - w * scale) / 2, (height - h * scale) / 2, w * scale, h * scale];
+  };
+  const ring = (image, spots, label) => {
+    const box = image.getBoundingClientRect();
+    const [left, top, width, height] = drawn(image);
+    const layer = document.createElement("div");
+    layer.className = "where";
+    layer.ariaHidden = "true";
+    Object.assign(layer.style, {
+      left: `${box.left}px`, top: `${box.top}px`, width: `${box.width}px`, height: `${box.height}px`,
+    });
+    for (const { x, y, radius } of spots) {
+      const spot = document.createElement("i");
+      Object.assign(spot.style, {
+        left: `${left + (x - radius) * width}px`, top: `${top + (y - radius) * height}px`,
+        width: `${2 * radius * width}px`, height: `${2 * radius * height}px`,
+      });
+      spot.append(Object.assign(document.createElement("b"), { textContent: label }));
+      layer.append(spot);
+    }
+    (image.closest("dialog") ?? document.body).append(layer);
+  };
+  const hide = () => document.querySelectorAll(".where").forEach((layer) => layer.remove());
+  const show = (name, label) => {
+    hide();
+    images().forEach((image, place) => {
+      const spots = pictures[place]?.filter((spot) => spot.name === name) ?? [];
+      if (spots.length && image.complete) ring(image, spots, label);
+    });
+  };
+
+  // --- words ---------------------------------------------------------------------------------
+
+  const mark = (answer, names) => {
+    if (!names.length || answer.querySelector(".seen")) return;
+    const { meaning, pattern } = finder(names);
+    const marked = new Set();
+    const walker = document.createTreeWalker(answer, NodeFilter.SHOW_TEXT);
+    const texts = [];
+    while (walker.nextNode()) {
+      if (!walker.currentNode.parentElement.closest("pre, code, a, .katex, small")) {
+        texts.push(walker.currentNode);
+      }
+    }
+    for (let text of texts) {
+      for (const found of [...text.data.matchAll(pattern)].reverse()) {
+        const word = found[0].toLowerCase();
+        if (marked.has(word) || text.parentElement === answer) continue;
+        marked.add(word);
+        const seen = document.createElement("mark");
+        seen.className = "seen";
+        seen.tabIndex = 0;
+        seen.dataset.name = meaning.get(found[1].toLowerCase());
+        text.splitText(found.index + found[0].length);
+        const middle = text.splitText(found.index);
+        middle.replaceWith(seen);
+        seen.append(middle);
+      }
+    }
+  };
+  // What an answer names may be in any picture above it.
+  const update = () => {
+    if (!pictures.length || document.documentElement.hasAttribute("data-sending")) return;
+    const names = new Set();
+    let place = 0;
+    for (const row of document.querySelectorAll("#chat .message-row")) {
+      for (const _ of row.querySelectorAll(".image-frame img")) {
+        for (const { name } of pictures[place] ?? []) names.add(name);
+        place += 1;
+      }
+      const answer = row.matches(".bot-row") && row.querySelector(".md");
+      if (answer) mark(answer, [...names]);
+    }
+  };
+  const where = (found) => {
+    pictures = found ?? [];
+    update();
+  };
+  const over = ({ target }) => {
+    const seen = target.closest?.(".seen");
+    if (seen) show(seen.dataset.name, seen.textContent);
+  };
+  for (const type of ["pointerover", "focusin", "click"]) document.addEventListener(type, over);
+  for (const type of ["pointerout", "focusout"]) {
+    document.addEventListener(type, ({ target }) => { if (target.closest?.(".seen")) hide(); });
+  }
+  document.addEventListener("scroll", hide, { capture: true, passive: true });
+  addEventListener("resize", hide);
+
+  // Names of what is in a picture, for the window that shows it large.
+  const objects = (place) => [...new Set(pictures[place]?.map(({ name }) => name))];
+  const point = (image, place, name) => {
+    hide();
+    ring(image, pictures[place].filter((spot) => spot.name === name), name);
+  };
+  Object.assign(window.minigpt4, { where: { update: where, again: update, objects, point, hide } });
+})();
