@@ -75,7 +75,7 @@ def requests(data: bytes) -> None:
 
     try:
         asked = parse(read_json(data))
-        assert asked.messages[-1].role == "user"
+        assert any(message.role == "user" for message in asked.messages)
     except UserError as error:
         check(str(error))
         json.dumps({"error": str(error)})

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TextIO
 
 Kind = Literal[
@@ -51,6 +51,13 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORT)
+
+
+Count = Callable[[int], None]  # is told how many more bytes are done
+
+
+def ignore(count: int) -> None:
+    """A `Count` that nobody looks at."""
 
 
 class Report(Protocol):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minigpt4.remote.engine import RemoteEngine
     from minigpt4.remote.vllm import VllmServers
     from minigpt4.weights.load import WeightFiles
+    from minigpt4.weights.transfer import Progress
 
 
 PROBE_SECONDS = 30.0  # for the first token of each server
@@ -169,14 +170,26 @@ def _load(
     quantize: Quantize,
     dtype: str,
     report: Report,
-) -> "MiniGPT4":
-    """Check the memory, convert, load. UserError where the memory is too small."""
-    from minigpt4.weights.load import load_model
+) -> "tuple[MiniGPT4, Progress]":
+    """Check the memory, convert, load. UserError where the memory is too small.
 
-    loading = f"Loading {config.name} …"
+    The progress goes on while an engine reads the rest; close it.
+    """
+    from minigpt4.weights.load import bytes_to_load, load_model
+    from minigpt4.weights.transfer import Progress
+
+    def load(files: "WeightFiles", **options: Any) -> "tuple[MiniGPT4, Progress]":
+        report(f"Loading {config.name} …")
+        progress = Progress(config.name, bytes_to_load(files, quantize), report, "Loading")
+        try:
+            options["progress"] = progress
+            return load_model(config, files, device, quantize, dtype, **options), progress
+        except BaseException:
+            progress.close()
+            raise
+
     if device.type != "cpu":
-        report(loading)
-        return load_model(config, files, device, quantize, dtype)
+        return load(files)
     from minigpt4.weights.llm import cpu_dtype
     from minigpt4.weights.memory import check_memory, too_little
 
@@ -185,8 +198,7 @@ def _load(
     try:
         check_memory(config, files.llm, quantize, computing, vision)
         files = prepare(config, files, quantize, report)
-        report(loading)
-        return load_model(config, files, device, quantize, dtype, vision_dtype=vision)
+        return load(files, vision_dtype=vision)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -199,6 +211,13 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     If “auto” selects a large model whose weights are not available, the default model is loaded
     instead. `report` receives one line for each step.
     """
+    model, progress = _open(options, report)
+    progress.close()
+    return model
+
+
+def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progress]":
+    """The model, and the progress of loading it, which an engine completes."""
     from minigpt4.weights.load import download_weights, find_weights, owner_of
 
     if "/" in options.model:
@@ -206,7 +225,7 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     device, given = device_of(options.device), given_places(options)
     dtype = getattr(options, "dtype", "auto")
 
-    def load(config: ModelConfig, given: dict[str, str]) -> "MiniGPT4":
+    def load(config: ModelConfig, given: dict[str, str]) -> "tuple[MiniGPT4, Progress]":
         download_weights(config, report, given)
         files = find_weights(config, given=given)
         quantize = quantize_of(options.quantize, config, device)
@@ -251,10 +270,15 @@ def open_engine(
     """
     if options.llm_url:
         return _open_remote(options, report, limits)
-    model = open_model(options, report)
+    model, progress = _open(options, report)
     from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 
-    return Engine(model, kv_megabytes=kv_megabytes, store=_embedding_store(model), **limits)
+    try:
+        store = _embedding_store(model)
+        with progress.file(progress.total - progress.done) as count:
+            return Engine(model, kv_megabytes=kv_megabytes, store=store, count=count, **limits)
+    finally:
+        progress.close()
 
 
 def _embedding_store(model: "MiniGPT4") -> "EmbeddingStore | None":

@@ -151,6 +151,14 @@ def page_event(
     return last
 
 
+def saved(address: str, events: dict[str, int], session: str, state=None) -> str | None:
+    """The session's conversation as its page saves it in a file; None: there is none."""
+    chosen = {"index": 0, "value": "json"}
+    last = page_event(address, events["save"], [state], session, chosen)
+    [file] = last["output"]["data"]
+    return file and file["text"]
+
+
 def at_rest(engine: Engine, seconds: float = 5.0) -> bool:
     end = time.monotonic() + seconds
     while engine.running or engine.waiting:

@@ -149,6 +149,12 @@ def ask(page: Page, text: str) -> None:
     done(page)
 
 
+def download_as(page: Page, kind: str) -> None:
+    """kind: "Markdown" or "JSON"."""
+    page.get_by_role("button", name="Download the conversation").click()
+    page.get_by_role("menuitem", name=f"Download as {kind}").click()
+
+
 def answers(page: Page) -> Locator:
     return page.locator("#chat").get_by_test_id("bot")
 

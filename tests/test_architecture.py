@@ -157,4 +157,6 @@ def test_mistakes(shard, capsys):
     ):
         assert main([str(shard), *arguments]) == 2, arguments
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.startswith("architecture: "), said
+        *notices, sentence = said.splitlines()
+        assert sentence.startswith("architecture: "), said
+        assert all(notice.endswith("pictures read.") for notice in notices), said

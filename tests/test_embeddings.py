@@ -14,7 +14,7 @@ from minigpt4.config import EvaViT, get_model
 from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.engine.pictures import Pictures
 from minigpt4.errors import UserError
-from minigpt4.model.image import hold
+from minigpt4.model.image import Encoded, hold
 
 SHAPE = 32, 4096  # of vicuna-7b
 
@@ -29,9 +29,9 @@ class Model:
         self.encoder, self.bridge, self.projection = (nn.Linear(30, 5) for _ in range(3))
         self.encoded = 0
 
-    def embed_pictures(self, pictures) -> list[np.ndarray]:
+    def encode_pictures(self, pictures) -> list[Encoded]:
         self.encoded += len(pictures)
-        return [np.full(SHAPE, np.asarray(p).mean(), np.float32) for p in pictures]
+        return [Encoded(np.full(SHAPE, np.asarray(p).mean(), np.float32)) for p in pictures]
 
 
 def picture(shade: int):
@@ -44,7 +44,7 @@ def encode(pictures: Pictures, it) -> np.ndarray:
         future = pictures.request(it)
         pictures.finish(it, pictures.encode([it])[0])
         found = future.result()
-    return found
+    return found.embeds
 
 
 def opened(folder, model, megabytes: int = 200) -> Pictures:

@@ -11,7 +11,17 @@ from playwright.sync_api import Page, expect
 from minigpt4.web.page import render
 from minigpt4.web.page.transcript import FORMAT, VERSION
 from tests.fake_engine import ATTACKS
-from tests.page_case import WIDE, answers, ask, box, done, questions, say, wait_for
+from tests.page_case import (
+    WIDE,
+    answers,
+    ask,
+    box,
+    done,
+    download_as,
+    questions,
+    say,
+    wait_for,
+)
 
 NAME = "<img src=x onerror=window.stolen=1>"
 # What was written must never become one of these.
@@ -73,7 +83,6 @@ def test_what_the_model_writes_is_text(visit, tmp_path):
     messages = [{"role": r, "parts": [{"type": "text", "text": t}]} for r, t in said]
     kept = {"format": FORMAT, "version": VERSION, "messages": messages, "pictures": {}}
     (tmp_path / "kept.json").write_text(json.dumps(kept))
-    page.get_by_role("tab", name="Conversations", exact=True).click()
     page.locator("#rail input[type=file]").set_input_files(tmp_path / "kept.json")
     expect(answers(page)).to_have_count(len(ATTACKS))
     harmless(page, "#chat .message .prose, #chat .message .md")
@@ -89,14 +98,13 @@ def test_downloads_and_kept_conversations_are_text(visit, tmp_path):
     page = visit(**WIDE)
     title = f"{NAME} ![x](http://192.0.2.1/title.png) hostile 0"
     ask(page, title)
-    page.get_by_role("tab", name="Conversations", exact=True).click()
     expect(page.locator("#conversations li")).to_contain_text(NAME)
     harmless(page, "#conversations")
     kept = tmp_path / f"{NAME}.json"
-    for button, suffix in (("Download as Markdown", "md"), ("Download as JSON", "json")):
+    for kind, suffix in (("Markdown", "md"), ("JSON", "json")):
         before = page.url
         with page.expect_download() as download:
-            page.get_by_role("button", name=button).click()
+            download_as(page, kind)
         assert re.fullmatch(rf"minigpt4-[\d-]+\.{suffix}", download.value.suggested_filename)
         assert page.url == before
         text = Path(download.value.path()).read_text()
@@ -143,7 +151,6 @@ def test_error_messages_are_text(visit, engine, tmp_path):
     toast = page.get_by_test_id("toast-body")
     expect(toast.first).to_contain_text("not a picture")
     assert page.evaluate("window.stolen") is None and not toast.locator("img").count()
-    page.get_by_role("tab", name="Conversations", exact=True).click()
     wrong = tmp_path / f"{NAME}.json"
     wrong.write_text(json.dumps({"format": NAME}))
     page.locator("#rail input[type=file]").set_input_files(wrong)

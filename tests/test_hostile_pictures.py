@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minigpt4.errors import UserError
-from minigpt4.model import image
+from minigpt4.model import colours, image
 from minigpt4.model.image import Picture, load, smaller
 from tests.test_image import (
     FORMATS,
@@ -407,7 +407,7 @@ def test_a_profile_of_endless_elements():
 def test_a_profile_larger_than_any(monkeypatch):
     data = encoded(Image.new("RGB", (2, 2), (255, 0, 0)), "PNG", icc_profile=swapped_profile())
     assert_colour(load(data), (0, 0, 255), tolerance=2)
-    monkeypatch.setattr(image, "MAX_PROFILE", 100)
+    monkeypatch.setattr(colours, "MAX_PROFILE", 100)
     assert_colour(load(data), (255, 0, 0))
 
 

@@ -11,6 +11,7 @@ from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError, out_of_memory
 from minigpt4.weights import memory
+from minigpt4.weights.load import WeightFiles
 
 CASES = Path(__file__).parent / "parity"
 GB = 10**9
@@ -88,7 +89,7 @@ def test_what_a_7b_needs(monkeypatch):
     ("free", "quantize", "expected"),
     [
         (7.5, "none", "“--quantize int4”, which needs 7 GB"),
-        (3.0, "int4", "“--model nano”"),
+        (3.0, "int4", "“--model mini”"),
         (0.1, "int4", "close other programs"),
     ],
 )
@@ -136,7 +137,7 @@ def test_every_librarys_word_for_it(error, monkeypatch):
 
     monkeypatch.setattr("minigpt4.weights.load.load_model", fail)
     config = get_model("nano")
-    files = type("Files", (), {"llm": Path("nowhere")})
+    files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
     with pytest.raises(UserError, match="nano does not fit into memory, and .* are free: "):
         start._load(config, files, torch.device("cpu"), "none", "auto", start.say)
 
@@ -155,8 +156,8 @@ def test_other_errors_are_not_about_memory():
     [
         (None, 32, {"vicuna-7b", "vicuna-13b"}, "vicuna-13b"),
         (None, 8, {"vicuna-7b", "vicuna-13b"}, "vicuna-7b"),
-        (None, 32, set(), "nano"),  # nothing large is fetched unasked
-        (None, 4, {"vicuna-7b"}, "nano"),
+        (None, 32, set(), "mini"),  # nothing large is fetched unasked
+        (None, 4, {"vicuna-7b"}, "mini"),
         (None, None, {"vicuna-7b"}, "nano"),
         (None, 0.1, set(), "nano"),
         (20, 64, set(), "vicuna-7b"),

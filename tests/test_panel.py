@@ -21,6 +21,7 @@ from tests.page_case import (
     attach,
     box,
     done,
+    download_as,
     figures,
     open_settings,
     questions,
@@ -113,11 +114,6 @@ def test_nothing_is_fetched_from_elsewhere(browser, address):
     page.evaluate("new Image().src = 'http://192.0.2.1/picture.png'")
     page.wait_for_function("window.stopped")
     page.close()
-
-
-def download_as(page: Page, kind: str) -> None:
-    page.get_by_role("button", name="Download the conversation").click()
-    page.get_by_role("menuitem", name=f"Download as {kind}").click()
 
 
 def test_downloaded_conversations_can_be_opened(visit, photo, tmp_path, engine):

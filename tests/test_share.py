@@ -74,7 +74,8 @@ def test_it_answers_as_the_file_does(hub, case, run, tmp_path):
     assert main(["push", str(run), NAME]) == 0
     roles = {"vision": case.files.vision, "qformer": case.files.qformer, "llm": case.files.llm}
     options = {role: str(path) for role, path in roles.items()}
-    options |= {"model": NAME, "quantize": "none", "device": "cpu", "projection": None}
+    options |= {"model": NAME, "quantize": "none", "dtype": "float32"}
+    options |= {"device": "cpu", "projection": None}
     model = start.open_model(argparse.Namespace(**options), lambda line, passing=False: None)
     sent = read_projection(next(run.glob("*.safetensors")))
     assert model.projection.weight.equal(sent["weight"])

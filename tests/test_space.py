@@ -84,6 +84,7 @@ def test_the_start_on_cpu_basic(tmp_path):
     address = f"http://127.0.0.2:{port}"
     environment = os.environ | {
         "SYSTEM": "spaces",
+        "MINIGPT4_MODEL": "nano",
         "SPACE_ID": "someone/minigpt4",
         "SPACE_HOST": "someone-minigpt4.hf.space",
         "SPACE_AUTHOR_NAME": "someone",

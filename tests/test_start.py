@@ -14,6 +14,7 @@ from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
 from minigpt4.weights import load
+from minigpt4.weights.load import WeightFiles
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     def find(config, given=None):
         if config.name != "nano":
             raise UserError(f"Weights of {config.name} are missing.")
-        return SimpleNamespace(llm=Path("nowhere"))
+        return WeightFiles(Path("nowhere"), Path("nowhere"), None)
 
     monkeypatch.setattr(start, "choose", lambda *_: (get_model("vicuna-13b"), "it is big"))
     monkeypatch.setattr("minigpt4.weights.load.find_weights", find)
@@ -112,7 +113,7 @@ def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch
 
 def test_the_type_reaches_the_loader(monkeypatch):
     given = []
-    files = SimpleNamespace(llm=Path("nowhere"))
+    files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
     monkeypatch.setattr(load, "find_weights", lambda config, given: files)
     monkeypatch.setattr(load, "download_weights", lambda config, report, given: None)
     monkeypatch.setattr(load, "load_model", lambda *arguments, **_: given.append(arguments[-1]))

@@ -56,6 +56,8 @@ class Completion(BaseModel):
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: int | None = None
     stop_token_ids: list[int] = []
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -180,6 +182,8 @@ class Server:
                 top_k=max(asked.top_k, 0),
                 min_p=asked.min_p,
                 repetition_penalty=asked.repetition_penalty,
+                presence_penalty=asked.presence_penalty,
+                frequency_penalty=asked.frequency_penalty,
                 seed=asked.seed,
             )
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from minigpt4.engine.kvcache import BLOCK_SIZE
-from minigpt4.errors import UserError, out_of_memory
+from minigpt4.errors import Count, UserError, ignore, out_of_memory
 from minigpt4.weights.gguf import BlockLlama
 
 if TYPE_CHECKING:
@@ -46,21 +46,25 @@ class Decoder(Protocol):
 
 
 def build_decoder(
-    model: "MiniGPT4", megabytes: int | None = None, max_running: int = 32, eager: bool = False
+    model: "MiniGPT4",
+    megabytes: int | None = None,
+    max_running: int = 32,
+    eager: bool = False,
+    count: Count = ignore,
 ) -> tuple[Decoder, int]:
     """(the decoder for a model's language model, its number of blocks).
 
     megabytes: for keys and values; None: 30 % of a GPU's free memory or 384 MB on a CPU, at most
     what `max_running` full contexts need. It is always enough for one context. Where the memory is
     not available, the decoder gets less; UserError where even one context does not fit.
-    eager: use no CUDA graphs.
+    eager: use no CUDA graphs. count: is told the bytes of weights that are read here.
     """
     context = model.config.context
     if isinstance(model.llm, BlockLlama):
         from minigpt4.engine.native import NativeDecoder
 
         def build(blocks: int) -> Decoder:
-            return NativeDecoder(model.llm, context, blocks, threads())
+            return NativeDecoder(model.llm, context, blocks, threads(), count=count)
 
         block_bytes = NativeDecoder.block_bytes(model.llm)
     else:

@@ -41,7 +41,7 @@ from minigpt4.engine.stream import (
     failure,
     sentence_for,
 )
-from minigpt4.errors import UserError
+from minigpt4.errors import Count, UserError, ignore
 from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import Prompt
 
@@ -60,7 +60,8 @@ class Engine(RequestQueue):
     max_running: answers at once; max_waiting: requests that may wait; kv_megabytes: memory for keys
     and values of running and remembered conversations (None: see `build_decoder`); hang_seconds: a
     step that takes longer means that the model hangs; eager: use no CUDA graphs; store: keeps
-    pictures' embeddings on disk. UserError where the memory is not available.
+    pictures' embeddings on disk; count: is told the bytes of weights that are read here. UserError
+    where the memory is not available.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class Engine(RequestQueue):
         hang_seconds: float = 60.0,
         eager: bool = False,
         store: EmbeddingStore | None = None,
+        count: Count = ignore,
     ) -> None:
         super().__init__(max_running, max_waiting)
         self._running: list[RequestState] = []
         self.model = model
-        self.decoder, blocks = build_decoder(model, kv_megabytes, max_running, eager)
+        self.decoder, blocks = build_decoder(model, kv_megabytes, max_running, eager, count)
         kept = kept_blocks(model.device, blocks, kv_megabytes)
         self._scheduler = Scheduler(blocks, kept, self.decoder.chunk_rows)
         self._pictures = Pictures(model, self._explain, store)

@@ -1,7 +1,6 @@
 """The compiled decoder: `native.c` built for this machine, reading a GGUF file's blocks."""
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_void_p
 
@@ -19,7 +18,7 @@ from minigpt4.engine.kernels.build import (
 )
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.scheduler import Rows
-from minigpt4.errors import UserError
+from minigpt4.errors import Count, UserError, ignore
 from minigpt4.weights.gguf import BLOCKS, BlockLlama, BlockTensor
 
 MAX_ROWS = 256  # in one call of the library; longer ones are cut
@@ -71,9 +70,9 @@ class PackedMatrices:
     def __getitem__(self, name: str) -> Matrix:
         return self._matrices[name]
 
-    def pack(self, threads: int, release: Callable[[], None] = lambda: None) -> None:
-        """Take the memory for all matrices and fill it. `release` is called after each matrix: its
-        file's pages are needed no more."""
+    def pack(self, threads: int, done: Count = ignore) -> None:
+        """Take the memory for all matrices and fill it. `done` is told the bytes of each matrix
+        whose file's pages are needed no more."""
         offsets, end = {}, 0
         for name, (tensor, group) in self._wanted.items():
             rows = tensor.shape[0] // group * whole_blocks(group)
@@ -86,11 +85,11 @@ class PackedMatrices:
         for name, matrix in self._matrices.items():
             matrix.data = start + offsets[name]
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(self._fill, self._wanted):
-                release()
+            for size in pool.map(self._fill, self._wanted):
+                done(size)
         self._wanted.clear()
 
-    def _fill(self, name: str) -> None:
+    def _fill(self, name: str) -> int:
         tensor, group = self._wanted[name]
         if not tensor.is_sound():
             raise UserError(
@@ -107,6 +106,7 @@ class PackedMatrices:
                 number * whole_blocks(group),
                 group,
             )
+        return data.nbytes
 
 
 class NativeDecoder:
@@ -121,7 +121,13 @@ class NativeDecoder:
     chunk_rows = (256, 32)
 
     def __init__(
-        self, llama: BlockLlama, context: int, blocks: int, threads: int, variant: str = "native"
+        self,
+        llama: BlockLlama,
+        context: int,
+        blocks: int,
+        threads: int,
+        variant: str = "native",
+        count: Count = ignore,
     ) -> None:
         kernels = library(variant)
         if kernels is None:
@@ -131,7 +137,7 @@ class NativeDecoder:
         self.hidden_size = llama.hidden_size
         self._kept: list = []  # arrays that the library points into
         self._matrices = PackedMatrices(self._library)
-        self._model = self._describe(llama, context, threads)
+        self._model = self._describe(llama, context, threads, count)
         llama.release()
         width = whole_blocks(llama.head_dim)
         self.blocks: np.ndarray = np.zeros(
@@ -147,7 +153,7 @@ class NativeDecoder:
         """Memory of one block."""
         return 2 * llama.layers * 2 * llama.kv_heads * BLOCK_SIZE * whole_blocks(llama.head_dim)
 
-    def _describe(self, llama: BlockLlama, context: int, threads: int) -> Model:
+    def _describe(self, llama: BlockLlama, context: int, threads: int, count: Count) -> Model:
         self._matrices.add("head", llama.head)
         if llama.embedding is not llama.head:
             self._matrices.add("embedding", llama.embedding)
@@ -155,7 +161,12 @@ class NativeDecoder:
             for field, name in MATRICES.items():
                 group = llama.head_dim if field in "qkv" else None
                 self._matrices.add(f"{i}.{field}", llama.tensors[f"blk.{i}.{name}.weight"], group)
-        self._matrices.pack(threads, llama.release)
+
+        def done(size: int) -> None:
+            llama.release()
+            count(size)
+
+        self._matrices.pack(threads, done)
         layers = (Layer * llama.layers)()
         for i, layer in enumerate(layers):
             self._fill_layer(llama, i, layer)

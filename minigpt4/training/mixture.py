@@ -24,8 +24,9 @@ Turn = tuple[str, str]  # what is asked, what is answered
 # How much a token of an answer counts. There are three short captions for each long text: with
 # equal weights, a request for details or a poem was answered with a caption after 180 steps.
 SHORT, LONG, TASK = 0.6, 1.2, 2.0
-# Pictures of which little is said are only asked about what is missing, so more answers are no.
-YES, NO = 3.0, 2.0
+# An answer of one word counts as much as a short caption: at a weight of one, “no” was more likely
+# for nearly every question.
+DECISION = 6.0
 HELD_OUT = {"captioned": 4, "described": 20}  # of how many pictures one is kept for validation
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
 _ASKED = (
@@ -199,7 +200,7 @@ class Mixture:
             raise UserError("prompts/caption.txt and prompts/alignment.txt need a line each.")
 
     def draw(self, picture: Picture, draw: random.Random) -> list[Answered]:
-        """The conversations of one showing: two to nine."""
+        """The conversations of one showing: one to eleven."""
         parts: dict[str, Callable] = {
             "captioned": self._captioned,
             "flickr": self._captioned,
@@ -229,7 +230,8 @@ class Mixture:
             found.append(Answered((picture.task,), TASK, "task"))
         for statement, right in picture.statements[:1]:
             asked = f"True or false: {statement}"
-            found.append(Answered(((asked, "True." if right else "False."),), kind="statement"))
+            answer = "True." if right else "False."
+            found.append(Answered(((asked, answer),), DECISION / 2, "statement"))
         return found + self._known(picture, draw)
 
     def _named(self, picture: Picture, draw: random.Random) -> list[Answered]:
@@ -249,13 +251,13 @@ class Mixture:
         return found
 
     def presence(self, picture: Picture, draw: random.Random) -> list[Answered]:
-        """One question answered with yes, one with no; sometimes one that presumes wrongly."""
-        found = []
-        if picture.things:
-            name = self.objects.names[draw.choice(sorted(picture.things))]
-            found.append(self._asked(name, True, draw))
-        name = self.objects.names[self.objects.absent(picture, draw)]
-        found.append(self._asked(name, False, draw))
+        """As many questions answered with yes as with no, two each at most; sometimes one that
+        presumes wrongly."""
+        there = draw.sample(sorted(picture.things), min(2, len(picture.things)))
+        found = [self._asked(self.objects.names[thing], True, draw) for thing in there]
+        for _ in there:
+            name = self.objects.names[self.objects.absent(picture, draw)]
+            found.append(self._asked(name, False, draw))
         name = self.objects.names[self.objects.absent(picture, draw)]
         if draw.random() < 0.2 and name.startswith(("a ", "an ")):
             thing = name.split(" ", 1)[1]
@@ -267,7 +269,7 @@ class Mixture:
         asked = draw.choice(_ASKED).format(name)
         if draw.random() < 0.6:
             turn = (asked + " Answer yes or no.", "Yes." if there else "No.")
-            return Answered((turn,), YES if there else NO, "presence")
+            return Answered((turn,), DECISION, "presence")
         thing = re.sub("^an? ", "", name)
         are = "are" if thing in ("skis", "scissors") else "is"
         yes, no = f"Yes, there {are} {name} in it.", f"No, there {are} no {thing} in it."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import EvaViT, ModelConfig, model_of_projection
-from minigpt4.errors import UserError, out_of_memory
+from minigpt4.errors import Count, UserError, ignore, out_of_memory
 
 LARGE = 2**20  # bytes of a tensor whose memory is worth a system call
 
@@ -70,7 +70,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def load_strict(
-    module: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str, dtype: torch.dtype
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    what: str,
+    dtype: torch.dtype,
+    count: Count = ignore,
 ) -> None:
     """Put `tensors` into `module`, which may be on the meta device; others are left alone.
 
@@ -90,7 +95,10 @@ def load_strict(
                 f"expected {_shape(wanted)}."
             )
     # A copy each: the file may be mapped, and may be replaced while the model runs.
-    copies = {name: _copy(tensors[name], dtype) for name in wanted_tensors}
+    copies = {}
+    for name in wanted_tensors:
+        copies[name] = _copy(tensors[name], dtype)
+        count(tensors[name].nbytes)
     module.load_state_dict(copies, strict=True, assign=True)
 
 

@@ -5,6 +5,7 @@ are. Matrices get the kinds of llama.cpp's Q4_K_M: 6 bits for embedding and head
 and `ffn_down` in half of the layers; 4 bits for the rest.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from minigpt4.weights.checkpoint import forget, tensors_of
 from minigpt4.weights.gguf import (
     BLOCKS,
     INDEX,
+    INT4,
     ROPE_HALVES,
     shapes_of,
     size_of,
@@ -37,7 +39,6 @@ from minigpt4.weights.llm import check_folder, check_is_no_delta, shards_of
 from minigpt4.weights.sources import PARTS, weights_folder
 from minigpt4.weights.transfer import Progress, in_words
 
-INT4 = "int4"  # the converted model's folder within its Hugging Face folder
 CHUNK = 2**20  # weights quantised at once by a thread
 _ALIGNMENT = 32  # of a tensor in a GGUF file
 
@@ -66,17 +67,25 @@ def blocks_folder(llm: Path) -> Path:
     """Where the 4-bit blocks of a language model (a folder or a GGUF file) are or will be.
 
     In a folder of the weights folder beside its 16-bit files; the blocks of a user's own files in a
-    folder of their own in the weights folder, whose name changes with these files.
+    folder of their own in the weights folder, whose name changes with these files. Where these were
+    deleted, as they may be, it is the newest folder that was made of them.
     """
     if (llm / INDEX).exists():
         return llm
     weights = weights_folder().resolve()
     if not llm.is_symlink() and llm.is_dir() and llm.resolve().parent == weights:
         return llm / INT4
+    name = f"{llm.stem}-{_mark(llm.resolve())}"
     files = shards_of(llm) if llm.is_dir() else [llm]
-    facts = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
-    mark = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    return weights / f"{llm.stem}-{mark}-{INT4}"
+    if not files or not all(file.exists() for file in files):
+        made = [i.parent for i in weights.glob(f"{glob.escape(name)}-*-{INT4}/{INDEX}")]
+        return max(made, key=lambda folder: folder.stat().st_mtime, default=weights / name)
+    facts = [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
+    return weights / f"{name}-{_mark(facts)}-{INT4}"
+
+
+def _mark(facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
 
 def make_blocks(
@@ -120,10 +129,9 @@ def _advice(llm: Path, target: Path) -> str:
     shards = shards_of(llm)
     size = in_words(sum(shard.stat().st_size for shard in shards))
     names = f"{shards[0].name.split('-')[0].removesuffix(shards[0].suffix)}*{shards[0].suffix}"
-    then = "" if target.parent == llm else f" Then name {target} with “--llm”."
     return (
         f"The 4-bit model is kept in {target}. It does not need the 16-bit files any more; to free "
-        f"{size}: rm {shlex.quote(str(llm))}/{names}.{then}"
+        f"{size}: rm {shlex.quote(str(llm))}/{names}"
     )
 
 
@@ -339,15 +347,12 @@ def _write(
 def _tensors(folder: Path, progress: Progress) -> Iterator[tuple[str, Tensor]]:
     """(name in a GGUF file, tensor) of all shards, one shard after the other."""
     for shard in shards_of(folder):
-        size = shard.stat().st_size
-        for name, tensor in tensors_of(shard, ("",)):
-            if renamed := new_name(name):
-                yield renamed, tensor
-                forget(tensor)
-            counted = min(tensor.nbytes, size)
-            size -= counted
-            progress.add(counted)
-        progress.add(size)  # what is no tensor
+        with progress.file(shard.stat().st_size) as count:
+            for name, tensor in tensors_of(shard, ("",)):
+                if renamed := new_name(name):
+                    yield renamed, tensor
+                    forget(tensor)
+                count(tensor.nbytes)
 
 
 def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:

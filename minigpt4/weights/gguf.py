@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 INDEX = "blocks.json"  # beside the GGUF file
+INT4 = "int4"  # the folder of a converted model within its Hugging Face folder
 
 # Kind -> (weights in a block, bytes of a block).
 BLOCKS = {

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minigpt4.errors import Count, ignore
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -87,13 +89,13 @@ class Int8Embedding(Int8Module):
 
 
 def load_int8(
-    folder: Path, device: torch.device, dtype: torch.dtype
+    folder: Path, device: torch.device, dtype: torch.dtype, count: Count = ignore
 ) -> tuple["PreTrainedModel", dict]:
     """(model, report of what the files lack, as transformers') from a Hugging Face folder."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return build_int8(config, tensors_of(folder), device, dtype)
+    return build_int8(config, tensors_of(folder, count), device, dtype)
 
 
 def build_int8(
@@ -121,8 +123,17 @@ def build_int8(
     return llm.requires_grad_(False), report
 
 
-def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all weight files of a Hugging Face folder; one tensor is read at a time."""
+def tensors_of(folder: Path, count: Count = ignore) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all weight files of a Hugging Face folder; one tensor is read at a time.
+
+    count: is told each one's bytes once it is used.
+    """
+    for name, tensor in _tensors_of(folder):
+        yield name, tensor
+        count(tensor.nbytes)
+
+
+def _tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:

@@ -12,20 +12,20 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minigpt4.config import ModelConfig, Quantize
-from minigpt4.errors import UserError, out_of_memory, say
+from minigpt4.errors import Count, UserError, ignore, out_of_memory, say
 from minigpt4.model import prompt
 from minigpt4.model.text import JsonTokenizer
-from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, gguf_of, write_index
+from minigpt4.weights.gguf import INDEX, INT4, BlockLlama, BlockTensor, gguf_of, write_index
 from minigpt4.weights.int8 import load_int8, weight_files
 from minigpt4.weights.tokenizer import load_tokenizer
 
@@ -83,11 +83,13 @@ def load_llm(
     device: torch.device,
     quantize: Quantize,
     dtype: torch.dtype | str | None = None,
+    count: Count = ignore,
 ):
     """(language model, tokenizer) from a folder; UserError where it is not a whole, fitting model.
 
     quantize: "int4" reads the GGUF file and its index in the folder; "remote" reads the token
-    embedding alone. dtype: a type, or a name for `choose_dtype`.
+    embedding alone. dtype: a type, or a name for `choose_dtype`. count: is told the bytes of
+    weights that are read here.
     """
     if quantize == "int4":
         return _load_blocks(config, folder)
@@ -106,7 +108,7 @@ def load_llm(
     try:
         if missing_weights(folder, blocks=False):
             _unpack_weights(folder)
-        llm, report = _from_pretrained(folder, device, quantize, dtype)
+        llm, report = _from_pretrained(folder, device, quantize, dtype, count)
         tokenizer = load_tokenizer(folder)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -132,18 +134,21 @@ def load_llm(
 
 
 def _from_pretrained(
-    folder: Path, device: torch.device, quantize: Quantize, dtype: torch.dtype
+    folder: Path,
+    device: torch.device,
+    quantize: Quantize,
+    dtype: torch.dtype,
+    count: Count = ignore,
 ) -> tuple["PreTrainedModel", dict]:
     """(model, transformers' report of what the files lacked)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="bitsandbytes")  # hundreds for each token
     match quantize:
         case "w8a16":
-            return load_int8(folder, device, dtype)
+            return load_int8(folder, device, dtype, count)
         case "int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)
         case "nf4":
@@ -152,15 +157,39 @@ def _from_pretrained(
             )
         case _:
             quantization = None
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": device},
-        output_loading_info=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    with _told(sum(file.stat().st_size for file in shards_of(folder)), count):
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+
+
+@contextmanager
+def _told(size: int, count: Count) -> Iterator[None]:
+    """Within, transformers' loops over parameters, of `size` bytes in all, tell `count` how far
+    they are, instead of drawing bars of their own."""
+    from transformers.utils import logging as transformers_logging
+
+    def counted(items: Collection) -> Iterator:
+        for item in items:
+            yield item
+            count(size // len(items))
+
+    def hook(factory: Callable, arguments: tuple, options: dict) -> Any:
+        if options.get("desc") == "Loading weights":
+            return counted(*arguments)
+        return factory(*arguments, **options | {"disable": True})
+
+    before = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
 
 
 def _check_complete(report: dict, folder: Path) -> None:
@@ -189,7 +218,12 @@ def check_folder(folder: Path, config: ModelConfig) -> None:
             f"{folder} has no tokenizer (tokenizer.model or tokenizer.json): copy it from where "
             f"the weights come from, or {fetch}."
         )
-    if missing := missing_weights(folder):
+    if (missing := missing_weights(folder)) and (folder / INT4 / INDEX).is_file():
+        raise UserError(
+            f"{folder} holds its 4-bit model alone, since its 16-bit files were deleted: choose "
+            f"“--device cpu --quantize int4”, or delete the folder and {fetch}."
+        )
+    if missing:
         raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
     try:
         vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]

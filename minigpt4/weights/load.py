@@ -1,6 +1,7 @@
 """A model's weights: find the files, download what is missing, assemble the model."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from minigpt4.config import (
     Quantize,
     model_of_projection,
 )
-from minigpt4.errors import Report, UserError, say
+from minigpt4.errors import Count, Report, UserError, ignore, say
 from minigpt4.model.bridge import build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.vision import build_encoder
@@ -31,7 +32,8 @@ from minigpt4.weights.checkpoint import (
     read_checkpoint,
     read_projection,
 )
-from minigpt4.weights.llm import load_llm
+from minigpt4.weights.gguf import gguf_of
+from minigpt4.weights.llm import load_llm, shards_of
 from minigpt4.weights.sources import (
     ROLES,
     file_name,
@@ -41,6 +43,7 @@ from minigpt4.weights.sources import (
     sources,
     weights_folder,
 )
+from minigpt4.weights.transfer import Progress
 
 
 @dataclass(frozen=True)
@@ -150,13 +153,15 @@ def load_model(
     llm_dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     vision_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> MiniGPT4:
     """Assemble the model from its files.
 
     quantize: of the language model alone; "auto" is w8a16 for the big models on a GPU, else none.
     llm_dtype: a type, or a name for `llm.choose_dtype`. seed: a new projection is drawn from it
     where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
-    projection; None is 16 bit on a GPU and 32 bit on the CPU.
+    projection; None is 16 bit on a GPU and 32 bit on the CPU. progress: counts `bytes_to_load`,
+    those of 4-bit blocks excepted, which the engine reads.
 
     UserError where a file is missing or does not fit, or would leave any weight unloaded.
     """
@@ -166,11 +171,38 @@ def load_model(
         big = config.gpu_gigabytes > 0 or config.llm_hidden_size >= 4096
         quantize = "w8a16" if device.type == "cuda" and big else "none"
     projected = _read_projection(config, files, seed)
-    vision = _load_vision(config, files, projected, dtype)
+    vision = _load_vision(config, files, projected, dtype, progress)
     encoder, bridge, projection = (part.to(device) for part in vision)
-    llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype)
+    size = 0 if quantize == "int4" else _llm_size(files.llm, quantize)
+    with _counted(progress, size) as count:
+        llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype, count)
     words = load_words(files.words).to(device) if files.words else None
     return MiniGPT4(config, encoder, bridge, projection, llm, tokenizer, quantize, words)
+
+
+def bytes_to_load(files: WeightFiles, quantize: Quantize) -> int:
+    """Bytes of the large files that a model is loaded from: small encoders are not counted."""
+    parts = files.vision, files.qformer
+    return sum(map(_size, parts)) + _llm_size(files.llm, quantize)
+
+
+def _size(path: Path | None) -> int:
+    return path.stat().st_size if path and path.exists() else 0
+
+
+def _llm_size(folder: Path, quantize: Quantize) -> int:
+    if quantize == "remote":
+        return 0
+    try:
+        paths = [gguf_of(folder)] if quantize == "int4" else shards_of(folder)
+    except (OSError, ValueError, KeyError, AttributeError):  # loading them tells
+        return 0
+    return sum(map(_size, paths))
+
+
+def _counted(progress: Progress | None, size: int) -> AbstractContextManager[Count]:
+    """`progress.file`, where there is anybody to look at it."""
+    return progress.file(size) if progress else nullcontext(ignore)
 
 
 def _read_projection(config: ModelConfig, files: WeightFiles, seed: int | None) -> dict:
@@ -187,7 +219,11 @@ def _read_projection(config: ModelConfig, files: WeightFiles, seed: int | None) 
 
 
 def _load_vision(
-    config: ModelConfig, files: WeightFiles, projected: dict, dtype: torch.dtype
+    config: ModelConfig,
+    files: WeightFiles,
+    projected: dict,
+    dtype: torch.dtype,
+    progress: Progress | None,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Encoder, bridge and projection in `dtype`, on the CPU."""
     with torch.device("meta"):
@@ -202,12 +238,14 @@ def _load_vision(
             )
         state = read_checkpoint(files.qformer)
         norm = {k: v for k, v in state.items() if k.startswith("ln_vision.")} | norm
-        load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former", dtype)
+        with _counted(progress, _size(files.qformer)) as count:
+            load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former", dtype, count)
     state = read_checkpoint(files.vision)
     match config.vision:
         case EvaViT():
             tensors = eva_tensors(state | norm, config.vision)
-            load_strict(encoder, tensors, files.vision, "EVA ViT-g", dtype)
+            with _counted(progress, _size(files.vision)) as count:
+                load_strict(encoder, tensors, files.vision, "EVA ViT-g", dtype, count)
         case EfficientNetLite():
             network, classifier = efficientnet_tensors(state)
             load_strict(encoder, network, files.vision, config.vision.name, dtype)

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +25,13 @@ from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
 from minigpt4.config import Source
-from minigpt4.errors import Report, UserError
+from minigpt4.errors import Count, Report, UserError
 
 TRIES = 4  # in a row without a single byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
 LINE_SECONDS = 30.0  # between lines in a log, where there is no terminal to show a bar
 PASSING_SECONDS = 0.5  # between the lines that replace each other on the page
+BAR_SECONDS = 0.5  # a bar appears for what takes longer
 LEAST_SECONDS = 3.0  # before the time left is estimated
 BLOCK_BYTES = 2**20
 
@@ -38,14 +40,21 @@ logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)  # br
 
 
 class Progress:
-    """Bytes fetched of a total: a bar in a terminal, lines in a log and on the page.
+    """Bytes done of a total: a bar in a terminal, lines in a log and on the page.
 
     doing: what the lines begin with.
     """
 
     def __init__(self, what: str, total: int, report: Report, doing: str = "Fetching") -> None:
         self._what, self.report, self._doing = what, report, doing
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
+        self._bar = tqdm(
+            total=total,
+            desc=f"{doing} {what}",
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            delay=BAR_SECONDS,
+        )
         self.total, self.done = total, 0
         self._passing = self._line = self._start = time.monotonic()
 
@@ -65,6 +74,20 @@ class Progress:
         """Add to the total."""
         self.total = self._bar.total = self.total + count
         self._bar.refresh()
+
+    @contextmanager
+    def file(self, size: int) -> Iterator[Count]:
+        """Counts a file of `size` bytes: within, no more than that; at the end, what is left."""
+        left = size
+
+        def add(count: int) -> None:
+            nonlocal left
+            count = min(count, left)
+            left -= count
+            self.add(count)
+
+        yield add
+        self.add(left)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
