@@ -25,7 +25,9 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.weights import transfer
 from minigpt4.weights.convert import make_blocks
+from minigpt4.weights.encoder import make_int8
 from minigpt4.weights.gguf import INDEX
+from minigpt4.weights.load import find_weights, load_model
 from tests.parity_case import ParityCase
 
 ROOT = Path(__file__).parent.parent
@@ -327,3 +329,44 @@ def test_damaged_gguf_files(converted, tmp_path, place, value):
     with pytest.raises(UserError) as raised:
         answer(llm=str(own))
     assert "\n" not in str(raised.value) and "own.gguf" in str(raised.value)
+
+
+# --- the encoder in int8 --------------------------------------------------------------------------
+
+
+def quiet(line: str, passing: bool = False) -> None:
+    pass
+
+
+def test_the_encoder_in_int8(weights, monkeypatch):
+    """Near the original's features, in a file of a byte a weight that is made once and again where
+    the original changes."""
+    config = configs.get_model("vicuna-7b")
+    files = find_weights(config)
+    small = replace(files, vision=make_int8(config.vision, files.vision, quiet))
+    assert small.vision.parent == weights and not [*weights.glob("*.part")]
+    before = small.vision.stat().st_mtime_ns
+    assert make_int8(config.vision, files.vision, quiet) == small.vision
+    assert make_int8(config.vision, small.vision, quiet) == small.vision
+    assert small.vision.stat().st_mtime_ns == before
+    picture = image.load(ParityCase(CASE).image_paths[0]).rgb
+    for dtype in (torch.float32, torch.bfloat16):
+        full, ours = (
+            load_model(config, chosen, vision_dtype=dtype).encode_images([picture]).float()
+            for chosen in (files, small)
+        )
+        assert (ours - full).norm() < 0.02 * full.norm()
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(weights / "other"))
+    (weights / "other").mkdir()
+    changed = Path(shutil.copy(CASE / "eva_vit_g.pth", weights / "other" / "eva_vit_g.pth"))
+    assert make_int8(config.vision, changed, quiet).name != small.vision.name
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
+def test_a_damaged_encoder_in_int8(converted, keep):
+    expected = answer()
+    cut("*-int8.safetensors", keep)(converted)
+    with pytest.raises(UserError, match="will be made again at the next start"):
+        answer()
+    next(converted.glob("*-int8.safetensors")).unlink()
+    assert answer() == expected

@@ -88,6 +88,19 @@ def load_strict(
     is missing or has another shape.
     """
     wanted_tensors = module.state_dict()
+    check_tensors(wanted_tensors, tensors, path, what)
+    # A copy each: the file may be mapped, and may be replaced while the model runs.
+    copies = {}
+    for name in wanted_tensors:
+        copies[name] = _copy(tensors[name], dtype)
+        count(tensors[name].nbytes)
+    module.load_state_dict(copies, strict=True, assign=True)
+
+
+def check_tensors(
+    wanted_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, what: str
+) -> None:
+    """UserError where one of those wanted is missing in `tensors` or has another shape."""
     for name, wanted in wanted_tensors.items():
         if name not in tensors:
             raise UserError(
@@ -99,12 +112,6 @@ def load_strict(
                 f"{path} is for another {what}: “{name}” is {_shape(tensors[name])}, "
                 f"expected {_shape(wanted)}."
             )
-    # A copy each: the file may be mapped, and may be replaced while the model runs.
-    copies = {}
-    for name in wanted_tensors:
-        copies[name] = _copy(tensors[name], dtype)
-        count(tensors[name].nbytes)
-    module.load_state_dict(copies, strict=True, assign=True)
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

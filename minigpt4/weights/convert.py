@@ -37,7 +37,7 @@ from minigpt4.weights.gguf import (
     write_index,
 )
 from minigpt4.weights.llm import check_folder, check_is_no_delta, shards_of
-from minigpt4.weights.sources import PARTS, weights_folder
+from minigpt4.weights.sources import PARTS, mark_of, weights_folder
 from minigpt4.weights.transfer import Progress, in_words
 
 CHUNK = 2**20  # weights quantised at once by a thread
@@ -76,7 +76,7 @@ def blocks_folder(llm: Path) -> Path:
     weights = weights_folder().resolve()
     if not llm.is_symlink() and llm.is_dir() and llm.resolve().parent == weights:
         return llm / INT4
-    name = f"{llm.stem}-{_mark(llm.resolve())}"
+    name = f"{llm.stem}-{mark_of([], llm.resolve())}"
     files = [llm]
     if llm.is_dir():
         try:
@@ -86,12 +86,7 @@ def blocks_folder(llm: Path) -> Path:
     if not files or not all(file.exists() for file in files):
         made = [i.parent for i in weights.glob(f"{glob.escape(name)}-*-{INT4}/{INDEX}")]
         return max(made, key=lambda folder: folder.stat().st_mtime, default=weights / name)
-    facts = [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
-    return weights / f"{name}-{_mark(facts)}-{INT4}"
-
-
-def _mark(facts: object) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    return weights / f"{name}-{mark_of(files)}-{INT4}"
 
 
 def make_blocks(
