@@ -150,8 +150,10 @@ def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
             return sum(tensor.data.nbytes for tensor in tensors)
         return planned_bytes(llm) if llm.is_dir() else llm.stat().st_size
     optional, required = shapes_of(**_sizes(llm))
-    optional = {name: s for name, s in optional.items() if name.endswith("d.weight")}
-    count = sum(math.prod(shape) for shape in (required | optional).values())
+    tied = bool(_settings(llm).get("tie_word_embeddings"))
+    for name in ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]:
+        required[name] = optional[name]
+    count = sum(math.prod(shape) for shape in required.values())
     return count * (size if quantize == "none" else 2)
 
 
@@ -167,8 +169,12 @@ def chat_bytes(llm: Path, quantize: Quantize) -> int:
     return CHAT_POSITIONS * sizes["layers"] * 2 * width * 2
 
 
+def _settings(llm: Path) -> dict:
+    return json.loads((llm / "config.json").read_text(encoding="utf-8"))
+
+
 def _sizes(llm: Path) -> dict:
-    return read_sizes(json.loads((llm / "config.json").read_text(encoding="utf-8")))
+    return read_sizes(_settings(llm))
 
 
 def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:
