@@ -15,7 +15,7 @@ from minigpt4.web.page.feedback import Feedback, Ratings
 from minigpt4.web.page.first_look import FirstLook
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.panel import Panel
-from minigpt4.web.page.parts import PLAIN, fragment
+from minigpt4.web.page.parts import ASSETS, PLAIN, fragment
 from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import label, translate
 from minigpt4.web.page.turns import Turns
@@ -82,7 +82,7 @@ class ChatPage:
         with gr.Column(elem_id="rail", min_width=0):
             self._new_chat = side.build_rail()
         with gr.Column(elem_id="main", min_width=0):
-            self._head = fragment("head", panel.summary(loading), elem_id="head")
+            self._head = fragment("head", panel.model_name(loading), elem_id="head")
             self._hello = parts.hello()
             self._build_chat(feedback is not None)
             ratings = Ratings(loading, feedback) if feedback else None
@@ -125,8 +125,9 @@ class ChatPage:
                 max_plain_text_length=100_000,
                 autofocus=True,
             )
-        self._status = gr.HTML("", elem_id="status", js_on_load=LIVE, **PLAIN)
-        fragment("note", elem_id="note")
+        opening = "" if self._known_when_built else '<span data-say="opening"></span>'
+        self._status = gr.HTML(opening, elem_id="status", js_on_load=LIVE, **PLAIN)
+        self._note = fragment("note", "", elem_id="note")
         self._refused = gr.JSON(visible=False)  # paths of files
         self._captions = gr.HTML(html_template="", js_on_load=CAPTIONS_JS, elem_classes="unseen")
 
@@ -179,7 +180,8 @@ class ChatPage:
 
     def _wire_start(self) -> None:
         side = self._panel
-        model = [self._head, side.model, *(side.settings[name] for name in panel.SLIDERS)]
+        told = [self._head, side.foot, self._note, side.model]
+        model = [*told, *(side.settings[name] for name in panel.SLIDERS)]
         self._page.load(renew, self._session, self._session, **EVENT)
         self._page.load(self.greet, None, [self._status, *model], **EVENT)
         if self._loading.engine is None:
@@ -194,7 +196,7 @@ class ChatPage:
     def show_progress(self, preset: str, request: gr.Request) -> list:
         """The state of loading; the last call stops the timer."""
         loading = self._loading
-        unchanged = [gr.skip()] * (2 + len(panel.SLIDERS))
+        unchanged = [gr.skip()] * (4 + len(panel.SLIDERS))
         if loading.engine is not None:
             ready = translate("ready", request)
             return [ready, gr.Timer(active=False), *self._describe_model(preset, request)]
@@ -209,7 +211,13 @@ class ChatPage:
         sliders: list[Any] = [gr.update(value=value, interactive=True) for value in values.values()]
         if self._known_when_built:  # a visitor may have moved them already
             sliders = [gr.skip()] * len(sliders)
-        return [panel.summary(self._loading), panel.describe(self._loading, request), *sliders]
+        return [
+            panel.model_name(self._loading),
+            panel.summary(self._loading),
+            panel.language_note(self._loading, request),
+            panel.describe(self._loading, request),
+            *sliders,
+        ]
 
 
 async def renew(session: Session) -> Session:
@@ -228,6 +236,8 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
         options,
         share=options.share,
         max_threads=answers + OTHER_EVENTS,
+        pwa=True,
+        favicon_path=str(ASSETS / "icon.png"),
         max_file_size=options.max_upload_mb * 2**20,
         run_history=False,
         state_session_capacity=MAX_VISITORS,

@@ -11,7 +11,7 @@ from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
-from minigpt4.web.page.titles import title
+from minigpt4.web.page.titles import subject
 
 FORMAT = "minigpt4-conversation"
 VERSION = 1
@@ -21,6 +21,13 @@ MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
 MAX_NAME = 64  # characters of an entry's name in the browser's list
+TITLE_LENGTH = 60
+
+
+def title(conversation: Conversation) -> str:
+    """The beginning of what it is about; "" where there are only pictures."""
+    line = " ".join(subject(conversation).split())
+    return line[:TITLE_LENGTH] + ("…" if len(line) > TITLE_LENGTH else "")
 
 
 def to_data(conversation: Conversation, side: int, model: str = "") -> dict:
