@@ -1,21 +1,20 @@
-"""Perplexity and next tokens of weights converted to 4 bit, against the same weights in float32.
+"""Perplexity and next tokens of weights in 4 bit, against the same weights in float32.
 
 `python -m benchmarks.int4_quality FOLDER TEXT...` reads a Hugging Face folder and text files, and
-prints one line for each way to quantise: ours (`weights/convert.py`), plain rounding to 4 bits, and
-llama.cpp's Q4_K_M where `llama_cpp` is installed.
+prints one line for each way to quantise. `--ggml libggml-base.so` adds llama.cpp's own quantiser
+(the library is in the wheel of pywhispercpp, for example).
 
 The folders at hand were unpacked from 4- to 6-bit files, whose numbers lie on few steps. So each
 column of a matrix is first multiplied by a random factor that what comes before it takes back
-(RMSNorm's weight, or the rows of another matrix): the model is the same, the steps are gone.
+(RMSNorm's weight, or the rows of another matrix): the model is the same, the steps are gone. Their
+rows are too short for blocks of 256 weights, too, which a 7B has: for these ways, zeros are added.
 """
 
 import argparse
+import ctypes
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,12 @@ from gguf.quants import quantize as round_plainly
 from torch import Tensor
 
 from benchmarks.int8_quality import WINDOW, measure
-from minigpt4.config import get_model
 from minigpt4.engine.native import quantize
-from minigpt4.weights import convert
-from minigpt4.weights.gguf import BlockLlama
+from minigpt4.weights.convert import kind_of, new_name
+from minigpt4.weights.gguf import BLOCKS, BlockTensor
 from minigpt4.weights.llm import load_tokenizer
+
+Quantizer = Callable[[str, np.ndarray], np.ndarray]
 
 LOWEST, HIGHEST = 0.7, 1.4  # of the factors
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--ggml", help="libggml-base.so")
     options = parser.parse_args()
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in options.texts)
     ids = torch.tensor(load_tokenizer(options.folder).encode(text)[: options.tokens])
@@ -50,24 +51,25 @@ def main() -> None:
     after, _ = measure(llm, windows[:1])
     if abs(after - before) > 1e-3:
         raise SystemExit(f"rescaling changes the model: {before} became {after}")
+    ways: dict[str, tuple[Quantizer, bool]] = {
+        "ours": (quantize, False),
+        "plain rounding": (rounded, False),
+        "ours, blocks of 256": (quantize, True),
+    }
+    if options.ggml:
+        ways["llama.cpp's, blocks of 256"] = (ggml(options.ggml), True)
     loss, likeliest = measure(llm, windows)
-    report("float32", llm, windows, loss, 1.0)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "llm")
-        llm.save_pretrained(folder)
-        for file in options.folder.glob("tokenizer*"):
-            shutil.copy(file, folder)
-        for name, make in WAYS.items():
-            try:
-                blocks = make(folder, Path(scratch, name.replace(" ", "-")))
-            except ImportError as error:
-                print(json.dumps({"quantised": name, "left out": str(error)}), flush=True)
-                continue
-            put(llm, blocks)
-            loss, found = measure(llm, windows)
-            same = (found == likeliest).float().mean().item()
-            bits = 8 * sum(t.data.nbytes for t in blocks.tensors.values())
-            report(name, llm, windows, loss, same, bits)
+    report({"quantised": "float32", "tokens": windows.numel()}, loss)
+    weights = {name: tensor.clone() for name, tensor in llm.named_parameters()}
+    for name, (quantizer, wide) in ways.items():
+        bits = put(llm, weights, quantizer, wide)
+        loss, found = measure(llm, windows)
+        same = (found == likeliest).float().mean().item()
+        report({"quantised": name, "bits": round(bits, 2), "same_likeliest": round(same, 4)}, loss)
+
+
+def report(line: dict, loss: float) -> None:
+    print(json.dumps(line | {"perplexity": round(math.exp(loss), 3)}), flush=True)
 
 
 def read(folder: Path):
@@ -115,95 +117,55 @@ def rescale(llm) -> None:
         mlp.down_proj.weight *= f
 
 
-def report(
-    name: str, llm, windows: Tensor, loss: float, same: float, bits: int | None = None
-) -> None:
-    line: dict = {"quantised": name, "tokens": windows.numel(), "perplexity": math.exp(loss)}
-    if bits:
-        count = sum(p.numel() for p in llm.parameters())
-        line |= {"same_likeliest": round(same, 4), "bits_a_weight": round(bits / count, 2)}
-    line["perplexity"] = round(line["perplexity"], 3)
-    print(json.dumps(line), flush=True)
-
-
 # --- ways to quantise -----------------------------------------------------------------------------
 
 
-def ours(folder: Path, target: Path) -> BlockLlama:
-    """As the product converts it."""
-    return converted(folder, target, quantize)
-
-
-def plain(folder: Path, target: Path) -> BlockLlama:
-    """Q4_1 and Q8_0 by rounding between each block's extremes."""
-
-    def rounded(kind: str, numbers: np.ndarray) -> np.ndarray:
-        return round_plainly(numbers, GGMLQuantizationType[kind])
-
-    def kinds(name: str, shape: tuple[int, ...], layers: int) -> str:
-        kind = usual(name, shape, layers)
-        return {"Q4_K": "Q4_1", "Q6_K": "Q8_0"}.get(kind, kind)
-
-    usual = convert.kind_of
-    return converted(folder, target, rounded, kinds)
-
-
-def llama_cpp(folder: Path, target: Path) -> BlockLlama:
-    """Q4_K_M, by llama.cpp's own quantiser."""
-    import llama_cpp as library
-
-    def kinds(name: str, shape: tuple[int, ...], layers: int) -> str:
-        return "F32"
-
-    converted(folder, target, quantize, kinds)
-    (whole,) = target.glob("*.gguf")
-    small = target / "small"
-    small.mkdir()
-    parameters = library.llama_model_quantize_default_params()
-    parameters.ftype = library.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    place = str(small / "q4_k_m.gguf").encode()
-    if library.llama_model_quantize(str(whole).encode(), place, parameters):
-        raise RuntimeError("llama.cpp could not quantise the file")
-    convert.write_index(small / "q4_k_m.gguf")
-    return BlockLlama.open(small)
-
-
-WAYS: dict[str, Callable[[Path, Path], BlockLlama]] = {
-    "ours": ours,
-    "plain rounding": plain,
-    "llama.cpp's Q4_K_M": llama_cpp,
-}
-
-
-def converted(
-    folder: Path,
-    target: Path,
-    quantizer: convert.Quantizer,
-    kinds: Callable[[str, tuple[int, ...], int], str] | None = None,
-) -> BlockLlama:
-    """The folder's blocks, in other kinds than the usual ones where these are given."""
-    width = json.loads((folder / "config.json").read_text())["hidden_size"]
-    config = replace(get_model("llama2-7b"), llm_hidden_size=width)
-    usual = convert.kind_of
-    target.mkdir()
-    try:
-        convert.kind_of = kinds or usual
-        convert._convert_folder(config, folder, target, quantizer, 2, lambda *_, **__: None)
-    finally:
-        convert.kind_of = usual
-    return BlockLlama.open(target)
-
-
-def put(llm, blocks: BlockLlama) -> None:
-    """Give the PyTorch model the blocks' weights."""
+def put(llm, weights: dict[str, Tensor], quantizer: Quantizer, wide: bool) -> float:
+    """Give the model these weights, quantised as the product's converter does it; bits a weight of
+    the layers' matrices. wide: rows are filled up for blocks of 256."""
+    layers, sizes, counts = llm.config.num_hidden_layers, 0, 0
     for name, parameter in llm.named_parameters():
-        own = convert.new_name(name) or ""
-        tensor = blocks.embedding if own == "token_embd.weight" else blocks.tensors[own]
-        numbers = torch.from_numpy(np.array(tensor.numbers())).view(parameter.shape)
-        if not blocks.rope_halves and name.endswith(("q_proj.weight", "k_proj.weight")):
-            pairs = numbers.unflatten(0, (-1, blocks.head_dim // 2, 2))
-            numbers = pairs.transpose(1, 2).flatten(0, 2)
-        parameter.copy_(numbers)
+        own, numbers = new_name(name) or "", weights[name].numpy()
+        if numbers.ndim == 1:
+            continue
+        columns = numbers.shape[1]
+        filled = np.pad(numbers, ((0, 0), (0, -columns % 256 if wide else 0)))
+        kind = kind_of(own, filled.shape, layers)
+        if quantizer is rounded:
+            kind = {"Q4_K": "Q4_1", "Q6_K": "Q8_0"}.get(kind, kind)
+        blocks = BlockTensor(kind, filled.shape, quantizer(kind, filled))
+        parameter.copy_(torch.from_numpy(blocks.numbers()[:, :columns].copy()))
+        if own.startswith("blk."):
+            count, size = BLOCKS[kind]
+            sizes += 8 * size * numbers.size // count
+            counts += numbers.size
+    return sizes / counts
+
+
+def rounded(kind: str, numbers: np.ndarray) -> np.ndarray:
+    """By rounding between each block's extremes."""
+    return round_plainly(numbers, GGMLQuantizationType[kind])
+
+
+def ggml(path: str) -> Quantizer:
+    """By llama.cpp's library."""
+    library = ctypes.CDLL(path)
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+
+    def quantizer(kind: str, numbers: np.ndarray) -> np.ndarray:
+        numbers = np.ascontiguousarray(numbers, np.float32)
+        (rows, columns), (weights, size) = numbers.shape, BLOCKS[kind]
+        blocks = np.empty((rows, columns // weights * size), np.uint8)
+        pointers = ctypes.c_void_p(numbers.ctypes.data), ctypes.c_void_p(blocks.ctypes.data)
+        counts = (ctypes.c_int64(n) for n in (0, rows, columns))
+        written = library.ggml_quantize_chunk(
+            int(GGMLQuantizationType[kind]), *pointers, *counts, None
+        )
+        if written != blocks.nbytes:
+            raise ValueError(f"{written} bytes were written, not {blocks.nbytes}")
+        return blocks
+
+    return quantizer
 
 
 if __name__ == "__main__":
