@@ -303,7 +303,7 @@ _VICUNA_7B = ModelConfig(
         ),
     },
     gpu_gigabytes=12,
-    cpu_gigabytes=7.0,
+    cpu_gigabytes=6.3,
     converted_to_4bit=True,
     stage1=_PUBLISHED_STAGE1,
     stage2=_PUBLISHED_STAGE2,
@@ -328,7 +328,7 @@ _VICUNA_13B = replace(
         ),
     },
     gpu_gigabytes=24,
-    cpu_gigabytes=11,
+    cpu_gigabytes=10.5,
 )
 
 _LLAMA2_7B = replace(
@@ -348,7 +348,7 @@ _LLAMA2_7B = replace(
         ),
     },
     gpu_gigabytes=0,
-    cpu_gigabytes=6.8,
+    cpu_gigabytes=6.1,
     licence="Llama 2 Community Licence; BSD-3-Clause (BLIP-2, MiniGPT-4)",
 )
 
