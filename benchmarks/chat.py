@@ -22,6 +22,7 @@ from pathlib import Path
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.model.prompt import Prompt
+from minigpt4.weights.convert import blocks_folder
 from minigpt4.weights.load import find_weights, load_model
 
 PROMPT_TOKENS, NEW_TOKENS = 60, 100  # of each answer that is timed
@@ -74,7 +75,7 @@ def fresh_tokens(seed: int, count: int = PROMPT_TOKENS) -> list[int]:
     import random
 
     draw = random.Random(seed)
-    return [draw.randrange(1000, 40000) for _ in range(count)]
+    return [draw.randrange(1000, 30000) for _ in range(count)]  # in every vocabulary
 
 
 def engine_rate(engine, chats: int, seed: int) -> tuple[float, list[float]]:
@@ -167,7 +168,7 @@ class LlamaCpp:
         import llama_cpp
 
         self._api = llama_cpp
-        folder = find_weights(get_model(model)).llm
+        folder = blocks_folder(find_weights(get_model(model)).llm)
         path = next(folder.glob("*.gguf"))
         self._owner = llama_cpp.Llama(str(path), n_ctx=256, verbose=False)
         params = llama_cpp.llama_context_default_params()

@@ -210,8 +210,7 @@ def _chat(options: argparse.Namespace) -> None:
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
         conversation = Conversation()
-        for picture in pictures:
-            _look_ahead(engine, picture)
+        _look_ahead(engine, conversation, pictures)
         start.say("Ask a question. /image FILE adds a picture, /new starts again, /quit ends.")
         while True:
             try:
@@ -230,7 +229,7 @@ def _chat(options: argparse.Namespace) -> None:
                         start.say("Name the picture: /image FILE.")
                     case ["/image", path]:
                         pictures.append(image.load(path.strip("\"'")))
-                        _look_ahead(engine, pictures[-1])
+                        _look_ahead(engine, conversation, pictures)
                     case _:
                         conversation = _turn(engine, conversation, line, pictures, sampling)
                         pictures = []
@@ -238,14 +237,17 @@ def _chat(options: argparse.Namespace) -> None:
                 start.say(str(error))
 
 
-def _look_ahead(engine, picture) -> None:
-    """Have the picture encoded while the user types."""
+def _look_ahead(engine, conversation: "Conversation", pictures) -> None:
+    """Have the pictures encoded, and what comes before the question read, while the user types."""
+    from minigpt4.conversation import read_ahead
 
-    def encode() -> None:
+    def read(pictures: list) -> None:
         with suppress(UserError):  # the answer will tell
-            engine.encode(picture)
+            for picture in pictures:
+                engine.encode(picture)
+            read_ahead(engine, conversation, pictures)
 
-    Thread(target=encode, name="looking ahead", daemon=True).start()
+    Thread(target=read, args=([*pictures],), name="looking ahead", daemon=True).start()
 
 
 def _turn(engine, conversation: "Conversation", question: str, pictures, sampling):

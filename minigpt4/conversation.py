@@ -169,6 +169,27 @@ class Answer:
         return f"The oldest {turns} left out: the conversation no longer fits the model's context."
 
 
+def read_ahead(
+    engine: "AnyEngine", conversation: Conversation, pictures: Sequence[Picture]
+) -> None:
+    """While the next question, with these pictures, is being typed: have all that comes before its
+    text read, where that takes seconds. Its prompt then finds that in the key-value cache.
+
+    UserError where the engine refuses.
+    """
+    from minigpt4.engine import Sampling
+
+    model = engine.model
+    if model.config.small or model.quantize != "int4" or engine.running or engine.waiting:
+        return
+    ahead = replace(
+        conversation, messages=[*conversation.messages], pictures={**conversation.pictures}
+    )
+    ahead.add_question("", pictures)
+    for _ in ask(engine, ahead, Sampling(temperature=0, max_new_tokens=1)):
+        pass
+
+
 def ask(
     engine: "AnyEngine",
     conversation: Conversation,

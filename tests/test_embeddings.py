@@ -1,5 +1,6 @@
 """Embeddings kept on disk: found by another engine, never for other weights, within the limit."""
 
+import io
 import os
 from types import SimpleNamespace
 
@@ -88,7 +89,15 @@ def test_the_folder_keeps_its_limit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", bytes(500)])
+def claiming(*shape: int) -> bytes:
+    """The header of a file that says that this much follows."""
+    file = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", bytes(500), claiming(2**40, 4096)])
 def test_a_damaged_file_counts_as_none(tmp_path, content):
     model = Model()
     encode(opened(tmp_path, model), picture(9))

@@ -17,9 +17,10 @@ import torch
 from minigpt4 import config as configs
 from minigpt4 import start
 from minigpt4.config import ModelConfig
-from minigpt4.conversation import Conversation, ask
+from minigpt4.conversation import Conversation, ask, read_ahead
 from minigpt4.engine import Sampling
 from minigpt4.engine.kernels.build import library
+from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.native import quantize
 from minigpt4.errors import UserError
 from minigpt4.model import image
@@ -370,3 +371,19 @@ def test_a_damaged_encoder_in_int8(converted, keep):
         answer()
     next(converted.glob("*-int8.safetensors")).unlink()
     assert answer() == expected
+
+
+def test_what_comes_before_the_question_is_read_ahead(converted):
+    """Nothing but the question's own text is left to read when it is sent."""
+    pictures = [image.load(path) for path in ParityCase(CASE).image_paths[:1]]
+    engine = start.open_engine(options(), quiet, 8)
+    read_ahead(engine, Conversation(), pictures)
+    conversation = Conversation()
+    conversation.add_question("What is this?", pictures)
+    stream = ask(engine, conversation, Sampling(temperature=0, max_new_tokens=8))
+    ours = "".join(stream)
+    left = stream.stats.prompt_tokens - stream.stats.reused_tokens
+    engine.close()
+    tokens = engine.model.tokenizer.encode("</Img> What is this?###Assistant:")
+    assert left < len(tokens) + BLOCK_SIZE
+    assert ours == answer()  # without a head start

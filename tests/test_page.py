@@ -301,8 +301,8 @@ def test_new_chat_in_the_middle_of_an_answer(visit, engine):
 def test_an_example_is_sent_at_once(visit, engine):
     page = visit()
     box(page).fill("What I was writing")
-    page.get_by_text("Explain a joke").click()
-    expect(questions(page).last).to_contain_text("Why is this image funny?")
+    page.get_by_text("Write an advertisement").click()
+    expect(questions(page).last).to_contain_text("Write an advertisement for this product.")
     done(page)
     assert len(engine.asked[-1].pictures) == 1
     expect(box(page)).to_have_value("What I was writing")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.draw_examples import HEIGHT, SCALE, WIDTH, Canvas
+from tools.draw_abilities import HEIGHT, SCALE, WIDTH, Canvas
 
 FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"

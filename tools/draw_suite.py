@@ -1,12 +1,12 @@
 """Draws the evaluation suite's own pictures: `python -m tools.draw_suite`.
 
-The suite's other pictures are the page's examples, or are composed by compose_suite.py.
+The suite's other pictures are drawn by draw_abilities.py, or composed by compose_suite.py.
 """
 
 import math
 from pathlib import Path
 
-from tools.draw_examples import HEIGHT, WIDTH, Canvas
+from tools.draw_abilities import HEIGHT, WIDTH, Canvas
 
 FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 

@@ -57,6 +57,7 @@ def make_int8(config: EvaViT, vision: Path, report: Report) -> Path:
         return target
     partial = target.with_suffix(".part")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(weights_folder() / ".lock"):  # another program may be making it
             if not target.exists():
                 save_file(dict(_quantized(config, vision, report)), partial)

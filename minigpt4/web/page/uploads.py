@@ -7,12 +7,13 @@ its time.
 import logging
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 
 import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
-from minigpt4.conversation import Conversation
+from minigpt4.conversation import Conversation, read_ahead
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.web.guard.limits import FILES_AT_ONCE
@@ -42,6 +43,10 @@ class Uploads:
         yield gr.skip(), translate("looking", request)
         good, status = self._look_at(value["files"], session, request)
         yield [path for path in value["files"] if path not in good], status
+        pictures = [picture for path in good if (picture := session.uploads.get(path))]
+        if pictures and not session.busy and (engine := self._loading.engine):
+            with suppress(UserError):  # only a head start
+                read_ahead(engine, session.conversation, pictures)
 
     def _look_at(
         self, paths: list[str], session: Session, request: gr.Request

@@ -1,4 +1,4 @@
-"""The examples on the empty page, one for each ability. Their pictures: see README.md."""
+"""The examples on the empty page. Their pictures: see README.md."""
 
 from pathlib import Path
 
@@ -10,11 +10,7 @@ QUESTIONS = {
     "describe": "Describe this image in detail.",
     "story": "Tell a short story about what happens in this image.",
     "poem": "Write a short poem about this image.",
-    "recipe": "How do I cook this dish? Give me the recipe.",
     "advertisement": "Write an advertisement for this product.",
-    "unusual": "What is unusual about this image?",
-    "joke": "Why is this image funny?",
-    "draft": "Write the HTML and JavaScript of a working website from this draft.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of the page's examples with Pillow: `python -m tools.draw_examples`."""
+"""Draws a picture for each of the paper's abilities, for the suite: `python -m tools.draw_abilities`."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 WIDTH, HEIGHT, SCALE = 640, 480, 2  # drawn larger, then scaled down: smooth edges
-FOLDER = Path(__file__).parents[1] / "minigpt4" / "web" / "page" / "examples"
+FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 Point = tuple[float, float]
 
 
@@ -53,11 +53,9 @@ class Canvas:
         self.shape((0, HEIGHT), *points, (WIDTH, HEIGHT), colour=colour)
 
     def save(self, path: Path) -> None:
-        """Write the picture, and a copy of half its size into the folder `small` beside it."""
-        for file, scale in ((path, 1), (path.parent / "small" / path.name, 2)):
-            size = (WIDTH // scale, HEIGHT // scale)
-            small = self.image.resize(size, Image.Resampling.LANCZOS)
-            small.save(file, quality=82, optimize=True)
+        """Write the picture."""
+        small = self.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+        small.save(path, quality=82, optimize=True)
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
