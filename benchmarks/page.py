@@ -2,6 +2,7 @@
 
     python -m benchmarks.page --clients 16        # answers streamed to so many visitors at once
     python -m benchmarks.page --idle 30           # CPU of a server with one open tab
+    python -m benchmarks.page --visits 7          # until a new visitor sees the page and can use it
 
 The model is replaced by words that come at a fixed pace, so that only the page is measured: one
 server process, clients in another that speak the page's own protocol. Prints one line of JSON.
@@ -29,6 +30,8 @@ from PIL import Image
 WORDS = 300  # of an answer
 SETTINGS = [0.5, 0.9, 1.05, 300, 1, "", ""]  # the page's controls, in their order
 BLOCKED = 0.05  # seconds
+FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+TRANSFERRED = "performance.getEntries().reduce((sum, entry) => sum + (entry.transferSize ?? 0), 0)"
 
 
 # --- the server ---------------------------------------------------------------------------------
@@ -104,7 +107,15 @@ def serve_page(port: int, pace: float, timed: bool) -> None:
     times = LoopTimes() if timed else None
     session.ask = PacedAnswer
     model = SimpleNamespace(config=MODELS["nano"], quantize="none", device="cpu")
-    engine = SimpleNamespace(model=model, pace=pace, encode=lambda picture: None)
+    # It is never idle: no picture is captioned before it is asked about.
+    engine = SimpleNamespace(
+        model=model,
+        decoder_name="paced words",
+        pace=pace,
+        encode=lambda picture: None,
+        running=1,
+        waiting=0,
+    )
     options = argparse.Namespace(
         host="127.0.0.1",
         port=port,
@@ -262,17 +273,49 @@ def idle(seconds: float) -> dict:
         server.close()
 
 
+def first_visits(count: int) -> dict:
+    """Medians in ms, each visit in a browser that has loaded nothing before.
+
+    painted: first contentful paint. usable: the message box is there and takes text.
+    """
+    from playwright.sync_api import sync_playwright
+
+    server = Server(0.02, timed=False)
+    painted, usable, kilobytes = [], [], []
+    try:
+        with sync_playwright() as playwright:
+            path = shutil.which("chromium")
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            for _ in range(count + 1):
+                page = browser.new_page()
+                page.goto(server.address, wait_until="commit")
+                page.wait_for_selector("#box textarea:enabled")
+                usable.append(page.evaluate("performance.now()"))
+                page.wait_for_function("performance.getEntriesByName('first-contentful-paint')[0]")
+                painted.append(page.evaluate(FIRST_PAINT))
+                kilobytes.append(page.evaluate(TRANSFERRED) / 1000)
+                page.close()
+            browser.close()
+    finally:
+        server.close()
+    medians = [round(statistics.median(values[1:])) for values in (painted, usable, kilobytes)]
+    return dict(zip(("painted_ms", "usable_ms", "transferred_kb"), medians, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--turns", type=int, default=4, help="questions of each visitor")
     parser.add_argument("--pace", type=float, default=0.02, help="seconds between two words")
     parser.add_argument("--idle", type=float, metavar="SECONDS")
+    parser.add_argument("--visits", type=int)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
         serve_page(free_port(), chosen.pace, chosen.timed)
+    elif chosen.visits:
+        print(json.dumps(first_visits(chosen.visits)))
     elif chosen.idle:
         print(json.dumps(idle(chosen.idle)))
     else:

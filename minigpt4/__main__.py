@@ -3,8 +3,9 @@
 import argparse
 import os
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from minigpt4 import start
@@ -209,6 +210,8 @@ def _chat(options: argparse.Namespace) -> None:
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
         conversation = Conversation()
+        for picture in pictures:
+            _look_ahead(engine, picture)
         start.say("Ask a question. /image FILE adds a picture, /new starts again, /quit ends.")
         while True:
             try:
@@ -227,11 +230,22 @@ def _chat(options: argparse.Namespace) -> None:
                         start.say("Name the picture: /image FILE.")
                     case ["/image", path]:
                         pictures.append(image.load(path.strip("\"'")))
+                        _look_ahead(engine, pictures[-1])
                     case _:
                         conversation = _turn(engine, conversation, line, pictures, sampling)
                         pictures = []
             except UserError as error:  # the conversation stays as it was: ask again
                 start.say(str(error))
+
+
+def _look_ahead(engine, picture) -> None:
+    """Have the picture encoded while the user types."""
+
+    def encode() -> None:
+        with suppress(UserError):  # the answer will tell
+            engine.encode(picture)
+
+    Thread(target=encode, name="looking ahead", daemon=True).start()
 
 
 def _turn(engine, conversation: "Conversation", question: str, pictures, sampling):

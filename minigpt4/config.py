@@ -216,6 +216,7 @@ class ModelConfig:
     embedding_length: float = 0.0  # what image embeddings are scaled to; 0: they stay as they are
     words: Words | None = None  # listed beside the image embeddings
     licence: str = ""
+    english_only: bool = False  # asked in another language, it answers in English, or not well
 
     @property
     def has_4bit_blocks(self) -> bool:
@@ -302,7 +303,7 @@ _VICUNA_7B = ModelConfig(
         ),
     },
     gpu_gigabytes=12,
-    cpu_gigabytes=7.0,
+    cpu_gigabytes=6.3,
     converted_to_4bit=True,
     stage1=_PUBLISHED_STAGE1,
     stage2=_PUBLISHED_STAGE2,
@@ -327,7 +328,7 @@ _VICUNA_13B = replace(
         ),
     },
     gpu_gigabytes=24,
-    cpu_gigabytes=11,
+    cpu_gigabytes=10.5,
 )
 
 _LLAMA2_7B = replace(
@@ -347,7 +348,7 @@ _LLAMA2_7B = replace(
         ),
     },
     gpu_gigabytes=0,
-    cpu_gigabytes=6.8,
+    cpu_gigabytes=6.1,
     licence="Llama 2 Community Licence; BSD-3-Clause (BLIP-2, MiniGPT-4)",
 )
 
@@ -381,6 +382,7 @@ _NANO = ModelConfig(
     recipe="extended",
     stage1=Schedule(4e-3, 2e-5, 1e-5, 50, 2400, 6, 40, (0.9, 0.98), 0.05, 1.0, 3),
     stage2=Schedule(2e-3, 1e-5, 1e-5, 20, 320, 6, 160, (0.9, 0.98), 0.05, 1.0, 3),
+    english_only=True,
     licence="Apache-2.0 (SmolLM2, EfficientNet-Lite); projection: see weights/README.md",
 )
 
@@ -420,6 +422,7 @@ _MINI = ModelConfig(
     sampling={"temperature": 0.5, "repetition_penalty": 1.1},
     embedding_length=0.6,
     words=Words(),
+    english_only=True,
     licence="Apache-2.0 (Qwen2.5-Coder, EfficientNet-Lite), MIT (the detector's package); "
     "projection and words: see weights/README.md",
 )

@@ -153,14 +153,20 @@ def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> 
 def prepare(
     config: ModelConfig, files: "WeightFiles", quantize: Quantize, report: Report = say
 ) -> "WeightFiles":
-    """The files to load: for “int4” the language model's 4-bit blocks, converted where missing."""
+    """The files to load: for “int4” the language model's 4-bit blocks and the large encoder's 8-bit
+    weights, converted where missing."""
     if quantize != "int4":
         return files
     from minigpt4.engine.decoder import threads
     from minigpt4.engine.native import quantize as quantizer
     from minigpt4.weights.convert import make_blocks
+    from minigpt4.weights.encoder import make_int8
 
-    return replace(files, llm=make_blocks(config, files.llm, quantizer, threads(), report))
+    llm = make_blocks(config, files.llm, quantizer, threads(), report)
+    vision = files.vision
+    if isinstance(config.vision, EvaViT):
+        vision = make_int8(config.vision, files.vision, report)
+    return replace(files, llm=llm, vision=vision)
 
 
 def _load(

@@ -88,14 +88,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(engine, folder):
-    from minigpt4.web.page import first_look, session
+    from minigpt4.web.page import session
     from minigpt4.web.page.feedback import Feedback
     from tests.fake_engine import FakeAnswer
     from tests.page_case import served
 
     patch = pytest.MonkeyPatch()
     patch.setattr(session, "ask", FakeAnswer)
-    patch.setattr(first_look, "ask", FakeAnswer)
     with served(engine, Feedback(str(folder))) as address:
         yield address
     patch.undo()

@@ -45,6 +45,7 @@ ATTACKS = [
     f"<form action={SPY}><button formaction=javascript:{RUN}>Send</button></form>",
     f"| a | b |\n|---|---|\n| <img src={SPY}.png> | [x](vbscript:{RUN}) |\n\n> <object data={SPY}>",
 ]
+FORMULAS = r"A circle of $r = 2$ has the area $\pi r^2$. It costs $5 or $10. \(a_1\) `$x$`"
 CAPTION = "A red house beside a lake."
 SPOTS = (Spot("boat", 0.5, 0.75, 0.1, 0.9),)
 LONG = " ".join(f"word{i}" for i in range(1, 400))
@@ -92,6 +93,8 @@ def answer_to(conversation, asked: int) -> str:
         return ATTACKS[int(question.split()[-1])]
     if "briefly" in question:
         return CAPTION
+    if "formula" in question:
+        return FORMULAS
     if "website" in question:
         return WEBSITE
     if "long" in question:

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
@@ -195,6 +196,23 @@ def test_a_failed_answer_in_the_terminal_takes_its_question_back(tmp_path, monke
     roles = [[m.role for m in conversation.messages] for conversation in engine.asked]
     assert roles[1:] == [["user", "assistant"], ["user", "assistant"] * 2]
     assert len(engine.asked[1].messages[0].images) == 1  # the photo goes with the next question
+
+
+def test_pictures_are_encoded_while_the_user_types(tmp_path, monkeypatch):
+    """In the terminal, too: those of the command line and those added later."""
+    engine, seen = FakeEngine(0.0), Queue[str]()
+    for name in "ab":
+        Image.new("RGB", (30, 20), "teal").save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(engine, "encode", lambda picture: seen.put(picture.key), raising=False)
+    monkeypatch.setattr(start, "open_engine", lambda options: engine)
+
+    def typed(prompt: str) -> str:
+        seen.get(timeout=60)  # before anything is sent
+        return next(lines)
+
+    lines = iter([f"/image {tmp_path / 'b.png'}", "/quit"])
+    monkeypatch.setattr("builtins.input", typed)
+    assert main(["chat", str(tmp_path / "a.png")]) == 0
 
 
 def test_two_answers_at_once_are_as_alone(engine, pictures):

@@ -1,14 +1,18 @@
 """Loading a model, at tiny sizes: its progress, quiet libraries, and 16-bit files that are gone."""
 
 import argparse
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from minigpt4 import config as configs
 from minigpt4 import start
@@ -16,10 +20,14 @@ from minigpt4.config import ModelConfig
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
 from minigpt4.engine.kernels.build import library
+from minigpt4.engine.native import quantize
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.weights import transfer
+from minigpt4.weights.convert import make_blocks
+from minigpt4.weights.encoder import make_int8
 from minigpt4.weights.gguf import INDEX
+from minigpt4.weights.load import find_weights, load_model
 from tests.parity_case import ParityCase
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +58,7 @@ def weights(tmp_path, monkeypatch) -> Path:
     (folder / "prerained_minigpt4_7b.pth").symlink_to(CASE / "pretrained_minigpt4.pth")
     shutil.copytree(CASE / "llm", folder / "vicuna-7b-llm")
     monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINIGPT4_EMBEDDINGS_MB", "0")
     monkeypatch.setitem(configs.MODELS, "vicuna-7b", tiny_config())
     return folder
 
@@ -77,12 +85,12 @@ def answer(said: list[tuple[str, bool]] | None = None, **changes) -> str:
         engine.close()
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8", "w8a16", "int4"])
-def test_progress(weights, monkeypatch, quantize):
+@pytest.mark.parametrize("kind", ["none", "int8", "w8a16", "int4"])
+def test_progress(weights, monkeypatch, kind):
     """Bytes of bytes from nothing to everything, whoever reads the weights."""
     monkeypatch.setattr(transfer, "PASSING_SECONDS", 0.0)
     said: list[tuple[str, bool]] = []
-    assert answer(said, quantize=quantize)
+    assert answer(said, quantize=kind)
     assert [line for line, passing in said if not passing][-1] == "Loading vicuna-7b …"
     steps = [line for line, passing in said if passing and line.startswith("Loading vicuna-7b: ")]
     shares = [int(line.split(", ")[1].removesuffix(" %")) for line in steps]
@@ -147,3 +155,218 @@ def test_libraries_are_quiet(weights):
     assert len(done.stdout.splitlines()) == len(kinds)
     own = "Loading vicuna-7b …", "Converting ", "The 4-bit model ", "Compiling "
     assert [line for line in done.stderr.splitlines() if not line.startswith(own)] == []
+
+
+# --- what damaged files end in --------------------------------------------------------------------
+
+
+def change(place: Path, **changes) -> None:
+    """Change entries of a JSON file; None removes one."""
+    content = json.loads(place.read_text()) | changes
+    place.write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )
+
+
+def index_with(**sizes) -> Callable[[Path], None]:
+    def damage(blocks: Path) -> None:
+        found = json.loads((blocks / INDEX).read_text())["sizes"]
+        change(blocks / INDEX, sizes=found | sizes)
+
+    return damage
+
+
+def tensor_with(place: int, value: object) -> Callable[[Path], None]:
+    """Another kind, shape or offset of a tensor in the index."""
+
+    def damage(blocks: Path) -> None:
+        tensors = json.loads((blocks / INDEX).read_text())["tensors"]
+        tensors["blk.1.ffn_up.weight"][place] = value
+        change(blocks / INDEX, tensors=tensors)
+
+    return damage
+
+
+def cut(name: str, keep: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (file,) = folder.glob(name)
+        os.truncate(file, int(keep * file.stat().st_size))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        index_with(layers=2**40),
+        index_with(layers=2**24),
+        index_with(heads=0),
+        index_with(head_dim=-2),
+        index_with(hidden_size=2**31),
+        index_with(vocabulary="many"),
+        index_with(norm_eps=float("nan")),
+        index_with(color="red"),
+        tensor_with(0, "Q3_K"),
+        tensor_with(1, [2**20, 2**20]),
+        tensor_with(1, [64, -64]),
+        tensor_with(1, "64"),
+        tensor_with(2, -32),
+        tensor_with(2, 2**63),
+        tensor_with(2, 1.5),
+        lambda blocks: change(blocks / INDEX, file="../../vicuna-7b-llm/config.json"),
+        lambda blocks: change(blocks / INDEX, tensors=[]),
+        lambda blocks: (blocks / INDEX).write_text("[" * 100_000),
+        lambda blocks: (blocks / INDEX).write_bytes(b"\xff\xfe"),
+        cut("*.gguf", 0.7),
+        cut("*.gguf", 0),
+        cut("tokenizer.json", 0.5),
+        cut("tokenizer_config.json", 0.5),
+    ],
+)
+def test_damaged_blocks(converted, damage):
+    damage(converted / "vicuna-7b-llm" / "int4")
+    with pytest.raises(UserError) as raised:
+        answer()
+    assert "\n" not in str(raised.value) and "4-bit" in str(raised.value)
+
+
+@pytest.fixture
+def converted(weights) -> Path:
+    config = configs.get_model("vicuna-7b")
+    make_blocks(config, weights / "vicuna-7b-llm", quantize, 1, lambda line, passing=False: None)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 2**40},
+        {"num_hidden_layers": 2**20},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": -4},
+        {"num_attention_heads": 3},
+        {"hidden_size": "64"},
+        {"vocab_size": 2**40},
+        {"vocab_size": None},
+        {"intermediate_size": 1.5},
+        {"rope_theta": "hot"},
+        {"rms_norm_eps": -1},
+        {"model_type": ["llama"]},
+    ],
+)
+def test_absurd_configurations(weights, changes):
+    change(weights / "vicuna-7b-llm" / "config.json", **changes)
+    with pytest.raises(UserError) as raised:
+        answer()
+    assert "\n" not in str(raised.value) and "vicuna-7b-llm" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("model.safetensors", 0.5),
+        cut("model.safetensors", 0),
+        cut("config.json", 0.5),
+        lambda llm: (llm / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}" * 99),
+        lambda llm: save_index(llm, {"weight_map": ["model.safetensors"]}),
+        lambda llm: save_index(llm, {"weight_map": {"a": ["model.safetensors"]}}),
+        lambda llm: save_index(llm, {"weight_map": {"a": "elsewhere.safetensors"}}),
+        lambda llm: save_index(llm, []),
+    ],
+)
+def test_damaged_16_bit_files(weights, damage):
+    damage(weights / "vicuna-7b-llm")
+    with pytest.raises(UserError) as raised:
+        answer()
+    assert "\n" not in str(raised.value) and "vicuna-7b-llm" in str(raised.value)
+
+
+def save_index(llm: Path, content: object) -> None:
+    (llm / "model.safetensors").unlink()
+    (llm / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def vision_with(**tensors: torch.Tensor) -> Callable[[Path], None]:
+    """Other tensors in EVA's file; "." is written "__"."""
+
+    def damage(weights: Path) -> None:
+        state = torch.load(weights / "eva_vit_g.pth", weights_only=True)
+        (weights / "eva_vit_g.pth").unlink()
+        state |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+        torch.save(state, weights / "eva_vit_g.pth")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        vision_with(pos_embed=torch.zeros(1, 1, 8)),
+        vision_with(pos_embed=torch.zeros(3, 17, 8)),
+        vision_with(pos_embed=torch.zeros(())),
+        vision_with(blocks__0__attn__q_bias=torch.zeros(())),
+        vision_with(blocks__0__attn__q_bias=torch.zeros(1).expand(2**40)),
+        vision_with(cls_token=torch.zeros(2, 2).to_sparse()),
+        vision_with(cls_token=torch.zeros(1, 1, 8, dtype=torch.complex64)),
+    ],
+)
+def test_damaged_vision(converted, damage):
+    damage(converted)
+    with pytest.raises(UserError) as raised:
+        answer()
+    assert "\n" not in str(raised.value) and "eva_vit_g.pth" in str(raised.value)
+
+
+@pytest.mark.parametrize("place", [4, 8, 16, 24, 40, 100, 400])
+@pytest.mark.parametrize("value", [0, 0xFF, 2**31, 2**62])
+def test_damaged_gguf_files(converted, tmp_path, place, value):
+    """Eight bytes of the header replaced: counts, lengths and kinds of whatever lies there."""
+    (blocks,) = (converted / "vicuna-7b-llm" / "int4").glob("*.gguf")
+    own = Path(shutil.copy(blocks, tmp_path / "own.gguf"))
+    with own.open("r+b") as file:
+        file.seek(place)
+        file.write(struct.pack("<Q", value))
+    with pytest.raises(UserError) as raised:
+        answer(llm=str(own))
+    assert "\n" not in str(raised.value) and "own.gguf" in str(raised.value)
+
+
+# --- the encoder in int8 --------------------------------------------------------------------------
+
+
+def quiet(line: str, passing: bool = False) -> None:
+    pass
+
+
+def test_the_encoder_in_int8(weights, monkeypatch):
+    """Near the original's features, in a file of a byte a weight that is made once and again where
+    the original changes."""
+    config = configs.get_model("vicuna-7b")
+    files = find_weights(config)
+    small = replace(files, vision=make_int8(config.vision, files.vision, quiet))
+    assert small.vision.parent == weights and not [*weights.glob("*.part")]
+    before = small.vision.stat().st_mtime_ns
+    assert make_int8(config.vision, files.vision, quiet) == small.vision
+    assert make_int8(config.vision, small.vision, quiet) == small.vision
+    assert small.vision.stat().st_mtime_ns == before
+    picture = image.load(ParityCase(CASE).image_paths[0]).rgb
+    for dtype in (torch.float32, torch.bfloat16):
+        full, ours = (
+            load_model(config, chosen, vision_dtype=dtype).encode_images([picture]).float()
+            for chosen in (files, small)
+        )
+        assert (ours - full).norm() < 0.02 * full.norm()
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(weights / "other"))
+    (weights / "other").mkdir()
+    changed = Path(shutil.copy(CASE / "eva_vit_g.pth", weights / "other" / "eva_vit_g.pth"))
+    assert make_int8(config.vision, changed, quiet).name != small.vision.name
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
+def test_a_damaged_encoder_in_int8(converted, keep):
+    expected = answer()
+    cut("*-int8.safetensors", keep)(converted)
+    with pytest.raises(UserError, match="will be made again at the next start"):
+        answer()
+    next(converted.glob("*-int8.safetensors")).unlink()
+    assert answer() == expected

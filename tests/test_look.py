@@ -5,6 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.fake_engine import FORMULAS
 from tests.page_case import (
     PHONE,
     WIDE,
@@ -13,9 +14,11 @@ from tests.page_case import (
     attach,
     box,
     done,
+    open_settings,
     picture,
     questions,
     say,
+    wait_for,
 )
 
 TYPED = [
@@ -26,6 +29,16 @@ TYPED = [
     "- item",
     "a  b\n\n<b> & &#42;",
 ]
+# The focused element, and whether it, its label or the composer around it is outlined.
+FOCUS = """() => {
+  const focused = document.activeElement;
+  const ringed = [focused, focused.closest("label"), focused.closest("#composer .full-container")];
+  const seen = ringed.filter(Boolean).some((element) => {
+    const { outlineStyle, outlineWidth } = getComputedStyle(element);
+    return outlineStyle !== "none" && parseFloat(outlineWidth) >= 2;
+  });
+  return [focused.outerHTML.slice(0, 160), seen || focused === document.body];
+}"""
 SHIFT = """() => new Promise((resolve) => {
   let sum = 0;
   const add = (entries) => entries.forEach((e) => { if (!e.hadRecentInput) sum += e.value; });
@@ -46,6 +59,115 @@ def test_what_is_typed_is_shown_as_typed(visit):
         assert re.sub(r"\n+", "\n", shown.strip()) == re.sub(r"\n+", "\n", text)
     page.get_by_role("button", name="Edit").last.click()
     expect(page.locator("#chat textarea")).to_have_value(TYPED[-1])
+
+
+def test_formulas_but_no_amounts_of_money(visit):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    ask(page, "Show me formulas.")
+    expect(answers(page).locator(".katex")).to_have_count(3)
+    expect(answers(page)).to_contain_text("It costs $5 or $10.")
+    expect(answers(page).locator("code")).to_have_text("$x$")
+    page.locator("#chat").get_by_label("Copy message").last.click()
+    wait_for(lambda: page.evaluate("navigator.clipboard.readText()") == FORMULAS)
+
+
+def test_a_first_look_names_the_picture_and_the_conversation(visit, photo):
+    page = visit(**WIDE)
+    attach(page, photo)
+    expect(page.locator("#box img")).to_have_attribute("alt", "A red house beside a lake")
+    ask(page, "Describe this image in detail.")
+    name = "Picture 1 of 1: meadow.png. A red house beside a lake"
+    expect(page.locator("#chat .image-frame img")).to_have_attribute("alt", name)
+    expect(page.locator("#conversations li")).to_contain_text("A red house beside a lake")
+
+
+def test_an_answer_shows_where(visit, photo):
+    page = visit(**WIDE)
+    attach(page, photo)
+    ask(page, "Describe it.")
+    word, ring = page.locator(".seen"), page.locator(".where i")
+    expect(word).to_have_text("boat")
+    word.hover()
+    expect(ring).to_have_count(1)
+    inside, whole = ring.bounding_box(), page.locator("#chat .image-frame img").bounding_box()
+    assert abs(inside["x"] + inside["width"] / 2 - whole["x"] - whole["width"] / 2) < 2
+    assert abs(inside["y"] + inside["height"] / 2 - whole["y"] - whole["height"] * 0.75) < 2
+    box(page).hover()
+    expect(ring).to_have_count(0)
+    word.focus()
+    expect(ring).to_have_count(1)
+    page.get_by_role("button", name="Show larger").click()
+    expect(ring).to_have_count(0)
+    page.get_by_role("button", name="boat").click()
+    expect(page.locator("#lightbox .where i")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(ring).to_have_count(0)
+
+
+def test_shortcuts_and_their_list(visit):
+    page = visit(**WIDE)
+    ask(page, "Say it again.")
+    page.get_by_role("button", name="About this answer").focus()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_contain_text("New chat")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="About this answer")).to_be_focused()
+    page.keyboard.press("/")
+    expect(box(page)).to_be_focused()
+    page.keyboard.type("?/")
+    expect(box(page)).to_have_value("?/")
+    box(page).fill("")
+    page.keyboard.press("ArrowUp")
+    edited = page.locator("#chat textarea")
+    expect(edited).to_be_focused()
+    assert edited.bounding_box()["width"] > 0.9 * answers(page).bounding_box()["width"]
+    page.keyboard.press("Escape")
+    expect(edited).to_have_count(0)
+    expect(box(page)).to_be_focused()
+    page.keyboard.press("Control+Shift+O")
+    expect(answers(page)).to_have_count(0)
+
+
+def test_an_answer_is_read_aloud(visit):
+    page = visit(**WIDE)
+    ask(page, "Say it again.")
+    # Where there is no loudspeaker, nothing is said: what would be is noted instead.
+    page.evaluate(
+        "void (speechSynthesis.speak = ({ text, lang }) => { window.said = [text.trim(), lang] })"
+    )
+    read = page.get_by_role("button", name="Read aloud")
+    read.click()
+    expect(read).to_have_attribute("aria-pressed", "true")
+    assert page.evaluate("said") == [answers(page).inner_text().strip(), "en"]
+    read.click()
+    expect(read).to_have_attribute("aria-pressed", "false")
+
+
+def test_it_can_be_installed(visit):
+    page = visit()
+    manifest = page.locator("link[rel=manifest]").evaluate("e => e.href")
+    told = page.request.get(manifest).json()
+    assert told["name"] == "MiniGPT-4" and told["display"] == "standalone"
+    for icon in told["icons"]:
+        assert page.request.get(page.url.rstrip("/") + icon["src"]).ok
+
+
+def test_a_note_for_those_whose_language_the_model_does_not_speak(visit):
+    note = "Dieses Modell versteht und spricht nur Englisch."
+    expect(visit(locale="de-DE").locator("#note")).to_contain_text(note)
+    expect(visit().locator("#note")).to_have_text("Answers can be wrong.")
+
+
+def test_notices_stand_above_the_message(visit, engine):
+    page = visit()
+    engine.full = True
+    say(page, "Is anyone there?")
+    notice = page.get_by_test_id("toast-body")
+    expect(notice.get_by_text("Too many people are waiting")).to_be_visible()
+    expect(notice.get_by_text("Warning")).to_be_hidden()
+    edge = notice.bounding_box()
+    assert edge["y"] + edge["height"] < page.locator("#composer").bounding_box()["y"]
+    assert edge["height"] < 80
 
 
 def test_a_message_that_cannot_be_sent_yet(visit, photo):
@@ -139,6 +261,21 @@ def test_the_focus_is_never_lost(visit):
     page.get_by_label("Delete: Say it again.").press("Enter")
     expect(page.locator("#conversations li")).to_have_count(0)
     expect(box(page)).to_be_focused()
+
+
+def test_the_focus_is_always_seen(visit):
+    page = visit(**WIDE)
+    ask(page, "Say it again.")
+    for opened in (False, True):
+        if opened:
+            open_settings(page)
+        seen = set()
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            name, outlined = page.evaluate(FOCUS)
+            assert outlined, name
+            seen.add(name)
+        assert len(seen) > 8, seen
 
 
 @pytest.mark.parametrize("state", ["empty", "chat", "settings", "list"])

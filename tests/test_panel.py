@@ -46,6 +46,14 @@ def test_a_website_is_previewed_in_a_closed_frame(visit):
     expect(frame.get_by_text("To get to the other side!")).to_be_hidden()
     frame.get_by_role("button", name="Show the answer").click()  # its own script runs
     expect(frame.get_by_text("To get to the other side!")).to_be_visible()
+    # A link or a form does not take it away.
+    page.frames[1].evaluate(
+        """document.body.insertAdjacentHTML("beforeend", '<a href="/more">More</a>' +
+        '<form action="/more"><button>Send</button></form>')"""
+    )
+    frame.get_by_text("More").click()
+    frame.get_by_role("button", name="Send").click()
+    expect(frame.get_by_text("To get to the other side!")).to_be_visible()
     # It reaches neither the page, nor the server, nor another host.
     expect(frame.locator("body")).to_have_attribute("data-fetch", "refused")
     expect(page).to_have_title("MiniGPT-4")
@@ -336,14 +344,18 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         visitors = Visitors(browser, address)
         page = visitors(**WIDE)
         expect(status(page)).to_contain_text("Fetching nano-llm (93 MB)")
+        open_settings(page)
+        temperature = page.get_by_label("number input for Temperature")
+        expect(temperature).to_be_hidden()  # the model's own value is not known yet
         say(page, "Hello?")
         expect(page.get_by_text("still loading: ask again")).to_be_visible()
         expect(box(page)).to_have_value("Hello?")
         go_on.touch()
         expect(status(page)).to_contain_text("The model is ready.")
         expect(page.locator("#model")).to_contain_text(MODELS["nano"].licence[:10])
-        open_settings(page)
-        expect(page.get_by_label("number input for Temperature")).to_have_value("0.5")
+        download = page.get_by_role("button", name="Download the conversation")
+        expect(download).to_be_visible()  # the header was redrawn: its buttons keep their names
+        expect(temperature).to_have_value("0.5")
         box(page).press("Enter")
         done(page)
         assert page.get_by_role("button", name="Dislike").count() == 0  # nobody stores them

@@ -188,19 +188,19 @@ def test_held_out_pictures_stay_so(pictures):
     assert not replace(pictures[0], source="instructed").held_out
 
 
-def test_integers_multiply_nearly_as_floats():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integers_multiply_nearly_as_floats(dtype):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(64, 96).requires_grad_(False)
-    inputs = torch.randn(3, 7, 64, requires_grad=True)
+    linear = torch.nn.Linear(64, 96).requires_grad_(False).to(dtype)
+    inputs = torch.randn(3, 7, 64, dtype=dtype, requires_grad=True)
     exact = linear(inputs)
     exact.square().sum().backward()
     gradient, inputs.grad = inputs.grad, None
     rough = int8.Int8Linear(linear)(inputs)
     rough.square().sum().backward()
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), 0) > 0.999
-    assert (
-        torch.nn.functional.cosine_similarity(gradient.flatten(), inputs.grad.flatten(), 0) > 0.99
-    )
+    for wanted, found, bound in ((exact, rough, 0.999), (gradient, inputs.grad, 0.99)):
+        wanted, found = wanted.float().flatten(), found.float().flatten()
+        assert torch.nn.functional.cosine_similarity(wanted, found, 0) > bound
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, pictures, tmp_path):

@@ -15,7 +15,7 @@ from minigpt4.options import Option, Parser, integer, number, switch
 from minigpt4.training import validation
 from minigpt4.training.batches import divide
 from minigpt4.training.trainer import Recipe
-from minigpt4.training.validation import TensorBoard, Validation
+from minigpt4.training.validation import TensorBoard, Validation, WeightsAndBiases
 from minigpt4.weights.checkpoint import read_projection
 from tests.test_training import PROMPTED, make
 from tests.training_case import SCHEDULE, tiny_model, write_captioned, write_shard
@@ -123,6 +123,20 @@ def test_logs_for_tensorboard(examples, tmp_path):
     trainer.after_step.append(TensorBoard(trainer, None))
     trainer.run()
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_logs_for_weights_and_biases(examples, tmp_path, monkeypatch):
+    """Only where it is told where to send them."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert not WeightsAndBiases.available()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert WeightsAndBiases.available()
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    trainer.after_step.append(WeightsAndBiases(trainer, None))
+    trainer.run()
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
 # --- a file of options --------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class EmbeddingStore:
         """The embeddings of the picture with this key, or None."""
         place = self._place(key)
         try:
-            embeds = np.load(place, allow_pickle=False)
+            embeds = np.array(np.load(place, mmap_mode="r"))  # no larger than the file
             os.utime(place)  # used now
         except (OSError, ValueError, EOFError):
             return None

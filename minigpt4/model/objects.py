@@ -25,10 +25,10 @@ OBJECTS = tuple(_NAMES.split(", "))
 
 
 # From this height on, a peak of the heat map is an object that the page points at.
-SURE = 0.35
+SURE = 0.4
 MOST_SPOTS = 20
 # An object's half side, in widths (standard deviations) of its peak.
-SIDE_OF_PEAK = 3.0
+SIDE_OF_PEAK = 4.5
 
 
 class ObjectsBridge(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, columns] -> (int8 numbers, scale [rows, 1]), by each row's largest number."""
+    rows = rows.float()  # in 16 bits, the largest number may become 128, which wraps to -128
     # Twice over the numbers is many times faster than `aminmax`, which is not vectorised.
     largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
     scale = largest.clamp_min(1e-12) / 127
@@ -23,16 +24,15 @@ class _Product(torch.autograd.Function):
     def forward(ctx, inputs: Tensor, forwards: Tensor, backwards: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(backwards, scale)
         numbers, token_scale = quantized(inputs.flatten(0, -2))
-        product = torch._int_mm(numbers, forwards).to(inputs.dtype)
-        product.mul_(token_scale).mul_(scale)
-        return product.view(*inputs.shape[:-1], -1)
+        product = torch._int_mm(numbers, forwards).float().mul_(token_scale).mul_(scale)
+        return product.to(inputs.dtype).view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         backwards, scale = ctx.saved_tensors
         numbers, token_scale = quantized(gradient.flatten(0, -2) * scale)
-        product = torch._int_mm(numbers, backwards).to(gradient.dtype).mul_(token_scale)
-        return product.view(*gradient.shape[:-1], -1), None, None, None
+        product = torch._int_mm(numbers, backwards).float().mul_(token_scale)
+        return product.to(gradient.dtype).view(*gradient.shape[:-1], -1), None, None, None
 
 
 class Int8Linear(nn.Module):

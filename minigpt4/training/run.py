@@ -75,14 +75,15 @@ def train(options: argparse.Namespace) -> None:
 
 
 def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
-    """Validate every so many steps where there are held-out examples; log to TensorBoard where it
-    is installed."""
-    from minigpt4.training.validation import TensorBoard, Validation
+    """Validate every so many steps where there are held-out examples; log to the dashboards that
+    are installed."""
+    from minigpt4.training.validation import TensorBoard, Validation, WeightsAndBiases
 
     validation = Validation(trainer, held_out, every) if held_out else None
     trainer.after_step += [validation] if validation else []
-    if TensorBoard.installed():
-        trainer.after_step.append(TensorBoard(trainer, validation))
+    for dashboard in (TensorBoard, WeightsAndBiases):
+        if dashboard.available():
+            trainer.after_step.append(dashboard(trainer, validation))
 
 
 def given_options(options: argparse.Namespace) -> dict[str, object]:

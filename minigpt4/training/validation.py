@@ -1,6 +1,8 @@
-"""Watches a run: held-out loss and caption score, the best projection, TensorBoard's logs."""
+"""Watches a run: held-out loss and caption score, the best projection, logs for dashboards."""
 
 import csv
+import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -138,8 +140,18 @@ class Validation:
             raise UserError(f"{self._path} is damaged: delete it.") from error
 
 
+def logged(trainer: Trainer, validation: Validation | None) -> dict[str, float]:
+    """What is logged of the last step: name -> value."""
+    row, step = trainer.rows[-1], trainer.step
+    found = {f"training/{name}": row[name] for name in ("loss", "lr", "samples_per_s")}
+    measured = validation.rows[-1:] if validation else []
+    if measured and measured[0]["step"] == step:
+        found |= {f"held-out/{name}": measured[0][name] for name in ("loss", "cider")}
+    return found
+
+
 class TensorBoard:
-    """Writes loss, learning rate and the rows of a validation, for `tensorboard --logdir`."""
+    """Writes what is logged for `tensorboard --logdir`."""
 
     def __init__(self, trainer: Trainer, validation: Validation | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -148,18 +160,40 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(trainer.out), purge_step=trainer.step + 1)
 
     @staticmethod
-    def installed() -> bool:
-        """Whether the package is there."""
+    def available() -> bool:
+        """Whether the package is installed."""
         return find_spec("tensorboard") is not None
 
     def __call__(self) -> None:
         """Write the last step."""
-        row = self._trainer.rows[-1]
-        for name in ("loss", "lr", "samples_per_s"):
-            self._writer.add_scalar(f"training/{name}", row[name], self._trainer.step)
-        measured = self._validation.rows[-1:] if self._validation else []
-        for found in measured:
-            if found["step"] == self._trainer.step:
-                for name in ("loss", "cider"):
-                    self._writer.add_scalar(f"held-out/{name}", found[name], self._trainer.step)
+        for name, value in logged(self._trainer, self._validation).items():
+            self._writer.add_scalar(name, value, self._trainer.step)
         self._writer.flush()
+
+
+class WeightsAndBiases:
+    """Sends what is logged to Weights & Biases, or, with $WANDB_MODE=offline, writes it down.
+
+    A run that is resumed goes on as the same run there.
+    """
+
+    def __init__(self, trainer: Trainer, validation: Validation | None) -> None:
+        import wandb
+
+        self._trainer, self._validation = trainer, validation
+        name = trainer.out.resolve()
+        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]
+        project = os.environ.get("WANDB_PROJECT", "minigpt4")
+        self._run: Any = wandb.init(
+            project=project, name=name.name, id=identity, resume="allow", dir=trainer.out
+        )
+
+    @staticmethod
+    def available() -> bool:
+        """Whether the package is installed, and told where to send its logs."""
+        chosen = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")
+        return bool(chosen) and find_spec("wandb") is not None
+
+    def __call__(self) -> None:
+        """Log the last step."""
+        self._run.log(logged(self._trainer, self._validation), step=self._trainer.step)

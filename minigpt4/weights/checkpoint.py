@@ -63,10 +63,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             break
         state = inner
     found = state.items() if isinstance(state, dict) else ()
-    tensors = {k: v for k, v in found if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: v for k, v in found if isinstance(k, str) and _is_plain(v)}
     if not tensors:
         raise UserError(f"{path} holds no tensors: give a weight file of this model.")
     return tensors
+
+
+def _is_plain(value: object) -> bool:
+    """Is it a dense tensor of real numbers?"""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_complex()
 
 
 def load_strict(
@@ -83,6 +88,19 @@ def load_strict(
     is missing or has another shape.
     """
     wanted_tensors = module.state_dict()
+    check_tensors(wanted_tensors, tensors, path, what)
+    # A copy each: the file may be mapped, and may be replaced while the model runs.
+    copies = {}
+    for name in wanted_tensors:
+        copies[name] = _copy(tensors[name], dtype)
+        count(tensors[name].nbytes)
+    module.load_state_dict(copies, strict=True, assign=True)
+
+
+def check_tensors(
+    wanted_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, what: str
+) -> None:
+    """UserError where one of those wanted is missing in `tensors` or has another shape."""
     for name, wanted in wanted_tensors.items():
         if name not in tensors:
             raise UserError(
@@ -94,12 +112,6 @@ def load_strict(
                 f"{path} is for another {what}: “{name}” is {_shape(tensors[name])}, "
                 f"expected {_shape(wanted)}."
             )
-    # A copy each: the file may be mapped, and may be replaced while the model runs.
-    copies = {}
-    for name in wanted_tensors:
-        copies[name] = _copy(tensors[name], dtype)
-        count(tensors[name].nbytes)
-    module.load_state_dict(copies, strict=True, assign=True)
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,7 +193,8 @@ def eva_tensors(state: Mapping[str, Tensor], config: EvaViT) -> dict[str, Tensor
     tensors = {_rename(k, _EVA_RENAMES): v for k, v in state.items()}
     for i in range(config.layers):
         q, v = state.get(f"blocks.{i}.attn.q_bias"), state.get(f"blocks.{i}.attn.v_bias")
-        if q is not None and v is not None:
+        whole = (config.hidden_size,)
+        if q is not None and v is not None and q.shape == v.shape == whole:
             bias = torch.cat([q, torch.zeros_like(q), v])
             tensors[f"vit.encoder.layers.{i}.self_attn.qkv.bias"] = bias
     name = "vit.embeddings.position_embedding"
@@ -195,7 +208,7 @@ def _resize_positions(embedding: Tensor, side: int) -> Tensor:
     """[1, 1 + old * old, hidden] -> [1, 1 + side * side, hidden]."""
     token, grid = embedding[:, :1].float(), embedding[:, 1:].float()
     old = round(grid.shape[1] ** 0.5)
-    if old == side or old * old != grid.shape[1]:
+    if old in (side, 0) or old * old != grid.shape[1] or len(grid) > 1:
         return embedding
     grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)

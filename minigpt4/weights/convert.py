@@ -24,19 +24,20 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from minigpt4.config import ModelConfig
-from minigpt4.errors import Report, UserError
+from minigpt4.errors import Report, UserError, out_of_memory
 from minigpt4.weights.checkpoint import forget, tensors_of
 from minigpt4.weights.gguf import (
     BLOCKS,
     INDEX,
     INT4,
     ROPE_HALVES,
+    check_sizes,
     shapes_of,
     size_of,
     write_index,
 )
 from minigpt4.weights.llm import check_folder, check_is_no_delta, shards_of
-from minigpt4.weights.sources import PARTS, weights_folder
+from minigpt4.weights.sources import PARTS, mark_of, weights_folder
 from minigpt4.weights.transfer import Progress, in_words
 
 CHUNK = 2**20  # weights quantised at once by a thread
@@ -75,17 +76,17 @@ def blocks_folder(llm: Path) -> Path:
     weights = weights_folder().resolve()
     if not llm.is_symlink() and llm.is_dir() and llm.resolve().parent == weights:
         return llm / INT4
-    name = f"{llm.stem}-{_mark(llm.resolve())}"
-    files = shards_of(llm) if llm.is_dir() else [llm]
+    name = f"{llm.stem}-{mark_of([], llm.resolve())}"
+    files = [llm]
+    if llm.is_dir():
+        try:
+            files = shards_of(llm)
+        except (ValueError, KeyError, TypeError, AttributeError):  # converting them tells
+            files = []
     if not files or not all(file.exists() for file in files):
         made = [i.parent for i in weights.glob(f"{glob.escape(name)}-*-{INT4}/{INDEX}")]
         return max(made, key=lambda folder: folder.stat().st_mtime, default=weights / name)
-    facts = [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
-    return weights / f"{name}-{_mark(facts)}-{INT4}"
-
-
-def _mark(facts: object) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    return weights / f"{name}-{mark_of(files)}-{INT4}"
 
 
 def make_blocks(
@@ -140,15 +141,15 @@ def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
     from transformers import AutoTokenizer
 
     report(f"Reading {gguf.name} (once) …")
+    link = target / gguf.name
+    link.symlink_to(gguf.resolve())
     try:
-        link = target / gguf.name
-        link.symlink_to(gguf.resolve())
         write_index(link)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.save_pretrained(target)
-    except OSError:
-        raise
     except Exception as error:
+        if out_of_memory(error) or (isinstance(error, OSError) and error.errno):  # the disk
+            raise
         raise UserError(
             f"{gguf} is not a GGUF file of a kind that can be read ({error}): give one of a Llama "
             f"model in {', '.join(BLOCKS)} blocks, as llama.cpp quantises it."
@@ -243,7 +244,7 @@ def read_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
         if found != expected:
             raise ValueError(f"{name} is {found}, which is not supported")
     heads = settings["num_attention_heads"]
-    return {
+    sizes = {
         "hidden_size": settings["hidden_size"],
         "layers": settings["num_hidden_layers"],
         "heads": heads,
@@ -253,9 +254,11 @@ def read_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
         "context": settings.get("max_position_embeddings") or 2048,
         "norm_eps": settings.get("rms_norm_eps", 1e-6),
         "rope_theta": float(rope.get("rope_theta") or settings.get("rope_theta") or 10000.0),
-        "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
+        "head_dim": settings.get("head_dim") or settings["hidden_size"] // max(heads, 1),
         "rope_halves": ROPE_HALVES[kind],
     }
+    check_sizes(sizes)
+    return sizes
 
 
 def planned_bytes(folder: Path) -> int:

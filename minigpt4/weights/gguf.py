@@ -35,6 +35,7 @@ BLOCKS = {
 # Architecture -> does its rotary embedding turn the halves of a head (else neighbouring pairs)?
 ROPE_HALVES = {"llama": False, "qwen2": True}
 MOST_HEAD_DIM = 256
+_MOST_LAYERS = 1024
 _MOST = 2**24  # of any size: far more than models have, and no product of two overflows 64 bits
 
 
@@ -91,7 +92,7 @@ class BlockLlama:
     def __post_init__(self) -> None:
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // max(self.heads, 1))
-        _check_sizes(self)
+        check_sizes(vars(self))
         _check_tensors(self)
 
     @property
@@ -106,9 +107,15 @@ class BlockLlama:
 
     @classmethod
     def open(cls, folder: str | Path) -> "BlockLlama":
-        """Map the file that `folder`'s index describes. OSError, ValueError, KeyError or TypeError
-        where file or index are missing, cut or do not fit each other."""
-        folder = Path(folder)
+        """Map the file that `folder`'s index describes. OSError or ValueError where file or index
+        are missing, cut or do not fit each other."""
+        try:
+            return cls._open(Path(folder))
+        except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{INDEX} is damaged") from error
+
+    @classmethod
+    def _open(cls, folder: Path) -> "BlockLlama":
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         with (folder / index["file"]).open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -147,20 +154,21 @@ def size_of(name: str, kind: str, shape: Sequence[int]) -> int:
     return math.prod(shape) // weights * size
 
 
-def _check_sizes(llama: BlockLlama) -> None:
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """ValueError where a model of these sizes (`BlockLlama`'s) cannot be, or be computed."""
     names = "hidden_size layers heads kv_heads intermediate_size vocabulary context head_dim"
     for name in names.split():
-        value = getattr(llama, name)
-        if type(value) is not int or not 1 <= value <= _MOST:
+        value, most = sizes[name], _MOST_LAYERS if name == "layers" else _MOST
+        if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name} is {value}")
     for name in ("norm_eps", "rope_theta"):
-        value = getattr(llama, name)
+        value = sizes[name]
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} is {value}")
-    if llama.heads % llama.kv_heads:
-        raise ValueError(f"{llama.heads} heads cannot share {llama.kv_heads} heads of keys")
-    if llama.head_dim % 2 or llama.head_dim > MOST_HEAD_DIM:
-        raise ValueError(f"heads of {llama.head_dim} numbers are not supported")
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise ValueError(f"{sizes['heads']} heads cannot share {sizes['kv_heads']} heads of keys")
+    if sizes["head_dim"] % 2 or sizes["head_dim"] > MOST_HEAD_DIM:
+        raise ValueError(f"heads of {sizes['head_dim']} numbers are not supported")
 
 
 def _check_tensors(llama: BlockLlama) -> None:
@@ -258,7 +266,7 @@ def gguf_of(folder: Path) -> Path:
     """The GGUF file that the folder's index names; one that does not exist where it is broken."""
     try:
         return folder / json.loads((folder / INDEX).read_text(encoding="utf-8"))["file"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return folder / "*.gguf"
 
 

@@ -145,7 +145,8 @@ def _from_pretrained(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="bitsandbytes")  # hundreds for each token
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else hundreds of lines a token
+    warnings.filterwarnings("ignore", module="bitsandbytes")
     match quantize:
         case "w8a16":
             return load_int8(folder, device, dtype, count)
@@ -256,7 +257,7 @@ def missing_weights(folder: Path, blocks: bool = True) -> str:
         return "" if file.is_file() else file.name
     try:
         files = shards_of(folder)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "a readable index of the shards"
     if not files:
         return "model.safetensors or pytorch_model.bin"
@@ -316,7 +317,9 @@ def _check_width(folder: Path, width: int, config: ModelConfig) -> None:
 def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTokenizer]:
     try:
         llm, tokenizer = BlockLlama.open(folder), JsonTokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of anything that a damaged index may hold
+        if out_of_memory(error):
+            raise MemoryError from error
         log.debug("loading %s", folder, exc_info=True)
         raise UserError(
             f"{folder} holds no complete 4-bit model: delete the folder, then run "

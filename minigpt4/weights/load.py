@@ -32,6 +32,7 @@ from minigpt4.weights.checkpoint import (
     read_checkpoint,
     read_projection,
 )
+from minigpt4.weights.encoder import INT8, load_int8
 from minigpt4.weights.gguf import gguf_of
 from minigpt4.weights.llm import load_llm, shards_of
 from minigpt4.weights.sources import (
@@ -240,11 +241,14 @@ def _load_vision(
         norm = {k: v for k, v in state.items() if k.startswith("ln_vision.")} | norm
         with _counted(progress, _size(files.qformer)) as count:
             load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former", dtype, count)
-    state = read_checkpoint(files.vision)
+    eight_bit = files.vision.name.endswith(INT8)
+    state = {} if eight_bit else read_checkpoint(files.vision)
     match config.vision:
+        case EvaViT() if eight_bit:
+            encoder = load_int8(config.vision, files.vision, norm, dtype)
         case EvaViT():
-            tensors = eva_tensors(state | norm, config.vision)
             with _counted(progress, _size(files.vision)) as count:
+                tensors = eva_tensors(state | norm, config.vision)
                 load_strict(encoder, tensors, files.vision, "EVA ViT-g", dtype, count)
         case EfficientNetLite():
             network, classifier = efficientnet_tensors(state)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minigpt4.config import MODELS, ModelConfig, Quantize
+from minigpt4.config import MODELS, EvaViT, ModelConfig, Quantize
 from minigpt4.errors import UserError
 from minigpt4.model.bridge import build_bridge
 from minigpt4.model.vision import build_encoder
@@ -108,7 +108,9 @@ def check_memory(
     """
     try:
         mapped = llm_bytes(llm, quantize, llm_dtype.itemsize)
-        vision = vision_bytes(config, (vision_dtype or torch.float32).itemsize)
+        size = (vision_dtype or torch.float32).itemsize
+        eight_bit = quantize == "int4" and isinstance(config.vision, EvaViT)
+        vision = vision_bytes(config, size, 1 if eight_bit else size)
         needed = mapped + vision + LIBRARIES + chat_bytes(llm, quantize)
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return
@@ -148,8 +150,10 @@ def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
             return sum(tensor.data.nbytes for tensor in tensors)
         return planned_bytes(llm) if llm.is_dir() else llm.stat().st_size
     optional, required = shapes_of(**_sizes(llm))
-    optional = {name: s for name, s in optional.items() if name.endswith("d.weight")}
-    count = sum(math.prod(shape) for shape in (required | optional).values())
+    tied = bool(_settings(llm).get("tie_word_embeddings"))
+    for name in ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]:
+        required[name] = optional[name]
+    count = sum(math.prod(shape) for shape in required.values())
     return count * (size if quantize == "none" else 2)
 
 
@@ -165,13 +169,22 @@ def chat_bytes(llm: Path, quantize: Quantize) -> int:
     return CHAT_POSITIONS * sizes["layers"] * 2 * width * 2
 
 
+def _settings(llm: Path) -> dict:
+    return json.loads((llm / "config.json").read_text(encoding="utf-8"))
+
+
 def _sizes(llm: Path) -> dict:
-    return read_sizes(json.loads((llm / "config.json").read_text(encoding="utf-8")))
+    return read_sizes(_settings(llm))
 
 
-def vision_bytes(config: ModelConfig, size: int) -> int:
-    """Bytes of encoder, bridge and projection with numbers of `size` bytes."""
+def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:
+    """Bytes of encoder, bridge and projection with numbers of `size` bytes, of the encoder's with
+    `encoder_size`."""
     with torch.device("meta"):
-        parts = build_encoder(config.vision), build_bridge(config)
-    count = config.projection_in * config.llm_hidden_size
-    return size * (count + sum(p.numel() for part in parts for p in part.parameters()))
+        encoder, bridge = build_encoder(config.vision), build_bridge(config)
+    count = config.projection_in * config.llm_hidden_size + _count(bridge)
+    return size * count + encoder_size * _count(encoder)
+
+
+def _count(part: torch.nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters())

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,12 @@ def weights_folder() -> Path:
         return WEIGHTS
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "minigpt4", "weights")
+
+
+def mark_of(files: Sequence[Path], *others: object) -> str:
+    """A name's part that changes with these files, by size and time, and with `others`."""
+    facts = [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((facts, *others)).encode()).hexdigest()[:8]
 
 
 def _folders() -> list[Path]:

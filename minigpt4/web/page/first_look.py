@@ -4,12 +4,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from minigpt4.conversation import Conversation, ask
+from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 from minigpt4.web.page import looks
 from minigpt4.web.page.loading import Loading
-from minigpt4.web.page.session import Session
+from minigpt4.web.page.session import Session, start
 from minigpt4.web.page.titles import first_sentence
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ async def _caption(engine: "AnyEngine", picture: Picture, session: Session) -> s
     conversation = Conversation()
     conversation.add_question(engine.model.config.short_instruction, [picture])
     sampling = Sampling(temperature=0, max_new_tokens=CAPTION_TOKENS)
-    answer = await asyncio.to_thread(ask, engine, conversation, sampling)
+    answer = await start(engine, conversation, sampling)
     try:
         async for _ in answer:
             if session.busy or engine.waiting or engine.running > 1:

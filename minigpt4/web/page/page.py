@@ -15,7 +15,7 @@ from minigpt4.web.page.feedback import Feedback, Ratings
 from minigpt4.web.page.first_look import FirstLook
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.panel import Panel
-from minigpt4.web.page.parts import PLAIN, fragment
+from minigpt4.web.page.parts import ASSETS, PLAIN, fragment
 from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import label, translate
 from minigpt4.web.page.turns import Turns
@@ -85,7 +85,7 @@ class ChatPage:
         with gr.Column(elem_id="rail", min_width=0):
             self._new_chat = side.build_rail()
         with gr.Column(elem_id="main", min_width=0):
-            self._head = fragment("head", panel.summary(loading), elem_id="head")
+            self._head = fragment("head", panel.model_name(loading), elem_id="head")
             self._hello = parts.hello()
             self._build_chat(feedback is not None)
             ratings = Ratings(loading, feedback) if feedback else None
@@ -128,8 +128,9 @@ class ChatPage:
                 max_plain_text_length=100_000,
                 autofocus=True,
             )
-        self._status = gr.HTML("", elem_id="status", js_on_load=LIVE, **PLAIN)
-        fragment("note", elem_id="note")
+        opening = "" if self._known_when_built else '<span data-say="opening"></span>'
+        self._status = gr.HTML(opening, elem_id="status", js_on_load=LIVE, **PLAIN)
+        self._note = fragment("note", "", elem_id="note")
         self._refused = gr.JSON(visible=False)  # paths of files
         self._captions = gr.HTML(html_template="", js_on_load=CAPTIONS_JS, elem_classes="unseen")
 
@@ -186,7 +187,8 @@ class ChatPage:
     def _wire_start(self) -> None:
         side, page = self._panel, self._page
         sliders = [side.settings[name] for name in panel.SLIDERS]
-        model = [self._head, side.model, *sliders, side.preset]
+        told = [self._head, side.foot, self._note, side.model]
+        model = [*told, *sliders, side.preset]
         remembered = gr.JSON(visible=False)
         texts = [side.settings["seed"], side.settings["system"]]
         page.load(None, None, texts, js="() => minigpt4.settings.texts()")
@@ -210,7 +212,7 @@ class ChatPage:
     def show_progress(self, remembered: object, request: gr.Request) -> list:
         """The state of loading; the last call stops the timer."""
         loading = self._loading
-        unchanged = [gr.skip()] * (3 + len(panel.SLIDERS))
+        unchanged = [gr.skip()] * (5 + len(panel.SLIDERS))
         if loading.engine is not None:
             ready = translate("ready", request)
             return [ready, gr.Timer(active=False), *self._describe_model(remembered, request)]
@@ -226,8 +228,14 @@ class ChatPage:
         preset: Any = panel.preset_of([values[name] for name in panel.PRESET_FIELDS], engine)
         if self._known_when_built and not remembered:  # all of it is shown already
             sliders, preset = [gr.skip()] * len(sliders), gr.skip()
-        described = panel.describe(self._loading, request)
-        return [panel.summary(self._loading), described, *sliders, preset]
+        return [
+            panel.model_name(self._loading),
+            panel.summary(self._loading),
+            panel.language_note(self._loading, request),
+            panel.describe(self._loading, request),
+            *sliders,
+            preset,
+        ]
 
 
 async def renew(session: Session) -> Session:
@@ -246,6 +254,8 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
         options,
         share=options.share,
         max_threads=answers + OTHER_EVENTS,
+        pwa=True,
+        favicon_path=str(ASSETS / "icon.png"),
         max_file_size=options.max_upload_mb * 2**20,
         run_history=False,
         state_session_capacity=MAX_VISITORS,

@@ -14,7 +14,7 @@ from minigpt4.web.page import answers, looks, records, render, transcript
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.parts import PLAIN, fragment
 from minigpt4.web.page.session import Session
-from minigpt4.web.page.texts import label, translate
+from minigpt4.web.page.texts import label, language, translate
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
@@ -66,6 +66,7 @@ class Panel:
         self.upload = gr.UploadButton(
             label("open_file"), file_types=[".json"], elem_id="open-file", elem_classes="line"
         )
+        self.foot = fragment("foot", summary(self._loading), elem_id="foot")
         return new_chat
 
     def build_drawers(self) -> None:
@@ -278,8 +279,20 @@ def describe(loading: Loading, request: gr.Request | None) -> str:
     )
 
 
+def model_name(loading: Loading) -> str:
+    """The model's name; "" while it is loading."""
+    return html.escape(loading.engine.model.config.name) if loading.engine else ""
+
+
+def language_note(loading: Loading, request: gr.Request | None) -> str:
+    """For visitors whose language the model does not speak; "" for others."""
+    if not loading.engine or not loading.engine.model.config.english_only:
+        return ""
+    return "" if language(request) == "en" else translate("english_only", request)
+
+
 def summary(loading: Loading) -> str:
-    """The model and the device in one line, beside the page's name."""
+    """The model and the device in one line."""
     if loading.engine is None:
         return ""
     model = loading.engine.model

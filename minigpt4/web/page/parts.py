@@ -58,6 +58,8 @@ def hello() -> gr.HTML:
 
 def head() -> str:
     """The page's styles and scripts, for its <head>."""
-    return "".join(f"<style>\n{asset(f'{name}.css')}</style>\n" for name in STYLES) + "".join(
-        f"<script>\n{asset(f'{name}.js')}</script>\n" for name in SCRIPTS
+    return (
+        asset("app.html")
+        + "".join(f"<style>\n{asset(f'{name}.css')}</style>\n" for name in STYLES)
+        + "".join(f"<script>\n{asset(f'{name}.js')}</script>\n" for name in SCRIPTS)
     )

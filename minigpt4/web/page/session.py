@@ -222,7 +222,7 @@ class Session:
         question; UserError before that changes nothing. However this ends, cancelled at any
         `await` included, the answer is closed.
         """
-        answer = await _start(engine, conversation, sampling)
+        answer = await start(engine, conversation, sampling)
         try:
             self.answer = answer  # from here on `stop` reaches it
             if self.successor:
@@ -285,7 +285,7 @@ def too_many_pictures() -> UserError:
     )
 
 
-async def _start(engine: "AnyEngine", conversation: Conversation, sampling: "Sampling") -> Answer:
+async def start(engine: "AnyEngine", conversation: Conversation, sampling: "Sampling") -> Answer:
     """`ask` in a thread. Where this is cancelled meanwhile, the answer is closed once it exists."""
     asked = asyncio.ensure_future(asyncio.to_thread(ask, engine, conversation, sampling))
     try:

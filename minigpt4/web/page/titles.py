@@ -1,11 +1,11 @@
-"""What a conversation is called in the list, in downloads, and in a picture's alternative text."""
+"""What a conversation is about, in a few words: for its title, and a picture's alternative text."""
 
 import re
 
 from minigpt4.conversation import Conversation
 from minigpt4.web.page import looks
 
-TITLE_LENGTH = 60  # characters
+LONG = 60  # characters
 # A question of these words alone fits any picture: what is in the picture says more.
 _WORDS = """a an and about briefly can could describe detail detailed do explain for here i image in
     is it me of photo photograph picture please see shown shows tell that the there these this to
@@ -20,15 +20,14 @@ _OPENING = re.compile(
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
 
 
-def title(conversation: Conversation) -> str:
+def subject(conversation: Conversation) -> str:
     """The first question; where it fits any picture, the first picture's caption, or the beginning
     of the answer. "" where there are only pictures."""
     question = _text(conversation, "user")
     if conversation.pictures and not _words(question) - _ANY_PICTURE:
         caption = looks.find(next(iter(conversation.pictures))).caption
         question = caption or first_sentence(_text(conversation, "assistant")) or question
-    line = " ".join(question.split())
-    return line[:TITLE_LENGTH] + ("…" if len(line) > TITLE_LENGTH else "")
+    return question
 
 
 def first_sentence(text: str) -> str:
@@ -36,7 +35,7 @@ def first_sentence(text: str) -> str:
     text = text.strip()
     end = _SENTENCE_END.search(text)
     sentence = text[: end.start()] if end else text
-    if not end and len(text) > TITLE_LENGTH:
+    if not end and len(text) > LONG:
         sentence = text.rpartition(" ")[0] + "…"
     sentence = _OPENING.sub("", sentence, count=1).strip(' *#-"“')
     return sentence[:1].upper() + sentence[1:]

@@ -15,7 +15,7 @@ from minigpt4.web.guard import decoding
 from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page.titles import title
+from minigpt4.web.page.titles import subject
 from minigpt4.web.page.versions import Fork, Forks, Tail, hidden_messages
 
 FORMAT = "minigpt4-conversation"
@@ -25,9 +25,15 @@ MARKDOWN_SIDE = 512
 MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
-MAX_TITLE = 200
+TITLE_LENGTH, MAX_TITLE = 60, 200
 STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
+
+
+def title(conversation: Conversation) -> str:
+    """The beginning of what it is about; "" where there are only pictures."""
+    line = " ".join(subject(conversation).split())
+    return line[:TITLE_LENGTH] + ("…" if len(line) > TITLE_LENGTH else "")
 
 
 @dataclass

@@ -19,7 +19,10 @@
       const part = document.getElementById(id);
       if (part) part.inert = Boolean(name) && PHONE.matches && id !== name;
     }
-    if (name) setTimeout(() => find(`#${name} [data-close]`)?.focus(), 50);
+    const enter = () => {
+      if (!document.activeElement.closest(`#${name}`)) find(`#${name} [data-close]`)?.focus();
+    };
+    if (name) setTimeout(enter, 50); // then it can be seen
     else if (opener?.isConnected) opener.focus();
   };
   PHONE.addEventListener("change", () => drawer(""));

@@ -32,6 +32,11 @@
     if (event.isComposing || event.keyCode === 229) {
       // A key that ends the composition of a word (Chinese, Japanese, ...) neither sends nor stops.
       if (["Enter", "Escape"].includes(event.key)) event.stopImmediatePropagation();
+    } else if (event.target.matches?.("#chat textarea")) { // a message is being edited
+      const [save, cancel] = event.target.closest(".message-row").nextElementSibling
+        ?.querySelectorAll("button") ?? [];
+      if (event.key === "Escape") cancel?.click();
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save?.click();
     } else if (event.key === "Escape" && !event.target.closest?.("#rail, .drawer, dialog, .menu")) {
       document.querySelector("#box .stop-button")?.click(); // there, Escape ends something else
     }

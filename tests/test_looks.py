@@ -1,0 +1,108 @@
+"""What the model sees before anyone asks: captions, where objects are, what a chat is about."""
+
+import asyncio
+
+import pytest
+import torch
+from PIL import Image
+
+from minigpt4.conversation import Conversation
+from minigpt4.model.image import Picture
+from minigpt4.model.objects import OBJECTS, find_spots
+from minigpt4.web.page import looks, session
+from minigpt4.web.page.first_look import FirstLook
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.session import Session
+from minigpt4.web.page.titles import first_sentence
+from minigpt4.web.page.transcript import title
+from tests.fake_engine import CAPTION, FakeAnswer, FakeEngine
+
+
+def a_picture(key: str) -> Picture:
+    return Picture(Image.new("RGB", (8, 8)), key)
+
+
+def peak(x: int, y: int, height: float, deviation: float) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(80.0), torch.arange(80.0), indexing="ij")
+    return height * torch.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * deviation**2))
+
+
+def test_spots_are_the_sure_peaks_of_the_heat_map():
+    heat = torch.zeros(len(OBJECTS), 80, 80)
+    dog, cat = OBJECTS.index("dog"), OBJECTS.index("cat")
+    heat[dog] = torch.maximum(peak(20, 60, 0.9, 4), peak(60, 10, 0.6, 2))
+    heat[cat] = peak(40, 40, 0.2, 3)  # too weak
+    first, second = find_spots(heat)
+    assert (first.name, second.name) == ("dog", "dog")
+    assert (first.x, first.y) == (20.5 / 80, 60.5 / 80)
+    assert first.certainty == pytest.approx(0.9) and second.certainty == pytest.approx(0.6)
+    assert 1.8 < first.radius / second.radius < 2.2
+    assert find_spots(torch.zeros(len(OBJECTS), 80, 80)) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("The image shows a red house. It stands by a lake.", "A red house"),
+        ("In this picture, there are two dogs on a beach!", "Two dogs on a beach"),
+        ("two dogs", "Two dogs"),
+        ("A man " + "and a man " * 9 + "and a wom", "A man " + "and a man " * 9 + "and a…"),
+        ("", ""),
+    ],
+)
+def test_the_first_sentence(text, sentence):
+    assert first_sentence(text) == sentence
+
+
+def test_titles_say_what_is_in_the_picture():
+    picture = a_picture("titled")
+    conversation = Conversation()
+    conversation.add_question("Describe this image in detail.", [picture])
+    assert title(conversation) == "Describe this image in detail."
+    conversation.add_answer("The image shows a boat on a lake. It is small.")
+    assert title(conversation) == "A boat on a lake"
+    looks.note(picture.key, caption="A boat")
+    assert title(conversation) == "A boat"
+
+    telling = Conversation()
+    telling.add_question("What is unusual about this image?", [picture])
+    telling.add_answer("It sails in the sand.")
+    assert title(telling) == "What is unusual about this image?"
+
+
+@pytest.fixture
+def look(monkeypatch):
+    """Attach a picture, and have it captioned: the caption, "" where there is none."""
+    monkeypatch.setattr(session, "ask", FakeAnswer)
+
+    def caption(key: str, busy: bool = False, **state) -> str:
+        engine = FakeEngine()
+        for name, value in state.items():
+            setattr(engine, name, value)
+        visitor = Session(uploads={"photo.png": a_picture(key)}, busy=busy)
+        first_look = FirstLook(Loading.done(engine))
+        found = asyncio.run(first_look.caption({"files": ["photo.png", "gone.png"]}, visitor))
+        assert found.keys() == {"photo.png"}
+        return found["photo.png"]
+
+    return caption
+
+
+def test_a_picture_is_captioned_while_nothing_else_runs(look):
+    assert look("alone") == CAPTION.rstrip(".")
+    assert look("others run", running=1) == look("others wait", waiting=1) == ""
+    assert look("a question was sent", busy=True) == ""
+    assert look("the queue is full", full=True) == ""
+
+
+def test_a_caption_gives_way_to_a_question(look, monkeypatch):
+    """It is left unfinished as soon as another request runs beside it."""
+    words = FakeAnswer.__aiter__
+
+    async def joined(answer):
+        async for word in words(answer):
+            answer._engine.running = 2
+            yield word
+
+    monkeypatch.setattr(FakeAnswer, "__aiter__", joined)
+    assert look("joined") == ""
