@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import gradio as gr
 
-from minigpt4.conversation import Conversation, read_ahead
+from minigpt4.conversation import read_ahead
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.web.guard.limits import FILES_AT_ONCE
