@@ -244,6 +244,7 @@ def test_settings_are_closed_at_first_and_give_the_focus_back(visit):
     expect(page.get_by_label("precise")).to_be_hidden()
     gear.press("Enter")
     expect(gear).to_have_attribute("aria-expanded", "true")
+    expect(page.get_by_label("balanced")).to_be_visible()  # what is hidden takes no focus
     page.get_by_label("balanced").focus()
     page.keyboard.press("ArrowDown")  # one group: arrows go through it
     expect(page.get_by_label("creative")).to_be_checked()

@@ -119,7 +119,7 @@ def test_retry_edit_and_undo(visit, photo):
     page.locator("#chat").get_by_label("Submit").click()
     expect(answers(page)).to_have_count(1)
     expect(answers(page)).to_contain_text("I see 1 pictures.")
-    expect(page.get_by_text("Count <b>everything</b>.")).to_be_visible()
+    expect(questions(page).last).to_contain_text("Count <b>everything</b>.")
     expect(questions(page)).to_have_count(2)  # the picture, the text
     page.get_by_role("button", name="Edit").click()  # shown as it was written
     expect(page.locator("#chat textarea")).to_have_value("Count <b>everything</b>.")
@@ -301,8 +301,8 @@ def test_new_chat_in_the_middle_of_an_answer(visit, engine):
 def test_an_example_is_sent_at_once(visit, engine):
     page = visit()
     box(page).fill("What I was writing")
-    page.get_by_text("Explain a joke").click()
-    expect(questions(page).last).to_contain_text("Why is this image funny?")
+    page.get_by_text("Write an advertisement").click()
+    expect(questions(page).last).to_contain_text("Write an advertisement for this product.")
     done(page)
     assert len(engine.asked[-1].pictures) == 1
     expect(box(page)).to_have_value("What I was writing")
@@ -358,9 +358,10 @@ def test_a_conversation_left_in_the_middle_of_an_answer_is_kept(visit, engine):
     expect(answers(page)).to_contain_text("word3")
     page.get_by_role("button", name="New chat").click()
     expect(answers(page)).to_have_count(0)
-    page.wait_for_function("minigpt4.recent.load().length")
-    kept = page.evaluate("JSON.stringify(minigpt4.recent.load()[0].data.messages)")
-    assert "something long" in kept and "word3" in kept
+    page.wait_for_function(
+        """async () => /something long.*word3/.test(
+            JSON.stringify(await (await minigpt4.store).all("talks")))"""
+    )
 
 
 def test_a_conversation_is_not_kept_for_ever(engine, browser):

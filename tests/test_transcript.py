@@ -24,12 +24,14 @@ def conversation(tmp_path):
     return talk
 
 
-@pytest.mark.parametrize("side", [transcript.SMALL_SIDE, transcript.FULL_SIDE])
+@pytest.mark.parametrize("side", [256, transcript.FULL_SIDE])
 def test_what_is_written_can_be_read(conversation, tmp_path, side):
-    data = transcript.to_data(conversation, side, "nano")
+    data = transcript.to_data(conversation, side, "nano", "length")
     path = tmp_path / "kept.json"
-    path.write_text(json.dumps(data))
-    again = transcript.from_file(str(path))
+    path.write_text(json.dumps({**data, "about": {"id": "ab1", "title": "Two", "time": 7}}))
+    read = transcript.from_file(str(path))
+    assert read.stop == "length" and read.about == transcript.About("ab1", "Two", 7)
+    again = read.conversation
     assert again.system == "Be brief."
     assert [m.role for m in again.messages] == ["user", "assistant", "user"]
     assert [p for m in again.messages for p in m.parts if isinstance(p, str)] == [
@@ -65,10 +67,18 @@ def test_what_is_written_can_be_read(conversation, tmp_path, side):
 )
 @pytest.mark.trust("Pictures", "many large pictures at once")
 def test_files_that_hold_something_else(conversation, change):
-    data = transcript.to_data(conversation, transcript.SMALL_SIDE)
+    data = transcript.to_data(conversation, 256)
     change(data)
     with pytest.raises(UserError):
         transcript.from_data(data)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [7, {"id": "../x", "title": 3, "time": "now"}, {"id": 1, "time": -1, "named": "yes"}, {"x": 1}],
+)
+def test_what_is_wrong_in_an_entry_is_left_out(about):
+    assert transcript.read_about(about) == transcript.About()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"[]"])

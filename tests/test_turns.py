@@ -178,7 +178,7 @@ def test_two_questions_at_once(monkeypatch, warnings):
     async def both() -> None:
         first = ask(engine, session, "One?")
         await anext(first)
-        assert [step async for step in ask(engine, session, "Two?")] == [(gr.skip(),) * 3]
+        assert [step async for step in ask(engine, session, "Two?")] == [(gr.skip(),) * 4]
         async for _ in first:
             pass
 
@@ -220,7 +220,7 @@ def test_a_conversation_that_is_left_before_its_answer_begins(monkeypatch):
 
     shown = asyncio.run(leave())
     assert given[0].stop_reason == "closed" and given[0].stats.tokens < 3
-    assert [messages for messages, _, _ in shown] == [[]]
+    assert [messages for messages, *_ in shown] == [[]]
     assert session.successor.predecessor is session
 
 
@@ -286,7 +286,7 @@ def test_the_event_loop_neither_reads_nor_writes_files(monkeypatch):
     """Pictures are opened and thumbnails written in threads."""
     monkeypatch.setattr(session_module, "ask", FakeAnswer)
     threads = {}
-    for module, name in ((render, "save_pil_to_cache"), (session_module.decoding, "load")):
+    for module, name in ((render, "save_bytes_to_cache"), (session_module.decoding, "load")):
         real = getattr(module, name)
 
         def watched(*arguments, real=real, name=name):
@@ -297,7 +297,7 @@ def test_the_event_loop_neither_reads_nor_writes_files(monkeypatch):
     path = str(picture(uploads_folder() / "watched.png", "#123456"))
     turns, session = Turns(Loading.done(FakeEngine()), []), Session()
     answered(turns.ask({"text": "What is this?", "files": [path]}, session, None, ""))
-    assert set(threads) == {"save_pil_to_cache", "load"}
+    assert set(threads) == {"save_bytes_to_cache", "load"}
     assert threading.main_thread() not in set().union(*threads.values())
 
 
@@ -329,7 +329,7 @@ def test_nothing_is_taken_back_from_under_an_answer(monkeypatch, warnings):
     async def both() -> None:
         steps = ask(engine, session, "Hello?")
         await anext(steps)
-        assert Turns(Loading.done(engine), []).undo(session, None) == (gr.skip(),) * 3
+        assert Turns(Loading.done(engine), []).undo(session, None) == (gr.skip(),) * 4
         async for _ in steps:
             pass
 

@@ -1,4 +1,4 @@
-"""Draws a picture for each of the paper's abilities, for the suite: `python -m tools.draw_abilities`."""
+"""Draws a picture for each of the paper's abilities: `python -m tools.draw_abilities`."""
 
 import math
 import random

@@ -190,9 +190,14 @@ def data_url(picture: Picture, side: int, quality: int = 90) -> str:
     """The picture as a JPEG `data:` URL, scaled down to at most `side` pixels."""
     small = picture.rgb.copy()
     small.thumbnail((side, side))
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(small, quality)).decode()
+
+
+def jpeg(rgb: Image.Image, quality: int = 90) -> bytes:
+    """A JPEG file's content."""
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    rgb.save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def load(source: str | os.PathLike | bytes) -> Picture:

@@ -22,18 +22,24 @@ def waiting(session: Session, beams: int, request: gr.Request | None) -> str:
     return translate("weighing" if beams > 1 else "answering", request)
 
 
+ENDINGS = {
+    "length": "cut_length",
+    "time": "cut_closed",
+    "closed": "cut_closed",
+    "interrupted": "interrupted",
+}
+
+
 def ending(session: Session, request: gr.Request | None) -> str:
     """Why the last answer ended before its own end; "" where it did not."""
-    if session.answer is None or not session.answer.stats.tokens:
+    if not session.last_answer or session.stop_reason not in ENDINGS:
         return ""
-    if session.stop_reason == "length":
-        return translate("cut_length", request)
-    return translate("cut_closed", request) if session.can_continue else ""
+    return translate(ENDINGS[session.stop_reason], request)
 
 
 def facts(session: Session, request: gr.Request | None) -> dict:
-    """Place among the shown messages -> what is known of that answer; and where the objects of each
-    picture are. For assets/facts.js.
+    """Place among the shown messages -> what is known of that answer, and the versions that there
+    are of it; where the objects of each picture are. For assets/facts.js and versions.js.
 
     The mark is new each time: the script is to be called whenever a turn has ended.
     """
@@ -43,8 +49,19 @@ def facts(session: Session, request: gr.Request | None) -> dict:
         for index, place in enumerate(places)
         if place in session.statistics and session.statistics[place].tokens
     }
+    versions = {}
+    for place, fork in session.forks.items():
+        if len(fork.tails) > 1 and fork.shown >= 0:
+            # An answer that failed is not shown; what the page says of it is.
+            rows = [i for i, p in enumerate(places) if p == place] or [len(places) - 1]
+            versions[str(rows[-1])] = {
+                "place": place,
+                "number": fork.shown,
+                "count": len(fork.tails),
+            }
     objects = [[spot._asdict() for spot in spots] for spots in render.objects(session)]
-    return {"mark": secrets.token_hex(4), "answers": known, "objects": objects}
+    mark = secrets.token_hex(4)
+    return {"mark": mark, "answers": known, "versions": versions, "objects": objects}
 
 
 def _facts(stats: "Stats", request: gr.Request | None) -> dict:

@@ -34,6 +34,11 @@ class Loading:
         return loading
 
     @property
+    def name(self) -> str:
+        """The model's; "" until it is loaded."""
+        return self.engine.model.config.name if self.engine else ""
+
+    @property
     def seconds(self) -> int:
         """Time since loading began."""
         return int(time.monotonic() - self._begun)

@@ -51,6 +51,9 @@ WITHOUT_REFUSED = (
     "!refused.includes(file.path))} : {__type__: 'update'}"
 )
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
+SETTINGS_JS = "() => [minigpt4.settings.load()]"
+# New chats have the visitor's own system prompt, not that of the conversation that was shown.
+OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
 # Each event's options. Questions wait in the engine's own queue, not here: it knows their places.
 EVENT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
@@ -136,7 +139,7 @@ class ChatPage:
         turns = Turns(self._loading, names)
         session, box, chatbot, side = self._session, self._box, self._chatbot, self._panel
         settings = list(side.settings.values())
-        shown = [chatbot, box, self._status]
+        shown = [chatbot, box, self._status, side.keeper]
         events = [
             box.submit(turns.ask, [box, session, *settings], shown, **EVENT),
             chatbot.retry(turns.retry, [session, *settings], shown, **EVENT),
@@ -146,6 +149,7 @@ class ChatPage:
         ]
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
         events.append(chatbot.undo(turns.undo, session, shown, **EVENT))
+        events.append(side.facts.select(turns.version, session, shown, **EVENT))
         for event in events:
             event.then(side.record, session, [side.keeper, side.facts], **EVENT)
             event.then(renew, session, session, **EVENT)
@@ -169,8 +173,10 @@ class ChatPage:
         session, side = self._session, self._panel
         replaced = [session, self._chatbot, self._box, self._status]
         opened = [*replaced, side.settings["system"]]
+        new_chat = self._new_chat.click(uploads.new_chat, session, replaced, **EVENT)
+        new_chat.then(None, None, side.settings["system"], js=OWN_SYSTEM_JS)
         events: tuple[Dependency, ...] = (
-            self._new_chat.click(uploads.new_chat, session, replaced, **EVENT),
+            new_chat,
             side.recent.select(uploads.reopen, session, opened, **EVENT),
             side.upload.upload(uploads.open, [side.upload, session], opened, **EVENT),
         )
@@ -179,44 +185,56 @@ class ChatPage:
             event.then(side.record_left, session, [side.keeper, side.facts], **EVENT)
 
     def _wire_start(self) -> None:
-        side = self._panel
+        side, page = self._panel, self._page
+        sliders = [side.settings[name] for name in panel.SLIDERS]
         told = [self._head, side.foot, self._note, side.model]
-        model = [*told, *(side.settings[name] for name in panel.SLIDERS)]
-        self._page.load(renew, self._session, self._session, **EVENT)
-        self._page.load(self.greet, None, [self._status, *model], **EVENT)
+        model = [*told, *sliders, side.preset]
+        remembered = gr.JSON(visible=False)
+        texts = [side.settings["seed"], side.settings["system"]]
+        page.load(None, None, texts, js="() => minigpt4.settings.texts()")
+        page.load(None, None, self._box, js="() => minigpt4.draft.load()")
+        self._box.change(None, self._box, None, js="(box) => minigpt4.draft.keep(box)")
+        page.load(renew, self._session, self._session, **EVENT)
+        page.load(self.greet, remembered, [self._status, *model], js=SETTINGS_JS, **EVENT)
         if self._loading.engine is None:
             timer = gr.Timer(0.5)
-            timer.tick(self.show_progress, side.preset, [self._status, timer, *model], **EVENT)
+            shown = [self._status, timer, *model]
+            timer.tick(self.show_progress, remembered, shown, js=SETTINGS_JS, **EVENT)
 
-    def greet(self, request: gr.Request) -> list:
-        """What was not known, or not in the visitor's language, when the page was built."""
-        status, _, *model = self.show_progress("balanced", request)
+    def greet(self, remembered: object, request: gr.Request) -> list:
+        """What was not known, or not in the visitor's language, when the page was built.
+
+        remembered: the settings that the visitor's browser keeps.
+        """
+        status, _, *model = self.show_progress(remembered, request)
         return [gr.skip() if self._loading.engine else status, *model]
 
-    def show_progress(self, preset: str, request: gr.Request) -> list:
+    def show_progress(self, remembered: object, request: gr.Request) -> list:
         """The state of loading; the last call stops the timer."""
         loading = self._loading
-        unchanged = [gr.skip()] * (4 + len(panel.SLIDERS))
+        unchanged = [gr.skip()] * (5 + len(panel.SLIDERS))
         if loading.engine is not None:
             ready = translate("ready", request)
-            return [ready, gr.Timer(active=False), *self._describe_model(preset, request)]
+            return [ready, gr.Timer(active=False), *self._describe_model(remembered, request)]
         if loading.error is not None:
             return [str(loading.error), gr.Timer(active=False), *unchanged]
         line = translate("loading", request, step=loading.step, seconds=loading.seconds)
         return [line, gr.skip(), *unchanged]
 
-    def _describe_model(self, preset: str, request: gr.Request) -> list[Any]:
+    def _describe_model(self, remembered: object, request: gr.Request) -> list[Any]:
         engine = self._loading.engine
-        values = panel.sampling_values(engine) | panel.preset_values(preset, engine)
+        values = panel.remembered_values(remembered, engine)
         sliders: list[Any] = [gr.update(value=value, interactive=True) for value in values.values()]
-        if self._known_when_built:  # a visitor may have moved them already
-            sliders = [gr.skip()] * len(sliders)
+        preset: Any = panel.preset_of([values[name] for name in panel.PRESET_FIELDS], engine)
+        if self._known_when_built and not remembered:  # all of it is shown already
+            sliders, preset = [gr.skip()] * len(sliders), gr.skip()
         return [
             panel.model_name(self._loading),
             panel.summary(self._loading),
             panel.language_note(self._loading, request),
             panel.describe(self._loading, request),
             *sliders,
+            preset,
         ]
 
 

@@ -3,12 +3,14 @@
 import html
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from minigpt4 import start
-from minigpt4.web.page import answers, looks, render, transcript
+from minigpt4.web.page import answers, looks, records, render, transcript
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.parts import PLAIN, fragment
 from minigpt4.web.page.session import Session
@@ -17,8 +19,12 @@ from minigpt4.web.page.texts import label, language, translate
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
 
-KEEP_JS = "watch('value', () => minigpt4.recent.keep(props.value));"
-FACTS_JS = "watch('value', () => minigpt4.facts(props.value));"
+KEEP_JS = "watch('value', () => minigpt4.chats.told(props.value));"
+KEEP_SETTING_JS = "(value) => minigpt4.settings.keep('{name}', value)"
+FACTS_JS = (
+    "watch('value', () => { minigpt4.facts(props.value); minigpt4.versions(props.value, "
+    "(chosen) => trigger('select', chosen)); });"
+)
 # The website's drawer opens as soon as there is something in it.
 FRAME_JS = (
     "const show = () => { if (props.value) minigpt4.drawer('website'); }; "
@@ -103,6 +109,9 @@ class Panel:
         """Connect the parts to their handlers."""
         changed = [self.settings[name] for name in PRESET_FIELDS]
         self.preset.select(self.choose_preset, None, changed, **event)
+        self.preset.select(None, self.preset, None, js=KEEP_SETTING_JS.format(name="preset"))
+        for name, control in self.settings.items():
+            control.input(None, control, None, js=KEEP_SETTING_JS.format(name=name))
         gr.on(
             [slider.input for slider in changed],
             self.name_preset,
@@ -123,52 +132,45 @@ class Panel:
 
     def name_preset(self, *values: float) -> str:
         """The preset that has these values, "custom" where none has."""
-        for name in PRESETS:
-            if [*preset_values(name, self._loading.engine).values()] == [*values]:
-                return name
-        return "custom"
+        return preset_of(values, self._loading.engine)
 
     def record(self, session: Session, request: gr.Request) -> list:
-        """The conversation, with small pictures, for the browser's list; what is known of its
-        answers."""
-        return [self._record(session), self._facts(session, request)]
+        """The conversation for the browser's store, and what is known of its answers."""
+        said = bool(session.conversation.messages or session.forks)
+        kept = [records.record(session, self._loading.name)] if said else []
+        return [records.told(session, *kept), self._facts(session, request)]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
         """The same of a session that another has replaced: the conversation that was left while
-        its answer was running, as far as it had come."""
+        its answer was running, as far as it had come, and the one that a file has brought."""
         left, session.predecessor = session.predecessor, None
-        return [self._record(left) if left else gr.skip(), self._facts(session, request)]
+        both = [s for s in (left, session if session.entry else None) if s and s.name]
+        kept = [records.record(s, self._loading.name) for s in both]
+        session.entry = None
+        return [records.told(session, *kept, settled=True), self._facts(session, request)]
 
     def _facts(self, session: Session, request: gr.Request) -> dict:
         looks.find_objects(self._loading.engine, session.conversation.pictures.values())
         return answers.facts(session, request)
 
-    def _record(self, session: Session) -> dict:
-        if not session.conversation.messages:
-            return gr.skip()
-        data = transcript.to_data(session.conversation, transcript.SMALL_SIDE, self._name())
-        return {"name": session.name, "data": data}
-
     def save(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> dict | None:
-        """The conversation as a Markdown file, or as a JSON file that can be opened again."""
-        if chosen.value == "markdown":
-            text = transcript.to_markdown(session.conversation, self._name())
-            return self._file(session, "md", "text/markdown", text, request)
-        data = transcript.to_data(session.conversation, transcript.FULL_SIDE, self._name())
-        text = json.dumps(data, ensure_ascii=False, indent=1)
-        return self._file(session, "json", "application/json", text, request)
+        """The conversation as a Markdown file, or as a JSON file that can be opened again.
 
-    def _file(
-        self, session: Session, suffix: str, kind: str, text: str, request: gr.Request
-    ) -> dict | None:
+        chosen.value: the kind of file, and the entry in the browser's list.
+        """
         if not session.conversation.messages:
             gr.Info(translate("nothing_said", request), title="")
             return None
-        name = f"minigpt4-{time.strftime('%Y-%m-%d-%H%M')}.{suffix}"
-        return {"name": name, "type": kind, "text": text}
-
-    def _name(self) -> str:
-        return self._loading.engine.model.config.name if self._loading.engine else ""
+        chose = chosen.value if isinstance(chosen.value, dict) else {}
+        entry = transcript.read_about(chose.get("about"))
+        talk, model = session.conversation, self._loading.name
+        name = f"minigpt4-{time.strftime('%Y-%m-%d-%H%M')}"
+        if chose.get("kind") == "markdown":
+            text = transcript.to_markdown(talk, model, entry.title)
+            return {"name": f"{name}.md", "type": "text/markdown", "text": text}
+        data = transcript.to_data(talk, model=model, stop=session.stop_reason, forks=session.forks)
+        text = json.dumps({**data, "about": asdict(entry)}, ensure_ascii=False, indent=1)
+        return {"name": f"{name}.json", "type": "application/json", "text": text}
 
     def show_website(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> list:
         """The last answer's website, if that is the button that was clicked."""
@@ -238,6 +240,27 @@ def preset_values(name: str, engine: "AnyEngine | None") -> dict[str, float]:
     elif name == "creative":
         values |= {"temperature": min(2, round(values["temperature"] + 0.3, 2)), "top_p": 0.95}
     return {field: values[field] for field in PRESET_FIELDS}
+
+
+def preset_of(values: Sequence[float], engine: "AnyEngine | None") -> str:
+    """The preset whose PRESET_FIELDS have these values, "custom" where none has."""
+    for name in PRESETS:
+        if [*preset_values(name, engine).values()] == [*values]:
+            return name
+    return "custom"
+
+
+def remembered_values(remembered: object, engine: "AnyEngine | None") -> dict[str, float]:
+    """Slider -> the value that the visitor's browser remembers, or else the model's default."""
+    given = remembered if isinstance(remembered, dict) else {}
+    preset = given.get("preset")
+    values = sampling_values(engine)
+    values |= preset_values(preset if preset in PRESETS else "balanced", engine)
+    for name, (low, high, *_) in SLIDERS.items():
+        value = given.get(name)
+        if isinstance(value, int | float) and low <= value <= high:
+            values[name] = value
+    return values
 
 
 def describe(loading: Loading, request: gr.Request | None) -> str:

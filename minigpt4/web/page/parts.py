@@ -8,8 +8,22 @@ import gradio as gr
 from minigpt4.web.page.examples import QUESTIONS, thumbnail
 
 ASSETS = Path(__file__).parent / "assets"
-STYLES = ("theme", "layout", "chat", "composer", "panels")
-SCRIPTS = ("names", "page", "layout", "composer", "where", "pictures", "facts", "speak", "keys")
+STYLES = ("theme", "layout", "chat", "composer", "panels", "store")
+SCRIPTS = (
+    *(
+        "names",
+        "page",
+        "layout",
+        "composer",
+        "where",
+        "pictures",
+        "facts",
+        "versions",
+        "speak",
+        "keys",
+    ),
+    *("settings", "draft", "notice", "store", "chats"),
+)
 # A gr.HTML without Gradio's own look.
 PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}
 # names.js fills in the texts: see `complete` there.

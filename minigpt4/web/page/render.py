@@ -13,7 +13,7 @@ import gradio as gr
 from gradio.components.chatbot import FileMessage, TextMessage
 from gradio.components.chatbot import Message as ChatbotMessage
 from gradio.data_classes import FileData
-from gradio.processing_utils import save_pil_to_cache
+from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from gradio_client.utils import encode_file_path, get_mimetype
 
@@ -89,8 +89,7 @@ def show(session: Session) -> tuple[Prepared, list[int]]:
         remarks.setdefault(remark.before, []).append(remark)
     for place in range(len(messages) + 1):
         for remark in remarks.get(place, ()):
-            line = f"<small>{literal(html.escape(remark.text))}</small>"
-            shown.append(_message("assistant", [TextMessage(text=line)]))
+            shown.append(_remark(remark.text))
             places.append(-1)
         if place < len(messages):
             rendered = _rendered(session, place)
@@ -103,7 +102,10 @@ def messages(session: Session, request: gr.Request | None, done: bool = True) ->
     """The conversation for gr.Chatbot; `done`: with buttons for what the last answer allows."""
     shown, places = show(session)
     last = len(session.conversation.messages) - 1
-    if done and shown and places[-1] == last and session.last_answer:
+    if done and session.unanswered:
+        shown.append(_remark(translate("not_answered", request)))
+        shown[-1]["options"] = [{"value": "continue", "label": translate("answer_now", request)}]
+    elif done and shown and places[-1] == last and session.last_answer:
         options = []
         if session.can_continue:
             options.append({"value": "continue", "label": translate("continue", request)})
@@ -133,6 +135,11 @@ def _rendered(session: Session, place: int) -> list[dict]:
 def _text(role: str, text: str) -> dict:
     shown = literal(fenced(text)) if role == "assistant" else verbatim(text)
     return _message(role, [TextMessage(text=shown)])
+
+
+def _remark(text: str) -> dict:
+    line = f"<small>{literal(html.escape(text))}</small>"
+    return _message("assistant", [TextMessage(text=line)])
 
 
 def _message(role: str, content: list) -> dict:
@@ -180,7 +187,7 @@ class _Thumbnails:
         large = max(picture.rgb.size) > THUMBNAIL_SIDE
         small = image.fitted(picture.rgb, THUMBNAIL_SIDE) if large else picture.rgb
         try:
-            path = save_pil_to_cache(small, get_upload_folder(), "picture")
+            path = save_bytes_to_cache(image.jpeg(small), "picture.jpg", get_upload_folder())
         except OSError:  # shown without its picture
             path = ""
         with self._lock:
@@ -192,6 +199,11 @@ class _Thumbnails:
 
 _thumbnails = _Thumbnails()
 thumbnail_files = _thumbnails.files
+
+
+def thumbnail(key: str) -> str:
+    """The path of a picture's small copy; "" where there is none."""
+    return _thumbnails.find(key)
 
 
 def make_thumbnails(conversation: Conversation) -> None:

@@ -15,14 +15,17 @@ from minigpt4.model.image import Picture
 from minigpt4.model.prompt import Message
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.limits import FILES_AT_ONCE
+from minigpt4.web.page.versions import Fork, Forks, Tail
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine, Sampling, Stats
+    from minigpt4.web.page.transcript import About
 
 KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
 SECONDS_PER_UPDATE = 0.05  # rest between two updates of the page, at least
 SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and a closed tab is noticed
-CUT_OFF = {"length", "time", "closed"}  # stop reasons after which an answer may be continued
+# Stop reasons after which an answer may be continued; "interrupted": the page was gone at its end.
+CUT_OFF = {"length", "time", "closed", "interrupted"}
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Session:
     # Path -> picture, not sent yet: those that the engine has seen, at most KEPT_SIDE long.
     uploads: dict[str, Picture] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # picture's key -> path of its upload
+    keys: dict[str, str] = field(default_factory=dict)  # picture's key -> its key in the browser
+    entry: "About | None" = None  # of the browser's list, where a file told it
     answer: Answer | None = None  # the running one, or the last one
     busy: bool = False  # while an answer is running
     # The session that the page shows instead of this one.
@@ -54,6 +59,7 @@ class Session:
     stop_reason: str = ""  # of the last answer
     name: str = ""  # among the visitor's recent conversations; given with the first question
     statistics: dict[int, "Stats"] = field(default_factory=dict)  # place -> its answer's
+    forks: Forks = field(default_factory=dict)  # other versions of what is shown
     # Place -> the message and how it is shown, so that each is rendered once (see render.py).
     rendered: dict[int, tuple[Message, list[dict]]] = field(
         default_factory=dict, repr=False, compare=False
@@ -100,9 +106,15 @@ class Session:
         return "".join(p for p in messages[index].parts if isinstance(p, str))
 
     @property
+    def unanswered(self) -> bool:
+        """Whether the last question's answer was cut off before its first word."""
+        messages = self.conversation.messages
+        return bool(messages) and messages[-1].role == "user"
+
+    @property
     def can_continue(self) -> bool:
         """Whether the last answer was cut off."""
-        return bool(self.last_answer) and self.stop_reason in CUT_OFF
+        return self.unanswered or (bool(self.last_answer) and self.stop_reason in CUT_OFF)
 
     # --- the next conversation to answer; the session's own stays as it is ---------------------
 
@@ -136,11 +148,10 @@ class Session:
         return self._up_to(len(self.conversation.messages))
 
     def undo(self) -> tuple[str, list[str]]:
-        """Remove the last question and its answer: its text, and the paths of its pictures."""
+        """Take back the last question and its answer: its text, and the paths of its pictures."""
         index = self._last_question()
         question = self.conversation.messages[index]
-        self.replace_conversation(self._up_to(index))
-        self.stop_reason = ""
+        self._put_away(index)
         text = "\n".join(p for p in question.parts if isinstance(p, str))
         return text, [self.files[i.key] for i in question.images if i.key in self.files]
 
@@ -161,6 +172,44 @@ class Session:
         self.remarks = [r for r in self.remarks if r.before < count]
         self.rendered = {place: r for place, r in self.rendered.items() if place < count}
         self.statistics = {place: s for place, s in self.statistics.items() if place < count}
+
+    # --- versions ------------------------------------------------------------------------------
+
+    def show_version(self, place: int, number: int) -> None:
+        """Show another version from `place` on. UserError where there is none."""
+        fork = self.forks.get(place)
+        if fork is None or not 0 <= number < len(fork.tails) or fork.shown < 0:
+            raise no_version()
+        if number == fork.shown:
+            return
+        self._put_away(place)
+        tail = fork.take(number)
+        if tail is not None:
+            self.conversation.messages += tail.messages
+            self.forks |= tail.forks
+            self.statistics |= tail.statistics
+            self.stop_reason = tail.stop_reason
+
+    def _put_away(self, place: int) -> None:
+        """Keep what is shown from `place` on as a version that is not shown."""
+        messages = self.conversation.messages
+        later = {p: fork for p, fork in self.forks.items() if p > place}
+        figures = {p: stats for p, stats in self.statistics.items() if p >= place}
+        tail = Tail(messages[place:], later, self.stop_reason, figures)
+        fork = self.forks.setdefault(place, Fork([None], 0))
+        fork.put_away(tail)
+        self.forks = {p: f for p, f in self.forks.items() if p <= place}
+        self.replace_conversation(self._up_to(place))
+        self.stop_reason = ""
+
+    def _branch(self, conversation: Conversation) -> None:
+        """What `conversation`, which is to be shown, leaves out becomes a version."""
+        old, new = self.conversation.messages, conversation.messages
+        common = (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a is not b)
+        place = next(common, len(old))
+        if place < len(old) or place in self.forks:
+            self._put_away(place)
+            self.forks[place].take(len(self.forks[place].tails))
 
     # --- the answer ----------------------------------------------------------------------------
 
@@ -194,6 +243,7 @@ class Session:
             head = self.last_answer
         else:
             conversation.add_answer("")
+            self._branch(conversation)
         self.replace_conversation(conversation)
         self.stop_reason, self.uploads = "", {}
         self.name = self.name or secrets.token_hex(8)
@@ -219,6 +269,11 @@ class Session:
     def _write(self, place: int, text: str) -> None:
         messages = self.conversation.messages
         messages[place] = replace(messages[place], parts=(text,))
+
+
+def no_version() -> UserError:
+    """What is raised where a version is asked for that is none."""
+    return UserError("There is no such version of this message.", message_id="no_version")
 
 
 def too_many_pictures() -> UserError:

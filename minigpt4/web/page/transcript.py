@@ -2,6 +2,9 @@
 
 import base64
 import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minigpt4.conversation import Conversation
@@ -11,17 +14,20 @@ from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
+from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page.titles import subject
+from minigpt4.web.page.versions import Fork, Forks, Tail, hidden_messages
 
 FORMAT = "minigpt4-conversation"
 VERSION = 1
-# Pixels of a picture's longest side: in a download, in the browser's list.
-FULL_SIDE, SMALL_SIDE = 1024, 256
+FULL_SIDE = 1024  # pixels of a picture's longest side, in a download and in the browser's store
+MARKDOWN_SIDE = 512
 MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
-MAX_NAME = 64  # characters of an entry's name in the browser's list
-TITLE_LENGTH = 60
+TITLE_LENGTH, MAX_TITLE = 60, 200
+STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
+_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
 
 
 def title(conversation: Conversation) -> str:
@@ -30,53 +36,118 @@ def title(conversation: Conversation) -> str:
     return line[:TITLE_LENGTH] + ("…" if len(line) > TITLE_LENGTH else "")
 
 
-def to_data(conversation: Conversation, side: int, model: str = "") -> dict:
+@dataclass
+class About:
+    """An entry of the browser's list. time: of its last change, in ms since 1970; named: its title
+    was given by the visitor."""
+
+    id: str = ""
+    title: str = ""
+    time: int = 0
+    named: bool = False
+    pinned: bool = False
+
+
+@dataclass
+class Transcript:
+    """A conversation that was written down.
+
+    stop: why its last answer ended; forks: its other versions. keys: a picture's key -> what the
+    data calls it; files: a picture's key -> its uploaded file, where it has one.
+    """
+
+    conversation: Conversation
+    stop: str = ""
+    forks: Forks = field(default_factory=dict)
+    about: About = field(default_factory=About)
+    keys: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def to_data(
+    conversation: Conversation,
+    side: int = FULL_SIDE,
+    model: str = "",
+    stop: str = "",
+    forks: Forks | None = None,
+) -> dict:
     """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long."""
-    used = {i.key for m in conversation.messages for i in m.images}
+    used = used_pictures(conversation, forks or {})
+    pictures = {k: data_url(p, side) for k, p in conversation.pictures.items() if k in used}
+    return {**without_pictures(conversation, model, stop, forks or {}, {}), "pictures": pictures}
+
+
+def used_pictures(conversation: Conversation, forks: Forks) -> set[str]:
+    """The keys of the pictures that any version shows."""
+    messages = [*conversation.messages, *hidden_messages(forks)]
+    return {i.key for m in messages for i in m.images}
+
+
+def without_pictures(
+    conversation: Conversation, model: str, stop: str, forks: Forks, keys: Mapping[str, str]
+) -> dict:
+    """The same data but for the pictures, which it calls as `keys` says."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "title": title(conversation),
         "model": model,
         "system": conversation.system,
-        "messages": [
-            {"role": m.role, "parts": [_part(p) for p in m.parts]} for m in conversation.messages
-        ],
-        "pictures": {
-            key: data_url(picture, side, quality=75 if side <= SMALL_SIDE else 90)
-            for key, picture in conversation.pictures.items()
-            if key in used
-        },
+        "stop": stop,
+        "messages": _messages(conversation.messages, keys),
+        "forks": _forks(forks, keys),
     }
 
 
-def to_markdown(conversation: Conversation, model: str = "") -> str:
+def _messages(messages: Sequence[Message], keys: Mapping[str, str]) -> list[dict]:
+    return [{"role": m.role, "parts": [_part(p, keys) for p in m.parts]} for m in messages]
+
+
+def _forks(forks: Forks, keys: Mapping[str, str]) -> dict:
+    return {
+        str(place): {"shown": fork.shown, "tails": [_tail(tail, keys) for tail in fork.tails]}
+        for place, fork in forks.items()
+        if any(fork.tails)
+    }
+
+
+def _tail(tail: Tail | None, keys: Mapping[str, str]) -> dict | None:
+    if tail is None:
+        return None
+    return {
+        "messages": _messages(tail.messages, keys),
+        "forks": _forks(tail.forks, keys),
+        "stop": tail.stop_reason,
+    }
+
+
+def to_markdown(conversation: Conversation, model: str = "", heading: str = "") -> str:
     """A document with the pictures inside, as `data:` URLs."""
-    lines = [f"# {title(conversation) or 'Conversation'}", ""]
+    lines = [f"# {heading or title(conversation) or 'Conversation'}", ""]
     if model:
         lines += [f"With MiniGPT-4, {model}.", ""]
     for message in conversation.messages:
         lines += ["## Question" if message.role == "user" else "## Answer", ""]
         for part in message.parts:
             if isinstance(part, ImageRef):
-                url = data_url(conversation.pictures[part.key], SMALL_SIDE * 2)
+                url = data_url(conversation.pictures[part.key], MARKDOWN_SIDE)
                 lines += [f"![picture]({url})", ""]
             else:
                 lines += [part, ""]
     return "\n".join(lines)
 
 
-def _part(part: str | ImageRef) -> dict:
+def _part(part: str | ImageRef, keys: Mapping[str, str]) -> dict:
     if isinstance(part, ImageRef):
-        return {"type": "image", "key": part.key}
+        return {"type": "image", "key": keys.get(part.key, part.key)}
     return {"type": "text", "text": part}
 
 
 # --- reading: whatever a file or a browser sends is checked here ----------------------------------
 
 
-def from_file(path: str) -> Conversation:
-    """The conversation in a downloaded JSON file. UserError where it is something else."""
+def from_file(path: str) -> Transcript:
+    """What is in a downloaded JSON file. UserError where it is something else."""
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_BYTES + 1)
@@ -87,29 +158,91 @@ def from_file(path: str) -> Conversation:
     return from_data(data)
 
 
-def from_record(record: object) -> tuple[object, str]:
-    """The data and the name of an entry of the browser's list. UserError where it is none."""
-    fields = _typed(record, dict)
-    _require("data" in fields)
-    return fields["data"], _typed(fields.get("name"), str)[:MAX_NAME]
+def from_record(record: object) -> Transcript:
+    """What a browser kept: its pictures are files that it has uploaded. UserError where it is
+    something else."""
+    files: dict[str, str] = {}
+
+    def load(path: object) -> Picture:
+        picture = decoding.load(uploaded(path))
+        files[picture.key] = str(path)
+        return picture
+
+    read = from_data(_typed(record, dict).get("data"), load)
+    read.about = read_about(_typed(record, dict).get("about"))
+    read.files = files
+    return read
 
 
-def from_data(data: object) -> Conversation:
-    """The conversation that `to_data` wrote. UserError where the data is something else."""
+def read_about(data: object) -> About:
+    """An entry of the browser's list; what is wrong in it is left out."""
+    given = data if isinstance(data, dict) else {}
+    name, title, time = given.get("id"), given.get("title"), given.get("time")
+    return About(
+        name if isinstance(name, str) and _NAME.fullmatch(name) else "",
+        title[:MAX_TITLE] if isinstance(title, str) else "",
+        time if isinstance(time, int) and 0 < time < 2**53 else 0,
+        given.get("named") is True,
+        given.get("pinned") is True,
+    )
+
+
+def from_data(data: object, load: Callable[[object], Picture] | None = None) -> Transcript:
+    """What `to_data` wrote. UserError where the data is something else. load: opens a picture; by
+    default, that of a `data:` URL."""
     fields = _typed(data, dict)
     _require(fields.get("format") == FORMAT and fields.get("version") == VERSION)
-    urls = _typed(fields.get("pictures"), dict)
-    _require(len(urls) <= FILES_AT_ONCE)
-    messages = _typed(fields.get("messages"), list)
-    _require(len(messages) <= MAX_MESSAGES)
+    given = _typed(fields.get("pictures"), dict)
+    _require(len(given) <= FILES_AT_ONCE)
     system = fields.get("system")
     _require(system is None or isinstance(system, str))
-    pictures = {key: _picture(url) for key, url in urls.items()}
+    pictures = {key: _checked((load or _of_url)(value)) for key, value in given.items()}
     conversation = Conversation(pictures={p.key: p for p in pictures.values()}, system=system)
-    conversation.messages = [_message(m, i, pictures) for i, m in enumerate(messages)]
-    texts = [p for m in conversation.messages for p in m.parts if isinstance(p, str)]
+    try:
+        tail = _read_tail(fields, 0, pictures)
+    except RecursionError:
+        raise _wrong() from None
+    conversation.messages = tail.messages
+    messages = [*tail.messages, *hidden_messages(tail.forks)]
+    _require(len(messages) <= MAX_MESSAGES)
+    texts = [p for m in messages for p in m.parts if isinstance(p, str)]
     _require(sum(map(len, texts)) + len(system or "") <= MAX_CHARACTERS)
-    return conversation
+    return Transcript(
+        conversation,
+        tail.stop_reason,
+        tail.forks,
+        read_about(fields.get("about")),
+        {picture.key: key for key, picture in pictures.items()},
+    )
+
+
+def _read_tail(data: object, start: int, pictures: dict[str, Picture]) -> Tail:
+    """Messages from place `start` on, and their further versions."""
+    fields = _typed(data, dict)
+    given = _typed(fields.get("messages"), list)
+    _require(len(given) <= MAX_MESSAGES)
+    messages = [_message(m, place, pictures) for place, m in enumerate(given, start)]
+    forks = {}
+    for place, fork in _typed(fields.get("forks") or {}, dict).items():
+        _require(place.isdecimal() and len(place) < 5)
+        _require(start <= int(place) <= start + len(messages))
+        forks[int(place)] = _read_fork(fork, int(place), pictures)
+        _require((forks[int(place)].shown < 0) == (int(place) == start + len(messages)))
+    stop = fields.get("stop")
+    known = isinstance(stop, str) and stop in STOP_REASONS
+    return Tail(messages, forks, str(stop) if known else "")
+
+
+def _read_fork(data: object, place: int, pictures: dict[str, Picture]) -> Fork:
+    fields = _typed(data, dict)
+    shown, given = _typed(fields.get("shown"), int), _typed(fields.get("tails"), list)
+    _require(-1 <= shown < len(given) <= MAX_MESSAGES)
+    tails: list[Tail | None] = []
+    for number, tail in enumerate(given):
+        _require((tail is None) == (number == shown))
+        tails.append(None if tail is None else _read_tail(tail, place, pictures))
+        _require(tails[-1] is None or bool(tails[-1].messages))
+    return Fork(tails, shown)
 
 
 def _message(data: object, place: int, pictures: dict[str, Picture]) -> Message:
@@ -133,15 +266,18 @@ def _read_part(data: object, pictures: dict[str, Picture]) -> str | ImageRef:
     return ImageRef(pictures[key].key)  # decoded again, the picture has another key
 
 
-def _picture(url: object) -> Picture:
+def _of_url(url: object) -> Picture:
     head, _, encoded = _typed(url, str).partition(",")
     _require(head.startswith("data:image/") and head.endswith(";base64"))
     try:
         content = base64.b64decode(encoded, validate=True)
     except ValueError:
         raise _wrong() from None
-    picture = decoding.load(content)
-    _require(max(picture.rgb.size) <= FULL_SIDE)  # no download holds larger ones
+    return decoding.load(content)
+
+
+def _checked(picture: Picture) -> Picture:
+    _require(max(picture.rgb.size) <= FULL_SIDE)  # nothing that was written here is larger
     return picture
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,17 @@ from gradio.utils import get_upload_folder
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import answers, examples, render
+from minigpt4.web.page import answers, examples, records, render
 from minigpt4.web.page.loading import Loading
-from minigpt4.web.page.session import Remark, Session
+from minigpt4.web.page.session import Remark, Session, no_version
 from minigpt4.web.page.texts import explain, translate
 from minigpt4.web.server import warn
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine, Sampling
+
+SECONDS_PER_RECORD = 0.5  # between two records of an answer that is coming
+UNCHANGED = (gr.skip(),) * 4
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ def box(answering: bool, **changes: object) -> dict:
 
 
 class Turns:
-    """The page's handlers; those that answer yield (messages, box, status).
+    """The page's handlers; those that answer yield (messages, box, status, what is kept).
 
     names: the fields of Sampling that the page has controls for, in the order their values come;
     the system prompt comes after them.
@@ -105,7 +109,7 @@ class Turns:
     ) -> AsyncGenerator[tuple, None]:
         """Continue an answer that was cut off, if that is the button that was clicked."""
         if chosen.value != "continue":
-            yield (gr.skip(),) * 3
+            yield UNCHANGED
             return
         async with aclosing(self._answer(session, session.to_continue, request, settings)) as steps:
             async for step in steps:
@@ -115,15 +119,33 @@ class Turns:
         """Put the last question back into the box, and remove its answer."""
         if session.busy:
             warn(translate("busy", request))
-            return (gr.skip(),) * 3
+            return UNCHANGED
         try:
             text, files = session.undo()
         except UserError as error:
             warn(explain(error, request))
-            return render.messages(session, request), gr.skip(), ""
+            return render.messages(session, request), gr.skip(), "", gr.skip()
         render.make_thumbnails(session.conversation)
         value = {"text": text, "files": files}
-        return render.messages(session, request), box(False, value=value), ""
+        return render.messages(session, request), box(False, value=value), "", gr.skip()
+
+    def version(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
+        """Show another version of the conversation from a place on."""
+        if session.busy:
+            warn(translate("busy", request))
+            return UNCHANGED
+        value = chosen.value if isinstance(chosen.value, dict) else {}
+        place, number = value.get("place"), value.get("number")
+        try:
+            if not isinstance(place, int) or not isinstance(number, int):
+                raise no_version()
+            session.show_version(place, number)
+        except UserError as error:
+            warn(explain(error, request))
+            return UNCHANGED
+        render.make_thumbnails(session.conversation)
+        status = answers.ending(session, request)
+        return render.messages(session, request), gr.skip(), status, gr.skip()
 
     def stop(self, session: Session) -> None:
         """End the answer at its next step; the handler that streams it shows how it ended."""
@@ -139,9 +161,10 @@ class Turns:
     ) -> AsyncGenerator[tuple, None]:
         if session.busy:  # a second Enter, for example
             warn(translate("busy", request))
-            yield (gr.skip(),) * 3
+            yield UNCHANGED
             return
         accepted, status, failure, session.busy = False, "", "", True
+        recorded = 0.0
         try:
             steps = self._run(session, build, request, settings)
             async with aclosing(steps):
@@ -151,7 +174,11 @@ class Turns:
                     if not accepted:
                         accepted = True
                         change = box(True, **({"value": None} if empties_box else {}))
-                    yield render.messages(session, request, False), change, line
+                    kept = gr.skip()
+                    if time.monotonic() - recorded >= SECONDS_PER_RECORD:
+                        recorded = time.monotonic()
+                        kept = self._told(session)
+                    yield render.messages(session, request, False), change, line, kept
             if not session.last_answer and session.stop_reason != "closed":
                 session.remark(translate("silent", request))
             status = answers.ending(session, request)
@@ -167,9 +194,9 @@ class Turns:
             (session.remark if accepted else warn)(failure)
         if session.successor:  # what is sent last is what the page shows
             latest = session.latest
-            yield render.messages(latest, request), box(latest.busy), gr.skip()
+            yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()
         else:
-            yield render.messages(session, request), box(False), status
+            yield render.messages(session, request), box(False), status, gr.skip()
 
     async def _run(
         self,
@@ -191,6 +218,9 @@ class Turns:
                     self._remark_on_dropped_turns(session, request)
                 if not session.successor:  # else the page shows another conversation
                     yield answers.waiting(session, sampling.num_beams, request)
+
+    def _told(self, session: Session) -> dict:
+        return records.told(session, records.record(session, self._loading.name))
 
     def _remark_on_dropped_turns(self, session: Session, request: gr.Request | None) -> None:
         if session.answer and (count := session.answer.dropped_turns):

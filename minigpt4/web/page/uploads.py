@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import gradio as gr
-from gradio.processing_utils import save_pil_to_cache
-from gradio.utils import get_upload_folder
 
-from minigpt4.conversation import Conversation, read_ahead
+from minigpt4.conversation import read_ahead
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import looks, render, transcript
+from minigpt4.web.page import answers, looks, render, transcript
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import KEPT_SIDE, Session, too_many_pictures
 from minigpt4.web.page.texts import explain, translate
@@ -91,28 +89,35 @@ class Uploads:
         Returns what `new_chat` does, and the system prompt, which is the conversation's own.
         """
         try:
-            return self._opened(transcript.from_file(uploaded(path)), session, request)
+            read = transcript.from_file(uploaded(path))
         except UserError as error:
             warn(explain(error, request))
             return (gr.skip(),) * 5
+        name = read.about.id or secrets.token_hex(8)
+        opened = Session(read.conversation, name=name, entry=read.about, forks=read.forks)
+        return self._show(opened, read.stop, session, request)
 
     def reopen(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
         """A conversation that the visitor's browser kept."""
         try:
-            data, name = transcript.from_record(chosen.value)
-            return self._opened(transcript.from_data(data), session, request, name)
+            read = transcript.from_record(chosen.value)
         except UserError as error:
             warn(explain(error, request))
             return (gr.skip(),) * 5
+        name = read.about.id or secrets.token_hex(8)
+        opened = Session(read.conversation, name=name, forks=read.forks)
+        opened.files, opened.keys = read.files, read.keys
+        return self._show(opened, read.stop, session, request)
 
-    def _opened(
-        self, conversation: Conversation, old: Session, request: gr.Request, name: str = ""
-    ) -> tuple:
-        session = Session(conversation, name=name or secrets.token_hex(8))
-        system = gr.update(value=conversation.system or "")
-        for key, picture in conversation.pictures.items():
-            session.files[key] = save_pil_to_cache(picture.rgb, get_upload_folder(), "picture")
-        render.make_thumbnails(conversation)
-        old.leave(session)
-        messages = render.messages(session, request)
-        return session, messages, box(False, value=None), "", system
+    def _show(self, opened: Session, stop: str, old: Session, request: gr.Request) -> tuple:
+        opened.stop_reason = stop
+        messages = opened.conversation.messages
+        if messages and messages[-1].role == "assistant" and not opened.last_answer:
+            messages.pop()  # it can be asked for again
+        render.make_thumbnails(opened.conversation)
+        for key in opened.conversation.pictures:
+            opened.files.setdefault(key, render.thumbnail(key))
+        old.leave(opened)
+        system = gr.update(value=opened.conversation.system or "")
+        status = answers.ending(opened, request)
+        return opened, render.messages(opened, request), box(False), status, system

@@ -53,8 +53,9 @@
 
   // The texts of the page's own parts, which name them.
   const write = (part) => {
-    const { say: text, label } = part.dataset;
+    const { say: text, label, placeholder } = part.dataset;
     if (text && part.textContent !== say(text)) part.textContent = say(text);
+    if (placeholder && part.placeholder !== say(placeholder)) part.placeholder = say(placeholder);
     if (!label || part.ariaLabel === say(label)) return;
     part.ariaLabel = say(label);
     if (part.matches("button")) part.title = say(label);

@@ -1,10 +1,12 @@
-// The list of recent conversations, which page.js stores. Everything is inserted as text, never as
-// markup; the server gets a conversation only when it is opened.
-const list = element.querySelector(".recent");
+// The list of conversations, which chats.js keeps. Everything is inserted as text, never as markup;
+// the server gets a conversation only when it is opened.
+const list = element.querySelector(".list");
+const field = element.querySelector("[type=search]");
 const none = element.querySelector(".none");
 const all = element.querySelector(".all");
-const { say, recent: { load, find, store, remove, opening } } = minigpt4;
+const { say, chats } = minigpt4;
 const icons = {
+  pin: "M9 4h6l-1 6 3 3H7l3-3zM12 13v7",
   rename: "M4 20h4L19 9l-4-4L4 16zM13.5 6.5l4 4",
   delete: "M5 7h14M10 4h4M7 7l1 13h8l1-13M10 11v5M14 11v5",
 };
@@ -26,24 +28,29 @@ const button = (label, icon, act) => {
   return made;
 };
 
-const row = (entry) => {
-  const title = entry.title || say("untitled");
+const row = (chat) => {
+  const title = chat.title || say("untitled");
   const item = document.createElement("li");
-  const first = Object.values(entry.data.pictures ?? {})[0];
-  const picture = document.createElement(first ? "img" : "span");
-  if (first && /^data:image\/jpeg;base64,/.test(first)) { picture.src = first; picture.alt = ""; }
+  const picture = document.createElement(chat.thumb ? "img" : "span");
+  if (/^data:image\/jpeg;base64,/.test(chat.thumb)) { picture.src = chat.thumb; picture.alt = ""; }
   else picture.className = "blank";
   const open = document.createElement("button");
   open.type = "button";
   open.className = "title";
   open.textContent = title;
+  if (chat.id === chats.current) open.setAttribute("aria-current", "page");
   const time = document.createElement("time");
-  time.textContent = new Date(entry.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+  time.textContent = chat.found
+    ?? new Date(chat.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
   open.append(time);
   open.addEventListener("click", () => {
-    trigger("select", { index: 0, value: opening(entry) });
+    if (chat.id !== chats.current) chats.open(chat.id);
     minigpt4.drawer("");
   });
+  const pin = button(`${say(chat.pinned ? "unpin" : "pin")}: ${title}`, "pin", () => {
+    chats.edit(chat.id, { pinned: !chat.pinned });
+  });
+  pin.classList.toggle("pinned", Boolean(chat.pinned));
   const rename = button(`${say("rename")}: ${title}`, "rename", () => {
     const input = document.createElement("input");
     input.value = title;
@@ -53,10 +60,8 @@ const row = (entry) => {
       if (done) return;
       done = true;
       input.replaceWith(open);
-      // The conversation may have been continued or deleted while its name was edited.
-      const { key, ...rest } = find(entry.key) ?? {};
       const name = input.value.trim();
-      if (keep && key && name) store(key, { ...rest, title: name, named: true });
+      if (keep && name && name !== title) chats.edit(chat.id, { title: name, named: true });
       else draw();
     };
     input.addEventListener("keydown", (event) => {
@@ -70,9 +75,9 @@ const row = (entry) => {
     input.select();
   });
   const discard = button(`${say("delete")}: ${title}`, "delete", () => {
-    remove(entry.key);
+    chats.remove([chat.id]);
   });
-  item.append(picture, open, rename, discard);
+  item.append(picture, open, pin, rename, discard);
   return item;
 };
 
@@ -93,19 +98,41 @@ for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => {
   releasing = setTimeout(release, 300); // a finger's click may come a moment later, or never
 });
 
-const draw = () => {
+// Pinned ones first, then those of today, then the others.
+const groups = (found) => {
+  const today = new Date().setHours(0, 0, 0, 0);
+  const sorted = { pinned: [], today: [], earlier: [] };
+  for (const chat of found) sorted[chat.pinned ? "pinned" : chat.time >= today ? "today" : "earlier"].push(chat);
+  return Object.entries(sorted).filter(([, some]) => some.length).flatMap(([name, some]) => {
+    const heading = Object.assign(document.createElement("h2"), { textContent: say(name) });
+    const rows = Object.assign(document.createElement("ul"), { className: "recent" });
+    rows.append(...some.map(row));
+    return [heading, rows];
+  });
+};
+const show = (found) => {
   if (list.querySelector("input")) return; // a name is being edited; that draws when it ends
   late = pressed;
   if (late) return;
-  const entries = load();
-  list.replaceChildren(...entries.map(row));
-  none.hidden = entries.length > 0;
-  all.hidden = entries.length < 2;
+  list.replaceChildren(...groups(found));
+  none.hidden = found.length > 0;
+  none.textContent = say(field.value.trim() ? "none_found" : "none_recent");
+  all.hidden = found.length < 2 || Boolean(field.value.trim());
+};
+const draw = async () => {
+  const words = field.value;
+  const found = words.trim() ? await chats.search(words) : chats.all();
+  if (words === field.value) show(found);
 };
 
-all.addEventListener("click", () => {
-  if (confirm(say("delete_all_sure"))) for (const { key } of load()) remove(key);
+let typing;
+field.addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(draw, 150);
 });
-addEventListener("minigpt4:recent", draw);
-addEventListener("storage", draw);
+all.addEventListener("click", () => {
+  if (confirm(say("delete_all_sure"))) chats.remove(chats.all().map(({ id }) => id));
+});
+addEventListener("minigpt4:chats", draw);
 draw();
+chats.start((chosen) => trigger("select", chosen));

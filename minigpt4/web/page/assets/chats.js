@@ -1,0 +1,306 @@
+// The visitor's conversations: how they are kept, found, opened and deleted; each has an address.
+(() => {
+  const { say, store, notice } = window.minigpt4;
+  const OLD = "minigpt4:chat:"; // keys in localStorage, where conversations used to be
+  const SIDE = 96, UNDO = 10_000; // of a thumbnail, in pixels; how long a deletion can be undone, in ms
+  const channel = window.BroadcastChannel ? new BroadcastChannel("minigpt4") : null;
+  const random = () => Array.from(crypto.getRandomValues(new Uint8Array(8)),
+    (byte) => byte.toString(16).padStart(2, "0")).join("");
+
+  // --- the list ---------------------------------------------------------------------------------
+  let list = new Map(); // id -> what is shown of it
+  const draw = () => dispatchEvent(new Event("minigpt4:chats"));
+  const changed = () => {
+    draw();
+    channel?.postMessage("changed");
+  };
+  const load = async () => {
+    const all = await (await store).all("chats");
+    list = new Map(all.map((chat) => [chat.id, chat]));
+    draw();
+  };
+  channel?.addEventListener("message", load);
+  const all = () => [...list.values()].filter((chat) => !chat.deleted)
+    .sort((a, b) => Boolean(b.pinned) - Boolean(a.pinned) || b.time - a.time);
+  // A conversation and its further versions (see versions.py), one after another.
+  const tailsOf = (tail) => [tail, ...Object.values(tail.forks ?? {})
+    .flatMap(({ tails }) => tails.filter(Boolean).flatMap(tailsOf))];
+  const partsOf = (talk) => tailsOf(talk).flatMap(({ messages }) => messages).flatMap(({ parts }) => parts);
+  const textOf = (talk) => partsOf(talk).map((part) => part.text ?? "").join("\n");
+  // Conversations with these words in their title or text, and the place where they are.
+  const search = async (words) => {
+    const wanted = words.trim().toLowerCase();
+    const texts = new Map((await (await store).all("talks")).map((talk) => [talk.id, textOf(talk)]));
+    return all().flatMap((chat) => {
+      const text = (texts.get(chat.id) ?? "").replace(/\s+/g, " ");
+      const at = text.toLowerCase().indexOf(wanted);
+      if (at < 0) return (chat.title ?? "").toLowerCase().includes(wanted) ? [{ ...chat }] : [];
+      return [{ ...chat, found: (at > 20 ? "…" : "") + text.slice(Math.max(0, at - 20), at + 80) }];
+    });
+  };
+
+  // --- writing ----------------------------------------------------------------------------------
+  // Conversations are written one after another; where there is no room, the oldest make some.
+  let last = Promise.resolve();
+  const inTurn = (act) => (last = last.then(act, act));
+  const withRoom = async (act) => {
+    for (;;) {
+      try { return await act(); }
+      catch (error) {
+        const oldest = all().filter(({ pinned }) => !pinned).slice(1).pop();
+        if (error?.name !== "QuotaExceededError" || !oldest) {
+          notice(say("no_room"));
+          return undefined;
+        }
+        list.delete(oldest.id);
+        await (await store).remove([oldest.id]);
+        await (await store).sweep();
+      }
+    }
+  };
+  const change = async (id, act) => {
+    const now = await withRoom(async () => (await store).change(id, act));
+    if (now?.chat) list.set(id, now.chat);
+    return now;
+  };
+  const edit = (id, values) => inTurn(async () => {
+    await change(id, (chat) => chat && { chat: { ...chat, ...values } });
+    changed();
+  });
+  const small = async (blob) => {
+    const whole = await createImageBitmap(blob);
+    const side = Math.min(whole.width, whole.height);
+    const canvas = Object.assign(document.createElement("canvas"), { width: SIDE, height: SIDE });
+    canvas.getContext("2d").drawImage(whole, (whole.width - side) / 2, (whole.height - side) / 2,
+      side, side, 0, 0, SIDE, SIDE);
+    return canvas.toDataURL("image/jpeg", 0.8);
+  };
+  // Keep a picture, unless it is kept already or on its way; `fetched` gets its file.
+  const coming = new Map(); // key -> a promise
+  const keepPicture = (key, name, fetched) => {
+    const write = async () => {
+      const base = await store;
+      if (await base.get("pictures", key)) return;
+      const blob = await fetched();
+      await withRoom(() => base.put("pictures", { key, name, blob }));
+    };
+    if (!coming.has(key)) {
+      coming.set(key, write().catch(() => coming.delete(key))); // the next record tries again
+    }
+    return coming.get(key);
+  };
+  const thumbnail = async (id, keys) => {
+    const picture = keys.length && !list.get(id)?.thumb && await (await store).get("pictures", keys[0]);
+    if (!picture?.blob) return;
+    const thumb = await small(picture.blob).catch(() => "");
+    if (thumb) await change(id, (chat) => chat && { chat: { ...chat, thumb } });
+    changed();
+  };
+
+  // A conversation's name -> the id and time at which this page last wrote or opened it. If two
+  // pages go on with one conversation, the later to write it uses another id.
+  const places = new Map();
+  const fileOf = ({ path }) => async () => {
+    const url = `${window.gradio_config.root}/gradio_api/file=${path.split("/").map(encodeURIComponent).join("/")}`;
+    const response = await fetch(url);
+    if (!response.ok) throw new Error(response.statusText);
+    return response.blob();
+  };
+  const keep = async ({ name, about, data, pictures }) => {
+    if (about) places.set(name, { id: name, time: about.time || undefined });
+    const { format, version, title, ...said } = data;
+    const keys = [...new Set(partsOf(data).filter(({ type }) => type === "image").map(({ key }) => key))];
+    const before = JSON.stringify(all().map(({ id, title }) => [id, title]));
+    const write = (id, mine) => change(id, (chat, talk) => {
+      if (chat && !chat.deleted && mine && chat.time !== mine.time) return undefined;
+      const entry = { pinned: about?.pinned, named: about?.named, ...chat };
+      if (about) delete entry.deleted;
+      entry.title = chat?.named ? chat.title : (about?.title || title);
+      const time = about?.time || Math.max(Date.now(), (chat?.time ?? 0) + 1);
+      return { chat: { ...entry, id, time }, talk: { ...said, id, keys } };
+    });
+    let place = places.get(name) ?? { id: name };
+    let now = await write(place.id, place);
+    if (!now) {
+      place = { id: random() };
+      now = await write(place.id, null);
+    }
+    if (now) places.set(name, { id: place.id, time: now.chat.time });
+    if (JSON.stringify(all().map(({ id, title }) => [id, title])) !== before) changed();
+    const { id } = place;
+    Promise.all(Object.entries(pictures).map(([key, file]) => keepPicture(key, file.name, fileOf(file))))
+      .then(() => list.get(id)?.thumb || inTurn(() => thumbnail(id, keys)));
+  };
+
+  // --- deleting ---------------------------------------------------------------------------------
+  const sweep = async (age) => {
+    const gone = [...list.values()].filter(({ deleted }) => deleted && Date.now() - deleted > age);
+    if (!gone.length) return;
+    gone.forEach(({ id }) => list.delete(id));
+    await (await store).remove(gone.map(({ id }) => id));
+    await (await store).sweep();
+    coming.clear();
+  };
+  // The conversations leave the list at once, and the browser when that can no longer be undone.
+  const remove = async (ids) => {
+    const shown = ids.includes(current);
+    const before = current;
+    await Promise.all(ids.map((id) => edit(id, { deleted: Date.now() })));
+    if (shown) {
+      address(null);
+      want(null);
+    }
+    const text = ids.length === 1 ? say("deleted") : say("deleted_many").replace("{count}", ids.length);
+    notice(text, say("undo_delete"), async () => {
+      await Promise.all(ids.map((id) => edit(id, { deleted: undefined })));
+      if (shown) open(before);
+    }, UNDO);
+    setTimeout(() => inTurn(() => sweep(UNDO)), UNDO + 1000);
+  };
+
+  // --- the conversation that is shown, and its address ---------------------------------------------
+  let current = null; // its id
+  let select = null; // the list's event, which opens a conversation
+  // The page is asked to show one conversation at a time; `wanted` is the one to be shown next.
+  let asked, wanted;
+  const addressed = () => decodeURIComponent(location.hash.match(/^#\/c\/([^/]+)$/)?.[1] ?? "") || null;
+  const address = (id, replace) => {
+    if (id === addressed()) return;
+    const url = id ? `#/c/${encodeURIComponent(id)}` : location.pathname + location.search;
+    history[replace ? "replaceState" : "pushState"](null, "", url);
+  };
+  const set = (id) => {
+    if (current === id) return;
+    current = id;
+    draw();
+  };
+  const upload = async (files) => {
+    if (!files.length) return [];
+    const form = new FormData();
+    files.forEach((file) => form.append("files", file));
+    const response = await fetch(`${window.gradio_config.root}/gradio_api/upload`, { method: "POST", body: form, quiet: true });
+    if (!response.ok) throw new Error(await response.text());
+    return response.json();
+  };
+  const show = async (id) => {
+    [asked, wanted] = [id, undefined];
+    document.documentElement.toggleAttribute("data-opening", true);
+    set(id);
+    if (!id) {
+      document.querySelector("#new-chat").click();
+      return;
+    }
+    const base = await store;
+    const [chat, talk] = [await base.get("chats", id), await base.get("talks", id)];
+    try {
+      const found = (await Promise.all(talk.keys.map((key) => base.get("pictures", key)))).filter(Boolean);
+      const files = found.map(({ blob, name, key }) => new File([blob], name || `${key.slice(0, 8)}.jpg`));
+      const paths = await upload(files);
+      const pictures = Object.fromEntries(found.map(({ key }, place) => [key, paths[place]]));
+      for (const part of partsOf(talk)) { // a picture that is lost
+        if (part.type === "image" && !(part.key in pictures)) Object.assign(part, { type: "text", text: "…" });
+      }
+      places.set(id, { id, time: chat.time });
+      const data = { ...talk, format: "minigpt4-conversation", version: 1, pictures };
+      select({ index: 0, value: { about: { id }, data } });
+    } catch {
+      settle("");
+      notice(say("error_connection"));
+    }
+  };
+  const settle = (id) => {
+    const next = wanted;
+    [asked, wanted] = [undefined, undefined];
+    if (next !== undefined && next !== id) {
+      show(next);
+      return;
+    }
+    document.documentElement.toggleAttribute("data-opening", false);
+    set(id);
+  };
+  const want = (id) => {
+    if (asked === undefined) show(id);
+    else wanted = id;
+  };
+  // Show a conversation that is kept, or else say that it is not.
+  const open = async (id, replace) => {
+    await begun;
+    const chat = await (await store).get("chats", id);
+    if (!chat || chat.deleted) {
+      notice(say("not_here"));
+      address(current, true);
+      document.documentElement.toggleAttribute("data-opening", asked !== undefined);
+      return;
+    }
+    address(id, replace);
+    want(id);
+  };
+  // What records.py tells: conversations to be kept, and which one the page shows.
+  const told = (news) => {
+    if (!news) return;
+    for (const record of news.records) inTurn(() => keep(record));
+    inTurn(() => {
+      const id = news.shown ? places.get(news.shown)?.id ?? news.shown : null;
+      if (news.settled) settle(id);
+      if (asked !== undefined) return;
+      address(id, !news.settled);
+      set(id);
+    });
+  };
+  // What is known of the conversation that is shown, for its download.
+  const about = () => {
+    const { id, title, time, named, pinned } = list.get(current) ?? {};
+    return { id, title, time, named, pinned };
+  };
+
+  document.addEventListener("click", (event) => {
+    if (!event.target.closest("#new-chat")) return;
+    if (event.isTrusted) address(null);
+    if (asked === undefined) [asked, wanted] = [null, undefined];
+    else if (asked !== null) { // when the other conversation is there
+      event.stopPropagation();
+      wanted = null;
+    }
+    set(null);
+  }, true);
+  addEventListener("popstate", () => {
+    const id = addressed();
+    if (id === current) return;
+    if (id) open(id, true);
+    else want(null);
+  });
+
+  // --- the start -----------------------------------------------------------------------------------
+  const takeOver = async () => {
+    for (const key of Object.keys(localStorage).filter((key) => key.startsWith(OLD))) {
+      try {
+        const { title, named, time, data } = JSON.parse(localStorage.getItem(key));
+        const id = key.slice(OLD.length), keys = Object.keys(data.pictures);
+        for (const [picture, url] of Object.entries(data.pictures)) {
+          await keepPicture(picture, "", async () => (await fetch(url)).blob());
+        }
+        const { model, system, messages } = data;
+        await change(id, (chat) => chat ? undefined
+          : { chat: { id, title, named, time }, talk: { id, model, system, messages, keys } });
+        await thumbnail(id, keys);
+      } catch { /* it is damaged */ }
+      localStorage.removeItem(key);
+    }
+  };
+  const begun = (async () => {
+    await load();
+    await inTurn(takeOver);
+    await inTurn(() => sweep(6 * UNDO)); // another page may still undo what was deleted there
+    draw();
+  })();
+  // The list is there: open what the address names.
+  const start = (event) => {
+    select = event;
+    const id = addressed();
+    if (id) open(id, true);
+  };
+  if (addressed()) document.documentElement.toggleAttribute("data-opening", true);
+  Object.assign(window.minigpt4, {
+    chats: { all, search, edit, remove, told, about, open, start, get current() { return current; } },
+  });
+})();

@@ -1,0 +1,15 @@
+// The visitor's settings, kept in this browser: the preset, and what was changed by hand.
+(() => {
+  const KEY = "minigpt4:settings";
+  const OF_A_PRESET = ["temperature", "top_p", "num_beams"];
+  const load = () => {
+    try { return JSON.parse(localStorage.getItem(KEY)) ?? {}; } catch { return {}; }
+  };
+  const keep = (name, value) => {
+    const values = { ...load(), [name]: value };
+    if (name === "preset") for (const other of OF_A_PRESET) delete values[other];
+    try { localStorage.setItem(KEY, JSON.stringify(values)); } catch { /* there is no room */ }
+  };
+  const texts = () => ["seed", "system"].map((name) => load()[name] ?? "");
+  Object.assign(window.minigpt4, { settings: { load, keep, texts } });
+})();

@@ -1,0 +1,112 @@
+// Where conversations are kept: this browser's IndexedDB, or, where there is none, memory.
+//
+// chats: what the list shows of each conversation; talks: what was said in it, and the keys of its
+// pictures; pictures: their files, each kept once, however many conversations show it.
+(() => {
+  const PARTS = ["chats", "talks", "pictures"];
+  const done = (request) => new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+  const open = () => {
+    const opening = indexedDB.open("minigpt4", 1);
+    opening.onupgradeneeded = () => {
+      const base = opening.result;
+      base.createObjectStore("chats", { keyPath: "id" });
+      base.createObjectStore("talks", { keyPath: "id" }).createIndex("keys", "keys", { multiEntry: true });
+      base.createObjectStore("pictures", { keyPath: "key" });
+    };
+    return done(opening);
+  };
+
+  class Base {
+    constructor(base) {
+      this.base = base;
+      base.onversionchange = () => base.close();
+    }
+    part(name) { return this.base.transaction(name).objectStore(name); }
+    all(name) { return done(this.part(name).getAll()); }
+    get(name, key) { return done(this.part(name).get(key)); }
+    keys(name) { return done(this.part(name).getAllKeys()); }
+    // Change a conversation in one transaction: `act` gets its entries, or undefined, and returns
+    // what takes their places; nothing where it returns nothing. Resolves once it has been written.
+    change(id, act) {
+      return new Promise((resolve, reject) => {
+        const writing = this.base.transaction(["chats", "talks"], "readwrite");
+        const [chats, talks] = ["chats", "talks"].map((name) => writing.objectStore(name));
+        let changed;
+        chats.get(id).onsuccess = ({ target: { result: chat } }) => {
+          talks.get(id).onsuccess = ({ target: { result: talk } }) => {
+            changed = act(chat, talk);
+            if (changed?.chat) chats.put(changed.chat);
+            if (changed?.talk) talks.put(changed.talk);
+          };
+        };
+        writing.oncomplete = () => resolve(changed);
+        writing.onabort = writing.onerror = () => reject(writing.error);
+      });
+    }
+    put(name, entry) { return this.write(name, (part) => part.put(entry)); }
+    write(name, act) {
+      return new Promise((resolve, reject) => {
+        const writing = this.base.transaction(name, "readwrite");
+        act(writing.objectStore(name));
+        writing.oncomplete = () => resolve();
+        writing.onabort = writing.onerror = () => reject(writing.error);
+      });
+    }
+    async remove(ids) {
+      for (const name of ["chats", "talks"]) {
+        await this.write(name, (part) => ids.forEach((id) => part.delete(id)));
+      }
+    }
+    // Delete the pictures that no conversation shows any more.
+    sweep() {
+      return new Promise((resolve, reject) => {
+        const writing = this.base.transaction(["talks", "pictures"], "readwrite");
+        const pictures = writing.objectStore("pictures"), shown = writing.objectStore("talks").index("keys");
+        pictures.getAllKeys().onsuccess = ({ target: { result: keys } }) => {
+          for (const key of keys) shown.count(key).onsuccess = ({ target: { result: count } }) => {
+            if (!count) pictures.delete(key);
+          };
+        };
+        writing.oncomplete = () => resolve();
+        writing.onabort = writing.onerror = () => reject(writing.error);
+      });
+    }
+  }
+
+  class Memory {
+    parts = Object.fromEntries(PARTS.map((name) => [name, new Map()]));
+    async all(name) { return [...this.parts[name].values()]; }
+    async get(name, key) { return this.parts[name].get(key); }
+    async keys(name) { return [...this.parts[name].keys()]; }
+    async put(name, entry) { this.parts[name].set(entry.id ?? entry.key, entry); }
+    async change(id, act) {
+      const changed = act(this.parts.chats.get(id), this.parts.talks.get(id));
+      if (changed?.chat) this.parts.chats.set(id, changed.chat);
+      if (changed?.talk) this.parts.talks.set(id, changed.talk);
+      return changed;
+    }
+    async remove(ids) {
+      for (const id of ids) for (const name of ["chats", "talks"]) this.parts[name].delete(id);
+    }
+    async sweep() {
+      const shown = new Set([...this.parts.talks.values()].flatMap((talk) => talk.keys));
+      for (const key of this.parts.pictures.keys()) if (!shown.has(key)) this.parts.pictures.delete(key);
+    }
+  }
+
+  // Private windows of some browsers have no IndexedDB, or one that cannot be written.
+  const store = (async () => {
+    try {
+      const base = new Base(await open());
+      await base.put("pictures", { key: "" });
+      return base;
+    } catch {
+      document.documentElement.toggleAttribute("data-forgets", true);
+      return new Memory();
+    }
+  })();
+  Object.assign(window.minigpt4, { store });
+})();

@@ -1,0 +1,346 @@
+"""Nothing is lost: conversations in the browser's store, their addresses, reloads, versions."""
+
+import base64
+import json
+import re
+import socket
+import threading
+from contextlib import suppress
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+
+from minigpt4.model.image import jpeg
+from tests.page_case import (
+    PHONE,
+    WIDE,
+    Visitors,
+    answers,
+    ask,
+    attach,
+    box,
+    done,
+    open_settings,
+    questions,
+    say,
+    status,
+)
+
+LEFT = "AbortError|Connection errored out"  # what a reloaded page still listened to
+TALK = "async (place) => (await (await minigpt4.store).all('talks'))[place]"
+
+
+def titles(page: Page):
+    return page.locator("#conversations .title")
+
+
+def new_chat(page: Page) -> None:
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_a_reload_in_mid_answer_brings_everything_back(visit, engine, photo, size):
+    engine.word_seconds = 0.05
+    page = visit(**size)
+    attach(page, photo)
+    say(page, "A long one, please.")
+    expect(answers(page)).to_contain_text("word12")
+    page.wait_for_function("location.hash.startsWith('#/c/')")
+    address = page.url
+    page.reload()
+    expect(answers(page)).to_contain_text("word5")
+    expect(status(page)).to_contain_text("The answer was interrupted")
+    assert page.url == address
+    picture = page.locator("#chat .image-frame img")
+    page.wait_for_function("document.querySelector('#chat .image-frame img')?.naturalWidth === 320")
+    expect(picture).to_have_count(1)
+    expect(questions(page).last).to_have_text("A long one, please.")
+    engine.word_seconds = 0.0
+    page.get_by_role("button", name="Continue").click()
+    expect(answers(page)).to_contain_text("word299")
+    done(page)
+    whole = [f"word{i}" for i in range(1, 200)]
+    assert answers(page).inner_text().split()[:199] == whole
+    page.reload()  # its end has been kept as well
+    expect(answers(page)).to_contain_text("word299")
+    assert page.evaluate("minigpt4.chats.all().length") == 1
+    visit.expected(LEFT)
+
+
+def test_a_reload_before_the_first_word(visit, engine):
+    engine.ahead = 1
+    page = visit(**WIDE)
+    say(page, "Tell me a story.")
+    expect(status(page)).to_contain_text("You are next")
+    page.wait_for_function("location.hash.startsWith('#/c/')")
+    page.reload()
+    expect(page.get_by_text("This question has not been answered.")).to_be_visible()
+    engine.ahead = 0
+    page.get_by_role("button", name="Answer now").click()
+    expect(answers(page)).to_contain_text("red house")
+    expect(page.get_by_text("This question has not been answered.")).to_have_count(0)
+    visit.expected(LEFT)
+
+
+def test_each_conversation_has_an_address(visit, photo):
+    page = visit(**WIDE)
+    attach(page, photo)
+    ask(page, "Where is the boat?")
+    first = page.url
+    new_chat(page)
+    assert "#" not in page.url
+    ask(page, "Count them.")
+    new_chat(page)
+    page.go_back()
+    expect(answers(page)).to_contain_text("I see 0 pictures")
+    page.go_back()
+    expect(answers(page)).to_contain_text("red house")
+    assert page.url == first
+    expect(titles(page).and_(page.locator("[aria-current=page]"))).to_contain_text(
+        "Where is the boat?"
+    )
+    page.go_forward()
+    expect(answers(page)).to_contain_text("I see 0 pictures")
+    page.go_forward()
+    expect(answers(page)).to_have_count(0)
+    titles(page).filter(has_text="Where is the boat?").click()
+    expect(answers(page)).to_contain_text("red house")
+    other = page.context.new_page()
+    other.goto(page.url)
+    expect(answers(other)).to_contain_text("red house")
+    picture = other.locator("#chat .image-frame img")
+    expect(picture).to_have_count(1)
+    other.goto(first.split("#")[0] + "#/c/none")
+    expect(other.get_by_text("This browser does not have this conversation")).to_be_visible()
+
+
+def test_the_list_is_searched_and_pinned_and_deletions_are_undone(visit, photo):
+    page = visit(**WIDE)
+    for question in ("Where is the boat?", "Count them.", "Say it again."):
+        attach(page, photo)
+        ask(page, question)
+        new_chat(page)
+    expect(titles(page)).to_contain_text(["Say it again.", "Count them.", "Where is the boat?"])
+    page.get_by_label("Pin: Where is the boat?").click()
+    expect(titles(page)).to_contain_text(["Where is the boat?", "Say it again.", "Count them."])
+    expect(page.get_by_role("heading", name="Pinned")).to_be_visible()
+    field = page.get_by_label("Search")
+    field.fill("SMALL BOAT")  # of the answer
+    expect(titles(page)).to_have_count(1)
+    expect(titles(page)).to_contain_text("and a small boat waits")
+    field.fill("count")
+    expect(titles(page)).to_contain_text(["Count them."])
+    field.fill("nowhere")
+    expect(page.get_by_text("Nothing found.")).to_be_visible()
+    field.fill("")
+    expect(titles(page)).to_have_count(3)
+
+    titles(page).filter(has_text="Count them.").click()
+    expect(answers(page)).to_contain_text("I see 1 pictures.")
+    page.get_by_label("Delete: Count them.").click()
+    expect(titles(page)).to_have_count(2)
+    expect(answers(page)).to_have_count(0)
+    page.get_by_role("status").get_by_role("button", name="Undo").click()
+    expect(titles(page)).to_have_count(3)
+    expect(answers(page)).to_contain_text("I see 1 pictures.")
+    # The picture, which all three show, is kept once.
+    assert page.evaluate("async () => (await (await minigpt4.store).keys('pictures')).length") == 2
+
+
+def test_what_localstorage_kept_is_taken_over_once(visit, photo):
+    page = visit(**WIDE)
+    url = "data:image/jpeg;base64," + base64.b64encode(jpeg(Image.open(photo))).decode()
+    said = [("user", "What is it?"), ("assistant", "A meadow.")]
+    messages = [{"role": r, "parts": [{"type": "text", "text": t}]} for r, t in said]
+    messages[0]["parts"].insert(0, {"type": "image", "key": "k1"})
+    data = {"model": "nano", "system": None, "messages": messages, "pictures": {"k1": url}}
+    old = {"title": "My meadow", "named": True, "time": 1_000_000_000_000, "data": data}
+    page.evaluate("(old) => localStorage.setItem('minigpt4:chat:old1', old)", json.dumps(old))
+    page.evaluate("localStorage.setItem('minigpt4:chat:old2', '{damaged')")
+    page.reload()
+    expect(titles(page)).to_contain_text(["My meadow"])
+    page.wait_for_function("!Object.keys(localStorage).some((key) => key.includes('old'))")
+    expect(page.locator("#conversations li img")).to_have_count(1)
+    titles(page).click()
+    expect(answers(page)).to_contain_text("A meadow.")
+    expect(page.locator("#chat .image-frame img")).to_have_count(1)
+    visit.expected(LEFT)
+
+
+def test_without_indexeddb_the_page_works_for_the_visit(visit, photo):
+    page = visit(**WIDE)
+    page.add_init_script("Object.defineProperty(window, 'indexedDB', { value: undefined })")
+    page.reload()
+    sentence = page.get_by_text("This browser keeps no conversations")
+    expect(sentence).to_be_visible()
+    attach(page, photo)
+    ask(page, "Where is the boat?")
+    new_chat(page)
+    titles(page).click()
+    expect(answers(page)).to_contain_text("red house")
+    expect(page.locator("#chat .image-frame img")).to_have_count(1)
+    page.get_by_label("Delete: Where is the boat?").click()
+    expect(titles(page)).to_have_count(0)
+    visit.expected(LEFT)
+
+
+def test_a_chat_that_is_opened_on_a_phone_is_in_view(visit):
+    page = visit(**PHONE)
+    ask(page, "Hello?")
+    page.get_by_role("button", name="Conversations").click()
+    new_chat(page)
+    page.get_by_role("button", name="Conversations").click()
+    titles(page).click()
+    expect(titles(page)).to_be_hidden()
+    expect(answers(page)).to_contain_text("red house")
+    expect(answers(page)).to_be_in_viewport()
+    expect(box(page)).to_be_enabled()
+
+
+def test_an_opened_file_keeps_its_title_and_place(visit, tmp_path):
+    page = visit(**WIDE)
+    open_settings(page)
+    length = page.get_by_label("number input for Maximum length")
+    length.fill("20")
+    length.press("Tab")
+    ask(page, "A long one, please.")
+    page.get_by_label("Rename: A long one, please.").click()
+    page.get_by_label("Rename", exact=True).fill("Words")
+    page.keyboard.press("Enter")
+    expect(titles(page)).to_contain_text(["Words"])
+    page.get_by_role("button", name="Download the conversation").click()
+    with page.expect_download() as download:
+        page.get_by_role("menuitem", name="Download as JSON").click()
+    kept = tmp_path / "kept.json"
+    download.value.save_as(kept)
+    new_chat(page)
+    ask(page, "Hello?")
+    page.get_by_label("Delete: Words").click()
+    expect(titles(page)).to_contain_text(["Hello?"])
+    page.locator("#rail input[type=file]").set_input_files(kept)
+    expect(answers(page)).to_contain_text("word20")
+    expect(status(page)).to_contain_text("Stopped at the maximum length")
+    expect(titles(page)).to_contain_text(["Hello?", "Words"])  # in the place of its date
+    page.get_by_role("button", name="Continue").click()
+    expect(answers(page)).to_contain_text("word40")
+    expect(titles(page)).to_contain_text(["Words", "Hello?"])
+
+
+class Line:
+    """A connection to a server that can be cut and mended; `address` is this end's."""
+
+    def __init__(self, address: str) -> None:
+        self._server = address.split("//")[1].split(":")
+        self._ends: list[socket.socket] = []
+        self._port = 0
+        self.mend()
+
+    def mend(self) -> None:
+        self._listening = socket.create_server(("127.0.0.1", self._port))
+        self._port = self._listening.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self._port}"
+        threading.Thread(target=self._accept, args=[self._listening], daemon=True).start()
+
+    def cut(self) -> None:
+        for end in [self._listening, *self._ends]:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._ends.clear()
+
+    def _accept(self, listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listening.accept()
+                far = socket.create_connection(self._server)
+                self._ends += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_connection_that_breaks_in_mid_answer(browser, address, engine):
+    line = Line(address)
+    visitors = Visitors(browser, line.address)
+    engine.word_seconds, engine.ahead = 0.05, 0
+    page = visitors(**WIDE)
+    say(page, "A long one, please.")
+    expect(answers(page)).to_contain_text("word12")
+    page.wait_for_function("location.hash.startsWith('#/c/')")
+    box(page).fill("What I was writing")
+    line.cut()
+    expect(page.get_by_text("The connection to the server was lost.")).to_be_visible()
+    expect(answers(page)).to_contain_text("word12")  # what had come stays
+    line.mend()
+    expect(status(page)).to_contain_text("The answer was interrupted")  # the page comes back
+    expect(answers(page)).to_contain_text("word5")
+    expect(box(page)).to_have_value("What I was writing")
+    engine.word_seconds = 0.0
+    page.get_by_role("button", name="Continue").click()
+    expect(answers(page)).to_contain_text("word299")
+    done(page)
+    visitors.expected(f"{LEFT}|network|Failed to (load|fetch)|ERR_|TypeError")
+    visitors.check()
+    line.cut()
+
+
+def test_settings_are_remembered(visit):
+    page = visit(**WIDE)
+    open_settings(page)
+    page.get_by_label("creative").click()
+    length = page.get_by_label("number input for Maximum length")
+    length.fill("20")
+    length.press("Tab")
+    page.get_by_label("System prompt").fill("Answer in rhymes.")
+    page.reload()
+    open_settings(page)
+    expect(length).to_have_value("20")
+    expect(page.get_by_label("System prompt")).to_have_value("Answer in rhymes.")
+    expect(page.get_by_label("creative")).to_be_checked()
+    expect(page.get_by_label("number input for Temperature")).to_have_value("0.8")
+    visit.expected(LEFT)
+
+
+def test_retry_and_edit_keep_what_was_there(visit):
+    page = visit(**WIDE)
+    versions = page.locator("#chat .version")
+    previous = page.get_by_role("button", name="Previous version")
+    ask(page, "Say it again.")
+    first = answers(page).inner_text()
+    page.get_by_role("button", name="Retry").click()
+    expect(answers(page)).not_to_have_text(first)
+    expect(versions).to_have_text("2/2")
+    previous.click()
+    expect(answers(page)).to_have_text(first)
+    expect(versions).to_have_text("1/2")
+    expect(previous).to_be_disabled()
+    ask(page, "Count them.")
+
+    page.get_by_role("button", name="Edit").first.click()
+    page.locator("#chat textarea").fill("Hello?")
+    page.locator("#chat").get_by_label("Submit").click()
+    expect(answers(page)).to_contain_text(["red house"])
+    expect(versions).to_have_text("2/2")
+    done(page)
+    page.reload()  # kept as well
+    expect(answers(page)).to_contain_text(["red house"])
+    previous.click()  # what followed belongs to its version
+    expect(questions(page)).to_have_text(["Say it again.", "Count them."])
+    expect(answers(page)).to_have_text([first, re.compile("I see 0 pictures")])
+    expect(versions).to_have_text(["1/2", "1/2"])
+
+    page.get_by_role("button", name="Undo").click()  # what is taken back stays a version, too
+    expect(questions(page)).to_have_text(["Say it again."])
+    box(page).fill("How many?")
+    box(page).press("Enter")
+    expect(versions).to_have_text(["1/2", "1/2", "2/2"])
+    visit.expected(LEFT)
