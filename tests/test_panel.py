@@ -246,7 +246,7 @@ def test_two_pages_go_on_with_one_conversation(visit):
 
 def test_chinese(visit):
     page = visit(locale="zh-CN", **WIDE)
-    for text in ("新对话", "暂无对话。", "您的图片里有什么？", "看图做菜", "把照片拖到这里"):
+    for text in ("新对话", "暂无对话。", "您的图片里有什么？", "写一首诗", "把照片拖到这里"):
         expect(page.get_by_text(text, exact=True).first).to_be_visible()
     page.get_by_role("button", name="设置").click()
     page.get_by_role("button", name="高级").click()
