@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minigpt4.weights.transfer import Progress
 
 
+HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0  # of a step: then the model hangs
 PROBE_SECONDS = 30.0  # for the first token of each server
 PROBE_MARGIN = 5.0  # for all of them to report that
 
@@ -282,9 +283,22 @@ def open_engine(
     try:
         store = _embedding_store(model)
         with progress.file(progress.total - progress.done) as count:
-            return Engine(model, kv_megabytes=kv_megabytes, store=store, count=count, **limits)
+            return Engine(
+                model,
+                kv_megabytes=kv_megabytes,
+                store=store,
+                count=count,
+                hang_seconds=_hang_seconds(model),
+                **limits,
+            )
     finally:
         progress.close()
+
+
+def _hang_seconds(model: "MiniGPT4") -> float:
+    """A step of a large model may take a minute on a busy CPU whose memory is short."""
+    slow = model.device.type == "cpu" and not model.config.small
+    return SLOW_HANG_SECONDS if slow else HANG_SECONDS
 
 
 def _embedding_store(model: "MiniGPT4") -> "EmbeddingStore | None":

@@ -245,7 +245,8 @@ def _load_vision(
     state = {} if eight_bit else read_checkpoint(files.vision)
     match config.vision:
         case EvaViT() if eight_bit:
-            encoder = load_int8(config.vision, files.vision, norm, dtype)
+            with _counted(progress, _size(files.vision)):
+                encoder = load_int8(config.vision, files.vision, norm, dtype)
         case EvaViT():
             with _counted(progress, _size(files.vision)) as count:
                 tensors = eva_tensors(state | norm, config.vision)
