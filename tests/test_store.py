@@ -36,6 +36,14 @@ def titles(page: Page):
     return page.locator("#conversations .title")
 
 
+def go_on(page: Page) -> None:
+    """Gradio 6.31 loses an event that joins its queue while the stream of the ones before closes:
+    as a person would, click a moment after the conversation has been opened."""
+    page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
+    page.wait_for_timeout(700)
+    page.get_by_role("button", name=re.compile("Continue|Answer now")).click()
+
+
 def new_chat(page: Page) -> None:
     page.get_by_role("button", name="New chat").click()
     expect(answers(page)).to_have_count(0)
@@ -59,7 +67,7 @@ def test_a_reload_in_mid_answer_brings_everything_back(visit, engine, photo, siz
     expect(picture).to_have_count(1)
     expect(questions(page).last).to_have_text("A long one, please.")
     engine.word_seconds = 0.0
-    page.get_by_role("button", name="Continue").click()
+    go_on(page)
     expect(answers(page)).to_contain_text("word299")
     done(page)
     whole = [f"word{i}" for i in range(1, 200)]
@@ -79,7 +87,7 @@ def test_a_reload_before_the_first_word(visit, engine):
     page.reload()
     expect(page.get_by_text("This question has not been answered.")).to_be_visible()
     engine.ahead = 0
-    page.get_by_role("button", name="Answer now").click()
+    go_on(page)
     expect(answers(page)).to_contain_text("red house")
     expect(page.get_by_text("This question has not been answered.")).to_have_count(0)
     visit.expected(LEFT)
@@ -222,7 +230,7 @@ def test_an_opened_file_keeps_its_title_and_place(visit, tmp_path):
     expect(answers(page)).to_contain_text("word20")
     expect(status(page)).to_contain_text("Stopped at the maximum length")
     expect(titles(page)).to_contain_text(["Hello?", "Words"])  # in the place of its date
-    page.get_by_role("button", name="Continue").click()
+    go_on(page)
     expect(answers(page)).to_contain_text("word40")
     expect(titles(page)).to_contain_text(["Words", "Hello?"])
 
@@ -284,7 +292,7 @@ def test_a_connection_that_breaks_in_mid_answer(browser, address, engine):
     expect(answers(page)).to_contain_text("word5")
     expect(box(page)).to_have_value("What I was writing")
     engine.word_seconds = 0.0
-    page.get_by_role("button", name="Continue").click()
+    go_on(page)
     expect(answers(page)).to_contain_text("word299")
     done(page)
     visitors.expected(f"{LEFT}|network|Failed to (load|fetch)|ERR_|TypeError")
