@@ -51,7 +51,9 @@ WITHOUT_REFUSED = (
     "!refused.includes(file.path))} : {__type__: 'update'}"
 )
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
-SETTINGS_JS = "() => [minigpt4.settings.load()]"
+# A conversation that is opened before would be lost: `renew` would put the first session back.
+LOADED_JS = "() => { minigpt4.chats.loaded(); }"
+SETTINGS_JS = "() => [minigpt4.settings.begin()]"
 # New chats have the visitor's own system prompt, not that of the conversation that was shown.
 OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
 # Each event's options. Questions wait in the engine's own queue, not here: it knows their places.
@@ -188,13 +190,13 @@ class ChatPage:
         side, page = self._panel, self._page
         sliders = [side.settings[name] for name in panel.SLIDERS]
         told = [self._head, side.foot, self._note, side.model]
-        model = [*told, *sliders, side.preset]
-        remembered = gr.JSON(visible=False)
         texts = [side.settings["seed"], side.settings["system"]]
-        page.load(None, None, texts, js="() => minigpt4.settings.texts()")
+        model = [*told, *sliders, side.preset, *texts]
+        remembered = gr.JSON(visible=False)
         page.load(None, None, self._box, js="() => minigpt4.draft.load()")
         self._box.change(None, self._box, None, js="(box) => minigpt4.draft.keep(box)")
-        page.load(renew, self._session, self._session, **EVENT)
+        renewed = page.load(renew, self._session, self._session, **EVENT)
+        renewed.then(None, None, None, js=LOADED_JS)
         page.load(self.greet, remembered, [self._status, *model], js=SETTINGS_JS, **EVENT)
         if self._loading.engine is None:
             timer = gr.Timer(0.5)
@@ -212,7 +214,7 @@ class ChatPage:
     def show_progress(self, remembered: object, request: gr.Request) -> list:
         """The state of loading; the last call stops the timer."""
         loading = self._loading
-        unchanged = [gr.skip()] * (5 + len(panel.SLIDERS))
+        unchanged = [gr.skip()] * (7 + len(panel.SLIDERS))
         if loading.engine is not None:
             ready = translate("ready", request)
             return [ready, gr.Timer(active=False), *self._describe_model(remembered, request)]
@@ -235,6 +237,7 @@ class ChatPage:
             panel.describe(self._loading, request),
             *sliders,
             preset,
+            *panel.remembered_texts(remembered),
         ]
 
 

@@ -242,6 +242,13 @@ def preset_values(name: str, engine: "AnyEngine | None") -> dict[str, float]:
     return {field: values[field] for field in PRESET_FIELDS}
 
 
+def remembered_texts(remembered: object) -> list:
+    """The seed and the system prompt that the visitor's browser remembers, if it remembers any."""
+    given = remembered if isinstance(remembered, dict) else {}
+    found = [(given.get(name), longest) for name, longest in (("seed", 20), ("system", 4000))]
+    return [text[:longest] if isinstance(text, str) else gr.skip() for text, longest in found]
+
+
 def preset_of(values: Sequence[float], engine: "AnyEngine | None") -> str:
     """The preset whose PRESET_FIELDS have these values, "custom" where none has."""
     for name in PRESETS:

@@ -293,14 +293,18 @@
     await inTurn(() => sweep(6 * UNDO)); // another page may still undo what was deleted there
     draw();
   })();
-  // The list is there: open what the address names.
-  const start = (event) => {
+  // The list and the server's session are there: open what the address names.
+  let loaded;
+  const session = new Promise((resolve) => { loaded = resolve; });
+  const start = async (event) => {
     select = event;
     const id = addressed();
-    if (id) open(id, true);
+    if (!id) return;
+    await session;
+    open(id, true);
   };
   if (addressed()) document.documentElement.toggleAttribute("data-opening", true);
   Object.assign(window.minigpt4, {
-    chats: { all, search, edit, remove, told, about, open, start, get current() { return current; } },
+    chats: { all, search, edit, remove, told, about, open, start, loaded, get current() { return current; } },
   });
 })();

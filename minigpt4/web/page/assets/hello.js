@@ -1,5 +1,4 @@
 // The empty page: the zone for a photo, and the examples, which are sent at once.
-const zone = element.querySelector(".drop");
 for (const picture of element.querySelectorAll("[data-file]")) {
   picture.src = `${window.gradio_config.root}/gradio_api/file=${picture.dataset.file}`;
 }
@@ -9,14 +8,4 @@ element.addEventListener("click", (event) => {
     minigpt4.sending(true);
     trigger("select", { index: Number(card.dataset.index), value: "" });
   } else if (event.target.closest(".drop")) minigpt4.choose();
-});
-for (const type of ["dragenter", "dragover"]) zone.addEventListener(type, (event) => {
-  event.preventDefault();
-  zone.classList.add("over");
-});
-zone.addEventListener("dragleave", () => zone.classList.remove("over"));
-zone.addEventListener("drop", (event) => {
-  event.preventDefault();
-  zone.classList.remove("over");
-  minigpt4.attach(event.dataTransfer.files);
 });

@@ -3,6 +3,7 @@
 const list = element.querySelector(".list");
 const field = element.querySelector("[type=search]");
 const none = element.querySelector(".none");
+const nothing = element.querySelector(".nothing");
 const all = element.querySelector(".all");
 const { say, chats } = minigpt4;
 const icons = {
@@ -115,9 +116,10 @@ const show = (found) => {
   late = pressed;
   if (late) return;
   list.replaceChildren(...groups(found));
-  none.hidden = found.length > 0;
-  none.textContent = say(field.value.trim() ? "none_found" : "none_recent");
-  all.hidden = found.length < 2 || Boolean(field.value.trim());
+  const searched = Boolean(field.value.trim());
+  none.hidden = searched || found.length > 0;
+  nothing.hidden = !searched || found.length > 0;
+  all.hidden = searched || found.length < 2;
 };
 const draw = async () => {
   const words = field.value;

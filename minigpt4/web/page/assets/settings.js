@@ -10,6 +10,10 @@
     if (name === "preset") for (const other of OF_A_PRESET) delete values[other];
     try { localStorage.setItem(KEY, JSON.stringify(values)); } catch { /* there is no room */ }
   };
-  const texts = () => ["seed", "system"].map((name) => load()[name] ?? "");
-  Object.assign(window.minigpt4, { settings: { load, keep, texts } });
+  // At the start: a conversation that is being opened has a system prompt of its own.
+  const begin = () => {
+    const { system, ...others } = load();
+    return location.hash.startsWith("#/c/") ? others : load();
+  };
+  Object.assign(window.minigpt4, { settings: { load, keep, begin } });
 })();

@@ -1,0 +1,116 @@
+// Pictures on their way to the server: dropped or pasted anywhere on the page; their progress; what
+// is sent meanwhile waits for them.
+(() => {
+  const { say } = window.minigpt4;
+  const MOST = 16; // pictures of a conversation: see web/guard/limits.py
+  const find = (selector) => document.querySelector(selector);
+  const root = document.documentElement;
+
+  // --- progress: Gradio uploads with `fetch`, which tells none --------------------------------------
+  let running = 0; // uploads
+  let waiting = false; // is the question to be sent once they have come?
+  let line = null;
+  const tell = (share, sizes) => {
+    line ??= Object.assign(document.createElement("div"), { className: "uploading", role: "status" });
+    if (!line.isConnected) find("#composer").prepend(line);
+    const total = sizes.reduce((sum, size) => sum + size, 0);
+    let number = 0, come = 0;
+    while (number < sizes.length - 1 && (come += sizes[number]) <= share * total) number += 1;
+    const text = say("uploading").replace("{number}", number + 1).replace("{count}", sizes.length)
+      .replace("{percent}", Math.floor(share * 100));
+    line.textContent = waiting ? `${text} ${say("sent_afterwards")}` : text;
+    line.style.setProperty("--share", `${share * 100}%`);
+  };
+  const end = () => {
+    running -= 1;
+    if (running) return;
+    line?.remove();
+    line = null;
+    send();
+  };
+  const plain = window.fetch.bind(window);
+  const upload = (address, { method, headers, credentials, body }) => new Promise((resolve, reject) => {
+    const sizes = [...body.values()].filter((part) => part instanceof Blob).map(({ size }) => size);
+    const request = new XMLHttpRequest();
+    request.open(method, address);
+    request.withCredentials = credentials === "include";
+    new Headers(headers).forEach((value, name) => request.setRequestHeader(name, value));
+    request.upload.onprogress = ({ loaded, total }) => tell(loaded / total, sizes);
+    request.onload = () => resolve(new Response(request.responseText, { status: request.status }));
+    request.onerror = () => reject(new TypeError("Failed to fetch"));
+    request.onloadend = () => setTimeout(end); // after what the page does with the answer
+    running += 1;
+    tell(0, sizes);
+    request.send(body);
+  });
+  window.fetch = (resource, options) => {
+    const address = String(resource?.url ?? resource);
+    const told = options?.body instanceof FormData && /\/gradio_api\/upload(\?|$)/.test(address);
+    return told && !options.quiet ? upload(address, options) : plain(resource, options);
+  };
+
+  // --- sending: not before the pictures are there, nor while a conversation is being opened --------
+  const held = () => running > 0 || root.hasAttribute("data-opening");
+  const send = () => {
+    if (!waiting || held()) return;
+    waiting = false;
+    requestAnimationFrame(() => requestAnimationFrame(() => find("#box .submit-button")?.click()));
+  };
+  const hold = (event) => {
+    if (!held()) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    waiting = true;
+    if (line) line.textContent += ` ${say("sent_afterwards")}`;
+  };
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("#box .submit-button")) hold(event);
+  }, true);
+  document.addEventListener("keydown", (event) => {
+    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+    if (sends && event.target.matches("#box textarea")) hold(event);
+  }, true);
+  new MutationObserver(send).observe(root, { attributeFilter: ["data-opening"] });
+
+  // --- where pictures come from ---------------------------------------------------------------------
+  document.addEventListener("change", (event) => {
+    const input = event.target;
+    if (!input.matches("#box input[type=file]")) return;
+    const count = input.files.length + document.querySelectorAll("#box .thumbnail-wrapper").length
+      + document.querySelectorAll("#chat .image-frame img").length;
+    if (count <= MOST) return;
+    event.stopImmediatePropagation();
+    input.value = "";
+    window.minigpt4.notice(say("too_many").replace("{count}", count));
+  }, true);
+
+  const overlay = document.createElement("div");
+  overlay.className = "dropping";
+  const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files") && !find("dialog[open]");
+  document.addEventListener("dragenter", (event) => {
+    if (!hasFiles(event)) return;
+    overlay.textContent = say("drop_anywhere");
+    document.body.append(overlay);
+  }, true);
+  document.addEventListener("dragover", (event) => {
+    if (hasFiles(event)) event.preventDefault();
+  }, true);
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) overlay.remove(); // it has left the window
+  }, true);
+  document.addEventListener("drop", (event) => {
+    overlay.remove();
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    window.minigpt4.attach(event.dataTransfer.files);
+  }, true);
+  document.addEventListener("paste", (event) => {
+    const { files, types } = event.clipboardData;
+    // Word processors add a picture of the text, which is not what is meant.
+    if (!files.length || types.includes("text/plain") || find("dialog[open]")) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    window.minigpt4.attach(files);
+  }, true);
+})();
