@@ -29,6 +29,7 @@ from tests.page_case import (
 )
 
 LEFT = "AbortError|Connection errored out"  # what a reloaded page still listened to
+KEPT = "(async (t) => JSON.stringify(await (await minigpt4.store).all('talks')).includes(t))"
 TALK = "async (place) => (await (await minigpt4.store).all('talks'))[place]"
 
 
@@ -37,10 +38,7 @@ def titles(page: Page):
 
 
 def go_on(page: Page) -> None:
-    """Gradio 6.31 loses an event that joins its queue while the stream of the ones before closes:
-    as a person would, click a moment after the conversation has been opened."""
     page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
-    page.wait_for_timeout(700)
     page.get_by_role("button", name=re.compile("Continue|Answer now")).click()
 
 
@@ -72,6 +70,7 @@ def test_a_reload_in_mid_answer_brings_everything_back(visit, engine, photo, siz
     done(page)
     whole = [f"word{i}" for i in range(1, 200)]
     assert answers(page).inner_text().split()[:199] == whole
+    page.wait_for_function(f"{KEPT}('word299')")
     page.reload()  # its end has been kept as well
     expect(answers(page)).to_contain_text("word299")
     assert page.evaluate("minigpt4.chats.all().length") == 1
@@ -308,7 +307,6 @@ def test_settings_are_remembered(visit):
     length.fill("20")
     length.press("Tab")
     page.get_by_label("System prompt").fill("Answer in rhymes.")
-    page.wait_for_function("minigpt4.settings.load().system")
     page.reload()
     open_settings(page)
     expect(length).to_have_value("20")
@@ -380,7 +378,7 @@ def test_pictures_are_dropped_and_pasted_anywhere(visit, photo):
     ask(page, "Count them.")
     expect(answers(page)).to_contain_text("I see 2 pictures.")
     page.evaluate(DROP, ["#chat", "drop", [[f"{i}.png", [1, 2, 3]] for i in range(18)]])
-    expect(page.get_by_text("These would be 20 pictures: a conversation may hold")).to_be_visible()
+    expect(page.get_by_text(re.compile(r"These would be \d+ pictures: a conv"))).to_be_visible()
     expect(thumbnails).to_have_count(0)
 
 

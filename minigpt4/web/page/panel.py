@@ -110,7 +110,8 @@ class Panel:
         changed = [self.settings[name] for name in PRESET_FIELDS]
         self.preset.select(self.choose_preset, None, changed, **event)
         self.preset.select(None, self.preset, None, js=KEEP_SETTING_JS.format(name="preset"))
-        for name, control in self.settings.items():
+        for name in SLIDERS:
+            control = self.settings[name]
             control.input(None, control, None, js=KEEP_SETTING_JS.format(name=name))
         gr.on(
             [slider.input for slider in changed],
@@ -215,10 +216,19 @@ def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
             interactive=loading.engine is not None,  # the model's own values come with it
         )
     controls["seed"] = gr.Textbox(
-        label=label("seed"), info=label("seed_info"), placeholder=label("random"), max_length=20
+        label=label("seed"),
+        info=label("seed_info"),
+        placeholder=label("random"),
+        max_length=20,
+        elem_id="set-seed",
     )
     controls["system"] = gr.Textbox(
-        label=label("system"), info=label("system_info"), lines=2, max_lines=8, max_length=4000
+        label=label("system"),
+        info=label("system_info"),
+        lines=2,
+        max_lines=8,
+        max_length=4000,
+        elem_id="set-system",
     )
     return controls
 

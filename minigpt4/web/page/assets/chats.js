@@ -241,9 +241,10 @@
     for (const record of news.records) inTurn(() => keep(record));
     inTurn(() => {
       const id = news.shown ? places.get(news.shown)?.id ?? news.shown : null;
+      const opened = news.settled && asked === id; // the address may be another one by now
       if (news.settled) settle(id);
       if (asked !== undefined) return;
-      address(id, !news.settled);
+      if (!opened) address(id, !news.settled);
       set(id);
     });
   };

@@ -10,6 +10,11 @@
     if (name === "preset") for (const other of OF_A_PRESET) delete values[other];
     try { localStorage.setItem(KEY, JSON.stringify(values)); } catch { /* there is no room */ }
   };
+  // Gradio tells of a text when it has been left; the page may be left before that.
+  document.addEventListener("input", ({ target }) => {
+    const name = target.closest("#set-seed, #set-system")?.id.slice("set-".length);
+    if (name) keep(name, target.value);
+  });
   // At the start: a conversation that is being opened has a system prompt of its own.
   const begin = () => {
     const { system, ...others } = load();
