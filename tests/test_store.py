@@ -26,6 +26,7 @@ from tests.page_case import (
     questions,
     say,
     status,
+    wait_for,
 )
 
 LEFT = "AbortError|Connection errored out"  # what a reloaded page still listened to
@@ -70,7 +71,7 @@ def test_a_reload_in_mid_answer_brings_everything_back(visit, engine, photo, siz
     done(page)
     whole = [f"word{i}" for i in range(1, 200)]
     assert answers(page).inner_text().split()[:199] == whole
-    page.wait_for_function(f"{KEPT}('word299')")
+    wait_for(lambda: page.evaluate(KEPT, "word299"))
     page.reload()  # its end has been kept as well
     expect(answers(page)).to_contain_text("word299")
     assert page.evaluate("minigpt4.chats.all().length") == 1

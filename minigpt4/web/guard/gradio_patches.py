@@ -7,6 +7,7 @@ installed Gradio still has each attribute, and others that each patch does what 
 import asyncio
 import copy
 import json
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import gradio.routes
 from gradio import processing_utils, utils
 from gradio.queueing import Queue
 from gradio.route_utils import CustomCORSMiddleware
+from gradio.server_messages import ProcessCompletedMessage
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -29,6 +31,9 @@ PROGRESS_POLL_SECONDS = 0.1  # the page has no progress bars
 # 60), or a question that is sent while the server closes it meets a reset.
 KEEP_ALIVE_SECONDS = 75
 MAX_UNREAD_EVENTS = 32  # of one page, whose end it has not been told yet
+# After the end of a page's last event, until the page has surely closed their stream.
+CLOSING_SECONDS = 0.2
+MAX_SESSIONS = 10_000  # whose last event's end is kept
 TOO_MANY = "This page has asked for too much without listening: load it again."
 TOO_DEEP = "The request is nested too deeply."
 
@@ -47,7 +52,13 @@ PATCHES = (
         "gradio.queueing.Queue",
         "push",
         "Gradio keeps events without end for pages that do not listen, and fails on lone "
-        "surrogates and on deeply nested JSON.",
+        "surrogates and on deeply nested JSON. An event that joins just when the stream of the "
+        "ones before is closed is lost: the client closes that stream and opens no other.",
+    ),
+    Patch(
+        "gradio.queueing.Queue",
+        "send_message",
+        "When a session's last event has ended must be known for that.",
     ),
     Patch(
         "gradio.queueing.Queue()",
@@ -144,6 +155,7 @@ def apply() -> None:
         return
     _applied = True
     Queue.push = _push
+    Queue.send_message = _send_message
     gradio.queueing.asyncio = _QueueAsyncio()
     processing_utils.async_ssrf_protected_get = _fetch_nothing
     processing_utils.async_move_files_to_cache = _move_files_to_cache
@@ -169,6 +181,8 @@ def tune_server(page: gr.Blocks) -> None:
 
 _applied = False
 _original_push = Queue.push
+_original_send_message = Queue.send_message
+_ended: dict[str, float] = {}  # session -> when its last event ended
 _original_move_files = processing_utils.async_move_files_to_cache
 _original_add_root_url = processing_utils.add_root_url
 _original_postprocess_chatbot = gr.Chatbot.postprocess
@@ -234,9 +248,32 @@ async def _push(self: Queue, body: Any, **others: Any) -> tuple:
         body.data, body.event_data = replace_surrogates([body.data, body.event_data])
     except RecursionError:
         raise HTTPException(400, TOO_DEEP) from None
+    await _until_closed(self, body.session_hash)
     pushed = await _original_push(self, body=body, **others)
     gradio.queueing.asyncio.wake()
     return pushed
+
+
+async def _until_closed(queue: Queue, session: str) -> None:
+    """Wait until the page has closed the stream of an event that has just ended, unless another
+    event keeps it open. Gradio ends a stream when it has sent the end of the last event."""
+    ended = _ended.get(session, 0.0)
+    while (left := ended + CLOSING_SECONDS - time.monotonic()) > 0:
+        waiting = queue.pending_event_ids_session.get(session, ())
+        if any(event in queue.event_ids_to_events for event in waiting):
+            return
+        await asyncio.sleep(min(left, 0.02))
+
+
+def _send_message(self: Queue, event: Any, event_message: Any) -> None:
+    """As Gradio does; the time at which an event of a session has ended is kept."""
+    _original_send_message(self, event, event_message)
+    if isinstance(event_message, ProcessCompletedMessage):
+        now = time.monotonic()
+        if len(_ended) > MAX_SESSIONS:
+            for session in [s for s, then in _ended.items() if then < now - CLOSING_SECONDS]:
+                del _ended[session]
+        _ended[event.session_hash] = now
 
 
 def replace_surrogates(data: Any) -> Any:

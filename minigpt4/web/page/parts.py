@@ -10,18 +10,7 @@ from minigpt4.web.page.examples import QUESTIONS, thumbnail
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("theme", "layout", "chat", "composer", "panels", "store")
 SCRIPTS = (
-    *(
-        "names",
-        "page",
-        "layout",
-        "queue",
-        "upload",
-        "composer",
-        "where",
-        "pictures",
-        "facts",
-        "versions",
-    ),
+    *("names", "page", "layout", "upload", "composer", "where", "pictures", "facts", "versions"),
     *("speak", "keys", "settings", "draft", "notice", "store", "chats"),
 )
 # A gr.HTML without Gradio's own look.
