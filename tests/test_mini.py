@@ -58,16 +58,15 @@ def test_it_finds_words(engine, admiral, cheetah):
 
 
 def test_it_does_what_is_asked(engine, admiral):
-    """A short caption is one sentence; a detailed description, several; a list has its lines."""
+    """A caption is one sentence, a question is answered with yes or no, a web page is HTML."""
     caption = answer(engine, MINI.short_instruction, admiral)
     assert re.search(r"\b(man|woman|person|girl|boy|lady)\b", caption), caption
     assert caption.count(".") == 1 and len(caption.split()) < 30
-    detailed = answer(engine, MINI.detail_instruction, admiral, tokens=200)
-    assert len(re.findall(r"[.!?](?:\s|$)", detailed)) >= 2, detailed
     yes_no = answer(engine, "Is there a person in the image? Answer yes or no.", admiral)
     assert yes_no.strip(" .").lower() in ("yes", "no")
     assert answer(engine, "Is there a bicycle in the image? Answer yes or no.", admiral)[:2] == "No"
-    assert "\n" in answer(engine, "Write a poem of four lines about this image.", admiral)
+    page = answer(engine, "Write the HTML of a web page about this person.", admiral)
+    assert "<html" in page and "\n" in page
 
 
 def test_it_tells_pictures_apart(engine, admiral, cheetah):
