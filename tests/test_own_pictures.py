@@ -22,7 +22,7 @@ from tests.api_case import served
 from tests.docs_case import commands
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "minigpt4" / "web" / "page" / "examples"
+DRAWN = ROOT / "minigpt4" / "evaluation" / "suite"
 SMALL = ["--steps", "8", "--batch-size", "2", "--peak-lr", "0.02", "--device", "cpu"]
 SHORT = ["--temperature", "0", "--max-new-tokens", "20"]
 STYLE = "In this little picture, painted in water colours, we see this:"
@@ -38,10 +38,10 @@ def place(tmp_path, monkeypatch):
 
 
 def make_pictures(folder: Path, count: int) -> list[Path]:
-    """Small pictures: this project's examples, gradio's photographs, and their halves."""
+    """Small pictures: this project's drawings, gradio's photographs, and their halves."""
     folder.mkdir()
     brought = resources.files("gradio") / "media_assets" / "images"
-    sources = [*sorted(EXAMPLES.glob("*.jpg")), *(brought / f"{n}.jpg" for n in ("lion", "tower"))]
+    sources = [*sorted(DRAWN.glob("*.jpg")), *(brought / f"{n}.jpg" for n in ("lion", "tower"))]
     whole = [image.load(str(source)).rgb for source in sources]
     for picture in whole:
         picture.thumbnail((320, 320))

@@ -304,6 +304,14 @@ def test_a_folder_of_data_is_read(tmp_path):
         small_run.read(tmp_path / "coco")
 
 
+class Called(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.forward = function
+
+
 def test_the_words_stand_in_the_prompt_after_the_picture(model, monkeypatch):
     """Of each picture, wherever it stands in the conversation; the picture is encoded once."""
     head = WordHead(("brown dog", "grass", "cat"), model.config.projection_in, 5)
@@ -316,7 +324,9 @@ def test_the_words_stand_in_the_prompt_after_the_picture(model, monkeypatch):
 
     monkeypatch.setattr(model, "word_head", head)
     monkeypatch.setattr(model, "pixel_values", lambda pictures: torch.zeros(len(pictures)))
-    monkeypatch.setattr(model, "encode_features", features)
+    maps = Called(lambda pixels: (torch.zeros(len(pixels), len(OBJECTS), 8, 8),))
+    monkeypatch.setattr(model, "encoder", maps)
+    monkeypatch.setattr(model, "bridge", Called(lambda found: features(found[-1])))
     conversation = Conversation()
     shown = [image.Picture(picture(number), f"{number:064x}") for number in (1, 2)]
     conversation.add_question("What is it?", shown)
