@@ -45,14 +45,6 @@
     window.minigpt4.where.update(told?.objects);
     update();
   };
-  let waiting = false;
-  new MutationObserver(() => {
-    if (waiting) return;
-    waiting = true;
-    requestAnimationFrame(() => {
-      waiting = false;
-      update();
-    });
-  }).observe(document.documentElement, { childList: true, subtree: true });
+  window.minigpt4.whenRedrawn(update);
   Object.assign(window.minigpt4, { facts });
 })();

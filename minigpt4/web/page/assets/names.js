@@ -87,5 +87,17 @@
   }).observe(document.documentElement, {
     childList: true, subtree: true, attributeFilter: ["aria-label"],
   });
-  window.minigpt4 = { say };
+  // Act once before the next frame after any part of the page has come or gone.
+  const whenRedrawn = (act) => {
+    let waiting = false;
+    new MutationObserver(() => {
+      if (waiting) return;
+      waiting = true;
+      requestAnimationFrame(() => {
+        waiting = false;
+        act();
+      });
+    }).observe(document.documentElement, { childList: true, subtree: true });
+  };
+  window.minigpt4 = { say, whenRedrawn };
 })();

@@ -31,14 +31,6 @@
     [known, select] = [told?.versions ?? {}, event];
     update();
   };
-  let waiting = false;
-  new MutationObserver(() => {
-    if (waiting) return;
-    waiting = true;
-    requestAnimationFrame(() => {
-      waiting = false;
-      update();
-    });
-  }).observe(document.documentElement, { childList: true, subtree: true });
+  window.minigpt4.whenRedrawn(update);
   Object.assign(window.minigpt4, { versions });
 })();
