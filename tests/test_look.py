@@ -39,9 +39,10 @@ FOCUS = """() => {
   });
   return [focused.outerHTML.slice(0, 160), seen || focused === document.body];
 }"""
-SHIFT = """() => new Promise((resolve) => {
+SHIFT = """(since) => new Promise((resolve) => {
   let sum = 0;
-  const add = (entries) => entries.forEach((e) => { if (!e.hadRecentInput) sum += e.value; });
+  const unasked = (e) => e.startTime > since && !e.hadRecentInput;
+  const add = (entries) => entries.forEach((e) => { if (unasked(e)) sum += e.value; });
   new PerformanceObserver((list) => add(list.getEntries())).observe(
     { type: 'layout-shift', buffered: true });
   setTimeout(() => resolve(sum), 300);
@@ -308,10 +309,15 @@ def too_small(page: Page) -> list:
 def test_nothing_jumps(visit, photo, size):
     page = visit(**size)
     page.wait_for_timeout(500)
-    assert page.evaluate(SHIFT) < 0.05
+    assert page.evaluate(SHIFT, 0) < 0.05
     attach(page, photo)
-    ask(page, "Hello?")
-    assert page.evaluate(SHIFT) < 0.05
+    say(page, "A long one, please.")
+    expect(answers(page)).to_have_count(1)
+    # From here on: before, the message box moves down, which on a busy machine counts as unasked.
+    page.wait_for_timeout(200)
+    sent = page.evaluate("performance.now()")
+    done(page)
+    assert page.evaluate(SHIFT, sent) < 0.05
 
 
 def test_the_column(visit):

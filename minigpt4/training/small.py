@@ -1,7 +1,8 @@
 """The trainer of small models' projection: a mixture of texts, resumable to the step.
 
 AdamW works in the eigenbasis of the encoders' features, from a ridge regression onto the words'
-embeddings. The language model is frozen; its loss runs over the tokens that occur in the data.
+embeddings. The language model is frozen, but for adapters, if there are any; its loss runs over the
+tokens that occur in the data.
 """
 
 import json
@@ -10,6 +11,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from torch.nn import functional as F
 from minigpt4.errors import say
 from minigpt4.model.minigpt4 import MiniGPT4, TrainingBatch, at_length
 from minigpt4.model.prompt import ImageRef, Message, Prompt, encode_chat, encode_text
+from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
 from minigpt4.training.mixture import Answered, Mixture, Picture
 from minigpt4.training.packing import pack
+from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
 PAUSE_SECONDS = 5.0
@@ -35,11 +39,13 @@ class SmallRecipe:
     sizes: pictures of each source in a step's groups; a group's pictures are read together, since
     their texts are about as long. cool_down: the share of the steps, at the end, in which the rate
     falls to nothing. average: decay of the running mean of the weights, which is what is written.
-    without_words: the share of showings without the list of words.
+    adapter_lr: the adapters' highest rate. without_words: the share of showings without the list of
+    words.
     """
 
     steps: int = 4000
     peak_lr: float = 1.5e-4
+    adapter_lr: float = 4e-4
     warmup_steps: int = 20
     cool_down: float = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
@@ -52,8 +58,8 @@ class SmallRecipe:
     validate_every: int = 100
     seed: int = 42
     sizes: tuple[tuple[tuple[str, int], ...], ...] = (
-        (("described", 4), ("instructed", 1)),
-        (("flickr", 3), ("captioned", 2), ("named", 1)),
+        (("described", 3), ("instructed", 1)),
+        (("flickr", 2), ("captioned", 1), ("named", 1)),
     )
 
 
@@ -71,10 +77,14 @@ class Source:
 
 
 def learning_rate(recipe: SmallRecipe, step: int) -> float:
-    """Of step `step` (from 0): linear warm-up, level, linear to nothing."""
+    """Of step `step` (from 0), as a share of the highest: linear warm-up, level, linear to 0."""
     warm = min(1.0, (step + 1) / recipe.warmup_steps)
     left = (recipe.steps - step) / max(1.0, recipe.cool_down * recipe.steps)
-    return recipe.peak_lr * min(warm, 1.0, left)
+    return min(warm, 1.0, left)
+
+
+def _group(parameters: list[nn.Parameter], peak: float, decay: float) -> dict:
+    return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
 
 
 def occurring_tokens(tokenizer, answers: Iterator[str], end: int) -> Tensor:
@@ -102,6 +112,7 @@ class SmallTrainer:
         tokens: Tensor,
         validate: Callable[["SmallTrainer"], dict] | None = None,
         metadata: dict[str, str] | None = None,
+        adapters: dict[str, Adapted] | None = None,
     ) -> None:
         self.model, self.sources, self.mixture, self.recipe = model, sources, mixture, recipe
         self.out = Path(out)
@@ -111,13 +122,17 @@ class SmallTrainer:
         self.basis, weight, bias = _start_of(stored) if stored else start()
         self.projection = nn.Linear(weight.shape[1], weight.shape[0])
         self.projection.weight.data, self.projection.bias.data = weight.clone(), bias.clone()
-        self.average = {k: v.clone() for k, v in self.projection.state_dict().items()}
+        self.adapters = tensors_of(adapters or {})
+        if stored:
+            for name, tensor in stored.get("adapters", {}).items():
+                self.adapters[name].data = tensor
+        self.average = {k: v.detach().clone() for k, v in self._trained().items()}
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [self.projection.weight], "weight_decay": recipe.weight_decay},
-                {"params": [self.projection.bias], "weight_decay": 0.0},
+                _group([self.projection.weight], recipe.peak_lr, recipe.weight_decay),
+                _group([self.projection.bias], recipe.peak_lr, 0.0),
+                *([_group(list(self.adapters.values()), recipe.adapter_lr, 0.0)] * bool(adapters)),
             ],
-            lr=recipe.peak_lr,
             betas=recipe.betas,
         )
         output = model.torch_llm.get_output_embeddings().weight
@@ -131,6 +146,10 @@ class SmallTrainer:
         if stored:  # go on from this folder's checkpoint
             self.average, self.step = stored["average"], stored["step"]
             self.optimizer.load_state_dict(stored["optimizer"])
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Everything that is trained: the projection's "weight" and "bias", and the adapters."""
+        return {**dict(self.projection.named_parameters()), **self.adapters}
 
     # --- prompts --------------------------------------------------------------------------------
 
@@ -234,7 +253,7 @@ class SmallTrainer:
         """Learn from the next pictures; returns the figures for the log."""
         started, cpu = time.perf_counter(), time.process_time()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.step)
+            group["lr"] = group["peak"] * learning_rate(self.recipe, self.step)
         draw = random.Random(f"{self.recipe.seed} {self.step}")
         groups = [self.batch(group, draw) for group in self.chosen(self.step)]
         total = sum(batch.weights.sum() for _, batch, _ in groups)
@@ -248,10 +267,11 @@ class SmallTrainer:
                 by_kind[kind].append(loss)
             lengths.append(images.detach().norm(dim=-1).mean().item())
         norm = nn.utils.clip_grad_norm_(self.projection.parameters(), self.recipe.clip_norm)
+        nn.utils.clip_grad_norm_(self.adapters.values(), self.recipe.clip_norm)
         self.optimizer.step()
-        for name, value in self.projection.state_dict().items():
+        for name, value in self._trained().items():
             decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
-            self.average[name].lerp_(value, 1 - decay)
+            self.average[name].lerp_(value.detach(), 1 - decay)
         every = [loss for of_kind in by_kind.values() for loss in of_kind]
         return {
             "step": self.step + 1,
@@ -275,13 +295,26 @@ class SmallTrainer:
     def averaged(self) -> nn.Linear:
         """The projection with the mean of the latest weights, in the basis."""
         projection = nn.Linear(self.projection.in_features, self.projection.out_features)
-        projection.load_state_dict(self.average)
+        projection.load_state_dict({name: self.average[name] for name in ("weight", "bias")})
         return projection.requires_grad_(False)
+
+    @contextmanager
+    def averaged_adapters(self) -> Iterator[None]:
+        """Within, the language model has the mean of the adapters' latest weights."""
+        latest = {name: parameter.data for name, parameter in self.adapters.items()}
+        for name, parameter in self.adapters.items():
+            parameter.data = self.average[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.adapters.items():
+                parameter.data = latest[name]
 
     def save(self) -> None:
         """Checkpoint and projection, each whole or not at all."""
         state = {
             "projection": self.projection.state_dict(),
+            "adapters": {name: p.detach() for name, p in self.adapters.items()},
             "average": self.average,
             "basis": self.basis,
             "optimizer": self.optimizer.state_dict(),
@@ -293,6 +326,7 @@ class SmallTrainer:
         weights = {
             "weight": (self.average["weight"] @ self.basis.T).half(),
             "bias": self.average["bias"].half(),
+            **named(finished({name: self.average[name] for name in self.adapters})),
         }
         path = self.out / self.model.config.projection_file
         save_projection(weights, path, self._metadata | {"steps": str(self.step)})

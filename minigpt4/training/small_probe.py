@@ -45,6 +45,10 @@ class Probe:
     @torch.no_grad()
     def __call__(self, trainer: "SmallTrainer") -> dict:
         """The figures; answers go to answers-STEP.txt."""
+        with trainer.averaged_adapters():
+            return self._figures(trainer)
+
+    def _figures(self, trainer: "SmallTrainer") -> dict:
         projection = trainer.averaged()
         lines: list[str] = []
         figures: dict = {"loss": self.loss(trainer, projection)}

@@ -17,11 +17,12 @@ from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
-from minigpt4.training import int8, mixture, small, small_start, word_head
+from minigpt4.training import adapters, int8, mixture, small, small_start, word_head
 from minigpt4.training.features import Features
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source
 from minigpt4.training.small_probe import Probe
 from minigpt4.training.vocabulary import Vocabulary
+from minigpt4.weights.adapters import read_adapters
 from minigpt4.weights.load import find_weights, load_model
 
 _FOLDS = 4
@@ -36,11 +37,16 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     given = {"llm": options.llm} if options.llm else {}
     files = find_weights(config, options.init, new_projection=options.init is None, given=given)
     dtype = small.fastest_dtype()
-    model = load_model(config, files, "cpu", "none", dtype, seed=options.seed)
+    model = load_model(config, files, "cpu", "none", dtype, seed=options.seed, adapters=False)
     model.torch_llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
     integers = int8.is_faster()
     if integers:
         int8.replace_linears(model.torch_llm.get_decoder().layers)
+    adapted = {}
+    if options.adapters and config.adapters:
+        start = read_adapters(options.init) if options.init else {}
+        layers = model.torch_llm.get_decoder().layers
+        adapted = adapters.insert(layers, config.adapters.rank, options.seed, start)
     say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
     pictures = read(Path(options.data))
     cache = Path(options.cache or out / "features")
@@ -71,6 +77,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
             "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
             "pictures": str(sum(len(s.pictures) for s in trained.values())),
         },
+        adapted,
     )
     if trainer.step:
         say(f"Resuming at step {trainer.step} of {recipe.steps}.")

@@ -23,6 +23,7 @@ from minigpt4.model.bridge import build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.vision import build_encoder
 from minigpt4.model.words import load_words
+from minigpt4.weights.adapters import adapted
 from minigpt4.weights.checkpoint import (
     check_projection,
     efficientnet_tensors,
@@ -155,6 +156,7 @@ def load_model(
     seed: int | None = None,
     vision_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    adapters: bool = True,
 ) -> MiniGPT4:
     """Assemble the model from its files.
 
@@ -162,7 +164,8 @@ def load_model(
     llm_dtype: a type, or a name for `llm.choose_dtype`. seed: a new projection is drawn from it
     where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
     projection; None is 16 bit on a GPU and 32 bit on the CPU. progress: counts `bytes_to_load`,
-    those of 4-bit blocks excepted, which the engine reads.
+    those of 4-bit blocks excepted, which the engine reads. adapters: add those of the projection's
+    file to the language model, which their training does not want.
 
     UserError where a file is missing or does not fit, or would leave any weight unloaded.
     """
@@ -177,6 +180,8 @@ def load_model(
     size = 0 if quantize == "int4" else _llm_size(files.llm, quantize)
     with _counted(progress, size) as count:
         llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype, count)
+    if adapters and files.projection and quantize != "remote":
+        llm = adapted(llm, files.projection, config)
     words = load_words(files.words).to(device) if files.words else None
     return MiniGPT4(config, encoder, bridge, projection, llm, tokenizer, quantize, words)
 

@@ -1,0 +1,117 @@
+"""Adapters (LoRA): a small trained matrix of low rank for each of a frozen language model's.
+
+They lie in the projection's file, since they are trained together: two tensors for each adapted
+matrix W, under the PEFT library's names: A [rank, columns] and B [rows, rank]. The model computes
+with W + B·A; B holds PEFT's factor lora_alpha / rank. The language model's own file stays as it is:
+the sum is made whenever the model is loaded.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+from torch import Tensor, nn
+
+from minigpt4.config import ModelConfig
+from minigpt4.errors import UserError
+from minigpt4.weights.checkpoint import read_checkpoint
+from minigpt4.weights.gguf import BlockLlama, BlockTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")  # of a layer's attention
+_BLOCKS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(\w+)\.lora_([AB])\.(?:default\.)?weight$")
+
+Adapter = tuple[Tensor, Tensor]  # A, B
+Adapters = dict[tuple[int, str], Adapter]  # of (layer, matrix)
+
+
+def read_adapters(path: str | Path) -> Adapters:
+    """The adapters in a projection's file, none or many. UserError where one is not whole."""
+    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, tensor in read_checkpoint(path).items():
+        if ".lora_" not in name:
+            continue
+        found = _NAME.search(name)
+        if not found or found[2] not in MATRICES or tensor.ndim != 2:
+            raise UserError(f"{path} holds an adapter “{name}”, which is not supported.")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds numbers that are not finite: give another file.")
+        halves.setdefault((int(found[1]), found[2]), {})[found[3]] = tensor.float()
+    for (layer, matrix), half in halves.items():
+        if half.keys() != {"A", "B"} or len(half["A"]) != half["B"].shape[1]:
+            raise UserError(
+                f"{path} is incomplete: both halves of {matrix} in layer {layer} are needed."
+            )
+    return {place: (half["A"], half["B"]) for place, half in halves.items()}
+
+
+def named(adapters: Mapping[tuple[int, str], Adapter]) -> dict[str, Tensor]:
+    """The adapters' tensors for a projection's file, in 16 bit."""
+    return {
+        f"base_model.model.model.layers.{layer}.self_attn.{matrix}.lora_{half}.weight": t.half()
+        for (layer, matrix), halves in adapters.items()
+        for half, t in zip("AB", halves, strict=True)
+    }
+
+
+def adapted(
+    llm: Union["PreTrainedModel", BlockLlama], path: Path, config: ModelConfig
+) -> Union["PreTrainedModel", BlockLlama]:
+    """The language model with the adapters in a projection's file, if any. UserError where they do
+    not fit."""
+    adapters = read_adapters(path)
+    if not adapters:
+        return llm
+    if config.adapters is None:
+        raise UserError(
+            f"{path} holds adapters for a language model, and {config.name} takes none: give "
+            "another file with “--projection”."
+        )
+    try:
+        if isinstance(llm, BlockLlama):
+            return _adapted_blocks(llm, adapters)
+        for (layer, matrix), (a, b) in adapters.items():
+            linear = getattr(llm.get_decoder().layers[layer].self_attn, matrix)
+            if type(linear) is not nn.Linear:
+                raise UserError(
+                    "Adapters cannot be added to a language model that is quantized here: choose "
+                    "“--quantize none”, or “--quantize int4” on the CPU."
+                )
+            linear.weight.data = (linear.weight + (b @ a).to(linear.weight.device)).to(
+                linear.weight.dtype
+            )
+        return llm
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"The adapters in {path} are another language model's: give another file with "
+            "“--projection”."
+        ) from error
+
+
+def _adapted_blocks(llm: BlockLlama, adapters: Adapters) -> BlockLlama:
+    """The sums in 8 bit: adapters change a weight by less than a step of 4 bits."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    tensors = dict(llm.tensors)
+    for (layer, matrix), (a, b) in adapters.items():
+        name = f"blk.{layer}.{_BLOCKS[matrix]}.weight"
+        change = (b @ a).numpy()
+        if not llm.rope_halves and matrix in ("q_proj", "k_proj"):
+            change = _interleaved(change, llm.head_dim)
+        weights = tensors[name].numbers() + change
+        blocks = quantize(weights.astype(np.float32), GGMLQuantizationType.Q8_0)
+        tensors[name] = BlockTensor("Q8_0", weights.shape, blocks)
+    return replace(llm, tensors=tensors)
+
+
+def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of q or k in the order of Hugging Face's Llamas -> in that of GGUF files."""
+    halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
