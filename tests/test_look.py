@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.fake_engine import FORMULAS
@@ -38,6 +39,16 @@ FOCUS = """() => {
     return outlineStyle !== "none" && parseFloat(outlineWidth) >= 2;
   });
   return [focused.outerHTML.slice(0, 160), seen || focused === document.body];
+}"""
+SUN = (0.7, 0.07), (0.9, 0.07 + 0.2 * 4 / 3)  # two corners around it, as shares of the picture
+# A picture's width, height, and the colour in its middle.
+MIDDLE = """async (image) => {
+  await image.decode();
+  const { naturalWidth: width, naturalHeight: height } = image;
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return [width, height, ...context.getImageData(width / 2, height / 2, 1, 1).data];
 }"""
 SHIFT = """(since) => new Promise((resolve) => {
   let sum = 0;
@@ -103,6 +114,58 @@ def test_an_answer_shows_where(visit, photo):
     expect(page.locator("#lightbox .where i")).to_have_count(1)
     page.keyboard.press("Escape")
     expect(ring).to_have_count(0)
+
+
+def test_a_part_of_a_picture_is_asked_about(visit, photo):
+    Image.open(photo).resize((2000, 1500)).save(photo)
+    page = visit(has_touch=True, **WIDE)
+    thumbnails, frame = page.locator("#box .thumbnail-image"), page.locator("#crop .region")
+    attach(page, photo)
+
+    crop = page.locator("#box").get_by_role("button", name="Crop")  # by mouse: the sun
+    crop.click()
+    expect(frame).to_be_focused()
+    edge = page.locator("#crop .stage").bounding_box()
+    across = [(edge["x"] + edge["width"] * x, edge["y"] + edge["height"] * y) for x, y in SUN]
+    page.mouse.move(*across[0])
+    page.mouse.down()
+    page.mouse.move(*across[1])
+    page.mouse.up()
+    page.get_by_role("button", name="Ask about this part").click()
+    expect(thumbnails).to_have_count(2)
+    expect(box(page)).to_be_focused()
+    width, height, *colour = thumbnails.last.evaluate(MIDDLE)
+    assert abs(width - 400) < 15 and abs(height - 400) < 15
+    assert colour[:2] > [240, 200] and colour[2] < 30  # gold
+
+    crop.first.click()  # Escape leaves all as it was
+    page.keyboard.press("Escape")
+    expect(crop.first).to_be_focused()
+    expect(thumbnails).to_have_count(2)
+    ask(page, "Count them.")
+    expect(answers(page)).to_have_text("I see 2 pictures.")
+
+    # By keyboard, from the large view, which is smaller than the file.
+    page.get_by_role("button", name="Show larger: Picture 1 of 2").click()
+    page.get_by_role("dialog", name="Picture 1 of 2").get_by_role("button", name="Crop").click()
+    for key in ("Shift+ArrowLeft", "Shift+ArrowUp", "ArrowDown"):
+        page.keyboard.press(key)
+    place = "25 % from the left, 27 % from the top, 48 % wide, 48 % high"
+    expect(page.locator("#crop [role=status]")).to_have_text(place)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(thumbnails).to_have_count(1)
+    assert thumbnails.evaluate(MIDDLE)[:2] == [960, 720]
+
+    crop.click()  # by touch: the frame is moved to the right edge
+    before = frame.bounding_box()
+    start = (before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
+    fingers = page.context.new_cdp_session(page)
+    for kind, step in (("touchStart", 0), ("touchMove", 2000)):
+        point = {"x": start[0] + step, "y": start[1]}
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+    fingers.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    expect(page.locator("#crop [role=status]")).to_have_text(re.compile("^50 % .* 50 % wide"))
 
 
 def test_shortcuts_and_their_list(visit):

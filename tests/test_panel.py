@@ -309,6 +309,8 @@ def test_accessibility(visit, photo, scheme):
     page.keyboard.press("Escape")
     page.locator("#chat .image-container > button").click()
     _assert_accessible(page, "lightbox")
+    page.get_by_role("button", name="Crop", exact=True).click()
+    _assert_accessible(page, "crop")
 
 
 def _assert_accessible(page: Page, state: str) -> None:

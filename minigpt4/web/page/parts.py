@@ -10,8 +10,8 @@ from minigpt4.web.page.examples import QUESTIONS, thumbnail
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("theme", "layout", "chat", "composer", "panels", "store")
 SCRIPTS = (
-    *("names", "page", "layout", "upload", "composer", "where", "pictures", "facts", "versions"),
-    *("speak", "keys", "settings", "draft", "notice", "store", "chats"),
+    *("names", "page", "layout", "upload", "composer", "where", "crop", "pictures", "facts"),
+    *("versions", "speak", "keys", "settings", "draft", "notice", "store", "chats"),
 )
 # A gr.HTML without Gradio's own look.
 PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}

@@ -148,15 +148,16 @@ def _message(role: str, content: list) -> dict:
 
 def _pictures(message: Message, session: Session) -> list[dict]:
     """Behind the "#" of its address is what assets/pictures.js says of each in the visitor's
-    language: its number, of how many, its file's name, its caption."""
+    language: its number, of how many, its file's name, its caption, the path of its upload."""
     shown = []
     for number, reference in enumerate(message.images, 1):
         path = _thumbnails.find(reference.key)
         if not path:  # the disk is full, or was
             shown.append(_message("user", [TextMessage(text="(picture)")]))
             continue
-        name = Path(session.files.get(reference.key, "")).name
-        told = [number, len(message.images), name, looks.find(reference.key).caption]
+        whole = session.files.get(reference.key, "")
+        caption = looks.find(reference.key).caption
+        told = [number, len(message.images), Path(whole).name, caption, encode_file_path(whole)]
         url = f"{FILE_URL}{encode_file_path(path)}#{quote(json.dumps(told), safe='')}"
         file = FileData(path=path, url=url, mime_type=get_mimetype(path))
         shown.append(_message("user", [FileMessage(file=file)]))

@@ -1,10 +1,12 @@
 // The pictures of a conversation: their names, and the window that shows them large.
 (() => {
-  const { say, button, where } = window.minigpt4;
-  // render.py writes behind the "#" of its address: [2, 5, "dog.jpg", "A dog on a beach"].
+  const { say, button, where, crop } = window.minigpt4;
+  // render.py writes behind the "#" of its address: [2, 5, "dog.jpg", "A dog on a beach", "/…/dog.jpg"],
+  // the last of them the path of the whole picture, if it is known.
+  const told = (address) => JSON.parse(decodeURIComponent(address.split("#")[1]));
   const named = (address) => {
     try {
-      const [number, count, name, caption] = JSON.parse(decodeURIComponent(address.split("#")[1]));
+      const [number, count, name, caption] = told(address);
       const place = say("picture_of").replace("{number}", number).replace("{count}", count);
       return [name ? `${place}: ${name}` : place, caption].filter(Boolean).join(". ");
     } catch { return ""; } // no such address
@@ -48,9 +50,17 @@
         return made;
       }));
     };
+    const cropped = () => {
+      const [, , name, , path] = told(large.src);
+      const address = path ? `${large.src.split("/file=")[0]}/file=${path}` : large.src;
+      where.hide();
+      crop(large, { address, name, taken: () => dialog.close() });
+    };
     dialog.id = "lightbox";
     objects.className = "objects";
-    dialog.append(button("close", "close", () => dialog.close()), large, caption, objects);
+    dialog.append(
+      button("close", "close", () => dialog.close()), button("crop", "crop", cropped), large, caption, objects,
+    );
     if (all().length > 1) {
       dialog.append(button("previous", "left", () => turn(-1)), button("following", "right", () => turn(1)));
     }
