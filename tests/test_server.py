@@ -37,6 +37,7 @@ from tests.api_case import (
     question,
     served,
 )
+from tests.page_case import wait_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -278,6 +279,15 @@ def test_no_file_of_this_machine_is_opened(address, tmp_path):
         event = called.json()["event_id"]
         said = httpx.get(f"{address}/gradio_api/call/chat/{event}", timeout=30).text
         assert "event: error" in said and "event: complete" not in said
+
+
+def test_old_uploads_are_deleted_while_the_server_runs(engine):
+    old = Path(os.environ["GRADIO_TEMP_DIR"]) / "old" / "picture.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(picture_file())
+    os.utime(old, (0, 0))
+    with served(lambda: engine, engine):
+        wait_for(lambda: not old.exists())
 
 
 # --- options, and the end ------------------------------------------------------------------------

@@ -22,9 +22,12 @@ class Lighter:
         self._app, self._compressed = app, GZipMiddleware(app, minimum_size=1000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the server's start and end have no path
+            await self._app(scope, receive, send)
+            return
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         unused = UNUSED.search(path)
-        if scope["type"] == "http" and path in ("", "/"):
+        if path in ("", "/"):
             await self._compressed(scope, receive, send)
         elif unused and (stub := _stub(unused[1])):
             headers = {"cache-control": "public, max-age=31536000, immutable"}
