@@ -355,6 +355,13 @@ SERVER = (
     API_KEY,
     IMAGE_HOSTS,
     CORS_ORIGINS,
+    Option(
+        "mcp",
+        "Offer questions about pictures as a tool of the Model Context Protocol, at "
+        "/gradio_api/mcp/.",
+        False,
+        switch,
+    ),
     Option("root-path", "Path under which a proxy serves the page, such as /chat.", metavar="PATH"),
     Option(
         "shutdown-seconds",

@@ -19,12 +19,13 @@ from starlette.routing import BaseRoute
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.web.api.access import Keys
+from minigpt4.web.api.mcp import McpGate, check_package
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.guard.lighter import Lighter
-from minigpt4.web.guard.limits import Limits
+from minigpt4.web.guard.limits import Limits, request_bytes
 from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
 
@@ -82,6 +83,10 @@ class Server:
         image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
         self.chat_service = ChatService(find_engine, image_urls)
         self._keys = Keys(options.api_key or "", self._auth is not None)
+        self.offers_mcp = options.mcp
+        if self.offers_mcp:
+            check_package()
+            gradio_patches.tune_mcp(request_bytes(self._max_bytes))
 
     @property
     def routes(self) -> list[BaseRoute]:
@@ -94,6 +99,7 @@ class Server:
         """Arguments of `gr.Blocks.launch`, which can share, log visitors in and serve under a path;
         the endpoints become routes of the application that it makes."""
         return {
+            "mcp_server": self.offers_mcp,
             "app_kwargs": {
                 "routes": self.routes,
                 "lifespan": partial(sweeping, kept=in_folder),
@@ -101,6 +107,7 @@ class Server:
                 "middleware": [
                     Middleware(Lighter),
                     Middleware(Limits, max_bytes=self._max_bytes),
+                    *([Middleware(McpGate, keys=self._keys)] if self.offers_mcp else []),
                 ],
             },
             "auth": self._auth,

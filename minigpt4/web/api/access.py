@@ -11,10 +11,10 @@ from starlette.requests import Request
 
 from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError
+from minigpt4.web.guard.limits import request_bytes
 
 BODY_SECONDS = 120  # to send a request
 THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-TEXT_BYTES = 2**20  # of a request, beside its picture
 
 
 class Keys:
@@ -68,11 +68,11 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
 
 
 async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
-    """The whole body. It may hold one picture of that size in base64, and a megabyte of text.
+    """The whole body, of at most `request_bytes`.
 
     ApiError 413 where it is larger, 408 where it takes more than `BODY_SECONDS`.
     """
-    limit = max_picture_bytes * 4 // 3 + TEXT_BYTES
+    limit = request_bytes(max_picture_bytes)
     sentence = f"The request is larger than {limit / 2**20:.0f} MB: scale pictures down."
     too_large = ApiError(sentence, 413, "request_too_large")
     length = request.headers.get("content-length", "0")

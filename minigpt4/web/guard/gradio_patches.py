@@ -11,12 +11,14 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import gradio as gr
 import gradio.queueing
 import gradio.routes
 from gradio import processing_utils, utils
+from gradio.mcp import GradioMCPServer
 from gradio.queueing import Queue
 from gradio.route_utils import CustomCORSMiddleware
 from gradio.server_messages import ProcessCompletedMessage
@@ -118,6 +120,11 @@ PATCHES = (
         "backend at every update.",
     ),
     Patch(
+        "gradio.mcp.GradioMCPServer",
+        "get_tool_to_endpoint",
+        "It makes every endpoint a tool: /chat is for gradio_client.",
+    ),
+    Patch(
         "uvicorn.Config",
         "timeout_keep_alive",
         "Blocks.launch does not pass Uvicorn's option on.",
@@ -161,6 +168,7 @@ def apply() -> None:
     processing_utils.async_move_files_to_cache = _move_files_to_cache
     gradio.routes.CustomCORSMiddleware = PageCORS
     processing_utils.add_root_url = _add_root_url
+    GradioMCPServer.get_tool_to_endpoint = _get_tool_to_endpoint
     gr.Chatbot.postprocess = _postprocess_chatbot
     gr.Blocks.postprocess_data = _postprocess_data
     utils.MatplotlibBackendMananger = nullcontext
@@ -174,6 +182,15 @@ def tune_queue(page: gr.Blocks) -> None:
     queue.ANALYTICS_MAX_EVENTS = 1
 
 
+def tune_mcp(max_bytes: int) -> None:
+    """Let requests to the MCP server be so large, where its package stops at 4 MiB.
+
+    Not among PATCHES: the attribute is there only with the package.
+    """
+    larger = partial(GradioMCPServer.StreamableHTTPSessionManager, max_request_body_size=max_bytes)
+    GradioMCPServer.StreamableHTTPSessionManager = staticmethod(larger)
+
+
 def tune_server(page: gr.Blocks) -> None:
     """Set what belongs to a launched page's server; connections read it when they are made."""
     page.server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
@@ -185,6 +202,7 @@ _original_send_message = Queue.send_message
 _ended: dict[str, float] = {}  # session -> when its last event ended
 _original_move_files = processing_utils.async_move_files_to_cache
 _original_add_root_url = processing_utils.add_root_url
+_original_get_tool_to_endpoint = GradioMCPServer.get_tool_to_endpoint
 _original_postprocess_chatbot = gr.Chatbot.postprocess
 _original_postprocess_data = gr.Blocks.postprocess_data
 
@@ -279,6 +297,11 @@ def _send_message(self: Queue, event: Any, event_message: Any) -> None:
 def replace_surrogates(data: Any) -> Any:
     """Plain data with "?" for each lone surrogate, which JSON can hold and UTF-8 cannot."""
     return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _get_tool_to_endpoint(self: GradioMCPServer) -> dict[str, str]:
+    tools = _original_get_tool_to_endpoint(self)
+    return {name: endpoint for name, endpoint in tools.items() if endpoint != "/chat"}
 
 
 # --- what the page shows --------------------------------------------------------------------------

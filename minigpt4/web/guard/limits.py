@@ -60,6 +60,8 @@ class Limits:
         else:
             upload = parts[:2] == ("gradio_api", "upload")
             limit = FILES_AT_ONCE * self._max_bytes + 2**20 if upload else TEXT_BYTES
+            if parts[:2] == ("gradio_api", "mcp"):
+                limit = request_bytes(self._max_bytes)
             await _BoundedRequest(scope, receive, send, limit, self._seconds).run(self._app)
 
 
@@ -67,6 +69,11 @@ def closed(parts: tuple[str, ...]) -> bool:
     """Is this one of gradio's routes that the page does not need?"""
     inner = parts[1:] if parts[:1] == ("gradio_api",) else parts
     return bool(inner) and (inner[0] in CLOSED or inner[0].startswith("proxy="))
+
+
+def request_bytes(max_picture_bytes: int) -> int:
+    """The largest body of a program's request: one such picture in base64, a megabyte of text."""
+    return max_picture_bytes * 4 // 3 + 2**20
 
 
 def parts_of(scope: Scope) -> tuple[str, ...]:

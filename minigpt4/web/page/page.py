@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.events import Dependency, Events
 
+from minigpt4.web.api import mcp
 from minigpt4.web.api.gradio_chat import add_chat_endpoint
 from minigpt4.web.guard.uploads import KEPT_SECONDS
 from minigpt4.web.page import panel, parts, render, texts
@@ -65,13 +66,15 @@ def build_page(
 ) -> gr.Blocks:
     """The page of an engine that is loaded, or still loading; `serve` serves it.
 
-    With a server for programs, the page has the endpoint /chat as well.
+    With a server for programs, the page has the endpoint /chat as well, and the tool of --mcp.
     """
     loading = source if isinstance(source, Loading) else Loading.done(source)
     with gr.Blocks(title="MiniGPT-4", fill_height=True, analytics_enabled=False) as page:
         ChatPage(page, loading, feedback)
         if server is not None:
             add_chat_endpoint(server.chat_service)
+            if server.offers_mcp:
+                mcp.add_tool(server.chat_service)
     page.temp_file_sets.append(render.thumbnail_files)  # deleted when the server ends
     return page
 

@@ -1,0 +1,106 @@
+"""--mcp: questions about pictures as a tool of the Model Context Protocol, through Gradio's server.
+
+Gradio answers at /gradio_api/mcp/. The tool asks through the same service as /v1, so that pictures,
+lengths and the queue have the same limits, and `McpGate` asks for the same key.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import gradio as gr
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from minigpt4.errors import UserError
+from minigpt4.start import default_sampling
+from minigpt4.web.api.access import Keys
+from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.normalize import read_chat
+from minigpt4.web.api.service import ChatService
+from minigpt4.web.guard.limits import parts_of
+
+PATH = ("gradio_api", "mcp")
+TOOL = "ask_about_picture"
+
+
+def check_package() -> None:
+    """UserError without an `mcp` that Gradio can use and whose requests can be large enough."""
+    try:
+        major, minor = version("mcp").split(".")[:2]
+    except PackageNotFoundError:
+        major, minor = "0", "0"
+    if major != "1" or int(minor) < 30:
+        raise UserError("--mcp needs the package mcp: pip install 'mcp>=1.30,<2'.")
+
+
+class ToolError(gr.Error):
+    """What the tool refuses, in its own words: Gradio's error would be shown in quotes."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, print_exception=False)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def add_tool(service: ChatService) -> None:
+    """Add the tool to the page being built; called inside `gr.Blocks`."""
+
+    async def ask_about_picture(question: str, image: str, max_tokens: int | None = None) -> str:
+        """Ask a vision-language model about a picture: what is in it, a description, a caption,
+        a story about it. Each call stands for itself: the model remembers no earlier one.
+
+        Args:
+            question: the question, best in English
+            image: the picture, as data:image/jpeg;base64,… or an address that the server may fetch
+            max_tokens: the longest answer, in tokens; by default the model's own
+        """
+        answer = None
+        try:
+            config = service.engine.model.config
+            picture = {"type": "image_url", "image_url": {"url": image}}
+            content = [picture, {"type": "text", "text": question}]
+            if max_tokens is None:
+                max_tokens = default_sampling(config).max_new_tokens
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+            request, _ = await run_in_threadpool(read_chat, body)
+            (answer,) = await service.ask(request)
+            async for _ in answer:
+                pass
+            return answer.text.strip()
+        except UserError as error:
+            raise ToolError(str(error)) from None
+        finally:
+            if answer is not None:
+                answer.close()
+
+    # Not through Gradio's queue, which would come back over HTTP as a client without the key.
+    gr.api(ask_about_picture, api_name=TOOL, queue=False)
+
+
+class McpGate:
+    """ASGI middleware: of Gradio's MCP routes only the one without sessions, and the API's key."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts = parts_of(scope) if scope["type"] == "http" else ()
+        if parts[:2] != PATH:
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(parts, Request(scope))
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, parts: tuple[str, ...], request: Request) -> PlainTextResponse | None:
+        if parts != PATH:
+            return PlainTextResponse("There is no such page.\n", 404)
+        if request.method != "POST":
+            sentence = "This address is for MCP clients, which send POST.\n"
+            return PlainTextResponse(sentence, 405, {"Allow": "POST"})
+        try:
+            self._keys.check(request)
+        except ApiError as error:
+            return PlainTextResponse(f"{error}\n", error.status, error.headers)
+        return None
