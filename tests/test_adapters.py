@@ -12,6 +12,7 @@ from minigpt4.training.adapters import finished, insert, tensors_of
 from minigpt4.training.int8 import replace_linears
 from minigpt4.weights.adapters import adapted, named, read_adapters
 from minigpt4.weights.checkpoint import read_projection
+from minigpt4.weights.llm import TokenEmbedding
 from tests.block_llama import as_transformers
 from tests.random_blocks import HIDDEN, KV_HEADS, LAYERS, block_llama
 
@@ -93,6 +94,8 @@ def test_a_file_of_others_is_refused(llama, tmp_path):
         adapted(llama, path, get_model("nano"))
     with pytest.raises(UserError, match="another language model's"):
         adapted(block_llama(hidden=128, heads=2, head_dim=64), path, CONFIG)
+    with pytest.raises(UserError, match="on other machines"):
+        adapted(TokenEmbedding(torch.ones(2, HIDDEN)), path, CONFIG)
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     for change, said in (
         ({name: None}, "incomplete"),

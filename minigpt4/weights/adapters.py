@@ -19,6 +19,7 @@ from minigpt4.config import ModelConfig
 from minigpt4.errors import UserError
 from minigpt4.weights.checkpoint import read_checkpoint
 from minigpt4.weights.gguf import BlockLlama, BlockTensor
+from minigpt4.weights.llm import BlockEmbedding, TokenEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,11 @@ def adapted(
         raise UserError(
             f"{path} holds adapters for a language model, and {config.name} takes none: give "
             "another file with “--projection”."
+        )
+    if isinstance(llm, TokenEmbedding | BlockEmbedding):
+        raise UserError(
+            f"{path} holds adapters, which a language model on other machines does not have: give "
+            "a file without them with “--projection”, or leave out “--llm-url”."
         )
     try:
         if isinstance(llm, BlockLlama):

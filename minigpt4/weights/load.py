@@ -180,7 +180,7 @@ def load_model(
     size = 0 if quantize == "int4" else _llm_size(files.llm, quantize)
     with _counted(progress, size) as count:
         llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype, count)
-    if adapters and files.projection and quantize != "remote":
+    if adapters and files.projection:
         llm = adapted(llm, files.projection, config)
     words = load_words(files.words).to(device) if files.words else None
     return MiniGPT4(config, encoder, bridge, projection, llm, tokenizer, quantize, words)
