@@ -379,9 +379,15 @@ SERVER = (
 )
 
 
-def add_model_options(parser: Parser, default: str = "auto") -> None:
-    """--model, --quantize, --dtype, --device, and where the weights are."""
-    parser.add((replace(MODEL, default=default), QUANTIZE, DTYPE, DEVICE), "model")
+def add_model_options(parser: Parser, default: str = "auto", several: bool = False) -> None:
+    """--model, --quantize, --dtype, --device, and where the weights are.
+
+    several: --model may name several models.
+    """
+    model = replace(MODEL, default=default)
+    if several:
+        model = replace(model, help=f"{MODEL.help} Or several, as in nano,mini.")
+    parser.add((model, QUANTIZE, DTYPE, DEVICE), "model")
     add_places(parser)
 
 

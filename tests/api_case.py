@@ -56,7 +56,7 @@ def tiny_engine() -> Engine:
 def served(find_engine: Callable[[], Engine | None], page_of: Engine, *arguments) -> Iterator[str]:
     """The address of a server."""
     chosen = options(*arguments)
-    server = Server(find_engine, chosen)
+    server = Server(lambda: [engine] if (engine := find_engine()) else [], chosen)
     page = build_page(page_of, server=server)
     yield serve(page, chosen, server)
     page.close(verbose=False)

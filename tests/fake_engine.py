@@ -56,12 +56,12 @@ STORY = (
 
 
 class FakeEngine:
-    """Answers as `answer_to` says. pictures: the keys it encoded; asked: every conversation;
-    ahead: how many others wait before a question, as long as there are any; full: it takes none;
-    failure: what it says when it fails, if not the usual."""
+    """Answers as `answer_to` says. name: of its model; pictures: the keys it encoded; asked: every
+    conversation; ahead: how many others wait before a question, as long as there are any; full: it
+    takes none; failure: what it says when it fails, if not the usual."""
 
-    def __init__(self, word_seconds: float = 0.01) -> None:
-        config = MODELS["nano"]
+    def __init__(self, word_seconds: float = 0.01, name: str = "nano") -> None:
+        config = MODELS[name]
         self.model = SimpleNamespace(config=config, quantize="none", device="cpu")
         self.decoder_name = "PyTorch"
         self.word_seconds = word_seconds

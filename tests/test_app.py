@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import app
+from minigpt4.web import run
 
 
 @pytest.mark.trust("Faults", "a port in use")
@@ -27,6 +28,28 @@ def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):
     assert app.main(["--model", "nano", "--device", "tpu"]) == 2
     error = capsys.readouterr().err
     assert "“tpu”" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("says", "arguments"),
+    [
+        ("no model called “tiny”", ["--model", "nano,tiny"]),
+        ("no model called “auto”", ["--model", "auto,nano"]),
+        ("a model twice", ["--model", "nano, nano"]),
+        ("name one model", ["--model", "nano,mini", "--projection", "my.safetensors"]),
+        ("name one model", ["--model", "nano,mini", "--llm-url", "http://127.0.0.1:9/v1"]),
+    ],
+)
+def test_models_that_cannot_be_offered_together(capsys, says, arguments):
+    assert app.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_each_model_has_its_own_options():
+    chosen = app.options(["--model", "nano, mini", "--device", "cpu"])
+    assert [one.model for one in run.one_by_one(chosen)] == ["nano", "mini"]
+    assert {one.device for one in run.one_by_one(chosen)} == {"cpu"}
 
 
 def test_a_feedback_folder_that_cannot_be_written(monkeypatch, capsys, tmp_path):

@@ -327,6 +327,47 @@ def _assert_accessible(page: Page, state: str) -> None:
     assert not serious, f"{state}:\n" + "\n".join(serious)
 
 
+def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
+    from minigpt4.web.page import session
+    from tests.fake_engine import FakeAnswer
+
+    monkeypatch.setattr(session, "ask", FakeAnswer)
+    nano, mini = FakeEngine(), FakeEngine(name="mini")
+    with served(Loading.done(nano, mini)) as address:
+        visitors = Visitors(browser, address)
+        page = visitors(**WIDE)
+        model, foot = page.get_by_label("Model", exact=True), page.locator("#foot")
+        expect(model).to_have_value("nano")
+        assert model.locator("option").all_inner_texts() == ["nano", "mini"]
+        ask(page, "Hello?")
+        assert (len(nano.asked), len(mini.asked)) == (1, 0)
+        first = page.url
+
+        page.get_by_role("button", name="New chat").click()
+        expect(answers(page)).to_have_count(0)
+        model.select_option("mini")
+        expect(foot).to_contain_text("mini")
+        ask(page, "And you?")
+        assert (len(nano.asked), len(mini.asked)) == (1, 1)
+        page.get_by_role("button", name="New chat").click()
+        expect(answers(page)).to_have_count(0)
+        expect(model).to_have_value("mini")
+
+        page.locator("#conversations .title", has_text="Hello?").click()  # it remembers its own
+        expect(model).to_have_value("nano")
+        expect(foot).to_contain_text("nano")
+        ask(page, "Still there?")
+        assert (len(nano.asked), len(mini.asked)) == (2, 1)
+        page.goto(address)  # a new visit begins with what was chosen last
+        expect(model).to_have_value("mini")
+        page.goto(first)
+        page.reload()
+        expect(model).to_have_value("nano")
+        expect(answers(page)).to_have_count(2)
+        visitors.expected("AbortError|Connection errored out")
+        visitors.check()
+
+
 def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
     from minigpt4.web.page import session
     from tests.fake_engine import FakeAnswer
@@ -354,6 +395,7 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         expect(box(page)).to_have_value("Hello?")
         go_on.touch()
         expect(status(page)).to_contain_text("The model is ready.")
+        expect(page.get_by_label("Model", exact=True)).to_have_count(0)  # there is only one
         expect(page.locator("#model")).to_contain_text(MODELS["nano"].licence[:10])
         download = page.get_by_role("button", name="Download the conversation")
         expect(download).to_be_visible()  # the header was redrawn: its buttons keep their names

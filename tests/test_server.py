@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import httpx
 import openai
 import pytest
 from gradio_client import Client, handle_file
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 import app
 from minigpt4 import conversation as chat
@@ -22,6 +25,10 @@ from minigpt4.conversation import Conversation
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Prompt
+from minigpt4.web.api.access import Keys
+from minigpt4.web.api.routes import endpoints
+from minigpt4.web.api.service import ChatService
+from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.server import Server
 from tests.api_case import (
     GREEDY,
@@ -38,7 +45,9 @@ from tests.api_case import (
     served,
 )
 from tests.page_case import wait_for
+from tests.parity_case import ParityCase
 
+OTHER = "llama2_patch_concat"
 ROOT = Path(__file__).parent.parent
 
 
@@ -210,6 +219,35 @@ def test_metrics(address, engine):
     assert after["process_resident_memory_bytes"] > 1e8
 
 
+def test_several_models(engine):
+    other = Engine(ParityCase(ROOT / "tests" / "parity" / OTHER).load())
+    service = ChatService(lambda: [engine, other], ImageUrls())
+    asked = {"messages": [question("What is this?", data_url(picture_file()))], "max_tokens": 3}
+    with closing(other), TestClient(Starlette(routes=endpoints(service, Keys(), 2**20))) as client:
+        listed = client.get("/v1/models").json()["data"]
+        assert [one["id"] for one in listed] == [MODEL, OTHER]
+        assert client.get(f"/v1/models/{OTHER}").json()["id"] == OTHER
+        before = engine.totals.requests
+        for name, path in ((OTHER, "chat/completions"), (OTHER, "responses")):
+            body = asked | {"model": name}
+            if path == "responses":
+                body = {"input": "Hello?", "model": name, "max_output_tokens": 3}
+            reply = client.post(f"/v1/{path}", json=body)
+            assert reply.status_code == 200 and reply.json()["model"] == name, reply.text
+        assert (engine.totals.requests, other.totals.requests) == (before, 2)
+        assert client.post("/v1/chat/completions", json=asked).json()["model"] == MODEL
+        assert (engine.totals.requests, other.totals.requests) == (before + 1, 2)
+        refused = client.post("/v1/chat/completions", json=asked | {"model": "x"})
+        assert refused.status_code == 404
+        assert f"“{MODEL}” or “{OTHER}”" in refused.json()["error"]["message"]
+        assert client.get("/readyz").status_code == 200
+        text = client.get("/metrics").text
+        assert f'vllm:request_generation_tokens_count{{model_name="{OTHER}"}} 2.0' in text
+        assert f"minigpt4_requests_total {before + 3:.1f}" in text
+        lines = [line for line in text.splitlines() if line.startswith("# TYPE")]
+        assert len(lines) == len({*lines})  # each name once
+
+
 # --- gradio's clients ----------------------------------------------------------------------------
 
 
@@ -299,7 +337,7 @@ def test_options_from_the_environment(monkeypatch):
     monkeypatch.setenv("MINIGPT4_MAX_RUNNING", "4")
     chosen = options()
     assert (chosen.api_key, chosen.max_running) == ("secret", 4)
-    service = Server(lambda: None, chosen).chat_service
+    service = Server(lambda: [], chosen).chat_service
     assert service.image_urls.hosts == {"example.org", "example.com:8443"}
 
 

@@ -159,15 +159,18 @@ def test_loading_is_said(warnings):
     answered(Turns(loading, []).ask({"text": "Hello?", "files": []}, Session(), None, ""))
     assert "still loading" in warnings[0]
     loading.start()
-    assert isinstance(loading.wait(), FakeEngine) and loading.step == "Fetching everything …"
+    loading.wait()
+    assert isinstance(loading.engine, FakeEngine) and loading.step == "Fetching everything …"
 
     def fail(report):
         raise UserError("There is no model.")
 
-    loading = Loading(fail)
+    engine = FakeEngine()
+    loading = Loading(lambda report: engine, fail)
     loading.start()
     with pytest.raises(UserError, match="There is no model"):
         loading.wait()
+    assert not loading.engines and engine.closed  # all, or none
 
 
 @pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")
@@ -385,7 +388,7 @@ def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
     assert [size for size, _ in seen] == [(2000, 2000)] * 4
     assert [held for _, held in seen] == [area + n * small for n in range(4)]
     assert image.held.pixels - before == 4 * small
-    monkeypatch.setattr(files._loading, "engine", None)
+    monkeypatch.setattr(files._loading, "engines", [])
     attached(files, paths, session := Session())
     full = FakeEngine()
     full.full = True

@@ -108,7 +108,7 @@ def main() -> None:
     faults = Faults(engine)
     uploads.EVERY_SECONDS = 15
     uploads.KEPT_SECONDS = uploads.CUT_SECONDS = FILE_SECONDS
-    server = Server(lambda: engine, chosen)
+    server = Server(lambda: [engine], chosen)
     page = build_page(Loading.done(engine), server=server)
     with server.until_terminated(page):
         print(f"Open {serve(page, chosen, server)}", flush=True)

@@ -185,6 +185,16 @@ class Totals:
             }
         return Totals(**counted)
 
+    def merge(self, other: "Totals") -> None:
+        """Count what another engine has done, too; `other` must be a snapshot."""
+        with self._lock:
+            for name in (f.name for f in fields(self) if f.name != "_lock"):
+                own, more = getattr(self, name), getattr(other, name)
+                if isinstance(own, Histogram):
+                    own.merge(more)
+                else:
+                    setattr(self, name, own + more)
+
 
 # --- the stream -----------------------------------------------------------------------------------
 

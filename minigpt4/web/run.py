@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from minigpt4 import start
+from minigpt4.config import get_model
 from minigpt4.errors import Unfailing, UserError
 from minigpt4.options import (
     SERVER,
@@ -24,7 +25,7 @@ DESCRIPTION = "Serve the chat page and an OpenAI-compatible API."
 
 def add_options(parser: Parser) -> None:
     """The server's options."""
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     add_remote_llm_options(parser)
     parser.add(SERVER, "server")
 
@@ -34,6 +35,25 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="app.py", description=DESCRIPTION)
     add_options(parser)
     return parser.parse_args(arguments)
+
+
+def one_by_one(chosen: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options for each of the models that --model names. UserError where they do not fit."""
+    names = [name.strip() for name in chosen.model.split(",")]
+    if len(names) == 1:
+        return [chosen]
+    for name in names:
+        get_model(name)
+    if len({*names}) < len(names):
+        raise UserError("--model names a model twice.")
+    from minigpt4.remote import zerogpu
+
+    if start.given_places(chosen) or chosen.llm_url or zerogpu.is_here():
+        raise UserError(
+            "Several models are offered with their own weights on this machine: leave out "
+            "--projection, --vision, --qformer, --llm and --llm-url, or name one model."
+        )
+    return [argparse.Namespace(**vars(chosen) | {"model": name}) for name in names]
 
 
 def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "AnyEngine":
@@ -65,12 +85,13 @@ def serve(chosen: argparse.Namespace) -> None:
     from minigpt4.web.server import Server
 
     # Options are checked before the model is loaded.
-    server = Server(lambda: loading.engine, chosen)
+    models = one_by_one(chosen)
+    server = Server(lambda: loading.engines, chosen)
     feedback = Feedback(chosen.feedback) if chosen.feedback else None
     if zerogpu.is_here():
         loading = Loading.done(zerogpu.open_engine(chosen))
     else:
-        loading = Loading(partial(load, chosen))
+        loading = Loading(*(partial(load, one) for one in models))
     launch(build_page(loading, feedback, server), chosen, loading, server)
 
 

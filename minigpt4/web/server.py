@@ -5,7 +5,8 @@ import html
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -71,17 +72,17 @@ def warn(text: str | UserError, seconds: float = 10) -> None:
 class Server:
     """The endpoints for programs, behind the page's password and address, and the shutdown.
 
-    find_engine: the engine, None while it is loading; options: those of app.py.
+    find_engines: the models' engines, none while they are loading; options: those of app.py.
     """
 
     def __init__(
-        self, find_engine: Callable[[], AnyEngine | None], options: argparse.Namespace
+        self, find_engines: Callable[[], Sequence[AnyEngine]], options: argparse.Namespace
     ) -> None:
-        self._find_engine, self._options = find_engine, options
+        self._find_engines, self._options = find_engines, options
         self._auth = _user_and_password(options.auth)
         self._max_bytes = options.max_upload_mb * 2**20
         image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
-        self.chat_service = ChatService(find_engine, image_urls)
+        self.chat_service = ChatService(find_engines, image_urls)
         self._keys = Keys(options.api_key or "", self._auth is not None)
         self.offers_mcp = options.mcp
         if self.offers_mcp:
@@ -132,11 +133,14 @@ class Server:
             signal.signal(signal.SIGTERM, before)
 
     def _end(self, page: gr.Blocks) -> None:
-        engine = self._find_engine()
-        if engine is not None:
-            if not engine.drain(self._options.shutdown_seconds):
+        if engines := self._find_engines():
+            with ThreadPoolExecutor(len(engines)) as pool:
+                seconds = self._options.shutdown_seconds
+                drained = [*pool.map(lambda engine: engine.drain(seconds), engines)]
+            if not all(drained):
                 log.warning("Shutdown cut answers short.")
-            engine.close()
+            for engine in engines:
+                engine.close()
             time.sleep(FLUSH_SECONDS)
         page.close(verbose=False)
 

@@ -47,7 +47,7 @@ def add_chat_endpoint(service: ChatService) -> None:
             # A conversation that is too long is refused: there is no header that could say more.
             body = {"messages": _messages(message, history, system), "truncation": "disabled"}
             if max_tokens is None:
-                config = service.engine.model.config
+                config = service.engine().model.config
                 settings["max_tokens"] = default_sampling(config).max_new_tokens
             request, _ = await run_in_threadpool(read_chat, body | settings)
             (answer,) = await service.ask(request, await run_in_threadpool(_files, image))

@@ -1,8 +1,8 @@
-"""GET /healthz: the process runs. GET /readyz: the model generates a token within ten seconds."""
+"""GET /healthz: the process runs. GET /readyz: each model generates a token within ten seconds."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -18,12 +18,14 @@ NO_TOKEN = "The model generates no tokens."
 
 
 class Health:
-    """find_engine: the engine, None while it is loading."""
+    """find_engines: the models' engines, none while they are loading."""
 
     def __init__(
-        self, find_engine: Callable[[], AnyEngine | None], probe_seconds: float = PROBE_SECONDS
+        self,
+        find_engines: Callable[[], Sequence[AnyEngine]],
+        probe_seconds: float = PROBE_SECONDS,
     ) -> None:
-        self._find_engine, self._probe_seconds = find_engine, probe_seconds
+        self._find_engines, self._probe_seconds = find_engines, probe_seconds
         self._probe: asyncio.Task | None = None
         self._ended = 0.0
         self.routes = [Route("/healthz", self._alive), Route("/readyz", self._ready)]
@@ -32,24 +34,28 @@ class Health:
         return PlainTextResponse("ok\n")
 
     async def _ready(self, request: Request) -> Response:
-        engine = self._find_engine()
-        if engine is None:
+        engines = self._find_engines()
+        if not engines:
             return _unready(LOADING)
         # One probe at a time: requests that come meanwhile share its result.
         old = self._probe is not None and self._probe.done()
         if self._probe is None or (old and time.monotonic() - self._ended > FRESH_SECONDS):
-            self._probe = asyncio.create_task(self._ask_for_token(engine))
-        ready = await asyncio.shield(self._probe)
-        return PlainTextResponse("ready\n") if ready else _unready(engine.fault or NO_TOKEN)
+            self._probe = asyncio.create_task(self._ask_for_tokens(engines))
+        if await asyncio.shield(self._probe):
+            return PlainTextResponse("ready\n")
+        return _unready(next((e.fault for e in engines if e.fault), NO_TOKEN))
+
+    async def _ask_for_tokens(self, engines: Sequence[AnyEngine]) -> bool:
+        try:
+            return all(await asyncio.gather(*map(self._ask_for_token, engines)))
+        finally:
+            self._ended = time.monotonic()
 
     async def _ask_for_token(self, engine: AnyEngine) -> bool:
         """True if any request gets a token: when the engine is full, the probe itself waits."""
         before = engine.totals.tokens
-        try:
-            answered = await run_in_threadpool(engine.health, self._probe_seconds)
-            return answered or engine.totals.tokens > before
-        finally:
-            self._ended = time.monotonic()
+        answered = await run_in_threadpool(engine.health, self._probe_seconds)
+        return answered or engine.totals.tokens > before
 
 
 def _unready(sentence: str) -> Response:

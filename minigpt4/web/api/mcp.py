@@ -58,7 +58,7 @@ def add_tool(service: ChatService) -> None:
         """
         answer = None
         try:
-            config = service.engine.model.config
+            config = service.engine().model.config
             picture = {"type": "image_url", "image_url": {"url": image}}
             content = [picture, {"type": "text", "text": question}]
             if max_tokens is None:

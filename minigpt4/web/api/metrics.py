@@ -1,6 +1,6 @@
 """GET /metrics: what the engine has done for the page and the API, as Prometheus reads it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -24,16 +24,16 @@ from minigpt4.web.api.errors import ApiError
 
 
 class Metrics(Collector):
-    """find_engine: the engine, None while it is loading; responses: how many the API gave, by
-    endpoint and status."""
+    """find_engines: the models' engines, none while they are loading; responses: how many the API
+    gave, by endpoint and status."""
 
     def __init__(
         self,
-        find_engine: Callable[[], AnyEngine | None],
+        find_engines: Callable[[], Sequence[AnyEngine]],
         responses: Mapping[tuple[str, int], int],
         keys: Keys,
     ) -> None:
-        self._find_engine, self._responses, self._keys = find_engine, responses, keys
+        self._find_engines, self._responses, self._keys = find_engines, responses, keys
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)  # memory, processor time, file handles: Linux
@@ -52,7 +52,7 @@ class Metrics(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """What the engine and the API counted, read when it is asked for."""
+        """What the engines and the API counted, read when it is asked for."""
         api = CounterMetricFamily(
             "minigpt4_api_responses",
             "Responses of the API by endpoint and status.",
@@ -61,12 +61,17 @@ class Metrics(Collector):
         for (path, status), count in sorted(self._responses.items()):
             api.add_metric([path, str(status)], count)
         yield api
-        if (engine := self._find_engine()) is not None:
-            yield from _of_engine(engine)
+        if engines := self._find_engines():
+            yield from _of_engines(engines)
 
 
-def _of_engine(engine: AnyEngine) -> Iterator[Metric]:
-    totals = engine.totals.snapshot()
+def _of_engines(engines: Sequence[AnyEngine]) -> Iterator[Metric]:
+    """Of all models together; under vLLM's names, of each."""
+    each = [engine.totals.snapshot() for engine in engines]
+    totals = Totals()
+    for one in each:
+        totals.merge(one)
+    running, waiting = sum(e.running for e in engines), sum(e.waiting for e in engines)
     for name, text, value in (
         ("requests", "Answers asked for, by the page and by programs.", totals.requests),
         ("tokens", "Tokens generated.", totals.tokens),
@@ -74,9 +79,8 @@ def _of_engine(engine: AnyEngine) -> Iterator[Metric]:
         ("reused_tokens", "Tokens of prompts taken from the cache.", totals.reused_tokens),
     ):
         yield CounterMetricFamily(f"minigpt4_{name}", text, value)
-    yield InfoMetricFamily(
-        "minigpt4_decoder", "What runs the language model.", {"name": engine.decoder_name}
-    )
+    decoders = ", ".join(dict.fromkeys(engine.decoder_name for engine in engines))
+    yield InfoMetricFamily("minigpt4_decoder", "What runs the language model.", {"name": decoders})
     errors = CounterMetricFamily(
         "minigpt4_errors", "Requests refused or failed, by kind.", labels=["kind"]
     )
@@ -84,11 +88,12 @@ def _of_engine(engine: AnyEngine) -> Iterator[Metric]:
         errors.add_metric([kind], totals.errors[kind])
     yield errors
     for name, text, value in (
-        ("queue_length", "Requests that wait.", engine.waiting),
-        ("active_chats", "Answers being generated.", engine.running),
+        ("queue_length", "Requests that wait.", waiting),
+        ("active_chats", "Answers being generated.", running),
     ):
         yield GaugeMetricFamily(f"minigpt4_{name}", text, value)
-    yield from _under_others_names(engine, totals)
+    yield from _under_llama_cpps_names(engines, totals)
+    yield from _under_vllms_names(engines, each)
     yield _histogram(
         "minigpt4_time_to_first_token_seconds",
         "From the request to its first token, waiting included.",
@@ -101,60 +106,74 @@ def _of_engine(engine: AnyEngine) -> Iterator[Metric]:
     )
 
 
-def _under_others_names(engine: AnyEngine, totals: Totals) -> Iterator[Metric]:
-    """What vLLM and llama.cpp report too, under their names: their dashboards work."""
-    labels = {"model_name": engine.model.config.name}
-    for name, value in (
-        ("vllm:prompt_tokens", totals.prompt_tokens),
-        ("vllm:generation_tokens", totals.tokens),
-        ("vllm:prefix_cache_queries", totals.prompt_tokens),
-        ("vllm:prefix_cache_hits", totals.reused_tokens),
-    ):
-        yield _labelled(CounterMetricFamily, name, value, labels)
+def _under_llama_cpps_names(engines: Sequence[AnyEngine], totals: Totals) -> Iterator[Metric]:
+    """What llama.cpp reports too: its dashboards work."""
     yield CounterMetricFamily("llamacpp:prompt_tokens", "Tokens of prompts.", totals.prompt_tokens)
     yield CounterMetricFamily("llamacpp:tokens_predicted", "Tokens generated.", totals.tokens)
+    levels = {
+        "requests_processing": [engine.running for engine in engines],
+        "requests_deferred": [engine.waiting for engine in engines],
+    }
+    for name, values in levels.items():
+        yield GaugeMetricFamily(f"llamacpp:{name}", name, sum(values))
+    if uses := [engine.cache_use for engine in engines if engine.cache_use is not None]:
+        yield GaugeMetricFamily("llamacpp:kv_cache_usage_ratio", "The fullest cache.", max(uses))
+
+
+def _under_vllms_names(engines: Sequence[AnyEngine], each: Sequence[Totals]) -> Iterator[Metric]:
+    """What vLLM reports too, of each model: its dashboards work. each: the engines' totals."""
+    names = [engine.model.config.name for engine in engines]
+
+    def family(kind: type, name: str, values: Sequence[float | None]) -> Metric:
+        metric = kind(f"vllm:{name}", "As in vLLM.", labels=["model_name"])
+        for model, value in zip(names, values, strict=True):
+            if value is not None:
+                metric.add_metric([model], value)
+        return metric
+
+    yield family(CounterMetricFamily, "prompt_tokens", [t.prompt_tokens for t in each])
+    yield family(CounterMetricFamily, "generation_tokens", [t.tokens for t in each])
+    yield family(CounterMetricFamily, "prefix_cache_queries", [t.prompt_tokens for t in each])
+    yield family(CounterMetricFamily, "prefix_cache_hits", [t.reused_tokens for t in each])
     ended = CounterMetricFamily(
         "vllm:request_success", "Answers by reason.", labels=["model_name", "finished_reason"]
     )
     for reason, vllm_reason in (("stop", "stop"), ("length", "length"), ("closed", "abort")):
-        ended.add_metric([labels["model_name"], vllm_reason], totals.endings[reason])
+        for model, totals in zip(names, each, strict=True):
+            ended.add_metric([model, vllm_reason], totals.endings[reason])
     yield ended
-    gauges: list[tuple[str, str, float]] = [
-        ("num_requests_running", "requests_processing", engine.running),
-        ("num_requests_waiting", "requests_deferred", engine.waiting),
-    ]
-    if engine.cache_use is not None:
-        gauges.append(("kv_cache_usage_perc", "kv_cache_usage_ratio", engine.cache_use))
-    for vllm_name, llama_name, level in gauges:
-        yield _labelled(GaugeMetricFamily, f"vllm:{vllm_name}", level, labels)
-        yield GaugeMetricFamily(f"llamacpp:{llama_name}", llama_name, level)
-    for name, histogram in (
-        ("time_to_first_token_seconds", totals.seconds_to_first),
-        ("inter_token_latency_seconds", totals.gaps),
-        ("e2e_request_latency_seconds", totals.seconds),
-        ("request_queue_time_seconds", totals.seconds_waiting),
-        ("request_prefill_time_seconds", totals.seconds_prefill),
-        ("request_decode_time_seconds", totals.seconds_decode),
-        ("request_prompt_tokens", totals.prompt_lengths),
-        ("request_generation_tokens", totals.answer_lengths),
+    yield family(GaugeMetricFamily, "num_requests_running", [e.running for e in engines])
+    yield family(GaugeMetricFamily, "num_requests_waiting", [e.waiting for e in engines])
+    uses = [engine.cache_use for engine in engines]
+    if any(use is not None for use in uses):
+        yield family(GaugeMetricFamily, "kv_cache_usage_perc", uses)
+    for name, field in (
+        ("time_to_first_token_seconds", "seconds_to_first"),
+        ("inter_token_latency_seconds", "gaps"),
+        ("e2e_request_latency_seconds", "seconds"),
+        ("request_queue_time_seconds", "seconds_waiting"),
+        ("request_prefill_time_seconds", "seconds_prefill"),
+        ("request_decode_time_seconds", "seconds_decode"),
+        ("request_prompt_tokens", "prompt_lengths"),
+        ("request_generation_tokens", "answer_lengths"),
     ):
-        yield _histogram(f"vllm:{name}", "As in vLLM.", histogram, labels)
+        metric = HistogramMetricFamily(f"vllm:{name}", "As in vLLM.", labels=["model_name"])
+        for model, totals in zip(names, each, strict=True):
+            histogram = getattr(totals, field)
+            metric.add_metric([model], _buckets(histogram), histogram.sum)
+        yield metric
 
 
-def _labelled(kind: type, name: str, value: float, labels: Mapping[str, str]) -> Metric:
-    metric = kind(name, "As in vLLM.", labels=[*labels])
-    metric.add_metric([*labels.values()], value)
+def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
+    metric = HistogramMetricFamily(name, text, labels=[])
+    metric.add_metric([], _buckets(histogram), histogram.sum)
     return metric
 
 
-def _histogram(
-    name: str, text: str, histogram: Histogram, labels: Mapping[str, str] | None = None
-) -> Metric:
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """(upper bound, how many values are at most that)"""
     buckets, count = [], 0
     for bound, own in zip([*histogram.bounds, "+Inf"], [*histogram.counts], strict=True):
         count += own
-        buckets.append((str(bound), count))
-    labels = labels or {}
-    metric = HistogramMetricFamily(name, text, labels=[*labels])
-    metric.add_metric([*labels.values()], buckets, histogram.sum)
-    return metric
+        buckets.append((str(bound), float(count)))
+    return buckets

@@ -46,8 +46,8 @@ def endpoints(
 ) -> list[BaseRoute]:
     """Everything programs may ask. These routes come before the page's own, if there is one."""
     api = Api(service, keys, max_picture_bytes, cors(cors_origins, (IGNORED, DROPPED)))
-    metrics = Metrics(service.find_engine, api.responses, keys)
-    return [*api.routes, *Health(service.find_engine).routes, *metrics.routes]
+    metrics = Metrics(service.find_engines, api.responses, keys)
+    return [*api.routes, *Health(service.find_engines).routes, *metrics.routes]
 
 
 def application(
@@ -55,7 +55,7 @@ def application(
 ) -> Starlette:
     """The endpoints alone, without a page."""
     max_bytes = max_upload_mb * 2**20
-    service = ChatService(lambda: engine, ImageUrls(image_hosts.split(","), max_bytes))
+    service = ChatService(lambda: [engine], ImageUrls(image_hosts.split(","), max_bytes))
     return Starlette(routes=endpoints(service, Keys(api_key), max_bytes))
 
 
@@ -121,11 +121,11 @@ class Api:
         return json_response(await run_in_threadpool(openapi.description))
 
     async def _models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._describe(self._service.engine)]})
+        described = [self._describe(engine) for engine in self._service.engines]
+        return json_response({"object": "list", "data": described})
 
     async def _model(self, request: Request) -> Response:
-        engine = self._service.engine
-        _check_model(request.path_params["name"], engine)
+        engine = self._service.engine(request.path_params["name"])
         return json_response(self._describe(engine))
 
     def _describe(self, engine: AnyEngine) -> dict:
@@ -149,12 +149,11 @@ class Api:
             raise renamed(ApiError.of(error)) from None
 
     async def _decide(self, request: Request) -> Response:
-        engine = self._service.engine
+        self._service.engine()  # before the body is read
         body = await read_body(request, self._max_picture_bytes)
         try:
             asked = await run_in_threadpool(_read, read_decisions, body)
-            if asked.about.model is not None:
-                _check_model(asked.about.model, engine)
+            engine = self._service.engine(asked.about.model)
             engine.refuse_if_full()
             conversation = await self._service.conversation(asked.about)
             return json_response(await decide(engine, conversation, asked))
@@ -168,12 +167,11 @@ class Api:
         read: Read,
         make_reply: type[CompletionReply] | type[ResponseReply],
     ) -> Response:
-        engine = self._service.engine
+        self._service.engine()  # before the body is read
         body = await read_body(request, self._max_picture_bytes)
         # JSON of up to 28 MB takes its time.
         asked, ignored = await run_in_threadpool(_read, read, body)
-        if asked.model is not None:
-            _check_model(asked.model, engine)
+        engine = self._service.engine(asked.model)
         answers = await self._service.ask(asked)
         reply = make_reply(engine, answers, asked)
         headers = _headers(ignored, answers[0].dropped_turns)
@@ -239,10 +237,3 @@ async def _close_when_gone(request: Request, answers: Sequence[Answer]) -> None:
 def _close(answers: Sequence[Answer]) -> None:
     for answer in answers:
         answer.close()
-
-
-def _check_model(name: str, engine: AnyEngine) -> None:
-    served = engine.model.config.name
-    if name != served:
-        sentence = f"There is no such model here: ask for “{served}”, or leave model out."
-        raise ApiError(sentence, 404, "model_not_found", "model")

@@ -25,23 +25,37 @@ LOADING = "The model is still loading: try again in a minute."
 
 
 class ChatService:
-    """Puts programs' requests to the engine, whichever endpoint they come through.
+    """Puts programs' requests to the engines, whichever endpoint they come through.
 
-    find_engine: the engine, None while it is loading.
+    find_engines: the models' engines, none while they are loading.
     """
 
-    def __init__(self, find_engine: Callable[[], AnyEngine | None], image_urls: ImageUrls) -> None:
-        self.find_engine = find_engine
+    def __init__(
+        self, find_engines: Callable[[], Sequence[AnyEngine]], image_urls: ImageUrls
+    ) -> None:
+        self.find_engines = find_engines
         self.image_urls = image_urls
         self._opening = asyncio.Semaphore(OPENED_AT_ONCE)
 
     @property
-    def engine(self) -> AnyEngine:
-        """UserError while it is loading."""
-        engine = self.find_engine()
-        if engine is None:
+    def engines(self) -> Sequence[AnyEngine]:
+        """UserError while they are loading."""
+        engines = self.find_engines()
+        if not engines:
             raise UserError(LOADING, "loading")
-        return engine
+        return engines
+
+    def engine(self, model: str | None = None) -> AnyEngine:
+        """That of the model of this name, by default the first. ApiError where there is none."""
+        engines = self.engines
+        if model is None:
+            return engines[0]
+        names = [engine.model.config.name for engine in engines]
+        if model not in names:
+            offered = " or ".join(f"“{name}”" for name in names)
+            sentence = f"There is no such model here: ask for {offered}, or leave model out."
+            raise ApiError(sentence, 404, "model_not_found", "model")
+        return engines[names.index(model)]
 
     async def ask(self, request: ChatRequest, pictures: Sequence[bytes] = ()) -> list[Answer]:
         """Start `request.n` answers, to be read by the caller. `pictures`: files for the last
@@ -49,7 +63,7 @@ class ChatService:
 
         UserError where it cannot be asked.
         """
-        engine = self.engine
+        engine = self.engine(request.model)
         engine.refuse_if_full()  # before the work of opening pictures
         conversation = await self.conversation(request, pictures)
         return await run_in_threadpool(_submit, engine, conversation, request)
@@ -57,6 +71,7 @@ class ChatService:
     async def conversation(self, request: ChatRequest, files: Sequence[bytes] = ()) -> Conversation:
         """The messages and their opened pictures. ApiError for one that cannot be opened."""
         conversation = Conversation(system=request.system)
+        size = self.engine(request.model).model.config.vision.image_size
         opened: list[int] = []  # pixels of each picture
         for place, message in enumerate(request.messages):
             if message.is_system:
@@ -64,9 +79,9 @@ class ChatService:
             if message.role == "assistant":
                 self._add_answer(conversation, message, message is request.messages[-1])
                 continue
-            pictures = await self._pictures(message, f"messages[{place}].content", opened)
+            pictures = await self._pictures(message, f"messages[{place}].content", size, opened)
             if message is request.messages[-1]:
-                pictures += [await self._open(file, opened) for file in files]
+                pictures += [await self._open(file, size, opened) for file in files]
             if sum(opened) > MAX_PIXELS_TOGETHER:
                 limit = f"{MAX_PIXELS_TOGETHER / 1e6:g} megapixels"
                 sentence = f"The pictures have more than {limit} together: scale them down."
@@ -83,22 +98,24 @@ class ChatService:
         elif text := message.text.lstrip():
             conversation.messages.append(Turn("assistant", (text,)))
 
-    async def _pictures(self, message: Message, path: str, opened: list[int]) -> list[Picture]:
+    async def _pictures(
+        self, message: Message, path: str, size: int, opened: list[int]
+    ) -> list[Picture]:
         """The message's pictures. ApiError that names the part that cannot be opened."""
         pictures = []
         for place, url in message.images:
             try:
-                pictures.append(await self._open(await self.image_urls.read(url), opened))
+                pictures.append(await self._open(await self.image_urls.read(url), size, opened))
             except UserError as error:
                 raise ApiError.of(error, f"{path}[{place}].image_url.url") from None
         return pictures
 
-    async def _open(self, content: bytes, opened: list[int]) -> Picture:
-        """The picture at the encoder's size: an answer takes no more of it, and many may wait."""
+    async def _open(self, content: bytes, size: int, opened: list[int]) -> Picture:
+        """The picture at the encoder's size, in pixels: an answer takes no more of it, and many
+        may wait."""
         async with self._opening:
             picture = await run_in_threadpool(decoding.load, content)
             opened.append(picture.rgb.width * picture.rgb.height)
-            size = self.engine.model.config.vision.image_size
             return Picture(await run_in_threadpool(squash, picture.rgb, size), picture.key)
 
 

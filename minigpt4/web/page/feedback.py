@@ -92,13 +92,10 @@ class Ratings:
         _, places = render.show(session)
         index = liked.index
         place = places[index] if isinstance(index, int) and 0 <= index < len(places) else -1
-        if (
-            not isinstance(liked.liked, bool)
-            or not session.answer_at(place)
-            or not self._loading.engine
-        ):
+        model = self._loading.name(session.model)
+        if not isinstance(liked.liked, bool) or not session.answer_at(place) or not model:
             return None, gr.update(visible=False), ""
-        rating = rate(session, place, liked.liked, self._loading.engine.model.config.name)
+        rating = rate(session, place, liked.liked, model)
         self._feedback.store(rating)
         return rating, gr.update(visible=True), ""
 

@@ -43,7 +43,7 @@ class FirstLook:
         return captions
 
     async def _look_at(self, picture: Picture, session: Session) -> None:
-        engine = self._loading.engine
+        engine = self._loading.find(session.model)
         if engine is None or not engine.model.config.small or session.busy:
             return
         if engine.running or engine.waiting:

@@ -1,4 +1,4 @@
-"""The engine and the progress of loading it: the page opens before the model is loaded."""
+"""The engines and the progress of loading them: the page opens before the models are loaded."""
 
 import threading
 import time
@@ -12,31 +12,46 @@ if TYPE_CHECKING:
 
 
 class Loading:
-    """Loads an engine in a thread of its own.
+    """Loads each model's engine in a thread of its own, one model after another.
 
-    engine: None until it is loaded; step: what is being done, in one line; error: why loading
+    engines: none until all are loaded; step: what is being done, in one line; error: why loading
     failed, None unless it did.
     """
 
-    def __init__(self, load: Callable[[Callable[[str], None]], "AnyEngine"]) -> None:
-        self.engine: AnyEngine | None = None
+    def __init__(self, *loads: Callable[[Callable[[str], None]], "AnyEngine"]) -> None:
+        self.engines: list[AnyEngine] = []
         self.error: UserError | None = None
         self.step = "…"
-        self._load = load
+        self._loads = loads
         self._begun = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="loading", daemon=True)
 
     @classmethod
-    def done(cls, engine: "AnyEngine") -> "Loading":
-        """For an engine that is loaded already."""
-        loading = cls(lambda report: engine)
-        loading.engine = engine
+    def done(cls, *engines: "AnyEngine") -> "Loading":
+        """For engines that are loaded already."""
+        loading = cls(*(lambda report, engine=engine: engine for engine in engines))
+        loading.engines = [*engines]
         return loading
 
     @property
-    def name(self) -> str:
-        """The model's; "" until it is loaded."""
-        return self.engine.model.config.name if self.engine else ""
+    def several(self) -> bool:
+        """Whether visitors may choose among models."""
+        return len(self._loads) > 1
+
+    @property
+    def engine(self) -> "AnyEngine | None":
+        """That of the first model; None until it is loaded."""
+        return self.engines[0] if self.engines else None
+
+    def find(self, model: str) -> "AnyEngine | None":
+        """That of the model of this name, or else of the first; None until it is loaded."""
+        named = (engine for engine in self.engines if engine.model.config.name == model)
+        return next(named, self.engine)
+
+    def name(self, model: str) -> str:
+        """The name of the model that `find` finds; "" until it is loaded."""
+        engine = self.find(model)
+        return engine.model.config.name if engine else ""
 
     @property
     def seconds(self) -> int:
@@ -47,21 +62,26 @@ class Loading:
         """Begin loading and return at once."""
         self._thread.start()
 
-    def wait(self) -> "AnyEngine":
-        """The engine, once it is loaded. Raises the error that loading failed with."""
+    def wait(self) -> None:
+        """Until all are loaded. Raises the error that loading failed with."""
         self._thread.join()
         if self.error is not None:
             raise self.error
-        if self.engine is None:
+        if not self.engines:
             raise UserError("The model could not be loaded.")
-        return self.engine
 
     def _run(self) -> None:
+        engines: list[AnyEngine] = []
         try:
-            self.engine = self._load(self._report)
+            for load in self._loads:
+                engines.append(load(self._report))
         except UserError as error:
+            for engine in engines:
+                engine.close()
             self.error = error
             self.step = str(error)
+        else:
+            self.engines = engines
 
     def _report(self, line: str) -> None:
         self.step = line

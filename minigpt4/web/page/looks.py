@@ -56,8 +56,8 @@ find, note = _looks.find, _looks.note
 
 
 def note_objects(picture: Picture, encoded: Encoded | None) -> None:
-    """Keep what the encoder found."""
-    if encoded is not None:
+    """Keep what the encoder found; another model's may find more."""
+    if encoded is not None and encoded.spots:
         note(picture.key, objects=encoded.spots)
 
 
@@ -71,4 +71,5 @@ def find_objects(engine: "AnyEngine | None", pictures: Iterable[Picture]) -> Non
     for picture in pictures:
         if find(picture.key).objects is None:
             with suppress(UserError):  # the answer says so
-                note_objects(picture, engine.encode(picture))
+                encoded = engine.encode(picture)
+                note(picture.key, objects=encoded.spots if encoded else ())

@@ -54,7 +54,7 @@ WITHOUT_REFUSED = (
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 # A conversation that is opened before would be lost: `renew` would put the first session back.
 LOADED_JS = "() => { minigpt4.chats.loaded(); }"
-SETTINGS_JS = "() => [minigpt4.settings.begin()]"
+SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
 # New chats have the visitor's own system prompt, not that of the conversation that was shown.
 OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
 # Each event's options. Questions wait in the engine's own queue, not here: it knows their places.
@@ -96,6 +96,10 @@ class ChatPage:
             ratings = Ratings(loading, feedback) if feedback else None
             self._build_composer()
         side.build_drawers()
+        sliders = [side.settings[name] for name in panel.SLIDERS]
+        told = [self._head, side.foot, self._note, side.model]
+        self._model_parts = [*told, *sliders, side.preset]  # that depend on the model
+        self._remembered = gr.JSON(visible=False)  # the settings that the browser keeps
 
         self._wire_turns()
         uploads = Uploads(loading)
@@ -105,6 +109,8 @@ class ChatPage:
         if ratings:
             ratings.wire(self._chatbot, self._session, EVENT)
         self._wire_start()
+        if loading.several:
+            self._wire_models()
 
     def _build_chat(self, rated: bool) -> None:
         self._chatbot = gr.Chatbot(
@@ -188,59 +194,83 @@ class ChatPage:
         for event in events:
             event.then(side.clear_website, None, side.site, **EVENT)
             event.then(side.record_left, session, [side.keeper, side.facts], **EVENT)
+            if self._loading.several:
+                known = [self._remembered, session]
+                event.then(self.show_model, known, self._model_parts, js=SETTINGS_JS, **EVENT)
 
     def _wire_start(self) -> None:
         side, page = self._panel, self._page
-        sliders = [side.settings[name] for name in panel.SLIDERS]
-        told = [self._head, side.foot, self._note, side.model]
         texts = [side.settings["seed"], side.settings["system"]]
-        model = [*told, *sliders, side.preset, *texts]
-        remembered = gr.JSON(visible=False)
+        model = [*self._model_parts, *texts]
+        known = [self._remembered, self._session]
         page.load(None, None, self._box, js="() => minigpt4.draft.load()")
         self._box.change(None, self._box, None, js="(box) => minigpt4.draft.keep(box)")
         renewed = page.load(renew, self._session, self._session, **EVENT)
+        greeting: dict[str, Any] = {**EVENT, "fn": self.greet, "inputs": known, "js": SETTINGS_JS}
+        greeting["outputs"] = [self._status, *model]
+        if self._loading.several:  # it would show the first session's model beside another session
+            renewed = renewed.then(**greeting)
+        else:
+            page.load(**greeting)
         renewed.then(None, None, None, js=LOADED_JS)
-        page.load(self.greet, remembered, [self._status, *model], js=SETTINGS_JS, **EVENT)
         if self._loading.engine is None:
             timer = gr.Timer(0.5)
             shown = [self._status, timer, *model]
-            timer.tick(self.show_progress, remembered, shown, js=SETTINGS_JS, **EVENT)
+            timer.tick(self.show_progress, known, shown, js=SETTINGS_JS, **EVENT)
 
-    def greet(self, remembered: object, request: gr.Request) -> list:
+    def _wire_models(self) -> None:
+        """The selector of models in the head."""
+        known = [self._remembered, self._session]
+        shown = self._model_parts[1:]  # the selector shows the choice, and keeps the focus
+        self._head.input(self.choose_model, known, shown, js=SETTINGS_JS, **EVENT)
+
+    def greet(self, remembered: object, session: Session, request: gr.Request) -> list:
         """What was not known, or not in the visitor's language, when the page was built.
 
         remembered: the settings that the visitor's browser keeps.
         """
-        status, _, *model = self.show_progress(remembered, request)
+        status, _, *model = self.show_progress(remembered, session, request)
         return [gr.skip() if self._loading.engine else status, *model]
 
-    def show_progress(self, remembered: object, request: gr.Request) -> list:
+    def show_progress(self, remembered: object, session: Session, request: gr.Request) -> list:
         """The state of loading; the last call stops the timer."""
         loading = self._loading
+        if not session.model and isinstance(remembered, dict):
+            session.model = str(remembered.get("model") or "")
         unchanged = [gr.skip()] * (7 + len(panel.SLIDERS))
         if loading.engine is not None:
             ready = translate("ready", request)
-            return [ready, gr.Timer(active=False), *self._describe_model(remembered, request)]
+            model = self.show_model(remembered, session, request)
+            texts = panel.remembered_texts(remembered)
+            return [ready, gr.Timer(active=False), *model, *texts]
         if loading.error is not None:
             return [str(loading.error), gr.Timer(active=False), *unchanged]
         line = translate("loading", request, step=loading.step, seconds=loading.seconds)
         return [line, gr.skip(), *unchanged]
 
-    def _describe_model(self, remembered: object, request: gr.Request) -> list[Any]:
-        engine = self._loading.engine
+    def choose_model(
+        self, remembered: object, session: Session, chosen: gr.EventData, request: gr.Request
+    ) -> list:
+        """Have another model answer from the next question on."""
+        session.model = self._loading.name(str(chosen.value))
+        return self.show_model(remembered, session, request)[1:]
+
+    def show_model(self, remembered: object, session: Session, request: gr.Request) -> list[Any]:
+        """What the page says of the session's model, and the settings that are its own."""
+        engine = self._loading.find(session.model)
         values = panel.remembered_values(remembered, engine)
         sliders: list[Any] = [gr.update(value=value, interactive=True) for value in values.values()]
         preset: Any = panel.preset_of([values[name] for name in panel.PRESET_FIELDS], engine)
-        if self._known_when_built and not remembered:  # all of it is shown already
+        first = self._known_when_built and not self._loading.several
+        if first and not remembered:  # all of it is shown already
             sliders, preset = [gr.skip()] * len(sliders), gr.skip()
         return [
-            panel.model_name(self._loading),
-            panel.summary(self._loading),
-            panel.language_note(self._loading, request),
-            panel.describe(self._loading, request),
+            panel.model_name(self._loading, session.model),
+            panel.summary(engine),
+            panel.language_note(engine, request),
+            panel.describe(engine, request),
             *sliders,
             preset,
-            *panel.remembered_texts(remembered),
         ]
 
 

@@ -66,7 +66,7 @@ class Panel:
         self.upload = gr.UploadButton(
             label("open_file"), file_types=[".json"], elem_id="open-file", elem_classes="line"
         )
-        self.foot = fragment("foot", summary(self._loading), elem_id="foot")
+        self.foot = fragment("foot", summary(self._loading.engine), elem_id="foot")
         return new_chat
 
     def build_drawers(self) -> None:
@@ -85,7 +85,7 @@ class Panel:
         with gr.Accordion(label("advanced"), open=False, elem_id="advanced"):
             self.settings = build_controls(self._loading)
         fragment("theme")
-        self.model = gr.Markdown(describe(self._loading, None), elem_id="model")
+        self.model = gr.Markdown(describe(self._loading.engine, None), elem_id="model")
 
     def _build_website(self) -> None:
         self.no_website = gr.Markdown(label("no_website"), elem_classes="hint")
@@ -108,7 +108,7 @@ class Panel:
     def wire(self, head: gr.HTML, chatbot: gr.Chatbot, session: gr.State, event: dict) -> None:
         """Connect the parts to their handlers."""
         changed = [self.settings[name] for name in PRESET_FIELDS]
-        self.preset.select(self.choose_preset, None, changed, **event)
+        self.preset.select(self.choose_preset, session, changed, **event)
         self.preset.select(None, self.preset, None, js=KEEP_SETTING_JS.format(name="preset"))
         for name in SLIDERS:
             control = self.settings[name]
@@ -116,7 +116,7 @@ class Panel:
         gr.on(
             [slider.input for slider in changed],
             self.name_preset,
-            changed,
+            [session, *changed],
             self.preset,
             trigger_mode="always_last",
             **event,
@@ -127,18 +127,19 @@ class Panel:
         self.version.input(self.show_version, [self.version, session], self.site, **event)
         self.download.click(None, self.code, None, js=SAVE_WEBSITE_JS)
 
-    def choose_preset(self, chosen: gr.SelectData) -> list[float]:
+    def choose_preset(self, session: Session, chosen: gr.SelectData) -> list[float]:
         """The values of the sliders that a preset sets."""
-        return [*preset_values(str(chosen.value), self._loading.engine).values()]
+        engine = self._loading.find(session.model)
+        return [*preset_values(str(chosen.value), engine).values()]
 
-    def name_preset(self, *values: float) -> str:
+    def name_preset(self, session: Session, *values: float) -> str:
         """The preset that has these values, "custom" where none has."""
-        return preset_of(values, self._loading.engine)
+        return preset_of(values, self._loading.find(session.model))
 
     def record(self, session: Session, request: gr.Request) -> list:
         """The conversation for the browser's store, and what is known of its answers."""
         said = bool(session.conversation.messages or session.forks)
-        kept = [records.record(session, self._loading.name)] if said else []
+        kept = [records.record(session, self._loading.name(session.model))] if said else []
         return [records.told(session, *kept), self._facts(session, request)]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
@@ -146,12 +147,13 @@ class Panel:
         its answer was running, as far as it had come, and the one that a file has brought."""
         left, session.predecessor = session.predecessor, None
         both = [s for s in (left, session if session.entry else None) if s and s.name]
-        kept = [records.record(s, self._loading.name) for s in both]
+        kept = [records.record(s, self._loading.name(s.model)) for s in both]
         session.entry = None
         return [records.told(session, *kept, settled=True), self._facts(session, request)]
 
     def _facts(self, session: Session, request: gr.Request) -> dict:
-        looks.find_objects(self._loading.engine, session.conversation.pictures.values())
+        engine = self._loading.find(session.model)
+        looks.find_objects(engine, session.conversation.pictures.values())
         return answers.facts(session, request)
 
     def save(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> dict | None:
@@ -164,7 +166,7 @@ class Panel:
             return None
         chose = chosen.value if isinstance(chosen.value, dict) else {}
         entry = transcript.read_about(chose.get("about"))
-        talk, model = session.conversation, self._loading.name
+        talk, model = session.conversation, self._loading.name(session.model)
         name = f"minigpt4-{time.strftime('%Y-%m-%d-%H%M')}"
         if chose.get("kind") == "markdown":
             text = transcript.to_markdown(talk, model, entry.title)
@@ -280,38 +282,46 @@ def remembered_values(remembered: object, engine: "AnyEngine | None") -> dict[st
     return values
 
 
-def describe(loading: Loading, request: gr.Request | None) -> str:
+def describe(engine: "AnyEngine | None", request: gr.Request | None) -> str:
     """The model's name, precision, device and licence, as Markdown."""
-    if loading.engine is None:
+    if engine is None:
         return ""
-    model = loading.engine.model
+    model = engine.model
     precision = model.quantize if model.quantize != "none" else translate("unquantised", request)
     return translate(
         "model",
         request,
         name=html.escape(model.config.name),
         precision=html.escape(precision),
-        device=html.escape(f"{model.device} ({loading.engine.decoder_name})"),
+        device=html.escape(f"{model.device} ({engine.decoder_name})"),
         licence=html.escape(model.config.licence or "—"),
     )
 
 
-def model_name(loading: Loading) -> str:
-    """The model's name; "" while it is loading."""
-    return html.escape(loading.engine.model.config.name) if loading.engine else ""
+def model_name(loading: Loading, chosen: str = "") -> str:
+    """The model's name, as HTML: where there are several, a selector; "" while they are loading."""
+    shown = loading.name(chosen)
+    if not loading.several or not shown:
+        return html.escape(shown)
+    names = [engine.model.config.name for engine in loading.engines]
+    options = "".join(
+        f"<option{' selected' if name == shown else ''}>{html.escape(name)}</option>"
+        for name in names
+    )
+    return f'<select data-label="model_choice">{options}</select>'
 
 
-def language_note(loading: Loading, request: gr.Request | None) -> str:
+def language_note(engine: "AnyEngine | None", request: gr.Request | None) -> str:
     """For visitors whose language the model does not speak; "" for others."""
-    if not loading.engine or not loading.engine.model.config.english_only:
+    if not engine or not engine.model.config.english_only:
         return ""
     return "" if language(request) == "en" else translate("english_only", request)
 
 
-def summary(loading: Loading) -> str:
+def summary(engine: "AnyEngine | None") -> str:
     """The model and the device in one line."""
-    if loading.engine is None:
+    if engine is None:
         return ""
-    model = loading.engine.model
+    model = engine.model
     precision = "" if model.quantize == "none" else f" · {model.quantize}"
     return html.escape(f"{model.config.name}{precision} · {model.device}")

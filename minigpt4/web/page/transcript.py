@@ -52,13 +52,15 @@ class About:
 class Transcript:
     """A conversation that was written down.
 
-    stop: why its last answer ended; forks: its other versions. keys: a picture's key -> what the
-    data calls it; files: a picture's key -> its uploaded file, where it has one.
+    stop: why its last answer ended; forks: its other versions; model: that answered last. keys: a
+    picture's key -> what the data calls it; files: a picture's key -> its uploaded file, where it
+    has one.
     """
 
     conversation: Conversation
     stop: str = ""
     forks: Forks = field(default_factory=dict)
+    model: str = ""
     about: About = field(default_factory=About)
     keys: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -194,7 +196,7 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
     _require(fields.get("format") == FORMAT and fields.get("version") == VERSION)
     given = _typed(fields.get("pictures"), dict)
     _require(len(given) <= FILES_AT_ONCE)
-    system = fields.get("system")
+    system, model = fields.get("system"), fields.get("model")
     _require(system is None or isinstance(system, str))
     pictures = {key: _checked((load or _of_url)(value)) for key, value in given.items()}
     conversation = Conversation(pictures={p.key: p for p in pictures.values()}, system=system)
@@ -211,6 +213,7 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
         conversation,
         tail.stop_reason,
         tail.forks,
+        model if isinstance(model, str) else "",
         read_about(fields.get("about")),
         {picture.key: key for key, picture in pictures.items()},
     )

@@ -206,7 +206,7 @@ class Turns:
         settings: Sequence[float | str | None],
     ) -> AsyncGenerator[str, None]:
         """Answer what `build` returns; the status line at each step that has something to show."""
-        engine = self._engine(request)
+        engine = self._engine(session, request)
         sampling, system = self._sampling(settings, request)
         conversation = await asyncio.to_thread(_build, build)
         conversation.system = system
@@ -220,19 +220,20 @@ class Turns:
                     yield answers.waiting(session, sampling.num_beams, request)
 
     def _told(self, session: Session) -> dict:
-        return records.told(session, records.record(session, self._loading.name))
+        return records.told(session, records.record(session, self._loading.name(session.model)))
 
     def _remark_on_dropped_turns(self, session: Session, request: gr.Request | None) -> None:
         if session.answer and (count := session.answer.dropped_turns):
             text = translate("dropped_one" if count == 1 else "dropped", request, count=count)
             session.remarks.append(Remark(len(session.conversation.messages) - 1, text))
 
-    def _engine(self, request: gr.Request | None) -> "AnyEngine":
-        """UserError while it is being loaded."""
-        if self._loading.engine is None:
+    def _engine(self, session: Session, request: gr.Request | None) -> "AnyEngine":
+        """That of the session's model. UserError while it is being loaded."""
+        engine = self._loading.find(session.model)
+        if engine is None:
             sentence = str(self._loading.error or translate("still_loading", request))
             raise UserError(sentence)
-        return self._loading.engine
+        return engine
 
     def _sampling(
         self, settings: Sequence[float | str | None], request: gr.Request | None

@@ -42,7 +42,7 @@ class Uploads:
         good, status = self._look_at(value["files"], session, request)
         yield [path for path in value["files"] if path not in good], status
         pictures = [picture for path in good if (picture := session.uploads.get(path))]
-        if pictures and not session.busy and (engine := self._loading.engine):
+        if pictures and not session.busy and (engine := self._loading.find(session.model)):
             with suppress(UserError):  # only a head start
                 read_ahead(engine, session.conversation, pictures)
 
@@ -69,7 +69,7 @@ class Uploads:
                 continue
             good.append(path)
             try:
-                if engine := self._loading.engine:
+                if engine := self._loading.find(session.model):
                     looks.note_objects(picture, engine.encode(picture))
                     uploads[path] = image.smaller(picture, KEPT_SIDE)
             except Exception:  # only a head start: the answer will tell
@@ -81,7 +81,7 @@ class Uploads:
 
     def new_chat(self, session: Session) -> tuple:
         """An empty conversation: (session, messages, box, status)."""
-        return session.leave(Session()), [], box(False, value=None), ""
+        return session.leave(Session(model=session.model)), [], box(False, value=None), ""
 
     def open(self, path: str, session: Session, request: gr.Request) -> tuple:
         """The conversation in a file that was downloaded earlier.
@@ -95,7 +95,7 @@ class Uploads:
             return (gr.skip(),) * 5
         name = read.about.id or secrets.token_hex(8)
         opened = Session(read.conversation, name=name, entry=read.about, forks=read.forks)
-        return self._show(opened, read.stop, session, request)
+        return self._show(opened, read, session, request)
 
     def reopen(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
         """A conversation that the visitor's browser kept."""
@@ -107,10 +107,12 @@ class Uploads:
         name = read.about.id or secrets.token_hex(8)
         opened = Session(read.conversation, name=name, forks=read.forks)
         opened.files, opened.keys = read.files, read.keys
-        return self._show(opened, read.stop, session, request)
+        return self._show(opened, read, session, request)
 
-    def _show(self, opened: Session, stop: str, old: Session, request: gr.Request) -> tuple:
-        opened.stop_reason = stop
+    def _show(
+        self, opened: Session, read: transcript.Transcript, old: Session, request: gr.Request
+    ) -> tuple:
+        opened.stop_reason, opened.model = read.stop, read.model or old.model
         messages = opened.conversation.messages
         if messages and messages[-1].role == "assistant" and not opened.last_answer:
             messages.pop()  # it can be asked for again

@@ -1,5 +1,9 @@
-// The menu that downloads the conversation.
+// The menu that downloads the conversation; where there are several models, their selector.
 element.addEventListener("click", (event) => {
   const kind = event.target.closest("[data-value]")?.dataset.value;
   if (kind) trigger("select", { index: 0, value: { kind, about: minigpt4.chats.about() } });
+});
+element.addEventListener("change", ({ target }) => {
+  minigpt4.settings.keep("model", target.value);
+  trigger("input", { value: target.value });
 });
