@@ -298,12 +298,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from minigpt4.config import model_of_projection
-    from minigpt4.weights.checkpoint import read_projection, save_projection
+    from minigpt4.weights.adapters import trained_tensors
+    from minigpt4.weights.checkpoint import save_projection
 
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise UserError(f"{out} should end in .safetensors.")
-    tensors = read_projection(options.checkpoint)
+    tensors = trained_tensors(options.checkpoint)
     save_projection(tensors, out)
     rows, columns = tensors["weight"].shape
     owner = model_of_projection(rows, columns) or "no known model"

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from minigpt4.__main__ import main
 from minigpt4.config import LowRank, get_model
 from minigpt4.errors import UserError
 from minigpt4.training.adapters import finished, insert, tensors_of
@@ -107,6 +108,14 @@ def test_a_file_of_others_is_refused(llama, tmp_path):
         save_file({k: v.clone() for k, v in changed.items()}, path)
         with pytest.raises(UserError, match=said):
             adapted(llama, path, CONFIG)
+
+
+def test_converting_keeps_them(llama, tmp_path):
+    tensors, _ = trained(as_transformers(llama))
+    save_file(tensors | {"optimizer": torch.ones(3)}, path := tmp_path / "whole.safetensors")
+    assert main(["convert", str(path), str(out := tmp_path / "small.safetensors")]) == 0
+    kept = load_file(out)
+    assert kept.keys() == tensors.keys() and all(torch.equal(kept[n], tensors[n]) for n in kept)
 
 
 def test_a_projection_without_adapters_leaves_the_model_alone(llama, tmp_path):

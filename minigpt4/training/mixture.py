@@ -35,6 +35,12 @@ _ASKED = (
     "Can you see {} in the photo?",
     "Do you see {} here?",
 )
+# Machine-written captions are longer than people's, which “briefly” asks for.
+_ONE_SENTENCE = (
+    "Describe this image in one sentence.",
+    "Write one sentence about what this picture shows.",
+    "Write an alt text for this image.",
+)
 _PREMISES = (  # questions about what is not there
     "What colour is the {}?",
     "Where is the {}?",
@@ -217,7 +223,7 @@ class Mixture:
         return found + self._known(picture, draw)
 
     def _described(self, picture: Picture, draw: random.Random) -> list[Answered]:
-        caption = (draw.choice(self.short), draw.choice(picture.captions).strip())
+        caption = (draw.choice(_ONE_SENTENCE), draw.choice(picture.captions).strip())
         detail = (draw.choice(self.detailed), picture.description)
         found = [Answered((caption,), SHORT, "caption"), Answered((detail,), LONG, "description")]
         pairs = draw.sample(picture.pairs, min(2, len(picture.pairs)))

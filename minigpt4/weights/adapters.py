@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minigpt4.config import ModelConfig
 from minigpt4.errors import UserError
-from minigpt4.weights.checkpoint import read_checkpoint
+from minigpt4.weights.checkpoint import read_checkpoint, read_projection
 from minigpt4.weights.gguf import BlockLlama, BlockTensor
 from minigpt4.weights.llm import BlockEmbedding, TokenEmbedding
 
@@ -59,6 +59,11 @@ def named(adapters: Mapping[tuple[int, str], Adapter]) -> dict[str, Tensor]:
         for (layer, matrix), halves in adapters.items()
         for half, t in zip("AB", halves, strict=True)
     }
+
+
+def trained_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All that a projection's file is read for: the projection, and adapters where it holds any."""
+    return read_projection(path) | named(read_adapters(path))
 
 
 def adapted(

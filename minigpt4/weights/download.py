@@ -20,7 +20,8 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from minigpt4.config import ModelConfig, Source
 from minigpt4.errors import Report, UserError
 from minigpt4.weights import transfer
-from minigpt4.weights.checkpoint import keep_tensors, read_projection, save_projection
+from minigpt4.weights.adapters import trained_tensors
+from minigpt4.weights.checkpoint import keep_tensors, save_projection
 from minigpt4.weights.llm import convert_gguf, is_complete
 from minigpt4.weights.sources import PARTS, file_name, missing, sources, weights_folder
 from minigpt4.weights.transfer import Progress, Remote, in_words
@@ -239,7 +240,7 @@ def _keep(plan: Plan, fetched: Path, report: Report) -> None:
     if source.tensors:
         keep_tensors([fetched / f.name for f in plan.files], source.tensors, target)
     elif plan.role == "projection":
-        save_projection(read_projection(file), target)
+        save_projection(trained_tensors(file), target)
         if not plan.cached:
             file.unlink()
     elif plan.role == "llm" and file.suffix == ".gguf":

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from minigpt4.config import MODELS, get_model
 from minigpt4.errors import UserError
-from minigpt4.weights.checkpoint import check_projection, read_projection, save_projection
+from minigpt4.weights.adapters import trained_tensors
+from minigpt4.weights.checkpoint import check_projection, save_projection
 
 CONFIG = "minigpt4.json"  # in the repository: {"model": NAME, "projection": FILE}
 _RECENT = 100  # steps whose mean loss is on the card
@@ -30,7 +31,7 @@ def push(place: str, repository: str, private: bool = False) -> str:
     metadata = _metadata(path)
     config = get_model(metadata["model"])
     name = f"{config.name}.safetensors"
-    tensors = read_projection(path)
+    tensors = trained_tensors(path)
     check_projection(tensors, config, path)
     api = HfApi()
     with tempfile.TemporaryDirectory() as scratch:
