@@ -26,7 +26,7 @@ from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.guard.lighter import Lighter
-from minigpt4.web.guard.limits import Limits, request_bytes
+from minigpt4.web.guard.limits import Limits, mcp_bytes
 from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
 
@@ -87,7 +87,7 @@ class Server:
         self.offers_mcp = options.mcp
         if self.offers_mcp:
             check_package()
-            gradio_patches.tune_mcp(request_bytes(self._max_bytes))
+            gradio_patches.tune_mcp(mcp_bytes(self._max_bytes))
 
     @property
     def routes(self) -> list[BaseRoute]:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FILES_AT_ONCE = 16  # pictures of one upload, or of one conversation
 TEXT_BYTES = 16 * 2**20  # of what the page sends: a conversation with small pictures, at most
+MCP_PICTURE_BYTES = 5 * 2**20
 BODY_SECONDS = 120.0
 REST_SECONDS = 1.0  # for the rest of a refused body to arrive
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -61,7 +62,7 @@ class Limits:
             upload = parts[:2] == ("gradio_api", "upload")
             limit = FILES_AT_ONCE * self._max_bytes + 2**20 if upload else TEXT_BYTES
             if parts[:2] == ("gradio_api", "mcp"):
-                limit = request_bytes(self._max_bytes)
+                limit = mcp_bytes(self._max_bytes)
             await _BoundedRequest(scope, receive, send, limit, self._seconds).run(self._app)
 
 
@@ -74,6 +75,12 @@ def closed(parts: tuple[str, ...]) -> bool:
 def request_bytes(max_picture_bytes: int) -> int:
     """The largest body of a program's request: one such picture in base64, a megabyte of text."""
     return max_picture_bytes * 4 // 3 + 2**20
+
+
+def mcp_bytes(max_picture_bytes: int) -> int:
+    """The largest body for the MCP tool, which the package reads on the event loop: one of 27 MB
+    would hold up everybody's answers for half a second."""
+    return request_bytes(min(max_picture_bytes, MCP_PICTURE_BYTES))
 
 
 def parts_of(scope: Scope) -> tuple[str, ...]:
