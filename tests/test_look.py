@@ -157,6 +157,7 @@ def test_a_part_of_a_picture_is_asked_about(visit, photo):
     expect(thumbnails).to_have_count(1)
     assert thumbnails.evaluate(MIDDLE)[:2] == [960, 720]
 
+    page.set_viewport_size({"width": 844, "height": 390})  # a phone on its side
     crop.click()  # by touch: the frame is moved to the right edge
     before = frame.bounding_box()
     start = (before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
