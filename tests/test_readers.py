@@ -465,3 +465,6 @@ def test_a_saved_dataset(tmp_path, capsys):
     table.to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
     (example,) = read_captioned(str(tmp_path / "hub"))
     assert example.captions == ("A dog.",) and example.picture().size == (60, 44)
+    for limit, what in ((None, "downloaded"), (1, "streamed")):  # by its name: a folder's serves
+        (example,) = read_captioned(f"hf:{tmp_path / 'hub'}", limit=limit)
+        assert example.captions == ("A dog.",) and example.picture().size == (60, 44), what

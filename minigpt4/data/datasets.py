@@ -55,15 +55,22 @@ _FORMATS = (
 )
 
 
-def read_captioned(where: str, instructions: tuple[str, ...] = ()) -> list[Example]:
+def read_captioned(
+    where: str, instructions: tuple[str, ...] = (), limit: int | None = None
+) -> list[Example]:
     """Captioned pictures in any of the formats of docs/own-data.md.
 
     where: a file, a folder, a glob or brace range of shards, or hf:USER/NAME[:SPLIT].
-    instructions: for captions without one. UserError if it is in no known format.
+    instructions: for captions without one. limit: read only the first examples. UserError if it is
+    in no known format.
     """
     where = str(where)
     if where.startswith(HUB):
-        return huggingface.read_dataset(where.removeprefix(HUB), instructions)
+        return huggingface.read_dataset(where.removeprefix(HUB), instructions, limit)
+    return _read_local(where, instructions)[:limit]
+
+
+def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
     path = Path(where).expanduser()
     if path.is_dir():
         return _read_folder(path, instructions)
@@ -79,9 +86,9 @@ def read_captioned(where: str, instructions: tuple[str, ...] = ()) -> list[Examp
     return read_shards(where, instructions)
 
 
-def read_references(where: str) -> list[Example]:
+def read_references(where: str, limit: int | None = None) -> list[Example]:
     """The pictures of `read_captioned` that have captions, to which others can be compared."""
-    found = [example for example in read_captioned(where) if example.captions]
+    found = [example for example in read_captioned(where, (), limit) if example.captions]
     if not found:
         raise UserError(f"{where} has descriptions or conversations, but no captions to compare.")
     return found

@@ -34,21 +34,38 @@ def read_saved(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     return _examples(opened, str(folder), instructions)
 
 
-def read_dataset(name: str, instructions: tuple[str, ...]) -> list[Example]:
+def read_dataset(
+    name: str, instructions: tuple[str, ...], limit: int | None = None
+) -> list[Example]:
     """A data set of the hub. name: USER/NAME, or USER/NAME:SPLIT; the split is "train" by default.
 
-    It is downloaded into the library's cache, because training reads pictures in any order.
+    It is downloaded into the library's cache, because training reads pictures in any order. With a
+    limit, only so many rows are streamed, and kept in memory.
     """
     datasets = _library(name)
     repository, _, split = name.partition(":")
     try:
-        opened = datasets.load_dataset(repository, split=split or "train")
+        opened = datasets.load_dataset(
+            repository, split=split or "train", streaming=limit is not None
+        )
+        if limit is not None:
+            opened = _first_rows(opened, limit)
     except Exception as error:  # of the library, the network or the data set
         first = str(error).strip().split("\n")[0]
         raise UserError(
             f"The data set {name} cannot be loaded ({first}): check its name and split."
         ) from error
     return _examples(opened, name, instructions)
+
+
+def _first_rows(stream: Any, limit: int) -> Any:
+    """A data set in memory, its pictures as they are encoded."""
+    import datasets
+
+    for column, kind in (stream.features or {}).items():
+        if isinstance(kind, datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    return datasets.Dataset.from_list(list(stream.take(limit)), features=stream.features)
 
 
 def _parquet(folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
 
 def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     """(scores of short captions, or of descriptions with `--detail`; every answer)."""
-    examples = usable(read_references(options.shard)[: options.limit])
+    examples = usable(read_references(options.shard, options.limit))
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config
         instruction = config.detail_instruction if options.detail else config.short_instruction

@@ -45,7 +45,7 @@ class Judged:
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates, their table)."""
     objects = Objects(options.objects)
-    examples = usable(read_references(options.shard)[: options.limit])
+    examples = usable(read_references(options.shard, options.limit))
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config
         questions = [Question(e.key, config.detail_instruction, e.read) for e in examples]

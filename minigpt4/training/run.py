@@ -37,7 +37,7 @@ def train(options: argparse.Namespace) -> None:
     schedule = schedule_of(options, config)
     _check(options, config)
     examples = read_examples(options)[: options.limit]
-    mixed = [(read_captioned(data)[: options.limit], weight) for data, weight in options.mix]
+    mixed = [(read_captioned(data, (), options.limit), weight) for data, weight in options.mix]
     mixture = [(len(examples), 1.0), *((len(more), weight) for more, weight in mixed)]
     examples += [example for more, _ in mixed for example in more]
     held_out = read_captioned(options.validate) if options.validate else []
@@ -171,7 +171,7 @@ def read_examples(options: argparse.Namespace) -> list[Example]:
     """The data that the options name, in a fixed order."""
     if options.stage == 1 and is_table(options.data):  # it may lie beside filter_cap.json
         return read_table(options.data)
-    found = read_captioned(options.data)
+    found = read_captioned(options.data, (), options.limit)
     if options.instructions:
         if not Path(options.data, "filter_cap.json").exists():
             raise UserError(
