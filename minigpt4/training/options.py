@@ -70,7 +70,7 @@ OPTIMIZER = (
     Option(
         "recompute",
         "Compute the language model's activations again on the way back (gradient checkpointing): "
-        "less memory, about a third more time.",
+        "less memory, more time.",
         False,
         switch,
     ),
