@@ -100,6 +100,20 @@ def test_a_batch_in_parts_has_the_same_gradient(examples, tmp_path, recipe):
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-6)
 
 
+def test_recomputing_activations_gives_the_same_gradient(examples, tmp_path):
+    found = []
+    for recompute in (False, True):
+        trainer = make(tiny_model(), examples, PROMPTED, tmp_path / str(recompute))
+        llm, calls = trainer.model.torch_llm, []
+        if recompute:
+            llm.gradient_checkpointing_enable({"use_reentrant": False})
+        llm.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, to=calls: to.append(1))
+        trainer.loss_and_gradient(0, [3, 1, 4, 9])
+        found.append((trainer.model.projection.weight.grad.clone(), len(calls), llm.training))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert [calls for _, calls, _ in found] == [1, 2] and not found[1][2]
+
+
 def test_batches_are_divided_by_weight(examples, held_out, tmp_path):
     assert divide(12, [1, 1, 1]) == [4, 4, 4]
     assert divide(10, [2, 1, 1]) == [5, 3, 2]

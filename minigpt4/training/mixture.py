@@ -21,9 +21,10 @@ from minigpt4.training.word_head import fold_of
 
 Turn = tuple[str, str]  # what is asked, what is answered
 
-# How much a token of an answer counts. There are three short captions for each long text: with
-# equal weights, a request for details or a poem was answered with a caption after 180 steps.
-SHORT, LONG, TASK = 0.6, 1.2, 2.0
+# How much a token of an answer counts: people's captions, machines' captions, descriptions, tasks.
+# There are several short captions for each long text: with equal weights and no adapters, a request
+# for details or a poem was answered with a caption after 180 steps.
+BRIEF, SHORT, LONG, TASK = 1.0, 0.6, 1.2, 2.0
 # An answer of one word counts as much as a short caption: at a weight of one, “no” was more likely
 # for nearly every question.
 DECISION = 6.0
@@ -219,7 +220,7 @@ class Mixture:
     def _captioned(self, picture: Picture, draw: random.Random) -> list[Answered]:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))
         asked = draw.choice(self.short)  # the same: the captions then share their prompt
-        found = [Answered(((asked, c.strip()),), SHORT, "caption") for c in captions]
+        found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
         return found + self._known(picture, draw)
 
     def _described(self, picture: Picture, draw: random.Random) -> list[Answered]:

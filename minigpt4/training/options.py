@@ -67,6 +67,13 @@ OPTIMIZER = (
         integer(1),
         "N",
     ),
+    Option(
+        "recompute",
+        "Compute the language model's activations again on the way back (gradient checkpointing): "
+        "less memory, more time.",
+        False,
+        switch,
+    ),
     Option("peak-lr", "Highest learning rate.", None, number(0), "RATE"),
     Option("seed", "Random seed.", 42, integer(0)),
     Option("blend", "Share of what was learned in the result; the rest is --init.", 1.0, number(0)),

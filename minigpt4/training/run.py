@@ -211,6 +211,8 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
     if dtype == "auto" and accelerator.device.type == "cuda":
         dtype = torch.bfloat16
     model = load_model(config, files, accelerator.device, quantize, dtype, seed=options.seed)
+    if options.recompute:
+        model.torch_llm.gradient_checkpointing_enable({"use_reentrant": False})
     if projection is None and isinstance(config.bridge, PooledMap):
         name_classes(model)
     return model

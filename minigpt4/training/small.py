@@ -58,8 +58,8 @@ class SmallRecipe:
     validate_every: int = 100
     seed: int = 42
     sizes: tuple[tuple[tuple[str, int], ...], ...] = (
-        (("described", 3), ("instructed", 1)),
-        (("flickr", 2), ("captioned", 1), ("named", 1)),
+        (("described", 2), ("instructed", 1)),
+        (("flickr", 4), ("captioned", 2), ("named", 1)),
     )
 
 

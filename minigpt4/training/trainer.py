@@ -297,11 +297,15 @@ class Trainer:
         count = torch.tensor(float(sum(len(b.targets) for b in batches)), device=features.device)
         total = self.accelerator.reduce(count, "sum")
         loss = torch.zeros((), device=features.device)
+        llm = self.model.torch_llm
+        # transformers recomputes activations in training mode alone; there is no dropout.
+        llm.train(llm.is_gradient_checkpointing)
         for part, batch in enumerate(batches):
             mean = self.model.training_loss(features[part::parts], batch.to(self.model.device))
             part_loss = mean * len(batch.targets) / total  # its part of the mean over all tokens
             part_loss.backward()
             loss += part_loss.detach()
+        llm.eval()
         for parameter in self.model.projection.parameters():
             parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
         return self.accelerator.reduce(loss, "sum").item()
