@@ -390,3 +390,15 @@ def test_the_column(visit):
     for part in (answers(page), page.locator("#composer")):
         assert part.bounding_box()["width"] <= 46 * 16
     assert answers(page).evaluate("e => getComputedStyle(e.parentElement).borderTopWidth") == "0px"
+
+
+def test_the_box_is_emptied_on_a_busy_computer(visit, photo, engine):
+    """The browser gets all of a short turn's updates at once."""
+    page = visit()
+    engine.word_seconds = 0
+    attach(page, photo)
+    say(page, "Hello?")
+    page.evaluate("() => { for (const end = Date.now() + 1500; Date.now() < end;); }")
+    done(page)
+    expect(box(page)).to_have_value("")
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(0)

@@ -161,6 +161,7 @@ class ChatPage:
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
         events.append(chatbot.undo(turns.undo, session, shown, **EVENT))
         events.append(side.facts.select(turns.version, session, shown, **EVENT))
+        events[0].then(turns.empty, [box, session], box, **EVENT)
         for event in events:
             event.then(side.record, session, [side.keeper, side.facts], **EVENT)
             event.then(renew, session, session, **EVENT)

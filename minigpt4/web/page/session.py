@@ -57,6 +57,7 @@ class Session:
     # The session that was left while its answer was running, until it has been recorded.
     predecessor: "Session | None" = field(default=None, repr=False, compare=False)
     stop_reason: str = ""  # of the last answer
+    sent: dict | None = None  # what the message box held, once it was asked
     model: str = ""  # that answers; "" is the first of those that are offered
     name: str = ""  # among the visitor's recent conversations; given with the first question
     statistics: dict[int, "Stats"] = field(default_factory=dict)  # place -> its answer's

@@ -53,9 +53,16 @@ class Turns:
         def conversation() -> Conversation:
             return session.with_question(value["text"], [uploaded(path) for path in value["files"]])
 
-        async with aclosing(self._answer(session, conversation, request, settings, True)) as steps:
+        session.sent = None
+        async with aclosing(self._answer(session, conversation, request, settings, value)) as steps:
             async for step in steps:
                 yield step
+
+    def empty(self, value: dict, session: Session) -> dict:
+        """Empty the box of what has been asked: on a busy computer the browser takes the updates of
+        a whole turn at once, and the one that empties the box is lost among them."""
+        sent, session.sent = session.sent, None
+        return gr.update(value=None) if sent and value == sent else gr.skip()
 
     async def example(
         self,
@@ -157,8 +164,9 @@ class Turns:
         build: Callable[[], Conversation],
         request: gr.Request | None,
         settings: Sequence[float | str | None],
-        empties_box: bool = False,
+        sent: dict | None = None,
     ) -> AsyncGenerator[tuple, None]:
+        """sent: what the box holds, if it is to be emptied."""
         if session.busy:  # a second Enter, for example
             warn(translate("busy", request))
             yield UNCHANGED
@@ -173,7 +181,8 @@ class Turns:
                     change = gr.skip()
                     if not accepted:
                         accepted = True
-                        change = box(True, **({"value": None} if empties_box else {}))
+                        session.sent = sent
+                        change = box(True, **({"value": None} if sent else {}))
                     kept = gr.skip()
                     if time.monotonic() - recorded >= SECONDS_PER_RECORD:
                         recorded = time.monotonic()
