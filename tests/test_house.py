@@ -145,6 +145,6 @@ def test_requirements_are_pinned():
 
 
 def test_committed_weights_are_small():
-    """nano's projections, the detector, and mini's projection and words."""
+    """nano's projections, the detector, mini's projection with its adapters, and its words."""
     sizes = [path.stat().st_size for path in (ROOT / "weights").glob("*.safetensors")]
-    assert max(sizes) <= 8_000_000 and sum(sizes) <= 24_000_000
+    assert max(sizes) <= 12_000_000 and sum(sizes) <= 28_000_000
