@@ -71,7 +71,7 @@ def test_it_does_what_is_asked(engine, admiral):
     poem = answer(engine, "Write a four-line poem about this picture.", admiral, tokens=120)
     assert len([line for line in poem.splitlines() if line.strip()]) > 2, poem
     page = answer(engine, "Write the HTML of a web page about this person.", admiral)
-    assert "<html" in page and "\n" in page
+    assert re.search(r"<(html|body|h1|p)\b", page) and "\n" in page, page
 
 
 def test_it_tells_pictures_apart(engine, admiral, cheetah):
