@@ -57,7 +57,7 @@ def test_a_dialogue_may_ask_again_and_others_go_on(model):
 
 def test_an_error_of_the_engine_ends_the_job(model):
     engine = Engine(model)
-    with pytest.raises(UserError) as caught, Batch(engine) as batch:
+    with pytest.raises(UserError) as caught, Batch(engine, 1) as batch:
         for _ in batch.answer(questions(3), greedy(5)):
             engine.close()
     assert caught.value.kind == "ending"
