@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from minigpt4.config import ModelConfig
 from minigpt4.errors import UserError
 from minigpt4.weights.checkpoint import read_checkpoint, read_projection
-from minigpt4.weights.gguf import BlockLlama, BlockTensor
+from minigpt4.weights.gguf import LAYER_NAMES, BlockLlama, BlockTensor, neighbours
 from minigpt4.weights.llm import BlockEmbedding, TokenEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")  # of a layer's attention
-_BLOCKS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 _NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(\w+)\.lora_([AB])\.(?:default\.)?weight$")
 
 Adapter = tuple[Tensor, Tensor]  # A, B
@@ -112,17 +111,11 @@ def _adapted_blocks(llm: BlockLlama, adapters: Adapters) -> BlockLlama:
 
     tensors = dict(llm.tensors)
     for (layer, matrix), (a, b) in adapters.items():
-        name = f"blk.{layer}.{_BLOCKS[matrix]}.weight"
+        name = f"blk.{layer}.{LAYER_NAMES[f'self_attn.{matrix}']}.weight"
         change = (b @ a).numpy()
         if not llm.rope_halves and matrix in ("q_proj", "k_proj"):
-            change = _interleaved(change, llm.head_dim)
+            change = neighbours(change, llm.head_dim)
         weights = tensors[name].numbers() + change
         blocks = quantize(weights.astype(np.float32), GGMLQuantizationType.Q8_0)
         tensors[name] = BlockTensor("Q8_0", weights.shape, blocks)
     return replace(llm, tensors=tensors)
-
-
-def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k in the order of Hugging Face's Llamas -> in that of GGUF files."""
-    halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
-    return halves.swapaxes(1, 2).reshape(rows.shape)

@@ -30,8 +30,10 @@ from minigpt4.weights.gguf import (
     BLOCKS,
     INDEX,
     INT4,
+    LAYER_NAMES,
     ROPE_HALVES,
     check_sizes,
+    neighbours,
     shapes_of,
     size_of,
     write_index,
@@ -46,17 +48,6 @@ _ALIGNMENT = 32  # of a tensor in a GGUF file
 # (kind, float32 [rows, columns]) -> the blocks, uint8 [rows, bytes]
 Quantizer = Callable[[str, np.ndarray], np.ndarray]
 
-_NAMES = {  # a Hugging Face layer's -> a GGUF file's
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 _OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -307,8 +298,8 @@ def _plan(sizes: Mapping[str, Any], tied: bool) -> dict[str, _Part]:
 def new_name(name: str) -> str | None:
     """A Hugging Face tensor's name in a GGUF file; None for one that is not kept."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)", name)
-    if found and found[2] in _NAMES:
-        return f"blk.{found[1]}.{_NAMES[found[2]]}.{found[3]}"
+    if found and found[2] in LAYER_NAMES:
+        return f"blk.{found[1]}.{LAYER_NAMES[found[2]]}.{found[3]}"
     return _OUTER.get(name)
 
 
@@ -336,7 +327,7 @@ def _write(
             if name in ("token_embd.weight", "output_norm.weight"):
                 outer[name] = tensor[:1000].clone()
             if not sizes["rope_halves"] and re.search(r"attn_[qk]\.", name):
-                tensor = _neighbours(tensor, sizes["head_dim"])
+                tensor = neighbours(tensor, sizes["head_dim"])
             file.seek(start + part.offset)
             digests[name] = _write_tensor(file, part, tensor, quantize, pool)
         file.flush()
@@ -356,12 +347,6 @@ def _tensors(folder: Path, progress: Progress) -> Iterator[tuple[str, Tensor]]:
                     yield renamed, tensor
                     forget(tensor)
                 count(tensor.nbytes)
-
-
-def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k so that the rotary embedding turns each with its neighbour in its head."""
-    halves = tensor.unflatten(0, (-1, 2, head_dim // 2))
-    return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _write_tensor(

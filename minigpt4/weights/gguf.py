@@ -34,6 +34,17 @@ BLOCKS = {
 }
 # Architecture -> does its rotary embedding turn the halves of a head (else neighbouring pairs)?
 ROPE_HALVES = {"llama": False, "qwen2": True}
+LAYER_NAMES = {  # a Hugging Face layer's -> a GGUF file's
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 MOST_HEAD_DIM = 256
 _MOST_LAYERS = 1024
 _MOST = 2**24  # of any size: far more than models have, and no product of two overflows 64 bits
@@ -152,6 +163,13 @@ def size_of(name: str, kind: str, shape: Sequence[int]) -> int:
     if shape[-1] % weights:
         raise ValueError(f"{name} has rows of {shape[-1]} weights, which {kind} cannot have")
     return math.prod(shape) // weights * size
+
+
+def neighbours(rows: Any, head_dim: int) -> Any:
+    """Rows of q or k [heads * head_dim, ...], an array or tensor in the order of Hugging Face's
+    Llamas, so that the rotary embedding turns each with its neighbour in its head."""
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def check_sizes(sizes: Mapping[str, Any]) -> None:
