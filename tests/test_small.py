@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import tarfile
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from minigpt4.training import int8, small_run, small_start, word_head
 from minigpt4.training.mixture import Answered, Mixture, Objects, Picture
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
 from minigpt4.training.small_probe import Probe, yes_no_scores
+from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary, singular
 from minigpt4.weights.llm import load_tokenizer
 from minigpt4.weights.sources import locate
@@ -344,3 +346,50 @@ def test_the_words_stand_in_the_prompt_after_the_picture(model, monkeypatch):
         text = model.tokenizer.decode(ids)
         assert text.count("<Img> brown dog, grass</Img>") == 2 and "cat" not in text
     assert conversation.messages[0].images[0].words == ""  # what is stored names the picture alone
+
+
+REDUCED = (
+    ("A red dog and a blue umbrella lie here.", "A dog and an umbrella lie here."),
+    ("A brown dog wears a dark blue and white coat.", "A brown dog wears a coat."),
+    ("A light reddish-brown dog barks.", "A dog barks."),
+    ("An old black and white photo of grey dogs.", "An old black and white photo of dogs."),
+    ("Red cups are green and small.", "Cups are green and small."),
+    ("An ice cream stands by a sliced orange.", "An ice cream stands by a sliced orange."),
+)
+
+
+@pytest.mark.parametrize("text, reduced", REDUCED)
+def test_colours_that_are_not_found_are_left_out(text, reduced):
+    supported = Supported(Vocabulary(["dog", "brown dog", "grey dog"]))
+    assert supported.colours(text, [0.9, 0.5, 0.01]) == reduced
+
+
+def test_sentences_that_are_not_found_are_left_out(pictures):
+    supported = Supported(Vocabulary(["dog", "grass", "cup", "sky"]))
+    text = "A dog runs. It has no name. A cup stands there. Grass is behind it. The sky is blue."
+    kept = supported.description(text, [0.9, 0.4, 0.05, 0.9])
+    assert kept == "A dog runs. Grass is behind it."
+    # Two sentences are kept at least.
+    assert supported.description(text, [0.0, 0.0, 0.1, 0.0]) == "A dog runs. A cup stands there."
+    assert supported(pictures[1], []) is pictures[1]  # people's captions stay
+
+
+def test_a_picture_may_show_nothing_unusual(pictures):
+    mixture = Mixture(Objects())
+    for one in pictures[:3]:
+        drawn = [t for n in range(200) for t in mixture.draw(one, random.Random(n))]
+        found = [text for text in drawn if text.kind == "ordinary"]
+        assert bool(found) == (one.task is None)
+        for text in found:
+            asked, answer = text.turns[0]
+            assert re.search("unusual|strange", asked)
+            assert answer.removeprefix("I see nothing unusual in this picture. ") in one.captions
+
+
+def test_questions_are_also_answered_in_a_word(pictures):
+    mixture = Mixture(Objects())
+    drawn = [t for n in range(200) for t in mixture.draw(pictures[0], random.Random(n))]
+    answers = {text.turns for text in drawn if text.kind == "question"}
+    assert (("Is it wet? Answer yes or no.", "No."),) in answers
+    assert (("Is it wet?", "No, it is dry."),) in answers
+    assert not any("Answer" in asked for ((asked, _), *_) in answers if asked.startswith("What"))

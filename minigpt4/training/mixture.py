@@ -42,6 +42,13 @@ _ONE_SENTENCE = (
     "Write one sentence about what this picture shows.",
     "Write an alt text for this image.",
 )
+_UNUSUAL = (
+    "What is unusual about this image?",
+    "What is unusual about this picture?",
+    "Is anything unusual here?",
+    "What is strange about this photo?",
+)
+_ORDINARY = 0.08  # how often it is learned that a picture shows nothing unusual
 _PREMISES = (  # questions about what is not there
     "What colour is the {}?",
     "Where is the {}?",
@@ -196,6 +203,12 @@ def name_of(picture: Picture) -> str:
     return sentence(re.sub("^a photo of ", "", caption, flags=re.IGNORECASE))
 
 
+def ordinary(caption: str) -> str:
+    """An answer about an ordinary picture, asked for what is unusual in it."""
+    caption = caption.strip()
+    return f"I see nothing unusual in this picture. {caption[:1].upper()}{caption[1:]}"
+
+
 class Mixture:
     """Draws what is learned of a picture at one showing."""
 
@@ -221,7 +234,7 @@ class Mixture:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))
         asked = draw.choice(self.short)  # the same: the captions then share their prompt
         found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
-        return found + self._known(picture, draw)
+        return found + self._ordinary(picture, draw) + self._known(picture, draw)
 
     def _described(self, picture: Picture, draw: random.Random) -> list[Answered]:
         caption = (draw.choice(_ONE_SENTENCE), draw.choice(picture.captions).strip())
@@ -232,14 +245,36 @@ class Mixture:
             found += [Answered(tuple(pairs[:1]), kind="question")]
             found += [Answered(tuple(pairs), kind="follow-up")]
         else:
-            found += [Answered((pair,), kind="question") for pair in pairs]
+            found += [self._question(pair, draw) for pair in pairs]
         if picture.task:
             found.append(Answered((picture.task,), TASK, "task"))
+        else:
+            found += self._ordinary(picture, draw)
         for statement, right in picture.statements[:1]:
             asked = f"True or false: {statement}"
             answer = "True." if right else "False."
             found.append(Answered(((asked, answer),), DECISION / 2, "statement"))
         return found + self._known(picture, draw)
+
+    @staticmethod
+    def _question(pair: Turn, draw: random.Random) -> Answered:
+        """A question and its answer; where that is yes or no, sometimes only this."""
+        asked, answer = pair
+        word = answer.split(",")[0].rstrip(".")
+        if word not in ("Yes", "No"):
+            return Answered((pair,), kind="question")
+        if draw.random() < 0.35:
+            turn = (f"{asked} Answer yes or no.", f"{word}.")
+            return Answered((turn,), DECISION / 2, "question")
+        return Answered((pair,), 2.0, "question")
+
+    @staticmethod
+    def _ordinary(picture: Picture, draw: random.Random) -> list[Answered]:
+        """Asked for what is unusual, people's captions are the honest answer."""
+        if draw.random() >= _ORDINARY:
+            return []
+        turn = (draw.choice(_UNUSUAL), ordinary(draw.choice(picture.captions)))
+        return [Answered((turn,), kind="ordinary")]
 
     def _named(self, picture: Picture, draw: random.Random) -> list[Answered]:
         asked = draw.choice(("What is this?", "What does this picture show? Answer in one word."))

@@ -59,7 +59,7 @@ class SmallRecipe:
     seed: int = 42
     sizes: tuple[tuple[tuple[str, int], ...], ...] = (
         (("described", 2), ("instructed", 1)),
-        (("flickr", 4), ("captioned", 2), ("named", 1)),
+        (("flickr", 6), ("captioned", 2), ("named", 1)),
     )
 
 
@@ -72,8 +72,9 @@ class Source:
         pictures: Sequence[Picture],
         features: Callable[[Sequence[int]], Tensor],
         words: Callable[[int, random.Random | None], str],
+        places: Sequence[tuple[str, int]] = (),
     ) -> None:
-        self.pictures, self.features, self.words = pictures, features, words
+        self.pictures, self.features, self.words, self.places = pictures, features, words, places
 
 
 def learning_rate(recipe: SmallRecipe, step: int) -> float:

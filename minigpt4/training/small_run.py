@@ -21,6 +21,7 @@ from minigpt4.training import adapters, int8, mixture, small, small_start, word_
 from minigpt4.training.features import Features
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source
 from minigpt4.training.small_probe import Probe
+from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary
 from minigpt4.weights.adapters import read_adapters
 from minigpt4.weights.load import find_weights, load_model
@@ -58,6 +59,10 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     for source in trained.values():
         source.pictures = counted[: len(source.pictures)]
         counted = counted[len(source.pictures) :]
+        source.pictures = [
+            words.supported(picture, place)
+            for picture, place in zip(source.pictures, source.places, strict=True)
+        ]
     for source in kept.values():
         source.pictures = mixture.Objects().count(source.pictures)
     recipe = SmallRecipe(seed=options.seed)
@@ -153,6 +158,7 @@ class Found:
         if len(stored["probabilities"]) != len(keys):
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
         self.terms = joined_terms(stored["terms"], OBJECTS)
+        self._supported = Supported(Vocabulary(self.terms))
         column = vision.objects_column
         heat = _whole(pictures, features, bridge.grid)[:, column : column + len(OBJECTS)]
         self._probabilities = with_objects(
@@ -195,6 +201,10 @@ class Found:
                 say(
                     json.dumps({"words": what, "pictures": int(rows.sum()), "mAP": round(score, 3)})
                 )
+
+    def supported(self, picture: mixture.Picture, place: tuple[str, int]) -> mixture.Picture:
+        """The picture (data set, number in it) with its texts reduced to what is found in it."""
+        return self._supported(picture, self._probabilities[self._row[place]].tolist())
 
     def of(self, place: tuple[str, int], draw: random.Random | None) -> str:
         """The list of words of a picture: (data set, number in it).
@@ -246,7 +256,7 @@ def _joined(places, pictures, features, words) -> Source:
     def found(number: int, draw: random.Random | None) -> str:
         return words.of(places[number], draw)
 
-    return Source([pictures[name][i] for name, i in places], feature, found)
+    return Source([pictures[name][i] for name, i in places], feature, found, places)
 
 
 def beginning(
@@ -280,6 +290,7 @@ def tokens_of(model: MiniGPT4, trained: dict[str, Source], objects: mixture.Obje
         for source in trained.values():
             for picture in source.pictures:
                 yield from (t.strip() for t in (*picture.captions, picture.description))
+                yield from map(mixture.ordinary, picture.captions)
                 yield from (answer for _, answer in picture.pairs)
                 if picture.task:
                     yield picture.task[1]

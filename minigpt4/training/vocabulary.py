@@ -20,10 +20,12 @@ def _word_lists() -> dict[str, set[str]]:
     return found
 
 
-_LISTS = _word_lists()
-_DETERMINERS, _NUMBERS, _QUALITIES = (_LISTS[n] for n in ("determiners", "numbers", "qualities"))
-_FUNCTION, _VAGUE, _ENDS_IN_ING = (_LISTS[n] for n in ("function", "vague", "ing"))
-_SINGULAR = dict(word.split("=") for word in _LISTS["singular"])
+WORD_LISTS = _word_lists()
+_DETERMINERS, _NUMBERS, _QUALITIES = (
+    WORD_LISTS[n] for n in ("determiners", "numbers", "qualities")
+)
+_FUNCTION, _VAGUE, _ENDS_IN_ING = (WORD_LISTS[n] for n in ("function", "vague", "ing"))
+_SINGULAR = dict(word.split("=") for word in WORD_LISTS["singular"])
 
 
 def tokens(text: str) -> list[str]:
