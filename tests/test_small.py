@@ -24,8 +24,10 @@ from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import WordHead, choose, load_words
 from minigpt4.training import int8, small_run, small_start, word_head
 from minigpt4.training.mixture import Answered, Mixture, Objects, Picture
+from minigpt4.training.selfcritical import sample
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
 from minigpt4.training.small_probe import Probe, yes_no_scores
+from minigpt4.training.small_reward import CaptionReward, padded
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary, singular
 from minigpt4.weights.llm import load_tokenizer
@@ -87,7 +89,13 @@ def sources(model: MiniGPT4, pictures: list[Picture]) -> dict[str, Source]:
     return found
 
 
-def trainer(model: MiniGPT4, pictures: list[Picture], out, steps: int) -> SmallTrainer:
+def trainer(
+    model: MiniGPT4,
+    pictures: list[Picture],
+    out,
+    steps: int,
+    reward: CaptionReward | None = None,
+) -> SmallTrainer:
     objects = Objects()
     objects.count(pictures)
     generator = torch.Generator().manual_seed(1)
@@ -100,6 +108,7 @@ def trainer(model: MiniGPT4, pictures: list[Picture], out, steps: int) -> SmallT
         out,
         lambda: (torch.eye(3363), weight, torch.zeros(32)),
         torch.arange(49_152),
+        reward=reward,
     )
 
 
@@ -393,3 +402,40 @@ def test_questions_are_also_answered_in_a_word(pictures):
     assert (("Is it wet? Answer yes or no.", "No."),) in answers
     assert (("Is it wet?", "No, it is dry."),) in answers
     assert not any("Answer" in asked for ((asked, _), *_) in answers if asked.startswith("What"))
+
+
+def test_captions_are_compared_by_their_score(model, pictures, tmp_path):
+    reward = CaptionReward(pictures, 4, weight=3.0)
+    run = trainer(model, pictures, tmp_path, 1, reward)
+    one = next(p for p in pictures if p.source == "captioned")
+    answers = [model.tokenizer.encode(text) for text in (one.captions[0], "A dog.", "Rain, rain.")]
+    found = reward._weighted(run, one.key, ImageRef("1"), "Briefly.", [a + [2] for a in answers])
+    weights = [weight for _, weight in found]
+    assert sum(weights) == pytest.approx(0, abs=1e-5)
+    assert weights[0] > weights[1] >= weights[2] and weights[0] > 0 > weights[2]
+    assert reward.taken() > 0 and reward.taken() == 0
+    with pytest.raises(UserError, match="2 or more"):
+        CaptionReward(pictures, 1)
+
+
+def test_a_run_with_a_reward_ends_as_one_that_was_not_stopped(model, pictures, tmp_path):
+    records = []
+    for out, parts in ((tmp_path / "whole", (3,)), (tmp_path / "parts", (2, 3))):
+        for steps in parts:
+            run = trainer(model, pictures, out, steps, CaptionReward(pictures, 3))
+            run.run()
+        records.append([json.loads(line) for line in (out / "log.jsonl").open()])
+        assert all("sampled" in record["kinds"] for record in records[-1])
+        assert {"description", "caption"} <= set(records[-1][0]["kinds"])
+    losses = [[record["loss"] for record in record_of_one] for record_of_one in records]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_padded_prompts_are_answered_as_alone(model):
+    torch.manual_seed(3)
+    rows = [torch.randn(length, 32) for length in (5, 9)]
+    embeds, mask = padded(rows)
+    generator = torch.Generator().manual_seed(0)
+    together = sample(model, embeds, 2, 4, 1e-4, generator, mask)
+    alone = [sample(model, row[None], 2, 4, 1e-4, generator)[0] for row in rows]
+    assert together == alone

@@ -15,7 +15,7 @@ from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
-from minigpt4.training.selfcritical import CiderReward, advantages, sample
+from minigpt4.training.selfcritical import CiderReward, advantages, check_count, sample
 from minigpt4.training.trainer import Recipe, Trainer
 
 _MEASURED = 1024  # pictures, from which the covariance of the features is computed
@@ -218,8 +218,7 @@ class ExtendedTrainer(Trainer):
 def _check_samples(model: MiniGPT4, recipe: ExtendedRecipe) -> None:
     """UserError if answers cannot be sampled as the recipe says."""
     template = model.config.template
-    if recipe.samples == 1:
-        raise UserError("“--samples” compares captions with each other: use 2 or more.")
+    check_count(recipe.samples)
     if recipe.samples and template.stop[0] not in template.controls:
         raise UserError(
             f"“--samples” needs answers that end in a token of their own, but those of "

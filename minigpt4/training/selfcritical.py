@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
 
@@ -87,17 +88,24 @@ def sample(
     limit: int,
     temperature: float,
     generator: torch.Generator,
+    mask: Tensor | None = None,
 ) -> list[list[list[int]]]:
     """`count` answers of at most `limit` token ids to each row of `inputs` [rows, length, hidden].
 
     They are drawn from the whole distribution at `temperature`. An answer that ended has the end
-    token as its last id. The prompts are read once, and their keys and values repeated.
+    token as its last id. The prompts are read once, and their keys and values repeated. mask
+    [rows, length]: 0 for padding, on the left; attention is relative, so it may shift positions.
     """
     end = model.tokenizer.eos_token_id
-    output = model.torch_llm(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
+    mask = torch.ones(inputs.shape[:2], dtype=torch.long) if mask is None else mask
+    mask = mask.to(inputs.device)
+    output = model.torch_llm(
+        inputs_embeds=inputs, attention_mask=mask, use_cache=True, logits_to_keep=1
+    )
     cache = output.past_key_values
     cache.batch_repeat_interleave(count)
     logits = output.logits[:, -1].repeat_interleave(count, 0)
+    mask = mask.repeat_interleave(count, 0)
     drawn = []
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for _ in range(limit):
@@ -108,12 +116,21 @@ def sample(
         ended |= token[:, 0] == end
         if ended.all():
             break
-        output = model.torch_llm(input_ids=token, past_key_values=cache, use_cache=True)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        output = model.torch_llm(
+            input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
         logits = output.logits[:, -1]
     answers = []
     for ids in torch.cat(drawn, 1).tolist():
         answers.append(ids[: ids.index(end) + 1] if end in ids else ids)
     return [answers[i : i + count] for i in range(0, len(answers), count)]
+
+
+def check_count(samples: int) -> None:
+    """UserError if so many samples cannot be compared with each other."""
+    if samples == 1:
+        raise UserError("“--samples” compares captions with each other: use 2 or more.")
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:

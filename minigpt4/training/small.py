@@ -26,6 +26,7 @@ from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
 from minigpt4.training.mixture import Answered, Mixture, Picture
 from minigpt4.training.packing import pack
+from minigpt4.training.small_reward import PEOPLES, CaptionReward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
@@ -114,6 +115,7 @@ class SmallTrainer:
         validate: Callable[["SmallTrainer"], dict] | None = None,
         metadata: dict[str, str] | None = None,
         adapters: dict[str, Adapted] | None = None,
+        reward: CaptionReward | None = None,
     ) -> None:
         self.model, self.sources, self.mixture, self.recipe = model, sources, mixture, recipe
         self.out = Path(out)
@@ -140,8 +142,8 @@ class SmallTrainer:
         self._vocabulary = output[tokens].clone()
         self._index = torch.full((len(output),), -1)
         self._index[tokens] = torch.arange(len(tokens))
-        self._end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
-        self._validate, self._metadata = validate, metadata or {}
+        self.end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
+        self._validate, self._metadata, self.reward = validate, metadata or {}, reward
         self._stopping = False
         self.step = 0
         if stored:  # go on from this folder's checkpoint
@@ -169,7 +171,7 @@ class SmallTrainer:
         prompt = self.conversation(ref, answered.turns)
         ids = encode_text(self.model.tokenizer, answered.turns[-1][1])
         limit = self.recipe.max_answer_tokens
-        prompt.add_tokens(ids if len(ids) > limit else [*ids, self._end], learn=True)
+        prompt.add_tokens(ids if len(ids) > limit else [*ids, self.end], learn=True)
         if len(ids) > limit:
             cut = len(prompt) - len(ids) + limit
             prompt.ids, prompt.keys = prompt.ids[:cut], prompt.keys[:cut]
@@ -194,19 +196,54 @@ class SmallTrainer:
         self, group: Sequence[tuple[str, int]], draw: random.Random
     ) -> tuple[Tensor, TrainingBatch, list[str]]:
         """(features, packed prompts, the kind of each learned token's text) of a group."""
-        rows, weights, kinds, features = [], [], [], []
-        for place, (name, index) in enumerate(group):
-            source = self.sources[name]
-            words = "" if draw.random() < self.recipe.without_words else source.words(index, draw)
-            ref = ImageRef(f"{place:x}", words)
-            texts = self.mixture.draw(source.pictures[index], draw)
-            rows.append([self.learned(ref, text) for text in texts])
-            weights.append([text.weight for text in texts])
-            for prompt, text in zip(rows[-1], texts, strict=True):
-                kinds += [text.kind] * sum(prompt.loss_mask)
-            features.append(source.features([index]))
+        showings = [self._showing(place, one, draw) for place, one in enumerate(group)]
+        features = torch.cat([self.sources[name].features([index]) for name, index in group])
+        rewarded = self._rewarded(showings, features, draw)
+        rows, weights, temperatures, kinds = [], [], [], []
+        for place, (_, ref, texts) in enumerate(showings):
+            learned = [(self.learned(ref, text), text.weight, 1.0, text.kind) for text in texts]
+            learned += rewarded.get(place, [])
+            rows.append([one[0] for one in learned])
+            weights.append([one[1] for one in learned])
+            temperatures.append([one[2] for one in learned])
+            for prompt, _, _, kind in learned:
+                kinds += [kind] * sum(prompt.loss_mask)
         places = {f"{place:x}": place for place in range(len(group))}
-        return torch.cat(features), pack(rows, places, weights), kinds
+        return features, pack(rows, places, weights, temperatures), kinds
+
+    def _showing(
+        self, place: int, one: tuple[str, int], draw: random.Random
+    ) -> tuple[Picture, ImageRef, list[Answered]]:
+        name, index = one
+        source = self.sources[name]
+        words = "" if draw.random() < self.recipe.without_words else source.words(index, draw)
+        picture = source.pictures[index]
+        return picture, ImageRef(f"{place:x}", words), self.mixture.draw(picture, draw)
+
+    def _rewarded(
+        self, showings: Sequence[tuple[Picture, ImageRef, list[Answered]]], features, draw
+    ) -> dict[int, list[tuple[Prompt, float, float, str]]]:
+        """With a reward, place -> (prompt, weight, temperature, kind) of the sampled captions.
+
+        They take the place of people's captions, all but one.
+        """
+        if self.reward is None:
+            return {}
+        asked = {}
+        for place, (picture, ref, texts) in enumerate(showings):
+            captions = [text for text in texts if text.kind == "caption"]
+            if picture.source in PEOPLES and captions:
+                texts[:] = [text for text in texts if text not in captions[1:]]
+                asked[place] = (picture, ref, captions[0].turns[0][0])
+        if not asked:
+            return {}
+        images = self.embeddings(features[list(asked)]).detach()
+        seed, reward = draw.getrandbits(62), self.reward
+        found = reward(self, list(asked.values()), images, seed)
+        return {
+            place: [(prompt, weight, reward.temperature, "sampled") for prompt, weight in one]
+            for place, one in zip(asked, found, strict=True)
+        }
 
     # --- the loss -------------------------------------------------------------------------------
 
@@ -218,7 +255,7 @@ class SmallTrainer:
     def losses(self, images: Tensor, batch: TrainingBatch) -> Tensor:
         """The cross-entropy of each learned token."""
         hidden = self.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
-        logits = F.linear(hidden, self._vocabulary).float()
+        logits = F.linear(hidden, self._vocabulary).float() / batch.temperatures[:, None]
         wanted = self._index[batch.targets]  # -1, not learned: a token that no other answer has
         return F.cross_entropy(logits, wanted, reduction="none", ignore_index=-1)
 
@@ -257,7 +294,7 @@ class SmallTrainer:
             group["lr"] = group["peak"] * learning_rate(self.recipe, self.step)
         draw = random.Random(f"{self.recipe.seed} {self.step}")
         groups = [self.batch(group, draw) for group in self.chosen(self.step)]
-        total = sum(batch.weights.sum() for _, batch, _ in groups)
+        total = sum(batch.weights.clamp_min(0).sum() for _, batch, _ in groups)
         by_kind, lengths = defaultdict(list), []
         self.optimizer.zero_grad()
         for features, batch, kinds in groups:
@@ -277,6 +314,7 @@ class SmallTrainer:
         return {
             "step": self.step + 1,
             "loss": round(sum(every) / len(every), 4),
+            **({"sampled": round(self.reward.taken(), 3)} if self.reward else {}),
             "kinds": {k: round(sum(v) / len(v), 3) for k, v in sorted(by_kind.items())},
             "gradient": round(norm.item(), 4),
             "length": round(sum(lengths) / len(lengths), 3),

@@ -18,6 +18,7 @@ from minigpt4.evaluation.metrics import caption_scores, is_repetitive
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Objects
 from minigpt4.training.packing import pack
+from minigpt4.training.small_reward import padded
 
 if TYPE_CHECKING:
     from minigpt4.training.small import SmallTrainer, Source
@@ -177,12 +178,7 @@ class Probe:
 
 def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
     """The likeliest answers to prompts [length, hidden] of different lengths."""
-    longest = max(len(row) for row in rows)
-    embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        embeds[place, longest - len(row) :] = row
-        mask[place, longest - len(row) :] = 1
+    embeds, mask = padded(rows)
     end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
     ids = model.torch_llm.generate(
         inputs_embeds=embeds,

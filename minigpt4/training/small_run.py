@@ -21,6 +21,7 @@ from minigpt4.training import adapters, int8, mixture, small, small_start, word_
 from minigpt4.training.features import Features
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source
 from minigpt4.training.small_probe import Probe
+from minigpt4.training.small_reward import CaptionReward
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary
 from minigpt4.weights.adapters import read_adapters
@@ -65,6 +66,10 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         ]
     for source in kept.values():
         source.pictures = mixture.Objects().count(source.pictures)
+    reward = None
+    if options.samples:
+        captioned = (p for source in trained.values() for p in source.pictures)
+        reward = CaptionReward(captioned, options.samples, options.reward_weight)
     recipe = SmallRecipe(seed=options.seed)
     overrides = {"steps": options.steps, "peak_lr": options.peak_lr}
     recipe = replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
@@ -83,6 +88,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
             "pictures": str(sum(len(s.pictures) for s in trained.values())),
         },
         adapted,
+        reward,
     )
     if trainer.step:
         say(f"Resuming at step {trainer.step} of {recipe.steps}.")

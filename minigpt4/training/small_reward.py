@@ -1,0 +1,96 @@
+"""Captions of small models by their score: sampled ones are compared by CIDEr (`selfcritical`)."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.training.mixture import Picture
+from minigpt4.training.selfcritical import CiderReward, advantages, check_count, sample
+
+if TYPE_CHECKING:
+    from minigpt4.training.small import SmallTrainer
+
+PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
+_LIMIT = 30  # tokens of a sampled caption
+
+
+class CaptionReward:
+    """`samples` captions of each picture; `weight`: of a token whose caption scores 1.0 above the
+    others. They are sampled at `temperature`, and learned at it."""
+
+    def __init__(
+        self,
+        pictures: Iterable[Picture],
+        samples: int,
+        weight: float = 2.0,
+        temperature: float = 0.6,
+    ) -> None:
+        check_count(samples)
+        references = {p.key: p.captions for p in pictures if p.source in PEOPLES}
+        self._cider = CiderReward(references)
+        self.samples, self.weight, self.temperature = samples, weight, temperature
+        self.scores: list[float] = []  # the mean of each picture's captions, since last taken
+
+    def __call__(
+        self,
+        trainer: "SmallTrainer",
+        asked: Sequence[tuple[Picture, ImageRef, str]],
+        images: Tensor,
+        seed: int,
+    ) -> list[list[tuple[Prompt, float]]]:
+        """(prompt with a sampled caption to learn, weight of its tokens) for each question.
+
+        images: embeddings of the pictures asked about [questions, image_tokens, hidden].
+        """
+        model = trainer.model
+        questions = [trainer.conversation(ref, ((text, ""),)) for _, ref, text in asked]
+        with torch.no_grad():
+            rows = [
+                model.embed(question, {ref.key: one})[0]
+                for question, (_, ref, _), one in zip(questions, asked, images, strict=True)
+            ]
+        inputs, mask = padded(rows)
+        generator = torch.Generator(inputs.device).manual_seed(seed)
+        drawn = sample(model, inputs, self.samples, _LIMIT, self.temperature, generator, mask)
+        return [
+            self._weighted(trainer, picture.key, ref, text, answers)
+            for (picture, ref, text), answers in zip(asked, drawn, strict=True)
+        ]
+
+    def _weighted(
+        self,
+        trainer: "SmallTrainer",
+        key: str,
+        ref: ImageRef,
+        asked: str,
+        answers: Sequence[Sequence[int]],
+    ) -> list[tuple[Prompt, float]]:
+        tokenizer, rewards, prompts = trainer.model.tokenizer, [], []
+        for ids in answers:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            rewards.append(self._cider(key, text, ids[-1] == trainer.end))
+            prompt = trainer.conversation(ref, ((asked, ""),))
+            prompt.add_tokens(list(ids), learn=True)
+            prompts.append(prompt)
+        self.scores.append(sum(rewards) / len(rewards))
+        weights = [self.weight * advantage for advantage in advantages(rewards)]
+        return list(zip(prompts, weights, strict=True))
+
+    def taken(self) -> float:
+        """The mean score since the last call."""
+        scores, self.scores = self.scores, []
+        return sum(scores) / max(1, len(scores))
+
+
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [length, hidden] of different lengths -> (padded on the left, attention mask)."""
+    longest = max(len(row) for row in rows)
+    embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        embeds[place, longest - len(row) :] = row
+        mask[place, longest - len(row) :] = 1
+    return embeds, mask
