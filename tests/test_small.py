@@ -409,7 +409,8 @@ def test_captions_are_compared_by_their_score(model, pictures, tmp_path):
     run = trainer(model, pictures, tmp_path, 1, reward)
     one = next(p for p in pictures if p.source == "captioned")
     answers = [model.tokenizer.encode(text) for text in (one.captions[0], "A dog.", "Rain, rain.")]
-    found = reward._weighted(run, one.key, ImageRef("1"), "Briefly.", [a + [2] for a in answers])
+    question = run.conversation(ImageRef("1"), (("Briefly.", ""),))
+    found = reward.weighted(model, one, question, [a + [2] for a in answers])
     weights = [weight for _, weight in found]
     assert sum(weights) == pytest.approx(0, abs=1e-5)
     assert weights[0] > weights[1] >= weights[2] and weights[0] > 0 > weights[2]

@@ -15,7 +15,7 @@ from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
-from minigpt4.training.selfcritical import CiderReward, advantages, check_count, sample
+from minigpt4.training.selfcritical import CiderReward, advantages, answered, check_count, sample
 from minigpt4.training.trainer import Recipe, Trainer
 
 _MEASURED = 1024  # pictures, from which the covariance of the features is computed
@@ -168,7 +168,7 @@ class ExtendedTrainer(Trainer):
             drawn = self._draw(questions, features[members], generator)
             for i, question, answers in zip(members, questions, drawn, strict=True):
                 rewards = self._score(self.examples[chosen[i][0]].key, answers)
-                rows[i] = [_answered(question, ids) for ids in answers]
+                rows[i] = [answered(question, ids) for ids in answers]
                 weights[i] = [recipe.reward_weight * a for a in advantages(rewards)]
                 temperatures[i] = [recipe.sample_temperature] * len(answers)
         return temperatures
@@ -238,15 +238,6 @@ def question_of(prompt: Prompt) -> Prompt:
     return Prompt(
         prompt.ids[:length], prompt.keys[:length], prompt.images, prompt.loss_mask[:length]
     )
-
-
-def _answered(question: Prompt, ids: Sequence[int]) -> Prompt:
-    """A training prompt of the question and an answer to learn."""
-    prompt = Prompt(
-        list(question.ids), list(question.keys), question.images, list(question.loss_mask)
-    )
-    prompt.add_tokens(ids, learn=True)
-    return prompt
 
 
 def name_classes(model: MiniGPT4) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.prompt import Prompt
 
 _SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
 _LONGEST = 4  # words in an n-gram
@@ -137,3 +138,12 @@ def advantages(rewards: Sequence[float]) -> list[float]:
     """Each reward minus the mean of the others."""
     total, others = sum(rewards), len(rewards) - 1
     return [reward - (total - reward) / others for reward in rewards]
+
+
+def answered(question: Prompt, ids: Sequence[int]) -> Prompt:
+    """A training prompt of the question and an answer to learn."""
+    prompt = Prompt(
+        list(question.ids), list(question.keys), question.images, list(question.loss_mask)
+    )
+    prompt.add_tokens(ids, learn=True)
+    return prompt

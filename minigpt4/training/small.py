@@ -142,7 +142,7 @@ class SmallTrainer:
         self._vocabulary = output[tokens].clone()
         self._index = torch.full((len(output),), -1)
         self._index[tokens] = torch.arange(len(tokens))
-        self.end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
+        self._end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
         self._validate, self._metadata, self.reward = validate, metadata or {}, reward
         self._stopping = False
         self.step = 0
@@ -171,7 +171,7 @@ class SmallTrainer:
         prompt = self.conversation(ref, answered.turns)
         ids = encode_text(self.model.tokenizer, answered.turns[-1][1])
         limit = self.recipe.max_answer_tokens
-        prompt.add_tokens(ids if len(ids) > limit else [*ids, self.end], learn=True)
+        prompt.add_tokens(ids if len(ids) > limit else [*ids, self._end], learn=True)
         if len(ids) > limit:
             cut = len(prompt) - len(ids) + limit
             prompt.ids, prompt.keys = prompt.ids[:cut], prompt.keys[:cut]
@@ -234,12 +234,12 @@ class SmallTrainer:
             captions = [text for text in texts if text.kind == "caption"]
             if picture.source in PEOPLES and captions:
                 texts[:] = [text for text in texts if text not in captions[1:]]
-                asked[place] = (picture, ref, captions[0].turns[0][0])
+                asked[place] = (picture, self.conversation(ref, captions[0].turns))
         if not asked:
             return {}
         images = self.embeddings(features[list(asked)]).detach()
         seed, reward = draw.getrandbits(62), self.reward
-        found = reward(self, list(asked.values()), images, seed)
+        found = reward(self.model, list(asked.values()), images, seed)
         return {
             place: [(prompt, weight, reward.temperature, "sampled") for prompt, weight in one]
             for place, one in zip(asked, found, strict=True)

@@ -1,17 +1,14 @@
 """Captions of small models by their score: sampled ones are compared by CIDEr (`selfcritical`)."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.prompt import Prompt
 from minigpt4.training.mixture import Picture
-from minigpt4.training.selfcritical import CiderReward, advantages, check_count, sample
-
-if TYPE_CHECKING:
-    from minigpt4.training.small import SmallTrainer
+from minigpt4.training.selfcritical import CiderReward, advantages, answered, check_count, sample
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
 _LIMIT = 30  # tokens of a sampled caption
@@ -36,8 +33,8 @@ class CaptionReward:
 
     def __call__(
         self,
-        trainer: "SmallTrainer",
-        asked: Sequence[tuple[Picture, ImageRef, str]],
+        model: MiniGPT4,
+        asked: Sequence[tuple[Picture, Prompt]],
         images: Tensor,
         seed: int,
     ) -> list[list[tuple[Prompt, float]]]:
@@ -45,39 +42,34 @@ class CaptionReward:
 
         images: embeddings of the pictures asked about [questions, image_tokens, hidden].
         """
-        model = trainer.model
-        questions = [trainer.conversation(ref, ((text, ""),)) for _, ref, text in asked]
         with torch.no_grad():
             rows = [
-                model.embed(question, {ref.key: one})[0]
-                for question, (_, ref, _), one in zip(questions, asked, images, strict=True)
+                model.embed(question, {question.images[0][1].key: one})[0]
+                for (_, question), one in zip(asked, images, strict=True)
             ]
         inputs, mask = padded(rows)
         generator = torch.Generator(inputs.device).manual_seed(seed)
         drawn = sample(model, inputs, self.samples, _LIMIT, self.temperature, generator, mask)
         return [
-            self._weighted(trainer, picture.key, ref, text, answers)
-            for (picture, ref, text), answers in zip(asked, drawn, strict=True)
+            self.weighted(model, picture, question, answers)
+            for (picture, question), answers in zip(asked, drawn, strict=True)
         ]
 
-    def _weighted(
+    def weighted(
         self,
-        trainer: "SmallTrainer",
-        key: str,
-        ref: ImageRef,
-        asked: str,
+        model: MiniGPT4,
+        picture: Picture,
+        question: Prompt,
         answers: Sequence[Sequence[int]],
     ) -> list[tuple[Prompt, float]]:
-        tokenizer, rewards, prompts = trainer.model.tokenizer, [], []
+        """Answers, as token ids, by their score against each other."""
+        end, rewards = model.tokenizer.eos_token_id, []
         for ids in answers:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            rewards.append(self._cider(key, text, ids[-1] == trainer.end))
-            prompt = trainer.conversation(ref, ((asked, ""),))
-            prompt.add_tokens(list(ids), learn=True)
-            prompts.append(prompt)
+            text = model.tokenizer.decode(ids, skip_special_tokens=True)
+            rewards.append(self._cider(picture.key, text, ids[-1] == end))
         self.scores.append(sum(rewards) / len(rewards))
         weights = [self.weight * advantage for advantage in advantages(rewards)]
-        return list(zip(prompts, weights, strict=True))
+        return [(answered(question, ids), w) for ids, w in zip(answers, weights, strict=True)]
 
     def taken(self) -> float:
         """The mean score since the last call."""
