@@ -41,7 +41,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     dtype = small.fastest_dtype()
     model = load_model(config, files, "cpu", "none", dtype, seed=options.seed, adapters=False)
     model.torch_llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
-    integers = int8.is_faster()
+    integers = int8.is_faster(dtype)
     if integers:
         int8.replace_linears(model.torch_llm.get_decoder().layers)
     adapted = {}
