@@ -1,6 +1,7 @@
 """Conversations written down and opened again; websites found in answers."""
 
 import json
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -9,7 +10,8 @@ from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.image import Picture, data_url
-from minigpt4.web.page import render, transcript
+from minigpt4.web.page import looks, render, transcript
+from minigpt4.web.page.session import Session
 
 
 @pytest.fixture
@@ -42,6 +44,27 @@ def test_what_is_written_can_be_read(conversation, tmp_path, side):
     sizes = [again.pictures[i.key].rgb.size for i in again.messages[0].images]
     assert sizes[1] == (30, 40) and max(sizes[0]) == min(side, 400)
     assert data["title"] == "What are <these>?"
+
+
+def test_captions_are_kept(conversation):
+    first, second = conversation.messages[0].images
+    looks.note(first.key, caption="A red wall")
+    data = transcript.to_data(conversation, captions={second.key: "A blue wall", "gone": "Sea"})
+    data["captions"] |= {"other": "No such picture", first.key: data["captions"][first.key]}
+    read = transcript.from_data(data)
+    again = [image.key for image in read.conversation.messages[0].images]
+    assert read.captions == dict(zip(again, ["A red wall", "A blue wall"], strict=True))
+    session = Session(read.conversation, captions=read.captions)
+    render.make_thumbnails(session.conversation)
+    addresses = [
+        m["content"][0]["file"]["url"]
+        for m in render._pictures(read.conversation.messages[0], session)
+    ]
+    assert ["A red wall" in unquote(addresses[0]), "A blue wall" in unquote(addresses[1])] == [
+        True
+    ] * 2
+    for wrong in (None, 3, {first.key: 3}, ["a"]):
+        assert transcript.from_data({**data, "captions": wrong}).captions == {}
 
 
 @pytest.mark.parametrize(

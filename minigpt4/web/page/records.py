@@ -19,7 +19,9 @@ def record(session: Session, model: str) -> dict:
     return {
         "name": session.name,
         "about": asdict(session.entry) if session.entry else None,
-        "data": transcript.without_pictures(session.conversation, model, stop, session.forks, keys),
+        "data": transcript.without_pictures(
+            session.conversation, model, stop, session.forks, keys, session.captions
+        ),
         "pictures": {
             keys.get(key, key): {"path": path, "name": Path(session.files.get(key, "")).name}
             for key in sorted(used)

@@ -156,7 +156,7 @@ def _pictures(message: Message, session: Session) -> list[dict]:
             shown.append(_message("user", [TextMessage(text="(picture)")]))
             continue
         whole = session.files.get(reference.key, "")
-        caption = looks.find(reference.key).caption
+        caption = looks.find(reference.key).caption or session.captions.get(reference.key, "")
         told = [number, len(message.images), Path(whole).name, caption, encode_file_path(whole)]
         url = f"{FILE_URL}{encode_file_path(path)}#{quote(json.dumps(told), safe='')}"
         file = FileData(path=path, url=url, mime_type=get_mimetype(path))

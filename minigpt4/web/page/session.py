@@ -49,6 +49,7 @@ class Session:
     uploads: dict[str, Picture] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # picture's key -> path of its upload
     keys: dict[str, str] = field(default_factory=dict)  # picture's key -> its key in the browser
+    captions: dict[str, str] = field(default_factory=dict)  # picture's key -> as it was opened with
     entry: "About | None" = None  # of the browser's list, where a file told it
     answer: Answer | None = None  # the running one, or the last one
     busy: bool = False  # while an answer is running

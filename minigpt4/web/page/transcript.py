@@ -15,6 +15,7 @@ from minigpt4.web.guard import decoding
 from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
+from minigpt4.web.page import looks
 from minigpt4.web.page.titles import subject
 from minigpt4.web.page.versions import Fork, Forks, Tail, hidden_messages
 
@@ -53,8 +54,8 @@ class Transcript:
     """A conversation that was written down.
 
     stop: why its last answer ended; forks: its other versions; model: that answered last. keys: a
-    picture's key -> what the data calls it; files: a picture's key -> its uploaded file, where it
-    has one.
+    picture's key -> what the data calls it; files, captions: a picture's key -> its uploaded file
+    and its caption, where it has one.
     """
 
     conversation: Conversation
@@ -64,6 +65,7 @@ class Transcript:
     about: About = field(default_factory=About)
     keys: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
 
 
 def to_data(
@@ -72,11 +74,13 @@ def to_data(
     model: str = "",
     stop: str = "",
     forks: Forks | None = None,
+    captions: Mapping[str, str] | None = None,
 ) -> dict:
     """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long."""
     used = used_pictures(conversation, forks or {})
     pictures = {k: data_url(p, side) for k, p in conversation.pictures.items() if k in used}
-    return {**without_pictures(conversation, model, stop, forks or {}, {}), "pictures": pictures}
+    told = without_pictures(conversation, model, stop, forks or {}, {}, captions or {})
+    return {**told, "pictures": pictures}
 
 
 def used_pictures(conversation: Conversation, forks: Forks) -> set[str]:
@@ -86,9 +90,17 @@ def used_pictures(conversation: Conversation, forks: Forks) -> set[str]:
 
 
 def without_pictures(
-    conversation: Conversation, model: str, stop: str, forks: Forks, keys: Mapping[str, str]
+    conversation: Conversation,
+    model: str,
+    stop: str,
+    forks: Forks,
+    keys: Mapping[str, str],
+    captions: Mapping[str, str],
 ) -> dict:
-    """The same data but for the pictures, which it calls as `keys` says."""
+    """The same data but for the pictures, which it calls as `keys` says.
+
+    captions: those that the conversation was opened with.
+    """
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -98,6 +110,11 @@ def without_pictures(
         "stop": stop,
         "messages": _messages(conversation.messages, keys),
         "forks": _forks(forks, keys),
+        "captions": {
+            keys.get(key, key): caption
+            for key in sorted(used_pictures(conversation, forks))
+            if (caption := looks.find(key).caption or captions.get(key, ""))
+        },
     }
 
 
@@ -216,7 +233,17 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
         model if isinstance(model, str) else "",
         read_about(fields.get("about")),
         {picture.key: key for key, picture in pictures.items()},
+        captions=_captions(fields.get("captions"), pictures),
     )
+
+
+def _captions(data: object, pictures: Mapping[str, Picture]) -> dict[str, str]:
+    """Picture's key -> its caption; what is wrong is left out."""
+    return {
+        pictures[key].key: caption[:MAX_TITLE]
+        for key, caption in (data if isinstance(data, dict) else {}).items()
+        if key in pictures and isinstance(caption, str)
+    }
 
 
 def _read_tail(data: object, start: int, pictures: dict[str, Picture]) -> Tail:
