@@ -323,6 +323,19 @@ def test_an_encoding_that_fails_leaves_nothing(examples, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_what_a_killed_run_left_is_deleted(examples, tmp_path):
+    cache = tmp_path / "cache"
+    Features(tiny_model(), examples[:2], cache=cache)
+    path = next(cache.iterdir())
+    path.unlink()
+    old, new = (path.with_suffix(f".{number}.part") for number in (1, 2))
+    for part in (old, new):
+        part.write_bytes(b"incomplete")
+    os.utime(old, (0, 0))
+    Features(tiny_model(), examples[:2], cache=cache)
+    assert {*cache.iterdir()} == {path, new}
+
+
 def test_cached_features_train_the_same(examples, tmp_path):
     fresh = train(examples, tmp_path / "fresh")
     cached = train(examples, tmp_path / "cached", feature_cache=tmp_path / "cache")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from minigpt4.training.batches import random_resized_crop
 from minigpt4.weights.llm import cpu_dtype
 
 _ENCODED_AT_ONCE = 8  # pictures; more of them do not fit a CPU's cache
+_ABANDONED = 24 * 3600  # seconds after which nobody writes an incomplete file any more
 _NAMED = 10  # unreadable pictures; the others are only counted
 
 
@@ -134,6 +136,9 @@ class Features:
         cache.mkdir(parents=True, exist_ok=True)
         path = cache / f"features-{config.name}-{name}.npy"
         if not path.exists():
+            for left in path.parent.glob(f"{path.stem}.*.part"):  # by a run that was killed
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink(missing_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.part")  # another run may write it too
             try:
                 stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
