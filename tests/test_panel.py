@@ -346,12 +346,8 @@ def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
         page.get_by_role("button", name="New chat").click()
         expect(answers(page)).to_have_count(0)
 
-        def chosen() -> bool:  # again, if it came while the new chat was still being shown
-            model.select_option("mini")
-            page.wait_for_timeout(1000)
-            return "mini" in foot.inner_text()
-
-        wait_for(chosen)
+        model.select_option("mini")  # perhaps while the new chat is still being shown
+        expect(foot).to_contain_text("mini")
         ask(page, "And you?")
         assert (len(nano.asked), len(mini.asked)) == (1, 1)
         page.get_by_role("button", name="New chat").click()

@@ -223,7 +223,9 @@ class ChatPage:
         """The selector of models in the head."""
         known = [self._remembered, self._session]
         shown = self._model_parts[1:]  # the selector shows the choice, and keeps the focus
-        self._head.input(self.choose_model, known, shown, js=SETTINGS_JS, **EVENT)
+        chosen = self._head.input(self.choose_model, self._session, None, **EVENT)
+        # Only then, so that it comes after what a new chat's events show of the model before.
+        chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **EVENT)
 
     def greet(self, remembered: object, session: Session, request: gr.Request) -> list:
         """What was not known, or not in the visitor's language, when the page was built.
@@ -249,12 +251,13 @@ class ChatPage:
         line = translate("loading", request, step=loading.step, seconds=loading.seconds)
         return [line, gr.skip(), *unchanged]
 
-    def choose_model(
-        self, remembered: object, session: Session, chosen: gr.EventData, request: gr.Request
-    ) -> list:
+    def choose_model(self, session: Session, chosen: gr.EventData) -> None:
         """Have another model answer from the next question on."""
-        session.model = self._loading.name(str(chosen.value))
-        return self.show_model(remembered, session, request)[1:]
+        session.latest.model = self._loading.name(str(chosen.value))
+
+    def show_model_beside(self, remembered: object, session: Session, request: gr.Request) -> list:
+        """The same as `show_model`, without the selector."""
+        return self.show_model(remembered, session.latest, request)[1:]
 
     def show_model(self, remembered: object, session: Session, request: gr.Request) -> list[Any]:
         """What the page says of the session's model, and the settings that are its own."""
