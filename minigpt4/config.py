@@ -427,7 +427,7 @@ _MINI = ModelConfig(
             ),
         ),
     },
-    sampling={"temperature": 0.5, "repetition_penalty": 1.1},
+    sampling={"temperature": 0.2, "repetition_penalty": 1.1},
     embedding_length=0.6,
     words=Words(),
     adapters=LowRank(),
