@@ -426,7 +426,7 @@ def test_a_run_with_a_reward_ends_as_one_that_was_not_stopped(model, pictures, t
             run = trainer(model, pictures, out, steps, CaptionReward(pictures, 3))
             run.run()
         records.append([json.loads(line) for line in (out / "log.jsonl").open()])
-        assert all("sampled" in record["kinds"] for record in records[-1])
+        assert any("sampled" in record["kinds"] for record in records[-1])
         assert {"description", "caption"} <= set(records[-1][0]["kinds"])
     losses = [[record["loss"] for record in record_of_one] for record_of_one in records]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import ptb_tokens
@@ -90,38 +91,42 @@ def sample(
     temperature: float,
     generator: torch.Generator,
     mask: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> list[list[list[int]]]:
     """`count` answers of at most `limit` token ids to each row of `inputs` [rows, length, hidden].
 
     They are drawn from the whole distribution at `temperature`. An answer that ended has the end
     token as its last id. The prompts are read once, and their keys and values repeated. mask
     [rows, length]: 0 for padding, on the left; attention is relative, so it may shift positions.
+    tokens: the ids that may be drawn, the end token among them; all by default.
     """
     end = model.tokenizer.eos_token_id
     mask = torch.ones(inputs.shape[:2], dtype=torch.long) if mask is None else mask
     mask = mask.to(inputs.device)
-    output = model.torch_llm(
-        inputs_embeds=inputs, attention_mask=mask, use_cache=True, logits_to_keep=1
-    )
+    weight = model.torch_llm.get_output_embeddings().weight
+    weight = weight if tokens is None else weight[tokens]
+    decoder = model.torch_llm.get_decoder()
+    output = decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=True)
     cache = output.past_key_values
     cache.batch_repeat_interleave(count)
-    logits = output.logits[:, -1].repeat_interleave(count, 0)
+    hidden = output.last_hidden_state[:, -1].repeat_interleave(count, 0)
     mask = mask.repeat_interleave(count, 0)
     drawn = []
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     for _ in range(limit):
-        token = torch.multinomial(
-            (logits.float() / temperature).softmax(-1), 1, generator=generator
-        )
+        likely = (F.linear(hidden, weight).float() / temperature).softmax(-1)
+        # A race of exponential variables: what `multinomial` does, which is slow on a CPU.
+        token = (likely / torch.empty_like(likely).exponential_(generator=generator)).argmax(-1)
+        token = (token if tokens is None else tokens[token])[:, None]
         drawn.append(token)
         ended |= token[:, 0] == end
         if ended.all():
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        output = model.torch_llm(
+        output = decoder(
             input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
         )
-        logits = output.logits[:, -1]
+        hidden = output.last_hidden_state[:, -1]
     answers = []
     for ids in torch.cat(drawn, 1).tolist():
         answers.append(ids[: ids.index(end) + 1] if end in ids else ids)

@@ -26,7 +26,7 @@ from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
 from minigpt4.training.mixture import Answered, Mixture, Picture
 from minigpt4.training.packing import pack
-from minigpt4.training.small_reward import PEOPLES, CaptionReward
+from minigpt4.training.small_reward import PEOPLES, SHARE, CaptionReward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
@@ -139,7 +139,7 @@ class SmallTrainer:
             betas=recipe.betas,
         )
         output = model.torch_llm.get_output_embeddings().weight
-        self._vocabulary = output[tokens].clone()
+        self._vocabulary, self._tokens = output[tokens].clone(), tokens
         self._index = torch.full((len(output),), -1)
         self._index[tokens] = torch.arange(len(tokens))
         self._end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
@@ -225,21 +225,21 @@ class SmallTrainer:
     ) -> dict[int, list[tuple[Prompt, float, float, str]]]:
         """With a reward, place -> (prompt, weight, temperature, kind) of the sampled captions.
 
-        They take the place of people's captions, all but one.
+        In a part of the showings they take the place of people's captions, all but one.
         """
         if self.reward is None:
             return {}
         asked = {}
         for place, (picture, ref, texts) in enumerate(showings):
             captions = [text for text in texts if text.kind == "caption"]
-            if picture.source in PEOPLES and captions:
+            if picture.source in PEOPLES and captions and draw.random() < SHARE:
                 texts[:] = [text for text in texts if text not in captions[1:]]
                 asked[place] = (picture, self.conversation(ref, captions[0].turns))
         if not asked:
             return {}
         images = self.embeddings(features[list(asked)]).detach()
         seed, reward = draw.getrandbits(62), self.reward
-        found = reward(self.model, list(asked.values()), images, seed)
+        found = reward(self.model, list(asked.values()), images, seed, self._tokens)
         return {
             place: [(prompt, weight, reward.temperature, "sampled") for prompt, weight in one]
             for place, one in zip(asked, found, strict=True)

@@ -11,7 +11,8 @@ from minigpt4.training.mixture import Picture
 from minigpt4.training.selfcritical import CiderReward, advantages, answered, check_count, sample
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
-_LIMIT = 30  # tokens of a sampled caption
+SHARE = 0.5  # of these pictures' showings, in which captions are sampled
+_LIMIT = 20  # tokens of a sampled caption
 
 
 class CaptionReward:
@@ -37,10 +38,12 @@ class CaptionReward:
         asked: Sequence[tuple[Picture, Prompt]],
         images: Tensor,
         seed: int,
+        tokens: Tensor,
     ) -> list[list[tuple[Prompt, float]]]:
         """(prompt with a sampled caption to learn, weight of its tokens) for each question.
 
         images: embeddings of the pictures asked about [questions, image_tokens, hidden].
+        tokens: the ids that may be sampled.
         """
         with torch.no_grad():
             rows = [
@@ -49,7 +52,9 @@ class CaptionReward:
             ]
         inputs, mask = padded(rows)
         generator = torch.Generator(inputs.device).manual_seed(seed)
-        drawn = sample(model, inputs, self.samples, _LIMIT, self.temperature, generator, mask)
+        drawn = sample(
+            model, inputs, self.samples, _LIMIT, self.temperature, generator, mask, tokens
+        )
         return [
             self.weighted(model, picture, question, answers)
             for (picture, question), answers in zip(asked, drawn, strict=True)
