@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize as gguf_quantize
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt4.config import get_model
@@ -18,6 +19,7 @@ from minigpt4.errors import UserError
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.weights import convert
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor
+from minigpt4.weights.tokenizer import PROBES
 from tests.block_llama import as_transformers
 from tests.parity_case import ParityCase
 from tests.random_blocks import block_llama
@@ -212,6 +214,18 @@ def test_texts_become_the_same_tokens(folder):
         assert ours.encode(text) == expected, text
         assert ours.decode(expected) == theirs.decode(expected)
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"tokenizer_class": "LLaMATokenizer"}])
+def test_tokenizers_of_2023_become_the_same_tokens(folder, given):
+    for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    if given is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(given))
+    pieces = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    target = convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 1, quiet)
+    for text in (*PROBES, "###Human: Describe it.", "###Assistant: Ünïcode"):
+        assert JsonTokenizer(target).encode(text) == pieces.encode(text), text
 
 
 @pytest.mark.parametrize("what", ["nan", "missing", "shape", "delta", "rope", "kind"])

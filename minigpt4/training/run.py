@@ -171,7 +171,7 @@ def read_examples(options: argparse.Namespace) -> list[Example]:
     """The data that the options name, in a fixed order."""
     if options.stage == 1 and is_table(options.data):  # it may lie beside filter_cap.json
         return read_table(options.data)
-    found = read_captioned(options.data, (), options.limit)
+    found = read_captioned(options.data, (), getattr(options, "limit", None))
     if options.instructions:
         if not Path(options.data, "filter_cap.json").exists():
             raise UserError(

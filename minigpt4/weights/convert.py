@@ -40,6 +40,7 @@ from minigpt4.weights.gguf import (
 )
 from minigpt4.weights.llm import check_folder, check_is_no_delta, shards_of
 from minigpt4.weights.sources import PARTS, mark_of, weights_folder
+from minigpt4.weights.tokenizer import load_tokenizer
 from minigpt4.weights.transfer import Progress, in_words
 
 CHUNK = 2**20  # weights quantised at once by a thread
@@ -188,7 +189,7 @@ def _convert_folder(
         finally:
             progress.close()
         check_is_no_delta(*outer, folder, config)
-        _save_tokenizer(folder, target)
+        load_tokenizer(folder).save_pretrained(target)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} cannot be converted to 4 bit ({error}): fetch the folder again, or choose "
@@ -207,13 +208,6 @@ def _check_space(target: Path, size: int, total: int, report: Report) -> None:
             f"The 4-bit model takes {in_words(size)}, and {weights_folder()} has {in_words(free)} "
             "free: make room, or name another folder in MINIGPT4_WEIGHTS."
         )
-
-
-def _save_tokenizer(folder: Path, target: Path) -> None:
-    from transformers import AutoTokenizer
-
-    options = {"local_files_only": True, "trust_remote_code": False}
-    AutoTokenizer.from_pretrained(folder, **options).save_pretrained(target)
 
 
 def read_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
