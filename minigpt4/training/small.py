@@ -60,7 +60,7 @@ class SmallRecipe:
     seed: int = 42
     sizes: tuple[tuple[tuple[str, int], ...], ...] = (
         (("described", 2), ("instructed", 1)),
-        (("flickr", 6), ("captioned", 2), ("named", 1)),
+        (("flickr", 8), ("captioned", 2), ("named", 1)),
     )
 
 
