@@ -217,14 +217,20 @@ def test_it_can_be_installed(visit):
         assert page.request.get(page.url.rstrip("/") + icon["src"]).ok
 
 
-def test_a_note_for_those_whose_language_the_model_does_not_speak(visit):
+def test_a_note_for_those_whose_language_the_model_does_not_speak(visit, photo):
     note = "Dieses Modell versteht und spricht nur Englisch."
-    expect(visit(locale="de-DE").locator("#note")).to_contain_text(note)
+    page = visit(locale="de-DE")
+    expect(page.locator("#note")).to_contain_text(note)
+    attach(page, photo)
+    expect(page.locator("#status")).to_contain_text("Bild")
+    expect(page.locator("#note")).to_contain_text(note)  # until the question is sent
     expect(visit().locator("#note")).to_have_text("Answers can be wrong.")
 
 
-def test_notices_stand_above_the_message(visit, engine):
+def test_notices_stand_above_the_message(visit, engine, photo):
     page = visit()
+    attach(page, photo)
+    box(page).fill("Several\nlines\nof\ntext")
     engine.full = True
     say(page, "Is anyone there?")
     notice = page.get_by_test_id("toast-body")

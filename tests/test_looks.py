@@ -64,6 +64,16 @@ def test_titles_say_what_is_in_the_picture():
     looks.note(picture.key, caption="A boat")
     assert title(conversation) == "A boat"
 
+    for asked in (
+        "Write a poem.",
+        "Tell a short story about this.",
+        "Beschreibe dieses Bild",
+        "描述这张图片。",
+    ):
+        of_any = Conversation()
+        of_any.add_question(asked, [picture])
+        assert title(of_any) == "A boat", asked
+
     telling = Conversation()
     telling.add_question("What is unusual about this image?", [picture])
     telling.add_answer("It sails in the sand.")

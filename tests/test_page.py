@@ -166,8 +166,11 @@ def test_paste_and_drop(visit, photo):
 def test_camera(visit):
     page = visit(permissions=["camera"])
     for count in (1, 2):
-        page.get_by_role("button", name="Add a picture").click()
-        page.get_by_role("menuitem", name="Camera").click()
+        if count == 1:
+            page.locator("#hello").get_by_role("button", name="Camera").click()
+        else:
+            page.get_by_role("button", name="Add a picture").click()
+            page.get_by_role("menuitem", name="Camera").click()
         video = page.locator("#camera video")
         page.get_by_role("button", name="Take the picture").click()  # enabled once it is on
         expect(video).to_have_count(0)

@@ -337,6 +337,10 @@ def test_retry_and_edit_keep_what_was_there(visit):
     page.locator("#chat").get_by_label("Submit").click()
     expect(answers(page)).to_contain_text(["red house"])
     expect(versions).to_have_text("2/2")
+    box(page).hover()
+    page.wait_for_timeout(300)
+    seen = "e => e.checkVisibility({ opacityProperty: true })"
+    assert versions.evaluate(seen)  # also while the pointer is elsewhere
     done(page)
     page.reload()  # kept as well
     expect(answers(page)).to_contain_text(["red house"])

@@ -321,7 +321,10 @@ def language_note(engine: "AnyEngine | None", request: gr.Request | None) -> str
     """For visitors whose language the model does not speak; "" for others."""
     if not engine or not engine.model.config.english_only:
         return ""
-    return "" if language(request) == "en" else translate("english_only", request)
+    spoken = language(request)
+    if spoken == "en":
+        return ""
+    return f'<span lang="{spoken}">{html.escape(translate("english_only", request))}</span>'
 
 
 def summary(engine: "AnyEngine | None") -> str:

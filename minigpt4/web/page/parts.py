@@ -18,7 +18,7 @@ PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}
 # names.js fills in the texts: see `complete` there.
 CARD = (
     '<button type="button" class="card" data-index="{index}"><img data-file="{path}" alt="" '
-    'width="320" height="200"><span data-say="{name}"></span></button>'
+    'width="320" height="240"><span data-say="{name}"></span></button>'
 )
 
 

@@ -16,7 +16,15 @@
 
   // Three dots from the moment of sending until the turn has ended.
   const sending = (now) => document.documentElement.toggleAttribute("data-sending", now);
+  // Notices stand above the message box, however high it is.
+  const height = new ResizeObserver(([{ target }]) => {
+    document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
+  });
   const update = () => {
+    const composer = find("#composer");
+    if (composer && !composer.measured) {
+      height.observe(Object.assign(composer, { measured: true }));
+    }
     const text = find("#box textarea")?.value.trim();
     const button = find("#box .submit-button");
     const empty = !text && !find("#box .thumbnail-wrapper");

@@ -6,13 +6,14 @@
   const described = ({ line, figures }) => {
     const note = document.createElement("span");
     Object.assign(note, { className: "facts", hidden: true });
-    const words = document.createElement("span");
-    words.textContent = line;
+    const all = document.createElement("details");
+    all.append(Object.assign(document.createElement("summary"), { textContent: line }));
     const list = document.createElement("dl");
     for (const [name, value] of figures) for (const [tag, text] of [["dt", name], ["dd", value]]) {
       list.append(Object.assign(document.createElement(tag), { textContent: text }));
     }
-    note.append(words, list);
+    all.append(list);
+    note.append(all);
     return note;
   };
   const add = (row, known) => {

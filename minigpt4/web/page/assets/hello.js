@@ -7,5 +7,6 @@ element.addEventListener("click", (event) => {
   if (card) {
     minigpt4.sending(true);
     trigger("select", { index: Number(card.dataset.index), value: "" });
-  } else if (event.target.closest(".drop")) minigpt4.choose();
+  } else if (event.target.closest(".take")) minigpt4.camera();
+  else if (event.target.closest(".drop")) minigpt4.choose();
 });

@@ -39,6 +39,7 @@
   const ERRORS = {
     "error_connection": /connection to the server was lost|connection errored out|failed to fetch/i,
     "error_too_large": /the request is larger than|file size exceeds/i,
+    "error_no_picture": /invalid file type/i,
     "error_too_slow": /took too long to arrive/i,
     "error_disk_full": /disk is full/i,
     "error_too_many_requests": /asked for too much without listening|queue is full/i,
