@@ -4,6 +4,7 @@ import argparse
 import os
 import stat
 import tempfile
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -57,22 +58,21 @@ def default_sampling(config: ModelConfig, **given) -> "Sampling":
 def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[ModelConfig, str]:
     """The model that “auto” selects, and why: the largest that fits into the free memory.
 
-    On a GPU its weights are downloaded where they are missing. Without one, only models whose
-    weights are here, or are a small download, are considered. free_bytes: the computer's free
-    memory; None: unknown.
+    On a GPU its weights are downloaded where they are missing. Without one, or where it is too
+    small, only models whose weights are here, or are a small download, are considered. free_bytes:
+    the computer's free memory; None: unknown, as on macOS and Windows.
     """
     from minigpt4.weights.sources import missing
 
-    default = get_model(DEFAULT_MODEL)
+    default, gpu = get_model(DEFAULT_MODEL), "no GPU was found"
     if free_gpu_bytes is not None:
-        free = free_gpu_bytes / 1e9
-        fitting = [m for m in MODELS.values() if 0 < m.gpu_gigabytes <= free]
-        if not fitting:
-            return default, f"the GPU has {free:.0f} GB free, too little for a larger one"
-        best = max(fitting, key=lambda m: m.gpu_gigabytes)
-        return best, f"the GPU has {free:.0f} GB free"
+        gpu = f"the GPU has {free_gpu_bytes / 1e9:.0f} GB free"
+        fitting = [m for m in MODELS.values() if 0 < m.gpu_gigabytes <= free_gpu_bytes / 1e9]
+        if fitting:
+            return max(fitting, key=lambda m: m.gpu_gigabytes), gpu
+        gpu += ", too little for a larger one"
     if free_bytes is None:
-        return default, "no GPU was found"
+        return max(_small(), key=lambda m: m.cpu_gigabytes), gpu
     free = free_bytes / 1e9
     fitting = [
         model
@@ -81,7 +81,13 @@ def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[M
         if model.small or not missing(model, {})
     ]
     best = max(fitting, key=lambda m: m.cpu_gigabytes, default=default)
-    return best, f"no GPU was found, and {free:.1f} GB of memory are free"
+    return best, f"{gpu}, and {free:.1f} GB of memory are free"
+
+
+def _small() -> list[ModelConfig]:
+    """The models that any computer can run, the largest first."""
+    small = [model for model in MODELS.values() if model.small]
+    return sorted(small, key=lambda m: -m.cpu_gigabytes)
 
 
 def free_gpu_memory(device: "torch.device") -> int | None:
@@ -117,8 +123,18 @@ def device_of(name: str) -> "torch.device":
     """
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            available = torch.cuda.is_available()
+        if not available and any("driver" in str(w.message) for w in caught):
+            problem = "The GPU's driver does not fit this PyTorch: update it, or install a PyTorch"
+            problem += " built for its CUDA version."
+            if name != "auto":
+                raise UserError(f"{problem} “--device cpu” runs without it.")
+            say(f"{problem} Continuing without the GPU.")
+        if name == "auto":
+            name = "cuda" if available else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -196,7 +212,16 @@ def _load(
             raise
 
     if device.type != "cpu":
-        return load(files)
+        try:
+            return load(files)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        raise UserError(
+            f"The memory of {device} is too small for {config.name} with “--quantize {quantize}”: "
+            "close what else uses the GPU, or choose a smaller --model or “--device cpu”.",
+            "memory",
+        )
     from minigpt4.weights.llm import cpu_dtype
     from minigpt4.weights.memory import check_memory, too_little
 
@@ -215,8 +240,8 @@ def _load(
 def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     """Load the model that the options name; missing weights are downloaded.
 
-    If “auto” selects a large model whose weights are not available, the default model is loaded
-    instead. `report` receives one line for each step.
+    If “auto” selects a model whose weights are not available or do not fit, the next smaller one
+    that any computer can run is loaded instead. `report` receives one line for each step.
     """
     model, progress = _open(options, report)
     progress.close()
@@ -245,15 +270,20 @@ def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progr
         return load(get_model(owner), given)
     from minigpt4.weights.memory import free_memory
 
-    config, why = choose(free_gpu_memory(device), free_memory())
+    free_gpu = free_gpu_memory(device)
+    config, why = choose(free_gpu, free_memory())
+    if options.device == "auto" and free_gpu and not 0 < config.gpu_gigabytes <= free_gpu / 1e9:
+        device = device_of("cpu")
     report(f"Model: {config.name}, because {why}.")
-    if config.name == DEFAULT_MODEL:
-        return load(config, given)
-    try:
-        return load(config, given)
-    except UserError as error:
-        report(f"{error} Continuing with {DEFAULT_MODEL}.")
-    return load(get_model(DEFAULT_MODEL), {})  # the given weights are for the large model
+    for smaller in _small():
+        if config.small and smaller.cpu_gigabytes >= config.cpu_gigabytes:
+            continue
+        try:
+            return load(config, given)
+        except UserError as error:
+            report(f"{error} Continuing with {smaller.name}.")
+        config, given = smaller, {}  # the given weights are for the larger model
+    return load(config, given)
 
 
 def _shared(options: argparse.Namespace) -> argparse.Namespace:

@@ -159,10 +159,11 @@ def test_other_errors_are_not_about_memory():
         (None, 8, {"vicuna-7b", "vicuna-13b"}, "vicuna-7b"),
         (None, 32, set(), "mini"),  # nothing large is fetched unasked
         (None, 4, {"vicuna-7b"}, "mini"),
-        (None, None, {"vicuna-7b"}, "nano"),
+        (None, None, {"vicuna-7b"}, "mini"),
         (None, 0.1, set(), "nano"),
         (20, 64, set(), "vicuna-7b"),
-        (6, 64, {"vicuna-7b"}, "nano"),
+        (6, 64, {"vicuna-7b"}, "vicuna-7b"),  # without the GPU
+        (6, 64, set(), "mini"),
     ],
 )
 def test_auto(monkeypatch, gpu, free, here, name):

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from minigpt4.weights.load import WeightFiles
 
 @pytest.mark.parametrize(
     ("gigabytes", "name"),
-    [(None, "nano"), (4, "nano"), (12.1, "vicuna-7b"), (23, "vicuna-7b"), (24.5, "vicuna-13b")],
+    [(None, "mini"), (4, "mini"), (12.1, "vicuna-7b"), (23, "vicuna-7b"), (24.5, "vicuna-13b")],
 )
 def test_auto(gigabytes, name):
     config, why = start.choose(None if gigabytes is None else int(gigabytes * 1e9))
@@ -46,7 +47,34 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     start.open_model(options)
     assert loaded == ["nano"]
     said = capsys.readouterr().err
-    assert "vicuna-13b, because it is big" in said and "Continuing with nano" in said
+    assert "vicuna-13b, because it is big" in said
+    assert said.index("Continuing with mini") < said.index("Continuing with nano")
+
+
+def test_a_gpu_that_is_too_small(monkeypatch):
+    def load_model(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("minigpt4.weights.load.load_model", load_model)
+    monkeypatch.setattr("minigpt4.weights.load.bytes_to_load", lambda *_: 1)
+    with pytest.raises(UserError, match="memory of cuda is too small for mini"):
+        start._load(get_model("mini"), None, torch.device("cuda"), "none", "auto", print)
+
+
+def test_a_driver_that_is_too_old(monkeypatch, capsys):
+    def available() -> bool:
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=2
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    with pytest.raises(UserError, match="driver"):
+        start.device_of("cuda")
+    assert not capsys.readouterr().err
+    assert start.device_of("auto").type == "cpu"
+    assert "Continuing without the GPU" in capsys.readouterr().err
+    assert start.device_of("cpu").type == "cpu"
 
 
 @pytest.mark.trust("Uploads", "another user's folder or link in the place of the upload folder")

@@ -7,16 +7,17 @@ from minigpt4.web.page import looks
 
 LONG = 60  # characters
 # A question of these words alone fits any picture: what is in the picture says more.
-_WORDS = """a about ad advert advertisement an and ask asks briefly can caption could describe detail
-    detailed do explain explains for four funny give happening happens here i image in is it joke
-    line lines me of one photo photograph picture please poem product recipe see sentence sentences
-    short shown shows something story suggest tell that the there these this three title to two what
-    what's write you
+_WORDS = """a about ad advert advertisement an and ask asks briefly can caption could describe
+    detail detailed do explain explains for four funny give happening happens here i image in is it
+    joke line lines me of one photo photograph picture please poem product recipe see sentence
+    sentences short shown shows something story suggest tell that the there these this three title
+    to two what what's write you
     aufnahme auf ausführlich beschreibe beschreiben bild bitte das dem dieses diesem ein eine einen
     foto gedicht geschichte ist kurz mir schreib schreibe sie sieht was werbetext zeigt zu
     cuento corta corto describe describir detalle esta este foto hay historia imagen la para poema
     por favor qué se un una ve
-    描述这张图片 描述这幅图片 描述一下这张图片 请描述这张图片 详细描述这张图片 这是什么 图里有什么 写一首诗 讲个故事"""
+    描述这张图片 描述这幅图片 描述一下这张图片 请描述这张图片 详细描述这张图片 这是什么
+    图里有什么 写一首诗 讲个故事"""
 _ANY_PICTURE = set(_WORDS.split())
 _OPENING = re.compile(
     r"(?:(?:the|this) (?:image|picture|photo|photograph) "
