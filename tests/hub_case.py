@@ -141,7 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.files[f"{repository}/{value['path']}"] = content
 
     def _list(self, path: str) -> None:
-        repository = path.split("/revision/")[0]
+        repository, _, revision = path.partition("/revision/")
+        if revision not in ("", "main", COMMIT):
+            return self._refuse(404, "RevisionNotFound")
         names = [
             file.removeprefix(f"{repository}/")
             for file in self.hub.files

@@ -264,6 +264,17 @@ def test_what_the_hubs_cache_has_is_not_fetched_again(hub):
     load_model(hub.config, find_weights(hub.config))
 
 
+def test_a_commit_and_a_hash_are_kept_to(hub):
+    source = Source("hub", VICUNA, "config.json", revision=COMMIT)
+    assert [remote.name for remote in fetch._hub_files(source)] == ["config.json"]
+    with pytest.raises(Exception, match="Revision"):
+        list(fetch._hub_files(replace(source, revision="f" * 40)))
+    cached = hf_hub_download(VICUNA, "config.json", revision=COMMIT)
+    digest = hashlib.sha256(hub.files[f"{VICUNA}/config.json"]).hexdigest()
+    assert str(fetch._cached(replace(source, sha256=digest))) == cached
+    assert fetch._cached(replace(source, sha256="0" * 64)) is None
+
+
 # --- out of Python packages --------------------------------------------------------------------
 
 

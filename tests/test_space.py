@@ -65,10 +65,10 @@ def test_front_matter_agrees_with_the_requirements(front):
 def test_what_is_loaded_beforehand_is_what_is_looked_for(front):
     from minigpt4.config import MODELS
 
-    known = {(s.ref, s.member) for m in MODELS.values() for s in m.files.values()}
+    known = {(s.ref, s.member, s.revision) for m in MODELS.values() for s in m.files.values()}
     for item in front["preload_from_hub"]:
-        repository, *files = item.split(" ")
-        assert any((repository, file) in known for file in (files or [""])[0].split(","))
+        repository, file, revision, *_ = [*item.split(" "), "", ""]
+        assert (repository, file, revision) in known
 
 
 def test_packages_for_debian():

@@ -145,7 +145,9 @@ def _hub_files(source: Source) -> Iterator[Remote]:
     repository, kind = _repository(source)
     headers = build_hf_headers()
     hub = HfApi()
-    info = hub.space_info(repository) if kind == "space" else hub.model_info(repository)
+    revision = source.revision or None
+    look_up = hub.space_info if kind == "space" else hub.model_info
+    info = look_up(repository, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or []]
     if source.member:
         wanted = [source.member]
@@ -193,11 +195,15 @@ def _cached(source: Source) -> Path | None:
     if source.kind != "hub" or source.tensors:
         return None
     repository, kind = _repository(source)
-    found = try_to_load_from_cache(repository, source.member or "config.json", repo_type=kind)
+    wanted = source.member or "config.json"
+    found = try_to_load_from_cache(
+        repository, wanted, revision=source.revision or None, repo_type=kind
+    )
     if not isinstance(found, str):
         return None
     if source.member:
-        return Path(found)
+        file = Path(found)
+        return file if not source.sha256 or transfer.hash_fits(file, source.sha256) else None
     folder = Path(found).parent
     return folder if is_complete(folder) else None
 
