@@ -301,9 +301,18 @@ def fit(
     needed = max_new_tokens if reserve is None else 1
     kept = max_new_tokens if reserve is None else min(reserve, max_new_tokens)
     room = config.context - kept
-    last = sum(len(part) for part in conversation.messages[-1].parts if isinstance(part, str))
-    if last > MAX_CHARACTERS:
-        raise UserError(f"The question has more than {MAX_CHARACTERS} characters.", "too_long")
+    asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
+    most = len(asked) - 1 if trim else 0
+    # Tokens are counted only of what may have room: a megabyte takes a second.
+    system = len(conversation.system or "")
+    least = bisect.bisect_left(
+        range(most),
+        -MAX_CHARACTERS,
+        key=lambda turns: -system - _characters(conversation.messages[asked[turns] :]),
+    )
+    if system + _characters(conversation.messages[asked[least] if trim else 0 :]) > MAX_CHARACTERS:
+        what = "question" if trim else "conversation"
+        raise UserError(f"The {what} has more than {MAX_CHARACTERS} characters.", "too_long")
 
     @functools.cache
     def without(turns: int) -> Prompt:
@@ -315,10 +324,8 @@ def fit(
             conversation.system,
         )
 
-    asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
-    most = len(asked) - 1 if trim else 0
     # Each dropped turn makes the prompt shorter: of a thousand turns, ten lengths are computed.
-    dropped = bisect.bisect_left(range(most), -room, key=lambda turns: -len(without(turns)))
+    dropped = bisect.bisect_left(range(most), -room, least, key=lambda n: -len(without(n)))
     prompt = without(dropped)
     if len(prompt) <= config.context - needed:
         return prompt, dropped
@@ -329,6 +336,10 @@ def fit(
         + (" or allow a shorter answer." if needed > 1 else "."),
         "too_long",
     )
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    return sum(len(part) for m in messages for part in m.parts if isinstance(part, str))
 
 
 def _without_oldest(messages: list[Message], turns: int) -> list[Message]:

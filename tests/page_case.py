@@ -132,6 +132,7 @@ def done(page: Page) -> None:
 def figures(page: Page) -> Locator:
     """What is behind the last answer's button."""
     page.locator("#chat .about").last.click()
+    page.locator("#chat .facts summary").last.click()
     return page.locator("#chat .facts").last
 
 

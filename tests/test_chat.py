@@ -16,7 +16,7 @@ from minigpt4.conversation import Conversation, ask, fit
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model import image
-from minigpt4.model.prompt import stop_sequences
+from minigpt4.model.prompt import Message, stop_sequences
 from minigpt4.model.text import TextStream
 from tests.fake_engine import FakeAnswer, FakeEngine
 from tests.parity_case import ParityCase
@@ -111,6 +111,22 @@ def test_old_turns_go_and_pictures_stay(engine, pictures):
     answer = ask(small, conversation, GREEDY)
     assert f"{dropped} turns were left out" in answer.notice
     assert "".join(answer)
+
+
+def test_much_text_is_refused_before_it_is_counted(engine, monkeypatch):
+    """A megabyte takes the tokenizer a second, in which nothing else runs."""
+    encoded = []
+    encode = chat.encode_chat
+    monkeypatch.setattr(chat, "encode_chat", lambda *a: encoded.append(a[0]) or encode(*a))
+    with pytest.raises(UserError, match="200000 characters"):
+        fit(Conversation([Message("user", ("Hi",))], system="word " * 100_000), engine, 20)
+    old = [Message(role, ("word " * 9000,)) for _ in range(20) for role in ("user", "assistant")]
+    talk = Conversation([*old, Message("user", ("Hi",))])
+    with pytest.raises(UserError, match="conversation has more"):
+        fit(talk, engine, 20, trim=False)
+    assert not encoded
+    assert fit(talk, engine, 20)[1] == 20
+    assert all(sum(map(len, (p for m in one for p in m.parts))) < 200_000 for one in encoded)
 
 
 def test_a_question_too_long_alone_is_refused(engine, pictures):

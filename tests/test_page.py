@@ -392,3 +392,18 @@ def test_failures_come_in_the_visitors_language(visit, engine, tmp_path):
     expect(page.get_by_text("Die Verbindung zum Server ist abgebrochen.")).to_be_visible()
     page.context.set_offline(False)
     visit.expected("ERR_INTERNET_DISCONNECTED|Failed to fetch|NetworkError|network|errored out")
+
+
+def test_copying_without_https(visit):
+    """There is no clipboard for scripts then: Gradio copies out of a box."""
+    page = visit()
+    page.context.add_init_script(
+        "delete Navigator.prototype.clipboard;"
+        "addEventListener('copy', (e) => { window.copied = e.clipboardData.getData('text/plain') })"
+    )
+    page.reload()
+    ask(page, "What's <this>?")
+    page.locator("#chat .user-row").hover()
+    page.get_by_role("button", name="Copy message").first.click()
+    wait_for(lambda: page.evaluate("window.copied") == "What's <this>?")
+    visit.expected("AbortError")

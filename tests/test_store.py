@@ -401,3 +401,59 @@ def test_a_question_waits_for_its_pictures(visit, tmp_path, engine):
     expect(questions(page)).to_have_count(0)
     expect(answers(page)).to_contain_text("I see 3 pictures.")
     expect(page.get_by_text("Uploading")).to_have_count(0)
+
+
+def test_a_question_is_not_sent_without_the_picture_it_waits_for(visit, photo):
+    page = visit()
+
+    def refuse(route) -> None:
+        page.wait_for_timeout(800)
+        route.fulfill(status=413, body="too large")
+
+    page.route("**/gradio_api/upload*", refuse)
+    page.locator("#box input[type=file]").set_input_files(photo)
+    expect(page.locator(".uploading")).to_be_visible()
+    say(page, "What is this?")
+    expect(page.locator(".uploading")).to_have_count(0)
+    page.wait_for_timeout(500)
+    expect(box(page)).to_have_value("What is this?")
+    expect(questions(page)).to_have_count(0)
+    visit.expected("413|too large|upload")
+
+
+def test_new_chat_keeps_what_was_not_sent(visit, photo):
+    page = visit(**WIDE)
+    ask(page, "Hello?")
+    attach(page, photo)
+    box(page).fill("Count them.")
+    new_chat(page)
+    page.wait_for_timeout(500)
+    expect(box(page)).to_have_value("Count them.")
+    box(page).press("Enter")
+    expect(answers(page)).to_contain_text("I see 1 pictures")
+    done(page)
+
+
+def test_the_keyboard_stays_in_the_list(visit):
+    page = visit(**WIDE)
+    for text in ("First?", "Second?"):
+        ask(page, text)
+        new_chat(page)
+    expect(titles(page)).to_have_count(2)
+    page.get_by_role("button", name="Pin: First?").press("Enter")
+    expect(page.get_by_role("button", name="Unpin: First?")).to_be_focused()
+    expect(titles(page).first).to_contain_text("First?")
+
+
+def test_a_browser_that_keeps_nothing(visit):
+    page = visit()
+    page.context.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no') } })"
+    )
+    page.goto(page.url + "#/c/%")  # and a damaged address
+    page.reload()
+    ask(page, "Hello?")
+    dark = page.evaluate("document.documentElement.classList.contains('dark')")
+    page.evaluate("minigpt4.theme()")
+    assert page.evaluate("document.documentElement.classList.contains('dark')") != dark
+    expect(answers(page)).to_have_count(1)

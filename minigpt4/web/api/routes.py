@@ -4,7 +4,16 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -36,6 +45,8 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 Read = Callable[[dict], tuple[ChatRequest, list[str]]]
 TO_POST = ("chat/completions", "responses", "decisions")
 T = TypeVar("T")
+# How many requests of more than a megabyte are read and opened at once, before the queue has them.
+LARGE, MOST_LARGE = 2**20, 16
 CLIENT_GONE = 499  # nginx's status for a client that closed the connection
 
 log = logging.getLogger(__name__)
@@ -71,6 +82,7 @@ class Api:
         self._service, self._keys, self._cors = service, keys, cors
         self._max_picture_bytes = max_picture_bytes
         self._started = int(time.time())
+        self._large = 0  # requests that are being read or opened
         self.responses: Counter[tuple[str, int]] = Counter()
         # Routes, not a mounted application: a mounted one would not recognise its own paths behind
         # a proxy that strips --root-path.
@@ -148,15 +160,30 @@ class Api:
         except UserError as error:
             raise renamed(ApiError.of(error)) from None
 
-    async def _decide(self, request: Request) -> Response:
-        self._service.engine()  # before the body is read
-        body = await read_body(request, self._max_picture_bytes)
+    @contextmanager
+    def _room(self, request: Request) -> Iterator[None]:
+        """Room for reading the request and opening its pictures. The error that it would end in
+        anyway, before its body is read; ApiError 429 where many large ones are being read."""
+        self._service.engine().refuse_if_full()
+        length = request.headers.get("content-length", "")
+        large = not length.isdecimal() or int(length) > LARGE
+        if large and self._large >= MOST_LARGE:
+            raise ApiError("Too many large requests at once: try again in a moment.", 429)
+        self._large += large
         try:
-            asked = await run_in_threadpool(_read, read_decisions, body)
-            engine = self._service.engine(asked.about.model)
-            engine.refuse_if_full()
-            conversation = await self._service.conversation(asked.about)
-            return json_response(await decide(engine, conversation, asked))
+            yield
+        finally:
+            self._large -= large
+
+    async def _decide(self, request: Request) -> Response:
+        try:
+            with self._room(request):
+                body = await read_body(request, self._max_picture_bytes)
+                asked = await run_in_threadpool(_read, read_decisions, body)
+                engine = self._service.engine(asked.about.model)
+                engine.refuse_if_full()
+                conversation = await self._service.conversation(asked.about)
+            return json_response(await _unless_gone(request, decide(engine, conversation, asked)))
         except UserError as error:
             kind = "input" if error.kind == "too_long" else None
             raise renamed(ApiError.of(error, kind)) from None
@@ -167,16 +194,17 @@ class Api:
         read: Read,
         make_reply: type[CompletionReply] | type[ResponseReply],
     ) -> Response:
-        self._service.engine()  # before the body is read
-        body = await read_body(request, self._max_picture_bytes)
-        # JSON of up to 28 MB takes its time.
-        asked, ignored = await run_in_threadpool(_read, read, body)
-        engine = self._service.engine(asked.model)
-        answers = await self._service.ask(asked)
+        with self._room(request):
+            body = await read_body(request, self._max_picture_bytes)
+            # JSON of up to 28 MB takes its time.
+            asked, ignored = await run_in_threadpool(_read, read, body)
+            del body
+            engine = self._service.engine(asked.model)
+            answers = await self._service.ask(asked)
         reply = make_reply(engine, answers, asked)
         headers = _headers(ignored, answers[0].dropped_turns)
         stream = asked.stream
-        del body, asked  # perhaps tens of megabytes, which the answer does not need
+        del asked  # perhaps tens of megabytes, which the answer does not need
         if stream:
             return _Events(reply.events(), answers, headers)
         await _read_all(request, answers)
@@ -229,9 +257,26 @@ async def _read_all(request: Request, answers: Sequence[Answer]) -> None:
 
 
 async def _close_when_gone(request: Request, answers: Sequence[Answer]) -> None:
+    await _gone(request)
+    _close(answers)
+
+
+async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    _close(answers)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result. ClientDisconnect, and the work ends, where the client goes away before."""
+    task, watch = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
 
 
 def _close(answers: Sequence[Answer]) -> None:

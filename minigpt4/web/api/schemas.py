@@ -252,7 +252,7 @@ class ChatRequest(Object):
             _refuse("logprobs are not available with beam search: set num_beams to 1.", "logprobs")
         if self.top_logprobs and not self.logprobs:
             _refuse("top_logprobs needs logprobs: set logprobs to true.", "top_logprobs")
-        _check_conversation(self.messages)
+        _check_conversation(self.messages, self.instructions or "")
         self._check_format()
         return self
 
@@ -290,7 +290,7 @@ class ChatRequest(Object):
         return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
 
 
-def _check_conversation(messages: Sequence[Message]) -> None:
+def _check_conversation(messages: Sequence[Message], instructions: str = "") -> None:
     """ApiError where the messages do not make a conversation, or are too much of one."""
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
@@ -302,7 +302,7 @@ def _check_conversation(messages: Sequence[Message]) -> None:
         _refuse("messages must hold a user's message: add a question.")
     if sum(len(message.images) for message in messages) > FILES_AT_ONCE:
         _refuse(f"A conversation may hold at most {FILES_AT_ONCE} pictures: leave some out.")
-    if sum(len(message.text) for message in messages) > MAX_CHARACTERS:
+    if sum(len(message.text) for message in messages) + len(instructions) > MAX_CHARACTERS:
         sentence = f"The conversation has more than {MAX_CHARACTERS} characters: shorten it."
         _refuse(sentence, code="context_length_exceeded")
 

@@ -81,7 +81,7 @@ class Uploads:
 
     def new_chat(self, session: Session) -> tuple:
         """An empty conversation: (session, messages, box, status)."""
-        return session.leave(Session(model=session.model)), [], box(False, value=None), ""
+        return session.leave(Session(model=session.model)), [], box(False), ""
 
     def open(self, path: str, session: Session, request: gr.Request) -> tuple:
         """The conversation in a file that was downloaded earlier.

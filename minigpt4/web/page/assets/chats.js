@@ -163,7 +163,10 @@
   let select = null; // the list's event, which opens a conversation
   // The page is asked to show one conversation at a time; `wanted` is the one to be shown next.
   let asked, wanted;
-  const addressed = () => decodeURIComponent(location.hash.match(/^#\/c\/([^/]+)$/)?.[1] ?? "") || null;
+  const addressed = () => {
+    try { return decodeURIComponent(location.hash.match(/^#\/c\/([^/]+)$/)?.[1] ?? "") || null; }
+    catch { return null; } // a damaged address
+  };
   const address = (id, replace) => {
     if (id === addressed()) return;
     const url = id ? `#/c/${encodeURIComponent(id)}` : location.pathname + location.search;
@@ -204,6 +207,7 @@
       const data = { ...talk, format: "minigpt4-conversation", version: 1, pictures };
       select({ index: 0, value: { about: { id }, data } });
     } catch {
+      window.minigpt4.keepUnsent();
       settle("");
       notice(say("error_connection"));
     }
@@ -273,7 +277,9 @@
 
   // --- the start -----------------------------------------------------------------------------------
   const takeOver = async () => {
-    for (const key of Object.keys(localStorage).filter((key) => key.startsWith(OLD))) {
+    let kept = [];
+    try { kept = Object.keys(localStorage); } catch { /* the browser keeps nothing */ }
+    for (const key of kept.filter((key) => key.startsWith(OLD))) {
       try {
         const { title, named, time, data } = JSON.parse(localStorage.getItem(key));
         const id = key.slice(OLD.length), keys = Object.keys(data.pictures);

@@ -9,6 +9,12 @@
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => write(written(String(text)));
   }
+  // Without https, the browser has no clipboard to write to, and Gradio copies out of a hidden box.
+  document.addEventListener("copy", (event) => {
+    if (!event.target.matches?.("body > textarea")) return;
+    event.clipboardData.setData("text/plain", written(event.target.value));
+    event.preventDefault();
+  });
   // The box that Gradio opens to edit a message.
   const editing = (box) => {
     if (!box.closest("#chat")) return;
@@ -51,16 +57,18 @@
   };
   // The visitor's choice of light or dark overrides Gradio's, which follows the system. The root
   // has the class from the start, the body as soon as Gradio sets it.
-  const chosen = () => localStorage.getItem("minigpt4:theme");
+  let chosen = null;
+  try { chosen = localStorage.getItem("minigpt4:theme"); } catch { /* the browser keeps nothing */ }
   const apply = () => {
-    if (chosen()) document.body?.classList.toggle("dark", chosen() === "dark");
+    if (chosen) document.body?.classList.toggle("dark", chosen === "dark");
     const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-    const dark = (chosen() ?? system) === "dark";
+    const dark = (chosen ?? system) === "dark";
     document.documentElement.classList.toggle("dark", dark);
   };
   const theme = () => {
     const dark = document.documentElement.classList.contains("dark");
-    localStorage.setItem("minigpt4:theme", dark ? "light" : "dark");
+    chosen = dark ? "light" : "dark";
+    try { localStorage.setItem("minigpt4:theme", chosen); } catch { /* only until a reload */ }
     apply();
   };
   const follow = () => {

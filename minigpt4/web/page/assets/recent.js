@@ -78,6 +78,7 @@ const row = (chat) => {
   const discard = button(`${say("delete")}: ${title}`, "delete", () => {
     chats.remove([chat.id]);
   });
+  item.dataset.id = chat.id;
   item.append(picture, open, pin, rename, discard);
   return item;
 };
@@ -115,7 +116,14 @@ const show = (found) => {
   if (list.querySelector("input")) return; // a name is being edited; that draws when it ends
   late = pressed;
   if (late) return;
+  // The keyboard stays where it was: in the same chat's row, on the same button.
+  const focused = list.contains(document.activeElement) && document.activeElement;
+  const within = focused && focused.closest("li");
+  const place = within ? [...within.children].indexOf(focused) : -1;
   list.replaceChildren(...groups(found));
+  if (place >= 0) {
+    [...list.querySelectorAll("li")].find(({ dataset }) => dataset.id === within.dataset.id)?.children[place].focus();
+  }
   const searched = Boolean(field.value.trim());
   none.hidden = searched || found.length > 0;
   nothing.hidden = !searched || found.length > 0;

@@ -28,6 +28,10 @@
     line = null;
     send();
   };
+  const keepUnsent = () => { waiting = false; };
+  document.addEventListener("click", ({ target }) => {
+    if (target.closest("#new-chat")) keepUnsent();
+  }, true);
   const plain = window.fetch.bind(window);
   const upload = (address, { method, headers, credentials, body }) => new Promise((resolve, reject) => {
     const sizes = [...body.values()].filter((part) => part instanceof Blob).map(({ size }) => size);
@@ -36,8 +40,15 @@
     request.withCredentials = credentials === "include";
     new Headers(headers).forEach((value, name) => request.setRequestHeader(name, value));
     request.upload.onprogress = ({ loaded, total }) => tell(loaded / total, sizes);
-    request.onload = () => resolve(new Response(request.responseText, { status: request.status }));
-    request.onerror = () => reject(new TypeError("Failed to fetch"));
+    // A question that waits for a picture is not sent without it.
+    request.onload = () => {
+      if (request.status >= 400) keepUnsent();
+      resolve(new Response(request.responseText, { status: request.status }));
+    };
+    request.onerror = () => {
+      keepUnsent();
+      reject(new TypeError("Failed to fetch"));
+    };
     request.onloadend = () => setTimeout(end); // after what the page does with the answer
     running += 1;
     tell(0, sizes);
@@ -71,6 +82,7 @@
     if (sends && event.target.matches("#box textarea")) hold(event);
   }, true);
   new MutationObserver(send).observe(root, { attributeFilter: ["data-opening"] });
+  Object.assign(window.minigpt4, { keepUnsent });
 
   // --- where pictures come from ---------------------------------------------------------------------
   document.addEventListener("change", (event) => {
