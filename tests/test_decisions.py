@@ -1,12 +1,15 @@
 """POST /v1/decisions, asked by OpenAI's own client on a real server."""
 
 import math
+import time
+from contextlib import suppress
 
 import httpx
 import pytest
 
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
+from minigpt4.web.api import routes
 from minigpt4.web.api.decisions import first_tokens
 from tests.api_case import (
     MODEL,
@@ -110,3 +113,31 @@ def test_what_cannot_be_asked(address, param, body):
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param)
     assert error["message"].endswith(".")
+
+
+def test_questions_end_when_the_client_goes_away(address, engine):
+    engine.pace = 0.05
+    try:
+        asked = {"input": ABOUT, "questions": [QUESTIONS[0]] * 100}
+        before = engine.totals.requests
+        with suppress(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/decisions", json=asked, timeout=1.5)
+        time.sleep(1.0)
+        come = engine.totals.requests
+        assert come > before
+        time.sleep(1.0)
+        assert engine.totals.requests == come < before + 100
+    finally:
+        engine.pace = 0.0
+
+
+def test_many_large_requests_wait_outside(address, monkeypatch):
+    monkeypatch.setattr(routes, "MOST_LARGE", 0)
+    ask = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "user": "u" * 60}
+    assert httpx.post(f"{address}/v1/chat/completions", json=ask).status_code == 200
+    monkeypatch.setattr(routes, "LARGE", 50)
+    refused = httpx.post(f"{address}/v1/chat/completions", json=ask)
+    assert refused.status_code == 429 and refused.headers["Retry-After"]
+    assert "try again" in refused.json()["error"]["message"]
+    monkeypatch.setattr(routes, "MOST_LARGE", 1)
+    assert httpx.post(f"{address}/v1/chat/completions", json=ask).status_code == 200

@@ -168,7 +168,8 @@ class Api:
         length = request.headers.get("content-length", "")
         large = not length.isdecimal() or int(length) > LARGE
         if large and self._large >= MOST_LARGE:
-            raise ApiError("Too many large requests at once: try again in a moment.", 429)
+            sentence = "Too many large requests at once: try again in a moment."
+            raise ApiError.of(UserError(sentence, "queue_full"))
         self._large += large
         try:
             yield
