@@ -12,6 +12,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from minigpt4.model.image import jpeg
+from minigpt4.web.page.page import build_page, serve
 from tests.page_case import (
     PHONE,
     WIDE,
@@ -22,6 +23,7 @@ from tests.page_case import (
     box,
     done,
     open_settings,
+    options,
     picture,
     questions,
     say,
@@ -457,3 +459,29 @@ def test_a_browser_that_keeps_nothing(visit):
     page.evaluate("minigpt4.theme()")
     assert page.evaluate("document.documentElement.classList.contains('dark')") != dark
     expect(answers(page)).to_have_count(1)
+
+
+def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, photo):
+    """As after a day, or once the connection of a sleeping computer was closed for an hour."""
+    page_of_all = build_page(engine)
+    visit = Visitors(browser, serve(page_of_all, options()))
+    page = visit(**WIDE)
+    attach(page, photo)
+    ask(page, "Count them.")
+    page.wait_for_function("minigpt4.chats.current")
+    wait_for(lambda: page.evaluate(KEPT, "I see 1 pictures"))
+    page_of_all.app.state_holder.session_data.clear()
+    asked = len(engine.asked)
+    say(page, "Count them again.")
+    expect(page.get_by_text("The server had forgotten this conversation.")).to_be_visible()
+    page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
+    expect(box(page)).to_have_value("Count them again.")
+    assert len(engine.asked) == asked
+    expect(answers(page)).to_have_count(1)
+    box(page).press("Enter")
+    expect(answers(page)).to_have_count(2)
+    done(page)
+    assert len(engine.asked[-1].pictures) == 1
+    page_of_all.close(verbose=False)
+    visit.expected("AbortError|Connection errored out")
+    visit.check()

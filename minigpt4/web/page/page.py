@@ -54,6 +54,7 @@ WITHOUT_REFUSED = (
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 # A conversation that is opened before would be lost: `renew` would put the first session back.
 LOADED_JS = "() => { minigpt4.chats.loaded(); }"
+ASKED_JS = "(box, session, shown, ...rest) => [box, session, minigpt4.chats.current, ...rest]"
 SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
 # New chats have the visitor's own system prompt, not that of the conversation that was shown.
 OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
@@ -151,8 +152,9 @@ class ChatPage:
         session, box, chatbot, side = self._session, self._box, self._chatbot, self._panel
         settings = list(side.settings.values())
         shown = [chatbot, box, self._status, side.keeper]
+        asked = [box, session, gr.JSON(visible=False), *settings]
         events = [
-            box.submit(turns.ask, [box, session, *settings], shown, **EVENT),
+            box.submit(turns.ask, asked, shown, js=ASKED_JS, **EVENT),
             chatbot.retry(turns.retry, [session, *settings], shown, **EVENT),
             chatbot.edit(turns.edit, [session, *settings], shown, **EVENT),
             chatbot.option_select(turns.option, [session, *settings], shown, **EVENT),

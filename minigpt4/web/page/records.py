@@ -30,6 +30,11 @@ def record(session: Session, model: str) -> dict:
     }
 
 
+def forgotten(name: str) -> dict:
+    """What assets/chats.js is told where the server no longer has the conversation it shows."""
+    return {"mark": secrets.token_hex(4), "forgotten": name, "records": []}
+
+
 def told(session: Session, *records: dict, settled: bool = False) -> dict:
     """What assets/chats.js is told: records, and the name of the conversation that the page shows.
 

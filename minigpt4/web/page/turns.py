@@ -46,9 +46,21 @@ class Turns:
         self._names = names
 
     async def ask(
-        self, value: dict, session: Session, request: gr.Request, *settings: float | str | None
+        self,
+        value: dict,
+        session: Session,
+        shown: str | None,
+        request: gr.Request,
+        *settings: float | str | None,
     ) -> AsyncGenerator[tuple, None]:
-        """Ask what is in the box, which is emptied once the engine has accepted the question."""
+        """Ask what is in the box, which is emptied once the engine has accepted the question.
+
+        shown: the browser's name of the conversation that the page shows. Where the session knows
+        nothing of it, as after a day, nothing is asked: the page opens it again.
+        """
+        if shown and not session.name:
+            yield (*UNCHANGED[:3], records.forgotten(shown))
+            return
 
         def conversation() -> Conversation:
             return session.with_question(value["text"], [uploaded(path) for path in value["files"]])

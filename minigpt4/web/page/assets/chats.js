@@ -242,6 +242,11 @@
   // What records.py tells: conversations to be kept, and which one the page shows.
   const told = (news) => {
     if (!news) return;
+    if (news.forgotten) {
+      notice(say("forgotten"));
+      open(news.forgotten, true);
+      return;
+    }
     for (const record of news.records) inTurn(() => keep(record));
     inTurn(() => {
       const id = news.shown ? places.get(news.shown)?.id ?? news.shown : null;
