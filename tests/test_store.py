@@ -13,6 +13,7 @@ from playwright.sync_api import Page, expect
 
 from minigpt4.model.image import jpeg
 from minigpt4.web.page.page import build_page, serve
+from tests.fake_engine import FakeAnswer
 from tests.page_case import (
     PHONE,
     WIDE,
@@ -461,8 +462,9 @@ def test_a_browser_that_keeps_nothing(visit):
     expect(answers(page)).to_have_count(1)
 
 
-def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, photo):
+def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, photo, monkeypatch):
     """As after a day, or once the connection of a sleeping computer was closed for an hour."""
+    monkeypatch.setattr("minigpt4.web.page.session.ask", FakeAnswer)
     page_of_all = build_page(engine)
     visit = Visitors(browser, serve(page_of_all, options()))
     page = visit(**WIDE)
