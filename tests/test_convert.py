@@ -12,10 +12,13 @@ from gguf.quants import quantize as gguf_quantize
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import random_model
 from minigpt4.config import get_model
+from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.engine.kernels.build import library
 from minigpt4.engine.native import NativeDecoder, quantize
 from minigpt4.errors import UserError
+from minigpt4.model.prompt import Prompt
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.weights import convert
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor
@@ -292,3 +295,20 @@ def test_an_unreadable_gguf_file(weights, tmp_path):
     write_gguf(tmp_path / "other.gguf", block_llama(), "mamba")
     with pytest.raises(UserError, match="mamba"):
         convert.make_blocks(get_model("vicuna-7b"), tmp_path / "other.gguf", quantize, 1, quiet)
+
+
+def test_a_random_model_of_a_published_size_answers(monkeypatch, tmp_path):
+    """What `benchmarks.chat --weights random` measures; the kinds of blocks are those of
+    converted weights."""
+    small = {"hidden": 512, "layers": 8, "heads": 4, "inner": 768, "vocabulary": 401}
+    monkeypatch.setitem(random_model.SIZES, "vicuna-7b", small)
+    monkeypatch.setattr(random_model, "POOL", 2**14)
+    path = random_model.write("vicuna-7b", 2, tmp_path)
+    llama = BlockLlama.open(tmp_path)
+    assert (llama.layers, llama.vocabulary, llama.head_dim) == (2, 401, 128)
+    for name, tensor in llama.tensors.items():
+        assert tensor.kind == convert.kind_of(name, tensor.shape, 2), name
+    sampling = Sampling(temperature=0, max_new_tokens=3)
+    prompt = Prompt([1, 5, 300], [1, 5, 300], [], [False] * 3)
+    with Engine(random_model.open_model("vicuna-7b", path)) as engine:
+        assert len(list(engine.submit(Request(prompt, {}, sampling)))) == 3
