@@ -23,7 +23,7 @@ from minigpt4.model.objects import OBJECTS
 from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import WordHead, choose, load_words
 from minigpt4.training import int8, small_run, small_start, word_head
-from minigpt4.training.mixture import Answered, Mixture, Objects, Picture
+from minigpt4.training.mixture import Answered, Mixture, Objects, Picture, read_pictures
 from minigpt4.training.selfcritical import sample
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
 from minigpt4.training.small_probe import Probe, yes_no_scores
@@ -313,6 +313,33 @@ def test_a_folder_of_data_is_read(tmp_path):
     assert [p.source for p in found["stage2"]] == ["instructed"] * 2
     with pytest.raises(UserError):
         small_run.read(tmp_path / "coco")
+
+
+def test_what_is_wrong_in_the_data_is_left_out(tmp_path):
+    """Each of these ended a run with a traceback."""
+    good = {"captions": ["A dog runs."], "description": "A dog. It runs."}
+    contents = {
+        "cam_22.5mm.json": json.dumps(good | {"questions": [None, ["Wet?", "No."], ["a"]]}),
+        "list.json": "[1]",
+        "damaged.json": "{",
+        "._cam_22.5mm.json": "\0damaged",
+        "text.txt": "A cat.",
+        "task.json": json.dumps(good | {"task": ["only"], "statements": "no", "knowledge": 3}),
+    }
+    for key in ("list", "damaged"):
+        contents[f"{key}.txt"] = "A bird."
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        for key in ("cam_22.5mm", "list", "damaged", "text", "task"):
+            contents[f"{key}.jpg"] = jpeg(picture(1))
+        for name, content in contents.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            shard.addfile(member, io.BytesIO(data))
+    found = {p.key: p for p in read_pictures(str(tmp_path / "x.tar"))}
+    assert found["x/cam_22.5mm"].pairs == (("Wet?", "No."),)
+    assert found["x/task"].description and found["x/task"].task is None
+    assert found["x/text"].captions == ("A cat.",)
 
 
 class Called(torch.nn.Module):

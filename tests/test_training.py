@@ -313,6 +313,17 @@ def test_two_runs_fill_one_cache(examples, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2  # the shard and the cache
 
 
+def test_what_could_not_be_decoded_is_known_from_the_cache(examples, tmp_path):
+    damaged = replace(examples[1], read=lambda: b"no picture")
+    some = [
+        examples[0],
+        damaged,
+        *[replace(e, key=f"{e.key}{i}") for i, e in enumerate(examples[:3])],
+    ]
+    for _ in range(2):  # encoded, and found again
+        assert Features(tiny_model(), some, cache=tmp_path / "cache").usable() == [0, 2, 3, 4]
+
+
 def test_an_encoding_that_fails_leaves_nothing(examples, tmp_path, monkeypatch):
     def fail(*_):
         raise UserError("damaged")

@@ -196,8 +196,8 @@ def read_descriptions(folder: str | Path) -> list[Example]:
     folder = Path(folder)
     try:
         annotations = read_json(folder / "filter_cap.json")["annotations"]
-        pairs = [(picture_name(a["image_id"]), a["caption"]) for a in annotations]
-    except (UserError, ValueError, KeyError, TypeError) as error:
+        pairs = [(picture_name(a["image_id"]), a.get("caption")) for a in annotations]
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} is not in the layout of the second stage: it needs filter_cap.json with "
             "“annotations” of “image_id” and “caption”, and the pictures as image/ID.jpg; or a "

@@ -66,6 +66,12 @@ class Features:
         self._decoded.clear()
         return features
 
+    def usable(self) -> list[int]:
+        """The examples whose pictures could be decoded when they were encoded into the cache."""
+        if self._stored is None:
+            return list(range(len(self._examples)))
+        return np.flatnonzero(~np.isnan(self._stored[:, 0, 0, 0])).tolist()
+
     def readable(self, indices: Sequence[int]) -> list[int]:
         """The same examples; in place of one whose picture cannot be decoded, the next that can.
 

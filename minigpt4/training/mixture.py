@@ -7,15 +7,16 @@ of reading its prompt.
 import json
 import random
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from minigpt4.data import examples, shards
 from minigpt4.data.examples import Example
 from minigpt4.data.files import prompt_lines
+from minigpt4.data.names import is_hidden
 from minigpt4.errors import UserError
 from minigpt4.training.word_head import fold_of
 
@@ -139,27 +140,39 @@ def read_pictures(pattern: str) -> list[Picture]:
     and "knowledge"."""
     pictures = []
     for path in shards.expand(pattern):
-        records = _records(Path(path))
+        records = _records(path)
         for example in examples.read_shards(str(path)):
-            pictures.append(_picture(example, records[example.key.rsplit("/", 1)[-1]]))
+            pictures.append(_picture(example, records.get(example.key.partition("/")[2], {})))
     return pictures
 
 
-def _records(path: Path) -> dict[str, dict]:
-    with tarfile.open(path, "r:") as shard:
-        return {
-            member.name.rsplit("/", 1)[-1].partition(".")[0]: json.load(content)
-            for member in shard
-            if member.name.endswith(".json") and (content := shard.extractfile(member))
-        }
+def _records(shard: Path) -> dict[str, dict]:
+    """Key -> what KEY.json holds. A damaged one is left out: what it says of captions is said by
+    the reader of examples."""
+    found = {}
+    for name, place in shards.members(shard).items():
+        if not name.lower().endswith(".json") or is_hidden(name):
+            continue
+        with suppress(ValueError, RecursionError):
+            record = json.loads(shards.read_at(shard, *place))
+            if isinstance(record, dict):
+                found[name.removeprefix("./").rpartition(".")[0]] = record
+    return found
 
 
 def _picture(example: Example, record: dict) -> Picture:
-    def pairs(name: str) -> tuple:
-        return tuple((a, b) for a, b in record.get(name) or [])
+    def pairs(name: str, kind: type = str) -> tuple:
+        given = record.get(name)
+        return tuple(
+            (pair[0], pair[1])
+            for pair in (given if isinstance(given, list) else [])
+            if isinstance(pair, list) and len(pair) == 2
+            if isinstance(pair[0], str) and isinstance(pair[1], kind)
+        )
 
-    described = bool(record.get("description"))
-    if described:
+    description = record.get("description")
+    description = description.strip() if isinstance(description, str) else ""
+    if description:
         source = "described"
     elif len(example.captions) == 1:
         source = "named"
@@ -169,12 +182,18 @@ def _picture(example: Example, record: dict) -> Picture:
         example,
         source,
         example.captions,
-        record.get("description") or "",
+        description,
         pairs("questions"),
-        tuple(record["task"]) if record.get("task") else None,
-        pairs("statements"),
+        _task(record.get("task")),
+        pairs("statements", bool),
         pairs("knowledge"),
     )
+
+
+def _task(value: object) -> Turn | None:
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(t, str) for t in value):
+        return value[0], value[1]
+    return None
 
 
 def read_instructed(folder: str | Path, instructions: str | Path | None) -> list[Picture]:

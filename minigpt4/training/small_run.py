@@ -53,6 +53,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     pictures = read(Path(options.data))
     cache = Path(options.cache or out / "features")
     features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
+    pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
     words = Found(config, pictures, features, out, options.refit)
     trained, kept = divided(pictures, features, words)
     objects = mixture.Objects()
@@ -120,14 +121,22 @@ def read(folder: Path) -> dict[str, list[mixture.Picture]]:
 
 
 class Cached:
-    """The features of one data set's pictures, encoded once."""
+    """The features of one data set's pictures, encoded once; those that cannot be decoded are left
+    out, and the others numbered again."""
 
     def __init__(self, model: MiniGPT4, pictures: Sequence[mixture.Picture], cache: Path) -> None:
         self._stored = Features(model, [p.example for p in pictures], 1, cache, True)
+        self._numbers = self._stored.usable()
+
+    def kept(self, name: str, pictures: Sequence[mixture.Picture]) -> list[mixture.Picture]:
+        """The pictures that have features."""
+        if missing := len(pictures) - len(self._numbers):
+            say(f"{name}: {missing} of {len(pictures)} pictures cannot be decoded: left out.")
+        return [pictures[number] for number in self._numbers]
 
     def __call__(self, numbers: Sequence[int]) -> Tensor:
         """[pictures, image_tokens, projection_in], 16 bit."""
-        return self._stored([(number, 0) for number in numbers])
+        return self._stored([(self._numbers[number], 0) for number in numbers])
 
 
 def is_kept(name: str, picture: mixture.Picture) -> bool:
