@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minigpt4.__main__ import main
 from minigpt4.batch import greedy
 from minigpt4.config import Words, get_model
 from minigpt4.conversation import Conversation, ask
@@ -467,3 +468,13 @@ def test_padded_prompts_are_answered_as_alone(model):
     together = sample(model, embeds, 2, 4, 1e-4, generator, mask)
     alone = [sample(model, row[None], 2, 4, 1e-4, generator)[0] for row in rows]
     assert together == alone
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--stage", "1"], ["--crop"], ["--mix", "x=1"], ["--validate", "x.tar"], ["--limit", "3"]],
+)
+def test_options_of_other_models_are_refused(given, capsys, tmp_path):
+    assert main(["train", "--model", "mini", "--data", str(tmp_path), *given]) == 2
+    said = capsys.readouterr().err
+    assert given[0] in said and "mini" in said and said.count("\n") == 1

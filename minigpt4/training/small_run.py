@@ -19,6 +19,7 @@ from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
 from minigpt4.training import adapters, int8, mixture, small, small_start, word_head
 from minigpt4.training.features import Features
+from minigpt4.training.options import DATA, OPTIMIZER, REWARD, WATCHING
 from minigpt4.training.small import SmallRecipe, SmallTrainer, Source
 from minigpt4.training.small_probe import Probe
 from minigpt4.training.small_reward import CaptionReward
@@ -29,11 +30,17 @@ from minigpt4.weights.load import find_weights, load_model
 
 _FOLDS = 4
 _TERMS = (1100, 700, 10)  # words, phrases, pictures that hold one at least
+_UNREAD = {
+    *("stage", "mix", "instructions", "replay", "replay-share", "questions", "validate-every"),
+    *("batch-size", "accumulate", "recompute", "crop", "blend", "consensus", "denoise"),
+}
 _FITTED = 5000  # pictures that the start is fitted to
 
 
 def train(options: argparse.Namespace, config: ModelConfig) -> None:
     """Train, or go on where the run in `options.out` ended."""
+    check_options(options, config)
+    pictures = read(Path(options.data))
     torch.set_num_threads(options.threads)
     out = Path(options.out)
     given = {"llm": options.llm} if options.llm else {}
@@ -50,7 +57,6 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         layers = model.torch_llm.get_decoder().layers
         adapted = adapters.insert(layers, config.adapters.rank, options.seed, start)
     say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
-    pictures = read(Path(options.data))
     cache = Path(options.cache or out / "features")
     features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
     pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
@@ -99,6 +105,23 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         probe = Probe(kept, objects, out, sizes, not options.no_words)
         return say(json.dumps(probe(trainer), indent=1))
     return trainer.run()
+
+
+def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
+    """UserError for an option that only the other models' training reads."""
+    for option in (*DATA, *WATCHING, *OPTIMIZER, *REWARD):
+        given = getattr(options, option.attribute, option.default)
+        if option.name in _UNREAD and given not in (option.default, None, [], ()):
+            raise UserError(
+                f"“--{option.name}” is not for {config.name}, whose training has one stage and a "
+                "mixture of its own (docs/mini.md): omit it."
+            )
+    if options.validate and options.validate != "on":
+        raise UserError(
+            f"“--validate” takes no file for {config.name}: it measures what the run has learned."
+        )
+    if options.limit and not options.validate:
+        raise UserError(f"“--limit” needs “--validate” for {config.name}: omit it.")
 
 
 def read(folder: Path) -> dict[str, list[mixture.Picture]]:

@@ -129,7 +129,8 @@ def _find(place: Path) -> Path:
     if not place.is_dir():
         return place
     best = sorted(place.glob("*-best.safetensors"))
-    found = best or sorted(place.glob("*.safetensors"))
+    others = sorted(place.glob("*.safetensors"))
+    found = best or [path for path in others if not path.stem.endswith("-words")]
     if len(found) != 1:
         raise UserError(f"{place} contains {len(found)} projections: name the file itself.")
     return found[0]
