@@ -23,8 +23,7 @@ from tests.block_llama import VOCABULARY, as_transformers, block_llama, tiny_cha
 
 pytest.importorskip("triton", reason="Triton is not installed: it needs Linux on x86-64")
 from minigpt4.engine.gpu import choose, kernels, sampling  # noqa: E402
-from minigpt4.engine.gpu.decoder import GpuDecoder  # noqa: E402
-from minigpt4.engine.gpu.graphs import NoGraphs  # noqa: E402
+from minigpt4.engine.gpu.decoder import GpuDecoder, NoGraphs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 BLOCKS, CONTEXT, CPU = 16, 64, torch.device("cpu")

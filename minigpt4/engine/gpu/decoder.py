@@ -7,6 +7,7 @@ large chunks, with the same weights and the same key-value cache.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minigpt4.engine.gpu import kernels, sampling
-from minigpt4.engine.gpu.graphs import Graphs
 from minigpt4.engine.gpu.sampling import UNDECIDED
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.sampling import Draw
@@ -23,6 +23,37 @@ from minigpt4.engine.torch_decoder import TorchDecoder
 
 BUCKETS = (1, 2, 4, 8, 16, 32)  # rows of a step
 SEEN = 1024  # ids that the repetition penalty covers; the host samples where there are more
+
+
+class Graphs(Protocol):
+    """How a step is made repeatable."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A call that repeats `step`, which allocates nothing and reads and writes fixed memory."""
+
+
+class CudaGraphs:
+    """Records the launches on the current GPU."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Run the step once, which compiles its kernels, and record it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+
+class NoGraphs:
+    """Launches the kernels one by one: for tests, and for machines without CUDA."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """The step itself."""
+        return step
 
 
 class GpuDecoder:
