@@ -148,3 +148,14 @@ def test_committed_weights_are_small():
     """nano's projections, the detector, mini's projection with its adapters, and its words."""
     sizes = [path.stat().st_size for path in (ROOT / "weights").glob("*.safetensors")]
     assert max(sizes) <= 12_000_000 and sum(sizes) <= 28_000_000
+
+
+def test_functions_and_modules_have_a_size():
+    """At most 60 lines a function; a module under 40 lines belongs to another."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        short = text.count("\n") < 40 and path.name not in ("__init__.py", "__main__.py")
+        assert not short, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)

@@ -42,44 +42,21 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     check_options(options, config)
     pictures = read(Path(options.data))
     torch.set_num_threads(options.threads)
+    model, adapted = opened(options, config)
     out = Path(options.out)
-    given = {"llm": options.llm} if options.llm else {}
-    files = find_weights(config, options.init, new_projection=options.init is None, given=given)
-    dtype = small.fastest_dtype()
-    model = load_model(config, files, "cpu", "none", dtype, seed=options.seed, adapters=False)
-    model.torch_llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
-    integers = int8.is_faster(dtype)
-    if integers:
-        int8.replace_linears(model.torch_llm.get_decoder().layers)
-    adapted = {}
-    if options.adapters and config.adapters:
-        start = read_adapters(options.init) if options.init else {}
-        layers = model.torch_llm.get_decoder().layers
-        adapted = adapters.insert(layers, config.adapters.rank, options.seed, start)
-    say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
     cache = Path(options.cache or out / "features")
     features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
     pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
     words = Found(config, pictures, features, out, options.refit)
     trained, kept = divided(pictures, features, words)
     objects = mixture.Objects()
-    counted = objects.count([p for source in trained.values() for p in source.pictures])
-    for source in trained.values():
-        source.pictures = counted[: len(source.pictures)]
-        counted = counted[len(source.pictures) :]
-        source.pictures = [
-            words.supported(picture, place)
-            for picture, place in zip(source.pictures, source.places, strict=True)
-        ]
-    for source in kept.values():
-        source.pictures = mixture.Objects().count(source.pictures)
+    count(objects, trained, kept, words)
     reward = None
     if options.samples:
         captioned = (p for source in trained.values() for p in source.pictures)
         reward = CaptionReward(captioned, options.samples, options.reward_weight)
-    recipe = SmallRecipe(seed=options.seed)
-    overrides = {"steps": options.steps, "peak_lr": options.peak_lr}
-    recipe = replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
+    overrides = {"steps": options.steps, "peak_lr": options.peak_lr, "seed": options.seed}
+    recipe = SmallRecipe(**{k: v for k, v in overrides.items() if v is not None})
     trainer = SmallTrainer(
         model,
         trained,
@@ -105,6 +82,41 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         probe = Probe(kept, objects, out, sizes, not options.no_words)
         return say(json.dumps(probe(trainer), indent=1))
     return trainer.run()
+
+
+def opened(
+    options: argparse.Namespace, config: ModelConfig
+) -> tuple[MiniGPT4, dict[str, adapters.Adapted]]:
+    """The model in the type in which this processor trains fastest, and its adapters, if any."""
+    given = {"llm": options.llm} if options.llm else {}
+    files = find_weights(config, options.init, new_projection=options.init is None, given=given)
+    dtype = small.fastest_dtype()
+    model = load_model(config, files, "cpu", "none", dtype, seed=options.seed, adapters=False)
+    model.torch_llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
+    layers = model.torch_llm.get_decoder().layers
+    integers = int8.is_faster(dtype)
+    if integers:
+        int8.replace_linears(layers)
+    say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
+    if not options.adapters or not config.adapters:
+        return model, {}
+    start = read_adapters(options.init) if options.init else {}
+    return model, adapters.insert(layers, config.adapters.rank, options.seed, start)
+
+
+def count(
+    objects: mixture.Objects, trained: dict[str, Source], kept: dict[str, Source], words: "Found"
+) -> None:
+    """Note what each picture's texts speak of; then reduce those to be learned to what is found."""
+    counted = objects.count([p for source in trained.values() for p in source.pictures])
+    for source in trained.values():
+        of_one, counted = counted[: len(source.pictures)], counted[len(source.pictures) :]
+        source.pictures = [
+            words.supported(picture, place)
+            for picture, place in zip(of_one, source.places, strict=True)
+        ]
+    for source in kept.values():
+        source.pictures = mixture.Objects().count(source.pictures)
 
 
 def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
