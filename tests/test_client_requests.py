@@ -293,6 +293,16 @@ def test_unknown_fields_are_ignored_and_named(address):
     )
     named = answer.headers["x-ignored-fields"].split(", ")
     assert named == ["colour", "keep_alive", "stream_options.x??y", "messages[0].name"]
+    parts = [
+        {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}},
+        {
+            "type": "image_url",
+            "image_url": {"url": data_url(picture_file()), "detail": "low", "x": 1},
+        },
+    ]
+    answer = post(address, [{"role": "user", "content": parts}])
+    named = answer.headers["x-ignored-fields"].split(", ")
+    assert named == ["messages[0].content[0].cache_control", "messages[0].content[1].image_url.x"]
     assert "x-ignored-fields" not in post(address).headers
 
 

@@ -141,3 +141,10 @@ def test_many_large_requests_wait_outside(address, monkeypatch):
     assert "try again" in refused.json()["error"]["message"]
     monkeypatch.setattr(routes, "MOST_LARGE", 1)
     assert httpx.post(f"{address}/v1/chat/completions", json=ask).status_code == 200
+
+
+def test_what_is_ignored_is_named(address):
+    question = QUESTIONS[0] | {"colour": "red"}
+    asked = {"input": "A dog.", "questions": [question], "temperature": 1}
+    answer = httpx.post(f"{address}/v1/decisions", json=asked)
+    assert answer.headers["x-ignored-fields"] == "temperature, questions[0].colour"

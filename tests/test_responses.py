@@ -148,6 +148,11 @@ def test_what_is_ignored_is_named(address):
     body = {"input": "Hello?", "max_output_tokens": 2, "reasoning": {"effort": "low"}}
     response = post(address, **body, text={"verbosity": "low"})
     assert response.headers["x-ignored-fields"] == "text.verbosity, reasoning"
+    item = {"role": "user", "content": "Hello?", "id": "msg_1", "status": "completed", "phase": "x"}
+    asked = {"input": [item], "include": ["reasoning.encrypted_content"], "top_logprobs": 2}
+    response = post(address, **asked, max_output_tokens=2, text={"colour": 1})
+    named = response.headers["x-ignored-fields"]
+    assert named == "text.colour, top_logprobs, include, input[0].phase"
 
 
 def test_a_fault_ends_the_stream(address, engine, monkeypatch, caplog):

@@ -20,6 +20,7 @@ from minigpt4.engine import AnyEngine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Tokenizer, encode_text
 from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.api.normalize import NAMED, unread
 from minigpt4.web.api.questions import DecisionRequest, Question
 from minigpt4.web.api.reply import used
 from minigpt4.web.api.responses import read_response
@@ -32,10 +33,14 @@ NOT_WATCHED = "Decisions are not available where the language model runs in anot
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was asked: the conversation of the input, and the questions about it."""
+    """What was asked: the conversation of the input, and the questions about it.
+
+    ignored: JSON paths of the first fields that are not read.
+    """
 
     about: ChatRequest
     questions: list[Question]
+    ignored: list[str]
 
 
 def read_decisions(body: dict) -> Decisions:
@@ -51,8 +56,12 @@ def read_decisions(body: dict) -> Decisions:
             name = "choices" if question.type == "choice" else "levels"
             path = f"questions[{place}].{name}"
             raise ApiError(f"{path} is missing: add it.", param=path)
-    about, _ = read_response({"input": body.get("input"), "model": request.model})
-    return Decisions(about, request.questions)
+    about, ignored = read_response({"input": body.get("input"), "model": request.model})
+    rest = {name: value for name, value in body.items() if name != "input"}
+    ignored += unread(rest, DecisionRequest, ())
+    for place, question in enumerate(body["questions"]):
+        ignored += unread(question, Question, ("questions", place))
+    return Decisions(about, request.questions, ignored[:NAMED])
 
 
 async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions) -> dict:

@@ -10,7 +10,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from minigpt4.web.api.errors import json_path
-from minigpt4.web.api.schemas import ChatRequest, Message, StreamOptions, parse
+from minigpt4.web.api.schemas import (
+    ChatRequest,
+    ImagePart,
+    ImageUrl,
+    Message,
+    ResponseFormat,
+    StreamOptions,
+    TextPart,
+    parse,
+)
 
 NAMED = 20  # ignored fields that are named; a request may hold millions
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name
@@ -87,14 +96,24 @@ def _part(part: Any) -> Any:
 
 def _unknown(body: dict) -> Iterator[str]:
     """JSON paths of the fields that are not read; those that are null ask for nothing."""
-    yield from _names(body, ChatRequest, ())
-    yield from _names(body.get("stream_options"), StreamOptions, ("stream_options",))
+    yield from unread(body, ChatRequest, ())
+    yield from unread(body.get("stream_options"), StreamOptions, ("stream_options",))
+    wanted = body.get("response_format")
+    yield from unread(wanted, ResponseFormat, ("response_format",))
     messages = body.get("messages")
     for place, message in enumerate(messages if isinstance(messages, list) else ()):
-        yield from _names(message, Message, ("messages", place))
+        yield from unread(message, Message, ("messages", place))
+        content = message.get("content") if isinstance(message, dict) else None
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            where = ("messages", place, "content", number)
+            picture = isinstance(part, dict) and part.get("type") == "image_url"
+            yield from unread(part, ImagePart if picture else TextPart, where)
+            if picture:
+                yield from unread(part.get("image_url"), ImageUrl, (*where, "image_url"))
 
 
-def _names(data: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
+def unread(data: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
+    """JSON paths of an object's fields that the model lacks; those that are null ask for nothing."""
     for name, value in data.items() if isinstance(data, dict) else ():
         if name not in model.model_fields and value is not None:
             yield json_path((*location, name))

@@ -21,6 +21,8 @@ from minigpt4.web.api.schemas import ChatRequest
 NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 FIELDS = r"^(?:messages|max_tokens|response_format)\b|\bmessages(?=\[)"
 KEPT_STATE = ("previous_response_id", "conversation", "background", "prompt")
+# What this API gives a message and its text, and clients send back.
+ECHOED, ECHOED_IN_TEXT = ("type", "id", "status"), ("annotations", "logprobs")
 LOGPROBS = "message.output_text.logprobs"  # in `include`
 
 
@@ -40,13 +42,15 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
         chat["max_tokens"] = chat.pop("max_output_tokens")
     if isinstance(text := chat.pop("text", None), dict):
         chat["response_format"] = _format(text.get("format"))
-        ignored += ["text.verbosity"] if text.get("verbosity") else []
-    if isinstance(include, list) and LOGPROBS in include:
+        ignored += [f"text.{printable(name)}" for name in text if name != "format" and text[name]]
+    included = include if isinstance(include, list) else []
+    if LOGPROBS in included:
         chat["logprobs"] = True
-    else:
-        chat.pop("top_logprobs", None)
+    elif chat.pop("top_logprobs", None):
+        ignored.append("top_logprobs")
+    ignored += ["include"] if any(name != LOGPROBS for name in included) else []
     request, others = read_chat(chat)
-    return request, [*ignored, *others]
+    return request, [*ignored, *(re.sub(r"^messages\b", "input", name) for name in others)]
 
 
 def renamed(error: ApiError) -> ApiError:
@@ -79,7 +83,7 @@ def _message(item: Any, place: int) -> Any:
         name = printable(kind) if isinstance(kind, str) else "unknown"
         sentence = f"input[{place}] is of type “{name}”: only messages are supported."
         raise ApiError(sentence, param=f"input[{place}].type")
-    message = {name: item[name] for name in ("role", "content") if name in item}
+    message = {name: value for name, value in item.items() if name not in ECHOED}
     if isinstance(content := message.get("content"), list):
         message["content"] = [_part(part) for part in content]
     return message
@@ -88,6 +92,8 @@ def _message(item: Any, place: int) -> Any:
 def _part(part: Any) -> Any:
     if isinstance(part, dict) and part.get("type") == "refusal":
         return {"type": "text", "text": part.get("refusal")}
+    if isinstance(part, dict) and part.get("type") == "output_text":
+        return {name: value for name, value in part.items() if name not in ECHOED_IN_TEXT}
     return part
 
 

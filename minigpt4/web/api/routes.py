@@ -184,7 +184,8 @@ class Api:
                 engine = self._service.engine(asked.about.model)
                 engine.refuse_if_full()
                 conversation = await self._service.conversation(asked.about)
-            return json_response(await _unless_gone(request, decide(engine, conversation, asked)))
+            decided = await _unless_gone(request, decide(engine, conversation, asked))
+            return json_response(decided, headers=_headers(asked.ignored, 0))
         except UserError as error:
             kind = "input" if error.kind == "too_long" else None
             raise renamed(ApiError.of(error, kind)) from None
