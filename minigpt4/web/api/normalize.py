@@ -113,7 +113,7 @@ def _unknown(body: dict) -> Iterator[str]:
 
 
 def unread(data: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
-    """JSON paths of an object's fields that the model lacks; those that are null ask for nothing."""
+    """JSON paths of an object's fields that the model lacks; null ones ask for nothing."""
     for name, value in data.items() if isinstance(data, dict) else ():
         if name not in model.model_fields and value is not None:
             yield json_path((*location, name))
