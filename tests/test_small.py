@@ -26,7 +26,7 @@ from minigpt4.model.words import WordHead, choose, load_words
 from minigpt4.training import int8, small_run, small_start, word_head
 from minigpt4.training.mixture import Answered, Mixture, Objects, Picture, read_pictures
 from minigpt4.training.selfcritical import sample
-from minigpt4.training.small import SmallRecipe, SmallTrainer, Source, occurring_tokens
+from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer, occurring_tokens
 from minigpt4.training.small_probe import Probe, yes_no_scores
 from minigpt4.training.small_reward import CaptionReward, padded
 from minigpt4.training.supported import Supported
@@ -79,14 +79,16 @@ def model() -> MiniGPT4:
     return MiniGPT4(config, torch.nn.Identity(), torch.nn.Identity(), projection, llm, tokenizer)
 
 
-def sources(model: MiniGPT4, pictures: list[Picture]) -> dict[str, Source]:
+def sources(model: MiniGPT4, pictures: list[Picture]) -> dict[str, PictureSource]:
     found = {}
     for kind in ("described", "captioned"):
         of_kind = [p for p in pictures if p.source == kind]
         generator = torch.Generator().manual_seed(len(kind))
         shape = (len(of_kind), model.config.image_tokens, 3363)
         features = torch.randn(shape, generator=generator).half()
-        found[kind] = Source(of_kind, features.__getitem__, lambda number, draw: "brown dog, grass")
+        found[kind] = PictureSource(
+            of_kind, features.__getitem__, lambda number, draw: "brown dog, grass"
+        )
     return found
 
 

@@ -64,7 +64,7 @@ class SmallRecipe:
     )
 
 
-class Source:
+class PictureSource:
     """Pictures of one source, their features, and the words found in them by a head that has not
     seen them."""
 
@@ -106,7 +106,7 @@ class SmallTrainer:
     def __init__(
         self,
         model: MiniGPT4,
-        sources: dict[str, Source],
+        sources: dict[str, PictureSource],
         mixture: Mixture,
         recipe: SmallRecipe,
         out: str | Path,

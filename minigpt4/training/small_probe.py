@@ -21,7 +21,7 @@ from minigpt4.training.packing import pack
 from minigpt4.training.small_reward import padded
 
 if TYPE_CHECKING:
-    from minigpt4.training.small import SmallTrainer, Source
+    from minigpt4.training.small import PictureSource, SmallTrainer
 
 _TOGETHER = 20  # pictures answered in one batch
 CAPTION = "Describe this image briefly."
@@ -34,7 +34,7 @@ class Probe:
 
     def __init__(
         self,
-        kept: dict[str, "Source"],
+        kept: dict[str, "PictureSource"],
         objects: Objects,
         out: Path,
         sizes: dict[str, int] | None = None,
@@ -65,7 +65,7 @@ class Probe:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return figures
 
-    def _ref(self, source: "Source", number: int, place: int) -> ImageRef:
+    def _ref(self, source: "PictureSource", number: int, place: int) -> ImageRef:
         return ImageRef(f"{place:x}", source.words(number, None) if self.words else "")
 
     def loss(self, trainer: "SmallTrainer", projection: nn.Linear) -> dict[str, float]:
@@ -157,7 +157,7 @@ class Probe:
         self,
         trainer: "SmallTrainer",
         projection: nn.Linear,
-        source: "Source",
+        source: "PictureSource",
         numbers: Sequence[int],
         asked: str,
         limit: int,

@@ -20,7 +20,7 @@ from minigpt4.model.words import choose, joined_terms, listed, whole_picture, wi
 from minigpt4.training import adapters, int8, mixture, small, small_start, word_head
 from minigpt4.training.features import Features
 from minigpt4.training.options import DATA, OPTIMIZER, REWARD, WATCHING
-from minigpt4.training.small import SmallRecipe, SmallTrainer, Source
+from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
 from minigpt4.training.small_probe import Probe
 from minigpt4.training.small_reward import CaptionReward
 from minigpt4.training.supported import Supported
@@ -105,7 +105,10 @@ def opened(
 
 
 def count(
-    objects: mixture.Objects, trained: dict[str, Source], kept: dict[str, Source], words: "Found"
+    objects: mixture.Objects,
+    trained: dict[str, PictureSource],
+    kept: dict[str, PictureSource],
+    words: "Found",
 ) -> None:
     """Note what each picture's texts speak of; then reduce those to be learned to what is found."""
     counted = objects.count([p for source in trained.values() for p in source.pictures])
@@ -284,7 +287,7 @@ def _whole(pictures: dict, features: dict[str, Cached], grid: int) -> Tensor:
 
 def divided(
     pictures: dict[str, list[mixture.Picture]], features: dict[str, Cached], words: Found
-) -> tuple[dict[str, Source], dict[str, Source]]:
+) -> tuple[dict[str, PictureSource], dict[str, PictureSource]]:
     """(sources to learn from, sources for validation): name -> pictures joined over data sets."""
     parts: dict[tuple[bool, str], list[tuple[str, int]]] = {}
     for name, of_one in pictures.items():
@@ -297,7 +300,7 @@ def divided(
     return made
 
 
-def _joined(places, pictures, features, words) -> Source:
+def _joined(places, pictures, features, words) -> PictureSource:
     """One source out of (data set, picture) places."""
 
     def feature(numbers: Sequence[int]) -> Tensor:
@@ -306,11 +309,11 @@ def _joined(places, pictures, features, words) -> Source:
     def found(number: int, draw: random.Random | None) -> str:
         return words.of(places[number], draw)
 
-    return Source([pictures[name][i] for name, i in places], feature, found, places)
+    return PictureSource([pictures[name][i] for name, i in places], feature, found, places)
 
 
 def beginning(
-    model: MiniGPT4, trained: dict[str, Source], given: bool = False
+    model: MiniGPT4, trained: dict[str, PictureSource], given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ridge's start, on a fixed draw of the pictures that have captions.
 
@@ -333,7 +336,9 @@ def beginning(
     return basis, weight, bias
 
 
-def tokens_of(model: MiniGPT4, trained: dict[str, Source], objects: mixture.Objects) -> Tensor:
+def tokens_of(
+    model: MiniGPT4, trained: dict[str, PictureSource], objects: mixture.Objects
+) -> Tensor:
     """The tokens that the loss runs over: those of all answers that can be drawn."""
 
     def answers():
