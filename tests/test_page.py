@@ -407,3 +407,14 @@ def test_copying_without_https(visit):
     page.get_by_role("button", name="Copy message").first.click()
     wait_for(lambda: page.evaluate("window.copied") == "What's <this>?")
     visit.expected("AbortError")
+
+
+def test_what_is_typed_right_after_sending_stays(visit, engine):
+    engine.ahead = 1
+    page = visit()
+    say(page, "Hello?")
+    page.keyboard.type(" And what else?")
+    engine.ahead = 0
+    done(page)
+    expect(questions(page)).to_have_text("Hello?")
+    assert box(page).input_value().strip() == "And what else?"

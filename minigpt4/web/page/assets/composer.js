@@ -15,7 +15,24 @@
   const choose = () => find("#box input[type=file]").click();
 
   // Three dots from the moment of sending until the turn has ended.
-  const sending = (now) => document.documentElement.toggleAttribute("data-sending", now);
+  const sending = (now) => {
+    document.documentElement.toggleAttribute("data-sending", now);
+    if (!now) [sent, typed] = [null, null];
+  };
+  // What is typed between sending and the engine's acceptance, which empties the box, is kept.
+  let sent = null, typed = null;
+  const surplus = () => {
+    const [before, now] = [sent, typed];
+    [sent, typed] = [null, null];
+    if (before === null || now === null || now === before) return "";
+    return now.startsWith(before) ? now.slice(before.length).trimStart() : now;
+  };
+  const emptied = () => {
+    const more = surplus(), field = find("#box textarea");
+    if (!more || !field) return;
+    field.value = more;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
   // Notices stand above the message box, however high it is.
   const height = new ResizeObserver(([{ target }]) => {
     document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
@@ -31,9 +48,14 @@
     if (button && button.disabled !== empty) button.disabled = empty;
   };
   const asked = () => {
-    if (find("#box .submit-button:not(:disabled)")) sending(true);
+    if (!find("#box .submit-button:not(:disabled)")) return;
+    sending(true);
+    [sent, typed] = [find("#box textarea").value, null];
   };
-  document.addEventListener("input", update, true);
+  document.addEventListener("input", ({ target }) => {
+    update();
+    if (sent !== null && target.matches("#box textarea")) typed = target.value;
+  }, true);
   document.addEventListener("click", (event) => {
     if (event.target.closest("#box .submit-button")) asked();
   }, true);
@@ -92,5 +114,5 @@
     document.body.append(dialog);
     dialog.showModal();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, emptied, camera });
 })();

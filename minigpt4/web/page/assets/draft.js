@@ -6,6 +6,7 @@
       if (box?.text || box?.files?.length) sessionStorage.setItem(KEY, JSON.stringify(box));
       else sessionStorage.removeItem(KEY);
     } catch { /* there is no room */ }
+    if (!box?.text) setTimeout(window.minigpt4.emptied);
   };
   const load = () => {
     try { return JSON.parse(sessionStorage.getItem(KEY)) ?? { __type__: "update" }; }
