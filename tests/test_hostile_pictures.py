@@ -1,6 +1,7 @@
 """Pictures that were made to break the program that opens them: bombs, polyglots, endless ones."""
 
 import functools
+import gc
 import io
 import os
 import struct
@@ -13,6 +14,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from PIL import Image
 
 from minigpt4.errors import UserError
 from minigpt4.model import colours, image
-from minigpt4.model.image import Picture, load, smaller
+from minigpt4.model.image import Picture, fitted, load, packed, smaller
 from tests.test_image import (
     FORMATS,
     RED,
@@ -112,6 +114,22 @@ def test_a_picture_that_was_seen_is_kept_small():
     small = smaller(picture, 2048)
     assert small.rgb.size == (2048, 512) and small.key == picture.key
     assert smaller(small, 2048) is small
+
+
+@pytest.mark.trust("Pictures", "thousands of pictures in chats that have ended")
+def test_pictures_of_history_are_packed():
+    """Decoded, those of some six hundred chats took all the room there is for pictures."""
+    before = image.held.pixels
+    photo = load(encoded(Image.radial_gradient("L").resize((1200, 900)).convert("RGB"), "JPEG"))
+    kept = packed(photo, 1024)
+    assert kept.key == photo.key and kept.rgb.size == (1024, 768) and packed(kept, 1024) is kept
+    difference = np.asarray(kept.rgb, int) - np.asarray(fitted(photo.rgb, 1024), int)
+    assert np.abs(difference).mean() < 3
+    del photo
+    gc.collect()
+    assert image.held.pixels == before
+    small = load(encoded(Image.new("RGB", (500, 500), "teal"), "PNG"))
+    assert packed(small, 1024) is small  # exact
 
 
 @pytest.mark.trust("Pictures", "many large pictures at once")

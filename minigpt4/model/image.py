@@ -30,6 +30,7 @@ MAX_JPEG_PIXELS = 200_000_000  # of a JPEG file, which can be decoded at a half,
 # With several scans, libjpeg keeps the coefficients of the whole picture, 6 bytes a pixel.
 MAX_PROGRESSIVE_PIXELS = 64_000_000
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
+UNPACKED_PIXELS = 300_000  # of a picture in history that is not packed: about a megabyte
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
 DECODING_WAIT = 60.0  # seconds for a turn to decode
 MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each costs a full pass
@@ -94,6 +95,22 @@ class Picture:
 
     rgb: Image.Image
     key: str
+
+
+class Packed(Picture):
+    """A picture kept as a JPEG file, for history: a tenth of the memory. It is decoded whenever its
+    pixels are asked for, which is seldom: engines remember embeddings by the key."""
+
+    _content: bytes
+
+    def __init__(self, content: bytes, key: str) -> None:
+        object.__setattr__(self, "_content", content)
+        object.__setattr__(self, "key", key)
+
+    @property
+    def rgb(self) -> Image.Image:
+        """Decoded anew."""
+        return Image.open(io.BytesIO(self._content), formats=["JPEG"]).convert("RGB")
 
 
 class Spot(NamedTuple):
@@ -177,6 +194,14 @@ def smaller(picture: Picture, side: int) -> Picture:
     except UserError:
         return picture
     return hold(rgb, picture.key)
+
+
+def packed(picture: Picture, side: int) -> Picture:
+    """The picture scaled down to `side`, under the same key and packed if that saves much."""
+    if isinstance(picture, Packed) or picture.rgb.width * picture.rgb.height <= UNPACKED_PIXELS:
+        return picture
+    rgb = picture.rgb if max(picture.rgb.size) <= side else fitted(picture.rgb, side)
+    return Packed(jpeg(rgb, 95), picture.key)
 
 
 def fitted(rgb: Image.Image, side: int) -> Image.Image:

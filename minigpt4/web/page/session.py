@@ -306,7 +306,7 @@ def _close_answer(asked: "asyncio.Future[Answer]") -> None:
 
 
 def _shrunk(conversation: Conversation) -> dict[str, Picture]:
-    return {key: image.smaller(p, KEPT_SIDE) for key, p in conversation.pictures.items()}
+    return {key: image.packed(p, KEPT_SIDE) for key, p in conversation.pictures.items()}
 
 
 async def _watched(answer: Answer) -> AsyncGenerator[bool, None]:

@@ -118,8 +118,10 @@ class Uploads:
         if messages and messages[-1].role == "assistant" and not opened.last_answer:
             messages.pop()  # it can be asked for again
         render.make_thumbnails(opened.conversation)
-        for key in opened.conversation.pictures:
+        pictures = opened.conversation.pictures
+        for key in pictures:
             opened.files.setdefault(key, render.thumbnail(key))
+        opened.conversation.pictures = {k: image.packed(p, KEPT_SIDE) for k, p in pictures.items()}
         old.leave(opened)
         system = gr.update(value=opened.conversation.system or "")
         status = answers.ending(opened, request)
