@@ -28,7 +28,8 @@ import psutil
 from PIL import Image
 
 WORDS = 300  # of an answer
-SETTINGS = [0.5, 0.9, 1.05, 300, 1, "", ""]  # the page's controls, in their order
+# The page's controls, in their order, and the conversation that is shown.
+SETTINGS = [0.5, 0.9, 1.05, 300, 1, "", "", None]
 BLOCKED = 0.05  # seconds
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 TRANSFERRED = "performance.getEntries().reduce((sum, entry) => sum + (entry.transferSize ?? 0), 0)"

@@ -312,7 +312,8 @@ def fit(
     )
     if system + _characters(conversation.messages[asked[least] if trim else 0 :]) > MAX_CHARACTERS:
         what = "question" if trim else "conversation"
-        raise UserError(f"The {what} has more than {MAX_CHARACTERS} characters.", "too_long")
+        have = f"{what} and the system prompt have" if system else f"{what} has"
+        raise UserError(f"The {have} more than {MAX_CHARACTERS} characters.", "too_long")
 
     @functools.cache
     def without(turns: int) -> Prompt:

@@ -72,7 +72,7 @@ def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[M
             return max(fitting, key=lambda m: m.gpu_gigabytes), gpu
         gpu += ", too little for a larger one"
     if free_bytes is None:
-        return max(_small(), key=lambda m: m.cpu_gigabytes), gpu
+        return _small()[0], gpu
     free = free_bytes / 1e9
     fitting = [
         model
@@ -271,8 +271,10 @@ def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progr
     from minigpt4.weights.memory import free_memory
 
     free_gpu = free_gpu_memory(device)
-    config, why = choose(free_gpu, free_memory())
-    if options.device == "auto" and free_gpu and not 0 < config.gpu_gigabytes <= free_gpu / 1e9:
+    asked_for = device.type != "cpu" and options.device != "auto"  # this GPU, and no other device
+    config, why = choose(free_gpu, None if asked_for else free_memory())
+    fits = free_gpu is None or 0 < config.gpu_gigabytes <= free_gpu / 1e9
+    if not fits and not asked_for:
         device = device_of("cpu")
     report(f"Model: {config.name}, because {why}.")
     for smaller in _small():

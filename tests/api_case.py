@@ -23,8 +23,9 @@ from tests.parity_case import ParityCase
 
 MODEL = "vicuna_qformer_a"
 web = httpx.Client(timeout=120)  # one for all: making one takes longer than asking
-# The page's controls, in their order: temperature, top-p, penalty, tokens, beams, seed, system.
-SETTINGS = [0, 1.0, 1.0, 10, 1, "", ""]
+# The page's controls, in their order: temperature, top-p, penalty, tokens, beams, seed, system;
+# then the name of the conversation that is shown.
+SETTINGS = [0, 1.0, 1.0, 10, 1, "", "", None]
 JSON = {"content-type": "application/json"}
 GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
 

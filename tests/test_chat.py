@@ -118,7 +118,7 @@ def test_much_text_is_refused_before_it_is_counted(engine, monkeypatch):
     encoded = []
     encode = chat.encode_chat
     monkeypatch.setattr(chat, "encode_chat", lambda *a: encoded.append(a[0]) or encode(*a))
-    with pytest.raises(UserError, match="200000 characters"):
+    with pytest.raises(UserError, match="system prompt have more than 200000 characters"):
         fit(Conversation([Message("user", ("Hi",))], system="word " * 100_000), engine, 20)
     old = [Message(role, ("word " * 9000,)) for _ in range(20) for role in ("user", "assistant")]
     talk = Conversation([*old, Message("user", ("Hi",))])

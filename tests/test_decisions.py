@@ -134,17 +134,17 @@ def test_questions_end_when_the_client_goes_away(address, engine):
 def test_many_large_requests_wait_outside(address, monkeypatch):
     monkeypatch.setattr(routes, "MOST_LARGE", 0)
     ask = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "user": "u" * 60}
-    assert httpx.post(f"{address}/v1/chat/completions", json=ask).status_code == 200
+    assert httpx.post(f"{address}/v1/chat/completions", json=ask, timeout=60).status_code == 200
     monkeypatch.setattr(routes, "LARGE", 50)
-    refused = httpx.post(f"{address}/v1/chat/completions", json=ask)
+    refused = httpx.post(f"{address}/v1/chat/completions", json=ask, timeout=60)
     assert refused.status_code == 429 and refused.headers["Retry-After"]
     assert "try again" in refused.json()["error"]["message"]
     monkeypatch.setattr(routes, "MOST_LARGE", 1)
-    assert httpx.post(f"{address}/v1/chat/completions", json=ask).status_code == 200
+    assert httpx.post(f"{address}/v1/chat/completions", json=ask, timeout=60).status_code == 200
 
 
 def test_what_is_ignored_is_named(address):
     question = QUESTIONS[0] | {"colour": "red"}
     asked = {"input": "A dog.", "questions": [question], "temperature": 1}
-    answer = httpx.post(f"{address}/v1/decisions", json=asked)
+    answer = httpx.post(f"{address}/v1/decisions", json=asked, timeout=60)
     assert answer.headers["x-ignored-fields"] == "temperature, questions[0].colour"

@@ -359,7 +359,7 @@ def test_what_the_page_does_not_need_is_closed(address, path):
 
 OUT_OF_ORDER = [
     ("stop", [None], None),
-    ("undo", [None], None),
+    ("undo", [None, None], None),
     ("retry", [None, *SETTINGS], None),
     ("option", [None, *SETTINGS], {"index": 0, "value": "continue"}),
     ("edit", [None, *SETTINGS], {"index": 99, "value": "x", "previous_value": "y"}),
@@ -371,10 +371,10 @@ OUT_OF_ORDER = [
     ("show_version", [10**9, None], None),
     ("choose_preset", ["x"], None),
     ("retry", ["session", *SETTINGS], None),
-    ("ask", [{"text": "Hi", "files": []}, None, *["x"] * 7], None),
+    ("ask", [{"text": "Hi", "files": []}, None, *["x"] * 8], None),
     ("ask", [{"text": "Hi", "files": []}, None, float("inf"), *SETTINGS[1:]], None),
     ("ask", [{"text": "Hi", "files": []}, None, float("nan"), *SETTINGS[1:]], None),
-    ("ask", [{"text": "Hi", "files": []}, None, *SETTINGS[:5], "9" * 5000, ""], None),
+    ("ask", [{"text": "Hi", "files": []}, None, *SETTINGS[:5], "9" * 5000, "", None], None),
     ("ask", [{"text": "Hi", "files": []}], None),
     ("ask", ["Hi", None, *SETTINGS], None),
     ("ask", [None, None, *SETTINGS], None),
@@ -406,8 +406,9 @@ def test_another_sessions_conversation(address, events):
     before = saved(address, events, "first")
     assert "nonce4711x" in before
     for state in (None, "first", {"session_hash": "first"}, 1):
-        for name in ("save", "record", "record_left", "undo", "renew"):
+        for name in ("save", "record", "record_left", "renew"):
             assert join(address, events[name], [state], "second").is_success
+        assert join(address, events["undo"], [state, None], "second").is_success
         data = [state, *SETTINGS]
         assert join(address, events["retry"], data, "second").is_success
         assert join(address, events["ask"], [box("Mine?"), *data], "second").is_success

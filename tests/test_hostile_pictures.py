@@ -119,6 +119,7 @@ def test_a_picture_that_was_seen_is_kept_small():
 @pytest.mark.trust("Pictures", "thousands of pictures in chats that have ended")
 def test_pictures_of_history_are_packed():
     """Decoded, those of some six hundred chats took all the room there is for pictures."""
+    gc.collect()  # earlier tests' pictures
     before = image.held.pixels
     photo = load(encoded(Image.radial_gradient("L").resize((1200, 900)).convert("RGB"), "JPEG"))
     kept = packed(photo, 1024)

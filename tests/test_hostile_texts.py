@@ -86,7 +86,7 @@ def on_page(address):
 def test_odd_texts_on_the_page(on_page, name):
     """Asked, as system prompt, edited; what was said can be kept and gone on with."""
     text = ODD[name]
-    settings = [*SETTINGS[:6], text]
+    settings = [*SETTINGS[:6], text, None]
     on_page(name, "ask", box(text), None, *settings)
     edited = {"index": 0, "value": text + "!", "previous_value": text}
     on_page(name, "edit", None, *settings, event_data=edited)

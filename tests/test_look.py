@@ -408,3 +408,22 @@ def test_the_box_is_emptied_on_a_busy_computer(visit, photo, engine):
     done(page)
     expect(box(page)).to_have_value("")
     expect(page.locator("#box .thumbnail-wrapper")).to_have_count(0)
+
+
+@pytest.mark.parametrize("width, height", [(1440, 900), (1024, 768), (390, 844), (844, 390)])
+def test_every_state_fits_every_screen(visit, photo, width, height):
+    page = visit(viewport={"width": width, "height": height})
+
+    def fits() -> None:
+        assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+        edge = page.locator("#composer").bounding_box()
+        assert edge["x"] >= 0 and edge["x"] + edge["width"] <= width
+        assert edge["y"] + edge["height"] <= height
+
+    fits()
+    attach(page, photo)
+    fits()
+    ask(page, "Hello?")
+    fits()
+    page.get_by_role("button", name="Settings").first.click()
+    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")

@@ -393,14 +393,16 @@ REDUCED = (
     ("A light reddish-brown dog barks.", "A dog barks."),
     ("An old black and white photo of grey dogs.", "An old black and white photo of dogs."),
     ("Red cups are green and small.", "Cups are green and small."),
+    ("A man in black leads a dog.", "A man in black leads a dog."),
+    ("An orange sits here. It is white, dogs are not.",) * 2,
     ("An ice cream stands by a sliced orange.", "An ice cream stands by a sliced orange."),
 )
 
 
 @pytest.mark.parametrize("text, reduced", REDUCED)
 def test_colours_that_are_not_found_are_left_out(text, reduced):
-    supported = Supported(Vocabulary(["dog", "brown dog", "grey dog"]))
-    assert supported.colours(text, [0.9, 0.5, 0.01]) == reduced
+    supported = Supported(Vocabulary(["dog", "brown dog", "grey dog", "cup"]))
+    assert supported.colours(text, [0.9, 0.5, 0.01, 0.3]) == reduced
 
 
 def test_sentences_that_are_not_found_are_left_out(pictures):

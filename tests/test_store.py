@@ -409,14 +409,13 @@ def test_a_question_waits_for_its_pictures(visit, tmp_path, engine):
 def test_a_question_is_not_sent_without_the_picture_it_waits_for(visit, photo):
     page = visit()
 
-    def refuse(route) -> None:
-        page.wait_for_timeout(800)
-        route.fulfill(status=413, body="too large")
-
-    page.route("**/gradio_api/upload*", refuse)
+    uploads = []
+    page.route("**/gradio_api/upload*", uploads.append)
     page.locator("#box input[type=file]").set_input_files(photo)
     expect(page.locator(".uploading")).to_be_visible()
     say(page, "What is this?")
+    expect(page.get_by_text("The question is sent afterwards.")).to_be_visible()
+    uploads[0].fulfill(status=413, body="too large")
     expect(page.locator(".uploading")).to_have_count(0)
     page.wait_for_timeout(500)
     expect(box(page)).to_have_value("What is this?")
@@ -484,6 +483,12 @@ def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, 
     expect(answers(page)).to_have_count(2)
     done(page)
     assert len(engine.asked[-1].pictures) == 1
+    page_of_all.app.state_holder.session_data.clear()
+    page.get_by_role("button", name="Retry").click()
+    expect(page.get_by_text("The server had forgotten this conversation.").last).to_be_visible()
+    page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
+    expect(answers(page)).to_have_count(2)
+    assert len(engine.asked) == asked + 1
     page_of_all.close(verbose=False)
     visit.expected("AbortError|Connection errored out")
     visit.check()

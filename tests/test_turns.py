@@ -76,7 +76,7 @@ def warnings(monkeypatch):
 
 def ask(engine, session: Session, text: str, tokens: int = 20, seed: str = ""):
     turns = Turns(Loading.done(engine), ["max_new_tokens", "seed"])
-    return turns.ask({"text": text, "files": []}, session, None, None, tokens, seed, "")
+    return turns.ask({"text": text, "files": []}, session, None, tokens, seed, "", None)
 
 
 def answered(steps) -> list:
@@ -143,20 +143,20 @@ def test_an_answer_goes_on_where_it_was_cut(engine):
     def run(tokens: int) -> Session:
         session = Session()
         value = {"text": "Hello?", "files": []}
-        answered(turns.ask(value, session, None, None, tokens, 0.0, ""))
+        answered(turns.ask(value, session, None, tokens, 0.0, "", None))
         return session
 
     whole, cut = run(24), run(12)
     assert whole.last_answer.startswith(cut.last_answer) and cut.can_continue
     chosen = gr.SelectData(None, {"index": 0, "value": "continue"})
-    answered(turns.option(cut, chosen, None, 12, 0.0, ""))
+    answered(turns.option(cut, chosen, None, 12, 0.0, "", None))
     assert len(cut.last_answer) > len(whole.last_answer) / 2
     assert [m.role for m in cut.conversation.messages] == ["user", "assistant"]
 
 
 def test_loading_is_said(warnings):
     loading = Loading(lambda report: report("Fetching everything …") or FakeEngine())
-    answered(Turns(loading, []).ask({"text": "Hello?", "files": []}, Session(), None, None, ""))
+    answered(Turns(loading, []).ask({"text": "Hello?", "files": []}, Session(), None, "", None))
     assert "still loading" in warnings[0]
     loading.start()
     loading.wait()
@@ -299,7 +299,7 @@ def test_the_event_loop_neither_reads_nor_writes_files(monkeypatch):
         monkeypatch.setattr(module, name, watched)
     path = str(picture(uploads_folder() / "watched.png", "#123456"))
     turns, session = Turns(Loading.done(FakeEngine()), []), Session()
-    answered(turns.ask({"text": "What is this?", "files": [path]}, session, None, None, ""))
+    answered(turns.ask({"text": "What is this?", "files": [path]}, session, None, "", None))
     assert set(threads) == {"save_bytes_to_cache", "load"}
     assert threading.main_thread() not in set().union(*threads.values())
 
@@ -394,7 +394,7 @@ def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
     full.full = True
     monkeypatch.setattr(session_module, "ask", FakeAnswer)
     turns = Turns(Loading.done(full), [])
-    answered(turns.ask({"text": "", "files": paths}, session, None, None, ""))
+    answered(turns.ask({"text": "", "files": paths}, session, None, "", None))
     assert "Too many people" in warnings[-1]
     assert image.held.pixels == before
 

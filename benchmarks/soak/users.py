@@ -277,7 +277,7 @@ class User:
 
     def _settings(self, tokens: int) -> list:
         values = {**SETTINGS, "max_new_tokens": tokens, "seed": "", "system": ""}
-        return [values[name] for name in self._page["settings"]]
+        return [*(values[name] for name in self._page["settings"]), None]
 
     async def _join(self, session: str, name: str, data: list) -> str:
         sent = {"data": data, "fn_index": self._page["events"][name], "session_hash": session}

@@ -87,8 +87,8 @@ OPTIMIZER = (
 REWARD = (
     Option(
         "samples",
-        "Sample N captions for each picture (of --replay, or in stage 1 of pictures with several "
-        "captions) and learn from their CIDEr.",
+        "Sample N captions for each picture (of --replay, or in stage 1, or for mini, of pictures "
+        "with several captions) and learn from their CIDEr.",
         0,
         integer(0),
         "N",

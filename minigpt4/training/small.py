@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from minigpt4.model.minigpt4 import MiniGPT4, TrainingBatch, at_length
 from minigpt4.model.prompt import ImageRef, Message, Prompt, encode_chat, encode_text
 from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
+from minigpt4.training.int8 import fastest
 from minigpt4.training.mixture import Answered, Mixture, Picture
 from minigpt4.training.packing import pack
 from minigpt4.training.small_reward import PEOPLES, SHARE, CaptionReward
@@ -380,16 +382,9 @@ def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:
     return stored["basis"], projection["weight"], projection["bias"]
 
 
-def fastest_dtype(candidates: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)):
+def fastest_dtype(
+    candidates: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+) -> torch.dtype:
     """The type in which this processor multiplies matrices fastest, as measured here."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.ones(256, 896, dtype=dtype), torch.ones(896, 4864, dtype=dtype)
-        times = []
-        for _ in range(4):
-            started = time.process_time()
-            left @ right
-            times.append(time.process_time() - started)
-        return min(times[1:])
-
-    return min(candidates, key=seconds)
+    pairs = [(torch.ones(256, 896).to(d), torch.ones(896, 4864).to(d)) for d in candidates]
+    return candidates[fastest([partial(torch.mm, *pair) for pair in pairs])]

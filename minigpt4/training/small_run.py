@@ -136,7 +136,7 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
             f"“--validate” takes no file for {config.name}: it measures what the run has learned."
         )
     if options.limit and not options.validate:
-        raise UserError(f"“--limit” needs “--validate” for {config.name}: omit it.")
+        raise UserError(f"“--limit” is for measuring {config.name}: add “--validate”, or omit it.")
 
 
 def read(folder: Path) -> dict[str, list[mixture.Picture]]:

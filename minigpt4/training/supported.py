@@ -18,7 +18,7 @@ _TINT = "|".join(sorted(WORD_LISTS["tints"]))
 _NAMES = "|".join(sorted(WORD_LISTS["colours"]))
 _COLOUR = rf"(?:(?:{_TINT}|[a-z]+ish)[ -])*(?:(?:{_NAMES})(?:ish)?)"
 _COLOURS = rf"{_COLOUR}(?:(?:, and | and |, |-and-|-){_COLOUR})*"
-_BEFORE_NOUN = re.compile(rf"(?<![-\w])(?:(an?) )?({_COLOURS}),? (?=([a-z]+))", re.IGNORECASE)
+_BEFORE_NOUN = re.compile(rf"(?<![-\w])(?:(an?) )?({_COLOURS}) (?=([a-z]+))", re.IGNORECASE)
 _SAID = re.compile(rf"\b(?:is|are|look|looks) (?:all |mostly )?{_COLOUR}\b", re.IGNORECASE)
 _PHOTOGRAPHS = {"photo", "photograph", "picture", "image"}
 
@@ -67,6 +67,9 @@ class Supported:
             phrase = f"{colours.split()[-1].lower()} {singular(noun)}"
             number = self._number.get(phrase)
             if noun in _PHOTOGRAPHS | WORD_LISTS["function"] or colours == "black and white":
+                return match[0]
+            # “dressed in white stands”, “An orange lies”: there may be no noun.
+            if singular(noun) not in self._number and (not article or colours == "orange"):
                 return match[0]
             if number is not None and probability[number] >= _COLOUR_FOUND:
                 return match[0]

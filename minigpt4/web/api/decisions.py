@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from string import ascii_uppercase
 from typing import Any
 
@@ -58,10 +59,9 @@ def read_decisions(body: dict) -> Decisions:
             raise ApiError(f"{path} is missing: add it.", param=path)
     about, ignored = read_response({"input": body.get("input"), "model": request.model})
     rest = {name: value for name, value in body.items() if name != "input"}
-    ignored += unread(rest, DecisionRequest, ())
-    for place, question in enumerate(body["questions"]):
-        ignored += unread(question, Question, ("questions", place))
-    return Decisions(about, request.questions, ignored[:NAMED])
+    unknown = (unread(q, Question, ("questions", i)) for i, q in enumerate(body["questions"]))
+    others = chain(unread(rest, DecisionRequest, ()), chain.from_iterable(unknown))
+    return Decisions(about, request.questions, [*ignored, *islice(others, NAMED)][:NAMED])
 
 
 async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions) -> dict:

@@ -8,12 +8,13 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from itertools import islice
 from typing import Any
 
 from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.errors import ApiError, printable
-from minigpt4.web.api.normalize import read_chat
+from minigpt4.web.api.normalize import NAMED, read_chat
 from minigpt4.web.api.reply import HEARTBEAT, Choice, event, refusal, texts_of, used
 from minigpt4.web.api.schemas import ChatRequest
 
@@ -42,7 +43,8 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
         chat["max_tokens"] = chat.pop("max_output_tokens")
     if isinstance(text := chat.pop("text", None), dict):
         chat["response_format"] = _format(text.get("format"))
-        ignored += [f"text.{printable(name)}" for name in text if name != "format" and text[name]]
+        rest = (name for name in text if name != "format" and text[name])
+        ignored += [f"text.{printable(name)}" for name in islice(rest, NAMED)]
     included = include if isinstance(include, list) else []
     if LOGPROBS in included:
         chat["logprobs"] = True
@@ -50,20 +52,21 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
         ignored.append("top_logprobs")
     ignored += ["include"] if any(name != LOGPROBS for name in included) else []
     request, others = read_chat(chat)
-    return request, [*ignored, *(re.sub(r"^messages\b", "input", name) for name in others)]
+    return request, [*ignored, *map(_rename, others)][:NAMED]
 
 
 def renamed(error: ApiError) -> ApiError:
     """An error about a chat completion, in the Responses API's words."""
 
-    def rename(text: str) -> str:
-        text = re.sub(FIELDS, lambda found: NAMES[found[0]], text)
-        return text.replace("text.format.json_schema", "text.format").replace(
-            ".image_url.url", ".image_url"
-        )
+    param = _rename(error.param) if error.param else error.param
+    return ApiError(_rename(str(error)), error.status, error.code, param, error.headers)
 
-    param = rename(error.param) if error.param else error.param
-    return ApiError(rename(str(error)), error.status, error.code, param, error.headers)
+
+def _rename(text: str) -> str:
+    text = re.sub(FIELDS, lambda found: NAMES[found[0]], text)
+    return text.replace("text.format.json_schema", "text.format").replace(
+        ".image_url.url", ".image_url"
+    )
 
 
 def _messages(items: Any) -> Any:
@@ -92,6 +95,8 @@ def _message(item: Any, place: int) -> Any:
 def _part(part: Any) -> Any:
     if isinstance(part, dict) and part.get("type") == "refusal":
         return {"type": "text", "text": part.get("refusal")}
+    if isinstance(part, dict) and part.get("type") == "input_image" and "detail" in part:
+        return {name: value for name, value in part.items() if name != "detail"}  # as in chat
     if isinstance(part, dict) and part.get("type") == "output_text":
         return {name: value for name, value in part.items() if name not in ECHOED_IN_TEXT}
     return part

@@ -162,9 +162,11 @@ class Api:
 
     @contextmanager
     def _room(self, request: Request) -> Iterator[None]:
-        """Room for reading the request and opening its pictures. The error that it would end in
-        anyway, before its body is read; ApiError 429 where many large ones are being read."""
-        self._service.engine().refuse_if_full()
+        """Room for reading the request and opening its pictures. ApiError 429 where many large ones
+        are being read, or where the only engine is full: before the body is read."""
+        engine = self._service.engine()
+        if len(self._service.engines) == 1:
+            engine.refuse_if_full()
         length = request.headers.get("content-length", "")
         large = not length.isdecimal() or int(length) > LARGE
         if large and self._large >= MOST_LARGE:

@@ -54,7 +54,8 @@ WITHOUT_REFUSED = (
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 # A conversation that is opened before would be lost: `renew` would put the first session back.
 LOADED_JS = "() => { minigpt4.chats.loaded(); }"
-ASKED_JS = "(box, session, shown, ...rest) => [box, session, minigpt4.chats.current, ...rest]"
+# A turn's last input: the browser's name of the conversation that the page shows.
+SHOWN_JS = "(...inputs) => [...inputs.slice(0, -1), minigpt4.chats.current]"
 SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
 # New chats have the visitor's own system prompt, not that of the conversation that was shown.
 OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
@@ -150,19 +151,20 @@ class ChatPage:
         names = [name for name in self._panel.settings if name != "system"]
         turns = Turns(self._loading, names)
         session, box, chatbot, side = self._session, self._box, self._chatbot, self._panel
-        settings = list(side.settings.values())
+        named = gr.JSON(visible=False)
+        settings = [*side.settings.values(), named]
         shown = [chatbot, box, self._status, side.keeper]
-        asked = [box, session, gr.JSON(visible=False), *settings]
+        event_of_turn: dict[str, Any] = {**EVENT, "js": SHOWN_JS}
         events = [
-            box.submit(turns.ask, asked, shown, js=ASKED_JS, **EVENT),
-            chatbot.retry(turns.retry, [session, *settings], shown, **EVENT),
-            chatbot.edit(turns.edit, [session, *settings], shown, **EVENT),
-            chatbot.option_select(turns.option, [session, *settings], shown, **EVENT),
-            self._hello.select(turns.example, [session, *settings], shown, **EVENT),
+            box.submit(turns.ask, [box, session, *settings], shown, **event_of_turn),
+            chatbot.retry(turns.retry, [session, *settings], shown, **event_of_turn),
+            chatbot.edit(turns.edit, [session, *settings], shown, **event_of_turn),
+            chatbot.option_select(turns.option, [session, *settings], shown, **event_of_turn),
+            self._hello.select(turns.example, [session, *settings], shown, **event_of_turn),
         ]
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
-        events.append(chatbot.undo(turns.undo, session, shown, **EVENT))
-        events.append(side.facts.select(turns.version, session, shown, **EVENT))
+        events.append(chatbot.undo(turns.undo, [session, named], shown, **event_of_turn))
+        events.append(side.facts.select(turns.version, [session, named], shown, **event_of_turn))
         events[0].then(turns.empty, [box, session], box, **EVENT)
         for event in events:
             event.then(side.record, session, [side.keeper, side.facts], **EVENT)

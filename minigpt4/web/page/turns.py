@@ -38,7 +38,9 @@ class Turns:
     """The page's handlers; those that answer yield (messages, box, status, what is kept).
 
     names: the fields of Sampling that the page has controls for, in the order their values come;
-    the system prompt comes after them.
+    the system prompt comes after them, and then `shown`: the browser's name of the conversation
+    that the page shows. Where the session knows nothing of it, as after a day, nothing is done: the
+    page opens it again.
     """
 
     def __init__(self, loading: Loading, names: Sequence[str]) -> None:
@@ -46,21 +48,9 @@ class Turns:
         self._names = names
 
     async def ask(
-        self,
-        value: dict,
-        session: Session,
-        shown: str | None,
-        request: gr.Request,
-        *settings: float | str | None,
+        self, value: dict, session: Session, request: gr.Request, *settings: float | str | None
     ) -> AsyncGenerator[tuple, None]:
-        """Ask what is in the box, which is emptied once the engine has accepted the question.
-
-        shown: the browser's name of the conversation that the page shows. Where the session knows
-        nothing of it, as after a day, nothing is asked: the page opens it again.
-        """
-        if shown and not session.name:
-            yield (*UNCHANGED[:3], records.forgotten(shown))
-            return
+        """Ask what is in the box, which is emptied once the engine has accepted the question."""
 
         def conversation() -> Conversation:
             return session.with_question(value["text"], [uploaded(path) for path in value["files"]])
@@ -134,8 +124,10 @@ class Turns:
             async for step in steps:
                 yield step
 
-    def undo(self, session: Session, request: gr.Request) -> tuple:
+    def undo(self, session: Session, shown: str | None, request: gr.Request) -> tuple:
         """Put the last question back into the box, and remove its answer."""
+        if shown and not session.name:
+            return _forgotten(shown)
         if session.busy:
             warn(translate("busy", request))
             return UNCHANGED
@@ -148,8 +140,12 @@ class Turns:
         value = {"text": text, "files": files}
         return render.messages(session, request), box(False, value=value), "", gr.skip()
 
-    def version(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
+    def version(
+        self, session: Session, shown: str | None, chosen: gr.SelectData, request: gr.Request
+    ) -> tuple:
         """Show another version of the conversation from a place on."""
+        if shown and not session.name:
+            return _forgotten(shown)
         if session.busy:
             warn(translate("busy", request))
             return UNCHANGED
@@ -179,6 +175,10 @@ class Turns:
         sent: dict | None = None,
     ) -> AsyncGenerator[tuple, None]:
         """sent: what the box holds, if it is to be emptied."""
+        *settings, shown = settings
+        if shown and not session.name:
+            yield _forgotten(str(shown))
+            return
         if session.busy:  # a second Enter, for example
             warn(translate("busy", request))
             yield UNCHANGED
@@ -269,6 +269,10 @@ class Turns:
             raise UserError(translate("bad_seed", request))
         sampling = Sampling(seed=int(digits) if digits else None, **given)
         return sampling, str(system or "").strip() or None
+
+
+def _forgotten(shown: str) -> tuple:
+    return (*UNCHANGED[:3], records.forgotten(shown))
 
 
 def _build(build: Callable[[], Conversation]) -> Conversation:

@@ -54,7 +54,11 @@
   };
   document.addEventListener("input", ({ target }) => {
     update();
-    if (sent !== null && target.matches("#box textarea")) typed = target.value;
+    if (sent === null || !target.matches("#box textarea")) return;
+    if (typed?.startsWith(sent) && !target.value.startsWith(sent)) { // it was emptied in between
+      target.value = typed.slice(sent.length).trimStart() + target.value;
+      [sent, typed] = [null, null];
+    } else typed = target.value;
   }, true);
   document.addEventListener("click", (event) => {
     if (event.target.closest("#box .submit-button")) asked();
