@@ -332,7 +332,7 @@ def test_nothing_is_taken_back_from_under_an_answer(monkeypatch, warnings):
     async def both() -> None:
         steps = ask(engine, session, "Hello?")
         await anext(steps)
-        assert Turns(Loading.done(engine), []).undo(session, None) == (gr.skip(),) * 4
+        assert Turns(Loading.done(engine), []).undo(session, None, None) == (gr.skip(),) * 4
         async for _ in steps:
             pass
 
