@@ -409,12 +409,14 @@ def test_copying_without_https(visit):
     visit.expected("AbortError")
 
 
-def test_what_is_typed_right_after_sending_stays(visit, engine):
-    engine.ahead = 1
-    page = visit()
+def test_what_is_typed_right_after_sending_stays(visit):
+    page, held = visit(), []
+    page.route("**/gradio_api/queue/join*", lambda route: held.append(route))
     say(page, "Hello?")
+    while not held:  # the question has left the page
+        page.wait_for_timeout(20)
     page.keyboard.type(" And what else?")
-    engine.ahead = 0
+    page.unroute("**/gradio_api/queue/join*")  # which lets it go on
     done(page)
     expect(questions(page)).to_have_text("Hello?")
     expect(box(page)).to_have_value(re.compile("^ ?And what else\\?$"))

@@ -410,7 +410,7 @@ def test_a_question_is_not_sent_without_the_picture_it_waits_for(visit, photo):
     page = visit()
 
     uploads = []
-    page.route("**/gradio_api/upload*", uploads.append)
+    page.route("**/gradio_api/upload*", lambda route: uploads.append(route))
     page.locator("#box input[type=file]").set_input_files(photo)
     expect(page.locator(".uploading")).to_be_visible()
     say(page, "What is this?")
@@ -489,6 +489,6 @@ def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, 
     page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
     expect(answers(page)).to_have_count(2)
     assert len(engine.asked) == asked + 1
-    page_of_all.close(verbose=False)
     visit.expected("AbortError|Connection errored out")
     visit.check()
+    page_of_all.close(verbose=False)
