@@ -220,6 +220,7 @@ class LlamaCpp:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = 256 * chats
         params.n_seq_max = chats
+        params.kv_unified = True  # one chat may take the room of several, as the long prompt does
         params.n_threads = params.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._owner.model, params)
         self._memory = llama_cpp.llama_get_memory(self._context)
