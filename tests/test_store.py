@@ -459,6 +459,7 @@ def test_a_browser_that_keeps_nothing(visit):
     page.evaluate("minigpt4.theme()")
     assert page.evaluate("document.documentElement.classList.contains('dark')") != dark
     expect(answers(page)).to_have_count(1)
+    visit.expected("AbortError|Connection errored out")  # what the left page listened to
 
 
 def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, photo, monkeypatch):
