@@ -125,7 +125,7 @@ def fresh_tokens(seed: int, count: int = PROMPT_TOKENS) -> list[int]:
     return [draw.randrange(1000, 30000) for _ in range(count)]  # in every vocabulary
 
 
-def engine_rate(engine, chats: int, seed: int, new_tokens: int = 100) -> tuple[float, list[float]]:
+def engine_rate(engine, chats: int, seed: int, new_tokens: int) -> tuple[float, list[float]]:
     """(tokens/s together after everyone's first, seconds between one chat's tokens)."""
     streams = [engine.submit(request(fresh_tokens(seed + i), new_tokens)) for i in range(chats)]
     times: list[list[float]] = [[] for _ in streams]

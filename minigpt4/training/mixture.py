@@ -161,15 +161,6 @@ def _records(shard: Path) -> dict[str, dict]:
 
 
 def _picture(example: Example, record: dict) -> Picture:
-    def pairs(name: str, kind: type = str) -> tuple:
-        given = record.get(name)
-        return tuple(
-            (pair[0], pair[1])
-            for pair in (given if isinstance(given, list) else [])
-            if isinstance(pair, list) and len(pair) == 2
-            if isinstance(pair[0], str) and isinstance(pair[1], kind)
-        )
-
     description = record.get("description")
     description = description.strip() if isinstance(description, str) else ""
     if description:
@@ -183,17 +174,21 @@ def _picture(example: Example, record: dict) -> Picture:
         source,
         example.captions,
         description,
-        pairs("questions"),
-        _task(record.get("task")),
-        pairs("statements", bool),
-        pairs("knowledge"),
+        _pairs(record.get("questions")),
+        next(iter(_pairs([record.get("task")])), None),
+        _pairs(record.get("statements"), bool),
+        _pairs(record.get("knowledge")),
     )
 
 
-def _task(value: object) -> Turn | None:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(t, str) for t in value):
-        return value[0], value[1]
-    return None
+def _pairs(given: object, kind: type = str) -> tuple:
+    """The pairs of a text and a `kind` in a list; what is anything else is left out."""
+    return tuple(
+        (pair[0], pair[1])
+        for pair in (given if isinstance(given, list) else [])
+        if isinstance(pair, list) and len(pair) == 2
+        if isinstance(pair[0], str) and isinstance(pair[1], kind)
+    )
 
 
 def read_instructed(folder: str | Path, instructions: str | Path | None) -> list[Picture]:
