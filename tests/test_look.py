@@ -169,6 +169,21 @@ def test_a_part_of_a_picture_is_asked_about(visit, photo):
     expect(page.locator("#crop [role=status]")).to_have_text(re.compile("^50 % .* 50 % wide"))
 
 
+def test_a_picture_that_is_still_loading_is_cropped_once(visit, photo):
+    page = visit(**WIDE)
+    held = []
+    page.route("**/file=**/meadow.png", lambda route: held.append(route))
+    attach(page, photo)
+    crop = page.locator("#box").get_by_role("button", name="Crop")
+    crop.click()
+    crop.click()
+    assert held
+    page.unroute("**/file=**/meadow.png")  # which lets it go on
+    expect(page.locator("#crop .region")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
 def test_shortcuts_and_their_list(visit):
     page = visit(**WIDE)
     ask(page, "Say it again.")
