@@ -163,6 +163,9 @@ def test_a_judge_is_not_asked_again(suite, theirs, tmp_path, monkeypatch):
     assert len(kept.read_text().splitlines()) == 1
     assert verdicts() == ([True, False], 1)
     assert verdicts() == ([True, False], 0)
+    kept.write_bytes(kept.read_bytes()[:-20])  # the second line, as a crash leaves it
+    assert verdicts() == ([True, False], 1)
+    assert verdicts() == ([True, False], 0)
     assert verdicts("another") == ([True, False], 2)
     (suite / "0.jpg").write_bytes(jpeg(picture(7)))
     assert verdicts() == ([True, False], 1)

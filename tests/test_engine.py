@@ -296,6 +296,20 @@ def test_pictures_are_let_go_once_they_are_encoded(model, monkeypatch):
     engine.close()
 
 
+def test_those_that_end_while_they_wait_are_counted(model, monkeypatch):
+    engine = Engine(model, max_running=1)
+    real = engine.decoder.forward
+    monkeypatch.setattr(engine.decoder, "forward", lambda rows: time.sleep(0.01) or real(rows))
+    running = engine.submit(request(1, 20, sampling=replace(GREEDY, max_new_tokens=400)))
+    next(running)
+    closed, late = engine.submit(request(2)), engine.submit(request(3, max_seconds=0.05))
+    closed.close()
+    assert not list(late) and late.stop_reason == "time"
+    running.close()
+    assert settled(engine) and engine.totals.endings == {"closed": 2, "time": 1}
+    engine.close()
+
+
 # --- one request's options -----------------------------------------------------------------------
 
 

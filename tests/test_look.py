@@ -108,7 +108,7 @@ def test_an_answer_shows_where(visit, photo):
     expect(ring).to_have_count(0)
     word.focus()
     expect(ring).to_have_count(1)
-    page.get_by_role("button", name="Show larger").click()
+    page.get_by_role("button", name="Enlarge").click()
     expect(ring).to_have_count(0)
     page.get_by_role("button", name="boat").click()
     expect(page.locator("#lightbox .where i")).to_have_count(1)
@@ -146,7 +146,7 @@ def test_a_part_of_a_picture_is_asked_about(visit, photo):
     expect(answers(page)).to_have_text("I see 2 pictures.")
 
     # By keyboard, from the large view, which is smaller than the file.
-    page.get_by_role("button", name="Show larger: Picture 1 of 2").click()
+    page.get_by_role("button", name="Enlarge: Picture 1 of 2").click()
     page.get_by_role("dialog", name="Picture 1 of 2").get_by_role("button", name="Crop").click()
     for key in ("Shift+ArrowLeft", "Shift+ArrowUp", "ArrowDown"):
         page.keyboard.press(key)
@@ -258,7 +258,7 @@ def test_notices_stand_above_the_message(visit, engine, photo):
 
 def test_a_message_that_cannot_be_sent_yet(visit, photo):
     page = visit()
-    send = page.get_by_label("Submit")
+    send = page.get_by_label("Send", exact=True)
     expect(send).to_be_disabled()
     box(page).fill("  ")
     expect(send).to_be_disabled()
@@ -293,7 +293,7 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     first, second = (pictures.nth(place).bounding_box() for place in (0, 1))
     assert first["y"] == second["y"] and first["x"] < second["x"]
 
-    opener = page.get_by_role("button", name="Show larger: Picture 2 of 3: cat.png")
+    opener = page.get_by_role("button", name="Enlarge: Picture 2 of 3: cat.png")
     opener.click()
     window = page.get_by_role("dialog", name="Picture 2 of 3: cat.png")
     expect(window).to_be_visible()

@@ -56,7 +56,7 @@ def test_words_appear_one_after_another(visit, engine):
     count = len(answers(page).inner_text().split())
     expect(answers(page)).to_contain_text(f"word{count + 30}")
     page.keyboard.press("Escape")  # stops
-    expect(page.get_by_label("Submit")).to_be_visible()
+    expect(page.get_by_label("Send", exact=True)).to_be_visible()
     expect(status(page)).to_contain_text("Stopped")
     count = len(answers(page).inner_text().split())
     time.sleep(0.3)
@@ -79,7 +79,7 @@ def test_stop_and_continue(visit, engine):
     say(page, "A long one, please.")
     expect(answers(page)).to_contain_text("word5")
     page.get_by_label("Stop").click()
-    expect(page.get_by_label("Submit")).to_be_visible()
+    expect(page.get_by_label("Send", exact=True)).to_be_visible()
     said = answers(page).inner_text().split()
     engine.word_seconds = 0.0
     page.get_by_role("button", name="Continue").click()
@@ -93,8 +93,8 @@ def test_stop_and_continue(visit, engine):
 def test_an_answer_cut_at_its_length_goes_on(visit):
     page = visit(**WIDE)
     open_settings(page)
-    page.get_by_label("number input for Maximum length").fill("20")
-    page.get_by_label("number input for Maximum length").press("Tab")
+    page.get_by_label("Maximum length, number").fill("20")
+    page.get_by_label("Maximum length, number").press("Tab")
     ask(page, "A long one, please.")
     expect(status(page)).to_contain_text("Stopped at the maximum length")
     page.get_by_role("button", name="Continue").click()
@@ -116,7 +116,7 @@ def test_retry_edit_and_undo(visit, photo):
     # The first question is changed: its picture stays, what came after it is answered no more.
     page.get_by_role("button", name="Edit").first.click()
     page.locator("#chat textarea").fill("Count <b>everything</b>.")
-    page.locator("#chat").get_by_label("Submit").click()
+    page.locator("#chat").get_by_label("Send", exact=True).click()
     expect(answers(page)).to_have_count(1)
     expect(answers(page)).to_contain_text("I see 1 pictures.")
     expect(questions(page).last).to_contain_text("Count <b>everything</b>.")
@@ -128,7 +128,7 @@ def test_retry_edit_and_undo(visit, photo):
     page.get_by_role("button", name="Undo").click()
     expect(answers(page)).to_have_count(0)
     expect(box(page)).to_have_value("Count <b>everything</b>.")
-    expect(page.get_by_label("File thumbnail")).to_have_count(1)
+    expect(page.get_by_label("Added picture", exact=True)).to_have_count(1)
     box(page).press("Enter")
     expect(answers(page)).to_contain_text("I see 1 pictures.")
 
@@ -160,7 +160,7 @@ def test_paste_and_drop(visit, photo):
             [event, field, data],
         )
         count = 1 if event == "paste" else 2
-        expect(page.get_by_label("File thumbnail")).to_have_count(count)
+        expect(page.get_by_label("Added picture", exact=True)).to_have_count(count)
 
 
 def test_camera(visit):
@@ -174,7 +174,7 @@ def test_camera(visit):
         video = page.locator("#camera video")
         page.get_by_role("button", name="Take the picture").click()  # enabled once it is on
         expect(video).to_have_count(0)
-        expect(page.get_by_label("File thumbnail")).to_have_count(count)
+        expect(page.get_by_label("Added picture", exact=True)).to_have_count(count)
     page.get_by_role("button", name="Add a picture").click()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")  # the menu's second entry
@@ -192,7 +192,7 @@ def test_no_picture(visit, photo, tmp_path):
     box(page).fill("What is this?")
     page.locator("#box input[type=file]").set_input_files(wrong)
     expect(page.get_by_text("holiday.png is damaged, or not a picture")).to_be_visible()
-    expect(page.get_by_label("File thumbnail")).to_have_count(0)
+    expect(page.get_by_label("Added picture", exact=True)).to_have_count(0)
     expect(box(page)).to_have_value("What is this?")
     attach(page, photo)
 
@@ -218,7 +218,7 @@ def test_a_full_queue_keeps_what_was_typed(visit, engine, photo):
     say(page, "Is anyone there?")
     expect(page.get_by_text("Too many people are waiting")).to_be_visible()
     expect(box(page)).to_have_value("Is anyone there?")
-    expect(page.get_by_label("File thumbnail")).to_have_count(1)
+    expect(page.get_by_label("Added picture", exact=True)).to_have_count(1)
     expect(answers(page)).to_have_count(0)
     engine.full = False
     box(page).press("Enter")
@@ -232,7 +232,9 @@ def test_failures_and_notices_are_said_in_the_conversation(visit, engine):
     expect(answers(page)).to_contain_text("The model ran out of memory: ask something shorter.")
     page.get_by_role("button", name="Retry").click()
     wait_for(lambda: len(engine.asked) == asked + 2)
-    expect(page.get_by_label("Submit")).to_be_visible()  # the second failure has been shown
+    expect(
+        page.get_by_label("Send", exact=True)
+    ).to_be_visible()  # the second failure has been shown
     expect(answers(page)).to_have_count(1)
     say(page, "Forget the first.")
     expect(page.get_by_text("and were left out")).to_be_visible()
@@ -251,7 +253,7 @@ def test_settings_and_presets(visit, engine):
     expect(page.get_by_label("Seed")).to_be_hidden()
     open_settings(page)
     page.get_by_label("precise").click()
-    temperature = page.get_by_label("number input for Temperature")
+    temperature = page.get_by_label("Temperature, number")
     expect(temperature).to_have_value("0")
     expect(page.get_by_label("custom")).to_be_hidden()
     temperature.fill("0.7")

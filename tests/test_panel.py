@@ -70,7 +70,7 @@ def test_a_website_is_previewed_in_a_closed_frame(visit):
 
     ask(page, "Another website, please.")
     page.get_by_role("button", name="Preview the website").click()
-    which = page.get_by_label("Which answer")
+    which = page.get_by_label("Choose an answer")
     expect(which).to_have_value("Answer 2")
     for number in (1, 2):
         which.click()
@@ -174,7 +174,7 @@ def test_conversations_stay_in_the_browser(visit, photo):
     expect(kept).to_have_count(3)
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete all").click()
-    expect(page.get_by_text("None yet.")).to_be_visible()
+    expect(page.get_by_text("No conversations yet.")).to_be_visible()
 
 
 def test_the_list_while_an_answer_is_given(visit, engine):
@@ -389,7 +389,7 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         page = visitors(**WIDE)
         expect(status(page)).to_contain_text("Fetching nano-llm (93 MB)")
         open_settings(page)
-        temperature = page.get_by_label("number input for Temperature")
+        temperature = page.get_by_label("Temperature, number")
         expect(temperature).to_be_hidden()  # the model's own value is not known yet
         say(page, "Hello?")
         expect(page.get_by_text("still loading: ask again")).to_be_visible()

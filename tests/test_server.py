@@ -11,6 +11,7 @@ import time
 from contextlib import closing
 from importlib import resources
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -132,6 +133,11 @@ def test_health(address, engine, monkeypatch):
         response = httpx.get(address + "/readyz")
         assert (response.status_code, response.text) == (503, "The model generates no tokens.\n")
         assert httpx.get(address + "/healthz").status_code == 200
+    for error in (RuntimeError("the loop is closed"), OSError("no such socket")):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "health", Mock(side_effect=error))
+            assert httpx.get(address + "/readyz").text == "The model generates no tokens.\n"
+        time.sleep(1.1)  # a younger result is given again
     assert httpx.get(address + "/readyz").status_code == 200
 
 

@@ -233,6 +233,18 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, pictures, tmp_pat
     assert (tmp_path / "parts" / "mini.safetensors").exists()
 
 
+def test_another_runs_checkpoint_is_not_resumed(model, pictures, tmp_path):
+    trainer(model, pictures, tmp_path, 2).run()
+    assert trainer(model, pictures, tmp_path, 9).step == 2  # a run may be made longer
+    reward = CaptionReward(pictures, 2)
+    for others, given in ((pictures[:-1], None), (pictures, reward)):
+        with pytest.raises(UserError, match="belongs to a run with other data"):
+            trainer(model, others, tmp_path, 2, given)
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        trainer(model, pictures, tmp_path, 2)
+
+
 def test_it_learns_at_the_length_of_words(model, pictures, tmp_path):
     run = trainer(model, pictures, tmp_path, 30)
     records = [run.one_step()]

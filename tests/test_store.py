@@ -212,7 +212,7 @@ def test_a_chat_that_is_opened_on_a_phone_is_in_view(visit):
 def test_an_opened_file_keeps_its_title_and_place(visit, tmp_path):
     page = visit(**WIDE)
     open_settings(page)
-    length = page.get_by_label("number input for Maximum length")
+    length = page.get_by_label("Maximum length, number")
     length.fill("20")
     length.press("Tab")
     ask(page, "A long one, please.")
@@ -307,7 +307,7 @@ def test_settings_are_remembered(visit):
     page = visit(**WIDE)
     open_settings(page)
     page.get_by_label("creative").click()
-    length = page.get_by_label("number input for Maximum length")
+    length = page.get_by_label("Maximum length, number")
     length.fill("20")
     length.press("Tab")
     page.get_by_label("System prompt").fill("Answer in rhymes.")
@@ -316,7 +316,7 @@ def test_settings_are_remembered(visit):
     expect(length).to_have_value("20")
     expect(page.get_by_label("System prompt")).to_have_value("Answer in rhymes.")
     expect(page.get_by_label("creative")).to_be_checked()
-    expect(page.get_by_label("number input for Temperature")).to_have_value("0.8")
+    expect(page.get_by_label("Temperature, number")).to_have_value("0.8")
     visit.expected(LEFT)
 
 
@@ -337,7 +337,7 @@ def test_retry_and_edit_keep_what_was_there(visit):
 
     page.get_by_role("button", name="Edit").first.click()
     page.locator("#chat textarea").fill("Hello?")
-    page.locator("#chat").get_by_label("Submit").click()
+    page.locator("#chat").get_by_label("Send", exact=True).click()
     expect(answers(page)).to_contain_text(["red house"])
     expect(versions).to_have_text("2/2")
     box(page).hover()
@@ -475,7 +475,7 @@ def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, 
     page_of_all.app.state_holder.session_data.clear()
     asked = len(engine.asked)
     say(page, "Count them again.")
-    expect(page.get_by_text("The server had forgotten this conversation.")).to_be_visible()
+    expect(page.get_by_text("The server no longer had this conversation.")).to_be_visible()
     page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
     expect(box(page)).to_have_value("Count them again.")
     assert len(engine.asked) == asked
@@ -486,7 +486,7 @@ def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, 
     assert len(engine.asked[-1].pictures) == 1
     page_of_all.app.state_holder.session_data.clear()
     page.get_by_role("button", name="Retry").click()
-    expect(page.get_by_text("The server had forgotten this conversation.").last).to_be_visible()
+    expect(page.get_by_text("The server no longer had this conversation.").last).to_be_visible()
     page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
     expect(answers(page)).to_have_count(2)
     assert len(engine.asked) == asked + 1

@@ -162,15 +162,20 @@ def test_loading_is_said(warnings):
     loading.wait()
     assert isinstance(loading.engine, FakeEngine) and loading.step == "Fetching everything …"
 
-    def fail(report):
-        raise UserError("There is no model.")
+    for error, said in (
+        (UserError("There is no model."), "There is no model"),
+        (OSError("I/O error"), "The model could not be loaded: the server's log says why"),
+    ):
 
-    engine = FakeEngine()
-    loading = Loading(lambda report: engine, fail)
-    loading.start()
-    with pytest.raises(UserError, match="There is no model"):
-        loading.wait()
-    assert not loading.engines and engine.closed  # all, or none
+        def fail(report, error=error):
+            raise error
+
+        engine = FakeEngine()
+        loading = Loading(lambda report, engine=engine: engine, fail)
+        loading.start()
+        with pytest.raises(UserError, match=said):
+            loading.wait()
+        assert not loading.engines and engine.closed  # all, or none
 
 
 @pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")
@@ -332,7 +337,8 @@ def test_nothing_is_taken_back_from_under_an_answer(monkeypatch, warnings):
     async def both() -> None:
         steps = ask(engine, session, "Hello?")
         await anext(steps)
-        assert Turns(Loading.done(engine), []).undo(session, None, None) == (gr.skip(),) * 4
+        turns = Turns(Loading.done(engine), [])
+        assert await turns.undo(session, None, None) == (gr.skip(),) * 4
         async for _ in steps:
             pass
 
@@ -525,8 +531,8 @@ def test_nano_answers_through_the_page(browser, tmp_path):
         page = visitors(**WIDE)
         expect(status(page)).to_contain_text("The model is ready.")
         open_settings(page)
-        page.get_by_label("number input for Maximum length").fill("20")
-        page.get_by_label("number input for Maximum length").press("Tab")
+        page.get_by_label("Maximum length, number").fill("20")
+        page.get_by_label("Maximum length, number").press("Tab")
         page.get_by_label("precise").click()
         attach(page, picture(tmp_path / "meadow.png"))
         page_ask(page, "Describe this image briefly.")

@@ -52,7 +52,9 @@ except UserError as error:
     said["full"] = error.kind
 long.close(), other.close()
 said["drained"] = engine.drain(60)
-said["totals"] = [engine.totals.requests, engine.totals.tokens > 16]
+totals = engine.totals
+said["totals"] = [totals.requests, totals.tokens > 16, totals.prompt_tokens > 40]
+said["endings"] = totals.endings
 said["healthy after"] = engine.health()
 try:
     begin(1)
@@ -66,6 +68,13 @@ try:
 except UserError as error:
     said["no quota"] = str(error)
 del os.environ["NO_QUOTA"]
+lend, engine._lend = engine._lend, None  # fails before anything is lent
+try:
+    "".join(begin(8))
+except UserError as error:
+    said["nothing lent"] = error.kind
+engine._lend = lend
+said["still running"] = engine.running + engine.waiting
 
 plain = Engine(case.load())  # last: from here on there are threads that compute
 engine = plain
@@ -93,7 +102,9 @@ def test_answers_with_a_lent_gpu():
     assert said["here"] and said["model"] == "vicuna-7b" and said["quantize"] == "none"
     assert said["first"] == said["async"] == said["plain"] != ""
     assert said["logprobs"] and said["seconds"] == [30, 30]
-    assert said["running"] and said["drained"] and said["totals"] == [4, True]
+    assert said["running"] and said["drained"] and said["totals"] == [4, True, True]
+    assert said["endings"] == {"length": 2, "closed": 2}
+    assert said["nothing lent"] == "broken" and not said["still running"]
     assert said["ending"] == "ending" and said["full"] == "queue_full"
     assert not said["healthy after"]
     assert said["no quota"] == (

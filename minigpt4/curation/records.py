@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minigpt4.data.files import parse_jsonl
+from minigpt4.data.files import parse_jsonl, repair_jsonl
 from minigpt4.errors import UserError
 
 if sys.platform != "win32":  # there two programs may write the same file
@@ -84,7 +84,7 @@ class Records:
                     f"{self.path} is being written by another program: wait for it, or choose "
                     "another file with “--out”."
                 ) from error
-        self.records = _parse(self.path, self._repaired())
+        self.records = _parse(self.path, repair_jsonl(self.path))
 
     def append(self, record: dict) -> None:
         """Write one line; it is on the disk when this returns.
@@ -112,19 +112,6 @@ class Records:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _repaired(self) -> bytes:
-        content = self.path.read_bytes()
-        whole, newline, last = content.rpartition(b"\n")
-        if not last.strip():
-            return content
-        try:
-            json.loads(last)
-        except ValueError:
-            os.truncate(self.path, len(whole) + len(newline))
-            return whole + newline
-        self._file.write(b"\n")  # edited by hand, without a newline at the end
-        return content + b"\n"
 
 
 def _line(record: dict) -> bytes:

@@ -89,6 +89,25 @@ def parse_jsonl(
         yield number, record
 
 
+def repair_jsonl(path: str | os.PathLike) -> bytes:
+    """The content of a file that lines are appended to, each ending in a newline.
+
+    A last line that a crash left incomplete is removed from the file.
+    """
+    content = Path(path).read_bytes()
+    whole, newline, last = content.rpartition(b"\n")
+    if not last.strip():
+        return content
+    try:
+        json.loads(last)
+    except ValueError:
+        os.truncate(path, len(whole) + len(newline))
+        return whole + newline
+    with open(path, "ab") as file:
+        file.write(b"\n")  # edited by hand, without a newline at the end
+    return content + b"\n"
+
+
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
     """One object per line."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)

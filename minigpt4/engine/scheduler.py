@@ -226,8 +226,12 @@ class RequestQueue:
             raise failure(FULL)
 
     def _drop_closed(self) -> None:
-        """Requests closed while they waited leave the queue. The lock is held."""
-        self._waiting = deque(state for state in self._waiting if not state.stream.stop_reason)
+        """Requests that ended while they waited leave the queue. The lock is held."""
+        waiting = self._waiting
+        self._waiting = deque(state for state in waiting if not state.stream.stop_reason)
+        for state in waiting:
+            if state.stream.stop_reason and not state.probe:
+                self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
 
     def _position(self, stream: Stream) -> int:
         """Place in the queue, from 1; 0 where it is not in the queue."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from minigpt4.data.files import PROMPTS, read_jsonl, read_text
+from minigpt4.data.files import PROMPTS, read_jsonl, read_text, repair_jsonl
 from minigpt4.errors import UserError
 from minigpt4.model import image
 
@@ -94,6 +94,7 @@ class Judge:
         """The verdicts of earlier runs, by key."""
         if not kept or not Path(kept).exists():
             return {}
+        repair_jsonl(kept)
         records = read_judged(kept, "key", "score", "reason")
         return {r["key"]: Verdict(r["fulfilled"], r["score"], r["reason"]) for r in records}
 

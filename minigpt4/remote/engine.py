@@ -95,6 +95,7 @@ class _RequestState:
     stream: RemoteStream
     limit: int
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    probe: bool = False
 
 
 class RemoteEngine(RequestQueue):

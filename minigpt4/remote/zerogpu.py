@@ -116,7 +116,7 @@ class ZeroEngine(RequestQueue):
         with self._lock:
             self.refuse_if_full()
             self._running.append(stream)
-            self.totals.add(requests=1)
+            self.totals.add(requests=1, prompt_tokens=len(request.prompt))
         # The context tells `spaces` whose GPU quota to use.
         work = copy_context().run
         threading.Thread(target=work, args=(self._follow, request, stream), daemon=True).start()
@@ -128,8 +128,9 @@ class ZeroEngine(RequestQueue):
             raise failure(FULL)
 
     def _follow(self, request: Request, stream: Stream) -> None:
-        events = self._lend(request)
+        events = None
         try:
+            events = self._lend(request)
             for event in events:
                 if stream.stop_reason:  # closed by its reader
                     break
@@ -147,10 +148,11 @@ class ZeroEngine(RequestQueue):
             text = re.sub(r"<[^>]*>", "", str(getattr(error, "message", error)))
             self._fail(stream, UserError(f"{NO_GPU}: {' '.join(text.split())}", "broken"))
         finally:
-            events.close()
+            if events is not None:
+                events.close()
             if not stream.stop_reason:
                 self._fail(stream, UserError(f"{NO_GPU}.", "broken"))
-            self.totals.add_answer(stream.stats)
+            self.totals.add_answer(stream.stats, stream.stop_reason)
             with self._lock:
                 self._running.remove(stream)
 

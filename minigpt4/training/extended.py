@@ -190,7 +190,7 @@ class ExtendedTrainer(Trainer):
         """`samples` answers to each question, as token ids."""
         recipe, model = self.recipe, self.model
         with torch.inference_mode():
-            embeds = model.projection(features.float())
+            embeds = model.project(features.float())
             inputs = torch.cat(
                 [
                     model.embed(question, {question.images[0][1].key: one})

@@ -1,4 +1,5 @@
-"""What a run does beside its steps: whole steps despite Ctrl-C, and the plot of its losses."""
+"""What a run does beside its steps: whole steps despite Ctrl-C, checkpoints read again, and the
+plot of its losses."""
 
 import signal
 import threading
@@ -7,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from minigpt4.errors import UserError
 
 
 @contextmanager
@@ -24,6 +28,28 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if pressed:
         handler(*pressed[0])
+
+
+def read_run(path: Path, identity: str, device: str | torch.device = "cpu") -> dict | None:
+    """The state in a run's checkpoint, None where there is none yet.
+
+    UserError where it is damaged, or where its "identity" is another run's.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        found = state["identity"]
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged: delete it to start again, or choose another folder with “--out”."
+        ) from error
+    if found != identity:
+        raise UserError(
+            f"{path} belongs to a run with other data, another model or other hyperparameters: "
+            "repeat its options, or choose another folder with “--out”."
+        )
+    return state
 
 
 def plot_losses(rows: Sequence[dict[str, float]], path: Path) -> None:

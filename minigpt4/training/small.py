@@ -5,6 +5,7 @@ embeddings. The language model is frozen, but for adapters, if there are any; it
 tokens that occur in the data.
 """
 
+import hashlib
 import json
 import random
 import signal
@@ -12,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from minigpt4.model.minigpt4 import MiniGPT4, TrainingBatch, at_length
 from minigpt4.model.prompt import ImageRef, Message, Prompt, encode_chat, encode_text
 from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
+from minigpt4.training.features import fingerprint
 from minigpt4.training.int8 import fastest
 from minigpt4.training.mixture import Answered, Mixture, Picture
 from minigpt4.training.packing import pack
+from minigpt4.training.saving import read_run
 from minigpt4.training.small_reward import PEOPLES, SHARE, CaptionReward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
@@ -122,7 +125,9 @@ class SmallTrainer:
         self.model, self.sources, self.mixture, self.recipe = model, sources, mixture, recipe
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
-        stored = self._stored()
+        self.reward = reward
+        self.identity = self._identity(adapters or {})
+        stored = read_run(self.out / "checkpoint.pt", self.identity)
         # The weight [hidden, projection_in] is in the basis.
         self.basis, weight, bias = _start_of(stored) if stored else start()
         self.projection = nn.Linear(weight.shape[1], weight.shape[0])
@@ -145,12 +150,23 @@ class SmallTrainer:
         self._index = torch.full((len(output),), -1)
         self._index[tokens] = torch.arange(len(tokens))
         self._end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
-        self._validate, self._metadata, self.reward = validate, metadata or {}, reward
+        self._validate, self._metadata = validate, metadata or {}
         self._stopping = False
         self.step = 0
         if stored:  # go on from this folder's checkpoint
             self.average, self.step = stored["average"], stored["step"]
             self.optimizer.load_state_dict(stored["optimizer"])
+
+    def _identity(self, adapters: dict[str, Adapted]) -> str:
+        """A hash of the model, data and recipe. The checkpoint of another run is not resumed, but a
+        run may be made longer or shorter."""
+        recipe = replace(self.recipe, steps=0, checkpoint_every=0, validate_every=0)
+        samples = self.reward.samples if self.reward else 0
+        lines = [self.model.config.name, repr(recipe), str(samples), *sorted(adapters)]
+        for name, source in sorted(self.sources.items()):
+            lines += [name, fingerprint([picture.example for picture in source.pictures])]
+            lines += [repr(picture.texts) for picture in source.pictures]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
 
     def _trained(self) -> dict[str, Tensor]:
         """Everything that is trained: the projection's "weight" and "bias", and the adapters."""
@@ -354,6 +370,7 @@ class SmallTrainer:
     def save(self) -> None:
         """Checkpoint and projection, each whole or not at all."""
         state = {
+            "identity": self.identity,
             "projection": self.projection.state_dict(),
             "adapters": {name: p.detach() for name, p in self.adapters.items()},
             "average": self.average,
@@ -371,10 +388,6 @@ class SmallTrainer:
         }
         path = self.out / self.model.config.projection_file
         save_projection(weights, path, self._metadata | {"steps": str(self.step)})
-
-    def _stored(self) -> dict | None:
-        path = self.out / "checkpoint.pt"
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:

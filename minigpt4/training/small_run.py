@@ -1,6 +1,7 @@
 """python -m minigpt4 train for models with a word head: data -> features -> words -> projection."""
 
 import argparse
+import hashlib
 import json
 import random
 import shlex
@@ -18,7 +19,7 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
 from minigpt4.training import adapters, int8, mixture, small, small_start, word_head
-from minigpt4.training.features import Features
+from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.options import DATA, OPTIMIZER, REWARD, WATCHING
 from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
 from minigpt4.training.small_probe import Probe
@@ -204,11 +205,12 @@ class Found:
         keys = [(name, i) for name, of_one in pictures.items() for i in range(len(of_one))]
         self._row = {key: row for row, key in enumerate(keys)}
         path = out / "words.pt"
+        mark = _mark_of(pictures)
         if refit or not path.exists():
             out.mkdir(parents=True, exist_ok=True)
-            self._fit(config, pictures, features, keys, path)
+            self._fit(config, pictures, features, keys, path, mark)
         stored = torch.load(path, weights_only=True)
-        if len(stored["probabilities"]) != len(keys):
+        if stored.get("mark") != mark:
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
         self.terms = joined_terms(stored["terms"], OBJECTS)
         self._supported = Supported(Vocabulary(self.terms))
@@ -218,7 +220,7 @@ class Found:
             stored["probabilities"], heat.float() ** 2, self.terms, OBJECTS
         )
 
-    def _fit(self, config, pictures, features, keys, path: Path) -> None:
+    def _fit(self, config, pictures, features, keys, path: Path, mark: str) -> None:
         """Write the probabilities, and the head that saw all training pictures."""
         say("Fitting the word head …")
         flat = [pictures[name][i] for name, i in keys]
@@ -240,7 +242,8 @@ class Found:
         with torch.no_grad():
             probabilities[kept] = layer(inputs[kept].float()).sigmoid().half()
         self._say(wanted, probabilities, kept, keys)
-        torch.save({"terms": list(vocabulary.terms), "probabilities": probabilities}, path)
+        found = {"terms": list(vocabulary.terms), "probabilities": probabilities, "mark": mark}
+        torch.save(found, path)
 
     def _say(self, wanted: Tensor, probabilities: Tensor, kept: Tensor, keys: list) -> None:
         flickr = torch.tensor([name.startswith("val") for name, _ in keys])
@@ -272,6 +275,15 @@ class Found:
         if draw.random() < 0.4:
             draw.shuffle(terms)
         return listed(terms)
+
+
+def _mark_of(pictures: dict[str, list[mixture.Picture]]) -> str:
+    """A hash of the data sets' pictures and texts."""
+    lines = [
+        f"{name} {fingerprint([p.example for p in of_one])} {[p.texts for p in of_one]}"
+        for name, of_one in pictures.items()
+    ]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
 
 
 def _whole(pictures: dict, features: dict[str, Cached], grid: int) -> Tensor:

@@ -26,7 +26,7 @@ from minigpt4.model.prompt import ImageRef, Prompt, encode_training
 from minigpt4.training.batches import divide, mixed_batches, published_caption
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
-from minigpt4.training.saving import plot_losses, uninterrupted
+from minigpt4.training.saving import plot_losses, read_run, uninterrupted
 from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.load import projection_tensors
 
@@ -395,21 +395,8 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the checkpoint of this folder. False if there is none."""
-        path = self.out / "checkpoint.pt"
-        if not path.exists():
+        state = read_run(self.out / "checkpoint.pt", self.identity, self.model.device)
+        if state is None:
             return False
-        try:
-            state = torch.load(path, map_location=self.model.device, weights_only=True)
-            identity = state["identity"]
-        except Exception as error:
-            raise UserError(
-                f"{path} is damaged: delete it to start again, or choose another folder with "
-                "“--out”."
-            ) from error
-        if identity != self.identity:
-            raise UserError(
-                f"{path} belongs to a run with other data, another model or other hyperparameters: "
-                "repeat its options, or choose another folder with “--out”."
-            )
         self._restore(state)
         return True

@@ -113,7 +113,7 @@ class Validation:
 
     def _captions(self, places: Sequence[int], questions: Sequence[Prompt]) -> list[list[int]]:
         model = self._trainer.model
-        embeds = model.projection(self._embedded(places).float())
+        embeds = model.project(self._embedded(places).float())
         inputs = [
             model.embed(questions[place], {questions[place].images[0][1].key: one})
             for place, one in zip(places, embeds, strict=True)

@@ -1,6 +1,7 @@
 """GET /healthz: the process runs. GET /readyz: each model generates a token within ten seconds."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ from starlette.routing import Route
 
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.service import LOADING
+
+log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 10.0
 FRESH_SECONDS = 1.0  # a younger result is given again
@@ -54,7 +57,11 @@ class Health:
     async def _ask_for_token(self, engine: AnyEngine) -> bool:
         """True if any request gets a token: when the engine is full, the probe itself waits."""
         before = engine.totals.tokens
-        answered = await run_in_threadpool(engine.health, self._probe_seconds)
+        try:
+            answered = await run_in_threadpool(engine.health, self._probe_seconds)
+        except Exception:
+            log.exception("the probe of %s failed", engine.model.config.name)
+            return False
         return answered or engine.totals.tokens > before
 
 

@@ -1,5 +1,6 @@
 """The engines and the progress of loading them: the page opens before the models are loaded."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from minigpt4.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
+
+log = logging.getLogger(__name__)
 
 
 class Loading:
@@ -67,17 +70,18 @@ class Loading:
         self._thread.join()
         if self.error is not None:
             raise self.error
-        if not self.engines:
-            raise UserError("The model could not be loaded.")
 
     def _run(self) -> None:
         engines: list[AnyEngine] = []
         try:
             for load in self._loads:
                 engines.append(load(self._report))
-        except UserError as error:
+        except Exception as error:
             for engine in engines:
                 engine.close()
+            if not isinstance(error, UserError):
+                log.exception("while loading")
+                error = UserError("The model could not be loaded: the server's log says why.")
             self.error = error
             self.step = str(error)
         else:

@@ -124,7 +124,7 @@ class Turns:
             async for step in steps:
                 yield step
 
-    def undo(self, session: Session, shown: str | None, request: gr.Request) -> tuple:
+    async def undo(self, session: Session, shown: str | None, request: gr.Request) -> tuple:
         """Put the last question back into the box, and remove its answer."""
         if shown and not session.name:
             return _forgotten(shown)
@@ -136,11 +136,11 @@ class Turns:
         except UserError as error:
             warn(explain(error, request))
             return render.messages(session, request), gr.skip(), "", gr.skip()
-        render.make_thumbnails(session.conversation)
+        await asyncio.to_thread(render.make_thumbnails, session.conversation)
         value = {"text": text, "files": files}
         return render.messages(session, request), box(False, value=value), "", gr.skip()
 
-    def version(
+    async def version(
         self, session: Session, shown: str | None, chosen: gr.SelectData, request: gr.Request
     ) -> tuple:
         """Show another version of the conversation from a place on."""
@@ -158,7 +158,7 @@ class Turns:
         except UserError as error:
             warn(explain(error, request))
             return UNCHANGED
-        render.make_thumbnails(session.conversation)
+        await asyncio.to_thread(render.make_thumbnails, session.conversation)
         status = answers.ending(session, request)
         return render.messages(session, request), gr.skip(), status, gr.skip()
 
