@@ -6,10 +6,9 @@
 Importing this package imports no torch; `load` does.
 """
 
-import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, BinaryIO, Union
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Chat", "Model", "load"]
 
-# A path, the content of a picture file, or a picture of Pillow.
-PictureSource = Union[str, os.PathLike, bytes, "Image.Image"]
+# A path, the content of a picture file, a file opened in binary mode, or a picture of Pillow.
+PictureSource = Union[str, os.PathLike, bytes, BinaryIO, "Image.Image"]
 
 
 def load(
@@ -153,8 +152,11 @@ class Chat:
         from dataclasses import replace
 
         from minigpt4.conversation import ask
+        from minigpt4.errors import UserError
         from minigpt4.start import default_sampling
 
+        if not isinstance(question, str):
+            raise UserError(f"The question must be text, not “{type(question).__name__}”.")
         before, engine = self._conversation, self._model.engine
         asked = replace(before, messages=[*before.messages], pictures={**before.pictures})
         asked.add_question(question, self._pictures)
@@ -168,17 +170,27 @@ class Chat:
 
 
 def _load_pictures(sources: PictureSource | Sequence[PictureSource]) -> "list[Picture]":
+    if isinstance(sources, (list, tuple)):
+        return [_load_picture(source) for source in sources]
+    return [_load_picture(sources)]
+
+
+def _load_picture(source: object) -> "Picture":
     from PIL import Image
 
+    from minigpt4.errors import UserError
     from minigpt4.model import image
 
-    if isinstance(sources, (str, os.PathLike, bytes, Image.Image)):
-        sources = [sources]
-    found = []
-    for source in sources:
-        if isinstance(source, Image.Image):
-            file = io.BytesIO()
-            source.save(file, "PNG")
-            source = file.getvalue()
-        found.append(image.load(source))
-    return found
+    if isinstance(source, Image.Image):
+        return image.convert(source)
+    if hasattr(source, "read"):
+        source = source.read()
+    if isinstance(source, (bytearray, memoryview)):
+        source = bytes(source)
+    if isinstance(source, (str, os.PathLike, bytes)):
+        return image.load(source)
+    raise UserError(
+        "A picture is a path, the bytes of a picture file, a file opened in binary mode or a "
+        f"Pillow image, not “{type(source).__name__}” (Pillow's Image.fromarray makes one of an "
+        "array)."
+    )

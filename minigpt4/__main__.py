@@ -1,6 +1,7 @@
 """The command line: minigpt4 ask, chat, serve, train, evaluate, curate, convert, download, push"""
 
 import argparse
+import errno
 import os
 import sys
 from contextlib import closing, suppress
@@ -46,10 +47,25 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        print(f"minigpt4: {name}{error.strerror or 'the disk or a device failed'}", file=sys.stderr)
+        print(f"minigpt4: {_sentence_for(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _sentence_for(error: OSError) -> str:
+    """What the system refused, and what to do."""
+    name = error.filename or "A file"
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return f"{name} cannot be opened: check that its folder exists, and the spelling."
+        case IsADirectoryError():
+            return f"{name} is a folder: name a file."
+        case PermissionError():
+            return f"{name} may not be read or written: change its permissions, or name another."
+    if error.errno == errno.ENOSPC:
+        return "The disk is full: make room, then do it again."
+    reason = error.strerror or "the disk or a device failed"
+    return f"{name} cannot be used ({reason}): check the path and its disk."
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -167,6 +183,10 @@ def _ask(options: argparse.Namespace) -> None:
     if not photos:
         raise UserError('Give a photo and a question: ask PHOTO "What is this?".')
     given = start.given_sampling(options)
+    if options.out and image.has_picture_name(options.out):  # writing would destroy a photo
+        raise UserError(
+            f"“--out” {options.out} has the name of a picture: name a file such as answers.jsonl."
+        )
     paths = _photos(photos)
     single = len(paths) == 1 and not options.out
     conversation = Conversation()
@@ -192,13 +212,35 @@ def _photos(named: list[str]) -> list[Path]:
     paths, missing = [], []
     for name in named:
         try:
-            paths += image.list_pictures(name)
+            found = image.list_pictures(name)
         except UserError as error:
             paths.append(Path(name))
             missing.append(error)
+        else:
+            paths += found
+            _name_others(Path(name), found)
     if 2 * len(missing) >= len(named):
         raise missing[0]
     return paths
+
+
+def _name_others(folder: Path, pictures: list[Path]) -> None:
+    """Say what else is in a folder of pictures, apart from hidden files."""
+    from minigpt4.model import image
+
+    if not folder.is_dir():
+        return
+    others = sorted(
+        image.shown_name(path)
+        for path in folder.iterdir()
+        if path not in pictures and not path.name.startswith(".")
+    )
+    if others:
+        more = ", …" if len(others) > 5 else ""
+        start.say(
+            f"{image.shown_name(folder)} holds {len(pictures)} photos. Left out, since they are no "
+            f"picture files: {', '.join(others[:5])}{more}"
+        )
 
 
 def _chat(options: argparse.Namespace) -> None:

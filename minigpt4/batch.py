@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from tqdm import tqdm
 
 from minigpt4.conversation import Answer, Conversation, ask
+from minigpt4.data.files import printable
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
@@ -200,12 +201,14 @@ class Batch(Generic[BatchEngine]):
 def ask_photos(
     engine: "AnyEngine", paths: Sequence[Path], question: str, sampling: Sampling, out: str | None
 ) -> None:
-    """One question about many photos: JSON lines to the file `out`, or text to standard output."""
+    """One question about many photos: JSON lines to the file `out`, or text to standard output.
 
+    UserError where no photo got an answer.
+    """
     answered = 0
 
     def about(path: Path) -> Question:
-        return Question(_printable(path), question, lambda: path)
+        return Question(_encodable(path), question, lambda: path)
 
     with (
         Batch(engine) as batch,
@@ -220,15 +223,20 @@ def ask_photos(
                 line = outcome.text
                 record |= {"answer": outcome.text, "stop_reason": outcome.stop_reason}
                 answered += 1
-            shown = json.dumps(record, ensure_ascii=False) if out else f"{asked.key}: {line}"
+            shown = (
+                json.dumps(record, ensure_ascii=False) if out else f"{printable(asked.key)}: {line}"
+            )
             print(shown, file=file, flush=True)
             bar.update()
+    if not answered:
+        where = f"in {out}" if out else "above"
+        raise UserError(f"No photo got an answer: see the reasons {where}.")
     if answered < len(paths):
         say(f"{len(paths) - answered} of {len(paths)} photos got no answer.")
 
 
-def _printable(path: Path) -> str:
-    """A path as text; bytes that are not UTF-8 become question marks."""
+def _encodable(path: Path) -> str:
+    """A path as text for a file; bytes that are not UTF-8 become question marks."""
     return str(path).encode("utf-8", "replace").decode("utf-8")
 
 

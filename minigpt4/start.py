@@ -6,7 +6,7 @@ import stat
 import tempfile
 import warnings
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,10 @@ def default_sampling(config: ModelConfig, **given) -> "Sampling":
     """The published demo's sampling, changed by the model's own defaults, then by `given`."""
     from minigpt4.engine.sampling import Sampling
 
+    names = [field.name for field in fields(Sampling)]
+    for name in given:
+        if name not in names:
+            raise UserError(f"There is no sampling option “{name}”: choose {', '.join(names)}.")
     return Sampling(**(config.sampling | given))
 
 

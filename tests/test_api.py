@@ -1,6 +1,7 @@
 """The OpenAI-compatible endpoints, asked by OpenAI's own client on a real server."""
 
 import asyncio
+import gzip
 import json
 import re
 import time
@@ -15,7 +16,7 @@ from minigpt4 import conversation
 from minigpt4.web.api import routes
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.normalize import read_chat
-from minigpt4.web.api.schemas import ChatRequest
+from minigpt4.web.api.schemas import ChatRequest, read_json
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.image_url import ImageUrls
 from tests.api_case import (
@@ -387,6 +388,37 @@ def test_bodies_that_are_no_json_object(address, body):
     assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("sentence", "body"),
+    [
+        ("is empty", b" "),
+        ("is not UTF-8", '{"a": "é"}'.encode("latin-1")),
+        ("is not UTF-8", b'{"a": "\xed\xa0\x80"}'),
+        ("is compressed", gzip.compress(b"{}", mtime=0)),
+        ("is form data", b"messages=Hello&n=1"),
+        ("is form data", b"--boundary\r\nContent-Disposition: form-data"),
+        ("has NaN", b'{"seed": NaN}'),
+        ("has Infinity", b'{"seed": Infinity}'),
+        ("too many digits", b'{"seed": ' + b"1" * 5000 + b"}"),
+        ("too deeply", b'{"a":' * 50_000),
+        ("line 2, column 2", b'{"a":\n x}'),
+        ("a JSON object", b"[]"),
+        ("a.b[1] is a number that is too large", b'{"a": {"b": [1, -1e999]}}'),
+    ],
+    ids=lambda value: repr(value[:20]),
+)
+def test_what_is_wrong_with_a_body_is_said(sentence, body):
+    with pytest.raises(ApiError, match=re.escape(sentence)) as refused:
+        read_json(body)
+    assert re.fullmatch(r"[^\n]+: [^\n]+\.|The body must be a JSON object\.", str(refused.value))
+
+
+def test_a_compressed_body_is_refused(address):
+    body = gzip.compress(json.dumps({"messages": HELLO}).encode())
+    response = post(address, body, headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 400 and "Content-Encoding" in response.json()["error"]["message"]
+
+
 @pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")
 def test_halves_of_characters_are_no_fault(address):
     body = {"messages": [{"role": "user", "content": "Hello \ud800?"}], "max_tokens": 3}
@@ -398,6 +430,41 @@ def test_unknown_endpoints_and_methods(address):
     for path, status in (("/v1/embeddings", 404), ("/v1", 404), ("/v1/chat/completions", 405)):
         response = httpx.get(address + path, follow_redirects=True)
         assert response.status_code == status and response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "sentence"),
+    [
+        ("POST", "/chat/completions", 404, "use /v1/chat/completions, with a base URL"),
+        ("POST", "/v1/chat/completions/", 404, "use /v1/chat/completions."),
+        ("POST", "/v1/v1/responses", 404, "use /v1/responses."),
+        ("GET", "/v1/models/", 404, "use /v1/models."),
+        ("GET", "//v1/models", 404, "use /v1/models,"),
+        ("POST", "/api/chat", 404, "use /v1/chat/completions,"),
+        ("GET", "/api/tags", 404, "use /v1/models,"),
+        ("GET", "/health", 404, "use /healthz or /readyz."),
+        ("GET", "/nothing", 404, "/v1/openapi.json lists"),
+        ("POST", "/healthz", 405, "takes GET or HEAD only"),
+        ("MAKE", "/v1/models", 405, "takes GET only"),
+        ("POST", "/v1/models/Nano", 405, "takes GET only"),
+        ("GET", "/V1/Models", 404, "use /v1/models,"),
+    ],
+)
+def test_the_endpoint_that_is_meant_is_said(address, method, path, status, sentence):
+    response = httpx.request(method, address + path)
+    error = response.json()["error"]
+    assert response.status_code == status and sentence in error["message"]
+    assert status != 405 or "GET" in response.headers["allow"]
+
+
+def test_the_pages_own_addresses_keep_gradios_errors(address):
+    response = httpx.get(address + "/gradio_api/nothing")
+    assert response.status_code == 404 and response.json() == {"detail": "Not Found"}
+
+
+def test_programs_find_the_apis_description_at_the_root(address):
+    found = [httpx.get(address + path).json() for path in ("/openapi.json", "/v1/openapi.json")]
+    assert found[0] == found[1] and found[0]["info"]["title"] == "MiniGPT-4"
 
 
 @pytest.mark.usefixtures("slow")

@@ -21,6 +21,12 @@ def test_a_port_in_use(monkeypatch, capsys):
     assert "is in use" in error and error.count("\n") == 1
 
 
+def test_an_address_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr("minigpt4.web.run.load", lambda *_: SimpleNamespace())
+    assert app.main(["--host", "999.1.1.1"]) == 2
+    assert capsys.readouterr().err == "app.py: There is no address “999.1.1.1”: check --host.\n"
+
+
 def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import re
 from typing import Annotated, Literal
 
 import httpx
@@ -13,6 +14,8 @@ from pydantic import BaseModel, Field
 
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
+from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.grammar import json_constraint
 from minigpt4.web.api.normalize import NAMED, normalize, read_chat
 from tests.api_case import (
     MODEL,
@@ -162,6 +165,19 @@ def test_a_program_may_refuse_to_lose_turns(address):
     post(address, [*turns(2), *HELLO], truncation="disabled")
 
 
+def test_a_refusal_that_is_sent_back_is_an_answer():
+    part = {"type": "refusal", "refusal": "I cannot."}
+    request, ignored = read_chat({"messages": [*HELLO, SAID | {"content": [part]}, *HELLO]})
+    assert request.messages[1].text == "I cannot." and not ignored
+    for message, path in (
+        (HELLO[0] | {"content": [part]}, "messages[0].content"),
+        (SAID | {"content": [part | {"refusal": 1}]}, "messages[0].content[0].refusal"),
+    ):
+        with pytest.raises(ApiError) as refused:
+            read_chat({"messages": [message, *HELLO]})
+        assert refused.value.param == path
+
+
 # --- numbers -------------------------------------------------------------------------------------
 
 
@@ -283,6 +299,83 @@ def test_an_answer_may_be_any_json_object(address):
     assert answer.startswith("{")
 
 
+STRING = {"type": "string"}
+ENDLESS = {"type": "object", "properties": {"c": {"$ref": "#"}}, "required": ["c"]}
+# Its states are too many only after some letters.
+EXPLODING = {"type": "string", "pattern": "^((([a-z]{1,90}){1,90}){1,90}){1,90}$"}
+
+
+def optional(count: int, **more) -> dict:
+    return {"type": "object", "properties": {f"p{i}": STRING for i in range(count)}, **more}
+
+
+def nested(depth: int) -> dict:
+    inner = nested(depth - 1) if depth else STRING
+    return {"type": "object", "properties": {"a": inner}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("reason", "schema"),
+    [
+        ("number beyond", {"type": "integer", "minimum": 10**30, "maximum": 10**31}),
+        ("number beyond", {"type": "integer", "minimum": -1e30, "maximum": -1e29}),
+        ("number beyond", {"const": -(2**63)}),  # ended the whole process
+        ("number beyond", {"type": "object", "properties": {"a": {"enum": [1, [2**53]]}}}),
+        ("x-guidance", {"x-guidance": {"lenient": True}, **STRING}),
+        ("too large or too deep", nested(70)),
+        ("too large or too deep", optional(700, additionalProperties=False)),
+        ("too large or too deep", optional(1500)),
+        ("too large or too deep", ENDLESS),
+        ("too large or too deep", {"type": "array", "items": {"$ref": "#"}, "minItems": 1}),
+        ("too large or too deep", STRING | {"pattern": "a?" * 3000}),
+        ("too large or too deep", {"allOf": [STRING | {"pattern": f"{c}"} for c in "abcdefghij"]}),
+        ("100000 characters", STRING | {"description": "a" * 100_000}),
+        ("look-around", STRING | {"pattern": "^(?=a)b"}),
+        ("look-around", STRING | {"pattern": r"\bfoo"}),
+        ("back reference", STRING | {"pattern": r"(a)\1"}),
+        ("regular expression", STRING | {"pattern": "("}),
+        ("use anyOf", {"oneOf": [{"type": "integer"}, {"type": "number"}]}),
+        ("without an end", {"$ref": "#"}),
+        ("leads nowhere", {"$ref": "#/$defs/a"}),
+        ("leads outside", {"$schema": "foo"}),
+        ("contradict", {"enum": []}),
+        ("“not” is not supported", {"not": {}}),
+        ("“if” and “then” are", {"if": {}, "then": {}}),
+        ("a type that", {"type": "colour"}),
+        ("a format that", STRING | {"format": "regex"}),
+        ("wrong type", STRING | {"maxLength": "5"}),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason, schema):
+    with pytest.raises(ApiError, match=re.escape(reason)) as refused:
+        json_constraint(engine, schema)
+    assert re.fullmatch(r"This schema cannot be followed: [^\n:]+\.", str(refused.value))
+    assert (refused.value.status, refused.value.param) == (400, "response_format")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "日本語 🐕" * 500},
+        optional(400, additionalProperties=False),
+        {"const": 2**53 - 1},
+        {"type": "array", "items": {"$ref": "#"}},
+    ],
+)
+def test_a_schema_that_is_only_large_is_not_refused(engine, schema):
+    assert json_constraint(engine, schema)
+
+
+def test_a_schema_that_fails_on_the_way_ends_the_answer_with_the_same_sentence(address, caplog):
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": EXPLODING}}
+    asked = {"response_format": wanted, "max_tokens": 100}
+    whole = post(address, status=400, **asked).json()["error"]
+    assert whole["param"] == "response_format" and "too large or too deep" in whole["message"]
+    *_, last = post(address, stream=True, **asked).text.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"] == whole
+    assert "Traceback" not in caplog.text
+
+
 # --- fields --------------------------------------------------------------------------------------
 
 
@@ -315,6 +408,8 @@ def test_tools_that_must_not_be_called_are_ignored(address):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     answer = post(address, tools=tools, tool_choice="none")
     assert answer.headers["x-ignored-fields"] == "tools"
+    answer = post(address, functions=[{"name": "weather"}], function_call="none")
+    assert answer.headers["x-ignored-fields"] == "functions"
     for choice in ("auto", None):
         error = post(address, HELLO, 400, tools=tools, tool_choice=choice).json()["error"]
         assert error["param"] == "tools" and "calls no functions" in error["message"]

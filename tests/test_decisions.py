@@ -1,6 +1,7 @@
 """POST /v1/decisions, asked by OpenAI's own client on a real server."""
 
 import math
+import re
 import time
 from contextlib import suppress
 
@@ -10,7 +11,8 @@ import pytest
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
 from minigpt4.web.api import routes
-from minigpt4.web.api.decisions import first_tokens
+from minigpt4.web.api.decisions import first_tokens, read_decisions
+from minigpt4.web.api.errors import ApiError
 from tests.api_case import (
     MODEL,
     address_fixture,
@@ -118,7 +120,7 @@ def test_what_cannot_be_asked(address, param, body):
 def test_questions_end_when_the_client_goes_away(address, engine):
     engine.pace = 0.05
     try:
-        asked = {"input": ABOUT, "questions": [QUESTIONS[0]] * 100}
+        asked = {"input": ABOUT, "questions": [QUESTIONS[0] | {"name": None}] * 100}
         before = engine.totals.requests
         with suppress(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/decisions", json=asked, timeout=1.5)
@@ -148,3 +150,96 @@ def test_what_is_ignored_is_named(address):
     asked = {"input": "A dog.", "questions": [question], "temperature": 1}
     answer = httpx.post(f"{address}/v1/decisions", json=asked, timeout=60)
     assert answer.headers["x-ignored-fields"] == "temperature, questions[0].colour"
+
+
+def asked(*questions, **more) -> dict:
+    return {"input": "A dog.", "questions": list(questions), **more}
+
+
+def predicate(instructions, **more) -> dict:
+    return {"type": "predicate", "instructions": instructions, **more}
+
+
+def choice(*choices, **more) -> dict:
+    return {"type": "choice", "instructions": "Which?", "choices": list(choices), **more}
+
+
+A, B = {"value": "a"}, {"value": "b"}
+PICTURE = [{"type": "input_text", "text": "It barks."}, {"type": "input_image", "image_url": "x"}]
+LEVELS = [{"label": "low"}, {"label": "low"}]
+
+
+@pytest.mark.parametrize(
+    ("param", "sentence", "body"),
+    [
+        ("questions", "is missing", {"input": "A dog."}),
+        ("questions", "must be a list", {"input": "A dog.", "questions": {}}),
+        ("questions", "at least 1 item.", asked()),
+        ("questions", "at most 400 items.", asked(*[predicate("It barks.")] * 401)),
+        ("questions[0]", "must be an object", asked("It barks.")),
+        ("questions[0].type", "predicate, choice or score", asked({"type": "x"})),
+        ("questions[0].instructions", "is missing", asked({"type": "predicate"})),
+        ("questions[0].instructions", "a string or a list of parts", asked(predicate(5))),
+        ("questions[0].instructions", "is empty", asked(predicate(" "))),
+        ("questions[0].instructions", "is empty", asked(predicate([]))),
+        ("questions[0].instructions[1].type", "belong into input", asked(predicate(PICTURE))),
+        (
+            "questions[0].instructions[0].text",
+            "must be a string",
+            asked(predicate([{"type": "input_text", "text": {"a": 1}}])),
+        ),
+        ("questions[0].choices", "at least 2 items.", asked(choice(A))),
+        ("questions[0].choices", "at most 26 items.", asked(choice(*[A] * 27))),
+        ("questions[0].choices[0]", "must be an object", asked(choice("a", "b"))),
+        ("questions[0].choices[0].value", "true or false", asked(choice({"value": 1}, B))),
+        ("questions[0].choices[1].value", "is empty", asked(choice(A, {"value": ""}))),
+        ("questions[0].choices[1].value", "is there twice", asked(choice(A, A))),
+        (
+            "questions[0].levels[1].label",
+            "is there twice",
+            asked({"type": "score", "instructions": "How?", "levels": LEVELS}),
+        ),
+        (
+            "questions[1].name",
+            "is there twice",
+            asked(predicate("It barks.", name="x"), predicate("It runs.", name="x")),
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_question_is_said(param, sentence, body):
+    with pytest.raises(ApiError, match=re.escape(sentence)) as refused:
+        read_decisions(body)
+    assert refused.value.param == param and str(refused.value).startswith(param)
+
+
+LONG = "word " * 3000
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("questions[1].instructions", asked(predicate("It barks."), predicate(LONG))),
+        ("questions[0].instructions", asked(predicate("x" * 200_001))),
+        ("questions[0].choices[1].description", asked(choice(A, B | {"description": LONG}))),
+        ("input", asked(predicate("It barks."), input=LONG)),
+    ],
+)
+def test_the_text_that_is_too_long_is_named(address, param, body):
+    response = httpx.post(address + "/v1/decisions", json=body, timeout=60)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert error["code"] == "context_length_exceeded" and "shorten it" in error["message"]
+
+
+def test_everything_in_a_question_that_is_not_read_is_named():
+    part = {"type": "input_text", "text": "It barks.", "colour": 1}
+    questions = [
+        predicate([part], choices=[A, B]),
+        choice(A | {"x": 1}, B | {"y": None}, levels=[{"label": "low"}, {"label": "high"}]),
+    ]
+    assert read_decisions(asked(*questions)).ignored == [
+        "questions[0].choices",
+        "questions[0].instructions[0].colour",
+        "questions[1].levels",
+        "questions[1].choices[0].x",
+    ]

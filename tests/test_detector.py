@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from minigpt4.config import CenterNet, PooledMap, get_model
 from minigpt4.model.detector import Detector
 from minigpt4.model.objects import ObjectsBridge
-from minigpt4.model.vision import build_encoder
+from minigpt4.model.vision import build_encoder, suitable_threads
 from minigpt4.weights.checkpoint import load_strict, read_checkpoint
 from minigpt4.weights.sources import WEIGHTS
 from tools.detector_reference import drawn_picture
@@ -70,3 +70,15 @@ def test_a_mirrored_picture_has_mirrored_cells():
     here = bridge(maps)[0, :25].unflatten(0, (5, 5))
     mirrored = bridge([one.flip(-1) for one in maps])[0, :25].unflatten(0, (5, 5))
     assert torch.allclose(mirrored.flip(1), here, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "count"), [("nano", 1), ("mini", 1), ("vicuna-7b", 2)])
+def test_small_encoders_use_one_thread(name, count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with suitable_threads(get_model(name).vision):
+            assert torch.get_num_threads() == count
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

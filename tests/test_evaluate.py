@@ -12,7 +12,7 @@ from minigpt4.data.files import read_jsonl
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import captions, chair, pope, report, stages
-from minigpt4.evaluation.objects import Objects
+from minigpt4.evaluation.objects import ObjectList
 from minigpt4.evaluation.stages import sentences
 from minigpt4.weights.checkpoint import read_projection, save_projection
 from tests.evaluation_case import run, use_tiny_model
@@ -80,7 +80,7 @@ def test_a_folder_with_a_table_of_captions_and_a_damaged_picture(
 
 
 def test_objects_that_a_description_invents():
-    objects = Objects()
+    objects = ObjectList()
     captions = ("A dog chases a frisbee.", "An animal on the grass, no cat.")
     example = Example("a", bytes, (), captions)
     one = chair.judge(objects, example, "A dog and two cats sit on a bench. A horse?")

@@ -7,11 +7,13 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import minigpt4
 from minigpt4.errors import UserError
+from minigpt4.model import image
 
 ROOT = Path(__file__).parent.parent
 BEAST = str(resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg")
@@ -45,10 +47,32 @@ def test_what_a_picture_may_be(model):
     assert model.ask(Path(BEAST).read_bytes(), "What is this?", **GREEDY) == answer
     with Image.open(BEAST) as picture:
         assert model.ask(picture, "What is this?", **GREEDY) == answer
+    with open(BEAST, "rb") as file:
+        assert model.ask(file, "What is this?", **GREEDY) == answer
     red = Image.new("RGB", (64, 64), "red")
     chat = model.chat([BEAST, red])
     chat.ask("What is this?", **GREEDY)
     assert len(chat.conversation.pictures) == 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "P", "RGBA", "I;16", "F", "turned"])
+def test_a_picture_of_pillow_is_its_file(mode, tmp_path):
+    """Upright, in the same colours; and it stays as it was."""
+    grey = np.linspace(0, 255, 40 * 30).reshape(30, 40)
+    if mode in ("I;16", "F"):
+        kinds = {"I;16": np.uint16, "F": np.float32}
+        made = Image.fromarray((grey * 20).astype(kinds[mode]))
+    else:
+        made = Image.fromarray(grey.astype(np.uint8)).convert("RGB" if mode == "turned" else mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6 if mode == "turned" else 1
+    path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
+    made.save(path, exif=exif)
+    with Image.open(path) as opened:
+        found, expected = image.convert(opened), image.load(path)
+        assert found.rgb.size == ((30, 40) if mode == "turned" else (40, 30))
+        assert found.key == expected.key and opened.size == (40, 30)
+    assert image.convert(made).rgb.size in ((30, 40), (40, 30))
 
 
 def test_a_chat_remembers(model):
@@ -83,6 +107,19 @@ def test_mistakes(model, tmp_path):
         minigpt4.load("gpt-5")
     with pytest.raises(UserError, match="dtype must be one of"):
         minigpt4.load("nano", dtype="float8")
+    for source, said in (
+        ("https://example.org/a.jpg", "a.jpg is on the web: save the picture"),
+        (np.zeros((8, 8, 3), np.uint8), "not “ndarray”"),
+        (None, "not “NoneType”"),
+        ([[BEAST]], "not “list”"),
+        (Image.new("RGB", (0, 4)), "damaged"),
+    ):
+        with pytest.raises(UserError, match=said):
+            model.ask(source, "What is this?")
+    with pytest.raises(UserError, match="must be text, not “bytes”"):
+        model.ask(BEAST, b"What is this?")
+    with pytest.raises(UserError, match="no sampling option “max_tokens”: choose .*max_new_tokens"):
+        model.ask(BEAST, "What is this?", max_tokens=3)
 
 
 def test_a_closed_model_refuses(tmp_path):

@@ -126,6 +126,8 @@ def test_mistakes_are_one_sentence(photo, capsys, monkeypatch, tmp_path):
         ["ask", str(photo)],
         ["ask", str(photo), "What?", "--model", "gpt-5"],
         ["ask", str(photo), "What?", "--temperature", "-3"],
+        ["ask", "https://example.org/a.jpg", "What?"],
+        ["ask", str(photo), "What?", "--out", str(photo)],
         ["ask", str(photo), "What?", "--device", "cuda:77"],
         ["ask", str(photo), "What?", "--model", "vicuna-7b", "--projection", "nowhere.pth"],
         ["ask", str(photo), "What?", "--model", "vicuna-7b", "--vision", "nowhere.pth"],

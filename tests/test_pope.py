@@ -12,15 +12,15 @@ from minigpt4.batch import greedy
 from minigpt4.conversation import Conversation, fit
 from minigpt4.engine import Engine, Request
 from minigpt4.errors import UserError
-from minigpt4.evaluation.objects import Mentions, Objects
-from minigpt4.evaluation.pope import WAYS, PopeAnswer, auc, beginnings, make_probes, scores
+from minigpt4.evaluation.objects import Mentions, ObjectList
+from minigpt4.evaluation.pope import WAYS, PopeAnswer, auc, beginnings, make_questions, scores
 from minigpt4.evaluation.report import interval
 from minigpt4.model import image
 from tests.evaluation_case import run, use_tiny_model
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, jpeg, picture, write_shard
 
-OBJECTS = Objects()
+OBJECTS = ObjectList()
 
 
 @pytest.fixture
@@ -86,11 +86,11 @@ def test_what_is_said_not_to_be_there_is_left_open(caption, present, unclear):
 def test_a_list_of_one_s_own(tmp_path):
     path = tmp_path / "objects.txt"
     path.write_text("# of X-rays\na fracture: fracture, broken bone | crack\n")
-    assert Objects(path).mentioned(["Broken bones."]).present == {"a fracture"}
+    assert ObjectList(path).mentioned(["Broken bones."]).present == {"a fracture"}
     for bad in ("a fracture\n", "a fracture: | crack\n", "# nothing\n", "une fêlure: fêlure\n"):
         path.write_text(bad, encoding="latin-1")
         with pytest.raises(UserError):
-            Objects(path)
+            ObjectList(path)
 
 
 MENTIONS = [
@@ -106,7 +106,7 @@ MENTIONS = [
 
 def test_probes_are_balanced_and_true():
     names = ["a dog", "a ball", "a person", "a cat", "a car", "a zebra"]
-    probes = make_probes(names, MENTIONS, range(len(MENTIONS)))
+    probes = make_questions(names, MENTIONS, range(len(MENTIONS)))
     for way in WAYS:
         of = [p for p in probes if p.way == way]
         assert sum(p.there for p in of) * 2 == len(of)
@@ -127,8 +127,8 @@ def test_probes_are_balanced_and_true():
         "a ball",
         "a cat",
     }
-    assert probes == make_probes(names, MENTIONS, range(len(MENTIONS)))
-    assert [p for p in probes if p.picture == 3] == make_probes(names, MENTIONS, [3])
+    assert probes == make_questions(names, MENTIONS, range(len(MENTIONS)))
+    assert [p for p in probes if p.picture == 3] == make_questions(names, MENTIONS, [3])
 
 
 def test_adversarial_objects_stand_beside_the_picture_s_own():
@@ -136,7 +136,7 @@ def test_adversarial_objects_stand_beside_the_picture_s_own():
     pairs += [({"a person"}, set())] * 9
     mentions = [Mentions(frozenset(p), frozenset(u)) for p, u in pairs]
     names = ["a cat", "a person", "a ball", "a dog"]
-    found = make_probes(names, mentions, [3])
+    found = make_questions(names, mentions, [3])
     chosen = {p.way: p.object for p in found if not p.there}
     assert chosen["adversarial"] == "a ball" and chosen["popular"] == "a person"
 

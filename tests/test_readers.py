@@ -12,6 +12,7 @@ import pytest
 from minigpt4.data.captions import captions_in
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import read_descriptions, read_instructions
+from minigpt4.data.files import SHOWN, printable, shortened
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.errors import UserError
 from tests.training_case import jpeg, picture
@@ -73,6 +74,18 @@ def test_captions_in_a_field(value, found):
 def test_what_is_no_caption(value):
     with pytest.raises(ValueError):
         captions_in(value)
+
+
+def test_captions_are_found_at_any_depth():
+    value = "A dog."
+    for _ in range(10_000):
+        value = [value]
+    assert captions_in(value) == ["A dog."]
+
+
+@pytest.mark.parametrize("value", ["None", "null", "N/A", "['a', 'b']", "['a', 7]"])
+def test_texts_that_are_no_cells(value):
+    assert captions_in([f" {value} ", " ", None], cells=False) == [value]
 
 
 # --- shards -------------------------------------------------------------------------------------
@@ -139,6 +152,46 @@ def test_nothing_to_read_says_why(tmp_path):
         read_captioned(path)
 
 
+@pytest.mark.parametrize("pattern", ["s-{00..01}.tar", "s-{00,01}.tar", "s-0{1,0}.{tar,tar}"])
+def test_braces(tmp_path, pattern):
+    for name in ("s-00", "s-01"):
+        shard(tmp_path / f"{name}.tar", {"0.jpg": jpeg(picture(0)), "0.txt": name.encode()})
+    found = answers(read_captioned(str(tmp_path / pattern)))
+    assert found == {"s-00/0": ["s-00"], "s-01/0": ["s-01"]}
+
+
+def test_names_with_brackets_and_braces(tmp_path):
+    (tmp_path / "{a,b}").mkdir()
+    path = shard(tmp_path / "{a,b}" / "s[1].tar", {"0.jpg": jpeg(picture(0)), "0.txt": b"A dog."})
+    for where in (path, str(tmp_path / "{a,b}")):
+        assert answers(read_captioned(where)) == {"s[1]/0": ["A dog."]}
+
+
+def test_deep_json_in_shards(tmp_path, capsys):
+    files = {f"{i}.jpg": jpeg(picture(0)) for i in range(2)}
+    files["0.json"] = b'{"caption": ' + b"[" * 900 + b'"A dog."' + b"]" * 900 + b"}"
+    files["1.json"] = b"[" * 100_000
+    assert answers(read_captioned(shard(tmp_path / "a.tar", files))) == {"a/0": ["A dog."]}
+    assert "1 with damaged JSON (1.jpg)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("s-{0..99999999}.tar", "more than 300,000 shards"),
+        ("s-{0..999}{0..999}.tar", "more than 300,000 shards"),
+        ("~no-such-user/x", "cannot be read .no home folder"),
+        ("x" * 5000, "cannot be read .File name too long"),
+        ("https://example.org/s-{0..1}.tar", "is an address"),
+        ("nothing\x1b.csv", r"nothing\\x1b.csv cannot be read"),
+    ],
+)
+def test_places_that_cannot_be(where, said):
+    with pytest.raises(UserError, match=said) as error:
+        read_captioned(where)
+    assert len(str(error.value)) < 400
+
+
 # --- the second stage's layout ------------------------------------------------------------------
 
 
@@ -179,12 +232,13 @@ def test_instructions(tmp_path, capsys):
         {"instruction": "Why?", "answer": ["Because.", "So."]},
         {"instruction": " ", "answer": "Left out."},
         {"instruction": "How?", "answer": None},
+        {"instruction": "What?", "answer": "None"},
     ]
     lines = [{"image_id": 1, "pairs": pairs}, {"image_id": "2", "pairs": []}]
     file = tmp_path / "asked.jsonl"
     file.write_bytes("\n".join(map(json.dumps, lines)).encode("utf-8-sig"))
     found = read_instructions(file, tmp_path)
-    assert answers(found) == {"1": ["Because.", "So."]}
+    assert answers(found) == {"1": ["Because.", "So.", "None"]}
     assert found[0].texts[0].instructions == ("Why?",)
     assert "1 picture read; 2 left out: 2 without a caption" in capsys.readouterr().err
 
@@ -222,6 +276,54 @@ def test_names_from_other_systems(tmp_path, name, there):
 def test_names_that_leave_a_choice(tmp_path, name, there):
     put(tmp_path, *there)
     assert PictureFinder([tmp_path]).find(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Grün, 3\u202fPM 👩\u200d🔬.jpg", "Grün, 3\u202fPM 👩\u200d🔬.jpg"),
+        ("a\n\x1b[31mb\u202e\x9b.jpg", r"a\n\x1b[31mb\u202e\x9b.jpg"),
+        ("\udcff.jpg", "?.jpg"),
+    ],
+)
+def test_printable_names(name, shown):
+    assert printable(Path(name)) == shortened(name) == shown
+
+
+def test_long_names_keep_their_ends():
+    shown = shortened(f"begin {'x' * 1000}, line 7")
+    assert len(shown) == SHOWN and shown.startswith("begin x") and shown.endswith("x, line 7")
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"image": f"data:image/jpeg;base64,{'A' * 200_000}"}, "inside the file .*save them as"),
+        ({"image": "A" * 200_000}, "inside the file .*save them as files"),
+        ({"image": {"bytes": "AAAA", "path": None}}, "inside the file .*save them as files"),
+        ({"image": "https://example.org/a.jpg"}, "on the web .*not fetched"),
+        ({"image": "zz\n\x1b[31m" + "x" * 1000 + ".jpg"}, r"missing: zz\\n\\x1b.*x.jpg, line 1"),
+    ],
+)
+def test_pictures_that_are_no_files(tmp_path, record, said):
+    (tmp_path / "t.jsonl").write_text(json.dumps(record | {"caption": "A dog."}))
+    with pytest.raises(UserError, match=said) as error:
+        read_captioned(str(tmp_path / "t.jsonl"))
+    sentence = str(error.value).replace(str(tmp_path), "")
+    assert len(sentence) < 250 and sentence == printable(sentence)
+
+
+def test_links_that_lead_nowhere(tmp_path, capsys):
+    for i in range(10):
+        put(tmp_path, f"{i}.jpg")
+        (tmp_path / f"{i}.txt").write_text("A dog.")
+    for name in ("x.jpg", "9.txt", "odd.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    (tmp_path / "x.txt").write_text("A cat.")
+    assert len(read_captioned(str(tmp_path))) == 9
+    line = capsys.readouterr().err
+    assert "1 with a missing picture (x.jpg)" in line and "1 without a caption (9.jpg)" in line
 
 
 def test_hidden_names():
@@ -291,6 +393,45 @@ def test_coco(tmp_path, capsys):
         read_captioned(str(file))
 
 
+@pytest.mark.parametrize("ids", [(7, "7"), (7, 7.0), ("7", 7)])
+def test_coco_ids_of_any_type(tmp_path, ids, capsys):
+    put(tmp_path, "a.jpg")
+    annotations = [{"image_id": ids[1], "caption": "A dog."}, {"caption": "A cat."}]
+    content = {"images": [{"id": ids[0], "file_name": "a.jpg"}], "annotations": annotations}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert answers(read_captioned(str(tmp_path / "c.json"))) == {"a.jpg": ["A dog."]}
+    assert "1 without an “image_id” (annotation 2)" in capsys.readouterr().err
+
+
+RECORDS = [{"image": "a.jpg", "caption": "A dog."}, {"image": "b.jpg", "caption": "A cat."}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(map(json.dumps, RECORDS)),
+        json.dumps({"licenses": [{"id": 1, "name": "CC"}], "data": RECORDS, "info": []}),
+        json.dumps(RECORDS, indent=1),
+    ],
+)
+def test_records_in_json(tmp_path, text):
+    put(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "d.json").write_text(text)
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."], "b.jpg": ["A cat."]}
+
+
+def test_one_record_in_json(tmp_path):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "d.json").write_text(json.dumps({"image": "a.jpg", "conversations": LLAVA}))
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A red box.", "On a field."]}
+
+
+def test_several_lists_are_not_guessed_between(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps({"train": RECORDS[:1], "val": RECORDS[1:]}))
+    with pytest.raises(UserError, match="2 lists .*“train”, “val”.*: save the one"):
+        read_captioned(str(tmp_path / "d.json"))
+
+
 def test_karpathy(tmp_path):
     put(tmp_path, "val2014/a.jpg")
     sentences = [{"raw": "A dog."}, {"raw": "A wet dog."}]
@@ -316,6 +457,8 @@ def test_llava(tmp_path, capsys):
         {"id": "2", "image": ["coco/train2017/a.jpg"] * 2, "conversations": LLAVA},
         {"id": "3", "image": "coco/train2017/a.jpg", "conversations": LLAVA[:1]},
         {"id": "4", "image": "coco/train2017/a.jpg", "conversations": [{"from": "tool"}]},
+        {"id": "5", "image": "coco/train2017/a.jpg", "conversations": [{"from": "chatbot"}]},
+        {"id": "6", "conversations": [{"from": "user", "value": "<img>a.jpg</img>\nWhat?"}]},
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
     (example,) = read_captioned(str(tmp_path / "llava.json"))
@@ -328,6 +471,8 @@ def test_llava(tmp_path, capsys):
         "1 with several pictures (record 3)",
         "1 without a caption (record 4)",
         "1 with calls of tools (record 5)",
+        "1 with an unknown role (record 6)",
+        "1 with a picture named inside the text (<img>…</img>), which is not read (record 7)",
     ):
         assert part in line
 
@@ -372,6 +517,49 @@ def test_json_lines_of_trainers(tmp_path, record, first):
     last = example.texts[-1]
     assert (last.answer, last.instructions) == ("On a field.", ("Where?",))
     assert last.earlier == ((first, "A red box."),)
+
+
+@pytest.mark.parametrize("answer", ["None", "null", "N/A", "['a','b']"])
+def test_answers_are_no_cells(tmp_path, answer):
+    put(tmp_path, "a.jpg")
+    turns = [("human", "Cell?"), ("gpt", answer), ("human", "q"), ("gpt", " "), ("human", "r")]
+    turns = [{"from": role, "value": text} for role, text in [*turns, ("gpt", "b")]]
+    records = [
+        {"image": "a.jpg", "conversations": turns},
+        {"image": "a.jpg", "question": "Cell?", "answer": answer},
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (example,) = read_captioned(str(tmp_path))
+    assert [(t.answer, t.instructions, t.earlier) for t in example.texts] == [
+        (answer, ("Cell?",), ()),
+        ("b", ("r",), (("Cell?", answer),)),
+        (answer, ("Cell?",), ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("history", "earlier"),
+    [
+        ([["<image>q", "None"]], (("q", "None"),)),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], (("q", "a"),)),
+        ([], ()),
+        (None, ()),
+        (["ab", "cd"], None),
+        ([["q", "a", "b"]], None),
+        ([["q", 7]], None),
+        ({"q": "a"}, None),
+        ([{"question": "q", "answer": "a"}], None),
+    ],
+)
+def test_histories(tmp_path, history, earlier, capsys):
+    put(tmp_path, "a.jpg")
+    record = {"image": "a.jpg", "query": "q", "response": "r", "history": history}
+    lines = (record, {"image": "a.jpg", "caption": "x"})
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (example,) = read_captioned(str(tmp_path))
+    said = capsys.readouterr().err
+    assert [t.earlier for t in example.texts] == [*([] if earlier is None else [earlier]), ()]
+    assert ("1 left out: 1 with a" in said and "(line 1)" in said) == (earlier is None)
 
 
 def test_instruction_records(tmp_path):
@@ -422,6 +610,10 @@ def test_imagefolder(tmp_path):
         ("a.xlsx", "a spreadsheet"),
         ("a.tfrecord", "a TFRecord file"),
         ("a.jpg", "a single picture"),
+        ("a.txt", "a text file"),
+        ("a.mp4", "a video"),
+        ("a.jsonl.gz", "a compressed file: unpack it"),
+        ("a.docx", "a file of a kind that is not read"),
     ],
 )
 def test_other_kinds_are_called_by_their_names(tmp_path, name, kind):

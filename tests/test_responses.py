@@ -7,6 +7,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from minigpt4.web.api.responses import read_response
 from tests.api_case import (
     MODEL,
     address_fixture,
@@ -109,6 +110,11 @@ def test_logprobs(address):
     assert not ask(address).output[0].content[0].logprobs
 
 
+AS_JSON = {"type": "json_schema", "name": "a"}
+NESTED = '{"type": "json_schema", "name": …, "schema": …}'  # as clients of chat completions do
+WRONG = {"type": "string", "pattern": "("}
+
+
 @pytest.mark.parametrize(
     ("param", "sentence", "body"),
     [
@@ -122,6 +128,28 @@ def test_logprobs(address):
         ("conversation", "keeps nothing", {"conversation": "conv_1"}),
         ("tools", "calls no functions", {"tools": [{"type": "web_search"}]}),
         ("text.format.type", "text.format must be", {"text": {"format": {"type": "xml"}}}),
+        ("text", "text must be an object", {"text": "x"}),
+        ("text", "text must be an object", {"text": ["x"]}),
+        ("include", "include must be a list", {"include": "message.output_text.logprobs"}),
+        ("response_format", "response_format is called text.format", {"response_format": {}}),
+        ("max_tokens", "max_tokens must be", {"max_tokens": 0, "max_output_tokens": None}),
+        ("text.format.schema", NESTED, {"text": {"format": {**AS_JSON, "json_schema": {}}}}),
+        ("text.format", "cannot be followed", {"text": {"format": {**AS_JSON, "schema": WRONG}}}),
+        (
+            "input[0].content[0].image_url",
+            "image_url must be a string",
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": None}]}]},
+        ),
+        (
+            "input[0].content[0].file_id",
+            "send the picture in image_url",
+            {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "x"}]}]},
+        ),
+        (
+            "input[0].content[0]",
+            '{"type": "input_text", "text": …} or {"type": "input_image", "image_url": …}',
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
+        ),
         (
             "input[0].content[0].image_url",
             "base64 is damaged",
@@ -153,6 +181,32 @@ def test_what_is_ignored_is_named(address):
     response = post(address, **asked, max_output_tokens=2, text={"colour": 1})
     named = response.headers["x-ignored-fields"]
     assert named == "text.colour, top_logprobs, include, input[0].phase"
+
+
+@pytest.mark.parametrize(
+    ("ignored", "body"),
+    [
+        (["n"], {"n": 0}),
+        (["messages"], {"messages": [{"role": "user", "content": "Bye."}]}),
+        (["max_tokens"], {"max_output_tokens": 2, "max_tokens": 3}),
+        (["max_completion_tokens"], {"max_output_tokens": 2, "max_completion_tokens": 3}),
+        (["text.verbosity"], {"text": {"verbosity": ""}}),
+        (["text.format.colour"], {"text": {"format": {**AS_JSON, "schema": {}, "colour": 1}}}),
+        ([], {"max_tokens": 2, "max_output_tokens": None}),
+    ],
+)
+def test_rivals_of_its_fields_are_named(ignored, body):
+    limit = {} if "max_output_tokens" in body else {"max_tokens": 2}
+    request, named = read_response({"input": "Hello?", **limit, **body})
+    assert (request.max_tokens, request.max_completion_tokens) == (2, None)
+    assert request.messages[0].text == "Hello?"
+    assert named == ignored
+
+
+def test_a_number_that_no_float_holds_is_not_echoed(address):
+    body = b'{"input": "Hello?", "max_output_tokens": 2, "metadata": {"a": 1e999}}'
+    response = httpx.post(address + "/v1/responses", content=body, timeout=60)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "metadata.a"
 
 
 def test_a_fault_ends_the_stream(address, engine, monkeypatch, caplog):

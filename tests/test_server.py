@@ -459,6 +459,10 @@ def test_web_pages_of_other_origins(engine):
     with served(lambda: engine, engine) as address:
         assert allowed(address, "http://localhost:3000") == ("http://localhost:3000",) * 2
         assert allowed(address, chat) == (None, None)
+        asks = {"Origin": chat, "Access-Control-Request-Method": "POST"}
+        refused = httpx.options(address + "/v1/models", headers=asks)
+        assert refused.status_code == 400 and "--cors-origins" in refused.text
+        assert chat in refused.text
     with served(
         lambda: engine, engine, "--cors-origins", f"{chat}, http://10.0.0.5:8080"
     ) as address:

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -24,11 +25,11 @@ from minigpt4.model.objects import OBJECTS
 from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import WordHead, choose, load_words
 from minigpt4.training import int8, small_run, small_start, word_head
-from minigpt4.training.mixture import Answered, Mixture, Objects, Picture, read_pictures
+from minigpt4.training.mixture import Answered, Mixture, Things, TrainingPicture, read_pictures
 from minigpt4.training.selfcritical import sample
 from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer, occurring_tokens
-from minigpt4.training.small_probe import Probe, yes_no_scores
-from minigpt4.training.small_reward import CaptionReward, padded
+from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward, padded
+from minigpt4.training.small_validation import SmallValidation, yes_no_scores
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary, singular
 from minigpt4.weights.llm import load_tokenizer
@@ -40,14 +41,14 @@ SENTENCES = (DOG, "A man sits on a wooden bench.", "Two dogs are in a parking lo
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
+def pictures() -> list[TrainingPicture]:
     """Twelve pictures, every other one described."""
     made = []
     for i in range(12):
         example = Example(f"shard/{i}", lambda: b"", ())
         described = i % 2 == 0
         made.append(
-            Picture(
+            TrainingPicture(
                 example,
                 "described" if described else "captioned",
                 (SENTENCES[i % 3], SENTENCES[(i + 1) % 3]),
@@ -56,7 +57,7 @@ def pictures() -> list[Picture]:
                 ("Write a poem.", "A dog,\na log.") if i == 0 else None,
             )
         )
-    return Objects().count(made)
+    return Things().count(made)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def model() -> MiniGPT4:
     return MiniGPT4(config, torch.nn.Identity(), torch.nn.Identity(), projection, llm, tokenizer)
 
 
-def sources(model: MiniGPT4, pictures: list[Picture]) -> dict[str, PictureSource]:
+def sources(model: MiniGPT4, pictures: list[TrainingPicture]) -> dict[str, PictureSource]:
     found = {}
     for kind in ("described", "captioned"):
         of_kind = [p for p in pictures if p.source == kind]
@@ -94,12 +95,12 @@ def sources(model: MiniGPT4, pictures: list[Picture]) -> dict[str, PictureSource
 
 def trainer(
     model: MiniGPT4,
-    pictures: list[Picture],
+    pictures: list[TrainingPicture],
     out,
     steps: int,
-    reward: CaptionReward | None = None,
+    rewards: Sequence[Reward] = (),
 ) -> SmallTrainer:
-    objects = Objects()
+    objects = Things()
     objects.count(pictures)
     generator = torch.Generator().manual_seed(1)
     weight = 0.01 * torch.randn(32, 3363, generator=generator)
@@ -111,7 +112,7 @@ def trainer(
         out,
         lambda: (torch.eye(3363), weight, torch.zeros(32)),
         torch.arange(49_152),
-        reward=reward,
+        rewards=rewards,
     )
 
 
@@ -174,7 +175,7 @@ def test_the_word_head_learns_and_is_kept(tmp_path):
 
 
 def test_questions_ask_for_what_is_there_and_what_is_not(pictures):
-    objects = Objects()
+    objects = Things()
     objects.count(pictures)
     mixture = Mixture(objects)
     for number, one in enumerate(pictures * 5):
@@ -210,7 +211,7 @@ def test_integers_multiply_nearly_as_floats(dtype):
     exact = linear(inputs)
     exact.square().sum().backward()
     gradient, inputs.grad = inputs.grad, None
-    rough = int8.Int8Linear(linear)(inputs)
+    rough = int8.TrainableInt8Linear(linear)(inputs)
     rough.square().sum().backward()
     for wanted, found, bound in ((exact, rough, 0.999), (gradient, inputs.grad, 0.99)):
         wanted, found = wanted.float().flatten(), found.float().flatten()
@@ -237,7 +238,7 @@ def test_another_runs_checkpoint_is_not_resumed(model, pictures, tmp_path):
     trainer(model, pictures, tmp_path, 2).run()
     assert trainer(model, pictures, tmp_path, 9).step == 2  # a run may be made longer
     reward = CaptionReward(pictures, 2)
-    for others, given in ((pictures[:-1], None), (pictures, reward)):
+    for others, given in ((pictures[:-1], []), (pictures, [reward])):
         with pytest.raises(UserError, match="belongs to a run with other data"):
             trainer(model, others, tmp_path, 2, given)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
@@ -286,7 +287,9 @@ def test_only_tokens_that_occur_are_scored(model):
 def test_the_probe_measures_all_sides(model, pictures, tmp_path):
     run = trainer(model, pictures, tmp_path, 1)
     kept = sources(model, pictures)
-    figures = Probe(kept, run.mixture.objects, tmp_path, {"captions": 4, "detail": 2})(run)
+    figures = SmallValidation(kept, run.mixture.objects, tmp_path, {"captions": 4, "detail": 2})(
+        run
+    )
     assert 0 <= figures["yes/no described"]["auc"] <= 1
     assert figures["yes/no described"]["questions"] > 6
     assert "described caption" in figures["loss"]
@@ -428,7 +431,7 @@ def test_sentences_that_are_not_found_are_left_out(pictures):
 
 
 def test_a_picture_may_show_nothing_unusual(pictures):
-    mixture = Mixture(Objects())
+    mixture = Mixture(Things())
     for one in pictures[:3]:
         drawn = [t for n in range(200) for t in mixture.draw(one, random.Random(n))]
         found = [text for text in drawn if text.kind == "ordinary"]
@@ -440,7 +443,7 @@ def test_a_picture_may_show_nothing_unusual(pictures):
 
 
 def test_questions_are_also_answered_in_a_word(pictures):
-    mixture = Mixture(Objects())
+    mixture = Mixture(Things())
     drawn = [t for n in range(200) for t in mixture.draw(pictures[0], random.Random(n))]
     answers = {text.turns for text in drawn if text.kind == "question"}
     assert (("Is it wet? Answer yes or no.", "No."),) in answers
@@ -450,7 +453,7 @@ def test_questions_are_also_answered_in_a_word(pictures):
 
 def test_captions_are_compared_by_their_score(model, pictures, tmp_path):
     reward = CaptionReward(pictures, 4, weight=3.0)
-    run = trainer(model, pictures, tmp_path, 1, reward)
+    run = trainer(model, pictures, tmp_path, 1, [reward])
     one = next(p for p in pictures if p.source == "captioned")
     answers = [model.tokenizer.encode(text) for text in (one.captions[0], "A dog.", "Rain, rain.")]
     question = run.conversation(ImageRef("1"), (("Briefly.", ""),))
@@ -463,15 +466,41 @@ def test_captions_are_compared_by_their_score(model, pictures, tmp_path):
         CaptionReward(pictures, 1)
 
 
+def test_descriptions_are_scored_by_what_is_there(pictures):
+    one = next(p for p in pictures if p.source == "described")
+    one = replace(one, description="A brown dog sits on a wooden bench.", captions=(), pairs=())
+    terms = ["dog", "bench", "brown dog", "cat", "hat"]
+    reward = DescriptionReward([one], terms, 2)
+    said = {
+        text: reward.score(one, text, True)
+        for text in (
+            "A brown dog is on a bench. It is quiet.",
+            "A dog is on a bench. It is quiet.",
+            "A brown dog is on a bench.",
+            "A brown dog is on a bench. The dog has a hat.",
+            "A cat has a hat. It is quiet.",
+        )
+    }
+    best, plain, single, invented, wrong = said.values()
+    assert best > plain > invented > wrong == 0 and single == best / 2
+    assert reward.score(one, "A dog. A dog. A dog.", True) == 0
+    assert reward.score(one, "A brown dog is on a bench. It is", False) == 0
+    assert [reward.covers(p) for p in pictures] == [p.key == one.key for p in pictures]
+
+
 def test_a_run_with_a_reward_ends_as_one_that_was_not_stopped(model, pictures, tmp_path):
     records = []
     for out, parts in ((tmp_path / "whole", (3,)), (tmp_path / "parts", (2, 3))):
         for steps in parts:
-            run = trainer(model, pictures, out, steps, CaptionReward(pictures, 3))
+            rewards = [
+                CaptionReward(pictures, 3),
+                DescriptionReward(pictures, ["dog", "bench"], 2),
+            ]
+            run = trainer(model, pictures, out, steps, rewards)
             run.run()
         records.append([json.loads(line) for line in (out / "log.jsonl").open()])
-        assert any("sampled" in record["kinds"] for record in records[-1])
-        assert {"description", "caption"} <= set(records[-1][0]["kinds"])
+        kinds = {kind for record in records[-1] for kind in record["kinds"]}
+        assert {"sampled caption", "sampled description", "description", "caption"} <= kinds
     losses = [[record["loss"] for record in record_of_one] for record_of_one in records]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 

@@ -125,7 +125,9 @@ def test_each_conversation_has_an_address(visit, photo):
     picture = other.locator("#chat .image-frame img")
     expect(picture).to_have_count(1)
     other.goto(first.split("#")[0] + "#/c/none")
-    expect(other.get_by_text("This browser does not have this conversation")).to_be_visible()
+    expect(
+        other.get_by_text("This conversation is not, or no longer, in this browser")
+    ).to_be_visible()
 
 
 def test_the_list_is_searched_and_pinned_and_deletions_are_undone(visit, photo):

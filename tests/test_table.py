@@ -72,6 +72,14 @@ def test_json_lines(folder):
         ("c.csv", "file_name,caption\n,One.\n", "without a picture .line 2"),
         ("c.csv", "file_name,caption\n", "no pictures with captions"),
         ("c.csv", "file_name,caption\na.jpg,A dog, wet.\n", "Line 2 .* quotes"),
+        ("c.csv", 'file_name,caption\na.jpg,"A dog\nb.png,x\n', "Line 2 .* quotes"),
+        ("c.csv", 'file_name,caption\na.jpg,x\nb.png,"A dog\n', "Line 3 .* quotes"),
+        ("c.csv", 'sep=,\nfile_name,caption\na.jpg,"A\n"b.png","x"\n', "Line 3 .* quotes"),
+        ("c.csv", f"file_name,caption\n\na.jpg,{'x' * 140_000}\n", "Line 3 .* more than 131,072"),
+        ("c.csv", "file_name,caption, Caption\na.jpg,x,y\n", "column “caption” more than once"),
+        ("c.jsonl", '{"caption": ' + "[" * 100_000 + "\n{}", "Line 1 .* JSON"),
+        ("c.jsonl", '{\n"file_name": "a.jpg",\n"caption": "x"\n}', "name it “c.json”"),
+        ("c.jsonl", '["a.jpg", "x"]', "Line 1 .* object"),
         ("c.csv", b"file_name,caption\na.jpg,gr\xfcn\n", "UTF-8"),
         ("c.jsonl", '{"file_name": "a.jpg", "caption": "One."}\n{"file\n', "Line 2 .* JSON"),
         (
@@ -91,6 +99,28 @@ def test_mistakes_are_named(folder, name, content, said):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_table(folder)
+
+
+def test_quotes_and_columns_that_are_no_mistakes(folder):
+    lines = [
+        "id,file_name,caption,note,note",
+        '1,a.jpg,"One\n\n""two"" lines",,',
+        "",
+        '2,b.png,"3" x,,',
+    ]
+    (folder / "c.csv").write_text("\n".join(lines))
+    assert texts(read_table(folder)) == {"a.jpg": [('One\n\n"two" lines',)], "b.png": [("3 x",)]}
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.ndjson"])
+@pytest.mark.parametrize("form", ["{}\n{}\n", "[{},\n{}]", "[{}, {}]"])
+def test_json_lines_and_lists(folder, name, form):
+    rows = (
+        '{"file_name": "a.jpg", "caption": "One."}',
+        '{"file_name": "b.png", "caption": "Two."}',
+    )
+    (folder / name).write_text(form.replace("{}", "%s") % rows)
+    assert texts(read_table(folder)) == {"a.jpg": [("One.",)], "b.png": [("Two.",)]}
 
 
 def test_two_tables_are_not_guessed_between(folder, capsys):

@@ -3,11 +3,13 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minigpt4.__main__ import main
+from minigpt4.batch import ask_photos, greedy
 from minigpt4.curation.export import export
 from minigpt4.data.examples import read_shards, usable
 from minigpt4.errors import UserError
@@ -76,9 +78,29 @@ def test_photos_that_are_missing_or_damaged(tmp_path, capsys, monkeypatch):
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert ["error" in r for r in records] == [True, False, True]
     assert "2 of 3 photos got no answer." in capsys.readouterr().err
+    assert main(["ask", photos[0], photos[0], "What?", "--max-new-tokens", "2"]) == 2
+    assert "No photo got an answer: see the reasons above." in capsys.readouterr().err
+    (folder / "notes\n.pdf").write_bytes(b"%PDF")
+    (folder / "more.jpg").mkdir()
+    assert main(["ask", str(folder), "What?", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "photos holds 2 photos. Left out, since they are no picture files: " in said
+    assert "more.jpg, notes?.pdf" in said
+    assert main(["ask", photos[1], "What?", "--out", str(tmp_path / "nowhere" / "a.jsonl")]) == 2
+    assert "cannot be opened: check that its folder exists" in capsys.readouterr().err
     # More likely a question without quotes:
     assert main(["ask", photos[1], "What", "is", "this?"]) == 2
     assert "What does not exist" in capsys.readouterr().err
+
+
+def test_names_of_photos_on_a_terminal(tmp_path, capsys):
+    engine = SimpleNamespace(max_waiting=1, close=lambda: None)  # no picture gets so far
+    path, out = tmp_path / "a\n\x1b[31m.jpg", tmp_path / "answers.jsonl"
+    for file in (None, str(out)):
+        with pytest.raises(UserError, match="No photo got an answer"):
+            ask_photos(engine, [path], "What?", greedy(1), file)
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/a\\n\\x1b[31m.jpg: ")
+    assert json.loads(out.read_text())["photo"] == str(path)
 
 
 def test_export_leaves_out_what_cannot_be_read(tmp_path, capsys):

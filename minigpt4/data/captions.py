@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from minigpt4.data.files import printable, shortened
 from minigpt4.errors import UserError, say
 
 # Reasons to leave something out, as they follow a number: "7 without a caption".
@@ -17,9 +18,21 @@ NO_PICTURE = "without a picture"
 SEVERAL_PICTURES = "with several pictures"
 SAME_NAME = "with the name of another picture"
 MISSING = "with a missing picture"
+INSIDE = "with a picture inside the file"
+ON_WEB = "with a picture on the web"
+IN_TEXT = "with a picture named inside the text (<img>…</img>), which is not read"
+NO_ID = "without an “image_id”"
 TOOLS = "with calls of tools"
+UNKNOWN_ROLE = "with an unknown role"
+NO_HISTORY = "with a “history” that has neither pairs nor messages"
 
 MOST_MISSING = 0.1  # of the pictures that a table names: more are a mistake in the paths
+# Reasons of which `MOST_MISSING` are allowed -> what the pictures are, and what to do.
+_UNREAD = {
+    MISSING: "are missing: {}. Check the paths",
+    INSIDE: "are inside the file ({}), where they are not read: save them as files",
+    ON_WEB: "are on the web ({}), from where they are not fetched: save them as files",
+}
 NAMED = 3  # of what is left out for one reason; the others are only counted
 
 # Fields that may hold a caption or captions; the first one that does counts.
@@ -43,25 +56,28 @@ _LIST = re.compile(rf"\[[\s,]*(?:(?:{_STRING}|None|null|nan)[\s,]*)*\]", re.DOTA
 Read = TypeVar("Read")
 
 
-def captions_in(value: object) -> list[str]:
-    """The captions in a field: a string, a list of strings, nested to any depth, or a list's text.
+def captions_in(value: object, cells: bool = True) -> list[str]:
+    """The captions in a field: a string, or a list of strings, nested to any depth.
 
-    Blank strings, null and NaN are no captions. ValueError for any other value.
+    cells: a string may be a list's text, and one such as "None" is an empty cell. Blank strings,
+    null and NaN are no captions. ValueError for any other value.
     """
-    if value is None or value != value:
-        return []
-    if isinstance(value, list | tuple):
-        return [caption for item in value for caption in captions_in(item)]
-    if not isinstance(value, str):
-        raise ValueError
-    text = value.strip()
-    if text in _EMPTY_CELLS or not text:
-        return []
-    if _LIST.fullmatch(text):
-        return [c for s in re.findall(_STRING, text, re.DOTALL) for c in captions_in(_unquoted(s))]
-    if text.startswith(("['", '["')) and text.endswith("]"):
-        raise ValueError  # a list with something other than strings
-    return [text]
+    found, left = [], [value]
+    while left:
+        item = left.pop()
+        if item is None or item != item:
+            continue
+        if isinstance(item, list | tuple):
+            left += reversed(item)
+        elif not isinstance(item, str):
+            raise ValueError
+        elif cells and _LIST.fullmatch(text := item.strip()):
+            left += map(_unquoted, reversed(re.findall(_STRING, text, re.DOTALL)))
+        elif cells and text.startswith(("['", '["')) and text.endswith("]"):
+            raise ValueError  # a list with something other than strings
+        elif (text := item.strip()) and not (cells and text in _EMPTY_CELLS):
+            found.append(text)
+    return found
 
 
 def _unquoted(text: str) -> str:
@@ -71,12 +87,15 @@ def _unquoted(text: str) -> str:
         raise ValueError from None
 
 
-def choose_captions(values: Iterable[object]) -> tuple[tuple[str, ...], str]:
-    """The captions of the first of several sources that has any; if none has, the reason."""
+def choose_captions(values: Iterable[object], cells: bool = True) -> tuple[tuple[str, ...], str]:
+    """The captions of the first of several sources that has any; if none has, the reason.
+
+    cells: as for `captions_in`.
+    """
     reason = NO_CAPTION
     for value in values:
         try:
-            found = captions_in(value)
+            found = captions_in(value, cells)
         except ValueError:
             reason = NOT_TEXT
         else:
@@ -89,7 +108,7 @@ class Reading:
     """Counts what a reader leaves out of `source`, and reports it to the user at the end."""
 
     def __init__(self, source: object) -> None:
-        self._source = source
+        self._source = printable(source)
         self._left_out: dict[str, list[str]] = {}
 
     def leave_out(self, name: str, reason: str) -> None:
@@ -100,14 +119,15 @@ class Reading:
         """Report what was read, and return it.
 
         needs: what the source must contain. UserError if nothing was read, or if more than
-        `MOST_MISSING` of the pictures are missing.
+        `MOST_MISSING` of the pictures are missing, inside the file or on the web.
         """
-        missing = self._left_out.get(MISSING, [])
-        if len(missing) > MOST_MISSING * (len(read) + len(missing)):
-            raise UserError(
-                f"{len(missing):,} of {len(read) + len(missing):,} pictures that {self._source} "
-                f"names are missing: {_first(missing)}. Check the paths."
-            )
+        for reason, what in _UNREAD.items():
+            unread = self._left_out.get(reason, [])
+            if len(unread) > MOST_MISSING * (len(read) + len(unread)):
+                raise UserError(
+                    f"{len(unread):,} of {len(read) + len(unread):,} pictures that {self._source} "
+                    f"names {what.format(_first(unread))}."
+                )
         if not read:
             why = f" ({self.summary()})" if self._left_out else ""
             raise UserError(f"{self._source} contains no pictures with captions{why}: {needs}.")
@@ -124,5 +144,5 @@ class Reading:
 
 
 def _first(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMED])
+    shown = ", ".join(map(shortened, names[:NAMED]))
     return shown + (", …" if len(names) > NAMED else "")

@@ -1,15 +1,26 @@
 """Records of conversations about a picture: LLaVA's, ShareGPT's, ms-swift's, LLaMA-Factory's."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from minigpt4.data import captions
-from minigpt4.data.captions import choose_captions
 from minigpt4.data.examples import Text
 
 _TURNS = ("conversations", "messages", "conversation")
 _USER = {"user", "human"}
 _ASSISTANT = {"assistant", "gpt", "model"}
+_TOOLS = {
+    "tool",
+    "tools",
+    "tool_call",
+    "tool_response",
+    "function",
+    "function_call",
+    "function_response",
+    "observation",
+    "ipython",
+}
+_NAMED = re.compile(r"(?i)<img>[^<]+</img>")  # Qwen-VL's way to name a picture
 _PLACEHOLDER = re.compile(r"\s*<(image|img|ImageHere|image_placeholder)>\s*")
 
 
@@ -36,12 +47,21 @@ def texts_of(row: dict) -> tuple[Text, ...]:
 
 
 def history_of(row: dict) -> tuple[tuple[str, str], ...]:
-    """The earlier turns in a record's "history": pairs of question and answer."""
-    found = row.get("history") or []
-    try:
-        return tuple((without_placeholders(str(q)), str(a).strip()) for q, a in found)
-    except (TypeError, ValueError):
-        raise NotUsable(captions.NOT_TEXT) from None
+    """The earlier turns in a record's "history": pairs of question and answer, or messages.
+
+    NotUsable if it has anything else.
+    """
+    found = row.get("history")
+    if not found or found != found:
+        return ()
+    if not isinstance(found, list | tuple):
+        raise NotUsable(captions.NO_HISTORY)
+    if all(isinstance(message, dict) for message in found):
+        return tuple(_exchanges(found))
+    pairs = [pair for pair in found if isinstance(pair, list | tuple) and len(pair) == 2]
+    if len(pairs) < len(found) or not all(isinstance(text, str) for p in pairs for text in p):
+        raise NotUsable(captions.NO_HISTORY)
+    return tuple((without_placeholders(q), a.strip()) for q, a in pairs)
 
 
 def pictures_in(row: dict) -> list[object]:
@@ -55,11 +75,16 @@ def pictures_in(row: dict) -> list[object]:
 
 
 def without_placeholders(text: str) -> str:
-    """A question without the marks that stand for the picture, which comes first here."""
+    """A question without the marks that stand for the picture, which comes first here.
+
+    NotUsable if the text names the picture itself.
+    """
+    if _NAMED.search(text):
+        raise NotUsable(captions.IN_TEXT)
     return _PLACEHOLDER.sub("\n", text).strip()
 
 
-def _exchanges(turns: list) -> Iterator[tuple[str, str]]:
+def _exchanges(turns: Sequence) -> Iterator[tuple[str, str]]:
     """(question, answer) of a conversation. Messages in a row by the same person are joined; a
     system message is part of the first question. A question without an answer has no pair."""
     question: list[str] = []
@@ -67,14 +92,19 @@ def _exchanges(turns: list) -> Iterator[tuple[str, str]]:
     for turn in turns:
         role, text = _message(turn)
         if role in _ASSISTANT:
-            answer += [text] if text else []
+            answer.append(text)
             continue
+        if any(answer):
+            yield _joined(question), _joined(answer)
         if answer:
-            yield "\n".join(question), "\n".join(answer)
             question, answer = [], []
-        question += [text] if text else []
-    if answer:
-        yield "\n".join(question), "\n".join(answer)
+        question.append(text)
+    if any(answer):
+        yield _joined(question), _joined(answer)
+
+
+def _joined(texts: list[str]) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def _message(turn: object) -> tuple[str, str]:
@@ -82,11 +112,12 @@ def _message(turn: object) -> tuple[str, str]:
         raise NotUsable(captions.NOT_TEXT)
     role = str(turn.get("role", turn.get("from"))).lower()
     if role not in _USER | _ASSISTANT | {"system"}:
-        raise NotUsable(captions.TOOLS)
+        raise NotUsable(captions.TOOLS if role in _TOOLS else captions.UNKNOWN_ROLE)
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = [part.get("text") if isinstance(part, dict) else part for part in content]
-    found, reason = choose_captions([content])
-    if reason == captions.NOT_TEXT:
-        raise NotUsable(reason)
+    try:
+        found = captions.captions_in(content, cells=False)  # "None" is an answer
+    except ValueError:
+        raise NotUsable(captions.NOT_TEXT) from None
     return role, without_placeholders("\n".join(found))

@@ -2,13 +2,15 @@
 
 import glob
 import os
+import tarfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minigpt4.data import huggingface
+from minigpt4.data import captions, huggingface
 from minigpt4.data.captions import Reading, choose_captions
+from minigpt4.data.conversations import NotUsable
 from minigpt4.data.examples import (
     Collected,
     Example,
@@ -19,14 +21,27 @@ from minigpt4.data.examples import (
     read_descriptions,
     read_shards,
 )
-from minigpt4.data.files import read_bytes, read_json, version_of
-from minigpt4.data.names import is_hidden
+from minigpt4.data.files import (
+    is_jsonl,
+    local_path,
+    parse_json,
+    printable,
+    read_bytes,
+    read_text,
+    shortened,
+    version_of,
+)
+from minigpt4.data.names import is_file, is_hidden
 from minigpt4.data.table import (
     is_table,
+    json_lines,
+    names_picture,
     picture_folders,
+    picture_of,
     read_rows,
     read_table,
     tables_in,
+    texts_of_row,
     with_lower_names,
 )
 from minigpt4.errors import UserError
@@ -41,6 +56,9 @@ _OTHER_KINDS = {
     (".tfrecord", ".tfrecords"): "a TFRecord file: convert it to WebDataset shards",
     (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"): "a compressed tar file: unpack it, as "
     "shards must be uncompressed",
+    (".gz", ".xz", ".bz2", ".zst"): "a compressed file: unpack it",
+    (".txt",): "a text file: if it is a table of captions, name it .csv or .jsonl",
+    (".mp4", ".mov", ".avi", ".mkv", ".webm"): "a video: save pictures of it as files",
     (".zip", ".7z", ".rar"): "an archive: unpack it",
     (".xlsx", ".xls", ".ods"): "a spreadsheet: save it as CSV (UTF-8)",
     (".xml",): "an XML file, such as Pascal VOC's: convert it to a table of captions",
@@ -71,18 +89,20 @@ def read_captioned(
 
 
 def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
-    path = Path(where).expanduser()
+    path, shown = local_path(where), printable(where)
     if path.is_dir():
         return _read_folder(path, instructions)
     kind = next((k for ends, k in _OTHER_KINDS.items() if path.name.lower().endswith(ends)), None)
     if path.is_file() and kind:
-        raise UserError(f"{where} is {kind}.")
+        raise UserError(f"{shown} is {kind}.")
     if path.suffix.lower() == ".json":
         return _read_json(path, instructions)
     if is_table(path):
         return read_table(path, instructions)
     if path.is_file() and has_picture_name(path.name):
-        raise UserError(f"{where} is a single picture: name {_FORMATS}.")
+        raise UserError(f"{shown} is a single picture: name {_FORMATS}.")
+    if path.is_file() and path.suffix.lower() != ".tar" and not tarfile.is_tarfile(path):
+        raise UserError(f"{shown} is a file of a kind that is not read: name {_FORMATS}.")
     return read_shards(where, instructions)
 
 
@@ -110,29 +130,37 @@ def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     if len(annotations) == 1:
         return _read_json(annotations[0], instructions)
     if len(annotations) > 1 and not any(p.with_suffix(".jpg").exists() for p in annotations):
-        names = ", ".join(p.name for p in annotations[:3])
-        raise UserError(f"{folder} contains {len(annotations)} JSON files ({names}): name one.")
+        names = ", ".join(shortened(p.name) for p in annotations[:3])
+        raise UserError(
+            f"{printable(folder)} contains {len(annotations)} JSON files ({names}): name one."
+        )
     return _read_files(folder, instructions)
 
 
 def _is_annotation(path: Path) -> bool:
     """Whether a JSON file may be a data set's, not one picture's or a program's own."""
     beside = any(has_picture_name(p.name) for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
-    return not (beside or is_hidden(path.name) or path.stem.endswith(("_stats", "dataset_info")))
+    own = is_hidden(path.name) or not is_file(path)
+    return not (beside or own or path.stem.endswith(("_stats", "dataset_info")))
 
 
 def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     """KEY.jpg beside KEY.txt or KEY.json, in the folder and those in it: img2dataset's "files"."""
     names = [name for name in _walk(folder) if not name.endswith(("_stats.json", ".parquet"))]
     if not any(name.lower().endswith((".txt", ".json")) for name in names):
-        raise UserError(f"{folder} contains no table of captions. {_why(folder, names)}")
+        raise UserError(f"{printable(folder)} contains no table of captions. {_why(names)}")
+    # Links may lead nowhere: a text that is not there is none.
+    names = [name for name in names if has_picture_name(name) or is_file(folder / name)]
     reading = Reading(folder)
     found = []
     beside = captioned_files(names, lambda name: read_bytes(folder / name), reading)
-    for key, name, captions in beside:
-        texts = tuple(Text(caption, instructions) for caption in captions)
+    for key, name, said in beside:
+        if not is_file(folder / name):
+            reading.leave_out(name, captions.MISSING)
+            continue
+        texts = tuple(Text(caption, instructions) for caption in said)
         read, version = partial(read_bytes, folder / name), version_of(folder / name)
-        found.append(Example(key, read, texts, captions, version))
+        found.append(Example(key, read, texts, said, version))
     return reading.finish(found, "put KEY.txt or KEY.json beside KEY.jpg")
 
 
@@ -143,12 +171,12 @@ def _walk(folder: Path) -> Iterator[str]:
         yield from (Path(parent, name).relative_to(folder).as_posix() for name in sorted(files))
 
 
-def _why(folder: Path, names: list[str]) -> str:
+def _why(names: list[str]) -> str:
     """What a folder without captions is, and what to do."""
     for name in names:
         for ends, kind in _OTHER_KINDS.items():
             if name.lower().endswith(ends):
-                return f"{name} in it is {kind}."
+                return f"{shortened(name)} in it is {kind}."
     labelled = {Path(n).parts[0] for n in names if has_picture_name(n) and len(Path(n).parts) > 1}
     if len(labelled) > 1:
         return (
@@ -165,20 +193,41 @@ def _why(folder: Path, names: list[str]) -> str:
 
 
 def _read_json(path: Path, instructions: tuple[str, ...]) -> list[Example]:
-    """COCO's captions, Karpathy's, the second stage's, or a list of records."""
-    content = read_json(path)
+    """COCO's captions, Karpathy's, the second stage's, a list of records, or lines of them."""
+    text, folders = read_text(path), _folders_of(path)
+    if is_jsonl(text):
+        return read_rows(path, json_lines(path, text), instructions, folders)
+    content = parse_json(path, text)
     if isinstance(content, dict) and "annotations" in content:
         return _read_coco(path, content, instructions)
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = next((v for v in lists if v and isinstance(v[0], dict)), None)
-    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
+    records = _records_in(path, content) if isinstance(content, dict) else content
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise UserError(
-            f"{path} is JSON in no known format: it must be COCO's captions, LLaVA's conversations "
-            "or a list of records with a picture and a caption (docs/own-data.md)."
+            f"{printable(path)} is JSON in no known format: it must be COCO's captions, LLaVA's "
+            "conversations or a list of records with a picture and a caption (docs/own-data.md)."
         )
-    rows = ((f"record {i}", _row(record)) for i, record in enumerate(content, 1))
-    return read_rows(path, rows, instructions, _folders_of(path))
+    rows = ((f"record {i}", _row(record)) for i, record in enumerate(records, 1))
+    return read_rows(path, rows, instructions, folders)
+
+
+def _records_in(path: Path, content: dict) -> list | None:
+    """The one list of records with pictures in a JSON object, or the object if it is a record."""
+    try:
+        row = _row(content)
+        if picture_of(row) and texts_of_row(row, ()):
+            return [content]
+    except NotUsable:
+        pass
+    lists = {n: v for n, v in content.items() if isinstance(v, list) and v}
+    lists = {n: v for n, v in lists.items() if all(isinstance(r, dict) for r in v)}
+    pictured = [n for n, v in lists.items() if any(names_picture(_row(r)) for r in v)]
+    if len(pictured) > 1:
+        names = ", ".join(f"“{shortened(name)}”" for name in pictured)
+        raise UserError(
+            f"{printable(path)} contains {len(pictured)} lists of records with pictures ({names}): "
+            "save the one to be read as a file of its own."
+        )
+    return lists[pictured[0]] if pictured else next(iter(lists.values()), None)
 
 
 def _row(record: dict) -> dict[str, Any]:
@@ -193,24 +242,34 @@ def _row(record: dict) -> dict[str, Any]:
 def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list[Example]:
     annotations = content["annotations"]
     if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
-        raise UserError(f"“annotations” in {path} must be a list of objects.")
+        raise UserError(f"“annotations” in {printable(path)} must be a list of objects.")
     if annotations and not any("caption" in a for a in annotations):
         kind = next((k for f, k in _OTHER_COCO.items() if f in annotations[0]), "other annotations")
-        raise UserError(f"{path} contains COCO's {kind}, which are no captions: name its captions.")
+        raise UserError(
+            f"{printable(path)} contains COCO's {kind}, which are no captions: name its captions."
+        )
     try:
         images = content.get("images", [])
-        names = {i["id"]: picture_name(i.get("file_name") or i["id"]) for i in images}
+        ids = [picture_name(i["id"]) for i in images]  # 7, 7.0 and "7" are the same
+        names = [picture_name(i.get("file_name") or i["id"]) for i in images]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"Each of the “images” in {path} needs an “id” and a “file_name”, as in COCO."
+            f"Each of the “images” in {printable(path)} needs an “id” and a “file_name”, as in "
+            "COCO."
         ) from error
+    by_id = dict(zip(ids, names, strict=True))
     collected = Collected(path, _folders_of(path), by_path=True)
-    for place, annotation in enumerate(annotations, 1):
+    for number, annotation in enumerate(annotations, 1):
+        place = f"annotation {number}"
+        try:
+            image_id = picture_name(annotation.get("image_id"))
+        except ValueError:
+            collected.reading.leave_out(place, captions.NO_ID)
+            continue
         found, reason = choose_captions(fields_of(annotation))
         texts = tuple(Text(caption, instructions) for caption in found)
-        image_id = annotation.get("image_id")
-        name = names.get(image_id) if isinstance(image_id, int | str) else None
-        collected.add(name or str(image_id), texts, reason, found, f"{name or image_id}, {place}")
+        name = by_id.get(image_id, image_id)
+        collected.add(name, texts, reason, found, f"{name}, {place}")
     return collected.finish("it needs captions of its “images”")
 
 

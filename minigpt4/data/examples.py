@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,13 +12,23 @@ from PIL import Image
 
 from minigpt4.data import captions
 from minigpt4.data.captions import Reading, choose_captions
-from minigpt4.data.files import decode, parse_jsonl, read_bytes, read_json, read_text, version_of
+from minigpt4.data.files import (
+    decode,
+    parse_jsonl,
+    printable,
+    read_bytes,
+    read_json,
+    read_text,
+    shortened,
+    version_of,
+)
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.data.shards import expand, members, read_at
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
 
 MOST_UNUSABLE = 0.5  # of the pictures: with more, a result would be about something else
+LONGEST_PATH = 4096  # characters; a longer "name" is a picture's content
 NAMED = 10  # pictures that cannot be used; the others are only counted
 
 
@@ -48,7 +59,9 @@ class Example:
         try:
             return image.load(self.read()).rgb
         except UserError as error:
-            raise UserError(f"Picture {self.key} of the data cannot be used: {error}") from error
+            raise UserError(
+                f"Picture {shortened(self.key)} of the data cannot be used: {error}"
+            ) from error
 
 
 def usable(examples: Sequence[Example]) -> list[Example]:
@@ -199,9 +212,9 @@ def read_descriptions(folder: str | Path) -> list[Example]:
         pairs = [(picture_name(a["image_id"]), a.get("caption")) for a in annotations]
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder} is not in the layout of the second stage: it needs filter_cap.json with "
-            "“annotations” of “image_id” and “caption”, and the pictures as image/ID.jpg; or a "
-            "table of captions (CSV or JSON lines) beside the pictures."
+            f"{printable(folder)} is not in the layout of the second stage: it needs "
+            "filter_cap.json with “annotations” of “image_id” and “caption”, and the pictures as "
+            "image/ID.jpg; or a table of captions (CSV or JSON lines) beside the pictures."
         ) from error
     collected = Collected(folder / "filter_cap.json", [folder / "image"])
     for key, value in pairs:
@@ -218,14 +231,14 @@ def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
         for _, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
             key = picture_name(record["image_id"])
             for pair in record["pairs"]:
-                questions, reason = choose_captions([pair["instruction"]])
-                answers, why = choose_captions([pair["answer"]])
+                questions, reason = choose_captions([pair["instruction"]], cells=False)
+                answers, why = choose_captions([pair["answer"]], cells=False)
                 texts = tuple(Text(a, questions) for a in answers if questions)
                 collected.add(key, texts, why or reason)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is not an instruction file: each line must be a JSON object with “image_id” "
-            "and “pairs” of “instruction” and “answer”."
+            f"{printable(file)} is not an instruction file: each line must be a JSON object with "
+            "“image_id” and “pairs” of “instruction” and “answer”."
         ) from error
     return collected.finish("every line needs pairs with an answer, and image/ID.jpg")
 
@@ -269,7 +282,7 @@ class Collected:
         if name not in self._paths:
             self._paths[name] = self._finder.find(name)
             if self._paths[name] is None:
-                self.reading.leave_out(shown, captions.MISSING)
+                self.reading.leave_out(shown, _why_not_found(name))
         if (path := self._paths[name]) is None:
             return
         if not texts:
@@ -284,3 +297,10 @@ class Collected:
     def finish(self, needs: str) -> list[Example]:
         """The examples, reported as by `Reading.finish`."""
         return self.reading.finish([*self._found.values()], needs)
+
+
+def _why_not_found(name: str) -> str:
+    """The reason to leave out a picture that is in no folder."""
+    if name[:5].lower() == "data:" or len(name) > LONGEST_PATH:
+        return captions.INSIDE
+    return captions.ON_WEB if re.match("(?i)https?://", name) else captions.MISSING

@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from minigpt4 import _data
 from minigpt4.errors import UserError
 
 PROMPTS = _data.folder("prompts")
+SHOWN = 80  # characters of a name that a message shows
 
+_ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|pipe:")
+# Control characters, and those that turn the direction of what follows.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 _ENCODINGS = (  # the longer marks first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -19,6 +24,35 @@ _ENCODINGS = (  # the longer marks first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+def printable(name: object) -> str:
+    """A name as text for one line on a terminal: control characters are escaped, and bytes that are
+    not UTF-8 become question marks."""
+    text = str(name).encode("utf-8", "replace").decode("utf-8")
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(name: object) -> str:
+    """`printable`, without the middle of a name of more than `SHOWN` characters."""
+    text = printable(name)
+    half = SHOWN // 2
+    return text if len(text) <= SHOWN else f"{text[:half]}…{text[1 - half :]}"
+
+
+def local_path(where: str | os.PathLike) -> Path:
+    """The path that a user names; "~" is a home folder. UserError if there can be no such path."""
+    if _ADDRESS.match(str(where)):
+        raise UserError(
+            f"{shortened(where)} is an address: save the data as files, then name them."
+        )
+    try:
+        path = Path(where).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or "no home folder of this name"
+        raise UserError(f"{shortened(where)} cannot be read ({why}): check the path.") from error
+    return path
 
 
 def decode(content: bytes) -> str:
@@ -36,7 +70,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a possible name"
-        raise UserError(f"{path} cannot be read ({why}): check the path.") from error
+        raise UserError(f"{printable(path)} cannot be read ({why}): check the path.") from error
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -44,16 +78,32 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         text = decode(read_bytes(path))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
+        raise UserError(f"{printable(path)} is not in UTF-8: save it as UTF-8.") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file. UserError if it is not one."""
+    return parse_json(path, read_text(path))
+
+
+def parse_json(path: str | os.PathLike, text: str) -> Any:
+    """The content of a JSON file's text. UserError names `path` if it is not JSON."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: check that the file is complete.") from error
+        raise UserError(
+            f"{printable(path)} is not JSON: check that the file is complete."
+        ) from error
+
+
+def is_jsonl(text: str) -> bool:
+    """Whether the first of several lines is a JSON object by itself."""
+    first, _, more = text.strip().partition("\n")
+    try:
+        return bool(more) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_jsonl(path: str | os.PathLike, *required: str) -> list[dict]:
@@ -70,22 +120,22 @@ def parse_jsonl(
     line that is incomplete, as a crash leaves it. UserError names `path` and the line that is not
     an object with all `required` fields.
     """
-    lines = text.split("\n")
+    lines, shown = text.split("\n"), printable(path)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if cut_end and number == len(lines):
                 return
             raise UserError(
-                f"Line {number} of {path} is not JSON: correct it or delete it."
+                f"Line {number} of {shown} is not JSON: correct it or delete it."
             ) from error
         missing = [n for n in required if not isinstance(record, dict) or n not in record]
         if missing or not isinstance(record, dict):
             having = f" with “{missing[0]}”" if missing else ""
-            raise UserError(f"Line {number} of {path} must be a JSON object{having}.")
+            raise UserError(f"Line {number} of {shown} must be a JSON object{having}.")
         yield number, record
 
 
@@ -128,10 +178,10 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
             found = yaml.safe_load(text) or {}
     except Exception as error:  # of two libraries
         raise UserError(
-            f"{path} is not TOML or YAML: check it near {_first_line(error)}."
+            f"{printable(path)} is not TOML or YAML: check it near {_first_line(error)}."
         ) from error
     if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
-        raise UserError(f"{path} must have a line “name: value” for each value.")
+        raise UserError(f"{printable(path)} must have a line “name: value” for each value.")
     return found
 
 

@@ -10,7 +10,7 @@ from minigpt4.data import captions
 from minigpt4.data.captions import Reading
 from minigpt4.data.conversations import NotUsable
 from minigpt4.data.examples import Example
-from minigpt4.data.files import read_bytes
+from minigpt4.data.files import read_bytes, shortened
 from minigpt4.data.table import PICTURE, texts_of_row, with_lower_names
 from minigpt4.errors import UserError
 
@@ -94,7 +94,8 @@ def _examples(dataset: Any, name: str, instructions: tuple[str, ...]) -> list[Ex
     named = [n for n in dataset.column_names if n.strip().casefold() in PICTURE]
     if not pictures and not named:
         raise UserError(
-            f"{name} has no column of pictures: its columns are {', '.join(dataset.column_names)}."
+            f"{name} has no column of pictures: its columns are "
+            f"{', '.join(map(shortened, dataset.column_names))}."
         )
     column = (pictures or named)[0]
     if pictures:

@@ -32,7 +32,7 @@ class PictureFinder:
         """The file; None if there is none, or if it is ambiguous."""
         name = name.strip().strip("\"'")
         for folder in self._folders:
-            if name and _is_file(folder / name):
+            if name and is_file(folder / name):
                 return folder / name
         name = name.replace("\\", "/")
         parts = _ROOT.sub("", name).split("/")
@@ -53,7 +53,7 @@ class PictureFinder:
             folder = folder / inner
         listing = self._list(folder)
         names = (listing.exact(parts[-1]), listing.with_other_ending(parts[-1]))
-        return next((folder / n for n in names if n and _is_file(folder / n)), None)
+        return next((folder / n for n in names if n and is_file(folder / n)), None)
 
     def _list(self, folder: Path) -> "_Listing":
         if folder not in self._listings:
@@ -94,7 +94,8 @@ def _names_in(folder: Path) -> Iterator[str]:
         return
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether there is a file, also at the end of links; False for what cannot be a path."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or contains a null byte

@@ -3,29 +3,49 @@
 import glob
 import re
 import tarfile
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
-from minigpt4.data.files import version_of
+from minigpt4.data.files import local_path, printable, version_of
 from minigpt4.errors import UserError
+
+MOST_SHARDS = 300_000  # that a pattern may name; LAION-5B has 230,000
+_BRACE = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 
 
 def expand(pattern: str) -> list[Path]:
-    """The shards of a path, a glob or a brace range such as "train-{00000..00007}.tar".
+    """The shards of a path, a glob, or ranges and lists in braces: "train-{00000..00007}.tar".
 
-    UserError if one of them is missing.
+    UserError if one of them is missing, or if there are more than `MOST_SHARDS`.
     """
-    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if brace:
-        first, last = brace.groups()
-        numbers = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
-        paths = [pattern[: brace.start()] + n + pattern[brace.end() :] for n in numbers]
-    else:
-        paths = sorted(glob.glob(str(Path(pattern).expanduser())))
+    path = local_path(pattern)
+    if path.is_file():
+        return [path]
+    paths = sorted(glob.glob(str(path)))
+    paths = paths or list(islice(_in_braces(str(path)), MOST_SHARDS + 1))
+    if len(paths) > MOST_SHARDS:
+        raise UserError(
+            f"{printable(pattern)} names more than {MOST_SHARDS:,} shards: name fewer of them."
+        )
     missing = [p for p in paths if not Path(p).is_file()]
     if missing or not paths:
-        raise UserError(f"There is no shard {missing[0] if missing else pattern}: check the path.")
+        name = printable(missing[0] if missing else pattern)
+        raise UserError(f"There is no shard {name}: check the path.")
     return [Path(p) for p in paths]
+
+
+def _in_braces(pattern: str) -> Iterator[str]:
+    """Each name that a pattern with ranges and lists in braces stands for."""
+    brace = _BRACE.search(pattern)
+    if not brace:
+        yield pattern
+        return
+    first, last, listed = brace.groups()
+    numbers = range(int(first), int(last) + 1) if first else ()
+    for inside in listed.split(",") if listed else (str(n).zfill(len(first)) for n in numbers):
+        yield from _in_braces(pattern[: brace.start()] + inside + pattern[brace.end() :])
 
 
 def members(shard: Path) -> dict[str, tuple[int, int]]:
@@ -43,7 +63,8 @@ def _index(shard: Path, version: str) -> dict[str, tuple[int, int]]:
             return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"{shard} is not a readable, uncompressed tar file: download it again, or unpack it."
+            f"{printable(shard)} is not a readable, uncompressed tar file: download it again, or "
+            "unpack it."
         ) from error
 
 
@@ -54,7 +75,9 @@ def read_at(shard: Path, offset: int, size: int) -> bytes:
             file.seek(offset)
             return file.read(size)
     except OSError as error:
-        raise UserError(f"{shard} cannot be read ({error.strerror}): check the path.") from error
+        raise UserError(
+            f"{printable(shard)} cannot be read ({error.strerror}): check the path."
+        ) from error
 
 
 def read_member(shard: Path, name: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from minigpt4.data.conversations import (
     without_placeholders,
 )
 from minigpt4.data.examples import Collected, Example, Text, fields_of, picture_name
-from minigpt4.data.files import parse_jsonl, read_text
+from minigpt4.data.files import local_path, parse_jsonl, printable, read_text, shortened
 from minigpt4.data.names import is_hidden
 from minigpt4.errors import UserError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+JSON_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".csv", ".tsv", *JSON_LINES)
 # Names that a column or a field may have; the first one with a value counts.
 PICTURE = (
     "file_name",
@@ -38,6 +40,8 @@ PICTURE = (
     "image_id",
 )
 INSTRUCTION = ("instruction", "question", "prompt", "query")
+# Columns that are read, so that a second one of the name would hide the first.
+_READ = {*PICTURE, *captions.FIELDS, *INSTRUCTION, "input", "history"}
 _DELIMITERS = (",", ";", "\t", "|")
 _NEEDS = "write a picture and its caption on each line"
 
@@ -46,7 +50,7 @@ Row = dict[str, object]
 
 def is_table(where: str | Path) -> bool:
     """Whether this is a table, or a folder with one or more of them."""
-    path = Path(where).expanduser()
+    path = local_path(where)
     return bool(tables_in(path)) if path.is_dir() else path.suffix.lower() in SUFFIXES
 
 
@@ -64,9 +68,11 @@ def read_table(where: str | Path, instructions: tuple[str, ...] = ()) -> list[Ex
     `instructions` are for lines without one. Lines that cannot be used are left out and reported.
     UserError names a line that is not of the table's format.
     """
-    path = _find(Path(where).expanduser())
-    numbered = ((f"line {number}", row) for number, row in _rows(path))
-    return read_rows(path, numbered, instructions, picture_folders(path.parent))
+    path = _find(local_path(where))
+    text, folders = read_text(path), picture_folders(path.parent)
+    if path.suffix.lower() in JSON_LINES:
+        return read_rows(path, _json_rows(path, text), instructions, folders)
+    return read_rows(path, _csv_rows(path, text), instructions, folders, cells=True)
 
 
 def picture_folders(folder: Path) -> list[Path]:
@@ -79,16 +85,18 @@ def read_rows(
     rows: Iterable[tuple[str, Row]],
     instructions: tuple[str, ...],
     folders: list[Path],
+    cells: bool = False,
 ) -> list[Example]:
     """The pictures that rows name with their captions, or with the answers of conversations.
 
     rows: (place, name in lower case -> value) each. folders: where the pictures are looked for.
+    cells: whether they are a spreadsheet's, which has no lists and no null.
     """
     collected = Collected(path, folders, by_path=True)
     for place, row in rows:
         try:
-            name = _picture(row)
-            texts, found = texts_of_row(row, instructions)
+            texts, found = texts_of_row(row, instructions, cells)
+            name = picture_of(row)
         except NotUsable as error:
             collected.reading.leave_out(place, str(error))
         else:
@@ -102,17 +110,33 @@ def _find(path: Path) -> Path:
     tables = tables_in(path)
     if len(tables) != 1:
         what = "no table" if not tables else f"{len(tables)} tables"
-        names = f" ({', '.join(p.name for p in tables[:3])})" if tables else ""
-        raise UserError(f"{path} contains {what}{names}: name the CSV or JSON-lines file itself.")
+        names = f" ({', '.join(shortened(p.name) for p in tables[:3])})" if tables else ""
+        raise UserError(
+            f"{printable(path)} contains {what}{names}: name the CSV or JSON-lines file itself."
+        )
     return tables[0]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, column -> value) of a table's lines; column names in lower case."""
-    text = read_text(path)
-    rows = parse_jsonl(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
-    for number, row in rows:
-        yield number, with_lower_names(row)
+def json_lines(path: Path, text: str) -> Iterator[tuple[str, Row]]:
+    """(place, record with lower-case names) of JSON lines."""
+    for number, record in parse_jsonl(path, text):
+        yield f"line {number}", with_lower_names(record)
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
+    """As `json_lines`; also of one JSON list, to which some programs give the same ending."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None  # several lines
+    if isinstance(whole, dict) and "\n" in text.strip():
+        raise UserError(
+            f"{printable(path)} is one JSON object, not JSON lines: name it "
+            f"“{printable(path.stem)}.json”, or write each object on one line."
+        )
+    if not isinstance(whole, list) or not all(isinstance(record, dict) for record in whole):
+        return json_lines(path, text)
+    return ((f"record {i}", with_lower_names(record)) for i, record in enumerate(whole, 1))
 
 
 def with_lower_names(record: dict) -> Row:
@@ -120,37 +144,82 @@ def with_lower_names(record: dict) -> Row:
     return {str(name or "").strip().casefold(): value for name, value in record.items()}
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    """The delimiter is the one that Excel's line "sep=;" names, or the header's."""
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
+    """(place, column in lower case -> cell) of a spreadsheet's lines, which begin with the header.
+
+    The delimiter is the one that Excel's line "sep=;" names, or the header's.
+    """
     skipped = 0
     if named := re.match(r'(?i)"?sep=(.)"?[^\S\n]*\n', text):
         text, skipped = text[named.end() :], 1
     header = text.split("\n", 1)[0]
     mark = named[1] if named else max(_DELIMITERS, key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
-    names = {str(name or "").strip().casefold() for name in reader.fieldnames or ()}
-    if not names & set(PICTURE) or not names & set(captions.FIELDS):
-        raise UserError(
-            f"The first line of {path} must name the columns: “{PICTURE[0]}” and “caption”."
-        )
-    try:
-        for row in reader:
-            number = reader.line_num + skipped
-            if any(row.pop(None, ())):
+    lines = _csv_lines(path, text, mark, skipped)
+    columns = [name.strip().casefold() for name in next(lines)[1]]
+    _check_columns(path, columns)
+    for number, cells in lines:
+        if any(cells[len(columns) :]):
+            raise UserError(
+                f"Line {number} of {printable(path)} has more cells than the first line: put a "
+                f"caption that contains a “{mark}” in double quotes."
+            )
+        if cells:
+            yield f"line {number}", dict(zip(columns, cells, strict=False))
+
+
+def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, cells) of each record. skipped: lines before `text`.
+
+    UserError where a quote seems not to be closed: it would swallow the lines after it.
+    """
+    lines = [*io.StringIO(text), "\n"]  # an open quote reaches the added one
+    reader = csv.reader(lines, delimiter=mark)
+    while (first := reader.line_num) < len(lines):
+        try:
+            cells = next(reader)
+            if reader.line_num > first + 1:
+                list(csv.reader(lines[first : reader.line_num], delimiter=mark, strict=True))
+        except csv.Error as error:
+            start = f"Line {first + 1 + skipped} of {printable(path)}"
+            if "field limit" in str(error):
                 raise UserError(
-                    f"Line {number} of {path} has more cells than the first line: put a "
-                    f"caption that contains a “{mark}” in double quotes."
-                )
-            yield number, row
-    except csv.Error as error:
-        line = reader.line_num + skipped
-        raise UserError(f"Line {line} of {path} is not CSV: check its quotes.") from error
+                    f"{start} has a cell of more than {csv.field_size_limit():,} characters: "
+                    "shorten it, or check its quotes."
+                ) from error
+            raise UserError(f"{start} is not CSV: check its quotes.") from error
+        yield first + 1 + skipped, cells
 
 
-def _picture(row: Row) -> str:
+def _check_columns(path: Path, columns: list[str]) -> None:
+    if not {*PICTURE} & {*columns} or not {*captions.FIELDS} & {*columns}:
+        raise UserError(
+            f"The first line of {printable(path)} must name the columns: “{PICTURE[0]}” and "
+            "“caption”."
+        )
+    twice = [name for name in columns if name in _READ and columns.count(name) > 1]
+    if twice:
+        raise UserError(
+            f"The first line of {printable(path)} names the column “{twice[0]}” more than once: "
+            "rename or remove one."
+        )
+
+
+def names_picture(row: Row) -> bool:
+    """Whether a row names one picture or several."""
+    return _named(row) is not None or bool(pictures_in(row))
+
+
+def _named(row: Row) -> object:
+    """The first picture field with a value; None if there is none."""
+    return next((row[name] for name in PICTURE if row.get(name) not in (None, "", [])), None)
+
+
+def picture_of(row: Row) -> str:
     """The one picture that a row names. NotUsable if it names none, or several."""
-    named = next((row[name] for name in PICTURE if row.get(name) not in (None, "", [])), None)
+    named = _named(row)
     found = named if isinstance(named, list) else [named]
+    if any(isinstance(p, dict) and p.get("bytes") and not p.get("path") for p in found):
+        raise NotUsable(captions.INSIDE)
     found = [p.get("path") or p.get("url") if isinstance(p, dict) else p for p in found]
     found = [p for p in found if p is not None] or pictures_in(row)
     if len(found) > 1:
@@ -162,15 +231,18 @@ def _picture(row: Row) -> str:
 
 
 def texts_of_row(
-    row: Row, instructions: tuple[str, ...]
+    row: Row, instructions: tuple[str, ...], cells: bool = False
 ) -> tuple[tuple[Text, ...], tuple[str, ...]]:
-    """(the texts of a row, the captions among them). NotUsable if there are none."""
+    """(the texts of a row, the captions among them). NotUsable if there are none.
+
+    cells: as for `read_rows`. Elsewhere, a question may have the answer "None".
+    """
     if is_conversation(row):
         return texts_of(row), ()
-    found, reason = choose_captions(fields_of(row))
+    questions, _ = choose_captions((row.get(name) for name in INSTRUCTION), cells)
+    more, _ = choose_captions([row.get("input")], cells)
+    found, reason = choose_captions(fields_of(row), cells or not questions)
     if not found:
         raise NotUsable(reason)
-    questions, _ = choose_captions(row.get(name) for name in INSTRUCTION)
-    more, _ = choose_captions([row.get("input")])
     asked = (without_placeholders("\n".join([*questions, *more])),) if questions else instructions
     return tuple(Text(caption, asked, history_of(row)) for caption in found), found

@@ -10,10 +10,10 @@ from minigpt4.engine.kernels.build import (
     BLOCK,
     KINDS,
     MATRICES,
-    Batch,
-    Layer,
-    Matrix,
-    Model,
+    CBatch,
+    CLayer,
+    CMatrix,
+    CModel,
     library,
 )
 from minigpt4.engine.kvcache import BLOCK_SIZE
@@ -60,14 +60,14 @@ class PackedMatrices:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._wanted: dict[str, tuple[BlockTensor, int]] = {}
-        self._matrices: dict[str, Matrix] = {}
+        self._matrices: dict[str, CMatrix] = {}
         self.memory: np.ndarray = np.zeros(0, np.uint8)
 
     def add(self, name: str, tensor: BlockTensor, group: int | None = None) -> None:
         """Note a matrix; `pack` packs all."""
         self._wanted[name] = tensor, group or tensor.shape[0]
 
-    def __getitem__(self, name: str) -> Matrix:
+    def __getitem__(self, name: str) -> CMatrix:
         return self._matrices[name]
 
     def pack(self, threads: int, done: Count = ignore) -> None:
@@ -76,7 +76,7 @@ class PackedMatrices:
         offsets, end = {}, 0
         for name, (tensor, group) in self._wanted.items():
             rows = tensor.shape[0] // group * whole_blocks(group)
-            matrix = Matrix(None, KINDS[tensor.kind], rows, whole_blocks(tensor.shape[1]))
+            matrix = CMatrix(None, KINDS[tensor.kind], rows, whole_blocks(tensor.shape[1]))
             self._matrices[name], offsets[name] = matrix, end
             size = self._library.minigpt4_matrix_bytes(ctypes.byref(matrix))
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -153,7 +153,7 @@ class NativeDecoder:
         """Memory of one block."""
         return 2 * llama.layers * 2 * llama.kv_heads * BLOCK_SIZE * whole_blocks(llama.head_dim)
 
-    def _describe(self, llama: BlockLlama, context: int, threads: int, count: Count) -> Model:
+    def _describe(self, llama: BlockLlama, context: int, threads: int, count: Count) -> CModel:
         self._matrices.add("head", llama.head)
         if llama.embedding is not llama.head:
             self._matrices.add("embedding", llama.embedding)
@@ -167,13 +167,13 @@ class NativeDecoder:
             count(size)
 
         self._matrices.pack(threads, done)
-        layers = (Layer * llama.layers)()
+        layers = (CLayer * llama.layers)()
         for i, layer in enumerate(layers):
             self._fill_layer(llama, i, layer)
         self._kept.append(layers)
         cosines, sines = _rotations(llama, context)
         head = self._matrices["head"]
-        return Model(
+        return CModel(
             llama.hidden_size,
             whole_blocks(llama.hidden_size),
             llama.layers,
@@ -194,7 +194,7 @@ class NativeDecoder:
             layers,
         )
 
-    def _fill_layer(self, llama: BlockLlama, number: int, layer: Layer) -> None:
+    def _fill_layer(self, llama: BlockLlama, number: int, layer: CLayer) -> None:
         block = f"blk.{number}."
         layer.attention_norm = self._floats(llama.tensors[f"{block}attn_norm.weight"].data)
         layer.mlp_norm = self._floats(llama.tensors[f"{block}ffn_norm.weight"].data)
@@ -237,7 +237,7 @@ class NativeDecoder:
             raise ValueError("the rows' arrays do not fit each other")
         arrays = (tokens, embeds, positions, table_rows, tables, wanted, self.blocks, logits)
         sizes = (len(tokens), len(wanted), len(embeds), *tables.shape, len(self.blocks))
-        batch = Batch(*sizes, *(array.ctypes.data for array in arrays))
+        batch = CBatch(*sizes, *(array.ctypes.data for array in arrays))
         if self._library.minigpt4_forward(self._pool, ctypes.byref(batch)):
             raise ValueError("a row's token, position, block or embedding does not exist")
         return logits

@@ -79,7 +79,7 @@ class AnyEngine(Protocol):
         """Raise the error that `submit` would raise now, before any work goes into a request."""
 
     def health(self, seconds: float = 10.0) -> bool:
-        """Can the engine answer? It has `seconds` to show it."""
+        """Whether the engine generates a token within `seconds`."""
 
     def drain(self, seconds: float) -> bool:
         """Take no more requests. True if those already taken end within `seconds`."""

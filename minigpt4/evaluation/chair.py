@@ -26,7 +26,7 @@ from minigpt4.data.examples import Example, usable
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.objects import Mentions, Objects
+from minigpt4.evaluation.objects import Mentions, ObjectList
 
 TOKENS = 200  # longest description
 SHOWN = 10  # objects in the table
@@ -44,7 +44,7 @@ class Judged:
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates, their table)."""
-    objects = Objects(options.objects)
+    objects = ObjectList(options.objects)
     examples = usable(read_references(options.shard, options.limit))
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     return result, as_text(result)
 
 
-def judge(objects: Objects, example: Example, answer: str) -> Judged:
+def judge(objects: ObjectList, example: Example, answer: str) -> Judged:
     """Compare what a description and the captions of a picture name."""
     there: Mentions = objects.mentioned(example.captions)
     named = objects.mentioned([answer]).present

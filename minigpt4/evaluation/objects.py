@@ -20,7 +20,7 @@ class Mentions:
     unclear: frozenset[str]
 
 
-class Objects:
+class ObjectList:
     """The objects of a list file, one per line: `a dog: dog, puppy | animal, pet`."""
 
     def __init__(self, path: str | Path | None = None) -> None:

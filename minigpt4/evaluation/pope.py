@@ -34,7 +34,7 @@ from minigpt4.data.examples import Example, usable
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.objects import Mentions, Objects
+from minigpt4.evaluation.objects import Mentions, ObjectList
 from minigpt4.model.prompt import Tokenizer, encode_text
 
 TOKENS = 24  # longest answer
@@ -45,7 +45,7 @@ Scores = dict[str, float | int | list[float]]
 
 
 @dataclass(frozen=True)
-class Probe:
+class PopeQuestion:
     """A question: is `object` in picture number `picture`? `there` is the truth."""
 
     way: str
@@ -72,23 +72,23 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(scores by reading and by choice of objects, their tables)."""
     if "{}" not in options.question:
         raise UserError("“--question” must contain {} for the object: “Is there {} here?”.")
-    objects = Objects(options.objects)
+    objects = ObjectList(options.objects)
     examples = read_references(options.shard)
     mentions = [objects.mentioned(e.captions) for e in examples]
     pictures = set(usable(examples[: options.limit]))
     asked = [i for i, e in enumerate(examples) if e in pictures]
-    probes = make_probes(objects.names, mentions, asked, options.per_picture)
-    if not probes:
+    questions = make_questions(objects.names, mentions, asked, options.per_picture)
+    if not questions:
         raise UserError("The captions name no object of the list: use another with “--objects”.")
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         model = batch.engine.model.config.name
-        said = answer_probes(batch, examples, probes, options.question)
-    probes = [p for p in probes if (p.picture, p.object) in said]
-    by_way = {way: [p for p in probes if p.way == way] for way in WAYS}
+        said = answer_questions(batch, examples, questions, options.question)
+    questions = [p for p in questions if (p.picture, p.object) in said]
+    by_way = {way: [p for p in questions if p.way == way] for way in WAYS}
     result = {
         "model": model,
-        "n": len({p.picture for p in probes}),
-        "pictures_without_objects": len(asked) - len({p.picture for p in probes}),
+        "n": len({p.picture for p in questions}),
+        "pictures_without_objects": len(asked) - len({p.picture for p in questions}),
         "question": options.question,
         "questions_asked": len(said),
         "read": {way: read_scores(of, said) for way, of in by_way.items()},
@@ -103,12 +103,12 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     return result, as_text(result)
 
 
-def make_probes(
+def make_questions(
     names: Sequence[str],
     mentions: Sequence[Mentions],
     pictures: Iterable[int],
     per_picture: int = 3,
-) -> list[Probe]:
+) -> list[PopeQuestion]:
     """For each picture and way, as many objects that are there as objects that are not.
 
     Frequencies are those of all `mentions`; objects that no picture has are not asked about. The
@@ -119,7 +119,7 @@ def make_probes(
         (a, b) for m in mentions for a in m.present for b in m.present | m.unclear if a != b
     )
     known = [name for name in names if frequency[name]]
-    probes = []
+    questions = []
     for picture in pictures:
         draw = random.Random(f"{SEED} {picture}")
         found = mentions[picture]
@@ -133,16 +133,16 @@ def make_probes(
                 absent.sort(key=lambda name: -frequency[name])
             elif way == "adversarial":
                 absent.sort(key=lambda name: -sum(beside[own, name] for own in found.present))
-            probes += [Probe(way, picture, name, True) for name in present]
-            probes += [Probe(way, picture, name, False) for name in absent[:count]]
-    return probes
+            questions += [PopeQuestion(way, picture, name, True) for name in present]
+            questions += [PopeQuestion(way, picture, name, False) for name in absent[:count]]
+    return questions
 
 
-def answer_probes(
-    batch: Batch, examples: Sequence[Example], probes: Sequence[Probe], question: str
+def answer_questions(
+    batch: Batch, examples: Sequence[Example], questions: Sequence[PopeQuestion], question: str
 ) -> dict[tuple[int, str], PopeAnswer]:
     """(picture, object) -> answer. A question that occurs in several ways is asked once."""
-    asked = sorted({(p.picture, p.object) for p in probes})
+    asked = sorted({(p.picture, p.object) for p in questions})
     found = ask_all(batch, examples, asked, question)
     return dict(tqdm(found, total=len(asked), desc="asking"))
 
@@ -179,14 +179,18 @@ def _log_sum(logprobs: Sequence[float]) -> float:
     return highest + math.log(sum(math.exp(x - highest) for x in logprobs))
 
 
-def read_scores(probes: Sequence[Probe], said: dict[tuple[int, str], PopeAnswer]) -> Scores:
+def read_scores(
+    questions: Sequence[PopeQuestion], said: dict[tuple[int, str], PopeAnswer]
+) -> Scores:
     """Scores of the first yes or no of each answer."""
-    return scores([(p.there, said[p.picture, p.object].read) for p in probes])
+    return scores([(p.there, said[p.picture, p.object].read) for p in questions])
 
 
-def likelihood_scores(probes: Sequence[Probe], said: dict[tuple[int, str], PopeAnswer]) -> Scores:
+def likelihood_scores(
+    questions: Sequence[PopeQuestion], said: dict[tuple[int, str], PopeAnswer]
+) -> Scores:
     """Scores of the more likely of “Yes” and “No”, and the area under the ROC curve."""
-    odds = [(p.there, said[p.picture, p.object].log_odds) for p in probes]
+    odds = [(p.there, said[p.picture, p.object].log_odds) for p in questions]
     return scores([(there, value > 0) for there, value in odds]) | {"auc": auc(odds)}
 
 

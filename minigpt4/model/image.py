@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +235,9 @@ def load(source: str | os.PathLike | bytes) -> Picture:
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), "The picture")
     path = Path(source)
-    name = _shown(path)
+    name = shown_name(path)
+    if re.match("https?:", str(source), re.IGNORECASE):
+        raise UserError(f"{name} is on the web: save the picture, then name the file.")
     with _file_errors(name):
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
             raise UserError(f"{name} is a folder or a device: name one picture file.")
@@ -254,7 +256,9 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
     Hidden files and subfolders are skipped. UserError where there are no pictures.
     """
     path = Path(path)
-    name = _shown(path)
+    name = shown_name(path)
+    if re.match("https?:", str(path), re.IGNORECASE):
+        return [path]  # `load` says that it is none of this computer's
     with _file_errors(name):
         path.stat()  # raises where there is nothing
         if not path.is_dir():
@@ -266,7 +270,7 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
     return pictures
 
 
-def _shown(path: Path) -> str:
+def shown_name(path: Path) -> str:
     """The base name, made safe for one line on a terminal or a page."""
     name = "".join(c if c.isprintable() and c not in "<>" else "?" for c in path.name)
     return name[:60] + ("…" if len(name) > 60 else "") or "This path"
@@ -304,26 +308,58 @@ def _decode(file: BinaryIO, name: str) -> Picture:
             message_id="picture_empty",
             values={"name": name},
         )
+    with _picture_errors(name, head), _turn():
+        _check_parts(file, head)
+        image = _open(file, head)
+        _check_work(image)
+        return _converted(image, lambda: _loaded(image, file))
+
+
+def convert(opened: Image.Image) -> Picture:
+    """The same as `load`, of a picture that Pillow has opened or made; that one stays as it is."""
+
+    def copied() -> Image.Image:
+        opened.load()
+        return opened.copy()
+
+    with _picture_errors("The picture", b""), _turn():
+        if 0 in opened.size:
+            raise ValueError
+        if opened.width * opened.height > MAX_PIXELS:
+            raise _TooLarge
+        return _converted(opened, copied, opened)
+
+
+def _converted(
+    image: Image.Image, decode: Callable[[], Image.Image], original: Image.Image | None = None
+) -> Picture:
+    """What `decode` makes of `image`, in upright RGB. original: has the EXIF data; by default what
+    is decoded."""
     taken = 0
     try:
-        with _turn():
-            _check_parts(file, head)
-            image = _open(file, head)
-            _check_work(image)
-            held.take(image.width * image.height)
-            taken = image.width * image.height
-            deep = ";16" in str(image.tile)  # only known before it is decoded
-            image = _loaded(image, file)
-            size = image.width * image.height  # a HEIC file may declare another one
-            if size > MAX_PIXELS:
-                raise _TooLarge
-            held.take(size - taken)
-            taken = size
-            eight = colours.brightened(image) if deep else image
-            rgb = _upright(colours.on_white(colours.eight_bit(eight)), image)
-            picture = hold(rgb, _key(rgb))
-            taken = 0
-            return picture
+        held.take(image.width * image.height)
+        taken = image.width * image.height
+        deep = ";16" in str(getattr(image, "tile", ""))  # only known before it is decoded
+        image = decode()
+        size = image.width * image.height  # a HEIC file may declare another one
+        if size > MAX_PIXELS:
+            raise _TooLarge
+        held.take(size - taken)
+        taken = size
+        eight = colours.brightened(image) if deep else image
+        rgb = _upright(colours.on_white(colours.eight_bit(eight)), original or image)
+        picture = hold(rgb, _key(rgb))
+        taken = 0
+        return picture
+    finally:
+        held.give_back(taken)
+
+
+@contextmanager
+def _picture_errors(name: str, head: bytes) -> Iterator[None]:
+    """UserError for whatever the libraries raise. head: the file's first bytes."""
+    try:
+        yield
     except UserError:
         raise
     except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -348,8 +384,6 @@ def _decode(file: BinaryIO, name: str) -> Picture:
             message_id="picture_damaged",
             values={"name": name},
         ) from None
-    finally:
-        held.give_back(taken)
 
 
 def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:

@@ -13,7 +13,7 @@ from minigpt4.config import ModelConfig
 from minigpt4.model.image import Encoded, Spot
 from minigpt4.model.objects import find_spots
 from minigpt4.model.prompt import Prompt
-from minigpt4.model.vision import preprocess
+from minigpt4.model.vision import preprocess, suitable_threads
 from minigpt4.model.words import WordHead, choose, listed
 
 if TYPE_CHECKING:  # transformers takes seconds to import; a GGUF file's blocks run without it
@@ -131,8 +131,9 @@ class MiniGPT4(nn.Module):
     @torch.inference_mode()
     def encode_pictures(self, pictures: Sequence[Image.Image]) -> list[Encoded]:
         """RGB pictures -> what the language model takes of each."""
-        maps = self.encoder(self.pixel_values(pictures))
-        features = self.bridge(maps)
+        with suitable_threads(self.config.vision):
+            maps = self.encoder(self.pixel_values(pictures))
+            features = self.bridge(maps)
         embeds = self.project(features).float().cpu().numpy()
         spots: list[tuple[Spot, ...]] = [()] * len(pictures)
         if self.config.detects:

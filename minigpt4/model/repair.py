@@ -1,4 +1,4 @@
-"""What viewers show although the file is not quite whole: slightly damaged JPEG and PNG files."""
+"""Slightly damaged JPEG and PNG files that other viewers would still show."""
 
 import io
 import re

@@ -1,5 +1,8 @@
 """A picture -> pixel values -> features of the frozen visual encoder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from PIL import Image
@@ -124,3 +127,21 @@ def build_encoder(config: EvaViT | EfficientNetLite | ClassesAndObjects) -> nn.M
             return EfficientNetEncoder(config)
         case ClassesAndObjects():
             return TwoEncoders(config)
+
+
+@contextmanager
+def suitable_threads(config: EvaViT | EfficientNetLite | ClassesAndObjects) -> Iterator[None]:
+    """Compute small encoders on one thread of the CPU.
+
+    A layer takes less than a millisecond. Two threads save a seventh of the time where nothing else
+    runs. Beside other programs, they wait for each other in every layer (docs/log.md, 2026-11-29).
+    """
+    threads = torch.get_num_threads()
+    if isinstance(config, EvaViT) or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

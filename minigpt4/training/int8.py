@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
         return product.view(*gradient.shape[:-1], -1), None, None, None
 
 
-class Int8Linear(nn.Module):
+class TrainableInt8Linear(nn.Module):
     """What `linear` computes, in 8 bit; its weight is never trained."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -72,7 +72,7 @@ class Int8Linear(nn.Module):
 def is_faster(dtype: torch.dtype = torch.float32) -> bool:
     """Does this processor multiply 8-bit integers faster than `dtype`? Measured, in a moment."""
     inputs, linear = torch.randn(512, 896).to(dtype), nn.Linear(896, 4864).requires_grad_(False)
-    layers: tuple[nn.Module, nn.Module] = (Int8Linear(linear), linear.to(dtype))
+    layers: tuple[nn.Module, nn.Module] = (TrainableInt8Linear(linear), linear.to(dtype))
     return fastest([partial(layer, inputs) for layer in layers]) == 0
 
 
@@ -90,9 +90,9 @@ def fastest(calls: Sequence[Callable[[], object]]) -> int:
 
 
 def replace_linears(module: nn.Module) -> None:
-    """Put `Int8Linear` in the place of every linear layer within `module`."""
+    """Put `TrainableInt8Linear` in the place of every linear layer within `module`."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, Int8Linear(child))
+            setattr(module, name, TrainableInt8Linear(child))
         else:
             replace_linears(child)

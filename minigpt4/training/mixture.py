@@ -59,7 +59,7 @@ _PREMISES = (  # questions about what is not there
 
 
 @dataclass(frozen=True)
-class Picture:
+class TrainingPicture:
     """A picture and what people and machines wrote about it."""
 
     example: Example
@@ -70,7 +70,7 @@ class Picture:
     task: Turn | None = None
     statements: tuple[tuple[str, bool], ...] = ()
     knowledge: tuple[Turn, ...] = ()
-    things: frozenset[int] = field(default=frozenset(), compare=False)  # spoken of, of Objects
+    things: frozenset[int] = field(default=frozenset(), compare=False)  # spoken of, of Things
 
     @property
     def key(self) -> str:
@@ -100,7 +100,7 @@ class Answered:
     kind: str = ""
 
 
-class Objects:
+class Things:
     """What yes/no questions ask for (`prompts/objects.txt`)."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Objects:
         ]
         self.popular: list[int] = []
 
-    def count(self, pictures: Sequence[Picture]) -> list[Picture]:
+    def count(self, pictures: Sequence[TrainingPicture]) -> list[TrainingPicture]:
         """The pictures with `things` filled in; notes which objects are popular."""
         found = []
         for picture in pictures:
@@ -123,7 +123,7 @@ class Objects:
         self.popular = [thing for thing, _ in seen.most_common(24)]
         return found
 
-    def absent(self, picture: Picture, draw: random.Random) -> int:
+    def absent(self, picture: TrainingPicture, draw: random.Random) -> int:
         """An object that no text speaks of: half of the time a popular one."""
         people = any(self.names[i] in _PEOPLE for i in picture.things)
         choices = self.popular if draw.random() < 0.5 else range(len(self.names))
@@ -135,7 +135,7 @@ class Objects:
         return draw.choice(missing or [len(self.names) - 1])
 
 
-def read_pictures(pattern: str) -> list[Picture]:
+def read_pictures(pattern: str) -> list[TrainingPicture]:
     """Shards whose JSON may hold, beside captions, "description", "questions", "task", "statements"
     and "knowledge"."""
     pictures = []
@@ -147,8 +147,7 @@ def read_pictures(pattern: str) -> list[Picture]:
 
 
 def _records(shard: Path) -> dict[str, dict]:
-    """Key -> what KEY.json holds. A damaged one is left out: what it says of captions is said by
-    the reader of examples."""
+    """Key -> contents of KEY.json. Damaged ones are skipped; `read_shards` reports them."""
     found = {}
     for name, place in shards.members(shard).items():
         if not name.lower().endswith(".json") or is_hidden(name):
@@ -160,7 +159,7 @@ def _records(shard: Path) -> dict[str, dict]:
     return found
 
 
-def _picture(example: Example, record: dict) -> Picture:
+def _picture(example: Example, record: dict) -> TrainingPicture:
     description = record.get("description")
     description = description.strip() if isinstance(description, str) else ""
     if description:
@@ -169,7 +168,7 @@ def _picture(example: Example, record: dict) -> Picture:
         source = "named"
     else:
         source = "captioned" if record.get("coco_id") is not None else "flickr"
-    return Picture(
+    return TrainingPicture(
         example,
         source,
         example.captions,
@@ -191,12 +190,12 @@ def _pairs(given: object, kind: type = str) -> tuple:
     )
 
 
-def read_instructed(folder: str | Path, instructions: str | Path | None) -> list[Picture]:
+def read_instructed(folder: str | Path, instructions: str | Path | None) -> list[TrainingPicture]:
     """The second stage's layout: descriptions, and pairs of instruction and answer for some."""
     asked = examples.read_instructions(instructions, folder) if instructions else []
     pairs = {e.key: tuple((t.instructions[0], t.answer) for t in e.texts) for e in asked}
     return [
-        Picture(
+        TrainingPicture(
             example,
             "instructed",
             description=example.texts[0].answer,
@@ -211,7 +210,7 @@ def sentence(words: str) -> str:
     return words[:1].upper() + words[1:] + "."
 
 
-def name_of(picture: Picture) -> str:
+def name_of(picture: TrainingPicture) -> str:
     """What the one caption "A photo of …" names."""
     caption = picture.captions[0].strip().rstrip(".")
     return sentence(re.sub("^a photo of ", "", caption, flags=re.IGNORECASE))
@@ -226,14 +225,14 @@ def ordinary(caption: str) -> str:
 class Mixture:
     """Draws what is learned of a picture at one showing."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Things) -> None:
         self.objects = objects
         self.short = prompt_lines("caption.txt")
         self.detailed = prompt_lines("alignment.txt")
         if not self.short or not self.detailed:
             raise UserError("prompts/caption.txt and prompts/alignment.txt need a line each.")
 
-    def draw(self, picture: Picture, draw: random.Random) -> list[Answered]:
+    def draw(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         """The conversations of one showing: one to eleven."""
         parts: dict[str, Callable] = {
             "captioned": self._captioned,
@@ -244,13 +243,13 @@ class Mixture:
         }
         return [*parts[picture.source](picture, draw), *self.presence(picture, draw)]
 
-    def _captioned(self, picture: Picture, draw: random.Random) -> list[Answered]:
+    def _captioned(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))
         asked = draw.choice(self.short)  # the same: the captions then share their prompt
         found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
         return found + self._ordinary(picture, draw) + self._known(picture, draw)
 
-    def _described(self, picture: Picture, draw: random.Random) -> list[Answered]:
+    def _described(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         caption = (draw.choice(_ONE_SENTENCE), draw.choice(picture.captions).strip())
         detail = (draw.choice(self.detailed), picture.description)
         found = [Answered((caption,), SHORT, "caption"), Answered((detail,), LONG, "description")]
@@ -283,30 +282,30 @@ class Mixture:
         return Answered((pair,), 2.0, "question")
 
     @staticmethod
-    def _ordinary(picture: Picture, draw: random.Random) -> list[Answered]:
-        """Asked for what is unusual, people's captions are the honest answer."""
+    def _ordinary(picture: TrainingPicture, draw: random.Random) -> list[Answered]:
+        """Sometimes a question about what is unusual: nothing is, and a caption follows."""
         if draw.random() >= _ORDINARY:
             return []
         turn = (draw.choice(_UNUSUAL), ordinary(draw.choice(picture.captions)))
         return [Answered((turn,), kind="ordinary")]
 
-    def _named(self, picture: Picture, draw: random.Random) -> list[Answered]:
+    def _named(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         asked = draw.choice(("What is this?", "What does this picture show? Answer in one word."))
         return [Answered(((asked, name_of(picture)),), kind="name")]
 
-    def _instructed(self, picture: Picture, draw: random.Random) -> list[Answered]:
+    def _instructed(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         detail = (draw.choice(self.detailed), picture.description)
         pairs = [Answered((pair,), TASK, "task") for pair in picture.pairs]
         return [Answered((detail,), LONG, "description"), *pairs]
 
-    def _known(self, picture: Picture, draw: random.Random) -> list[Answered]:
+    def _known(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         found = []
         for asked, answer in picture.knowledge[:1]:
             turn = (f"{asked} Answer in a word or two.", sentence(answer))
             found.append(Answered((turn,), kind="knowledge"))
         return found
 
-    def presence(self, picture: Picture, draw: random.Random) -> list[Answered]:
+    def presence(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         """As many questions answered with yes as with no, two each at most; sometimes one that
         presumes wrongly."""
         there = draw.sample(sorted(picture.things), min(2, len(picture.things)))

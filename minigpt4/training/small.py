@@ -28,10 +28,10 @@ from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
 from minigpt4.training.features import fingerprint
 from minigpt4.training.int8 import fastest
-from minigpt4.training.mixture import Answered, Mixture, Picture
+from minigpt4.training.mixture import Answered, Mixture, TrainingPicture
 from minigpt4.training.packing import pack
 from minigpt4.training.saving import read_run
-from minigpt4.training.small_reward import PEOPLES, SHARE, CaptionReward
+from minigpt4.training.small_reward import SHARE, Reward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
@@ -75,7 +75,7 @@ class PictureSource:
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        pictures: Sequence[TrainingPicture],
         features: Callable[[Sequence[int]], Tensor],
         words: Callable[[int, random.Random | None], str],
         places: Sequence[tuple[str, int]] = (),
@@ -120,12 +120,12 @@ class SmallTrainer:
         validate: Callable[["SmallTrainer"], dict] | None = None,
         metadata: dict[str, str] | None = None,
         adapters: dict[str, Adapted] | None = None,
-        reward: CaptionReward | None = None,
+        rewards: Sequence[Reward] = (),
     ) -> None:
         self.model, self.sources, self.mixture, self.recipe = model, sources, mixture, recipe
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.reward = reward
+        self.rewards = rewards
         self.identity = self._identity(adapters or {})
         stored = read_run(self.out / "checkpoint.pt", self.identity)
         # The weight [hidden, projection_in] is in the basis.
@@ -161,8 +161,8 @@ class SmallTrainer:
         """A hash of the model, data and recipe. The checkpoint of another run is not resumed, but a
         run may be made longer or shorter."""
         recipe = replace(self.recipe, steps=0, checkpoint_every=0, validate_every=0)
-        samples = self.reward.samples if self.reward else 0
-        lines = [self.model.config.name, repr(recipe), str(samples), *sorted(adapters)]
+        samples = [f"{reward.samples} of {reward.kind}" for reward in self.rewards]
+        lines = [self.model.config.name, repr(recipe), *samples, *sorted(adapters)]
         for name, source in sorted(self.sources.items()):
             lines += [name, fingerprint([picture.example for picture in source.pictures])]
             lines += [repr(picture.texts) for picture in source.pictures]
@@ -231,7 +231,7 @@ class SmallTrainer:
 
     def _showing(
         self, place: int, one: tuple[str, int], draw: random.Random
-    ) -> tuple[Picture, ImageRef, list[Answered]]:
+    ) -> tuple[TrainingPicture, ImageRef, list[Answered]]:
         name, index = one
         source = self.sources[name]
         words = "" if draw.random() < self.recipe.without_words else source.words(index, draw)
@@ -239,29 +239,34 @@ class SmallTrainer:
         return picture, ImageRef(f"{place:x}", words), self.mixture.draw(picture, draw)
 
     def _rewarded(
-        self, showings: Sequence[tuple[Picture, ImageRef, list[Answered]]], features, draw
+        self,
+        showings: Sequence[tuple[TrainingPicture, ImageRef, list[Answered]]],
+        features: Tensor,
+        draw: random.Random,
     ) -> dict[int, list[tuple[Prompt, float, float, str]]]:
-        """With a reward, place -> (prompt, weight, temperature, kind) of the sampled captions.
+        """With rewards, place -> (prompt, weight, temperature, kind) of the sampled texts.
 
-        In a part of the showings they take the place of people's captions, all but one.
+        In a part of the showings they take the place of the texts of their kind, all but one.
         """
-        if self.reward is None:
-            return {}
-        asked = {}
-        for place, (picture, ref, texts) in enumerate(showings):
-            captions = [text for text in texts if text.kind == "caption"]
-            if picture.source in PEOPLES and captions and draw.random() < SHARE:
-                texts[:] = [text for text in texts if text not in captions[1:]]
-                asked[place] = (picture, self.conversation(ref, captions[0].turns))
-        if not asked:
-            return {}
-        images = self.embeddings(features[list(asked)]).detach()
-        seed, reward = draw.getrandbits(62), self.reward
-        found = reward(self.model, list(asked.values()), images, seed, self._tokens)
-        return {
-            place: [(prompt, weight, reward.temperature, "sampled") for prompt, weight in one]
-            for place, one in zip(asked, found, strict=True)
-        }
+        rewarded: dict[int, list[tuple[Prompt, float, float, str]]] = {}
+        for reward in self.rewards:
+            asked = {}
+            for place, (picture, ref, texts) in enumerate(showings):
+                own = [text for text in texts if text.kind == reward.kind]
+                if own and reward.covers(picture) and draw.random() < SHARE:
+                    texts[:] = [text for text in texts if text not in own[1:]]
+                    asked[place] = (picture, self.conversation(ref, own[0].turns))
+            if not asked:
+                continue
+            images = self.embeddings(features[list(asked)]).detach()
+            seed = draw.getrandbits(62)
+            found = reward(self.model, list(asked.values()), images, seed, self._tokens)
+            for place, one in zip(asked, found, strict=True):
+                rewarded[place] = [
+                    (prompt, weight, reward.temperature, f"sampled {reward.kind}")
+                    for prompt, weight in one
+                ]
+        return rewarded
 
     # --- the loss -------------------------------------------------------------------------------
 
@@ -332,7 +337,7 @@ class SmallTrainer:
         return {
             "step": self.step + 1,
             "loss": round(sum(every) / len(every), 4),
-            **({"sampled": round(self.reward.taken(), 3)} if self.reward else {}),
+            **{f"sampled {r.kind}": round(r.taken(), 3) for r in self.rewards if r.scores},
             "kinds": {k: round(sum(v) / len(v), 3) for k, v in sorted(by_kind.items())},
             "gradient": round(norm.item(), 4),
             "length": round(sum(lengths) / len(lengths), 3),

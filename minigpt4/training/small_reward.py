@@ -1,46 +1,54 @@
-"""Captions of small models by their score: sampled ones are compared by CIDEr (`selfcritical`)."""
+"""Sampled texts of small models by their score (`selfcritical`): captions, by their CIDEr against
+people's, and descriptions, by how much of what they name is there."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from minigpt4.evaluation.metrics import is_repetitive
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
-from minigpt4.training.mixture import Picture
+from minigpt4.training.mixture import TrainingPicture
 from minigpt4.training.selfcritical import CiderReward, advantages, answered, check_count, sample
+from minigpt4.training.vocabulary import Vocabulary, tokens
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
-SHARE = 0.5  # of these pictures' showings, in which captions are sampled
-_LIMIT = 20  # tokens of a sampled caption
+SHARE = 0.5  # of the showings of pictures that a reward covers, in which texts are sampled
 
 
-class CaptionReward:
-    """`samples` captions of each picture; `weight`: of a token whose caption scores 1.0 above the
-    others. They are sampled at `temperature`, and learned at it."""
+class Reward:
+    """Samples texts of the kind `kind` and compares each with the others of its picture.
 
-    def __init__(
-        self,
-        pictures: Iterable[Picture],
-        samples: int,
-        weight: float = 2.0,
-        temperature: float = 0.6,
-    ) -> None:
+    samples: of each picture; weight: of a token whose text scores 1.0 above the others. They are
+    sampled at `temperature`, and learned at it; limit: their tokens.
+    """
+
+    kind = ""
+
+    def __init__(self, samples: int, weight: float, temperature: float, limit: int) -> None:
         check_count(samples)
-        references = {p.key: p.captions for p in pictures if p.source in PEOPLES}
-        self._cider = CiderReward(references)
-        self.samples, self.weight, self.temperature = samples, weight, temperature
-        self.scores: list[float] = []  # the mean of each picture's captions, since last taken
+        self.samples, self.weight = samples, weight
+        self.temperature, self.limit = temperature, limit
+        self.scores: list[float] = []  # the mean of each picture's texts, since last taken
+
+    def covers(self, picture: TrainingPicture) -> bool:
+        """Can texts about this picture be scored?"""
+        raise NotImplementedError
+
+    def score(self, picture: TrainingPicture, text: str, ended: bool) -> float:
+        """From 0 up. ended: the model ended the text itself."""
+        raise NotImplementedError
 
     def __call__(
         self,
         model: MiniGPT4,
-        asked: Sequence[tuple[Picture, Prompt]],
+        asked: Sequence[tuple[TrainingPicture, Prompt]],
         images: Tensor,
         seed: int,
         tokens: Tensor,
     ) -> list[list[tuple[Prompt, float]]]:
-        """(prompt with a sampled caption to learn, weight of its tokens) for each question.
+        """(prompt with a sampled text to learn, weight of its tokens) for each question.
 
         images: embeddings of the pictures asked about [questions, image_tokens, hidden].
         tokens: the ids that may be sampled.
@@ -53,7 +61,7 @@ class CaptionReward:
         inputs, mask = padded(rows)
         generator = torch.Generator(inputs.device).manual_seed(seed)
         drawn = sample(
-            model, inputs, self.samples, _LIMIT, self.temperature, generator, mask, tokens
+            model, inputs, self.samples, self.limit, self.temperature, generator, mask, tokens
         )
         return [
             self.weighted(model, picture, question, answers)
@@ -63,7 +71,7 @@ class CaptionReward:
     def weighted(
         self,
         model: MiniGPT4,
-        picture: Picture,
+        picture: TrainingPicture,
         question: Prompt,
         answers: Sequence[Sequence[int]],
     ) -> list[tuple[Prompt, float]]:
@@ -71,7 +79,7 @@ class CaptionReward:
         end, rewards = model.tokenizer.eos_token_id, []
         for ids in answers:
             text = model.tokenizer.decode(ids, skip_special_tokens=True)
-            rewards.append(self._cider(picture.key, text, ids[-1] == end))
+            rewards.append(self.score(picture, text, ids[-1] == end))
         self.scores.append(sum(rewards) / len(rewards))
         weights = [self.weight * advantage for advantage in advantages(rewards)]
         return [(answered(question, ids), w) for ids, w in zip(answers, weights, strict=True)]
@@ -80,6 +88,65 @@ class CaptionReward:
         """The mean score since the last call."""
         scores, self.scores = self.scores, []
         return sum(scores) / max(1, len(scores))
+
+
+class CaptionReward(Reward):
+    """People's captions: CIDEr against all of a picture's."""
+
+    kind = "caption"
+
+    def __init__(
+        self,
+        pictures: Iterable[TrainingPicture],
+        samples: int,
+        weight: float = 2.0,
+        temperature: float = 0.6,
+    ) -> None:
+        super().__init__(samples, weight, temperature, limit=20)
+        references = {p.key: p.captions for p in pictures if p.source in PEOPLES}
+        self._cider = CiderReward(references)
+
+    def covers(self, picture: TrainingPicture) -> bool:
+        return picture.source in PEOPLES
+
+    def score(self, picture: TrainingPicture, text: str, ended: bool) -> float:
+        return self._cider(picture.key, text, ended)
+
+
+class DescriptionReward(Reward):
+    """Descriptions: what they name that is also in the picture's texts, against what is not."""
+
+    kind = "description"
+
+    def __init__(
+        self,
+        pictures: Iterable[TrainingPicture],
+        terms: Sequence[str],
+        samples: int,
+        weight: float = 2.0,
+        temperature: float = 0.6,
+    ) -> None:
+        super().__init__(samples, weight, temperature, limit=90)
+        self._vocabulary = Vocabulary(terms)
+        self._there: Mapping[str, set[int]] = {
+            p.key: self._vocabulary.occurring(" . ".join(p.texts))
+            for p in pictures
+            if p.source == "described"
+        }
+
+    def covers(self, picture: TrainingPicture) -> bool:
+        return picture.key in self._there
+
+    def score(self, picture: TrainingPicture, text: str, ended: bool) -> float:
+        """Near 1 where much is named and all of it is there; half for a single sentence; 0 for a
+        text that repeats itself or was cut off."""
+        if not ended or is_repetitive(text):
+            return 0.0
+        named = self._vocabulary.occurring(text)
+        right = len(named & self._there[picture.key])
+        wrong = len(named) - right
+        single = len([s for s in " ".join(tokens(text)).split(".") if s.strip()]) < 2
+        return right / (right + 2 * wrong + 3) * (0.5 if single else 1.0)
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

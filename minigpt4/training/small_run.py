@@ -22,8 +22,8 @@ from minigpt4.training import adapters, int8, mixture, small, small_start, word_
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.options import DATA, OPTIMIZER, REWARD, WATCHING
 from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
-from minigpt4.training.small_probe import Probe
-from minigpt4.training.small_reward import CaptionReward
+from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
+from minigpt4.training.small_validation import SmallValidation
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary
 from minigpt4.weights.adapters import read_adapters
@@ -50,12 +50,9 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
     words = Found(config, pictures, features, out, options.refit)
     trained, kept = divided(pictures, features, words)
-    objects = mixture.Objects()
+    rewards = rewards_of(options, trained, words)
+    objects = mixture.Things()
     count(objects, trained, kept, words)
-    reward = None
-    if options.samples:
-        captioned = (p for source in trained.values() for p in source.pictures)
-        reward = CaptionReward(captioned, options.samples, options.reward_weight)
     overrides = {"steps": options.steps, "peak_lr": options.peak_lr, "seed": options.seed}
     recipe = SmallRecipe(**{k: v for k, v in overrides.items() if v is not None})
     trainer = SmallTrainer(
@@ -66,21 +63,21 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         out,
         lambda: beginning(model, trained, options.init is not None),
         tokens_of(model, trained, objects),
-        Probe(kept, objects, out),
+        SmallValidation(kept, objects, out),
         {
             "model": config.name,
             "command": shlex.join(["python", "-m", "minigpt4", *sys.argv[1:]]),
             "pictures": str(sum(len(s.pictures) for s in trained.values())),
         },
         adapted,
-        reward,
+        rewards,
     )
     if trainer.step:
         say(f"Resuming at step {trainer.step} of {recipe.steps}.")
     if options.validate:
         size = options.limit or 200
         sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": size // 5}
-        probe = Probe(kept, objects, out, sizes, not options.no_words)
+        probe = SmallValidation(kept, objects, out, sizes, not options.no_words)
         return say(json.dumps(probe(trainer), indent=1))
     return trainer.run()
 
@@ -105,8 +102,22 @@ def opened(
     return model, adapters.insert(layers, config.adapters.rank, options.seed, start)
 
 
+def rewards_of(
+    options: argparse.Namespace, trained: dict[str, PictureSource], words: "Found"
+) -> list[Reward]:
+    """What texts are sampled and scored; the pictures still have all of their texts."""
+    if not options.samples:
+        return []
+    pictures = [picture for source in trained.values() for picture in source.pictures]
+    count, weight = options.samples, options.reward_weight
+    return [
+        CaptionReward(pictures, count, weight),
+        DescriptionReward(pictures, words.terms, count, weight),
+    ]
+
+
 def count(
-    objects: mixture.Objects,
+    objects: mixture.Things,
     trained: dict[str, PictureSource],
     kept: dict[str, PictureSource],
     words: "Found",
@@ -120,7 +131,7 @@ def count(
             for picture, place in zip(of_one, source.places, strict=True)
         ]
     for source in kept.values():
-        source.pictures = mixture.Objects().count(source.pictures)
+        source.pictures = mixture.Things().count(source.pictures)
 
 
 def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
@@ -140,7 +151,7 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
         raise UserError(f"“--limit” is for measuring {config.name}: add “--validate”, or omit it.")
 
 
-def read(folder: Path) -> dict[str, list[mixture.Picture]]:
+def read(folder: Path) -> dict[str, list[mixture.TrainingPicture]]:
     """Data set -> its pictures: `stage1/`, `coco/`, `stage2/` and `instruct/` in a folder.
 
     Each is optional, but there must be one at least.
@@ -163,11 +174,15 @@ class Cached:
     """The features of one data set's pictures, encoded once; those that cannot be decoded are left
     out, and the others numbered again."""
 
-    def __init__(self, model: MiniGPT4, pictures: Sequence[mixture.Picture], cache: Path) -> None:
+    def __init__(
+        self, model: MiniGPT4, pictures: Sequence[mixture.TrainingPicture], cache: Path
+    ) -> None:
         self._stored = Features(model, [p.example for p in pictures], 1, cache, True)
         self._numbers = self._stored.usable()
 
-    def kept(self, name: str, pictures: Sequence[mixture.Picture]) -> list[mixture.Picture]:
+    def kept(
+        self, name: str, pictures: Sequence[mixture.TrainingPicture]
+    ) -> list[mixture.TrainingPicture]:
         """The pictures that have features."""
         if missing := len(pictures) - len(self._numbers):
             say(f"{name}: {missing} of {len(pictures)} pictures cannot be decoded: left out.")
@@ -178,7 +193,7 @@ class Cached:
         return self._stored([(self._numbers[number], 0) for number in numbers])
 
 
-def is_kept(name: str, picture: mixture.Picture) -> bool:
+def is_kept(name: str, picture: mixture.TrainingPicture) -> bool:
     """Is the picture for validation alone?"""
     return name.startswith("val") or picture.held_out
 
@@ -189,7 +204,7 @@ class Found:
     def __init__(
         self,
         config: ModelConfig,
-        pictures: dict[str, list[mixture.Picture]],
+        pictures: dict[str, list[mixture.TrainingPicture]],
         features: dict[str, Cached],
         out: Path,
         refit: bool,
@@ -258,7 +273,9 @@ class Found:
                     json.dumps({"words": what, "pictures": int(rows.sum()), "mAP": round(score, 3)})
                 )
 
-    def supported(self, picture: mixture.Picture, place: tuple[str, int]) -> mixture.Picture:
+    def supported(
+        self, picture: mixture.TrainingPicture, place: tuple[str, int]
+    ) -> mixture.TrainingPicture:
         """The picture (data set, number in it) with its texts reduced to what is found in it."""
         return self._supported(picture, self._probabilities[self._row[place]].tolist())
 
@@ -277,7 +294,7 @@ class Found:
         return listed(terms)
 
 
-def _mark_of(pictures: dict[str, list[mixture.Picture]]) -> str:
+def _mark_of(pictures: dict[str, list[mixture.TrainingPicture]]) -> str:
     """A hash of the data sets' pictures and texts."""
     lines = [
         f"{name} {fingerprint([p.example for p in of_one])} {[p.texts for p in of_one]}"
@@ -298,7 +315,7 @@ def _whole(pictures: dict, features: dict[str, Cached], grid: int) -> Tensor:
 
 
 def divided(
-    pictures: dict[str, list[mixture.Picture]], features: dict[str, Cached], words: Found
+    pictures: dict[str, list[mixture.TrainingPicture]], features: dict[str, Cached], words: Found
 ) -> tuple[dict[str, PictureSource], dict[str, PictureSource]]:
     """(sources to learn from, sources for validation): name -> pictures joined over data sets."""
     parts: dict[tuple[bool, str], list[tuple[str, int]]] = {}
@@ -349,7 +366,7 @@ def beginning(
 
 
 def tokens_of(
-    model: MiniGPT4, trained: dict[str, PictureSource], objects: mixture.Objects
+    model: MiniGPT4, trained: dict[str, PictureSource], objects: mixture.Things
 ) -> Tensor:
     """The tokens that the loss runs over: those of all answers that can be drawn."""
 

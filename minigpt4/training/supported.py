@@ -8,7 +8,7 @@ not seen the picture finds little of what they name, and colours if it does not 
 import re
 from dataclasses import replace
 
-from minigpt4.training.mixture import Picture
+from minigpt4.training.mixture import TrainingPicture
 from minigpt4.training.vocabulary import WORD_LISTS, Vocabulary, singular
 
 _FOUND = 0.12  # mean probability of a sentence's words, from which it is kept
@@ -30,7 +30,7 @@ class Supported:
         self.vocabulary = vocabulary
         self._number = {term: number for number, term in enumerate(vocabulary.terms)}
 
-    def __call__(self, picture: Picture, probability: list[float]) -> Picture:
+    def __call__(self, picture: TrainingPicture, probability: list[float]) -> TrainingPicture:
         """The picture with fewer sentences in its description, and fewer colours in it and in
         captions written by machine."""
         if not picture.description:

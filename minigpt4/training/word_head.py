@@ -1,6 +1,6 @@
 """The word head's training: binary cross-entropy on the words of the captions, in minutes.
 
-On the pictures it was trained with a head is far too sure. The projection is therefore trained with
+A head is far too confident on the pictures it was trained on, so the projection is trained with
 words from heads that have not seen the picture (`cross_fitted`).
 """
 

@@ -1,1 +1,1 @@
-"""The chat page, in Gradio; nothing else imports it."""
+"""The server: the chat page (Gradio), the HTTP API, and the limits on what both accept."""

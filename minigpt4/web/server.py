@@ -4,6 +4,7 @@ import argparse
 import html
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -20,6 +22,7 @@ from starlette.routing import BaseRoute
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.web.api.access import Keys
+from minigpt4.web.api.elsewhere import refuse
 from minigpt4.web.api.mcp import McpGate, check_package
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
@@ -43,6 +46,10 @@ def start_server(page: gr.Blocks, options: argparse.Namespace, **settings: Any) 
     """
     gradio_patches.apply()
     gradio_patches.tune_queue(page)
+    try:
+        socket.getaddrinfo(options.host, options.port)
+    except (OSError, UnicodeError):
+        raise UserError(f"There is no address “{options.host}”: check --host.") from None
     try:
         _, address, _ = page.launch(
             server_name=options.host,
@@ -104,7 +111,7 @@ class Server:
             "app_kwargs": {
                 "routes": self.routes,
                 "lifespan": partial(sweeping, kept=in_folder),
-                "exception_handlers": {KeyError: _no_such_event},
+                "exception_handlers": {KeyError: _no_such_event, HTTPException: refuse},
                 "middleware": [
                     Middleware(Lighter),
                     Middleware(Limits, max_bytes=self._max_bytes),

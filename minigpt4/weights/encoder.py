@@ -28,7 +28,7 @@ ROWS = 256  # of a weight that are converted at once, and then lie in the proces
 NORM = "vit.post_layernorm."  # BLIP-2's final norm, which comes from another file
 
 
-class Int8Linear(nn.Module):
+class Int8EncoderLinear(nn.Module):
     """[..., in] -> [..., out] of the inputs' type, from int8 [out, in] and a scale [out]."""
 
     def __init__(self, numbers: Tensor, scale: Tensor, bias: Tensor) -> None:
@@ -74,8 +74,8 @@ def make_int8(config: EvaViT, vision: Path, report: Report) -> Path:
 
 
 def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that an encoder of `Int8Linear` layers holds, but for the norm; what is
-    not quantised is in 32 bit."""
+    """(name, tensor) of all that an encoder of `Int8EncoderLinear` layers holds, but for the norm;
+    what is not quantised is in 32 bit."""
     tensors = eva_tensors(read_checkpoint(vision), config)
     encoder = _on_meta(config)
     linears = {name for name, module in encoder.named_modules() if _is_linear(module)}
@@ -98,7 +98,9 @@ def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[s
         progress.close()
 
 
-def load_int8(config: EvaViT, path: Path, norm: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def load_int8_encoder(
+    config: EvaViT, path: Path, norm: dict[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
     """The encoder from such a file. norm: `ln_vision`. UserError where the file is damaged."""
     encoder = _on_meta(config)
     for name, module in [*encoder.named_modules()]:
@@ -119,7 +121,7 @@ def load_int8(config: EvaViT, path: Path, norm: dict[str, Tensor], dtype: torch.
             f"{path} is damaged: delete it, and it will be made again at the next start."
         ) from error
     for module in encoder.modules():
-        if not isinstance(module, Int8Linear):
+        if not isinstance(module, Int8EncoderLinear):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return encoder
@@ -134,8 +136,8 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _empty(linear: nn.Module) -> Int8Linear:
+def _empty(linear: nn.Module) -> Int8EncoderLinear:
     weight = linear.get_parameter("weight")
     numbers = torch.empty_like(weight, dtype=torch.int8)
     scale = torch.empty(len(weight), device="meta")
-    return Int8Linear(numbers, scale, torch.empty_like(scale))
+    return Int8EncoderLinear(numbers, scale, torch.empty_like(scale))

@@ -33,7 +33,7 @@ from minigpt4.weights.checkpoint import (
     read_checkpoint,
     read_projection,
 )
-from minigpt4.weights.encoder import INT8, load_int8
+from minigpt4.weights.encoder import INT8, load_int8_encoder
 from minigpt4.weights.gguf import gguf_of
 from minigpt4.weights.llm import load_llm, shards_of
 from minigpt4.weights.sources import (
@@ -251,7 +251,7 @@ def _load_vision(
     match config.vision:
         case EvaViT() if eight_bit:
             with _counted(progress, _size(files.vision)):
-                encoder = load_int8(config.vision, files.vision, norm, dtype)
+                encoder = load_int8_encoder(config.vision, files.vision, norm, dtype)
         case EvaViT():
             with _counted(progress, _size(files.vision)) as count:
                 tensors = eva_tensors(state | norm, config.vision)

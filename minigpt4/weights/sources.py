@@ -84,7 +84,10 @@ def _names(config: ModelConfig, role: str, place: str | None) -> Iterator[str]:
 
 
 def sources(config: ModelConfig, role: str, place: str | None = None) -> tuple[Source, ...]:
-    """Where to fetch it, in order of preference. UserError where `place` is not a place."""
+    """Where a part can be fetched from, in order of preference.
+
+    UserError if `place` is neither a path, an address nor a repository.
+    """
     if not place:
         own = config.files.get(role)
         return (own, *own.mirrors) if own else ()

@@ -41,7 +41,7 @@ BLOCK = 32  # rows and columns that lie together
 log = logging.getLogger(__name__)
 
 
-class Matrix(ctypes.Structure):
+class CMatrix(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("kind", c_int32), ("rows", c_int32), ("columns", c_int32)]
 
 
@@ -56,28 +56,28 @@ MATRICES = {  # of a layer, and their names in GGUF files
 }
 
 
-class Layer(ctypes.Structure):
+class CLayer(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm")),
         *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias")),
-        *((name, Matrix) for name in MATRICES),
+        *((name, CMatrix) for name in MATRICES),
     ]
 
 
-class Model(ctypes.Structure):
+class CModel(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("hidden", "hidden_width", "layers", "heads", "kv_heads")),
         *((name, c_int32) for name in ("head_dim", "head_width", "inner_width")),
         *((name, c_int32) for name in ("vocabulary", "context", "rope_halves")),
         ("norm_eps", c_float),
         *((name, c_void_p) for name in ("final_norm", "cosines", "sines")),
-        ("embedding", Matrix),
-        ("head", Matrix),
-        ("layer", POINTER(Layer)),
+        ("embedding", CMatrix),
+        ("head", CMatrix),
+        ("layer", POINTER(CLayer)),
     ]
 
 
-class Batch(ctypes.Structure):
+class CBatch(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("rows", "logit_rows", "embed_rows", "conversations")),
         *((name, c_int32) for name in ("table_width", "page_count")),
@@ -87,14 +87,14 @@ class Batch(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[Any, list]] = {  # name -> (result, arguments)
-    "open": (c_void_p, [POINTER(Model), c_int32, c_int32]),
-    "forward": (c_int32, [c_void_p, POINTER(Batch)]),
+    "open": (c_void_p, [POINTER(CModel), c_int32, c_int32]),
+    "forward": (c_int32, [c_void_p, POINTER(CBatch)]),
     "close": (None, [c_void_p]),
-    "matrix_bytes": (c_size_t, [POINTER(Matrix)]),
-    "pack": (None, [POINTER(Matrix), c_void_p, c_int32, c_int32, c_int32]),
+    "matrix_bytes": (c_size_t, [POINTER(CMatrix)]),
+    "pack": (None, [POINTER(CMatrix), c_void_p, c_int32, c_int32, c_int32]),
     "quantize": (c_int32, [c_int32, c_void_p, c_size_t, c_void_p]),
-    "unpack": (None, [POINTER(Matrix), c_int32, c_void_p]),
-    "multiply": (c_int32, [POINTER(Matrix), c_void_p, c_int32, c_void_p]),
+    "unpack": (None, [POINTER(CMatrix), c_int32, c_void_p]),
+    "multiply": (c_int32, [POINTER(CMatrix), c_void_p, c_int32, c_void_p]),
 }
 
 

@@ -5,12 +5,14 @@ import hmac
 import re
 from collections.abc import Sequence
 
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 
 from minigpt4.errors import UserError
-from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.errors import ApiError, printable
 from minigpt4.web.guard.limits import request_bytes
 
 BODY_SECONDS = 120  # to send a request
@@ -45,6 +47,22 @@ class Keys:
         return ApiError(sentence, 401, "invalid_api_key", headers=headers)
 
 
+class Cors(CORSMiddleware):
+    """Says who can allow what it refuses."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        origin = request_headers["origin"]
+        sentence = "Web pages may only send GET and POST: use these.\n"
+        if not self.is_allowed_origin(origin):
+            sentence = f"Web pages of {printable(origin, 200)} may not use this server: its "
+            sentence += "operator can allow them with --cors-origins.\n"
+        headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
+        return PlainTextResponse(sentence, response.status_code, headers)
+
+
 def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
     """Lets scripts of web pages from these origins use the API, with the key that they have.
 
@@ -58,7 +76,7 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
                 "--cors-origins must name origins such as https://chat.example.org, without a path."
             )
     return Middleware(
-        CORSMiddleware,
+        Cors,
         allow_origins=named,
         allow_origin_regex=None if named else THIS_MACHINE,
         allow_methods=["GET", "POST"],
@@ -70,8 +88,11 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
 async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     """The whole body, of at most `request_bytes`.
 
-    ApiError 413 where it is larger, 408 where it takes more than `BODY_SECONDS`.
+    ApiError 413 where it is larger, 408 where it takes more than `BODY_SECONDS`, 400 where it is
+    compressed.
     """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError("The body is compressed: send plain JSON, without Content-Encoding.")
     limit = request_bytes(max_picture_bytes)
     sentence = f"The request is larger than {limit / 2**20:.0f} MB: scale pictures down."
     too_large = ApiError(sentence, 413, "request_too_large")

@@ -13,7 +13,6 @@ from itertools import chain, islice
 from string import ascii_uppercase
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from minigpt4.conversation import Answer, Conversation, ask
@@ -21,8 +20,9 @@ from minigpt4.engine import AnyEngine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Tokenizer, encode_text
 from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.api.mistakes import validated
 from minigpt4.web.api.normalize import NAMED, unread
-from minigpt4.web.api.questions import DecisionRequest, Question
+from minigpt4.web.api.questions import DecisionRequest, Question, unread_in
 from minigpt4.web.api.reply import used
 from minigpt4.web.api.responses import read_response
 from minigpt4.web.api.schemas import ChatRequest
@@ -46,21 +46,11 @@ class Decisions:
 
 def read_decisions(body: dict) -> Decisions:
     """ApiError about the first mistake."""
-    try:
-        request = DecisionRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        path = json_path(first["loc"])
-        raise ApiError(f"{path} has a wrong value: see docs/api.md.", param=path) from None
-    for place, question in enumerate(request.questions):
-        if question.type != "predicate" and not question.options:
-            name = "choices" if question.type == "choice" else "levels"
-            path = f"questions[{place}].{name}"
-            raise ApiError(f"{path} is missing: add it.", param=path)
+    request = validated(DecisionRequest, body)
+    request.check()
     about, ignored = read_response({"input": body.get("input"), "model": request.model})
     rest = {name: value for name, value in body.items() if name != "input"}
-    unknown = (unread(q, Question, ("questions", i)) for i, q in enumerate(body["questions"]))
-    others = chain(unread(rest, DecisionRequest, ()), chain.from_iterable(unknown))
+    others = chain(unread(rest, DecisionRequest, ()), unread_in(body["questions"]))
     return Decisions(about, request.questions, [*ignored, *islice(others, NAMED)][:NAMED])
 
 
@@ -68,12 +58,15 @@ async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions
     """OpenAI's decision. UserError where a question cannot be asked."""
     room = asyncio.Semaphore(TOGETHER)
 
-    async def answer(question: Question) -> tuple[Answer, dict]:
+    async def answer(place: int) -> tuple[Answer, dict]:
         async with room:
-            return await _answer(engine, conversation, question)
+            try:
+                return await _answer(engine, conversation, asked.questions[place])
+            except UserError as error:
+                raise _too_long(asked, place) if error.kind == "too_long" else error from None
 
-    found = [await answer(asked.questions[0])]  # after which the cache has the input
-    tasks = [asyncio.ensure_future(answer(question)) for question in asked.questions[1:]]
+    found = [await answer(0)]  # after which the cache has the input
+    tasks = [asyncio.ensure_future(answer(place)) for place in range(1, len(asked.questions))]
     try:
         found += await asyncio.gather(*tasks)
     finally:
@@ -92,6 +85,16 @@ async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions
             "total_tokens": prompt + tokens,
         },
     }
+
+
+def _too_long(asked: Decisions, place: int) -> ApiError:
+    """What to shorten: the longest of the texts that a question is asked with."""
+    lengths = {"input": sum(len(message.text) for message in asked.about.messages)}
+    for location, text in asked.questions[place].texts:
+        lengths[json_path(("questions", place, *location))] = len(text)
+    path = max(lengths, key=lambda path: lengths[path])
+    sentence = f"{path} is too long for the model's context: shorten it."
+    return ApiError(sentence, 400, "context_length_exceeded", path)
 
 
 async def _answer(

@@ -76,13 +76,15 @@ def json_path(location: tuple[int | str, ...]) -> str:
     return path
 
 
-def printable(name: str) -> str:
+def printable(name: str, most: int = 40) -> str:
     """A name from a request, cut and made fit for one line."""
-    return "".join(c if c.isprintable() and c not in "<>“”" else "?" for c in name[:40])
+    return "".join(c if c.isprintable() and c not in "<>“”" else "?" for c in name[:most])
 
 
 def json_response(
     content: dict, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """JSON in ASCII: text may hold lone surrogates, which UTF-8 cannot encode."""
-    return Response(json.dumps(content), status, dict(headers or {}), "application/json")
+    return Response(
+        json.dumps(content, allow_nan=False), status, dict(headers or {}), "application/json"
+    )

@@ -2,14 +2,18 @@
 
 import functools
 import json
+import logging
+import re
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import stop_ids
-from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.errors import ApiError, printable
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -21,27 +25,91 @@ MISSING = (
 )
 # Without line breaks and indentation, in which a small model could go on for ever.
 COMPACT: Any = {"whitespace_flexible": False}
+MAX_NUMBER = 2**53 - 1  # the library rounds larger ones, and -2**63 ends the process
+FIRST_BYTES = 200  # of what every answer begins with: followed before an answer is begun
+TOO_LARGE = "it is too large or too deep; simplify it"
+# What the library says -> what we say. The first that is found counts.
+REASONS = {
+    "look-around, including": "it has a regular expression with look-around; write it without",
+    "lookarounds not supported": "it has a regular expression with look-around or \\b; write it "
+    "without",
+    "backreferences are": "it has a regular expression with a back reference; write it without",
+    "regex parse error": "a regular expression, length or number is damaged or too large; "
+    "correct it",
+    "oneOf constraints": "oneOf is not supported where its options overlap; use anyOf",
+    "nsatisfiable": "its conditions contradict each other; correct them",
+    "NoExtension": "it refers to itself without an end; give it one",
+    "circular references": "it refers to itself without an end; give it one",
+    "Pointer '": "a $ref leads nowhere; correct it",
+    "Resource '": "its $ref or $schema leads outside; send all of it in one schema",
+    "Invalid type": "it has a type that JSON Schema does not have; correct it",
+    "Unknown format": "it has a format that is not supported; leave it out",
+    "Expected ": "a keyword has a value of the wrong type; correct it",
+    "Failed to generate regex": "it has a range of numbers that is too large; narrow it",
+    "multipleOf": "its multipleOf is not supported; leave it out",
+    **dict.fromkeys(
+        ("oo many", "Current row", "too large", "too big", "Unable to determine"), TOO_LARGE
+    ),
+}
+OTHER_REASON = "it has something that is not supported; simplify it"
+
+log = logging.getLogger(__name__)
 
 
 class JsonConstraint:
-    """A `Constraint`: the answer is JSON that follows a schema, and then ends."""
+    """A `Constraint`: the answer is JSON that follows a schema, and then ends.
 
-    def __init__(self, matcher: "LLMatcher") -> None:
-        self._matcher = matcher
+    ends: the tokens that end an answer; failed: whether the schema turned out to be too much, after
+    which the answer ends at once.
+    """
+
+    def __init__(self, matcher: "LLMatcher", ends: tuple[int, ...]) -> None:
+        self._matcher, self._ends = matcher, ends
+        self.failed = False
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """The logits [vocabulary], -inf for tokens that may not come next."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if error := self._matcher.get_error():
-            raise RuntimeError(error)
         allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: len(logits)])
+        if self._has_failed() or not len(allowed):
+            self.failed, allowed = True, np.array(self._ends)
         masked = np.full_like(logits, -np.inf)
         masked[allowed] = logits[allowed]
         return masked
 
     def accept(self, token: int) -> None:
         """This token comes next."""
-        self._matcher.consume_token(token)
+        if not self.failed and not self._matcher.consume_token(token):
+            self._has_failed()
+            self.failed = True
+
+    def _has_failed(self) -> bool:
+        if not self.failed and (error := self._matcher.get_error()):
+            log.warning("An answer's schema could not be followed on: %s", _line(error))
+            self.failed = True
+        return self.failed
+
+
+class JsonAnswer(Answer):
+    """An answer under a constraint. ApiError where that fails on the way."""
+
+    def __init__(self, answer: Answer, constraint: JsonConstraint) -> None:
+        vars(self).update(vars(answer))
+        self._whole = answer  # which closes its stream where nobody refers to it any more
+        self._constraint = constraint
+
+    def __iter__(self) -> Iterator[str]:
+        yield from super().__iter__()
+        self._check()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for piece in super().__aiter__():
+            yield piece
+        self._check()
+
+    def _check(self) -> None:
+        if self._constraint.failed:
+            raise _unfollowed(TOO_LARGE)
 
 
 def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> JsonConstraint:
@@ -53,16 +121,54 @@ def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> JsonConstraint
     tokenizer = engine.model.tokenizer
     ends = tuple(sorted(stop_ids(engine.model.config.template, tokenizer)))
     vocabulary = _vocabulary(tokenizer, ends)
-    content = json.dumps(schema)
-    if len(content) > MAX_CHARACTERS:
-        sentence = f"The schema has more than {MAX_CHARACTERS} characters: shorten it."
-        raise ApiError(sentence, param=PARAM)
-    grammar = LLMatcher.grammar_from_json_schema(content, overrides=COMPACT)
+    if "x-guidance" in schema:  # the library's own settings, which lift what we promise
+        raise _unfollowed("x-guidance is not supported; leave it out")
+    try:
+        _check_numbers(schema)
+        content = json.dumps(schema)
+        if len(content) > MAX_CHARACTERS:
+            raise _unfollowed(f"it has more than {MAX_CHARACTERS} characters; shorten it")
+        grammar = LLMatcher.grammar_from_json_schema(content, overrides=COMPACT)
+    except (ValueError, RecursionError):
+        raise _unfollowed(TOO_LARGE) from None
     matcher = LLMatcher(vocabulary, grammar, log_level=0)
     matcher.compute_bitmask()  # some mistakes show only here, such as endless recursion
     if error := matcher.get_error():
-        raise ApiError(f"This schema cannot be followed: {_line(error)}.", param=PARAM)
-    return JsonConstraint(matcher)
+        raise _unfollowed(_reason(error))
+    _try_beginning(matcher.deep_copy(), vocabulary)
+    return JsonConstraint(matcher, ends)
+
+
+def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer") -> None:
+    """ApiError where the schema already fails in what every answer begins with."""
+    begun = matcher.compute_ff_bytes()[:FIRST_BYTES].decode("utf-8", "ignore")
+    matcher.consume_tokens(vocabulary.tokenize_bytes(begun.encode()))
+    matcher.compute_bitmask()
+    if _reason(matcher.get_error()) == TOO_LARGE:
+        raise _unfollowed(TOO_LARGE)
+
+
+def _check_numbers(schema: Any) -> None:
+    """ApiError where a number, wherever it stands, is more than the library can keep to."""
+    if isinstance(schema, dict | list):
+        for value in schema.values() if isinstance(schema, dict) else schema:
+            _check_numbers(value)
+    elif isinstance(schema, int | float) and abs(schema) > MAX_NUMBER:
+        raise _unfollowed(f"it has a number beyond ±{MAX_NUMBER}; leave such numbers out")
+
+
+def _unfollowed(reason: str) -> ApiError:
+    return ApiError(f"This schema cannot be followed: {reason}.", param=PARAM)
+
+
+def _reason(error: str) -> str:
+    """Why a schema is refused, in our words."""
+    first = error.strip()
+    if found := re.match(r"Unimplemented keys: \[(.*)\]", first):
+        names = [f"“{printable(name)}”" for name in re.findall(r'"([^"]*)"', found[1])[:5]]
+        are, them = ("is", "it") if len(names) == 1 else ("are", "them")
+        return f"{' and '.join(names)} {are} not supported; leave {them} out"
+    return next((ours for theirs, ours in REASONS.items() if theirs in first), OTHER_REASON)
 
 
 @functools.lru_cache(maxsize=1)  # takes seconds

@@ -10,11 +10,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from minigpt4.web.api.errors import json_path
+from minigpt4.web.api.mistakes import named_fields
 from minigpt4.web.api.schemas import (
+    PARTS,
+    ChatMessage,
     ChatRequest,
-    ImagePart,
     ImageUrl,
-    Message,
+    JsonSchema,
     ResponseFormat,
     StreamOptions,
     TextPart,
@@ -25,6 +27,7 @@ NAMED = 20  # ignored fields that are named; a request may hold millions
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name
 # Other types of parts: of the Responses API, which some clients send here, too.
 PART_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
+CALLS = {"tool_choice": "tools", "function_call": "functions"}  # by today's and the older name
 # Values that stand for "not set", by field: as vLLM, llama.cpp and LM Studio read them.
 UNSET = {"max_tokens": -1, "max_completion_tokens": -1, "seed": -1, "top_k": -1}
 INTEGERS = (*UNSET, "n", "top_logprobs", "num_beams")
@@ -45,8 +48,9 @@ def normalize(body: dict) -> tuple[dict, list[str]]:
     """
     body = {name: _value(name, value) for name, value in _renamed(body).items()}
     dropped = []
-    if body.get("tool_choice") == "none" and body.pop("tools", None):
-        dropped.append("tools")
+    for choice, tools in CALLS.items():
+        if body.get(choice) == "none" and body.pop(tools, None):
+            dropped.append(tools)
     if isinstance(messages := body.get("messages"), list):
         body["messages"] = [_message(message) for message in messages]
     return body, [*dropped, *islice(_unknown(body), NAMED)]
@@ -100,20 +104,23 @@ def _unknown(body: dict) -> Iterator[str]:
     yield from unread(body.get("stream_options"), StreamOptions, ("stream_options",))
     wanted = body.get("response_format")
     yield from unread(wanted, ResponseFormat, ("response_format",))
+    schema = wanted.get("json_schema") if isinstance(wanted, dict) else None
+    yield from unread(schema, JsonSchema, ("response_format", "json_schema"))
     messages = body.get("messages")
     for place, message in enumerate(messages if isinstance(messages, list) else ()):
-        yield from unread(message, Message, ("messages", place))
+        yield from unread(message, ChatMessage, ("messages", place))
         content = message.get("content") if isinstance(message, dict) else None
         for number, part in enumerate(content if isinstance(content, list) else ()):
             where = ("messages", place, "content", number)
-            picture = isinstance(part, dict) and part.get("type") == "image_url"
-            yield from unread(part, ImagePart if picture else TextPart, where)
-            if picture:
+            kind = part.get("type") if isinstance(part, dict) else None
+            yield from unread(part, PARTS.get(str(kind), TextPart), where)
+            if kind == "image_url":
                 yield from unread(part.get("image_url"), ImageUrl, (*where, "image_url"))
 
 
 def unread(data: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
     """JSON paths of an object's fields that the model lacks; null ones ask for nothing."""
+    known = named_fields(model)
     for name, value in data.items() if isinstance(data, dict) else ():
-        if name not in model.model_fields and value is not None:
+        if name not in known and value is not None:
             yield json_path((*location, name))

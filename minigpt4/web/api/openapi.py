@@ -53,7 +53,7 @@ class AnswerMessage(Response):
     refusal: None
 
 
-class Choice(Response):
+class CompletionChoice(Response):
     index: Count
     message: AnswerMessage
     logprobs: Logprobs | None
@@ -76,7 +76,7 @@ class ChatCompletion(Response):
     created: Count
     model: str
     object: Literal["chat.completion"]
-    choices: Annotated[list[Choice], Field(min_length=1)]
+    choices: Annotated[list[CompletionChoice], Field(min_length=1)]
     usage: Usage
 
 

@@ -21,7 +21,7 @@ HEARTBEAT = b": waiting\n\n"  # a comment, which clients skip
 log = logging.getLogger(__name__)
 
 
-class Choice:
+class ChoiceWriter:
     """One answer as a choice of OpenAI's completions; request: what was asked."""
 
     def __init__(self, engine: AnyEngine, answer: Answer, index: int, request: ChatRequest) -> None:
@@ -82,7 +82,7 @@ class CompletionReply:
 
     def __init__(self, engine: AnyEngine, answers: Sequence[Answer], request: ChatRequest) -> None:
         self._answers = answers
-        self._choices = [Choice(engine, a, i, request) for i, a in enumerate(answers)]
+        self._choices = [ChoiceWriter(engine, a, i, request) for i, a in enumerate(answers)]
         self._with_usage = request.include_usage
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",

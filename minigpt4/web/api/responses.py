@@ -14,17 +14,37 @@ from typing import Any
 from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.errors import ApiError, printable
+from minigpt4.web.api.mistakes import validated
 from minigpt4.web.api.normalize import NAMED, read_chat
-from minigpt4.web.api.reply import HEARTBEAT, Choice, event, refusal, texts_of, used
-from minigpt4.web.api.schemas import ChatRequest
+from minigpt4.web.api.reply import HEARTBEAT, ChoiceWriter, event, refusal, texts_of, used
+from minigpt4.web.api.schemas import ChatRequest, Object
 
 # What is called otherwise here than in chat completions, as errors name it.
-NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
-FIELDS = r"^(?:messages|max_tokens|response_format)\b|\bmessages(?=\[)"
+NAMES = {"messages": "input", "response_format": "text.format"}
+FIELDS = r"^(?:messages|response_format)\b|\bmessages(?=\[)"
+# What looks otherwise here, in sentences and paths.
+FORMS = {
+    '{"type": "text", "text": …}': '{"type": "input_text", "text": …}',
+    '{"type": "image_url", "image_url": {"url": …}}': '{"type": "input_image", "image_url": …}',
+    '"json_schema": {"schema": …}': '"name": …, "schema": …',
+    "text.format.json_schema": "text.format",
+    ".image_url.url": ".image_url",
+}
 KEPT_STATE = ("previous_response_id", "conversation", "background", "prompt")
 # What this API gives a message and its text, and clients send back.
 ECHOED, ECHOED_IN_TEXT = ("type", "id", "status"), ("annotations", "logprobs")
 LOGPROBS = "message.output_text.logprobs"  # in `include`
+
+
+class AsSent(ApiError):
+    """A refusal that already names the field as the client sent it."""
+
+
+class ResponsesBody(Object):
+    """What is read before the rest is a chat completion."""
+
+    text: dict[str, Any] | None = None
+    include: list[Any] | None = None
 
 
 def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
@@ -33,40 +53,58 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
         if body.get(name):
             sentence = f"{name} is not supported: this server keeps nothing. Send all of the input."
             raise ApiError(sentence, param=name)
-    chat = dict(body)
-    ignored = ["n"] if chat.pop("n", None) else []
-    messages, include = chat.pop("input", None), chat.pop("include", None)
-    if messages is None:
+    if body.get("response_format") is not None:
+        sentence = "response_format is called text.format here: send that."
+        raise AsSent(sentence, param="response_format")
+    own = validated(ResponsesBody, body)
+    if body.get("input") is None:
         raise ApiError("input is missing: add it.", param="input")
-    chat["messages"] = _messages(messages)
-    if "max_output_tokens" in chat:
-        chat["max_tokens"] = chat.pop("max_output_tokens")
-    if isinstance(text := chat.pop("text", None), dict):
-        chat["response_format"] = _format(text.get("format"))
-        rest = (name for name in text if name != "format" and text[name])
+    apart = ("input", "text", "include", "max_output_tokens", "n", "messages")
+    chat = {name: value for name, value in body.items() if name not in apart}
+    ignored = [name for name in ("n", "messages") if body.get(name) is not None]
+    chat["messages"] = _messages(body["input"])
+    limit = "max_tokens" if body.get("max_output_tokens") is None else "max_output_tokens"
+    if limit == "max_output_tokens":
+        rivals = ("max_tokens", "max_completion_tokens")
+        ignored += [name for name in rivals if chat.pop(name, None) is not None]
+        chat["max_tokens"] = body[limit]
+    if own.text is not None:
+        chat["response_format"] = _format(own.text.get("format"))
+        rest = (name for name, value in own.text.items() if name != "format" and value is not None)
         ignored += [f"text.{printable(name)}" for name in islice(rest, NAMED)]
-    included = include if isinstance(include, list) else []
+    included = own.include or []
     if LOGPROBS in included:
         chat["logprobs"] = True
     elif chat.pop("top_logprobs", None):
         ignored.append("top_logprobs")
     ignored += ["include"] if any(name != LOGPROBS for name in included) else []
-    request, others = read_chat(chat)
+    try:
+        request, others = read_chat(chat)
+    except ApiError as error:
+        raise _with_limit(error, limit) from None
     return request, [*ignored, *map(_rename, others)][:NAMED]
+
+
+def _with_limit(error: ApiError, sent: str) -> ApiError:
+    """An error about `max_tokens`, by the name under which that was sent."""
+    if error.param != "max_tokens":
+        return error
+    return ApiError(str(error).replace("max_tokens", sent), error.status, error.code, sent)
 
 
 def renamed(error: ApiError) -> ApiError:
     """An error about a chat completion, in the Responses API's words."""
-
+    if isinstance(error, AsSent):
+        return error
     param = _rename(error.param) if error.param else error.param
     return ApiError(_rename(str(error)), error.status, error.code, param, error.headers)
 
 
 def _rename(text: str) -> str:
     text = re.sub(FIELDS, lambda found: NAMES[found[0]], text)
-    return text.replace("text.format.json_schema", "text.format").replace(
-        ".image_url.url", ".image_url"
-    )
+    for there, here in FORMS.items():
+        text = text.replace(there, here)
+    return text
 
 
 def _messages(items: Any) -> Any:
@@ -88,13 +126,17 @@ def _message(item: Any, place: int) -> Any:
         raise ApiError(sentence, param=f"input[{place}].type")
     message = {name: value for name, value in item.items() if name not in ECHOED}
     if isinstance(content := message.get("content"), list):
-        message["content"] = [_part(part) for part in content]
+        path = f"input[{place}].content"
+        message["content"] = [_part(part, f"{path}[{i}]") for i, part in enumerate(content)]
     return message
 
 
-def _part(part: Any) -> Any:
-    if isinstance(part, dict) and part.get("type") == "refusal":
-        return {"type": "text", "text": part.get("refusal")}
+def _part(part: Any, path: str) -> Any:
+    if isinstance(part, dict) and part.get("type") == "input_image":
+        url, file = part.get("image_url"), part.get("file_id")
+        if file is None and not isinstance(url, str | dict):
+            end = "is missing: add it." if "image_url" not in part else "must be a string."
+            raise ApiError(f"{path}.image_url {end}", param=f"{path}.image_url")
     if isinstance(part, dict) and part.get("type") == "input_image" and "detail" in part:
         return {name: value for name, value in part.items() if name != "detail"}  # as in chat
     if isinstance(part, dict) and part.get("type") == "output_text":
@@ -105,7 +147,8 @@ def _part(part: Any) -> Any:
 def _format(wanted: Any) -> Any:
     """`text.format` as chat completions' response_format, which nests the schema once more."""
     if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
-        return {"type": "json_schema", "json_schema": wanted}
+        schema = {name: value for name, value in wanted.items() if name != "type"}
+        return {"type": "json_schema", "json_schema": schema}
     return wanted
 
 
@@ -114,7 +157,7 @@ class ResponseReply:
 
     def __init__(self, engine: AnyEngine, answers: Sequence[Answer], request: ChatRequest) -> None:
         (self._answer,) = self._answers = answers
-        self._choice = Choice(engine, self._answer, 0, request)
+        self._choice = ChoiceWriter(engine, self._answer, 0, request)
         self._item = f"msg_{uuid.uuid4().hex}"
         self._number = -1  # of the last event
         self._logprobs: list[dict] = []

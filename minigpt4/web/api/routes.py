@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -29,6 +30,7 @@ from minigpt4.errors import UserError
 from minigpt4.web.api import openapi
 from minigpt4.web.api.access import Keys, cors, read_body
 from minigpt4.web.api.decisions import decide, read_decisions
+from minigpt4.web.api.elsewhere import nowhere, refuse
 from minigpt4.web.api.errors import ApiError, json_response
 from minigpt4.web.api.health import Health
 from minigpt4.web.api.metrics import Metrics
@@ -43,7 +45,6 @@ from minigpt4.web.guard.image_url import ImageUrls
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 # A JSON object -> (the request, fields that are ignored).
 Read = Callable[[dict], tuple[ChatRequest, list[str]]]
-TO_POST = ("chat/completions", "responses", "decisions")
 T = TypeVar("T")
 # How many requests of more than a megabyte are read and opened at once, before the queue has them.
 LARGE, MOST_LARGE = 2**20, 16
@@ -67,7 +68,8 @@ def application(
     """The endpoints alone, without a page."""
     max_bytes = max_upload_mb * 2**20
     service = ChatService(lambda: [engine], ImageUrls(image_hosts.split(","), max_bytes))
-    return Starlette(routes=endpoints(service, Keys(api_key), max_bytes))
+    routes = endpoints(service, Keys(api_key), max_bytes)
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
 
 
 class Api:
@@ -93,6 +95,7 @@ class Api:
             self._route("/v1/models", self._models, ["GET"]),
             self._route("/v1/models/{name:path}", self._model, ["GET"]),
             self._route("/v1/openapi.json", self._openapi, ["GET"]),
+            self._route("/openapi.json", self._openapi, ["GET"]),  # where many programs look
             self._route("/v1/{other:path}", self._other, METHODS),
             self._route("/v1", self._other, METHODS),
         ]
@@ -122,12 +125,7 @@ class Api:
     async def _other(self, request: Request) -> Response:
         """No endpoint, or not with this method."""
         path = request.path_params.get("other", "")
-        method = "POST" if path in TO_POST else "GET"
-        if path in TO_POST or path.partition("/")[0] in ("models", "openapi.json"):
-            sentence = f"This endpoint takes {method} only: use that method."
-            raise ApiError(sentence, 405, "wrong_method", headers={"Allow": method})
-        sentence = "There is no such endpoint: /v1/openapi.json lists those that exist."
-        raise ApiError(sentence, 404, "unknown_endpoint")
+        raise nowhere(f"/v1/{path}", request.method)
 
     async def _openapi(self, request: Request) -> Response:
         return json_response(await run_in_threadpool(openapi.description))
@@ -137,7 +135,10 @@ class Api:
         return json_response({"object": "list", "data": described})
 
     async def _model(self, request: Request) -> Response:
-        engine = self._service.engine(request.path_params["name"])
+        name = request.path_params["name"]
+        if not name.strip("/"):
+            raise nowhere(f"/v1/models/{name}", request.method)
+        engine = self._service.engine(name)
         return json_response(self._describe(engine))
 
     def _describe(self, engine: AnyEngine) -> dict:
@@ -189,8 +190,7 @@ class Api:
             decided = await _unless_gone(request, decide(engine, conversation, asked))
             return json_response(decided, headers=_headers(asked.ignored, 0))
         except UserError as error:
-            kind = "input" if error.kind == "too_long" else None
-            raise renamed(ApiError.of(error, kind)) from None
+            raise renamed(ApiError.of(error)) from None
 
     async def _answer(
         self,

@@ -5,8 +5,9 @@ sentence names the field.
 """
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
@@ -17,7 +18,6 @@ from pydantic import (
     FailFast,
     Field,
     Tag,
-    ValidationError,
     model_validator,
 )
 
@@ -25,25 +25,15 @@ from minigpt4.config import ModelConfig
 from minigpt4.engine import Sampling
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.api.mistakes import validated
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 200
 MAX_ANSWERS, MAX_TOP_LOGPROBS = 8, 20
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON escapes it
-# pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
-# field has a description, that is the end.
-SENTENCES = {
-    "missing": "is missing: add it.",
-    "string_type": "must be a string.",
-    "bool_type": "must be true or false.",
-    "list_type": "must be a list.",
-    "too_short": "must hold at least {min_length} item.",
-    "too_long": "must hold at most {max_length} items.",
-    "model_type": "must be an object.",
-    "part": 'must be {{"type": "text", "text": …}} or '
-    '{{"type": "image_url", "image_url": {{"url": …}}}}.',
-}
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
+FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
 
 
 class Object(BaseModel):
@@ -69,16 +59,33 @@ class ImageUrl(Object):
 
 class ImagePart(Object):
     type: Literal["image_url"]
+    file_id: None = None  # before `image_url`, which is then missing
     image_url: Annotated[ImageUrl, _described_as(str | ImageUrl)]
+
+
+class RefusalPart(Object):
+    """What OpenAI's models say instead of an answer, as clients send it back."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+PARTS: dict[str, type[Object]] = {"text": TextPart, "image_url": ImagePart, "refusal": RefusalPart}
 
 
 def _part_tag(part: Any) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return f"<{kind}>" if kind in ("text", "image_url") else None
+    return f"<{kind}>" if isinstance(kind, str) and kind in PARTS else None
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(_part_tag, custom_error_type="part", custom_error_message="another part"),
 ]
 
@@ -122,7 +129,7 @@ NO_TOOLS = _only("is not supported: this model calls no functions. Leave it out.
 NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
 
-class Message(Object):
+class ChatMessage(Object):
     """One message of a conversation. `content` is a string, or parts in their order."""
 
     role: Annotated[
@@ -139,7 +146,7 @@ class Message(Object):
 
     @property
     def text(self) -> str:
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        return "\n".join(part.text for part in self.content if not isinstance(part, ImagePart))
 
     @property
     def images(self) -> list[tuple[int, str]]:
@@ -186,7 +193,7 @@ class ChatRequest(Object):
     """The body. A setting that is left out, or null, is the model's default."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
     temperature: Annotated[float | None, _number("temperature")] = None
     top_p: Annotated[float | None, _number("top_p"), _described_from(0, float, 1)] = None
     top_k: Annotated[int | None, _number("top_k"), _described_from(-1, int, 1_000_000)] = None
@@ -290,12 +297,16 @@ class ChatRequest(Object):
         return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
 
 
-def _check_conversation(messages: Sequence[Message], instructions: str = "") -> None:
+def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "") -> None:
     """ApiError where the messages do not make a conversation, or are too much of one."""
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
         if message.images and message.role != "user":
             _refuse(f"{where}: only a user's message may hold pictures.", f"{where}.content")
+        refused = any(isinstance(part, RefusalPart) for part in message.content)
+        if refused and message.role != "assistant":
+            sentence = f"{where}: only an assistant's message may hold a refusal."
+            _refuse(sentence, f"{where}.content")
         if message.role == "user" and not message.text.strip() and not message.images:
             _refuse(f"{where} is empty: write a question.", f"{where}.content")
     if not any(message.role == "user" for message in messages):
@@ -312,48 +323,60 @@ def _refuse(sentence: str, param: str = "messages", code: str | None = None) -> 
 
 
 def read_json(body: bytes | bytearray) -> dict:
-    """The body's JSON object, with "?" for each lone surrogate."""
+    """The body's JSON object, with "?" for each lone surrogate. ApiError that says why not."""
+    overflows: list[str] = []
+
+    def number(text: str) -> float:
+        if math.isinf(value := float(text)):
+            overflows.append(text)
+        return value
+
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-        if SURROGATE.search(body):  # pydantic and UTF-8 cannot hold lone ones
+        text = body.decode(json.detect_encoding(body))
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=number)
+        if overflows:
+            path = json_path(next(_overflowing(value)))
+            sentence = f"{path} is a number that is too large: send a smaller one."
+            raise ApiError(sentence, param=path)
+        if SURROGATE.search(text):  # pydantic and UTF-8 cannot hold lone ones
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        raise ApiError("The body must be JSON, and not deeply nested.") from None
+    except RecursionError:
+        raise ApiError("The body's JSON is nested too deeply: make it flatter.") from None
+    except ValueError as error:
+        raise ApiError(_why_no_json(body, error)) from None
     if not isinstance(value, dict):
         raise ApiError("The body must be a JSON object.")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are not JSON
+    raise ApiError(f"The body has {name}, which is not JSON: send a number, or null.")
+
+
+def _overflowing(value: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
+    """Where the numbers stand that no float holds."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _overflowing(inner, (*path, name))
+    elif isinstance(value, float) and math.isinf(value):
+        yield path
+
+
+def _why_no_json(body: bytes | bytearray, error: ValueError) -> str:
+    if not body.strip():
+        return "The body is empty: send a JSON object."
+    if body.startswith(COMPRESSED):
+        return "The body is compressed: send plain JSON."
+    if FORM.match(body):
+        return "The body is form data: send a JSON object."
+    if isinstance(error, UnicodeDecodeError):
+        return "The body is not UTF-8: send JSON in UTF-8."
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno}, column {error.colno}"
+        return f"The body is not JSON: correct it at {where}."
+    return "The body's JSON has a number with too many digits: shorten it."
 
 
 def parse(body: dict) -> ChatRequest:
     """Check the body's fields. ApiError about the first one that is wrong."""
-    try:
-        return ChatRequest.model_validate(body)
-    except ValidationError as error:
-        raise _explained(error) from None
-
-
-def _explained(error: ValidationError) -> ApiError:
-    """The first thing that pydantic refuses, in our words."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    kind, location, path = first["type"], first["loc"], json_path(first["loc"])
-    if described := _description(location):
-        return ApiError(described, param=path)
-    if kind == "list_type" and location[-1] == "content":
-        return ApiError(f"{path} must be a string or a list of parts.", param=path)
-    end = SENTENCES.get(kind, "has a wrong value.").format(**first.get("ctx", {}))
-    return ApiError(f"{path} {end}", param=path)
-
-
-def _description(location: tuple[int | str, ...]) -> str | None:
-    """The sentence of a field that has a description."""
-    if not location:
-        return None
-    place = 2 if location[0] == "messages" and len(location) > 2 else 0
-    fields = (Message if place else ChatRequest).model_fields
-    field = fields.get(str(location[place]))
-    path = json_path(location[: place + 1])
-    return f"{path} {field.description}" if field and field.description else None
+    return validated(ChatRequest, body)

@@ -10,12 +10,12 @@ from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.model.image import MAX_PIXELS, Picture
-from minigpt4.model.prompt import Message as Turn
+from minigpt4.model.prompt import Message
 from minigpt4.model.vision import squash
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.grammar import json_constraint
-from minigpt4.web.api.schemas import ChatRequest, Message
+from minigpt4.web.api.grammar import JsonAnswer, json_constraint
+from minigpt4.web.api.schemas import ChatMessage, ChatRequest
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.image_url import ImageUrls
 
@@ -90,16 +90,16 @@ class ChatService:
         return conversation
 
     @staticmethod
-    def _add_answer(conversation: Conversation, message: Message, last: bool) -> None:
+    def _add_answer(conversation: Conversation, message: ChatMessage, last: bool) -> None:
         """The last message of a request may be an answer to continue: how it ends matters. An empty
         one begins the answer, as a question in its place does."""
         if not last:
             conversation.add_answer(message.text)
         elif text := message.text.lstrip():
-            conversation.messages.append(Turn("assistant", (text,)))
+            conversation.messages.append(Message("assistant", (text,)))
 
     async def _pictures(
-        self, message: Message, path: str, size: int, opened: list[int]
+        self, message: ChatMessage, path: str, size: int, opened: list[int]
     ) -> list[Picture]:
         """The message's pictures. ApiError that names the part that cannot be opened."""
         pictures = []
@@ -128,19 +128,19 @@ def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest)
     try:
         for number in range(request.n or 1):
             seed = None if sampling.seed is None else (sampling.seed + number) % 2**63
-            answers.append(
-                ask(
-                    engine,
-                    conversation,
-                    replace(sampling, seed=seed),
-                    stop=request.stop or (),
-                    trim=request.truncation != "disabled",
-                    logprobs=bool(request.logprobs),
-                    top_logprobs=request.top_logprobs or 0,
-                    reserve=default_sampling(config).max_new_tokens,
-                    constraint=json_constraint(engine, schema) if schema is not None else None,
-                )
+            constraint = None if schema is None else json_constraint(engine, schema)
+            answer = ask(
+                engine,
+                conversation,
+                replace(sampling, seed=seed),
+                stop=request.stop or (),
+                trim=request.truncation != "disabled",
+                logprobs=bool(request.logprobs),
+                top_logprobs=request.top_logprobs or 0,
+                reserve=default_sampling(config).max_new_tokens,
+                constraint=constraint,
             )
+            answers.append(answer if constraint is None else JsonAnswer(answer, constraint))
     except UserError as error:
         for answer in answers:
             answer.close()

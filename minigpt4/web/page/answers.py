@@ -31,7 +31,7 @@ ENDINGS = {
 
 
 def ending(session: Session, request: gr.Request | None) -> str:
-    """Why the last answer ended before its own end; "" where it did not."""
+    """Why the last answer was cut off; "" if it was not."""
     if not session.last_answer or session.stop_reason not in ENDINGS:
         return ""
     return translate(ENDINGS[session.stop_reason], request)

@@ -232,7 +232,7 @@ class ChatPage:
         chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **EVENT)
 
     def greet(self, remembered: object, session: Session, request: gr.Request) -> list:
-        """What was not known, or not in the visitor's language, when the page was built.
+        """Fill in what was unknown when the page was built, in the visitor's language.
 
         remembered: the settings that the visitor's browser keeps.
         """

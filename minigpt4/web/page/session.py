@@ -147,7 +147,7 @@ class Session:
         return conversation
 
     def to_continue(self) -> Conversation:
-        """The conversation as it is: its last answer will go on."""
+        """The conversation unchanged, so that its last answer can be continued."""
         return self._up_to(len(self.conversation.messages))
 
     def undo(self) -> tuple[str, list[str]]:

@@ -2,11 +2,9 @@
 // one; the server's and Gradio's English errors in the visitor's language.
 (() => {
   // Gradio hands every language's texts (texts/*.json) to the page.
-  const say = (key) => {
-    const texts = window.gradio_config?.i18n_translations ?? {};
-    const spoken = navigator.languages.map((tag) => tag.split("-")[0]).find((tag) => tag in texts);
-    return texts[spoken ?? "en"]?.[`page_${key}`] ?? "";
-  };
+  const texts = () => window.gradio_config?.i18n_translations ?? {};
+  const language = () => navigator.languages.map((tag) => tag.split("-")[0]).find((tag) => tag in texts()) ?? "en";
+  const say = (key) => texts()[language()]?.[`page_${key}`] ?? "";
 
   // Gradio's name -> the text that stands for it; what is written for "*" is kept.
   const NAMES = {
@@ -81,6 +79,9 @@
       if (target.dataset?.say || target.dataset?.label) write(target); // a part that was redrawn
       for (const node of addedNodes) if (node.nodeType === Node.ELEMENT_NODE) complete(node);
     }
+    // Gradio calls a language English that it does not know itself.
+    const page = document.documentElement;
+    if (page.lang.split("-")[0] !== language()) page.lang = language();
     // An answer is read out when it is whole, not word by word.
     const busy = String(document.querySelector("#box .stop-button") !== null);
     const log = document.querySelector("#chat [role=log]");

@@ -41,8 +41,10 @@ const row = (chat) => {
   open.textContent = title;
   if (chat.id === chats.current) open.setAttribute("aria-current", "page");
   const time = document.createElement("time");
+  const asked = new Date(chat.time), today = asked.toDateString() === new Date().toDateString();
   time.textContent = chat.found
-    ?? new Date(chat.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+    ?? asked.toLocaleString([], today ? { timeStyle: "short" } : { dateStyle: "medium" });
+  time.title = asked.toLocaleString();
   open.append(time);
   open.addEventListener("click", () => {
     if (chat.id !== chats.current) chats.open(chat.id);

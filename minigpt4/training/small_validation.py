@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minigpt4.evaluation.metrics import caption_scores, is_repetitive
 from minigpt4.model.prompt import ImageRef
-from minigpt4.training.mixture import Objects
+from minigpt4.training.mixture import Things
 from minigpt4.training.packing import pack
 from minigpt4.training.small_reward import padded
 
@@ -29,13 +29,13 @@ DETAIL = "Describe this image in detail."
 POEM = "Write a four-line poem about this picture."
 
 
-class Probe:
+class SmallValidation:
     """Measures the averaged projection; `sizes`: pictures for each figure."""
 
     def __init__(
         self,
         kept: dict[str, "PictureSource"],
-        objects: Objects,
+        objects: Things,
         out: Path,
         sizes: dict[str, int] | None = None,
         words: bool = True,

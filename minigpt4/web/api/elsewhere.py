@@ -1,0 +1,72 @@
+"""What is asked for at an address where there is nothing, or not with this method."""
+
+from fastapi.exception_handlers import http_exception_handler
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from minigpt4.web.api.errors import ApiError, printable
+
+# The endpoints, without /v1/, and their methods.
+ENDPOINTS = {
+    "chat/completions": "POST",
+    "responses": "POST",
+    "decisions": "POST",
+    "models": "GET",
+    "openapi.json": "GET",
+}
+# Addresses of other programs -> ours.
+MEANT = {
+    "health": "/healthz or /readyz",
+    "healthcheck": "/healthz or /readyz",
+    "api/chat": "/v1/chat/completions",
+    "api/generate": "/v1/chat/completions",
+    "api/tags": "/v1/models",
+    "api/version": "/v1/models",
+    "v1/completions": "/v1/chat/completions",
+    "completions": "/v1/chat/completions",
+    "completion": "/v1/chat/completions",
+}
+UNSAID = ((404, "Not Found"), (405, "Method Not Allowed"))  # as the library refuses
+# What Gradio's page asks for reads Gradio's own errors.
+PAGES_OWN = ("/gradio_api", "/static", "/assets", "/svelte", "/theme.css", "/custom_component")
+
+
+def nowhere(path: str, method: str) -> ApiError:
+    """The refusal of an address that nothing answers, or not with this method."""
+    path = printable(path, 100)
+    parts = [part for part in path.split("/") if part]
+    while [part.lower() for part in parts[:2]] == ["v1", "v1"]:
+        del parts[0]
+    whole = "/".join(parts)
+    inner = "/".join(parts[1:]) if whole.lower().startswith("v1/") else whole
+    models = inner.startswith("models/")  # followed by a name, which has its own letters
+    inner = inner if models else inner.lower()
+    allowed = ENDPOINTS.get("models" if models else inner)
+    if allowed and path == f"/v1/{inner}":
+        sentence = f"This endpoint takes {allowed} only: use that method."
+        return ApiError(sentence, 405, "wrong_method", headers={"Allow": allowed})
+    meant = f"/v1/{inner}" if allowed else MEANT.get(whole.lower(), MEANT.get(inner, ""))
+    if meant:
+        base = meant.startswith("/v1/") and not path.startswith("/v1/")
+        end = ", with a base URL that ends in /v1." if base else "."
+        sentence = f"There is no endpoint {path}: use {meant}{end}"
+        return ApiError(sentence, 404, "unknown_endpoint")
+    sentence = "There is no such endpoint: /v1/openapi.json lists those that exist."
+    return ApiError(sentence, 404, "unknown_endpoint")
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """Starlette's handler of HTTPException outside /v1: a sentence for programs."""
+    if not isinstance(error, HTTPException):
+        raise error
+    path, headers = request.url.path, dict(error.headers or {})
+    path = path.removeprefix(request.scope.get("root_path", "").rstrip("/"))
+    if path.startswith(PAGES_OWN) or (error.status_code, error.detail) not in UNSAID:
+        return await http_exception_handler(request, error)
+    if error.status_code == 404 or path.startswith("/v1/"):
+        return nowhere(path, request.method).response
+    allowed = headers.get("Allow", headers.get("allow", ""))
+    methods = " or ".join(sorted(allowed.split(", "))) or "another method"
+    sentence = f"This address takes {methods} only: use that."
+    return ApiError(sentence, 405, "wrong_method", headers=headers).response

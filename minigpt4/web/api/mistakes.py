@@ -1,0 +1,81 @@
+"""What pydantic refuses in a request, in our words: one sentence that names the field."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from minigpt4.web.api.errors import ApiError, json_path
+
+T = TypeVar("T", bound=BaseModel)
+# pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
+# field has a description, that is the end.
+SENTENCES = {
+    "missing": "is missing: add it.",
+    "string_type": "must be a string.",
+    "bool_type": "must be true or false.",
+    "list_type": "must be a list.",
+    "too_short": "must hold at least {min_length} {items}.",
+    "too_long": "must hold at most {max_length} items.",
+    "model_type": "must be an object.",
+    "dict_type": "must be an object.",
+    "none_required": "is not supported: leave it out, and send the picture in image_url.",
+    "empty": "is empty: write something.",
+    "part": 'must be {{"type": "text", "text": …}} or '
+    '{{"type": "image_url", "image_url": {{"url": …}}}}.',
+}
+
+
+def validated(model: type[T], body: dict) -> T:
+    """The body as this model. ApiError about the first field that is wrong."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise _explained(error, model) from None
+
+
+def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """The first thing that pydantic refuses, in our words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, (location, sentence) = first["type"], _located(first["loc"], model)
+    path = json_path(location)
+    if sentence and kind != "empty":
+        return ApiError(sentence, param=path)
+    if kind == "list_type" and location[-1] in ("content", "instructions"):
+        return ApiError(f"{path} must be a string or a list of parts.", param=path)
+    details = first.get("ctx", {})
+    items = "item" if details.get("min_length") == 1 else "items"
+    end = SENTENCES.get(kind, "has a wrong value.").format(**details, items=items)
+    return ApiError(f"{path} {end}", param=path)
+
+
+def _located(
+    location: tuple[int | str, ...], model: type[BaseModel]
+) -> tuple[tuple[int | str, ...], str | None]:
+    """(the location without the types of a union, the sentence of the first field on the way that
+    has a description)."""
+    models, sentence = [model], None
+    for place, step in enumerate(location):
+        if isinstance(step, int) or step.startswith("<"):
+            continue
+        fields = [field for m in models for name, field in named_fields(m).items() if name == step]
+        if not fields:
+            return location[:place], sentence
+        if fields[0].description and not sentence:
+            sentence = f"{json_path(location[: place + 1])} {fields[0].description}"
+        models = [inner for field in fields for inner in _models(field.annotation)]
+    return location, sentence
+
+
+def named_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The model's fields by their names in JSON."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field's type has anywhere."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

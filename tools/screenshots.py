@@ -1,0 +1,92 @@
+"""python -m tools.screenshots ADDRESS [OUT]: the pictures of the page in docs/images.
+
+ADDRESS is that of a running server, such as http://127.0.0.1:7860. Needs Chromium, and playwright
+from requirements-dev.txt.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from minigpt4.web.page.examples import QUESTIONS
+
+ROOT = Path(__file__).parent.parent
+DESKTOP = {"viewport": {"width": 1440, "height": 900}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
+EXAMPLES = [*QUESTIONS]
+SECONDS = 120_000  # for an answer, in ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("address")
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "docs" / "images")
+    options = parser.parse_args()
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        take(browser, options.address, options.out)
+        browser.close()
+
+
+def take(browser: Browser, address: str, out: Path) -> None:
+    """Every picture, each by a new visitor."""
+
+    def visit(**settings) -> Page:
+        page = browser.new_context(**settings).new_page()
+        page.set_default_timeout(SECONDS)
+        page.goto(address)
+        expect(page.locator("#box textarea")).to_be_visible(timeout=SECONDS)
+        page.wait_for_timeout(1500)  # the examples' pictures
+        return page
+
+    def shoot(page: Page, name: str) -> None:
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(600)  # colours fade
+        quality = 85 if name.endswith(".jpg") else None
+        page.screenshot(path=out / name, quality=quality)
+
+    page = visit(**DESKTOP)
+    shoot(page, "empty.png")
+    answer_example(page, "advertisement")
+    shoot(page, "page.png")
+    page.locator("#chat .image-container > button").first.click()
+    shoot(page, "lightbox.jpg")
+    page.get_by_role("button", name="Crop", exact=True).click()
+    shoot(page, "crop.jpg")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    page.get_by_label("Retry").last.click()
+    answered(page)
+    shoot(page, "versions.png")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Advanced").click()
+    shoot(page, "settings.png")
+
+    page = visit(color_scheme="dark", **DESKTOP)
+    answer_example(page, "poem")
+    shoot(page, "dark.png")
+    page = visit(has_touch=True, **PHONE)
+    shoot(page, "phone-empty.jpg")
+    answer_example(page, "advertisement")
+    shoot(page, "phone.png")
+    page.locator("#menu").click()
+    shoot(page, "phone-list.png")
+
+
+def answer_example(page: Page, name: str) -> None:
+    """Click on an example's card, and wait for the answer."""
+    page.locator("#hello .cards button").nth(EXAMPLES.index(name)).click()
+    answered(page)
+
+
+def answered(page: Page) -> None:
+    """Wait until the answer has ended."""
+    expect(page.locator("#box .stop-button")).to_be_visible(timeout=SECONDS)
+    expect(page.locator("#box .submit-button")).to_be_visible(timeout=SECONDS)
+
+
+if __name__ == "__main__":
+    main()
