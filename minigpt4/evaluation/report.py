@@ -91,10 +91,11 @@ def circumstances(model: str, seconds: float, program: str = "minigpt4") -> dict
 
 
 def caption(result: dict) -> str:
-    """The line under a table."""
+    """The line under a table; without the time where answers were only read again."""
+    took = f", {result['seconds']:.0f} s" if result["seconds"] >= 0.5 else ""
     return (
-        f"{result['model']}, {result['date']}, {result['machine']}, "
-        f"{result['seconds']:.0f} s:\n\n```sh\n{result['command']}\n```"
+        f"{result['model']}, {result['date']}, {result['machine']}{took}:\n\n"
+        f"```sh\n{result['command']}\n```"
     )
 
 
