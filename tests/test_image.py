@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from minigpt4.errors import UserError
+from minigpt4.model import image as image_module
 from minigpt4.model.image import held, hold, list_pictures, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
@@ -175,6 +176,19 @@ def test_orientation_is_applied_once(orientation, format):
 @pytest.mark.trust("Pictures", "all EXIF orientations, and broken EXIF")
 def test_broken_exif_does_no_harm(format, exif):
     assert load(encoded(quarters(), format, exif=exif)).rgb.size == (64, 48)
+
+
+def test_a_large_heic_is_kept_at_half_its_size(monkeypatch):
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(image_module, "MAX_HEIC_PIXELS", 4000)
+    before = image_module.held.pixels
+    picture = load(encoded(quarters().resize((80, 48)), "HEIF", quality=95))
+    assert picture.rgb.size == (40, 24) and image_module.held.pixels - before == 40 * 24
+    whole = load(encoded(quarters().resize((40, 24)), "HEIF", quality=95))
+    difference = np.abs(np.asarray(picture.rgb, int) - np.asarray(whole.rgb, int))
+    assert difference.mean() < 12
+    with pytest.raises(UserError, match="more than 0.004 megapixels"):
+        load(encoded(quarters().resize((80, 60)), "HEIF"))
 
 
 # Transparency

@@ -26,6 +26,7 @@ from minigpt4.model import colours, repair
 from minigpt4.model.colours import STRIPE
 
 MAX_PIXELS = 40_000_000  # after decoding
+MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then kept at half its size: phones have 48
 MAX_JPEG_PIXELS = 200_000_000  # of a JPEG file, which can be decoded at a half, fourth or eighth
 # With several scans, libjpeg keeps the coefficients of the whole picture, 6 bytes a pixel.
 MAX_PROGRESSIVE_PIXELS = 64_000_000
@@ -228,7 +229,8 @@ def jpeg(rgb: Image.Image, quality: int = 90) -> bytes:
 def load(source: str | os.PathLike | bytes) -> Picture:
     """Open a picture file, or the bytes of one; of an animation, the first frame.
 
-    A JPEG of up to `MAX_JPEG_PIXELS` is decoded at a smaller scale. UserError where the file does
+    A JPEG of up to `MAX_JPEG_PIXELS` is decoded at a smaller scale, a HEIC of up to
+    `MAX_HEIC_PIXELS` kept at one. UserError where the file does
     not exist, is not a readable picture or has more than `MAX_PIXELS` pixels (checked before they
     are decoded), or where all pictures in use together have too many.
     """
@@ -394,6 +396,10 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     pixels = image.width * image.height
     if pixels <= MAX_PIXELS:
         return image
+    if image.format == "HEIF":
+        if pixels <= MAX_HEIC_PIXELS:
+            return image
+        raise _TooLarge(MAX_HEIC_PIXELS)
     if image.format not in ("JPEG", "MPO"):
         raise _TooLarge
     file.seek(0)
@@ -408,11 +414,13 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     return image
 
 
-def _loaded(image: ImageFile.ImageFile, file: BinaryIO) -> ImageFile.ImageFile:
-    """The decoded picture; of a JPEG file without its last bytes, all but `repair.MOST_MISSING`."""
+def _loaded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
+    """The decoded picture, a large HEIC one at half its size; of a JPEG file without its last
+    bytes, all but `repair.MOST_MISSING`."""
     try:
         image.load()
-        return image
+        large = image.format == "HEIF" and image.width * image.height > MAX_PIXELS
+        return image.reduce(2) if large else image
     except OSError:
         if image.format not in ("JPEG", "MPO"):
             raise
