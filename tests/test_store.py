@@ -23,6 +23,7 @@ from tests.page_case import (
     attach,
     box,
     done,
+    figures,
     open_settings,
     options,
     picture,
@@ -78,6 +79,7 @@ def test_a_reload_in_mid_answer_brings_everything_back(visit, engine, photo, siz
     page.reload()  # its end has been kept as well
     expect(answers(page)).to_contain_text("word299")
     assert page.evaluate("minigpt4.chats.all().length") == 1
+    expect(figures(page)).to_contain_text("Answered in")
     visit.expected(LEFT)
 
 

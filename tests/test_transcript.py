@@ -7,11 +7,14 @@ import pytest
 from PIL import Image
 
 from minigpt4.conversation import Conversation
+from minigpt4.engine import Stats
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.image import Picture, data_url
+from minigpt4.model.prompt import Message
 from minigpt4.web.page import looks, render, transcript
 from minigpt4.web.page.session import Session
+from minigpt4.web.page.versions import Fork, Tail
 
 
 @pytest.fixture
@@ -102,6 +105,22 @@ def test_files_that_hold_something_else(conversation, change):
 )
 def test_what_is_wrong_in_an_entry_is_left_out(about):
     assert transcript.read_about(about) == transcript.About()
+
+
+def test_figures_of_answers_are_kept(conversation):
+    stats = Stats(prompt_tokens=70, reused_tokens=32, tokens=12, seconds_to_first=0.1, seconds=1.5)
+    later = Tail([Message("assistant", ("Yes.",))], statistics={3: stats})
+    forks = {3: Fork([later, None], 1)}
+    conversation.add_answer("No.")
+    data = transcript.to_data(conversation, forks=forks, statistics={1: stats, 3: Stats()})
+    data = json.loads(json.dumps(data))
+    data["figures"] |= {"x": [1] * 5, "5": [1, 2], "7": [-1] * 5, "9": ["1"] * 5, "11": None}
+    read = transcript.from_data(data)
+    for place, found in ((1, read.statistics), (3, read.forks[3].tails[0].statistics)):
+        assert found.keys() == {place}
+        kept = [getattr(found[place], name) for name in transcript.FIGURES]
+        assert kept == [70, 32, 12, 0.1, 1.5] and found[place].tokens_per_s == stats.tokens_per_s
+    assert transcript.from_data({**data, "figures": "no"}).statistics == {}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"[]"])

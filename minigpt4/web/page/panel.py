@@ -177,6 +177,7 @@ class Panel:
             stop=session.stop_reason,
             forks=session.forks,
             captions=session.captions,
+            statistics=session.statistics,
         )
         text = json.dumps({**data, "about": asdict(entry)}, ensure_ascii=False, indent=1)
         return {"name": f"{name}.json", "type": "application/json", "text": text}

@@ -20,7 +20,13 @@ def record(session: Session, model: str) -> dict:
         "name": session.name,
         "about": asdict(session.entry) if session.entry else None,
         "data": transcript.without_pictures(
-            session.conversation, model, stop, session.forks, keys, session.captions
+            session.conversation,
+            model,
+            stop,
+            session.forks,
+            keys,
+            session.captions,
+            session.statistics,
         ),
         "pictures": {
             keys.get(key, key): {"path": path, "name": Path(session.files.get(key, "")).name}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minigpt4.conversation import Conversation
+from minigpt4.engine import Stats
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture, data_url
 from minigpt4.model.prompt import ImageRef, Message
@@ -27,6 +28,8 @@ MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
 TITLE_LENGTH, MAX_TITLE = 60, 200
+# What is kept of an answer's `Stats`.
+FIGURES = ("prompt_tokens", "reused_tokens", "tokens", "seconds_to_first", "seconds")
 STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
 
@@ -53,9 +56,9 @@ class About:
 class Transcript:
     """A conversation that was written down.
 
-    stop: why its last answer ended; forks: its other versions; model: that answered last. keys: a
-    picture's key -> what the data calls it; files, captions: a picture's key -> its uploaded file
-    and its caption, where it has one.
+    stop: why its last answer ended; forks: its other versions; model: that answered last;
+    statistics: what each answer took, by its place. keys: a picture's key -> what the data calls
+    it; files, captions: a picture's key -> its uploaded file and its caption, where it has one.
     """
 
     conversation: Conversation
@@ -63,6 +66,7 @@ class Transcript:
     forks: Forks = field(default_factory=dict)
     model: str = ""
     about: About = field(default_factory=About)
+    statistics: dict[int, Stats] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
@@ -75,11 +79,14 @@ def to_data(
     stop: str = "",
     forks: Forks | None = None,
     captions: Mapping[str, str] | None = None,
+    statistics: Mapping[int, Stats] | None = None,
 ) -> dict:
     """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long."""
     used = used_pictures(conversation, forks or {})
     pictures = {k: data_url(p, side) for k, p in conversation.pictures.items() if k in used}
-    told = without_pictures(conversation, model, stop, forks or {}, {}, captions or {})
+    told = without_pictures(
+        conversation, model, stop, forks or {}, {}, captions or {}, statistics or {}
+    )
     return {**told, "pictures": pictures}
 
 
@@ -96,10 +103,11 @@ def without_pictures(
     forks: Forks,
     keys: Mapping[str, str],
     captions: Mapping[str, str],
+    statistics: Mapping[int, Stats],
 ) -> dict:
     """The same data but for the pictures, which it calls as `keys` says.
 
-    captions: those that the conversation was opened with.
+    captions: those that the conversation was opened with; statistics: of each answer, by its place.
     """
     return {
         "format": FORMAT,
@@ -110,6 +118,7 @@ def without_pictures(
         "stop": stop,
         "messages": _messages(conversation.messages, keys),
         "forks": _forks(forks, keys),
+        "figures": _figures(statistics),
         "captions": {
             keys.get(key, key): caption
             for key in sorted(used_pictures(conversation, forks))
@@ -136,7 +145,16 @@ def _tail(tail: Tail | None, keys: Mapping[str, str]) -> dict | None:
     return {
         "messages": _messages(tail.messages, keys),
         "forks": _forks(tail.forks, keys),
+        "figures": _figures(tail.statistics),
         "stop": tail.stop_reason,
+    }
+
+
+def _figures(statistics: Mapping[int, Stats]) -> dict[str, list[float]]:
+    return {
+        str(place): [round(getattr(stats, name), 3) for name in FIGURES]
+        for place, stats in statistics.items()
+        if stats.tokens
     }
 
 
@@ -232,6 +250,7 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
         tail.forks,
         model if isinstance(model, str) else "",
         read_about(fields.get("about")),
+        tail.statistics,
         {picture.key: key for key, picture in pictures.items()},
         captions=_captions(fields.get("captions"), pictures),
     )
@@ -260,7 +279,19 @@ def _read_tail(data: object, start: int, pictures: dict[str, Picture]) -> Tail:
         _require((forks[int(place)].shown < 0) == (int(place) == start + len(messages)))
     stop = fields.get("stop")
     known = isinstance(stop, str) and stop in STOP_REASONS
-    return Tail(messages, forks, str(stop) if known else "")
+    figures = _read_figures(fields.get("figures"))
+    return Tail(messages, forks, str(stop) if known else "", figures)
+
+
+def _read_figures(data: object) -> dict[int, Stats]:
+    """What `_figures` wrote; what is wrong in it is left out."""
+    found = {}
+    for place, given in (data if isinstance(data, dict) else {}).items():
+        numbers = given if isinstance(given, list) else []
+        sound = all(isinstance(n, int | float) and 0 <= n < 1e9 for n in numbers)
+        if place.isdecimal() and len(place) < 5 and len(numbers) == len(FIGURES) and sound:
+            found[int(place)] = Stats(**dict(zip(FIGURES, numbers, strict=True)))
+    return found
 
 
 def _read_fork(data: object, place: int, pictures: dict[str, Picture]) -> Fork:

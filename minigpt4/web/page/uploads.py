@@ -113,7 +113,7 @@ class Uploads:
         self, opened: Session, read: transcript.Transcript, old: Session, request: gr.Request
     ) -> tuple:
         opened.stop_reason, opened.model = read.stop, read.model or old.model
-        opened.captions = read.captions
+        opened.captions, opened.statistics = read.captions, read.statistics
         messages = opened.conversation.messages
         if messages and messages[-1].role == "assistant" and not opened.last_answer:
             messages.pop()  # it can be asked for again
