@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minigpt4 import start
 from minigpt4.__main__ import main
 from minigpt4.batch import ask_photos, greedy
 from minigpt4.curation.export import export
@@ -68,6 +69,24 @@ def test_too_many_end_the_run(examples, tmp_path):
         usable(damaged(examples, 0, 1, 2))
 
 
+@pytest.fixture
+def one_engine(monkeypatch):
+    """The first engine that is opened serves every command, and is closed at the end."""
+    opened, real = [], start.open_engine
+
+    def once(options):
+        if not opened:
+            opened.append(real(options))
+            monkeypatch.setattr(opened[0], "close", lambda: None)
+        return opened[0]
+
+    monkeypatch.setattr(start, "open_engine", once)
+    yield
+    monkeypatch.undo()
+    opened[0].close()
+
+
+@pytest.mark.usefixtures("one_engine")
 def test_photos_that_are_missing_or_damaged(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MINIGPT4_MODEL", "nano")
     folder = write_captioned(tmp_path / "photos", 2)
