@@ -20,6 +20,7 @@
       if (part) part.inert = Boolean(name) && PHONE.matches && id !== name;
     }
     const enter = () => {
+      if (document.documentElement.dataset.drawer !== name) return; // it was closed at once
       if (!document.activeElement.closest(`#${name}`)) find(`#${name} [data-close]`)?.focus();
     };
     if (name) setTimeout(enter, 50); // then it can be seen
