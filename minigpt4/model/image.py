@@ -238,7 +238,7 @@ def load(source: str | os.PathLike | bytes) -> Picture:
         return _decode(io.BytesIO(source), "The picture")
     path = Path(source)
     name = shown_name(path)
-    if re.match("https?:", str(source), re.IGNORECASE):
+    if _is_address(path):
         raise UserError(f"{name} is on the web: save the picture, then name the file.")
     with _file_errors(name):
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
@@ -259,7 +259,7 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
     """
     path = Path(path)
     name = shown_name(path)
-    if re.match("https?:", str(path), re.IGNORECASE):
+    if _is_address(path):
         return [path]  # `load` says that it is none of this computer's
     with _file_errors(name):
         path.stat()  # raises where there is nothing
@@ -270,6 +270,10 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
     if not pictures:
         raise UserError(f"{name} holds no picture files: choose a folder with {READABLE} files.")
     return pictures
+
+
+def _is_address(path: Path) -> bool:
+    return re.match("https?:", str(path), re.IGNORECASE) is not None
 
 
 def shown_name(path: Path) -> str:

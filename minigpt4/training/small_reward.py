@@ -1,6 +1,7 @@
 """Sampled texts of small models by their score (`selfcritical`): captions, by their CIDEr against
 people's, and descriptions, by how much of what they name is there."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.mixture import TrainingPicture
 from minigpt4.training.selfcritical import CiderReward, advantages, answered, check_count, sample
-from minigpt4.training.vocabulary import Vocabulary, tokens
+from minigpt4.training.vocabulary import Vocabulary
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
 SHARE = 0.5  # of the showings of pictures that a reward covers, in which texts are sampled
@@ -145,8 +146,12 @@ class DescriptionReward(Reward):
         named = self._vocabulary.occurring(text)
         right = len(named & self._there[picture.key])
         wrong = len(named) - right
-        single = len([s for s in " ".join(tokens(text)).split(".") if s.strip()]) < 2
-        return right / (right + 2 * wrong + 3) * (0.5 if single else 1.0)
+        return right / (right + 2 * wrong + 3) * (0.5 if sentences(text) < 2 else 1.0)
+
+
+def sentences(text: str) -> int:
+    """How many sentences a text has."""
+    return len([s for s in re.split(r"[.!?]+(?=\s|$)", text) if re.search(r"\w", s)])
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ together.
 """
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from minigpt4.evaluation.metrics import caption_scores, is_repetitive
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
 from minigpt4.training.packing import pack
-from minigpt4.training.small_reward import padded
+from minigpt4.training.small_reward import padded, sentences
 
 if TYPE_CHECKING:
     from minigpt4.training.small import PictureSource, SmallTrainer
@@ -206,11 +205,6 @@ def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, flo
     said_yes = (scores > 0).float().mean().item()
     figures = {"accuracy": accuracy, "best": best, "auc": auc, "yes": said_yes}
     return {k: round(v, 3) for k, v in figures.items()} | {"questions": len(odds)}
-
-
-def sentences(text: str) -> int:
-    """How many sentences a text has."""
-    return len([s for s in re.split(r"[.!?]+(?=\s|$)", text) if re.search(r"\w", s)])
 
 
 def _lines(text: str) -> int:
