@@ -93,6 +93,13 @@ REWARD = (
         integer(0),
         "N",
     ),
+    Option(
+        "scored",
+        "What --samples samples for mini: captions, descriptions or both. With captions alone, a "
+        "step shows more pictures with several captions, and few other texts.",
+        "both",
+        one_of("both", "captions", "descriptions"),
+    ),
     Option("reward-weight", "Weight of that loss.", 2.0, number(0), "WEIGHT"),
     Option(
         "consensus",

@@ -104,6 +104,14 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
         )
     if options.mix and (options.questions or options.samples and not options.replay):
         raise UserError("“--mix” cannot be combined with “--questions”, or “--samples” alone.")
+    for name, given in (
+        ("no-words", options.no_words),
+        ("scored", options.scored != "both"),
+        ("adapters", options.adapters),
+        ("refit", options.refit),
+    ):
+        if given:
+            raise UserError(f"“--{name}” is for models with a word head, such as mini: omit it.")
     if options.validate in ON:
         raise UserError("Name the held-out pictures: “--validate SHARD”.")
     if options.crop and options.cache:

@@ -31,7 +31,7 @@ from minigpt4.training.int8 import fastest
 from minigpt4.training.mixture import Answered, Mixture, TrainingPicture
 from minigpt4.training.packing import pack
 from minigpt4.training.saving import read_run
-from minigpt4.training.small_reward import SHARE, Reward
+from minigpt4.training.small_reward import Reward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
@@ -46,20 +46,23 @@ class SmallRecipe:
     their texts are about as long. cool_down: the share of the steps, at the end, in which the rate
     falls to nothing. average: decay of the running mean of the weights, which is what is written.
     adapter_lr: the adapters' highest rate. without_words: the share of showings without the list of
-    words.
+    words. sampled: of the showings of pictures that a reward covers, the share in which texts are
+    sampled; others: the texts of other kinds that such a showing has at most.
     """
 
     steps: int = 4000
     peak_lr: float = 1.5e-4
     adapter_lr: float = 4e-4
     warmup_steps: int = 20
-    cool_down: float = 0.2
+    cool_down: float = 0.45
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     average: float = 0.98
     max_answer_tokens: int = 110
     without_words: float = 0.2
+    sampled: float = 0.5
+    others: int = 11
     checkpoint_every: int = 5
     validate_every: int = 100
     seed: int = 42
@@ -67,6 +70,14 @@ class SmallRecipe:
         (("described", 2), ("instructed", 1)),
         (("flickr", 8), ("captioned", 2), ("named", 1)),
     )
+
+
+# Captions by their score: many pictures, few other texts, so that nothing else is forgotten.
+SCORED_CAPTIONS = {
+    "sampled": 1.0,
+    "others": 2,
+    "sizes": ((("described", 1),), (("flickr", 20), ("captioned", 4))),
+}
 
 
 class PictureSource:
@@ -246,15 +257,17 @@ class SmallTrainer:
     ) -> dict[int, list[tuple[Prompt, float, float, str]]]:
         """With rewards, place -> (prompt, weight, temperature, kind) of the sampled texts.
 
-        In a part of the showings they take the place of the texts of their kind, all but one.
+        They take the place of the texts of their kind, all but one.
         """
         rewarded: dict[int, list[tuple[Prompt, float, float, str]]] = {}
         for reward in self.rewards:
             asked = {}
             for place, (picture, ref, texts) in enumerate(showings):
                 own = [text for text in texts if text.kind == reward.kind]
-                if own and reward.covers(picture) and draw.random() < SHARE:
-                    texts[:] = [text for text in texts if text not in own[1:]]
+                if own and reward.covers(picture) and draw.random() < self.recipe.sampled:
+                    others = [text for text in texts if text not in own]
+                    count = min(len(others), self.recipe.others)
+                    texts[:] = [own[0], *draw.sample(others, count)]
                     asked[place] = (picture, self.conversation(ref, own[0].turns))
             if not asked:
                 continue

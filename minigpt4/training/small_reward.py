@@ -15,7 +15,6 @@ from minigpt4.training.selfcritical import CiderReward, advantages, answered, ch
 from minigpt4.training.vocabulary import Vocabulary
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
-SHARE = 0.5  # of the showings of pictures that a reward covers, in which texts are sampled
 
 
 class Reward:

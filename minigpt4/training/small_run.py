@@ -32,7 +32,7 @@ from minigpt4.weights.load import find_weights, load_model
 _FOLDS = 4
 _TERMS = (1100, 700, 10)  # words, phrases, pictures that hold one at least
 _UNREAD = {
-    *("stage", "mix", "instructions", "replay", "replay-share", "questions", "validate-every"),
+    *("stage", "mix", "instructions", "replay", "replay-share", "questions"),
     *("batch-size", "accumulate", "recompute", "crop", "blend", "consensus", "denoise"),
 }
 _FITTED = 5000  # pictures that the start is fitted to
@@ -53,8 +53,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     rewards = rewards_of(options, trained, words)
     objects = mixture.Things()
     count(objects, trained, kept, words)
-    overrides = {"steps": options.steps, "peak_lr": options.peak_lr, "seed": options.seed}
-    recipe = SmallRecipe(**{k: v for k, v in overrides.items() if v is not None})
+    recipe = recipe_of(options)
     trainer = SmallTrainer(
         model,
         trained,
@@ -102,6 +101,17 @@ def opened(
     return model, adapters.insert(layers, config.adapters.rank, options.seed, start)
 
 
+def recipe_of(options: argparse.Namespace) -> SmallRecipe:
+    """The recipe, with what the options say of it."""
+    given = {
+        name: getattr(options, name)
+        for name in ("steps", "peak_lr", "seed", "validate_every")
+        if getattr(options, name) is not None
+    }
+    scored = small.SCORED_CAPTIONS if options.samples and options.scored == "captions" else {}
+    return SmallRecipe(**given, **scored)
+
+
 def rewards_of(
     options: argparse.Namespace, trained: dict[str, PictureSource], words: "Found"
 ) -> list[Reward]:
@@ -110,10 +120,11 @@ def rewards_of(
         return []
     pictures = [picture for source in trained.values() for picture in source.pictures]
     count, weight = options.samples, options.reward_weight
-    return [
-        CaptionReward(pictures, count, weight),
-        DescriptionReward(pictures, words.terms, count, weight),
-    ]
+    rewards = {
+        "captions": lambda: CaptionReward(pictures, count, weight),
+        "descriptions": lambda: DescriptionReward(pictures, words.terms, count, weight),
+    }
+    return [made() for name, made in rewards.items() if options.scored in (name, "both")]
 
 
 def count(
