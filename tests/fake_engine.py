@@ -10,7 +10,7 @@ import numpy as np
 from minigpt4.config import MODELS
 from minigpt4.engine import Stats
 from minigpt4.errors import UserError
-from minigpt4.model.image import Encoded, Spot
+from minigpt4.model.image import Detection, Encoded
 from minigpt4.model.prompt import ImageRef
 
 WEBSITE = """Here it is.
@@ -47,7 +47,7 @@ ATTACKS = [
 ]
 FORMULAS = r"A circle of $r = 2$ has the area $\pi r^2$. It costs $5 or $10. \(a_1\) `$x$`"
 CAPTION = "A red house beside a lake."
-SPOTS = (Spot("boat", 0.5, 0.75, 0.1, 0.9),)
+OBJECTS = (Detection("boat", 0.4, 0.65, 0.6, 0.85, 0.9),)
 LONG = " ".join(f"word{i}" for i in range(1, 400))
 STORY = (
     "The red house stands by the lake, and a small boat waits in front of it. Behind the house "
@@ -76,7 +76,7 @@ class FakeEngine:
 
     def encode(self, picture) -> Encoded:
         self.pictures.append(picture.key)
-        return Encoded(np.zeros((1, 1), np.float32), "", SPOTS)
+        return Encoded(np.zeros((1, 1), np.float32), "", OBJECTS)
 
     def close(self) -> None:
         self.closed = True

@@ -27,20 +27,21 @@ def detector() -> Detector:
 @torch.inference_mode()
 def test_the_detector_answers_as_its_graph(detector):
     expected = load_file(Path(__file__).parent / "parity" / "detector.safetensors")
-    features, heat = detector(drawn_picture())
+    features, heat, edges = detector(drawn_picture())
     assert features.shape == expected["features"].shape
     assert (
         features - expected["features"].float()
     ).abs().max() < 0.05  # its constants are in 16 bit
     assert (heat - expected["heat"].float()).abs().max() < 0.004
+    assert (edges - expected["edges"].float()).abs().max() < 0.5  # of 61 pixels
     assert expected["features"].float().std() > 0.1
 
 
 @torch.inference_mode()
 def test_sizes_other_than_square(detector):
-    features, heat = detector(torch.zeros(2, 3, 64, 160))
+    features, heat, edges = detector(torch.zeros(2, 3, 64, 160))
     assert features.shape == (2, 480, 2, 5)
-    assert heat.shape == (2, 80, 16, 40)
+    assert heat.shape == (2, 80, 16, 40) and edges.shape == (2, 4, 16, 40)
 
 
 @torch.inference_mode()
@@ -51,14 +52,14 @@ def test_the_bridge_gives_what_the_projection_reads():
     bridge = ObjectsBridge(config.bridge, config.vision).eval()
     pixels = torch.rand(1, 3, config.vision.image_size, config.vision.image_size) * 2 - 1
     maps = encoder(pixels)
-    assert tuple(one.shape[1] for one in maps) == config.vision.channels
+    assert tuple(one.shape[1] for one in maps) == (*config.vision.channels, 4)
     vectors = bridge(maps)
     assert vectors.shape == (1, config.image_tokens, config.projection_in)
     classes, objects = vectors[0, -2], vectors[0, -1]
     found = sum(config.vision.channels)
     assert classes[found:].sum() == pytest.approx(1, abs=1e-4)
     assert not classes[:found].any() and not objects[found:].any()
-    heat = maps[-1].amax((2, 3)).sqrt()[0]
+    heat = maps[-2].amax((2, 3)).sqrt()[0]
     assert torch.equal(objects[found - 80 : found], heat)
     assert torch.equal(objects[: found - 80], torch.zeros(found - 80))
 
@@ -66,7 +67,7 @@ def test_the_bridge_gives_what_the_projection_reads():
 def test_a_mirrored_picture_has_mirrored_cells():
     """The heat of a cell is the heat of its place, not of another."""
     bridge = ObjectsBridge(PooledMap(), get_model("mini").vision)
-    maps = [torch.rand(1, c, 20, 20) for c in get_model("mini").vision.channels]
+    maps = [torch.rand(1, c, 20, 20) for c in (*get_model("mini").vision.channels, 4)]
     here = bridge(maps)[0, :25].unflatten(0, (5, 5))
     mirrored = bridge([one.flip(-1) for one in maps])[0, :25].unflatten(0, (5, 5))
     assert torch.allclose(mirrored.flip(1), here, atol=1e-5)

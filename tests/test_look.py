@@ -97,23 +97,23 @@ def test_an_answer_shows_where(visit, photo):
     page = visit(**WIDE)
     attach(page, photo)
     ask(page, "Describe it.")
-    word, ring = page.locator(".seen"), page.locator(".where i")
+    word, outline = page.locator(".seen"), page.locator(".where i")
     expect(word).to_have_text("boat")
     word.hover()
-    expect(ring).to_have_count(1)
-    inside, whole = ring.bounding_box(), page.locator("#chat .image-frame img").bounding_box()
+    expect(outline).to_have_count(1)
+    inside, whole = outline.bounding_box(), page.locator("#chat .image-frame img").bounding_box()
     assert abs(inside["x"] + inside["width"] / 2 - whole["x"] - whole["width"] / 2) < 2
     assert abs(inside["y"] + inside["height"] / 2 - whole["y"] - whole["height"] * 0.75) < 2
     box(page).hover()
-    expect(ring).to_have_count(0)
+    expect(outline).to_have_count(0)
     word.focus()
-    expect(ring).to_have_count(1)
+    expect(outline).to_have_count(1)
     page.get_by_role("button", name="Enlarge").click()
-    expect(ring).to_have_count(0)
-    page.get_by_role("button", name="boat").click()
+    expect(outline).to_have_count(0)
+    page.get_by_role("button", name="boat", exact=True).click()
     expect(page.locator("#lightbox .where i")).to_have_count(1)
     page.keyboard.press("Escape")
-    expect(ring).to_have_count(0)
+    expect(outline).to_have_count(0)
 
 
 def test_a_part_of_a_picture_is_asked_about(visit, photo):

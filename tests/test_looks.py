@@ -8,7 +8,7 @@ from PIL import Image
 
 from minigpt4.conversation import Conversation
 from minigpt4.model.image import Picture
-from minigpt4.model.objects import OBJECTS, find_spots
+from minigpt4.model.objects import OBJECTS, detections
 from minigpt4.web.page import looks, session
 from minigpt4.web.page.first_look import FirstLook
 from minigpt4.web.page.loading import Loading
@@ -27,17 +27,20 @@ def peak(x: int, y: int, height: float, deviation: float) -> torch.Tensor:
     return height * torch.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * deviation**2))
 
 
-def test_spots_are_the_sure_peaks_of_the_heat_map():
-    heat = torch.zeros(len(OBJECTS), 80, 80)
+def test_objects_are_the_sure_peaks_of_the_heat_map():
+    heat, edges = torch.zeros(len(OBJECTS), 80, 80), torch.zeros(4, 80, 80)
     dog, cat = OBJECTS.index("dog"), OBJECTS.index("cat")
     heat[dog] = torch.maximum(peak(20, 60, 0.9, 4), peak(60, 10, 0.6, 2))
     heat[cat] = peak(40, 40, 0.2, 3)  # too weak
-    first, second = find_spots(heat)
+    heat[dog, 62, 22] = 0.5  # a second peak of the first dog
+    edges[:, 60, 20] = edges[:, 62, 22] = torch.tensor([40.0, 80.0, 60.0, 100.0])
+    edges[:, 10, 60] = torch.tensor([8.0, 8.0, 8.0, 8.0])
+    first, second = detections(heat, edges)
     assert (first.name, second.name) == ("dog", "dog")
-    assert (first.x, first.y) == (20.5 / 80, 60.5 / 80)
+    assert first[1:5] == (10 / 80, 40 / 80, 35 / 80, 1.0)  # no further than the picture
+    assert second[1:5] == (58 / 80, 8 / 80, 62 / 80, 12 / 80)
     assert first.certainty == pytest.approx(0.9) and second.certainty == pytest.approx(0.6)
-    assert 1.8 < first.radius / second.radius < 2.2
-    assert find_spots(torch.zeros(len(OBJECTS), 80, 80)) == ()
+    assert detections(torch.zeros_like(heat), edges) == ()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ SHA256 = {
     ".json": "bfb942eaacc5becf738d536663bc4580a0ae9e560722306e6d4dd7fe4a09de05",
     ".bin": "1b635a15009071f506f9f2b3519b31c072c534888989f30d269ffd44734ef7ef",
 }
+EDGES_SCALE = 16  # by which the graph multiplies its distances
 _RENAMES = (
     (r"^tower_0/", ""),
     (r"^MobilenetV3/Conv/", "stem/"),
@@ -44,7 +45,8 @@ _RENAMES = (
     (r"^CenternetHead/conv1x1_se_a/", "attention/reduce/"),
     (r"^CenternetHead/conv1x1_se_b/", "attention/expand/"),
     (r"^CenternetHead/centernet_cls_output/", "classes/"),
-    (r"^classes/biases$", "classes/pointwise/bias"),
+    (r"^CenternetHead/centernet_wh_output/", "edges/"),
+    (r"^(classes|edges)/biases$", r"\1/pointwise/bias"),
     # What a convolution's weights and bias are called in the graph.
     (r"/depthwise_weights$", "/depthwise/weight"),
     (r"/depthwise/depthwise/weight$", "/depthwise/weight"),
@@ -89,6 +91,8 @@ def convert(graph: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         if values.ndim == 4:  # [height, width, in, out]; depthwise: [height, width, channels, 1]
             axes = (2, 3, 0, 1) if ".depthwise." in renamed else (3, 2, 0, 1)
             values = values.transpose(axes)
+        if renamed.startswith("edges.pointwise"):
+            values = values * np.float16(EDGES_SCALE)
         tensors[renamed] = torch.from_numpy(np.ascontiguousarray(values))
     return tensors
 

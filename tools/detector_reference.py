@@ -18,7 +18,11 @@ from torch.nn import functional as F
 
 from tools.convert_detector import read_graph
 
-OUTPUTS = {"features": "tower_0/extern1/hard_swish/mul_1", "heat": "tower_0/keypoints"}
+OUTPUTS = {
+    "features": "tower_0/extern1/hard_swish/mul_1",
+    "heat": "tower_0/keypoints",
+    "edges": "tower_0/wh",
+}
 INPUT = "tower_0/images"
 
 

@@ -154,8 +154,10 @@ class _Lateral(nn.Module):
 class Detector(nn.Module):
     """RGB pixel values 0 to 255 [batch, 3, H, W], H and W multiples of 32 -> what is where.
 
-    Returns the last features [batch, hidden_size, H/32, W/32] and the heat map of the classes
-    [batch, classes, H/4, W/4], 0 to 1: how surely an object's centre is at that place.
+    Returns the last features [batch, hidden_size, H/32, W/32]; the heat map of the classes
+    [batch, classes, H/4, W/4], 0 to 1: how surely an object's centre is at that place; and, for an
+    object with its centre there, how many pixels its left, top, right and bottom edges are away
+    [batch, 4, H/4, W/4].
     """
 
     def __init__(self, config: CenterNet) -> None:
@@ -174,8 +176,9 @@ class Detector(nn.Module):
         joined = 2 * _UPSAMPLED[0]
         self.attention = _SqueezeExcite(joined, 32, torch.sigmoid, bias=False)
         self.classes = _Separable(joined, config.classes, 3)
+        self.edges = _Separable(joined, 4, 3)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = F.hardswish(self.stem(pixels))
         kept, before = [], hidden
         for number, block in enumerate(self.blocks):
@@ -191,4 +194,5 @@ class Detector(nn.Module):
             [*zip(self.laterals, self.upsamples, kept, strict=True)]
         ):
             hidden = F.relu(torch.cat([lateral(own), upsample(hidden)], dim=1))
-        return features, self.classes(self.attention(hidden)).sigmoid()
+        hidden = self.attention(hidden)
+        return features, self.classes(hidden).sigmoid(), self.edges(hidden)

@@ -114,14 +114,15 @@ class Packed(Picture):
         return Image.open(io.BytesIO(self._content), formats=["JPEG"]).convert("RGB")
 
 
-class Spot(NamedTuple):
-    """An object that a detector found: its name, its centre (x, y) and its radius, as shares of the
-    picture's width and height, and how sure the detector is, 0 to 1."""
+class Detection(NamedTuple):
+    """An object that a detector found: its name, its box as shares of the picture's width and
+    height, and how sure the detector is, 0 to 1."""
 
     name: str
-    x: float
-    y: float
-    radius: float
+    left: float
+    top: float
+    right: float
+    bottom: float
     certainty: float
 
 
@@ -129,12 +130,12 @@ class Encoded(NamedTuple):
     """What the language model takes of a picture.
 
     embeds: float32 [image_tokens, llm_hidden_size]. words: what a word head lists of it, "" where
-    the model has none. spots: what a detector found, the surest first, if the model has one.
+    the model has none. objects: what a detector found, the surest first, if the model has one.
     """
 
     embeds: np.ndarray
     words: str = ""
-    spots: tuple[Spot, ...] = ()
+    objects: tuple[Detection, ...] = ()
 
 
 class _Held:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ModelConfig
-from minigpt4.model.image import Encoded, Spot
-from minigpt4.model.objects import find_spots
+from minigpt4.model.image import Detection, Encoded
+from minigpt4.model.objects import detections
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess, suitable_threads
 from minigpt4.model.words import WordHead, choose, listed
@@ -135,10 +135,11 @@ class MiniGPT4(nn.Module):
             maps = self.encoder(self.pixel_values(pictures))
             features = self.bridge(maps)
         embeds = self.project(features).float().cpu().numpy()
-        spots: list[tuple[Spot, ...]] = [()] * len(pictures)
+        objects: list[tuple[Detection, ...]] = [()] * len(pictures)
         if self.config.detects:
-            spots = [find_spots(heat) for heat in maps[-1].float().cpu()]
-        return [*map(Encoded, embeds, self.find_words(features), spots)]
+            heat, edges = (one.float().cpu() for one in maps[-2:])
+            objects = [*map(detections, heat, edges)]
+        return [*map(Encoded, embeds, self.find_words(features), objects)]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> token embeddings [..., llm_hidden_size]; IMAGE_ID reads as id 0."""

@@ -1,6 +1,5 @@
 """The bridge for two encoders: what a classifier and a detector see, pooled to the same grid."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ClassesAndObjects, PooledMap
-from minigpt4.model.image import Spot
+from minigpt4.model.image import Detection
 
 # COCO's classes, in the detector's order, as they are listed in a prompt.
 _NAMES = (
@@ -26,13 +25,16 @@ OBJECTS = tuple(_NAMES.split(", "))
 
 # From this height on, a peak of the heat map is an object that the page points at.
 SURE = 0.4
-MOST_SPOTS = 20
-# An object's half side, in widths (standard deviations) of its peak.
-SIDE_OF_PEAK = 4.5
+MOST_DETECTIONS = 20
+# Of two boxes of one class that overlap by more (intersection over union), the surer one counts.
+MOST_OVERLAP = 0.5
+STRIDE = 4  # pixels between two places of the heat map
 
 
 class ObjectsBridge(nn.Module):
     """Feature maps of `TwoEncoders` -> [batch, grid * grid + 3, sum of their channels + classes].
+
+    The distances to objects' edges are not read.
 
     A vector for each cell of the grid and one for the whole picture: every map's mean there,
     layer-normed (the colours as they are), the square root of the heat map's maximum, and zeros
@@ -46,7 +48,7 @@ class ObjectsBridge(nn.Module):
         self.classifier = nn.Linear(vision.classifier.hidden_size, vision.classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        *seen, colours, features, heat = maps
+        *seen, colours, features, heat, _ = maps
         pooled = [_layer_norm(self._means(one)) for one in seen]
         vectors = torch.cat(
             [*pooled, self._means(colours), _layer_norm(self._means(features)), self._maxima(heat)],
@@ -79,36 +81,37 @@ def _layer_norm(vectors: Tensor) -> Tensor:
     return F.layer_norm(vectors, vectors.shape[-1:])
 
 
-def find_spots(heat: Tensor) -> tuple[Spot, ...]:
+def detections(heat: Tensor, edges: Tensor) -> tuple[Detection, ...]:
     """The sure objects of a heat map [classes, H, W], the surest first.
 
-    CenterNet's peaks are Gaussians whose width grows with the object: the area above half of a
-    peak's height, which is 2 ln 2 * pi * deviation^2, tells its size.
+    edges [4, H, W]: pixels from a place to the left, top, right and bottom edges of its object.
     """
     highest = F.max_pool2d(heat[None], 3, stride=1, padding=1)[0]
     peaks = heat * (heat == highest) * (heat >= SURE)
-    values, places = peaks.flatten().topk(MOST_SPOTS)
+    values, places = peaks.flatten().topk(MOST_DETECTIONS)
     height, width = heat.shape[1:]
-    spots = []
+    found: list[Detection] = []
     for certainty, place in zip(values.tolist(), places.tolist(), strict=True):
         if not certainty:
             break
         number, y, x = place // (height * width), place // width % height, place % width
-        area = _area_around(heat[number] > certainty / 2, x, y)
-        deviation = (area / (2 * math.log(2) * math.pi)) ** 0.5
-        radius = SIDE_OF_PEAK * deviation / max(height, width)
-        spots.append(
-            Spot(OBJECTS[number], (x + 0.5) / width, (y + 0.5) / height, radius, certainty)
+        left, top, right, bottom = (edges[:, y, x] / STRIDE).tolist()
+        box = (
+            max((x - left) / width, 0.0),
+            max((y - top) / height, 0.0),
+            min((x + right) / width, 1.0),
+            min((y + bottom) / height, 1.0),
         )
-    return tuple(spots)
+        one = Detection(OBJECTS[number], *box, certainty)
+        if all(other.name != one.name or _overlap(other, one) < MOST_OVERLAP for other in found):
+            found.append(one)
+    return tuple(found)
 
 
-def _area_around(mask: Tensor, x: int, y: int) -> int:
-    """Cells of the connected region of `mask` [H, W] that holds (x, y)."""
-    region = torch.zeros_like(mask)
-    region[y, x] = True
-    while True:
-        grown = F.max_pool2d(region[None].float(), 3, stride=1, padding=1)[0].bool() & mask
-        if torch.equal(grown, region):
-            return int(region.sum())
-        region = grown
+def _overlap(one: Detection, other: Detection) -> float:
+    """Intersection over union of two boxes."""
+    width = min(one.right, other.right) - max(one.left, other.left)
+    height = min(one.bottom, other.bottom) - max(one.top, other.top)
+    shared = max(width, 0.0) * max(height, 0.0)
+    areas = [(box.right - box.left) * (box.bottom - box.top) for box in (one, other)]
+    return shared / (sum(areas) - shared) if shared else 0.0

@@ -100,7 +100,7 @@ class EfficientNetEncoder(nn.Module):
 class TwoEncoders(nn.Module):
     """Pixel values [batch, 3, 320, 320] -> feature maps of a classifier and of a detector.
 
-    In the order of `ClassesAndObjects.channels`, the detector's heat map last.
+    In the order of `ClassesAndObjects.channels`; then the distances to objects' edges.
     """
 
     def __init__(self, config: ClassesAndObjects) -> None:
@@ -114,8 +114,7 @@ class TwoEncoders(nn.Module):
             pixel_values, (self.side, self.side), mode="bilinear", antialias=True
         )
         # The classifier reads (RGB - 127) / 128, the detector RGB itself.
-        features, heat = self.detector(pixel_values * 128.0 + 127.0)
-        return [*self.classifier(smaller), features, heat]
+        return [*self.classifier(smaller), *self.detector(pixel_values * 128.0 + 127.0)]
 
 
 def build_encoder(config: EvaViT | EfficientNetLite | ClassesAndObjects) -> nn.Module:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,13 +104,14 @@ def opened(
 
 def recipe_of(options: argparse.Namespace) -> SmallRecipe:
     """The recipe, with what the options say of it."""
-    given = {
+    given: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("steps", "peak_lr", "seed", "validate_every")
         if getattr(options, name) is not None
     }
-    scored = small.SCORED_CAPTIONS if options.samples and options.scored == "captions" else {}
-    return SmallRecipe(**given, **scored)
+    if options.samples and options.scored == "captions":
+        given |= small.SCORED_CAPTIONS
+    return SmallRecipe(**given)
 
 
 def rewards_of(

@@ -59,7 +59,7 @@ def facts(session: Session, request: gr.Request | None) -> dict:
                 "number": fork.shown,
                 "count": len(fork.tails),
             }
-    objects = [[spot._asdict() for spot in spots] for spots in render.objects(session)]
+    objects = [[one._asdict() for one in found] for found in render.objects(session)]
     mark = secrets.token_hex(4)
     return {"mark": mark, "answers": known, "versions": versions, "objects": objects}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from minigpt4.errors import UserError
-from minigpt4.model.image import Encoded, Picture, Spot
+from minigpt4.model.image import Detection, Encoded, Picture
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
@@ -27,7 +27,7 @@ class Look:
     """
 
     caption: str = ""
-    objects: tuple[Spot, ...] | None = None
+    objects: tuple[Detection, ...] | None = None
 
 
 class _Looks:
@@ -57,8 +57,8 @@ find, note = _looks.find, _looks.note
 
 def note_objects(picture: Picture, encoded: Encoded | None) -> None:
     """Keep what the encoder found; another model's may find more."""
-    if encoded is not None and encoded.spots:
-        note(picture.key, objects=encoded.spots)
+    if encoded is not None and encoded.objects:
+        note(picture.key, objects=encoded.objects)
 
 
 def find_objects(engine: "AnyEngine | None", pictures: Iterable[Picture]) -> None:
@@ -72,4 +72,4 @@ def find_objects(engine: "AnyEngine | None", pictures: Iterable[Picture]) -> Non
         if find(picture.key).objects is None:
             with suppress(UserError):  # the answer says so
                 encoded = engine.encode(picture)
-                note(picture.key, objects=encoded.spots if encoded else ())
+                note(picture.key, objects=encoded.objects if encoded else ())

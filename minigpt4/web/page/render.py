@@ -19,7 +19,7 @@ from gradio_client.utils import encode_file_path, get_mimetype
 
 from minigpt4.conversation import Conversation
 from minigpt4.model import image
-from minigpt4.model.image import Picture, Spot
+from minigpt4.model.image import Detection, Picture
 from minigpt4.model.prompt import Message
 from minigpt4.web.guard.gradio_patches import Prepared
 from minigpt4.web.page import looks
@@ -115,7 +115,7 @@ def messages(session: Session, request: gr.Request | None, done: bool = True) ->
     return shown
 
 
-def objects(session: Session) -> list[tuple[Spot, ...]]:
+def objects(session: Session) -> list[tuple[Detection, ...]]:
     """Of each picture that is shown, what was found in it, for assets/where.js."""
     keys = [i.key for m in session.conversation.messages for i in m.images]
     return [looks.find(key).objects or () for key in keys if _thumbnails.find(key)]

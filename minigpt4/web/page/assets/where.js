@@ -1,4 +1,4 @@
-// Show where: an object that an answer names is ringed in the pictures while its word is hovered,
+// Show where: an object that an answer names is outlined in the pictures while its word is hovered,
 // focused or touched. The server finds the objects (looks.py); this finds their words.
 (() => {
   // What else a detector's classes are called. A plural is found with "s" or "es".
@@ -11,7 +11,8 @@
     table: "desk", television: "tv", "computer mouse": "mouse", "remote control": "remote",
     phone: "smartphone cellphone", refrigerator: "fridge", "teddy bear": "teddy", bus: "buses",
   };
-  let pictures = []; // of each picture in the chat: [{ name, x, y, radius }, …]
+  const LABEL = 22; // its height in pixels
+  let pictures = []; // of each picture in the chat: [{ name, left, top, right, bottom }, …], as shares
   const images = () => [...document.querySelectorAll("#chat .image-frame img")];
 
   const finder = (names) => {
@@ -23,7 +24,7 @@
     return { meaning, pattern: new RegExp(`\\b(${words})(?:s|es)?\\b`, "gi") };
   };
 
-  // --- rings ---------------------------------------------------------------------------------
+  // --- outlines ------------------------------------------------------------------------------
 
   // Where the picture's own left, top, width and height are in its element's box.
   const drawn = (image) => {
@@ -33,7 +34,7 @@
     const scale = fit(width / w, height / h);
     return [(width - w * scale) / 2, (height - h * scale) / 2, w * scale, h * scale];
   };
-  const ring = (image, spots, label) => {
+  const outline = (image, objects, label) => {
     const box = image.getBoundingClientRect();
     const [left, top, width, height] = drawn(image);
     const layer = document.createElement("div");
@@ -42,14 +43,16 @@
     Object.assign(layer.style, {
       left: `${box.left}px`, top: `${box.top}px`, width: `${box.width}px`, height: `${box.height}px`,
     });
-    for (const { x, y, radius } of spots) {
-      const spot = document.createElement("i");
-      Object.assign(spot.style, {
-        left: `${left + (x - radius) * width}px`, top: `${top + (y - radius) * height}px`,
-        width: `${2 * radius * width}px`, height: `${2 * radius * height}px`,
+    for (const object of objects) {
+      const frame = document.createElement("i");
+      Object.assign(frame.style, {
+        left: `${left + object.left * width}px`, top: `${top + object.top * height}px`,
+        width: `${(object.right - object.left) * width}px`,
+        height: `${(object.bottom - object.top) * height}px`,
       });
-      spot.append(Object.assign(document.createElement("b"), { textContent: label }));
-      layer.append(spot);
+      frame.classList.toggle("inside", top + object.top * height < LABEL);
+      frame.append(Object.assign(document.createElement("b"), { textContent: label }));
+      layer.append(frame);
     }
     (image.closest("dialog") ?? document.body).append(layer);
   };
@@ -57,8 +60,8 @@
   const show = (name, label) => {
     hide();
     images().forEach((image, place) => {
-      const spots = pictures[place]?.filter((spot) => spot.name === name) ?? [];
-      if (spots.length && image.complete) ring(image, spots, label);
+      const objects = pictures[place]?.filter((object) => object.name === name) ?? [];
+      if (objects.length && image.complete) outline(image, objects, label);
     });
   };
 
@@ -124,7 +127,7 @@
   const objects = (place) => [...new Set(pictures[place]?.map(({ name }) => name))];
   const point = (image, place, name) => {
     hide();
-    ring(image, pictures[place].filter((spot) => spot.name === name), name);
+    outline(image, pictures[place].filter((object) => object.name === name), name);
   };
   Object.assign(window.minigpt4, { where: { update: where, again: update, objects, point, hide } });
 })();
