@@ -36,6 +36,7 @@ from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
 PAUSE_SECONDS = 5.0
+_TOGETHER = 12  # pictures of a group, at most; a step's memory grows with them
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,7 @@ class SmallTrainer:
                 if count:
                     stream = batches(count, size, self.recipe.seed, step)
                     group += [(name, index) for index in next(stream)]
-            if group:
-                groups.append(group)
+            groups += [group[i : i + _TOGETHER] for i in range(0, len(group), _TOGETHER)]
         return groups
 
     def batch(
