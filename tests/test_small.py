@@ -380,7 +380,8 @@ def test_the_words_stand_in_the_prompt_after_the_picture(model, monkeypatch):
 
     monkeypatch.setattr(model, "word_head", head)
     monkeypatch.setattr(model, "pixel_values", lambda pictures: torch.zeros(len(pictures)))
-    maps = Called(lambda pixels: (torch.zeros(len(pixels), len(OBJECTS), 8, 8),))
+    sizes = (len(OBJECTS), 4)  # the heat map, the distances to the objects' edges
+    maps = Called(lambda pixels: [torch.zeros(len(pixels), size, 8, 8) for size in sizes])
     monkeypatch.setattr(model, "encoder", maps)
     monkeypatch.setattr(model, "bridge", Called(lambda found: features(found[-1])))
     conversation = Conversation()
