@@ -29,6 +29,7 @@ BRIEF, SHORT, LONG, TASK = 1.0, 0.6, 1.2, 2.0
 # An answer of one word counts as much as a short caption: at a weight of one, “no” was more likely
 # for nearly every question.
 DECISION = 6.0
+YES = 1.5  # times as much: with equal weights, 42 % of the answers were “yes” where 51 % should be
 HELD_OUT = {"captioned": 4, "described": 20}  # of how many pictures one is kept for validation
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
 _ASKED = (
@@ -324,8 +325,9 @@ class Mixture:
         asked = draw.choice(_ASKED).format(name)
         if draw.random() < 0.6:
             turn = (asked + " Answer yes or no.", "Yes." if there else "No.")
-            return Answered((turn,), DECISION, "presence")
+            return Answered((turn,), DECISION * (YES if there else 1.0), "presence")
         thing = re.sub("^an? ", "", name)
         are = "are" if thing in ("skis", "scissors") else "is"
         yes, no = f"Yes, there {are} {name} in it.", f"No, there {are} no {thing} in it."
-        return Answered(((asked, yes if there else no),), 1.5, "presence")
+        weight = 1.5 * (YES if there else 1.0)
+        return Answered(((asked, yes if there else no),), weight, "presence")
