@@ -5,6 +5,8 @@ import json
 import random
 import re
 import tarfile
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -524,3 +526,37 @@ def test_options_of_other_models_are_refused(given, capsys, tmp_path):
     assert main(["train", "--model", "mini", "--data", str(tmp_path), *given]) == 2
     said = capsys.readouterr().err
     assert given[0] in said and "mini" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [["--scored", "captions"], ["--adapters"], ["--refit"]])
+def test_its_options_are_refused_for_other_models(given, capsys, tmp_path):
+    options = ["--model", "nano", "--stage", "1", "--data", str(tmp_path), *given]
+    assert main(["train", *options]) == 2
+    said = capsys.readouterr().err
+    assert given[0] in said and "word head" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("scored", "source"), [("captions", "captioned"), ("descriptions", "described")]
+)
+def test_one_kind_of_text_alone_is_scored(scored, source, model, pictures, tmp_path):
+    """More pictures that have it are shown, each with few other texts."""
+    options = Namespace(steps=1, peak_lr=None, seed=1, validate_every=9, samples=2, scored=scored)
+    recipe = small_run.recipe_of(options)
+    usual = small_run.recipe_of(Namespace(**vars(options) | {"samples": 0}))
+    shown, before = (Counter(dict(sum(r.sizes, ()))) for r in (recipe, usual))
+    assert shown[source] > before[source]
+    reward = {
+        "captions": CaptionReward(pictures, 2),
+        "descriptions": DescriptionReward(pictures, ["dog"], 2),
+    }[scored]
+    run = trainer(model, pictures, tmp_path, 1, [reward])
+    run.recipe = replace(recipe, sizes=((("described", 6), ("captioned", 6)),))
+    features, _, kinds = run.batch(run.chosen(0)[0], random.Random(0))
+    assert len(features) == 12
+    assert f"sampled {reward.kind}" in kinds
+    of_one = run.sources[source].pictures[0]
+    showing = [(of_one, ImageRef("0"), run.mixture.draw(of_one, random.Random(1)))]
+    run._rewarded(showing, features[:1], random.Random(0))
+    kinds_left = [text.kind for text in showing[0][2]]
+    assert kinds_left.count(reward.kind) == 1 and len(kinds_left) <= 3

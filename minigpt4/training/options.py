@@ -95,8 +95,8 @@ REWARD = (
     ),
     Option(
         "scored",
-        "What --samples samples for mini: captions, descriptions or both. With captions alone, a "
-        "step shows more pictures with several captions, and few other texts.",
+        "What --samples samples for mini: captions, descriptions or both. With one kind alone, a "
+        "step shows more pictures that have it, and few other texts.",
         "both",
         one_of("both", "captions", "descriptions"),
     ),

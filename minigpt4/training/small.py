@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,20 @@ class SmallRecipe:
     )
 
 
-# Captions by their score: many pictures, few other texts, so that nothing else is forgotten.
-SCORED_CAPTIONS = {
-    "sampled": 1.0,
-    "others": 2,
-    "sizes": ((("described", 1),), (("flickr", 20), ("captioned", 4))),
+# Where one kind of text alone is scored: many pictures that have it, and a few other texts, so that
+# nothing else is forgotten.
+SCORED: dict[str, dict[str, Any]] = {
+    "both": {},
+    "captions": {
+        "sampled": 1.0,
+        "others": 2,
+        "sizes": ((("described", 1),), (("flickr", 20), ("captioned", 4))),
+    },
+    "descriptions": {
+        "sampled": 1.0,
+        "others": 2,
+        "sizes": ((("described", 7),), (("flickr", 4), ("captioned", 1))),
+    },
 }
 
 

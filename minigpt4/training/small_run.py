@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,14 +103,12 @@ def opened(
 
 def recipe_of(options: argparse.Namespace) -> SmallRecipe:
     """The recipe, with what the options say of it."""
-    given: dict[str, Any] = {
+    given = {
         name: getattr(options, name)
         for name in ("steps", "peak_lr", "seed", "validate_every")
         if getattr(options, name) is not None
     }
-    if options.samples and options.scored == "captions":
-        given |= small.SCORED_CAPTIONS
-    return SmallRecipe(**given)
+    return SmallRecipe(**given, **(small.SCORED[options.scored] if options.samples else {}))
 
 
 def rewards_of(
