@@ -29,8 +29,11 @@ BRIEF, SHORT, LONG, TASK = 1.0, 0.6, 1.2, 2.0
 # An answer of one word counts as much as a short caption: at a weight of one, “no” was more likely
 # for nearly every question.
 DECISION = 6.0
-YES = 1.5  # times as much: with equal weights, 42 % of the answers were “yes” where 51 % should be
-HELD_OUT = {"captioned": 4, "described": 20}  # of how many pictures one is kept for validation
+# “Yes” counts so many times more than “no”: with equal weights, 42 % of the answers were “yes”, and
+# 51 % should have been.
+YES = 1.5
+# Of how many pictures one is kept for validation.
+HELD_OUT = {"captioned": 4, "described": 20, "drawn": 20}
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
 _ASKED = (
     "Is there {} in the image?",
@@ -64,7 +67,7 @@ class TrainingPicture:
     """A picture and what people and machines wrote about it."""
 
     example: Example
-    source: str  # "described" or "captioned" (COCO), "flickr", "named" or "instructed"
+    source: str  # "described" or "captioned" (COCO), "flickr", "named", "instructed" or "drawn"
     captions: tuple[str, ...] = ()
     description: str = ""
     pairs: tuple[Turn, ...] = ()
@@ -163,7 +166,9 @@ def _records(shard: Path) -> dict[str, dict]:
 def _picture(example: Example, record: dict) -> TrainingPicture:
     description = record.get("description")
     description = description.strip() if isinstance(description, str) else ""
-    if description:
+    if record.get("drawn"):
+        source = "drawn"
+    elif description:
         source = "described"
     elif len(example.captions) == 1:
         source = "named"
@@ -241,6 +246,7 @@ class Mixture:
             "described": self._described,
             "named": self._named,
             "instructed": self._instructed,
+            "drawn": self._drawn,
         }
         return [*parts[picture.source](picture, draw), *self.presence(picture, draw)]
 
@@ -269,6 +275,18 @@ class Mixture:
             answer = "True." if right else "False."
             found.append(Answered(((asked, answer),), DECISION / 2, "statement"))
         return found + self._known(picture, draw)
+
+    def _drawn(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
+        caption = (draw.choice(self.short), draw.choice(picture.captions).strip())
+        found = [Answered((caption,), SHORT, "caption")]
+        if draw.random() < 0.5:
+            detail = (draw.choice(self.detailed), picture.description)
+            found.append(Answered((detail,), LONG, "description"))
+        pairs = draw.sample(picture.pairs, min(2, len(picture.pairs)))
+        found += [self._question(pair, draw) for pair in pairs]
+        if picture.task:
+            found.append(Answered((picture.task,), TASK, "task"))
+        return found
 
     @staticmethod
     def _question(pair: Turn, draw: random.Random) -> Answered:

@@ -71,6 +71,7 @@ class SmallRecipe:
     sizes: tuple[tuple[tuple[str, int], ...], ...] = (
         (("described", 2), ("instructed", 1)),
         (("flickr", 8), ("captioned", 2), ("named", 1)),
+        (("drawn", 2),),
     )
 
 
@@ -81,12 +82,12 @@ SCORED: dict[str, dict[str, Any]] = {
     "captions": {
         "sampled": 1.0,
         "others": 2,
-        "sizes": ((("described", 1),), (("flickr", 20), ("captioned", 4))),
+        "sizes": ((("described", 1),), (("flickr", 12), ("captioned", 3)), (("drawn", 6),)),
     },
     "descriptions": {
         "sampled": 1.0,
         "others": 2,
-        "sizes": ((("described", 7),), (("flickr", 4), ("captioned", 1))),
+        "sizes": ((("described", 7),), (("flickr", 4), ("captioned", 1)), (("drawn", 2),)),
     },
 }
 

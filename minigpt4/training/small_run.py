@@ -30,7 +30,7 @@ from minigpt4.weights.adapters import read_adapters
 from minigpt4.weights.load import find_weights, load_model
 
 _FOLDS = 4
-_TERMS = (1100, 700, 10)  # words, phrases, pictures that hold one at least
+_TERMS = (1500, 800, 8)  # words, phrases, pictures that hold one at least
 _UNREAD = {
     *("stage", "mix", "instructions", "replay", "replay-share", "questions"),
     *("batch-size", "accumulate", "recompute", "crop", "blend", "consensus", "denoise"),
@@ -162,12 +162,12 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def read(folder: Path) -> dict[str, list[mixture.TrainingPicture]]:
-    """Data set -> its pictures: `stage1/`, `coco/`, `stage2/` and `instruct/` in a folder.
+    """Data set -> its pictures: `stage1`, `coco`, `drawn`, `stage2` and `instruct` in a folder.
 
     Each is optional, but there must be one at least.
     """
     found = {}
-    for pattern in ("coco/*.tar", "stage1/*.tar"):
+    for pattern in ("coco/*.tar", "stage1/*.tar", "drawn/*.tar"):
         for shard in sorted(folder.glob(pattern)):
             found[shard.stem] = mixture.read_pictures(str(shard))
     if (folder / "stage2").is_dir():
@@ -176,7 +176,9 @@ def read(folder: Path) -> dict[str, list[mixture.TrainingPicture]]:
             folder / "stage2", asked if asked.exists() else None
         )
     if not found:
-        raise UserError(f"{folder} holds no data: it needs coco/*.tar or stage1/*.tar.")
+        raise UserError(
+            f"{folder} holds no data: it needs coco/*.tar, stage1/*.tar or drawn/*.tar."
+        )
     return found
 
 

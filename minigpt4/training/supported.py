@@ -33,7 +33,7 @@ class Supported:
     def __call__(self, picture: TrainingPicture, probability: list[float]) -> TrainingPicture:
         """The picture with fewer sentences in its description, and fewer colours in it and in
         captions written by machine."""
-        if not picture.description:
+        if picture.source not in ("described", "instructed"):
             return picture
         return replace(
             picture,
