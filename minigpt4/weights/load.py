@@ -34,8 +34,9 @@ from minigpt4.weights.checkpoint import (
     read_projection,
 )
 from minigpt4.weights.encoder import INT8, load_int8_encoder
+from minigpt4.weights.folder import shards_of
 from minigpt4.weights.gguf import gguf_of
-from minigpt4.weights.llm import load_llm, shards_of
+from minigpt4.weights.llm import load_llm
 from minigpt4.weights.sources import (
     ROLES,
     file_name,
@@ -201,7 +202,7 @@ def _llm_size(folder: Path, quantize: Quantize) -> int:
         return 0
     try:
         paths = [gguf_of(folder)] if quantize == "int4" else shards_of(folder)
-    except (OSError, ValueError, KeyError, AttributeError):  # loading them tells
+    except (OSError, ValueError):  # loading them tells
         return 0
     return sum(map(_size, paths))
 
