@@ -112,11 +112,11 @@ class PackedMatrices:
 class NativeDecoder:
     """Runs rows through a `BlockLlama`; keys and values lie in blocks of 16-bit floats.
 
+    A row's numbers are the same bits whatever else is computed beside it.
     blocks: [count, layers, key or value, kv_heads, BLOCK_SIZE * head width]; memory that no
     conversation has used yet is not taken from the system.
     """
 
-    exact = True  # a row's numbers are the same bits whatever else is computed beside it
     name = "compiled"
     chunk_rows = (256, 32)
 

@@ -26,7 +26,6 @@ class TorchDecoder:
     follow each other.
     """
 
-    exact = False
     name = "PyTorch"
 
     def __init__(self, llm: PreTrainedModel, blocks: int) -> None:
