@@ -9,7 +9,8 @@ from starlette.concurrency import run_in_threadpool
 from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
-from minigpt4.model.image import MAX_PIXELS, Picture
+from minigpt4.model.image import Picture
+from minigpt4.model.image_file import MAX_PIXELS
 from minigpt4.model.prompt import Message
 from minigpt4.model.vision import squash
 from minigpt4.start import default_sampling
