@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt4 import _data
 from minigpt4.config import DEFAULT_MODEL, MODELS, EvaViT, ModelConfig, Quantize, get_model
 from minigpt4.errors import Report, UserError, out_of_memory, say
 
@@ -38,8 +39,6 @@ def given_places(options: argparse.Namespace) -> dict[str, str]:
 
 def given_sampling(options: argparse.Namespace) -> dict[str, float]:
     """The fields of `Sampling` that the options set. UserError for an invalid value."""
-    from dataclasses import fields
-
     from minigpt4.engine.sampling import Sampling
 
     given = {f.name: getattr(options, f.name) for f in fields(Sampling)}
@@ -346,8 +345,7 @@ def _embedding_store(model: "MiniGPT4") -> "EmbeddingStore | None":
     limit = os.environ.get("MINIGPT4_EMBEDDINGS_MB") or str(MEGABYTES)
     if not limit.isdecimal():
         raise UserError(f"MINIGPT4_EMBEDDINGS_MB is “{limit}”: set it to a number of megabytes.")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return EmbeddingStore(cache / "minigpt4" / "embeddings", model, int(limit))
+    return EmbeddingStore(_data.cache_folder() / "embeddings", model, int(limit))
 
 
 def _open_remote(

@@ -198,20 +198,12 @@ class Engine(RequestQueue):
         large, are released long before the answer ends.
         """
         keys = state.picture_keys - state.embeds.keys()
-        missing = []
-        found: dict[str, np.ndarray] = {}
-        for key in keys:
-            encoded = self._pictures.find(key)
-            if encoded is None:
-                missing.append(key)
-            else:
-                found[key] = encoded.embeds
-        for key in missing:
-            self._pictures.request(state.request.pictures[key])
-        if not missing:
-            state.embeds |= found
-            state.request = replace(state.request, pictures={})
-        return bool(missing)
+        found = {key: self._pictures.request(state.request.pictures[key]) for key in keys}
+        if not all(future.done() for future in found.values()):
+            return True
+        state.embeds |= {key: future.result().embeds for key, future in found.items()}
+        state.request = replace(state.request, pictures={})
+        return False
 
     # --- the thread ----------------------------------------------------------------------------
 
@@ -240,14 +232,12 @@ class Engine(RequestQueue):
             self._run(chunks)
 
     def _encode_pictures(self) -> None:
-        with self._lock:
-            pictures = self._pictures.next(ENCODED_AMONG_OTHERS if self._running else ENCODED_ALONE)
-        if not pictures:
+        count = ENCODED_AMONG_OTHERS if self._running else ENCODED_ALONE
+        outcomes = self._pictures.encode_some(count)
+        if not outcomes:
             return
-        outcomes = self._pictures.encode(pictures)
         with self._lock:
-            for picture, outcome in zip(pictures, outcomes, strict=True):
-                self._pictures.finish(picture, outcome)
+            for picture, outcome in outcomes:
                 if isinstance(outcome, UserError):
                     for state in self._waiting:
                         if picture.key in state.picture_keys:
