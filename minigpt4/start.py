@@ -225,10 +225,10 @@ def _load(
             "close what else uses the GPU, or choose a smaller --model or “--device cpu”.",
             "memory",
         )
-    from minigpt4.weights.llm import cpu_dtype
+    from minigpt4.weights.llm import choose_dtype
     from minigpt4.weights.memory import check_memory, too_little
 
-    computing = cpu_dtype(dtype)
+    computing = choose_dtype(dtype)
     vision = computing if isinstance(config.vision, EvaViT) else None
     try:
         check_memory(config, files.llm, quantize, computing, vision)

@@ -39,23 +39,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"  # its name in a Hugging Face Llama's files
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def cpu_dtype(name: str | None = None) -> torch.dtype:
-    """The type that the language model computes in on a CPU.
+def choose_dtype(name: str | None = None, device: torch.device = CPU) -> torch.dtype:
+    """The type that a language model computes in.
 
     name: "float32", "bfloat16" or "auto"; None reads $MINIGPT4_DTYPE, and where that is unset means
-    "auto": bfloat16 where the processor multiplies it natively (twice as fast), else float32.
-    UserError for any other name.
-    """
-    return choose_dtype(name, torch.device("cpu"))
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The one place that decides what a language model computes in: `cpu_dtype` on any device.
-
-    On a GPU, "auto" is float16.
+    "auto": float16 on a GPU; on a CPU, bfloat16 where the processor multiplies it natively (twice
+    as fast), else float32. UserError for any other name.
     """
     name = name or os.environ.get("MINIGPT4_DTYPE") or "auto"
     if name == "auto":
@@ -292,11 +285,18 @@ def _cached(*names: str) -> Iterator[None]:
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids [...] -> embeddings [..., hidden_size], in the file's own precision."""
+    """Token ids [...] -> token embeddings [..., hidden_size].
 
-    def __init__(self, weight: Tensor) -> None:
+    weight: [vocabulary, hidden_size], in the file's own precision; or a GGUF file's blocks: of
+    these, only the rows asked for are dequantised, to the float32 numbers that the engine's own
+    decoder reads.
+    """
+
+    def __init__(self, weight: Tensor | BlockTensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._blocks = weight if isinstance(weight, BlockTensor) else None
+        if isinstance(weight, Tensor):
+            self.weight = nn.Parameter(weight, requires_grad=False)
         self.hidden_size = weight.shape[1]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -304,25 +304,8 @@ class TokenEmbedding(nn.Module):
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.weight[ids]
-
-
-class BlockEmbedding(nn.Module):
-    """Token ids [...] -> float32 embeddings [..., hidden_size] from a GGUF file's blocks.
-
-    Only the rows asked for are dequantised, to the numbers that the engine's own decoder reads.
-    """
-
-    def __init__(self, blocks: BlockTensor) -> None:
-        super().__init__()
-        self._blocks = blocks
-        self.hidden_size = blocks.shape[1]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Itself: the same method as a whole language model's."""
-        return self
-
-    def forward(self, ids: Tensor) -> Tensor:
+        if self._blocks is None:
+            return self.weight[ids]
         rows = self._blocks.data[ids.flatten().cpu().numpy()]
         shape = (len(rows), self.hidden_size)
         numbers = torch.from_numpy(BlockTensor(self._blocks.kind, shape, rows).numbers())
@@ -336,9 +319,10 @@ def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
     """
     try:
         if (folder / INDEX).exists():
-            blocks = BlockLlama.open(folder).embedding
-            return BlockEmbedding(blocks), load_tokenizer(folder)
-        return TokenEmbedding(read_tensor(folder, EMBEDDING).to(device)), load_tokenizer(folder)
+            embedding = TokenEmbedding(BlockLlama.open(folder).embedding)
+        else:
+            embedding = TokenEmbedding(read_tensor(folder, EMBEDDING).to(device))
+        return embedding, load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
         log.debug("loading the embedding of %s", folder, exc_info=True)
         raise UserError(

@@ -59,7 +59,7 @@ class WeightFiles:
 
     vision: Path
     llm: Path
-    projection: Path | None
+    projection: Path | None = None
     qformer: Path | None = None
     detector: Path | None = None
     words: Path | None = None  # None: they are to be trained, or the model has none
@@ -121,14 +121,7 @@ def find_weights(
             f"Weights of {config.name} are missing ({', '.join(absent.values())}): run “python -m "
             f"minigpt4 download {config.name}”, or put the files into {weights_folder()}."
         )
-    return WeightFiles(
-        paths["vision"],
-        paths["llm"],
-        paths.get("projection"),
-        paths.get("qformer"),
-        paths.get("detector"),
-        paths.get("words"),
-    )
+    return WeightFiles(**paths)
 
 
 def _wanted(config: ModelConfig, role: str, given: Mapping[str, str]) -> str:
