@@ -2,12 +2,8 @@
 
 import argparse
 import os
-import stat
-import tempfile
 import warnings
-from contextlib import suppress
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4 import _data
@@ -100,25 +96,6 @@ def free_gpu_memory(device: "torch.device") -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def upload_folder() -> str:
-    """A folder for the page's temporary uploads that only this user can read.
-
-    Old uploads in it are deleted, so it must hold nobody else's files. It is created here. If its
-    name is taken by anything else, which another user could arrange, a new folder with a random
-    name is created instead.
-    """
-    if not hasattr(os, "getuid"):  # Windows: each user has a temporary folder
-        return str(Path(tempfile.gettempdir(), "minigpt4"))
-    folder = Path(tempfile.gettempdir(), f"minigpt4-{os.getuid()}")
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()  # does not follow a link
-    others = found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others:
-        return str(folder)
-    return tempfile.mkdtemp(prefix="minigpt4-")
-
-
 def device_of(name: str) -> "torch.device":
     """The device called `name`; "auto" is the first GPU, else the CPU.
 
@@ -204,7 +181,7 @@ def _load(
     from minigpt4.weights.load import bytes_to_load, load_model
     from minigpt4.weights.transfer import Progress
 
-    def load(files: "WeightFiles", **options: Any) -> "tuple[MiniGPT4, Progress]":
+    def assemble(files: "WeightFiles", **options: Any) -> "tuple[MiniGPT4, Progress]":
         report(f"Loading {config.name} …")
         progress = Progress(config.name, bytes_to_load(files, quantize), report, "Loading")
         try:
@@ -216,7 +193,7 @@ def _load(
 
     if device.type != "cpu":
         try:
-            return load(files)
+            return assemble(files)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -233,7 +210,7 @@ def _load(
     try:
         check_memory(config, files.llm, quantize, computing, vision)
         files = prepare(config, files, quantize, report)
-        return load(files, vision_dtype=vision)
+        return assemble(files, vision_dtype=vision)
     except Exception as error:
         if not out_of_memory(error):
             raise

@@ -171,11 +171,11 @@ def fitted(rgb: Image.Image, side: int) -> Image.Image:
     return rgb.resize(size, Image.Resampling.BICUBIC)
 
 
-def data_url(picture: Picture, side: int, quality: int = 90) -> str:
+def data_url(picture: Picture, side: int) -> str:
     """The picture as a JPEG `data:` URL, scaled down to at most `side` pixels."""
     small = picture.rgb.copy()
     small.thumbnail((side, side))
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg(small, quality)).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(small)).decode()
 
 
 def jpeg(rgb: Image.Image, quality: int = 90) -> bytes:
