@@ -43,6 +43,7 @@ from minigpt4.weights.gguf import (
     size_of,
     write_index,
 )
+from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, mark_of, weights_folder
 from minigpt4.weights.tokenizer import load_tokenizer
 from minigpt4.weights.transfer import Progress, in_words
@@ -134,15 +135,11 @@ def _advice(llm: Path, target: Path) -> str:
 
 def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
     """A folder for a user's own GGUF file, which stays where it is."""
-    from transformers import AutoTokenizer
-
     report(f"Reading {gguf.name} (once) …")
     link = target / gguf.name
     link.symlink_to(gguf.resolve())
     try:
-        write_index(link)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer.save_pretrained(target)
+        describe_gguf(link)
     except Exception as error:
         if out_of_memory(error) or (isinstance(error, OSError) and error.errno):  # the disk
             raise

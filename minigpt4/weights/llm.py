@@ -221,20 +221,18 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
     return llm, tokenizer
 
 
-def convert_gguf(path: Path, target: Path) -> None:
-    """GGUF file -> a folder with the file, its index, its configuration and its tokenizer.
+def describe_gguf(path: Path) -> None:
+    """Write a GGUF file's index, tokenizer and configuration beside it.
 
-    The folder loads in a tenth of a second instead of 14. The file moves into it.
+    The folder then loads in a tenth of a second instead of 14.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    options = {"gguf_file": path.name}
+    folder, options = path.parent, {"gguf_file": path.name}
     with _cached("GGUFReader", "get_tensor_name_map"):
-        AutoConfig.from_pretrained(path.parent, **options).save_pretrained(target)
-        AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(target)
-        index = write_index(path)
-    for file in (path, index):
-        file.rename(target / file.name)
+        write_index(path)
+        AutoTokenizer.from_pretrained(folder, **options).save_pretrained(folder)
+        AutoConfig.from_pretrained(folder, **options).save_pretrained(folder)
 
 
 def _unpack_weights(folder: Path) -> None:
