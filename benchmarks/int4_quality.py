@@ -27,7 +27,7 @@ from benchmarks.int8_quality import WINDOW, measure
 from minigpt4.engine.native import quantize
 from minigpt4.weights.convert import kind_of, new_name
 from minigpt4.weights.gguf import BLOCKS, BlockTensor
-from minigpt4.weights.llm import load_tokenizer
+from minigpt4.weights.tokenizer import load_tokenizer
 
 Quantizer = Callable[[str, np.ndarray], np.ndarray]
 

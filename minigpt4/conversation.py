@@ -235,14 +235,14 @@ def ask(
             prompt,
             conversation.pictures,
             sampling,
-            ends,
-            stop_sequences(template, tokenizer),
-            penalized(prompt, template),
-            logprobs,
-            top_logprobs,
-            constraint,
-            session=conversation.session,
+            stop_ids=ends,
+            stop_sequences=stop_sequences(template, tokenizer),
+            penalized=penalized(prompt, template),
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+            constraint=constraint,
             watched=tuple(watched),
+            session=conversation.session,
         )
     )
     return Answer(stream, text_stream, ends, dropped_turns, continues and not spaced)

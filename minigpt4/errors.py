@@ -1,10 +1,9 @@
 """UserError, the one kind of error a user may see; and how progress is reported."""
 
-import contextlib
 import errno
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, TextIO
+from typing import Literal, Protocol
 
 Kind = Literal[
     "request", "too_long", "queue_full", "loading", "memory", "broken", "hanging", "ending"
@@ -70,26 +69,3 @@ def say(line: str, passing: bool = False) -> None:
     """Print a line to stderr. Passing ones are left out, as a progress bar shows the same."""
     if not passing:
         print(line, file=sys.stderr, flush=True)
-
-
-class Unfailing:
-    """A stream that drops what cannot be written, instead of raising.
-
-    Gradio writes a traceback to standard error before it answers the visitor. If that raised, as
-    with a log on a full disk, the visitor would wait forever.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

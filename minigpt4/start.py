@@ -2,14 +2,11 @@
 
 import argparse
 import os
-import stat
-import tempfile
 import warnings
-from contextlib import suppress
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt4 import _data
 from minigpt4.config import DEFAULT_MODEL, MODELS, EvaViT, ModelConfig, Quantize, get_model
 from minigpt4.errors import Report, UserError, out_of_memory, say
 
@@ -38,8 +35,6 @@ def given_places(options: argparse.Namespace) -> dict[str, str]:
 
 def given_sampling(options: argparse.Namespace) -> dict[str, float]:
     """The fields of `Sampling` that the options set. UserError for an invalid value."""
-    from dataclasses import fields
-
     from minigpt4.engine.sampling import Sampling
 
     given = {f.name: getattr(options, f.name) for f in fields(Sampling)}
@@ -99,25 +94,6 @@ def free_gpu_memory(device: "torch.device") -> int | None:
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-def upload_folder() -> str:
-    """A folder for the page's temporary uploads that only this user can read.
-
-    Old uploads in it are deleted, so it must hold nobody else's files. It is created here. If its
-    name is taken by anything else, which another user could arrange, a new folder with a random
-    name is created instead.
-    """
-    if not hasattr(os, "getuid"):  # Windows: each user has a temporary folder
-        return str(Path(tempfile.gettempdir(), "minigpt4"))
-    folder = Path(tempfile.gettempdir(), f"minigpt4-{os.getuid()}")
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()  # does not follow a link
-    others = found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others:
-        return str(folder)
-    return tempfile.mkdtemp(prefix="minigpt4-")
 
 
 def device_of(name: str) -> "torch.device":
@@ -205,7 +181,7 @@ def _load(
     from minigpt4.weights.load import bytes_to_load, load_model
     from minigpt4.weights.transfer import Progress
 
-    def load(files: "WeightFiles", **options: Any) -> "tuple[MiniGPT4, Progress]":
+    def assemble(files: "WeightFiles", **options: Any) -> "tuple[MiniGPT4, Progress]":
         report(f"Loading {config.name} …")
         progress = Progress(config.name, bytes_to_load(files, quantize), report, "Loading")
         try:
@@ -217,7 +193,7 @@ def _load(
 
     if device.type != "cpu":
         try:
-            return load(files)
+            return assemble(files)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -226,15 +202,15 @@ def _load(
             "close what else uses the GPU, or choose a smaller --model or “--device cpu”.",
             "memory",
         )
-    from minigpt4.weights.llm import cpu_dtype
+    from minigpt4.weights.llm import choose_dtype
     from minigpt4.weights.memory import check_memory, too_little
 
-    computing = cpu_dtype(dtype)
+    computing = choose_dtype(dtype)
     vision = computing if isinstance(config.vision, EvaViT) else None
     try:
         check_memory(config, files.llm, quantize, computing, vision)
         files = prepare(config, files, quantize, report)
-        return load(files, vision_dtype=vision)
+        return assemble(files, vision_dtype=vision)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -346,8 +322,7 @@ def _embedding_store(model: "MiniGPT4") -> "EmbeddingStore | None":
     limit = os.environ.get("MINIGPT4_EMBEDDINGS_MB") or str(MEGABYTES)
     if not limit.isdecimal():
         raise UserError(f"MINIGPT4_EMBEDDINGS_MB is “{limit}”: set it to a number of megabytes.")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return EmbeddingStore(cache / "minigpt4" / "embeddings", model, int(limit))
+    return EmbeddingStore(_data.cache_folder() / "embeddings", model, int(limit))
 
 
 def _open_remote(

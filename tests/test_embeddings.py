@@ -40,12 +40,9 @@ def picture(shade: int):
 
 
 def encode(pictures: Pictures, it) -> np.ndarray:
-    found = pictures.find(it.key)
-    if found is None:
-        future = pictures.request(it)
-        pictures.finish(it, pictures.encode([it])[0])
-        found = future.result()
-    return found.embeds
+    future = pictures.request(it)
+    pictures.encode_some(1)
+    return future.result().embeds
 
 
 def opened(folder, model, megabytes: int = 200) -> Pictures:

@@ -24,7 +24,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.weights import download as fetch
 from minigpt4.weights import transfer
-from minigpt4.weights.llm import check_folder
+from minigpt4.weights.folder import check_folder
 from minigpt4.weights.load import download_weights, find_weights, load_model
 from tests.hub_case import COMMIT, PARITY, TOKEN, hub_server, publish, tiny_vicuna
 from tests.parity_case import ParityCase

@@ -23,7 +23,7 @@ from tests.block_llama import VOCABULARY, as_transformers, block_llama, tiny_cha
 
 pytest.importorskip("triton", reason="Triton is not installed: it needs Linux on x86-64")
 from minigpt4.engine.gpu import choose, kernels, sampling  # noqa: E402
-from minigpt4.engine.gpu.decoder import GpuDecoder, NoGraphs  # noqa: E402
+from minigpt4.engine.gpu.decoder import GpuDecoder  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 BLOCKS, CONTEXT, CPU = 16, 64, torch.device("cpu")
@@ -54,7 +54,12 @@ def llm():
     return in_int8(small_llama())
 
 
-class RecordedGraphs(NoGraphs):
+def launched(step: Callable[[], None]) -> Callable[[], None]:
+    """No graph: the kernels are launched one by one."""
+    return step
+
+
+class RecordedGraphs:
     """Counts how often each captured step is replayed."""
 
     def __init__(self) -> None:
@@ -111,7 +116,7 @@ def test_logits_are_the_eager_decoders(dot, qwen):
     """As the self-check compares them: over blocks' edges, with a prompt beside the last step."""
     llm = in_int8(small_llama(tied=not qwen, qwen=qwen))
     eager = TorchDecoder(llm, BLOCKS)
-    decoder = GpuDecoder(eager, llm, CONTEXT, NoGraphs(), dot)
+    decoder = GpuDecoder(eager, llm, CONTEXT, launched, dot)
     expected, found = (choose._logits_of(one, eager, 3) for one in (eager, decoder))
     np.testing.assert_allclose(found, expected, atol=2e-4 * expected.std())
     assert not eager.keys_values.any()
@@ -119,7 +124,7 @@ def test_logits_are_the_eager_decoders(dot, qwen):
 
 def test_the_self_check_notices_a_wrong_decoder(llm, monkeypatch):
     eager = TorchDecoder(llm, BLOCKS)
-    decoder = GpuDecoder(eager, llm, CONTEXT, NoGraphs())
+    decoder = GpuDecoder(eager, llm, CONTEXT, launched)
     cosines, sines = decoder._rotation
     decoder._rotation = cosines, -sines
     assert "standard deviations" in choose.difference(decoder, eager)
@@ -155,7 +160,7 @@ def test_where_it_cannot_run_one_line_says_so(llm, monkeypatch, caplog):
         assert choose.faster(eager, llm, CONTEXT) is eager
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.endswith("(RuntimeError: capture failed)")
-    decoder = GpuDecoder(eager, llm, CONTEXT, NoGraphs(), buckets=(1, 4))
+    decoder = GpuDecoder(eager, llm, CONTEXT, launched, buckets=(1, 4))
     monkeypatch.setattr(choose, "build", lambda *_: decoder)
     assert choose.faster(eager, llm, CONTEXT) is decoder
     decoder._eps = 100.0
@@ -182,7 +187,7 @@ def test_a_step_uses_the_next_bucket(llm):
     """Padding changes no block. More rows than the largest bucket take several steps, or, without
     tensor cores, go to the eager decoder."""
     eager, graphs = TorchDecoder(llm, BLOCKS), RecordedGraphs()
-    decoder = GpuDecoder(eager, llm, CONTEXT, graphs, buckets=(1, 2, 4))
+    decoder = GpuDecoder(eager, llm, CONTEXT, graphs.capture, buckets=(1, 2, 4))
     for count, expected, dot in (
         (1, [1, 0, 0], True),
         (2, [1, 1, 0], True),
@@ -203,7 +208,7 @@ def test_a_step_uses_the_next_bucket(llm):
 def test_pictures_and_prompts_go_to_the_eager_decoder(llm):
     """Rows of both kinds in one step keep their order; unwanted rows have no logits."""
     eager, graphs = TorchDecoder(llm, BLOCKS), RecordedGraphs()
-    decoder = GpuDecoder(eager, llm, CONTEXT, graphs, buckets=(2,))
+    decoder = GpuDecoder(eager, llm, CONTEXT, graphs.capture, buckets=(2,))
     embeds = np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32)
     tokens, positions = np.array([7, -1, 8, 9, 6], np.int32), np.array([0, 0, 0, 1, 0], np.int32)
     table_rows = np.array([0, 1, 2, 2, 3], np.int32)
@@ -253,7 +258,7 @@ def test_conversations_are_the_eager_decoders(llm):
     for new in (False, True):
         with Engine(model, kv_megabytes=1) as engine:
             if new:
-                engine.decoder = GpuDecoder(engine.decoder, llm, CONTEXT, NoGraphs())
+                engine.decoder = GpuDecoder(engine.decoder, llm, CONTEXT, launched)
                 choices = count_choices(engine)
             streams = [engine.submit(one) for one in requests()]
             answers.append([list(stream) for stream in streams])

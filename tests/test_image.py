@@ -17,6 +17,7 @@ from PIL import Image, ImageCms
 
 from minigpt4.errors import UserError
 from minigpt4.model import image as image_module
+from minigpt4.model import image_file
 from minigpt4.model.image import held, hold, list_pictures, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
@@ -179,8 +180,8 @@ def test_broken_exif_does_no_harm(format, exif):
 
 
 def test_a_large_heic_is_kept_at_half_its_size(monkeypatch):
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 3000)
-    monkeypatch.setattr(image_module, "MAX_HEIC_PIXELS", 4000)
+    monkeypatch.setattr(image_file, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(image_file, "MAX_HEIC_PIXELS", 4000)
     before = image_module.held.pixels
     picture = load(encoded(quarters().resize((80, 48)), "HEIF", quality=95))
     assert picture.rgb.size == (40, 24) and image_module.held.pixels - before == 40 * 24

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt4.model import repair
+from minigpt4.model import image_file
 from minigpt4.model.image import load
 from tests.test_image import encoded, noise, pixels, png, quarters, refusal
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
 def test_a_jpeg_without_its_last_bytes(options, missing):
     data = encoded(noise(320, 240), "JPEG", **options)
     whole, cut = pixels(load(data)).astype(int), pixels(load(data[:-missing])).astype(int)
-    assert (np.abs(whole - cut).max(2) > 40).mean() < repair.MOST_MISSING
+    assert (np.abs(whole - cut).max(2) > 40).mean() < image_file.MOST_MISSING
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])

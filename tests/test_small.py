@@ -34,8 +34,8 @@ from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Rew
 from minigpt4.training.small_validation import SmallValidation, yes_no_scores
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary, singular
-from minigpt4.weights.llm import load_tokenizer
 from minigpt4.weights.sources import locate
+from minigpt4.weights.tokenizer import load_tokenizer
 from tests.training_case import jpeg, picture, write_descriptions, write_shard
 
 DOG = "A brown dog runs over the green grass."

@@ -14,6 +14,7 @@ import torch
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
+from minigpt4.web.run import upload_folder
 from minigpt4.weights import load
 from minigpt4.weights.load import WeightFiles
 
@@ -80,12 +81,12 @@ def test_a_driver_that_is_too_old(monkeypatch, capsys):
 @pytest.mark.trust("Uploads", "another user's folder or link in the place of the upload folder")
 def test_the_folder_of_uploads_is_this_users_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = Path(start.upload_folder())
+    folder = Path(upload_folder())
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
-    assert start.upload_folder() == str(folder)  # the next start finds what this one left
+    assert upload_folder() == str(folder)  # the next start finds what this one left
 
     def another() -> bool:
-        found = Path(start.upload_folder())
+        found = Path(upload_folder())
         return found != folder and found.stat().st_mode & 0o777 == 0o700
 
     folder.chmod(0o777)

@@ -20,7 +20,7 @@ def traced() -> str:
 def test_a_turn_reads_straight_down(traced):
     uploads, turns = traced.split("question -> streamed text")
     files = [line.split()[1] for line in uploads.splitlines()[1:]]
-    assert files[0] == "model/image.py" and "model/vision.py" in files and len(files) <= 8
+    assert files[0] == "model/image.py" and "model/vision.py" in files and len(files) <= 7
     files = [line.split()[1] for line in turns.splitlines()[1:]]
     assert files[0] == "conversation.py" and "model/prompt.py" in files and len(files) <= 10
     assert "engine/engine.py" in files and "model/text.py" in files

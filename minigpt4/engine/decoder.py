@@ -103,9 +103,9 @@ def _blocks_of(context: int) -> int:
 def _usual_bytes(device: "torch.device") -> int:
     if device.type != "cuda":
         return CPU_MEGABYTES * 2**20
-    from minigpt4.engine.torch_decoder import free_memory
+    import torch
 
-    return int(free_memory(device) * GPU_SHARE)
+    return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
 
 
 def _build_within_memory(

@@ -34,7 +34,6 @@ from minigpt4.engine.stream import (
     BROKEN,
     ENDING,
     HANGING,
-    KINDS,
     LOST,
     NO_MEMORY,
     Stream,
@@ -199,20 +198,12 @@ class Engine(RequestQueue):
         large, are released long before the answer ends.
         """
         keys = state.picture_keys - state.embeds.keys()
-        missing = []
-        found: dict[str, np.ndarray] = {}
-        for key in keys:
-            encoded = self._pictures.find(key)
-            if encoded is None:
-                missing.append(key)
-            else:
-                found[key] = encoded.embeds
-        for key in missing:
-            self._pictures.request(state.request.pictures[key])
-        if not missing:
-            state.embeds |= found
-            state.request = replace(state.request, pictures={})
-        return bool(missing)
+        found = {key: self._pictures.request(state.request.pictures[key]) for key in keys}
+        if not all(future.done() for future in found.values()):
+            return True
+        state.embeds |= {key: future.result().embeds for key, future in found.items()}
+        state.request = replace(state.request, pictures={})
+        return False
 
     # --- the thread ----------------------------------------------------------------------------
 
@@ -241,18 +232,16 @@ class Engine(RequestQueue):
             self._run(chunks)
 
     def _encode_pictures(self) -> None:
-        with self._lock:
-            pictures = self._pictures.next(ENCODED_AMONG_OTHERS if self._running else ENCODED_ALONE)
-        if not pictures:
+        count = ENCODED_AMONG_OTHERS if self._running else ENCODED_ALONE
+        outcomes = self._pictures.encode_some(count)
+        if not outcomes:
             return
-        outcomes = self._pictures.encode(pictures)
         with self._lock:
-            for picture, outcome in zip(pictures, outcomes, strict=True):
-                self._pictures.finish(picture, outcome)
+            for picture, outcome in outcomes:
                 if isinstance(outcome, UserError):
                     for state in self._waiting:
                         if picture.key in state.picture_keys:
-                            self._fail(state, str(outcome))
+                            self._fail(state, outcome)
             for state in self._waiting:
                 if not state.stream.stop_reason:
                     self._request_pictures(state)
@@ -350,7 +339,7 @@ class Engine(RequestQueue):
         elif short and len(chunks) == 1 and chunks[0].count > 1:
             self._run([Chunk(chunks[0].state, chunks[0].sequence, chunks[0].count // 2)])
         else:
-            self._fail(groups[0][0], sentence)
+            self._fail(groups[0][0], failure(sentence))
 
     # --- postprocess ---------------------------------------------------------------------------
 
@@ -363,8 +352,10 @@ class Engine(RequestQueue):
                     self._scheduler.advance(chunk)
                 if found:
                     self._choose(state, found)
+            except UserError as error:  # of the request's own constraint
+                self._fail(state, error)
             except Exception as error:
-                self._fail(state, self._note_failure(error, "while choosing a token"))
+                self._fail(state, failure(self._note_failure(error, "while choosing a token")))
 
     def _choose(self, state: RequestState, found: list[np.ndarray | int]) -> None:
         """What the decoder gives for the request's sequences -> its next token or tokens."""
@@ -372,7 +363,7 @@ class Engine(RequestQueue):
             log.error("the model's logits are not finite")
             for sequence in state.sequences:  # no other conversation may continue from these
                 self._scheduler.cache.unregister(sequence.blocks)
-            self._fail(state, BROKEN)
+            self._fail(state, failure(BROKEN))
         elif state.search is not None:
             self._continue_beams(state, state.search, np.stack(found))
         else:
@@ -439,16 +430,16 @@ class Engine(RequestQueue):
 
     # --- faults --------------------------------------------------------------------------------
 
-    def _fail(self, state: RequestState, sentence: str) -> None:
-        if state.stream._end("error", failure(sentence)) and not state.probe:
-            self.totals.add_error(KINDS[sentence])
+    def _fail(self, state: RequestState, error: UserError) -> None:
+        if state.stream._end("error", error) and not state.probe:
+            self.totals.add_error(error.kind)
 
     def _fail_all(self, sentence: str) -> None:
         with self._lock:
             states = [*self._waiting, *self._running]
             self._pictures.fail_all(failure(sentence))
         for state in states:
-            self._fail(state, sentence)
+            self._fail(state, failure(sentence))
 
     def _watch(self) -> None:
         """Notice a thread that hangs or has died, and tell everyone who waits.

@@ -30,14 +30,19 @@ def whole_blocks(n: int) -> int:
     return -(-n // BLOCK) * BLOCK
 
 
+def _kernels(variant: str) -> ctypes.CDLL:
+    kernels = library(variant)
+    if kernels is None:
+        raise OSError("there is no C compiler, and no build of the kernels")
+    return kernels
+
+
 def quantize(kind: str, numbers: np.ndarray, variant: str = "native") -> np.ndarray:
     """Finite float32 [rows, columns] -> blocks of Q4_1, Q8_0, Q4_K or Q6_K, uint8 [rows, bytes].
 
     ValueError for another kind, OSError where the kernels could not be built.
     """
-    kernels = library(variant)
-    if kernels is None:
-        raise OSError("there is no C compiler, and no build of the kernels")
+    kernels = _kernels(variant)
     weights, size = BLOCKS[kind]
     rows, columns = numbers.shape
     if columns % weights:
@@ -112,11 +117,11 @@ class PackedMatrices:
 class NativeDecoder:
     """Runs rows through a `BlockLlama`; keys and values lie in blocks of 16-bit floats.
 
+    A row's numbers are the same bits whatever else is computed beside it.
     blocks: [count, layers, key or value, kv_heads, BLOCK_SIZE * head width]; memory that no
     conversation has used yet is not taken from the system.
     """
 
-    exact = True  # a row's numbers are the same bits whatever else is computed beside it
     name = "compiled"
     chunk_rows = (256, 32)
 
@@ -129,10 +134,7 @@ class NativeDecoder:
         variant: str = "native",
         count: Count = ignore,
     ) -> None:
-        kernels = library(variant)
-        if kernels is None:
-            raise OSError("there is no C compiler, and no build of the kernels")
-        self._library = kernels
+        self._library = _kernels(variant)
         self.vocabulary = llama.vocabulary
         self.hidden_size = llama.hidden_size
         self._kept: list = []  # arrays that the library points into

@@ -3,6 +3,7 @@
 Embeddings are kept by the picture's content: what one person uploads is encoded for everybody.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ KEPT = 256  # most recently used: 60 KB each for nano
 
 
 class Pictures:
-    """Not thread-safe: its owner holds a lock, except during `encode`.
+    """Any thread may ask for a picture; the owner's own thread encodes.
 
     explain: an exception of the encoder -> the error that a user sees. store: keeps embeddings on
     disk, too.
@@ -35,6 +36,7 @@ class Pictures:
         store: EmbeddingStore | None = None,
     ) -> None:
         self._model, self._explain, self._store = model, explain, store
+        self._lock = threading.RLock()
         self._requested: OrderedDict[str, tuple[Picture, Future]] = OrderedDict()
         self._encoded: OrderedDict[str, Encoded] = OrderedDict()
 
@@ -45,28 +47,38 @@ class Pictures:
 
     def find(self, key: str) -> Encoded | None:
         """What the encoder made of a picture, None before that."""
-        if key not in self._encoded and self._store and key not in self._requested:
-            stored = self._store.find(key)
-            if stored is not None:
-                self._remember(key, Encoded(stored))
-        if key in self._encoded:
-            self._encoded.move_to_end(key)
-        return self._encoded.get(key)
+        with self._lock:
+            if key not in self._encoded and self._store and key not in self._requested:
+                stored = self._store.find(key)
+                if stored is not None:
+                    self._remember(key, Encoded(stored))
+            if key in self._encoded:
+                self._encoded.move_to_end(key)
+            return self._encoded.get(key)
 
-    def request(self, picture: Picture) -> Future:
-        """Have a picture encoded; the future gets what comes of it or a UserError."""
-        return self._requested.setdefault(picture.key, (picture, Future()))[1]
+    def request(self, picture: Picture) -> Future[Encoded]:
+        """What comes of a picture: known at once, or after `encode_some`, or a UserError."""
+        with self._lock:
+            encoded = self.find(picture.key)
+            if encoded is None:
+                return self._requested.setdefault(picture.key, (picture, Future()))[1]
+        known: Future[Encoded] = Future()
+        known.set_result(encoded)
+        return known
 
-    def next(self, count: int) -> list[Picture]:
-        """The pictures that have waited longest."""
-        return [self._requested[key][0] for key in list(self._requested)[:count]]
-
-    def encode(self, pictures: list[Picture]) -> list[Encoded | UserError]:
-        """All in one batch; where that fails, one by one, so that a bad picture fails alone."""
-        encoded = self._encode_together(pictures)
-        if encoded is None:
-            return [self._encode_alone(picture) for picture in pictures]
-        return [*encoded]
+    def encode_some(self, count: int) -> list[tuple[Picture, Encoded | UserError]]:
+        """Encode up to `count` pictures that have waited longest, and tell everyone who waits."""
+        with self._lock:
+            pictures = [self._requested[key][0] for key in list(self._requested)[:count]]
+        if not pictures:
+            return []
+        # All in one batch; where that fails, one by one, so that a bad picture fails alone.
+        outcomes = self._encode_together(pictures) or map(self._encode_alone, pictures)
+        pairs = list(zip(pictures, outcomes, strict=True))
+        with self._lock:
+            for picture, outcome in pairs:
+                self._finish(picture, outcome)
+        return pairs
 
     def _encode_together(self, pictures: list[Picture]) -> list[Encoded] | None:
         """None where it fails. The exception must not live on: its traceback holds tensors."""
@@ -94,8 +106,7 @@ class Pictures:
                 self._store.keep(picture.key, encoded.embeds)
         return outcomes
 
-    def finish(self, picture: Picture, outcome: Encoded | UserError) -> None:
-        """Keep what `encode` returned, and pass it to everyone who waits for it."""
+    def _finish(self, picture: Picture, outcome: Encoded | UserError) -> None:
         _, future = self._requested.pop(picture.key, (picture, Future()))
         if isinstance(outcome, UserError):
             future.set_exception(outcome)
@@ -110,5 +121,6 @@ class Pictures:
 
     def fail_all(self, error: UserError) -> None:
         """Nothing that waits is encoded any more."""
-        while self._requested:
-            self._requested.popitem()[1][1].set_exception(error)
+        with self._lock:
+            while self._requested:
+                self._requested.popitem()[1][1].set_exception(error)

@@ -81,7 +81,10 @@ class Draw:
 
 
 class Constraint(Protocol):
-    """What an answer's tokens must keep to, such as a grammar. It serves one answer."""
+    """What an answer's tokens must keep to, such as a grammar. It serves one answer.
+
+    A UserError of its methods ends the answer.
+    """
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """The logits [vocabulary], -inf for tokens that may not come next."""

@@ -13,11 +13,6 @@ from minigpt4.engine.scheduler import Rows
 MAX_ROWS = 1024  # in one call of the model
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU."""
-    return torch.cuda.mem_get_info(device)[0]
-
-
 class TorchDecoder:
     """Runs rows through a Hugging Face Llama, quantised or not.
 
@@ -26,7 +21,6 @@ class TorchDecoder:
     follow each other.
     """
 
-    exact = False
     name = "PyTorch"
 
     def __init__(self, llm: PreTrainedModel, blocks: int) -> None:

@@ -3,56 +3,32 @@
 import base64
 import hashlib
 import io
-import logging
 import os
 import re
-import struct
 import threading
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import pillow_heif
-from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin
+from PIL import Image
 
 from minigpt4.errors import UserError
-from minigpt4.model import colours, repair
-from minigpt4.model.colours import STRIPE
+from minigpt4.model import image_file
+from minigpt4.model.image_file import STRIPE, TooLarge
 
-MAX_PIXELS = 40_000_000  # after decoding
-MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then kept at half its size: phones have 48
-MAX_JPEG_PIXELS = 200_000_000  # of a JPEG file, which can be decoded at a half, fourth or eighth
-# With several scans, libjpeg keeps the coefficients of the whole picture, 6 bytes a pixel.
-MAX_PROGRESSIVE_PIXELS = 64_000_000
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
 UNPACKED_PIXELS = 300_000  # of a picture in history that is not packed: about a megabyte
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
 DECODING_WAIT = 60.0  # seconds for a turn to decode
-MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each costs a full pass
-MAX_SEGMENTS = 1000  # of a JPEG file; joining those of its EXIF takes quadratic time
-MAX_COMMENTS = 1000  # blocks of 255 bytes of a GIF file; joining them takes quadratic time
-MAX_COMPRESSED = 200  # texts and profiles of a PNG file; each may expand to a megabyte
-MAX_PARTS = 100_000  # chunks of a PNG file, blocks before the first frame of a GIF
-MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
-MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
-MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
-MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
 BUSY = "Too many pictures are being opened at the moment: try again in a minute."
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 
-# MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF comes before HEIF because
-# both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
-_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
 _SUFFIX = re.compile(r"(?i)\.(jpe?g|jpe|jfif|mpo|a?png|webp|avifs?|hei[cf]s?|hif|gif|bmp|tiff?)")
-_TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
-_TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
-_TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
 _OTHER_KINDS = {
     rb"(?is).*(<!doctype html|<html)": "a web page",
     rb"(?is).*<svg": "an SVG drawing",
@@ -66,24 +42,7 @@ _OTHER_KINDS = {
     rb"(?s).{4}ftyp(?!hei|hev|mif1|msf1|avi)|\x1a\x45\xdf\xa3": "a video or a camera's raw file",
 }
 
-# Pillow checks this before the limits here, which depend on the format.
-Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
-pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
-
 _decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
-_load_directory = TiffImagePlugin.ImageFileDirectory_v2.load
-
-# The libraries' warnings about odd files are not for the user's terminal.
-warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-
-
-class _TooLarge(Exception):
-    """A picture of more than `limit` pixels."""
-
-    def __init__(self, limit: int = MAX_PIXELS) -> None:
-        super().__init__(limit)
-        self.limit = limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,11 +172,11 @@ def fitted(rgb: Image.Image, side: int) -> Image.Image:
     return rgb.resize(size, Image.Resampling.BICUBIC)
 
 
-def data_url(picture: Picture, side: int, quality: int = 90) -> str:
+def data_url(picture: Picture, side: int) -> str:
     """The picture as a JPEG `data:` URL, scaled down to at most `side` pixels."""
     small = picture.rgb.copy()
     small.thumbnail((side, side))
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg(small, quality)).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(small)).decode()
 
 
 def jpeg(rgb: Image.Image, quality: int = 90) -> bytes:
@@ -231,9 +190,9 @@ def load(source: str | os.PathLike | bytes) -> Picture:
     """Open a picture file, or the bytes of one; of an animation, the first frame.
 
     A JPEG of up to `MAX_JPEG_PIXELS` is decoded at a smaller scale, a HEIC of up to
-    `MAX_HEIC_PIXELS` kept at one. UserError where the file does
-    not exist, is not a readable picture or has more than `MAX_PIXELS` pixels (checked before they
-    are decoded), or where all pictures in use together have too many.
+    `MAX_HEIC_PIXELS` kept at one (see `image_file`). UserError where the file does not exist, is
+    not a readable picture or has more than `MAX_PIXELS` pixels (checked before they are decoded),
+    or where all pictures in use together have too many.
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), "The picture")
@@ -316,10 +275,8 @@ def _decode(file: BinaryIO, name: str) -> Picture:
             values={"name": name},
         )
     with _picture_errors(name, head), _turn():
-        _check_parts(file, head)
-        image = _open(file, head)
-        _check_work(image)
-        return _converted(image, lambda: _loaded(image, file))
+        image = image_file.opened(file, head)
+        return _converted(image, lambda: image_file.decoded(image, file))
 
 
 def convert(opened: Image.Image) -> Picture:
@@ -332,8 +289,8 @@ def convert(opened: Image.Image) -> Picture:
     with _picture_errors("The picture", b""), _turn():
         if 0 in opened.size:
             raise ValueError
-        if opened.width * opened.height > MAX_PIXELS:
-            raise _TooLarge
+        if opened.width * opened.height > image_file.MAX_PIXELS:
+            raise TooLarge
         return _converted(opened, copied, opened)
 
 
@@ -349,12 +306,11 @@ def _converted(
         deep = ";16" in str(getattr(image, "tile", ""))  # only known before it is decoded
         image = decode()
         size = image.width * image.height  # a HEIC file may declare another one
-        if size > MAX_PIXELS:
-            raise _TooLarge
+        if size > image_file.MAX_PIXELS:
+            raise TooLarge
         held.take(size - taken)
         taken = size
-        eight = colours.brightened(image) if deep else image
-        rgb = _upright(colours.on_white(colours.eight_bit(eight)), original or image)
+        rgb = image_file.upright_rgb(image, original or image, deep)
         picture = hold(rgb, _key(rgb))
         taken = 0
         return picture
@@ -369,8 +325,8 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"{getattr(error, 'limit', MAX_PIXELS) / 1e6:g}"
+    except (TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{getattr(error, 'limit', image_file.MAX_PIXELS) / 1e6:g}"
         raise UserError(
             f"{name} has more than {limit} megapixels: scale it down and try again.",
             message_id="picture_too_large",
@@ -393,156 +349,8 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
         ) from None
 
 
-def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
-    """The picture, not decoded yet. _TooLarge where it would have too many pixels."""
-    if head.startswith(repair.PNG):
-        file = repair.without_damaged_chunks(file)
-    image = Image.open(file, formats=_FORMATS)
-    pixels = image.width * image.height
-    if pixels <= MAX_PIXELS:
-        return image
-    if image.format == "HEIF":
-        if pixels <= MAX_HEIC_PIXELS:
-            return image
-        raise _TooLarge(MAX_HEIC_PIXELS)
-    if image.format not in ("JPEG", "MPO"):
-        raise _TooLarge
-    file.seek(0)
-    scans = list(_jpeg_segments(file)).count(0xDA)
-    limit = MAX_JPEG_PIXELS if scans == 1 else MAX_PROGRESSIVE_PIXELS
-    if pixels > limit or scans * pixels > MAX_SCANS * MAX_PIXELS:
-        raise _TooLarge(limit if pixels > limit else MAX_PIXELS)
-    scale = next(s for s in (2, 4, 8) if -(-image.width // s) * -(-image.height // s) <= MAX_PIXELS)
-    image.draft(None, (image.width // scale, image.height // scale))
-    if image.width * image.height > MAX_PIXELS:
-        raise _TooLarge
-    return image
-
-
-def _loaded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
-    """The decoded picture, a large HEIC one at half its size; of a JPEG file without its last
-    bytes, all but `repair.MOST_MISSING`."""
-    try:
-        image.load()
-        large = image.format == "HEIF" and image.width * image.height > MAX_PIXELS
-        return image.reduce(2) if large else image
-    except OSError:
-        if image.format not in ("JPEG", "MPO"):
-            raise
-    whole = _open(repair.with_end(file), repair.END_OF_JPEG)
-    whole.load()
-    if not repair.all_scans_begun(file) or repair.missing_share(whole) > repair.MOST_MISSING:
-        raise ValueError
-    return whole
-
-
 def _key(rgb: Image.Image) -> str:
     digest = hashlib.sha256(b"%d x %d\n" % rgb.size)
     for top in range(0, rgb.height, STRIPE):
         digest.update(rgb.crop((0, top, rgb.width, min(top + STRIPE, rgb.height))).tobytes())
     return digest.hexdigest()
-
-
-def _check_parts(file: BinaryIO, head: bytes) -> None:
-    """ValueError where a file has more parts than any sound one: each part costs time."""
-    if head.startswith(b"MM\0\x2b"):  # a BigTIFF: libtiff's first directory is not Pillow's
-        raise ValueError
-    for start, (parts, most, costly, most_costly) in _PARTS.items():
-        if head.startswith(start):
-            expensive = 0
-            for number, kind in enumerate(parts(file), 1):
-                expensive += kind in costly
-                if number > most or expensive > most_costly:
-                    raise ValueError
-    file.seek(0)
-
-
-def _jpeg_segments(file: BinaryIO) -> Iterator[int]:
-    """The kinds of a JPEG file's markers before its end."""
-    return (kind for kind, _ in repair.jpeg_segments(file.read()))
-
-
-def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The kinds of a PNG file's chunks."""
-    file.seek(8)
-    while len(chunk := file.read(8)) == 8:
-        yield chunk[4:]
-        file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
-
-
-def _gif_blocks(file: BinaryIO) -> Iterator[int]:
-    """The kind of extension of each block before a GIF file's first frame; 0 for a stray byte."""
-    flags = file.read(13)[10]
-    if flags & 0x80:
-        file.seek(3 << (flags & 7) + 1, os.SEEK_CUR)
-    while (byte := file.read(1)) and byte not in b",;":
-        kind = file.read(1)[0] if byte == b"!" else 0
-        yield kind
-        while kind and (length := file.read(1)[0]):
-            file.seek(length, os.SEEK_CUR)
-            yield kind
-
-
-# By a file's first bytes: (its parts, most of them, the costly kinds, most of those).
-_PARTS = {
-    b"\xff\xd8\xff": (_jpeg_segments, MAX_SEGMENTS, (0xDA,), MAX_SCANS),
-    b"\x89PNG": (_png_chunks, MAX_PARTS, (b"iCCP", b"iTXt", b"zTXt"), MAX_COMPRESSED),
-    b"GIF8": (_gif_blocks, MAX_PARTS, (0xFE,), MAX_COMMENTS),
-}
-
-
-def _load_bounded_directory(
-    directory: TiffImagePlugin.ImageFileDirectory_v2, file: IO[bytes]
-) -> None:
-    """Pillow's `load`, after a check: it copies the data of every tag, and many may share theirs.
-
-    ValueError where the tags' data is longer than the file. Data beyond the file's end is left to
-    Pillow, which stops there.
-    """
-    start = file.tell()
-    length = file.seek(0, os.SEEK_END)
-    file.seek(start)
-    big = directory._bigtiff
-    entry = struct.Struct(directory._endian + ("HHQQ" if big else "HHLL"))
-    order: Literal["little", "big"] = "little" if directory._endian == "<" else "big"
-    tags = int.from_bytes(file.read(8 if big else 2), order)
-    if tags > MAX_TAGS:
-        raise ValueError
-    total = numbers = 0
-    entries = file.read(tags * entry.size)
-    for place in range(0, len(entries) - entry.size + 1, entry.size):
-        tag, kind, count, offset = entry.unpack_from(entries, place)
-        size = count * (_TYPE_SIZES[kind] if kind < len(_TYPE_SIZES) else 0)
-        if size + offset <= length:
-            total += size
-            numbers += 0 if kind in _TYPES_OF_BYTES else count
-        endless = tag in _TABLES and count > MAX_STRIPS
-        if endless or total > length or numbers > MAX_NUMBERS:
-            raise ValueError
-    file.seek(start)
-    _load_directory(directory, file)
-
-
-# Pillow reads TIFF and EXIF with this while it opens a file, while it loads it, and later.
-_Directory = TiffImagePlugin.ImageFileDirectory_v2
-_Directory.load = _load_bounded_directory  # type: ignore[method-assign, assignment]
-
-
-def _check_work(image: ImageFile.ImageFile) -> None:
-    """ValueError where decoding would write many more pixels than the picture has."""
-    rle = image.format == "BMP" and image.tile[0].codec_name == "bmp_rle"
-    if rle and image.width > MAX_RLE_WIDTH:
-        raise ValueError
-    if image.format == "TIFF":  # strips may overlap; each of four bands may have its own
-        boxes = [tile.extents or (0, 0, *image.size) for tile in image.tile]
-        drawn = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
-        if drawn > 4 * image.width * image.height:
-            raise ValueError
-
-
-def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
-    with suppress(Exception):  # EXIF is often broken where the picture is sound
-        orientation = original.getexif().get(ExifTags.Base.Orientation, 1)
-        rgb.getexif()[ExifTags.Base.Orientation] = orientation
-    ImageOps.exif_transpose(rgb, in_place=True)
-    return rgb

@@ -106,10 +106,6 @@ class MiniGPT4(nn.Module):
         features = self.encoder(pixel_values)  # [batch, patches, hidden], or feature maps
         return self.bridge(features)  # [batch, image_tokens, projection_in]
 
-    def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures -> image embeddings [batch, image_tokens, llm_hidden_size]."""
-        return self.project(self.encode_features(self.pixel_values(pictures)))
-
     def project(self, features: Tensor) -> Tensor:
         """What `encode_features` gives -> image embeddings [batch, image_tokens, hidden]."""
         embeds = self.projection(features.to(self.projection.weight.dtype))

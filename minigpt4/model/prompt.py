@@ -46,7 +46,6 @@ class Template:
     format that are plain text: they are broken up in what people write.
     """
 
-    name: str
     system: str  # default system text
     system_wrap: str  # with {} for the system text; omitted when that is empty
     user: str  # opens a user's message
@@ -69,7 +68,6 @@ _SYSTEM = (
 )
 
 VICUNA = Template(
-    name="vicuna",
     system=_SYSTEM,
     system_wrap="{}###",
     user="Human: ",
@@ -84,7 +82,6 @@ VICUNA = Template(
 )
 
 LLAMA2 = Template(
-    name="llama2",
     system=_SYSTEM,
     system_wrap="{}",
     user="<s>[INST] ",
@@ -99,7 +96,6 @@ LLAMA2 = Template(
 )
 
 CHATML = Template(
-    name="chatml",
     system="",
     system_wrap="<|im_start|>system\n{}<|im_end|>\n",
     user="<|im_start|>user\n",

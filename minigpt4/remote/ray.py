@@ -239,8 +239,8 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle, options: Namespace) -> None:
         from minigpt4.start import given_places
-        from minigpt4.weights.llm import load_tokenizer
         from minigpt4.weights.load import find_weights
+        from minigpt4.weights.tokenizer import load_tokenizer
 
         config = get_model(options.model)
         tokenizer = load_tokenizer(find_weights(config, given=given_places(options)).llm)

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,7 +72,6 @@ class VllmServers:
             headers=headers, timeout=timeout, limits=limits, trust_env=False
         )
         self._pictures = Pictures(model, explain)
-        self._pictures_lock = threading.Lock()
         self._encoder = ThreadPoolExecutor(1, "encoder", use_device, (model.device,))
 
     def check(self, request: Request) -> None:
@@ -88,26 +86,11 @@ class VllmServers:
     def encode(self, picture: Picture) -> Encoded:
         return self._request(picture).result()
 
-    def _request(self, picture: Picture) -> Future:
-        with self._pictures_lock:
-            encoded = self._pictures.find(picture.key)
-            if encoded is None:
-                future = self._pictures.request(picture)
-                self._encoder.submit(self._encode_some)
-                return future
-        done: Future = Future()
-        done.set_result(encoded)
-        return done
-
-    def _encode_some(self) -> None:
-        with self._pictures_lock:
-            pictures = self._pictures.next(PICTURES_TOGETHER)
-        if not pictures:  # they were encoded in an earlier batch
-            return
-        outcomes = self._pictures.encode(pictures)
-        with self._pictures_lock:
-            for picture, outcome in zip(pictures, outcomes, strict=True):
-                self._pictures.finish(picture, outcome)
+    def _request(self, picture: Picture) -> Future[Encoded]:
+        future = self._pictures.request(picture)
+        if not future.done():
+            self._encoder.submit(self._pictures.encode_some, PICTURES_TOGETHER)
+        return future
 
     async def _embeds(self, request: Request) -> dict[str, np.ndarray]:
         keys = {image.key for _, image in request.prompt.images}
@@ -215,8 +198,7 @@ class VllmServers:
 
     async def close(self) -> None:
         self._encoder.shutdown(wait=False, cancel_futures=True)
-        with self._pictures_lock:
-            self._pictures.fail_all(failure(BROKEN))
+        self._pictures.fail_all(failure(BROKEN))
         await self._client.aclose()
 
 

@@ -17,7 +17,7 @@ from minigpt4.data.examples import Example, check_share
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training.batches import random_resized_crop
-from minigpt4.weights.llm import cpu_dtype
+from minigpt4.weights.llm import choose_dtype
 
 _ENCODED_AT_ONCE = 8  # pictures; more of them do not fit a CPU's cache
 _ABANDONED = 24 * 3600  # seconds after which nobody writes an incomplete file any more
@@ -124,7 +124,7 @@ class Features:
         device = self._model.device
         # On a GPU the encoder's weights have 16 bits anyway. A CPU with native bfloat16 needs less
         # than half the time with it, any other twenty times as long.
-        native = device.type == "cpu" and cpu_dtype() == torch.bfloat16
+        native = device.type == "cpu" and choose_dtype() == torch.bfloat16
         fast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=native)
         with torch.inference_mode(), fast:
             pixels = self._model.pixel_values(pictures)

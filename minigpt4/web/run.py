@@ -1,15 +1,19 @@
 """`app.py` and `minigpt4 serve`: options -> model, page and API in one server."""
 
 import argparse
+import contextlib
 import os
+import stat
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from minigpt4 import start
 from minigpt4.config import get_model
-from minigpt4.errors import Unfailing, UserError
+from minigpt4.errors import UserError
 from minigpt4.options import (
     SERVER,
     Parser,
@@ -72,12 +76,54 @@ def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "AnyEngin
     )
 
 
+class Unfailing:
+    """A stream that drops what cannot be written, instead of raising.
+
+    Gradio writes a traceback to standard error before it answers the visitor. If that raised, as
+    with a log on a full disk, the visitor would wait forever.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def upload_folder() -> str:
+    """A folder for the page's temporary uploads that only this user can read.
+
+    Old uploads in it are deleted, so it must hold nobody else's files. It is created here. If its
+    name is taken by anything else, which another user could arrange, a new folder with a random
+    name is created instead.
+    """
+    if not hasattr(os, "getuid"):  # Windows: each user has a temporary folder
+        return str(Path(tempfile.gettempdir(), "minigpt4"))
+    folder = Path(tempfile.gettempdir(), f"minigpt4-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()  # does not follow a link
+    others = found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others:
+        return str(folder)
+    return tempfile.mkdtemp(prefix="minigpt4-")
+
+
 def serve(chosen: argparse.Namespace) -> None:
     """Run the server until it is told to end. UserError for what keeps it from starting."""
     sys.stderr = Unfailing(sys.stderr)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     if "GRADIO_TEMP_DIR" not in os.environ:
-        os.environ["GRADIO_TEMP_DIR"] = start.upload_folder()
+        os.environ["GRADIO_TEMP_DIR"] = upload_folder()
     from minigpt4.remote import zerogpu
     from minigpt4.web.page.feedback import Feedback
     from minigpt4.web.page.loading import Loading

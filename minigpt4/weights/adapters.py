@@ -19,7 +19,7 @@ from minigpt4.config import ModelConfig
 from minigpt4.errors import UserError
 from minigpt4.weights.checkpoint import read_checkpoint, read_projection
 from minigpt4.weights.gguf import LAYER_NAMES, BlockLlama, BlockTensor, neighbours
-from minigpt4.weights.llm import BlockEmbedding, TokenEmbedding
+from minigpt4.weights.llm import TokenEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def adapted(
             f"{path} holds adapters for a language model, and {config.name} takes none: give "
             "another file with “--projection”."
         )
-    if isinstance(llm, TokenEmbedding | BlockEmbedding):
+    if isinstance(llm, TokenEmbedding):
         raise UserError(
             f"{path} holds adapters, which a language model on other machines does not have: give "
             "a file without them with “--projection”, or leave out “--llm-url”."

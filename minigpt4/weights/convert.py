@@ -7,7 +7,6 @@ and `ffn_down` in half of the layers; 4 bits for the rest.
 
 import glob
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -25,7 +24,13 @@ from torch import Tensor
 
 from minigpt4.config import ModelConfig
 from minigpt4.errors import Report, UserError, out_of_memory
-from minigpt4.weights.checkpoint import forget, tensors_of
+from minigpt4.weights.folder import (
+    check_folder,
+    check_is_no_delta,
+    read_config,
+    read_tensors,
+    shards_of,
+)
 from minigpt4.weights.gguf import (
     BLOCKS,
     INDEX,
@@ -38,7 +43,7 @@ from minigpt4.weights.gguf import (
     size_of,
     write_index,
 )
-from minigpt4.weights.llm import check_folder, check_is_no_delta, shards_of
+from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, mark_of, weights_folder
 from minigpt4.weights.tokenizer import load_tokenizer
 from minigpt4.weights.transfer import Progress, in_words
@@ -73,7 +78,7 @@ def blocks_folder(llm: Path) -> Path:
     if llm.is_dir():
         try:
             files = shards_of(llm)
-        except (ValueError, KeyError, TypeError, AttributeError):  # converting them tells
+        except ValueError:  # converting them tells
             files = []
     if not files or not all(file.exists() for file in files):
         made = [i.parent for i in weights.glob(f"{glob.escape(name)}-*-{INT4}/{INDEX}")]
@@ -130,15 +135,11 @@ def _advice(llm: Path, target: Path) -> str:
 
 def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
     """A folder for a user's own GGUF file, which stays where it is."""
-    from transformers import AutoTokenizer
-
     report(f"Reading {gguf.name} (once) …")
     link = target / gguf.name
     link.symlink_to(gguf.resolve())
     try:
-        write_index(link)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer.save_pretrained(target)
+        describe_gguf(link)
     except Exception as error:
         if out_of_memory(error) or (isinstance(error, OSError) and error.errno):  # the disk
             raise
@@ -177,15 +178,16 @@ def _convert_folder(
     check_folder(folder, config)
     transformers_logging.set_verbosity_error()
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = read_sizes(settings)
-        parts = _plan(sizes, tied=bool(settings.get("tie_word_embeddings")))
-        shards = shards_of(folder)
-        total = sum(shard.stat().st_size for shard in shards)
+        sizes, tied = read_sizes(folder)
+        parts = _plan(sizes, tied)
+        total = sum(shard.stat().st_size for shard in shards_of(folder))
         _check_space(target, sum(part.size for part in parts.values()), total, report)
         progress = Progress(config.name, total, report, "Converting")
+        path = target / f"{folder.name}-4bit.gguf"
         try:
-            outer = _write(folder, target, sizes, parts, quantize, threads, progress)
+            with progress.file(total) as count:
+                tensors = read_tensors(folder, count)
+                outer = _write(path, tensors, sizes, parts, quantize, threads)
         finally:
             progress.close()
         check_is_no_delta(*outer, folder, config)
@@ -210,11 +212,14 @@ def _check_space(target: Path, size: int, total: int, report: Report) -> None:
         )
 
 
-def read_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `BlockLlama` wants to know out of a Hugging Face config.json.
+def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
+    """(what `BlockLlama` wants to know out of a Hugging Face folder's config.json, does one matrix
+    serve as embedding and head).
 
-    ValueError for a model that is computed in another way.
+    ValueError for a model that is computed in another way; OSError, ValueError, KeyError or
+    TypeError for a damaged file.
     """
+    settings = read_config(folder)
     kind = settings["model_type"]
     if kind not in ROPE_HALVES:
         raise ValueError(f"models of the type {kind} are not supported")
@@ -243,15 +248,13 @@ def read_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
         "rope_halves": ROPE_HALVES[kind],
     }
     check_sizes(sizes)
-    return sizes
+    return sizes, bool(settings.get("tie_word_embeddings"))
 
 
 def planned_bytes(folder: Path) -> int:
     """Bytes that a folder's language model will take in 4 bit. ValueError, KeyError, TypeError or
     OSError where it cannot be converted."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parts = _plan(read_sizes(settings), tied=bool(settings.get("tie_word_embeddings")))
-    return sum(part.size for part in parts.values())
+    return sum(part.size for part in _plan(*read_sizes(folder)).values())
 
 
 def kind_of(name: str, shape: tuple[int, ...], layers: int) -> str:
@@ -298,23 +301,22 @@ def new_name(name: str) -> str | None:
 
 
 def _write(
-    folder: Path,
-    target: Path,
+    path: Path,
+    tensors: Iterator[tuple[str, Tensor]],
     sizes: Mapping[str, Any],
     parts: Mapping[str, _Part],
     quantize: Quantizer,
     threads: int,
-    progress: Progress,
 ) -> tuple[Tensor, Tensor]:
-    """Some rows of the embedding, and the last norm's weight."""
-    path = target / f"{folder.name}-4bit.gguf"
+    """Write the file and its index; some rows of the embedding, and the last norm's weight."""
     start = _write_header(path, sizes, parts)
     digests: dict[str, str] = {}
     outer: dict[str, Tensor] = {}
     with path.open("r+b") as file, ThreadPoolExecutor(threads) as pool:
-        for name, tensor in _tensors(folder, progress):
-            part = parts.get(name)
-            if part is None:
+        for old_name, tensor in tensors:
+            name = new_name(old_name)
+            part = parts.get(name or "")
+            if name is None or part is None:
                 continue
             if tuple(tensor.shape) != part.shape:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {part.shape}")
@@ -330,17 +332,6 @@ def _write(
         raise ValueError(f"{min(lost)} is missing")
     write_index(path, digests)
     return outer["token_embd.weight"], outer["output_norm.weight"]
-
-
-def _tensors(folder: Path, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """(name in a GGUF file, tensor) of all shards, one shard after the other."""
-    for shard in shards_of(folder):
-        with progress.file(shard.stat().st_size) as count:
-            for name, tensor in tensors_of(shard, ("",)):
-                if renamed := new_name(name):
-                    yield renamed, tensor
-                    forget(tensor)
-                count(tensor.nbytes)
 
 
 def _write_tensor(

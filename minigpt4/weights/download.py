@@ -1,6 +1,5 @@
 """Fetch the weights that a model lacks: one progress bar for all; only what is used is kept."""
 
-import json
 import logging
 import shutil
 import tempfile
@@ -22,7 +21,8 @@ from minigpt4.errors import Report, UserError
 from minigpt4.weights import transfer
 from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import keep_tensors, save_projection
-from minigpt4.weights.llm import convert_gguf, is_complete
+from minigpt4.weights.folder import WHOLE, is_complete, read_index
+from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, file_name, missing, sources, weights_folder
 from minigpt4.weights.transfer import Progress, Remote, in_words
 
@@ -180,11 +180,11 @@ def _llm_files(names: list[str]) -> list[str]:
 def _shards(source: Source, commit: str | None, names: list[str]) -> list[str]:
     """The shards that hold the wanted tensors, by the repository's index."""
     repository, kind = _repository(source)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for index in (f"{whole}.index.json" for whole in WHOLE):
         if index in names:
             path = HfApi().hf_hub_download(repository, index, repo_type=kind, revision=commit)
-            places = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
-            wanted = {shard for name, shard in places.items() if name.startswith(source.tensors)}
+            places = read_index(Path(path)).items()
+            wanted = {shard for name, shard in places if name.startswith(source.tensors)}
             if wanted:
                 return sorted(wanted)
     raise UserError(f"{source.ref} has no index of shards that names {source.tensors[0]}*.")
@@ -261,14 +261,14 @@ def _keep(plan: Plan, fetched: Path, report: Report) -> None:
 def _unpack(gguf: Path, target: Path, cached: bool) -> None:
     """Make a language model's folder of a GGUF file; the hub's cache keeps its own."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        file = Path(scratch, gguf.name)
+        file = Path(scratch, "folder", gguf.name)
+        file.parent.mkdir()
         if cached:
             file.symlink_to(gguf.resolve())
         else:
             gguf.rename(file)
-        folder = Path(scratch, "folder")
         try:
-            convert_gguf(file, folder)
+            describe_gguf(file)
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"{gguf.name} is not a GGUF file of a kind that can be read ({error}): choose "
@@ -276,7 +276,7 @@ def _unpack(gguf: Path, target: Path, cached: bool) -> None:
             ) from error
         if target.is_dir():
             shutil.rmtree(target)  # fetched before the GGUF file itself was kept
-        folder.rename(target)
+        file.parent.rename(target)
 
 
 def _explain(error: Exception, source: Source, plan: Plan) -> str:

@@ -4,18 +4,17 @@ A Llama's linears, head and embedding are quantised while its files are read, on
 Layers that read the same input are stored together, for kernels that compute them together.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.errors import Count, ignore
+from minigpt4.weights.folder import read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +94,7 @@ def load_int8(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return build_int8(config, tensors_of(folder, count), device, dtype)
+    return build_int8(config, read_tensors(folder, count), device, dtype)
 
 
 def build_int8(
@@ -121,39 +120,6 @@ def build_int8(
                 mismatched.append(f"{name}: {error}")
     report = {"missing_keys": sorted(missing), "mismatched_keys": mismatched, "error_msgs": []}
     return llm.requires_grad_(False), report
-
-
-def tensors_of(folder: Path, count: Count = ignore) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all weight files of a Hugging Face folder; one tensor is read at a time.
-
-    count: is told each one's bytes once it is used.
-    """
-    for name, tensor in _tensors_of(folder):
-        yield name, tensor
-        count(tensor.nbytes)
-
-
-def _tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118, it is no dictionary
-                    yield name, file.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-
-
-def weight_files(folder: Path, tensor: str | None = None) -> list[Path]:
-    """The files that hold a Hugging Face folder's weights, or the one with this tensor."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = {*files.values()} if tensor is None else {files[tensor]}
-            return [folder / Path(name).name for name in sorted(names)]
-        if (folder / single).is_file():
-            return [folder / single]
-    raise FileNotFoundError(f"{folder} holds no weights")
 
 
 def _replace_modules(llm: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> None:

@@ -7,7 +7,6 @@ in one sentence.
 """
 
 import functools
-import json
 import logging
 import os
 import tempfile
@@ -18,15 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minigpt4.config import ModelConfig, Quantize
 from minigpt4.errors import Count, UserError, ignore, out_of_memory, say
-from minigpt4.model import prompt
 from minigpt4.model.text import JsonTokenizer
-from minigpt4.weights.gguf import INDEX, INT4, BlockLlama, BlockTensor, gguf_of, write_index
-from minigpt4.weights.int8 import load_int8, weight_files
+from minigpt4.weights.folder import (
+    check_folder,
+    check_is_no_delta,
+    missing_weights,
+    read_tensor,
+    shards_of,
+)
+from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, gguf_of, write_index
+from minigpt4.weights.int8 import load_int8
 from minigpt4.weights.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -35,29 +39,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"  # its name in a Hugging Face Llama's files
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
-VICUNA_V0_VOCABULARY, LLAMA_VOCABULARY = 32_001, 32_000
-# A delta is what training changed: its embeddings are a hundred times smaller than a model's, and
-# its last norm lies around 0, not 1 and above.
-DELTA_EMBEDDING_STD, DELTA_NORM = 0.003, 0.1
 
-
-def cpu_dtype(name: str | None = None) -> torch.dtype:
-    """The type that the language model computes in on a CPU.
+def choose_dtype(name: str | None = None, device: torch.device = CPU) -> torch.dtype:
+    """The type that a language model computes in.
 
     name: "float32", "bfloat16" or "auto"; None reads $MINIGPT4_DTYPE, and where that is unset means
-    "auto": bfloat16 where the processor multiplies it natively (twice as fast), else float32.
-    UserError for any other name.
-    """
-    return choose_dtype(name, torch.device("cpu"))
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The one place that decides what a language model computes in: `cpu_dtype` on any device.
-
-    On a GPU, "auto" is float16.
+    "auto": float16 on a GPU; on a CPU, bfloat16 where the processor multiplies it natively (twice
+    as fast), else float32. UserError for any other name.
     """
     name = name or os.environ.get("MINIGPT4_DTYPE") or "auto"
     if name == "auto":
@@ -128,7 +119,7 @@ def load_llm(
         ) from error
     _check_complete(report, folder)
     embedding = llm.get_input_embeddings().weight
-    check_is_no_delta(embedding[:LLAMA_VOCABULARY], llm.get_decoder().norm.weight, folder, config)
+    check_is_no_delta(embedding, llm.get_decoder().norm.weight, folder, config)
     _check_width(folder, embedding.shape[1], config)
     return llm.eval(), tokenizer
 
@@ -204,105 +195,6 @@ def _check_complete(report: dict, folder: Path) -> None:
         )
 
 
-# --- is the folder the right one? ---------------------------------------------------------------
-
-
-def check_folder(folder: Path, config: ModelConfig) -> None:
-    """UserError where files are missing; a warning where it looks like another model."""
-    fetch = f"fetch the whole folder with “python -m minigpt4 download {config.name}”"
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is not a language model's folder (config.json is missing): {fetch}."
-        )
-    if not _has_tokenizer(folder):
-        raise UserError(
-            f"{folder} has no tokenizer (tokenizer.model or tokenizer.json): copy it from where "
-            f"the weights come from, or {fetch}."
-        )
-    if (missing := missing_weights(folder)) and (folder / INT4 / INDEX).is_file():
-        raise UserError(
-            f"{folder} holds its 4-bit model alone, since its 16-bit files were deleted: choose "
-            f"“--device cpu --quantize int4”, or delete the folder and {fetch}."
-        )
-    if missing:
-        raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
-    try:
-        vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    except (ValueError, KeyError, OSError):
-        return  # loading the folder reports it
-    names = {
-        VICUNA_V0_VOCABULARY: "Vicuna v0",
-        LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1",
-    }
-    wanted = VICUNA_V0_VOCABULARY if config.template is prompt.VICUNA else LLAMA_VOCABULARY
-    if vocabulary in names and vocabulary != wanted:
-        log.warning(
-            f"{folder} has a vocabulary of {vocabulary:,} tokens, like {names[vocabulary]}, but "
-            f"{config.name}'s projection was trained with {names[wanted]} ({wanted:,} tokens): "
-            "expect poor answers, or give the right folder with “--llm”."
-        )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-
-
-def missing_weights(folder: Path, blocks: bool = True) -> str:
-    """The name of a weight file that is missing; "" where the weights are complete.
-
-    blocks: a GGUF file with its index counts, too.
-    """
-    if blocks and (folder / INDEX).is_file():
-        file = gguf_of(folder)
-        return "" if file.is_file() else file.name
-    try:
-        files = shards_of(folder)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "a readable index of the shards"
-    if not files:
-        return "model.safetensors or pytorch_model.bin"
-    return next((file.name for file in files if not file.is_file()), "")
-
-
-def shards_of(folder: Path) -> list[Path]:
-    """The files that hold the folder's weights, as its index names them; safetensors first.
-
-    ValueError, KeyError or AttributeError for a damaged index.
-    """
-    found: list[Path] = []
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        files = [folder / single]
-        if index.is_file():
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted({*places.values()})]
-        if all(file.is_file() for file in files):
-            return files
-        found = found or (files if index.is_file() else [])
-    return found
-
-
-def is_complete(folder: Path) -> bool:
-    """Does the folder hold a configuration, a tokenizer and all weight files?"""
-    configured = (folder / "config.json").is_file()
-    return configured and _has_tokenizer(folder) and not missing_weights(folder)
-
-
-def check_is_no_delta(embedding: Tensor, norm: Tensor, folder: Path, config: ModelConfig) -> None:
-    """UserError where the weights are the difference between Vicuna's and LLaMA's.
-
-    embedding: [tokens, hidden_size], of any tokens but an added one's; norm: the last one's weight.
-    """
-    spread = embedding.float().std().item()
-    norm_size = norm.float().mean().abs().item()
-    if spread < DELTA_EMBEDDING_STD and norm_size < DELTA_NORM:
-        raise UserError(
-            f"{folder} holds Vicuna's delta weights, which must be added to LLaMA's first: apply "
-            "them with FastChat's apply_delta, or run “python -m minigpt4 download "
-            f"{config.name}”."
-        )
-
-
 def _check_width(folder: Path, width: int, config: ModelConfig) -> None:
     if width != config.llm_hidden_size:
         raise UserError(
@@ -329,20 +221,18 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
     return llm, tokenizer
 
 
-def convert_gguf(path: Path, target: Path) -> None:
-    """GGUF file -> a folder with the file, its index, its configuration and its tokenizer.
+def describe_gguf(path: Path) -> None:
+    """Write a GGUF file's index, tokenizer and configuration beside it.
 
-    The folder loads in a tenth of a second instead of 14. The file moves into it.
+    The folder then loads in a tenth of a second instead of 14.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    options = {"gguf_file": path.name}
+    folder, options = path.parent, {"gguf_file": path.name}
     with _cached("GGUFReader", "get_tensor_name_map"):
-        AutoConfig.from_pretrained(path.parent, **options).save_pretrained(target)
-        AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(target)
-        index = write_index(path)
-    for file in (path, index):
-        file.rename(target / file.name)
+        write_index(path)
+        AutoTokenizer.from_pretrained(folder, **options).save_pretrained(folder)
+        AutoConfig.from_pretrained(folder, **options).save_pretrained(folder)
 
 
 def _unpack_weights(folder: Path) -> None:
@@ -393,11 +283,18 @@ def _cached(*names: str) -> Iterator[None]:
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids [...] -> embeddings [..., hidden_size], in the file's own precision."""
+    """Token ids [...] -> token embeddings [..., hidden_size].
 
-    def __init__(self, weight: Tensor) -> None:
+    weight: [vocabulary, hidden_size], in the file's own precision; or a GGUF file's blocks: of
+    these, only the rows asked for are dequantised, to the float32 numbers that the engine's own
+    decoder reads.
+    """
+
+    def __init__(self, weight: Tensor | BlockTensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._blocks = weight if isinstance(weight, BlockTensor) else None
+        if isinstance(weight, Tensor):
+            self.weight = nn.Parameter(weight, requires_grad=False)
         self.hidden_size = weight.shape[1]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -405,25 +302,8 @@ class TokenEmbedding(nn.Module):
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.weight[ids]
-
-
-class BlockEmbedding(nn.Module):
-    """Token ids [...] -> float32 embeddings [..., hidden_size] from a GGUF file's blocks.
-
-    Only the rows asked for are dequantised, to the numbers that the engine's own decoder reads.
-    """
-
-    def __init__(self, blocks: BlockTensor) -> None:
-        super().__init__()
-        self._blocks = blocks
-        self.hidden_size = blocks.shape[1]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Itself: the same method as a whole language model's."""
-        return self
-
-    def forward(self, ids: Tensor) -> Tensor:
+        if self._blocks is None:
+            return self.weight[ids]
         rows = self._blocks.data[ids.flatten().cpu().numpy()]
         shape = (len(rows), self.hidden_size)
         numbers = torch.from_numpy(BlockTensor(self._blocks.kind, shape, rows).numbers())
@@ -437,22 +317,13 @@ def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
     """
     try:
         if (folder / INDEX).exists():
-            blocks = BlockLlama.open(folder).embedding
-            return BlockEmbedding(blocks), load_tokenizer(folder)
-        return TokenEmbedding(_read_embedding(folder).to(device)), load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            embedding = TokenEmbedding(BlockLlama.open(folder).embedding)
+        else:
+            embedding = TokenEmbedding(read_tensor(folder, EMBEDDING).to(device))
+        return embedding, load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
         log.debug("loading the embedding of %s", folder, exc_info=True)
         raise UserError(
             f"{folder} does not hold the language model's token embedding ({EMBEDDING}) and "
             f"tokenizer: run “python -m minigpt4 download {config.name}”."
         ) from error
-
-
-def _read_embedding(folder: Path) -> Tensor:
-    """The one tensor, from a single file or from the shard that the index names."""
-    (path,) = weight_files(folder, EMBEDDING)
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(EMBEDDING)
-    # Mapped, so that only this tensor's pages are read.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[EMBEDDING].clone()

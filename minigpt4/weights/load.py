@@ -34,8 +34,9 @@ from minigpt4.weights.checkpoint import (
     read_projection,
 )
 from minigpt4.weights.encoder import INT8, load_int8_encoder
+from minigpt4.weights.folder import shards_of
 from minigpt4.weights.gguf import gguf_of
-from minigpt4.weights.llm import load_llm, shards_of
+from minigpt4.weights.llm import load_llm
 from minigpt4.weights.sources import (
     ROLES,
     file_name,
@@ -58,7 +59,7 @@ class WeightFiles:
 
     vision: Path
     llm: Path
-    projection: Path | None
+    projection: Path | None = None
     qformer: Path | None = None
     detector: Path | None = None
     words: Path | None = None  # None: they are to be trained, or the model has none
@@ -120,14 +121,7 @@ def find_weights(
             f"Weights of {config.name} are missing ({', '.join(absent.values())}): run “python -m "
             f"minigpt4 download {config.name}”, or put the files into {weights_folder()}."
         )
-    return WeightFiles(
-        paths["vision"],
-        paths["llm"],
-        paths.get("projection"),
-        paths.get("qformer"),
-        paths.get("detector"),
-        paths.get("words"),
-    )
+    return WeightFiles(**paths)
 
 
 def _wanted(config: ModelConfig, role: str, given: Mapping[str, str]) -> str:
@@ -201,7 +195,7 @@ def _llm_size(folder: Path, quantize: Quantize) -> int:
         return 0
     try:
         paths = [gguf_of(folder)] if quantize == "int4" else shards_of(folder)
-    except (OSError, ValueError, KeyError, AttributeError):  # loading them tells
+    except (OSError, ValueError):  # loading them tells
         return 0
     return sum(map(_size, paths))
 

@@ -1,6 +1,5 @@
 """How much memory a model needs on the CPU, and how much there is: both known before loading."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,8 +148,8 @@ def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
             tensors = BlockLlama.open(folder).tensors.values()
             return sum(tensor.data.nbytes for tensor in tensors)
         return planned_bytes(llm) if llm.is_dir() else llm.stat().st_size
-    optional, required = shapes_of(**_sizes(llm))
-    tied = bool(_settings(llm).get("tie_word_embeddings"))
+    sizes, tied = read_sizes(llm)
+    optional, required = shapes_of(**sizes)
     for name in ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]:
         required[name] = optional[name]
     count = sum(math.prod(shape) for shape in required.values())
@@ -162,19 +161,11 @@ def chat_bytes(llm: Path, quantize: Quantize) -> int:
     if quantize == "int4" and (blocks_folder(llm) / INDEX).exists():
         sizes = vars(BlockLlama.open(blocks_folder(llm)))
     elif llm.is_dir():
-        sizes = _sizes(llm)
+        sizes, _ = read_sizes(llm)
     else:
         return 0
     width = sizes["kv_heads"] * sizes["head_dim"]
     return CHAT_POSITIONS * sizes["layers"] * 2 * width * 2
-
-
-def _settings(llm: Path) -> dict:
-    return json.loads((llm / "config.json").read_text(encoding="utf-8"))
-
-
-def _sizes(llm: Path) -> dict:
-    return read_sizes(_settings(llm))
 
 
 def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:

@@ -22,14 +22,13 @@ def weights_folder() -> Path:
     """Where fetched weights are kept.
 
     $MINIGPT4_WEIGHTS; else `weights/` of the checkout that this package is in; else, where the
-    package is installed, `minigpt4/weights` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+    package is installed, `weights` in the user's cache folder.
     """
     if own := os.environ.get("MINIGPT4_WEIGHTS"):
         return Path(own).expanduser()
     if not _data.INSTALLED:
         return WEIGHTS
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "minigpt4", "weights")
+    return _data.cache_folder() / "weights"
 
 
 def mark_of(files: Sequence[Path], *others: object) -> str:

@@ -61,10 +61,10 @@ def _why_not(device: torch.device) -> str:
 def build(eager: "TorchDecoder", llm: "PreTrainedModel", context: int) -> "GpuDecoder":
     """Without tensor cores that Triton uses (before Ampere), a row costs as much as reading all
     weights, and from 5 rows on the eager decoder is faster."""
-    from minigpt4.engine.gpu.decoder import BUCKETS, CudaGraphs, GpuDecoder
+    from minigpt4.engine.gpu.decoder import BUCKETS, GpuDecoder, capture_graph
 
     dot = torch.cuda.get_device_capability(eager.device) >= (8, 0)
-    return GpuDecoder(eager, llm, context, CudaGraphs(), dot, BUCKETS if dot else BUCKETS[:3])
+    return GpuDecoder(eager, llm, context, capture_graph, dot, BUCKETS if dot else BUCKETS[:3])
 
 
 def difference(decoder: "GpuDecoder | TorchDecoder", eager: "TorchDecoder") -> str:

@@ -7,7 +7,6 @@ large chunks, with the same weights and the same key-value cache.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,35 +24,21 @@ BUCKETS = (1, 2, 4, 8, 16, 32)  # rows of a step
 SEEN = 1024  # ids that the repetition penalty covers; the host samples where there are more
 
 
-class Graphs(Protocol):
-    """How a step is made repeatable."""
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A call that repeats `step`, which allocates nothing and reads and writes fixed memory."""
+# A step, which allocates nothing and reads and writes fixed memory -> a call that repeats it.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-class CudaGraphs:
-    """Records the launches on the current GPU."""
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Run the step once, which compiles its kernels, and record it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
-
-
-class NoGraphs:
-    """Launches the kernels one by one: for tests, and for machines without CUDA."""
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The step itself."""
-        return step
+def capture_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Run the step once, which compiles its kernels, and record its launches on the current GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 class GpuDecoder:
@@ -64,7 +49,6 @@ class GpuDecoder:
     which is faster then.
     """
 
-    exact = False
     name = "CUDA graphs"
 
     def __init__(
@@ -72,7 +56,7 @@ class GpuDecoder:
         eager: TorchDecoder,
         llm: PreTrainedModel,
         context: int,
-        graphs: Graphs,
+        capture: Capture,
         dot: bool = True,
         buckets: tuple[int, ...] = BUCKETS,
     ) -> None:
@@ -84,7 +68,7 @@ class GpuDecoder:
         self._eps = llm.config.rms_norm_eps
         self._rotation = _rotation(llm, context, eager.device)
         self._buffers = _Buffers(llm, context, eager, buckets[-1])
-        self._replays = {rows: graphs.capture(partial(self._step, rows)) for rows in buckets}
+        self._replays = {rows: capture(partial(self._step, rows)) for rows in buckets}
 
     def forward(self, rows: Rows) -> Outputs:
         """See `Decoder`."""

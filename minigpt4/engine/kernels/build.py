@@ -15,6 +15,8 @@ from ctypes import POINTER, c_float, c_int32, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
+from minigpt4 import _data
+
 _SOURCE = Path(__file__).parent.with_name("native.c")
 _FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 # What a build may use. Tests compare them; the product uses the first that compiles.
@@ -156,8 +158,7 @@ def _fingerprint(compiler: Sequence[str] | None, variant: str) -> str:
 
 def _cache_folder() -> Path:
     """Where builds are kept; a folder of this user alone, since what lies there is executed."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "minigpt4"
+    folder = _data.cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):

@@ -4,12 +4,10 @@ import functools
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import stop_ids
@@ -59,56 +57,29 @@ log = logging.getLogger(__name__)
 class JsonConstraint:
     """A `Constraint`: the answer is JSON that follows a schema, and then ends.
 
-    ends: the tokens that end an answer; failed: whether the schema turned out to be too much, after
-    which the answer ends at once.
+    ApiError, which ends the answer, where the schema turns out to be too much.
     """
 
-    def __init__(self, matcher: "LLMatcher", ends: tuple[int, ...]) -> None:
-        self._matcher, self._ends = matcher, ends
-        self.failed = False
+    def __init__(self, matcher: "LLMatcher") -> None:
+        self._matcher = matcher
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """The logits [vocabulary], -inf for tokens that may not come next."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: len(logits)])
-        if self._has_failed() or not len(allowed):
-            self.failed, allowed = True, np.array(self._ends)
+        self._check(len(allowed) > 0)
         masked = np.full_like(logits, -np.inf)
         masked[allowed] = logits[allowed]
         return masked
 
     def accept(self, token: int) -> None:
         """This token comes next."""
-        if not self.failed and not self._matcher.consume_token(token):
-            self._has_failed()
-            self.failed = True
+        self._check(self._matcher.consume_token(token))
 
-    def _has_failed(self) -> bool:
-        if not self.failed and (error := self._matcher.get_error()):
+    def _check(self, followed: bool) -> None:
+        if error := self._matcher.get_error():
             log.warning("An answer's schema could not be followed on: %s", _line(error))
-            self.failed = True
-        return self.failed
-
-
-class JsonAnswer(Answer):
-    """An answer under a constraint. ApiError where that fails on the way."""
-
-    def __init__(self, answer: Answer, constraint: JsonConstraint) -> None:
-        vars(self).update(vars(answer))
-        self._whole = answer  # which closes its stream where nobody refers to it any more
-        self._constraint = constraint
-
-    def __iter__(self) -> Iterator[str]:
-        yield from super().__iter__()
-        self._check()
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        async for piece in super().__aiter__():
-            yield piece
-        self._check()
-
-    def _check(self) -> None:
-        if self._constraint.failed:
+        if error or not followed:
             raise _unfollowed(TOO_LARGE)
 
 
@@ -136,7 +107,7 @@ def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> JsonConstraint
     if error := matcher.get_error():
         raise _unfollowed(_reason(error))
     _try_beginning(matcher.deep_copy(), vocabulary)
-    return JsonConstraint(matcher, ends)
+    return JsonConstraint(matcher)
 
 
 def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer") -> None:

@@ -9,12 +9,13 @@ from starlette.concurrency import run_in_threadpool
 from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
-from minigpt4.model.image import MAX_PIXELS, Picture
+from minigpt4.model.image import Picture
+from minigpt4.model.image_file import MAX_PIXELS
 from minigpt4.model.prompt import Message
 from minigpt4.model.vision import squash
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.grammar import JsonAnswer, json_constraint
+from minigpt4.web.api.grammar import json_constraint
 from minigpt4.web.api.schemas import ChatMessage, ChatRequest
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.image_url import ImageUrls
@@ -128,19 +129,19 @@ def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest)
     try:
         for number in range(request.n or 1):
             seed = None if sampling.seed is None else (sampling.seed + number) % 2**63
-            constraint = None if schema is None else json_constraint(engine, schema)
-            answer = ask(
-                engine,
-                conversation,
-                replace(sampling, seed=seed),
-                stop=request.stop or (),
-                trim=request.truncation != "disabled",
-                logprobs=bool(request.logprobs),
-                top_logprobs=request.top_logprobs or 0,
-                reserve=default_sampling(config).max_new_tokens,
-                constraint=constraint,
+            answers.append(
+                ask(
+                    engine,
+                    conversation,
+                    replace(sampling, seed=seed),
+                    stop=request.stop or (),
+                    trim=request.truncation != "disabled",
+                    logprobs=bool(request.logprobs),
+                    top_logprobs=request.top_logprobs or 0,
+                    reserve=default_sampling(config).max_new_tokens,
+                    constraint=None if schema is None else json_constraint(engine, schema),
+                )
             )
-            answers.append(answer if constraint is None else JsonAnswer(answer, constraint))
     except UserError as error:
         for answer in answers:
             answer.close()

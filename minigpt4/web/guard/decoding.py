@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from PIL import Image
 
 from minigpt4.errors import UserError
-from minigpt4.model import image
+from minigpt4.model import image, image_file
 from minigpt4.model.image import Picture
 
 try:
@@ -137,7 +137,7 @@ class _Decoder:
         if "error" in reply:
             return UserError(*reply["error"])
         width, height = reply["size"]
-        if min(width, height) < 1 or width * height > image.MAX_PIXELS:
+        if min(width, height) < 1 or width * height > image_file.MAX_PIXELS:
             raise ValueError
         pixels = pipe.read(width * height * 3)
         if len(pixels) < width * height * 3:

@@ -1,0 +1,396 @@
+"""A picture file -> upright pixels in 8-bit sRGB. `image.load` is the way in.
+
+A hostile file may cost minutes or gigabytes, so there are bounds; slightly damaged JPEG and PNG
+files are mended, which other viewers would still show; any depth, profile and transparency is
+converted.
+"""
+
+import io
+import logging
+import os
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import IO, BinaryIO, Literal
+
+import numpy as np
+import pillow_heif
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
+
+MAX_PIXELS = 40_000_000  # after decoding
+MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then kept at half its size: phones have 48
+MAX_JPEG_PIXELS = 200_000_000  # of a JPEG file, which can be decoded at a half, fourth or eighth
+# With several scans, libjpeg keeps the coefficients of the whole picture, 6 bytes a pixel.
+MAX_PROGRESSIVE_PIXELS = 64_000_000
+MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each costs a full pass
+MAX_SEGMENTS = 1000  # of a JPEG file; joining those of its EXIF takes quadratic time
+MAX_COMMENTS = 1000  # blocks of 255 bytes of a GIF file; joining them takes quadratic time
+MAX_COMPRESSED = 200  # texts and profiles of a PNG file; each may expand to a megabyte
+MAX_PARTS = 100_000  # chunks of a PNG file, blocks before the first frame of a GIF
+MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
+MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
+MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
+MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
+MOST_MISSING = 0.05  # of a JPEG's pixels, that are shown in grey
+LITTLE_USED = 0.25  # of the range of 16 bits: less is stretched
+OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which may be faulty
+MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
+STRIPE = 64  # rows processed together
+
+# MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF comes before HEIF because
+# both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
+_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
+_TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
+_TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
+_TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
+_PNG, _END_OF_JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # others occur within compressed data
+_UNDECODED = 128  # libjpeg fills what it has no data for with this grey
+_BAND = 8  # rows of a JPEG block
+
+# Pillow checks this before the limits here, which depend on the format.
+Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+
+# The libraries' warnings about odd files are not for the user's terminal.
+warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+class TooLarge(Exception):
+    """A picture of more than `limit` pixels."""
+
+    def __init__(self, limit: int = MAX_PIXELS) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+
+# --- opening and decoding -----------------------------------------------------------------------
+
+
+def opened(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
+    """The picture, not decoded yet. head: the file's first bytes.
+
+    TooLarge where it would have too many pixels, ValueError where decoding it would take too long,
+    and anything that the libraries raise for a damaged file.
+    """
+    _check_parts(file, head)
+    image = _open(file, head)
+    _check_work(image)
+    return image
+
+
+def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
+    if head.startswith(_PNG):
+        file = _without_damaged_chunks(file)
+    image = Image.open(file, formats=_FORMATS)
+    pixels = image.width * image.height
+    if pixels <= MAX_PIXELS:
+        return image
+    if image.format == "HEIF":
+        if pixels <= MAX_HEIC_PIXELS:
+            return image
+        raise TooLarge(MAX_HEIC_PIXELS)
+    if image.format not in ("JPEG", "MPO"):
+        raise TooLarge
+    file.seek(0)
+    scans = list(_jpeg_kinds(file)).count(0xDA)
+    limit = MAX_JPEG_PIXELS if scans == 1 else MAX_PROGRESSIVE_PIXELS
+    if pixels > limit or scans * pixels > MAX_SCANS * MAX_PIXELS:
+        raise TooLarge(limit if pixels > limit else MAX_PIXELS)
+    scale = next(s for s in (2, 4, 8) if -(-image.width // s) * -(-image.height // s) <= MAX_PIXELS)
+    image.draft(None, (image.width // scale, image.height // scale))
+    if image.width * image.height > MAX_PIXELS:
+        raise TooLarge
+    return image
+
+
+def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
+    """The decoded picture, a large HEIC one at half its size; of a JPEG file without its last
+    bytes, all but `MOST_MISSING`."""
+    try:
+        image.load()
+        large = image.format == "HEIF" and image.width * image.height > MAX_PIXELS
+        return image.reduce(2) if large else image
+    except OSError:
+        if image.format not in ("JPEG", "MPO"):
+            raise
+    file.seek(0)
+    data = file.read()
+    whole = _open(io.BytesIO(data + _END_OF_JPEG), data)  # libjpeg then decodes what there is
+    whole.load()
+    if not _all_scans_begun(data) or _missing_share(whole) > MOST_MISSING:
+        raise ValueError
+    return whole
+
+
+# --- bounds -------------------------------------------------------------------------------------
+
+
+def _check_parts(file: BinaryIO, head: bytes) -> None:
+    """ValueError where a file has more parts than any sound one: each part costs time."""
+    if head.startswith(b"MM\0\x2b"):  # a BigTIFF: libtiff's first directory is not Pillow's
+        raise ValueError
+    for start, (parts, most, costly, most_costly) in _PARTS.items():
+        if head.startswith(start):
+            expensive = 0
+            for number, kind in enumerate(parts(file), 1):
+                expensive += kind in costly
+                if number > most or expensive > most_costly:
+                    raise ValueError
+    file.seek(0)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(kind, place of its length) of a JPEG file's markers before its end; a video may follow."""
+    place = 0
+    while (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
+        kind, place = found[1][0], found.end()
+        yield kind, place
+        # A segment's length counts itself; markers below 0xC0 have none, and libjpeg skips them.
+        if kind >= 0xC0 and kind != 0xD8:
+            place += int.from_bytes(data[place : place + 2], "big")
+
+
+def _jpeg_kinds(file: BinaryIO) -> Iterator[int]:
+    """The kinds of a JPEG file's markers before its end."""
+    return (kind for kind, _ in _jpeg_segments(file.read()))
+
+
+def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The kinds of a PNG file's chunks."""
+    file.seek(8)
+    while len(chunk := file.read(8)) == 8:
+        yield chunk[4:]
+        file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
+
+
+def _gif_blocks(file: BinaryIO) -> Iterator[int]:
+    """The kind of extension of each block before a GIF file's first frame; 0 for a stray byte."""
+    flags = file.read(13)[10]
+    if flags & 0x80:
+        file.seek(3 << (flags & 7) + 1, os.SEEK_CUR)
+    while (byte := file.read(1)) and byte not in b",;":
+        kind = file.read(1)[0] if byte == b"!" else 0
+        yield kind
+        while kind and (length := file.read(1)[0]):
+            file.seek(length, os.SEEK_CUR)
+            yield kind
+
+
+# By a file's first bytes: (its parts, most of them, the costly kinds, most of those).
+_PARTS = {
+    b"\xff\xd8\xff": (_jpeg_kinds, MAX_SEGMENTS, (0xDA,), MAX_SCANS),
+    b"\x89PNG": (_png_chunks, MAX_PARTS, (b"iCCP", b"iTXt", b"zTXt"), MAX_COMPRESSED),
+    b"GIF8": (_gif_blocks, MAX_PARTS, (0xFE,), MAX_COMMENTS),
+}
+
+_Directory = TiffImagePlugin.ImageFileDirectory_v2
+_load_directory = _Directory.load
+
+
+def _load_bounded_directory(directory: _Directory, file: IO[bytes]) -> None:
+    """Pillow's `load`, after a check: it copies the data of every tag, and many may share theirs.
+
+    ValueError where the tags' data is longer than the file. Data beyond the file's end is left to
+    Pillow, which stops there.
+    """
+    start = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    big = directory._bigtiff
+    entry = struct.Struct(directory._endian + ("HHQQ" if big else "HHLL"))
+    order: Literal["little", "big"] = "little" if directory._endian == "<" else "big"
+    tags = int.from_bytes(file.read(8 if big else 2), order)
+    if tags > MAX_TAGS:
+        raise ValueError
+    total = numbers = 0
+    entries = file.read(tags * entry.size)
+    for place in range(0, len(entries) - entry.size + 1, entry.size):
+        tag, kind, count, offset = entry.unpack_from(entries, place)
+        size = count * (_TYPE_SIZES[kind] if kind < len(_TYPE_SIZES) else 0)
+        if size + offset <= length:
+            total += size
+            numbers += 0 if kind in _TYPES_OF_BYTES else count
+        endless = tag in _TABLES and count > MAX_STRIPS
+        if endless or total > length or numbers > MAX_NUMBERS:
+            raise ValueError
+    file.seek(start)
+    _load_directory(directory, file)
+
+
+# Pillow reads TIFF and EXIF with this while it opens a file, while it loads it, and later.
+_Directory.load = _load_bounded_directory  # type: ignore[method-assign, assignment]
+
+
+def _check_work(image: ImageFile.ImageFile) -> None:
+    """ValueError where decoding would write many more pixels than the picture has."""
+    rle = image.format == "BMP" and image.tile[0].codec_name == "bmp_rle"
+    if rle and image.width > MAX_RLE_WIDTH:
+        raise ValueError
+    if image.format == "TIFF":  # strips may overlap; each of four bands may have its own
+        boxes = [tile.extents or (0, 0, *image.size) for tile in image.tile]
+        drawn = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+        if drawn > 4 * image.width * image.height:
+            raise ValueError
+
+
+# --- damaged files ------------------------------------------------------------------------------
+
+
+def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
+    """A PNG file without the ancillary chunks whose checksum is wrong, as libpng reads it.
+
+    The file itself if there are none. A chunk of the picture itself is never left out.
+    """
+    file.seek(len(_PNG))
+    damaged = []
+    while len(head := file.read(8)) == 8:
+        start, length = file.tell() - 8, int.from_bytes(head[:4], "big")
+        if not head[4] & 0x20:  # critical: its decoder checks it
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        body, checksum = file.read(length), file.read(4)
+        if len(checksum) == 4 and zlib.crc32(head[4:] + body) != int.from_bytes(checksum, "big"):
+            damaged.append((start, file.tell()))
+    file.seek(0)
+    if not damaged:
+        return file
+    data, kept, place = file.read(), [], 0
+    for start, end in damaged:
+        kept.append(data[place:start])
+        place = end
+    return io.BytesIO(b"".join([*kept, data[place:]]))
+
+
+def _all_scans_begun(data: bytes) -> bool:
+    """Whether a JPEG file has, at least in part, the last scan of each coefficient.
+
+    A progressive file that ends before shows the whole picture, but without its details.
+    """
+    open_coefficients: set[tuple[int, int]] = set()  # (component, number of the coefficient)
+    for kind, place in _jpeg_segments(data):
+        start = place + 2
+        if kind not in (0xC0, 0xC1, 0xC2, 0xDA):  # the frame's header, and each scan's
+            continue
+        if kind != 0xDA:  # SOF: precision, height, width, components of three bytes each
+            ids = data[start + 6 : start + 6 + 3 * data[start + 5] : 3]
+            open_coefficients = {(id_, number) for id_ in ids for number in range(64)}
+            continue
+        ids = data[start + 1 : start + 1 + 2 * data[start] : 2]
+        first, last, approximation = data[start + 1 + 2 * len(ids) :][:3]
+        if approximation & 0x0F == 0:  # no less significant bits follow
+            open_coefficients -= {(i, n) for i in ids for n in range(first, last + 1)}
+    return not open_coefficients
+
+
+def _missing_share(image: Image.Image) -> float:
+    """The share of a JPEG's pixels, counted from the end, for which its file had no data."""
+    bands = range(image.height - image.height % -_BAND - _BAND, -1, -_BAND)
+    missing = 0
+    for top in bands:
+        box = (0, top, image.width, min(top + _BAND, image.height))
+        grey = (np.asarray(image.crop(box).convert("RGB")) == _UNDECODED).all(axis=(0, 2))
+        columns = int(np.argmin(grey[::-1])) if not grey.all() else image.width
+        missing += columns * (box[3] - top)
+        if columns < image.width:
+            break
+    return missing / (image.width * image.height)
+
+
+# --- colours ------------------------------------------------------------------------------------
+
+
+def upright_rgb(image: Image.Image, original: Image.Image, deep: bool) -> Image.Image:
+    """A decoded picture of any depth, profile and transparency -> mode RGB, upright, on white.
+
+    original: has the EXIF data; deep: its file has 16 bits a channel.
+    """
+    eight = _eight_bit(_brightened(image) if deep else image)
+    return _upright(_on_white(eight), original)
+
+
+def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
+    with suppress(Exception):  # EXIF is often broken where the picture is sound
+        orientation = original.getexif().get(ExifTags.Base.Orientation, 1)
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Deep grey scaled to 8 bits: 16 bits from their full range, or from the range that they use if
+    that is small, as with thermal cameras and 12-bit sensors; other depths from their own."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    stripes = [values[top : top + STRIPE] for top in range(0, len(values), STRIPE)]
+    low, high = _used_range(values)
+    if image.mode in ("I", "F"):
+        extremes = [(p.min(), p.max()) for s in stripes if (p := s[np.isfinite(s)]).size]
+        low, high = float(min(e[0] for e in extremes)), float(max(e[1] for e in extremes))
+        if low == high:  # a flat picture has no range: white is 1, or its own value above that
+            low, high = min(low, 0.0), max(high, 1.0)
+    eight = np.empty(values.shape, np.uint8)
+    for place, stripe in enumerate(stripes):  # numpy's copies are eight times as large
+        scaled = np.nan_to_num(np.interp(stripe, (low, high), (0, 255)))
+        eight[place * STRIPE : (place + 1) * STRIPE] = np.rint(scaled)
+    grey = Image.fromarray(eight)
+    grey.info["icc_profile"] = image.info.get("icc_profile")
+    return grey
+
+
+def _used_range(values: np.ndarray) -> tuple[float, float]:
+    """The range that 16-bit values use, without outliers; (0, 65535) if that is not small."""
+    step = max(1, round((values.size / 1e6) ** 0.5))
+    sample = values[::step, ::step]
+    low = float(np.percentile(sample, OUTLIERS, method="lower"))
+    high = float(np.percentile(sample, 100 - OUTLIERS, method="higher"))
+    return (low, high) if 0 < high - low < LITTLE_USED * 65535 else (0.0, 65535.0)
+
+
+def _brightened(image: Image.Image) -> Image.Image:
+    """A picture that was decoded from 16 bits a channel to 8, stretched if it uses little of them.
+
+    12-bit data in 16-bit files is dark; of their 4096 levels, 16 are left.
+    """
+    count = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode, 0)  # without alpha
+    bands = image.split()
+    high = max((int(np.asarray(band).max()) for band in bands[:count]), default=0)
+    if not 0 < high < LITTLE_USED * 256:
+        return image
+    table = [min(255, round(value * 255 / high)) for value in range(256)]
+    coloured = [band.point(table) for band in bands[:count]]
+    stretched = Image.merge(image.mode, [*coloured, *bands[count:]])
+    stretched.info.update(image.info)
+    return stretched
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    white = Image.new("RGB", image.size, "white")
+    white.paste(_srgb(image), mask=alpha)
+    return white
+
+
+def _srgb(image: Image.Image) -> Image.Image:
+    """RGB without alpha; an embedded profile is applied where it is sound and not sRGB.
+
+    Profiles with multi-process elements are ignored: any number of them may take minutes to read.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    with suppress(Exception):  # the profile may be broken, or for other channels
+        if len(profile) <= MAX_PROFILE and b"mpet" not in profile:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(embedded):
+                target = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
+                if converted is not None:
+                    return converted
+    return plain.convert("RGB")

@@ -1,0 +1,158 @@
+"""A language model's Hugging Face folder: its configuration, its weight files and their tensors."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minigpt4.config import ModelConfig
+from minigpt4.errors import Count, UserError, ignore
+from minigpt4.model import prompt
+from minigpt4.weights.checkpoint import forget, tensors_of
+from minigpt4.weights.gguf import INDEX, INT4, gguf_of
+
+# The name of a whole weight file. Where there are several, an index has it with “.index.json”.
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+# Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
+VICUNA_V0_VOCABULARY, LLAMA_VOCABULARY = 32_001, 32_000
+# A delta is what training changed: its embeddings are a hundred times smaller than a model's, and
+# its last norm lies around 0, not 1 and above.
+DELTA_EMBEDDING_STD, DELTA_NORM = 0.003, 0.1
+
+log = logging.getLogger(__name__)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Its config.json. OSError or ValueError where it cannot be read."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor's name -> name of its file, without any folder, as an index of shards says. OSError or
+    ValueError where it cannot be read."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: Path(file).name for name, file in places.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} is damaged") from error
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files that hold the folder's weights; safetensors first. ValueError for a damaged index.
+
+    Where neither form is complete: those that an index names, or none.
+    """
+    found: list[Path] = []
+    for whole in WHOLE:
+        index = folder / f"{whole}.index.json"
+        names = sorted({*read_index(index).values()}) if index.is_file() else [whole]
+        files = [folder / name for name in names]
+        if all(file.is_file() for file in files):
+            return files
+        found = found or (files if index.is_file() else [])
+    return found
+
+
+def read_tensors(folder: Path, count: Count = ignore) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all its weight files; one tensor is read at a time.
+
+    count: is told each one's bytes once it is used. UserError for a damaged file.
+    """
+    for shard in shards_of(folder):
+        for name, tensor in tensors_of(shard, ("",)):
+            yield name, tensor
+            forget(tensor)
+            count(tensor.nbytes)
+
+
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """One tensor; shards that do not hold it may be missing. KeyError where there is none."""
+    for shard in filter(Path.is_file, shards_of(folder)):
+        for found, tensor in tensors_of(shard, (name,)):
+            if found == name:
+                return tensor.clone()
+    raise KeyError(name)
+
+
+# --- is it whole, and the right one? --------------------------------------------------------------
+
+
+def check_folder(folder: Path, config: ModelConfig) -> None:
+    """UserError where files are missing; a warning where it looks like another model."""
+    fetch = f"fetch the whole folder with “python -m minigpt4 download {config.name}”"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a language model's folder (config.json is missing): {fetch}."
+        )
+    if not _has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer (tokenizer.model or tokenizer.json): copy it from where "
+            f"the weights come from, or {fetch}."
+        )
+    if (missing := missing_weights(folder)) and (folder / INT4 / INDEX).is_file():
+        raise UserError(
+            f"{folder} holds its 4-bit model alone, since its 16-bit files were deleted: choose "
+            f"“--device cpu --quantize int4”, or delete the folder and {fetch}."
+        )
+    if missing:
+        raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
+    try:
+        vocabulary = read_config(folder)["vocab_size"]
+    except (ValueError, KeyError, OSError):
+        return  # loading the folder reports it
+    names = {
+        VICUNA_V0_VOCABULARY: "Vicuna v0",
+        LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1",
+    }
+    wanted = VICUNA_V0_VOCABULARY if config.template is prompt.VICUNA else LLAMA_VOCABULARY
+    if vocabulary in names and vocabulary != wanted:
+        log.warning(
+            f"{folder} has a vocabulary of {vocabulary:,} tokens, like {names[vocabulary]}, but "
+            f"{config.name}'s projection was trained with {names[wanted]} ({wanted:,} tokens): "
+            "expect poor answers, or give the right folder with “--llm”."
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def missing_weights(folder: Path, blocks: bool = True) -> str:
+    """The name of a weight file that is missing; "" where the weights are complete.
+
+    blocks: a GGUF file with its index counts, too.
+    """
+    if blocks and (folder / INDEX).is_file():
+        file = gguf_of(folder)
+        return "" if file.is_file() else file.name
+    try:
+        files = shards_of(folder)
+    except ValueError:
+        return "a readable index of the shards"
+    if not files:
+        return "model.safetensors or pytorch_model.bin"
+    return next((file.name for file in files if not file.is_file()), "")
+
+
+def is_complete(folder: Path) -> bool:
+    """Does the folder hold a configuration, a tokenizer and all weight files?"""
+    configured = (folder / "config.json").is_file()
+    return configured and _has_tokenizer(folder) and not missing_weights(folder)
+
+
+def check_is_no_delta(embedding: Tensor, norm: Tensor, folder: Path, config: ModelConfig) -> None:
+    """UserError where the weights are the difference between Vicuna's and LLaMA's.
+
+    embedding: [tokens, hidden_size], of the first tokens at least; norm: the last one's weight.
+    """
+    spread = embedding[:LLAMA_VOCABULARY].float().std().item()  # without an added token's
+    norm_size = norm.float().mean().abs().item()
+    if spread < DELTA_EMBEDDING_STD and norm_size < DELTA_NORM:
+        raise UserError(
+            f"{folder} holds Vicuna's delta weights, which must be added to LLaMA's first: apply "
+            "them with FastChat's apply_delta, or run “python -m minigpt4 download "
+            f"{config.name}”."
+        )
