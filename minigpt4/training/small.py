@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class SmallRecipe:
 
 
 # Captions by their score: many pictures, few other texts, so that nothing else is forgotten.
-SCORED_CAPTIONS = {
+SCORED_CAPTIONS: dict[str, Any] = {
     "sampled": 1.0,
     "others": 2,
     "sizes": ((("described", 1),), (("flickr", 20), ("captioned", 4))),
