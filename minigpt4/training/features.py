@@ -1,7 +1,6 @@
 """What the frozen encoder and bridge compute from pictures; cached on disk where asked for."""
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigpt4.data.examples import Example, check_share
+from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training.batches import random_resized_crop
@@ -145,13 +145,9 @@ class Features:
             for left in path.parent.glob(f"{path.stem}.*.part"):  # by a run that was killed
                 if time.time() - left.stat().st_mtime > _ABANDONED:
                     left.unlink(missing_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.part")  # another run may write it too
-            try:
+            with replacing(path, shared=True) as partial:
                 stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
                 self._encode_all(stored, progress)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
         return np.load(path, mmap_mode="r")
 
     def _encode_all(self, stored: np.memmap, progress: bool) -> None:

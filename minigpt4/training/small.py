@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minigpt4.data.files import replacing
 from minigpt4.errors import say
 from minigpt4.model.minigpt4 import MiniGPT4, TrainingBatch, at_length
 from minigpt4.model.prompt import ImageRef, Message, Prompt, encode_chat, encode_text
@@ -397,9 +398,8 @@ class SmallTrainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
-        partial = self.out / "checkpoint.part"
-        torch.save(state, partial)
-        partial.replace(self.out / "checkpoint.pt")
+        with replacing(self.out / "checkpoint.pt") as partial:
+            torch.save(state, partial)
         weights = {
             "weight": (self.average["weight"] @ self.basis.T).half(),
             "bias": self.average["bias"].half(),

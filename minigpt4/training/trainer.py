@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minigpt4.config import ModelConfig, Schedule
 from minigpt4.data.examples import Example, Text
+from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt, encode_training
@@ -375,9 +376,8 @@ class Trainer:
         """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""
         if not self.main:
             return
-        partial = self.out / "checkpoint.part"
-        torch.save(self._state(), partial)
-        partial.replace(self.out / "checkpoint.pt")
+        with replacing(self.out / "checkpoint.pt") as partial:
+            torch.save(self._state(), partial)
         self.save_weights(self.projection_path)
         with (self.out / "loss.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["step", "loss", "lr", "samples_per_s"])
