@@ -4,6 +4,7 @@ In a checkout they lie at its root, where people edit them; setup.py copies them
 when a wheel is built. Nobody else needs to know which of the two applies.
 """
 
+import os
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -14,3 +15,8 @@ ROOT = HERE if INSTALLED else HERE.parents[1]
 def folder(name: str) -> Path:
     """The folder "prompts" or "weights"."""
     return ROOT / name
+
+
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept, for this user. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minigpt4")

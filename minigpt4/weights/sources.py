@@ -28,8 +28,7 @@ def weights_folder() -> Path:
         return Path(own).expanduser()
     if not _data.INSTALLED:
         return WEIGHTS
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "minigpt4", "weights")
+    return _data.cache_folder() / "weights"
 
 
 def mark_of(files: Sequence[Path], *others: object) -> str:
