@@ -13,8 +13,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minigpt4 import start
 from minigpt4.batch import Batch, Completion, Question, greedy
 from minigpt4.config import get_model
@@ -168,9 +166,8 @@ def answer_items(
     if options.drawn:
         sampling = start.default_sampling(config, max_new_tokens=TOKENS, seed=options.seed)
     by_id = {item.id: item for item in items}
-    found = batch.answer(map(_question, items), sampling)
     with open(options.answers or os.devnull, "w", encoding="utf-8") as file:
-        for question, answer in tqdm(found, desc="answering", total=len(items), unit="answer"):
+        for question, answer in batch.answer(list(map(_question, items)), sampling):
             item = by_id[question.key]
             record: dict[str, object] = {"id": item.id, "task": item.task}
             record |= {"instruction": item.instruction}

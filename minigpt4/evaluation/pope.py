@@ -25,8 +25,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from minigpt4 import start
 from minigpt4.batch import Batch, Question, greedy
 from minigpt4.data.datasets import read_references
@@ -82,7 +80,8 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         raise UserError("The captions name no object of the list: use another with “--objects”.")
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         model = batch.engine.model.config.name
-        said = answer_questions(batch, examples, questions, options.question)
+        pairs = sorted({(p.picture, p.object) for p in questions})  # one may occur in several ways
+        said = dict(ask_all(batch, examples, pairs, options.question))
     questions = [p for p in questions if (p.picture, p.object) in said]
     by_way = {way: [p for p in questions if p.way == way] for way in WAYS}
     result = {
@@ -138,15 +137,6 @@ def make_questions(
     return questions
 
 
-def answer_questions(
-    batch: Batch, examples: Sequence[Example], questions: Sequence[PopeQuestion], question: str
-) -> dict[tuple[int, str], PopeAnswer]:
-    """(picture, object) -> answer. A question that occurs in several ways is asked once."""
-    asked = sorted({(p.picture, p.object) for p in questions})
-    found = ask_all(batch, examples, asked, question)
-    return dict(tqdm(found, total=len(asked), desc="asking"))
-
-
 def ask_all(
     batch: Batch, examples: Sequence[Example], asked: Iterable[tuple[int, str]], question: str
 ) -> Iterator[tuple[tuple[int, str], PopeAnswer]]:
@@ -156,7 +146,7 @@ def ask_all(
         Question(examples[i].key, question.replace("{}", name), examples[i].read): (i, name)
         for i, name in asked
     }
-    for answered, found in batch.answer(questions, greedy(TOKENS), (*yes, *no)):
+    for answered, found in batch.answer(list(questions), greedy(TOKENS), (*yes, *no), "asking"):
         first, second = found.watched[: len(yes)], found.watched[len(yes) :]
         log_odds = _log_sum(first) - _log_sum(second)
         yield questions[answered], PopeAnswer(found.text, log_odds)

@@ -15,10 +15,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minigpt4 import start
-from minigpt4.batch import Batch, Completion, Question, greedy
+from minigpt4.batch import Batch, Completion, greedy
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, usable
 from minigpt4.engine import Engine
@@ -92,13 +90,10 @@ def answer_requests(
     if options.drawn:
         drawn = {"max_new_tokens": TOKENS, "seed": options.seed}
         sampling = start.default_sampling(batch.engine.model.config, **drawn)
-    answers = {}
-    for kind, request in requests.items():
-        questions = [Question(e.key, request, e.read) for e in examples]
-        found = batch.answer(questions, sampling)
-        progress = tqdm(found, desc=kind, total=len(questions), unit="answer")
-        answers[kind] = {question.key: completion for question, completion in progress}
-    return answers
+    return {
+        kind: batch.ask_each(examples, request, sampling, kind)
+        for kind, request in requests.items()
+    }
 
 
 def rates(answers: Sequence[Completion]) -> dict[str, float | int | list[float]]:
