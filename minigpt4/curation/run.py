@@ -162,11 +162,8 @@ def _refiner(options: argparse.Namespace) -> Iterator["Refiner"]:
         name = options.refiner
         if not name:
             raise UserError("Name the endpoint's model with “--refiner NAME”.")
-        if find_spec("openai") is None:
-            raise UserError("Install openai first: pip install 'minigpt4[train]'.")
         key = options.api_key or ""
-        refiner = EndpointRefiner(url, key, name, options.retries, options.timeout)
-        with closing(refiner):
+        with closing(EndpointRefiner(url, key, name, options.retries, options.timeout)) as refiner:
             yield refiner
         return
     if not options.local:
