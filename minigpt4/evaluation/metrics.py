@@ -71,6 +71,13 @@ def caption_scores(
     return {"bleu1": float(bleu[0]), "bleu4": float(bleu[3]), "cider": float(cider)}
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences or lines of verse in a text, without their ends; parts without a word do not
+    count."""
+    parts = re.split(r"[.!?]+(?=\W|$)|\n", text)
+    return [part for part in parts if re.search(r"\w", part)]
+
+
 def is_repetitive(text: str) -> bool:
     """Does the text repeat itself? Words are compared without case and punctuation.
 
@@ -78,12 +85,12 @@ def is_repetitive(text: str) -> bool:
     times, or if one to three words occur three times in a row ("a dog, a dog, a dog"). For
     languages with spaces between words.
     """
-    parts = [tuple(_words(part)) for part in re.split(r"[.!?]+(?=\W|$)|\n", text)]
-    sentences = [part for part in parts if len(part) >= 3]
+    parts = [tuple(_words(part)) for part in sentences(text)]
+    long = [part for part in parts if len(part) >= 3]
     words = _words(text)
     fours = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
     return (
-        len(set(sentences)) < len(sentences)
+        len(set(long)) < len(long)
         or max(fours.values(), default=0) >= 3
         or any(
             words[i : i + n] == words[i + n : i + 2 * n] == words[i + 2 * n : i + 3 * n]

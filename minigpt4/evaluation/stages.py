@@ -11,7 +11,6 @@ single sentence is reported, too.
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.meaning import failures
+from minigpt4.evaluation.metrics import sentences
 from minigpt4.weights.sources import WEIGHTS
 
 POEM = "Write a short poem about this image."
@@ -107,14 +107,9 @@ def rates(answers: Sequence[Completion]) -> dict[str, float | int | list[float]]
         "repetition": sum(f.repetition for f in found) / count,
         "fragment": sum(f.fragment for f in found) / count,
         "meaningless": sum(f.meaningless for f in found) / count,
-        "one_sentence": sum(sentences(a.text) < 2 for a in answers) / count,
+        "one_sentence": sum(len(sentences(a.text)) < 2 for a in answers) / count,
         "words": sum(len(a.text.split()) for a in answers) / count,
     }
-
-
-def sentences(text: str) -> int:
-    """The number of sentences or lines of verse in a text."""
-    return sum(bool(re.search(r"\w", part)) for part in re.split(r"[.!?]+(?=\W|$)|\n", text))
 
 
 def records(keys: Sequence[str], answers: Answers) -> list[dict]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minigpt4.evaluation.metrics import caption_scores, is_repetitive
+from minigpt4.evaluation.metrics import caption_scores, is_repetitive, sentences
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
 from minigpt4.training.packing import pack
-from minigpt4.training.small_reward import padded, sentences
+from minigpt4.training.small_reward import padded
 
 if TYPE_CHECKING:
     from minigpt4.training.small import PictureSource, SmallTrainer
@@ -144,7 +144,7 @@ class SmallValidation:
             texts = self.answers(trainer, projection, source, numbers, asked, 110)
             for i, text in zip(numbers, texts, strict=True):
                 lines.append(f"[{what}] {text!r} | {source.pictures[i].description}")
-            parts = [_lines(t) if what == "poem" else sentences(t) for t in texts]
+            parts = [_lines(t) if what == "poem" else len(sentences(t)) for t in texts]
             figures[what] = {
                 "lines" if what == "poem" else "sentences": round(sum(parts) / len(parts), 2),
                 "several": round(sum(n > 1 for n in parts) / len(parts), 2),
