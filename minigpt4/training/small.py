@@ -239,8 +239,8 @@ class SmallTrainer:
             temperatures.append([one[2] for one in learned])
             for prompt, _, _, kind in learned:
                 kinds += [kind] * sum(prompt.loss_mask)
-        places = {f"{place:x}": place for place in range(len(group))}
-        return features, pack(rows, places, weights, temperatures), kinds
+        batch = pack(rows, weights=weights, temperatures=temperatures)
+        return features, batch, kinds
 
     def _showing(
         self, place: int, one: tuple[str, int], draw: random.Random

@@ -77,7 +77,7 @@ class SmallValidation:
                 ref = self._ref(source, number, 0)
                 prompts = [trainer.learned(ref, text) for text in texts]
                 images = trainer.embeddings(source.features([number]), projection)
-                losses = trainer.losses(images, pack([prompts], {ref.key: 0})).tolist()
+                losses = trainer.losses(images, pack([prompts])).tolist()
                 for prompt, text in zip(prompts, texts, strict=True):
                     count = sum(prompt.loss_mask)
                     found[f"{name} {text.kind}"] += losses[:count]
@@ -126,7 +126,7 @@ class SmallValidation:
                 question = f"Is there {thing} in the image? Answer yes or no."
                 prompts.append(trainer.conversation(ref, ((question, ""),)))
                 prompts[-1].add_tokens([yes], learn=True)
-            batch = pack([prompts], {ref.key: 0})
+            batch = pack([prompts])
             images = trainer.embeddings(source.features([number]), projection)
             hidden = trainer.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
             logits = (hidden @ output.T).float()

@@ -72,6 +72,35 @@ def learning_rate(schedule: Schedule, step: int) -> float:
     return schedule.floor_lr + (schedule.peak_lr - schedule.floor_lr) * cosine
 
 
+def training_prompt(
+    model: MiniGPT4,
+    ref: ImageRef,
+    text: Text,
+    instructions: Sequence[str],
+    pick: float,
+    limit: int,
+) -> Prompt:
+    """The training prompt of one text, cut at `limit` tokens.
+
+    instructions: for texts without their own; if there are none either, the text is learned as in
+    the published first stage. pick: which one is drawn, from 0 to 1.
+    """
+    choices = text.instructions or instructions or ("",)
+    instruction = choices[int(pick * len(choices))]
+    config: ModelConfig = model.config
+    return encode_training(
+        (ref, instruction) if instruction else (ref,),
+        text.answer.strip() if instruction else published_caption(text.answer),
+        config.template,
+        model.tokenizer,
+        config.image_tokens,
+        limit,
+        wrap=bool(instruction),
+        end=None if instruction else PUBLISHED_STAGE1_END,
+        earlier=text.earlier,
+    )
+
+
 class Trainer:
     """One training run in the folder `out`: checkpoint.pt, loss.csv, loss.png, projection.
 
@@ -226,21 +255,8 @@ class Trainer:
 
     def prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
         """The training prompt of one text. pick: which instruction is drawn, from 0 to 1."""
-        config: ModelConfig = self.model.config
-        choices = text.instructions or self.recipe.instructions or ("",)
-        instruction = choices[int(pick * len(choices))]
-        answer = text.answer.strip() if instruction else published_caption(text.answer)
-        return encode_training(
-            (ref, instruction) if instruction else (ref,),
-            answer,
-            config.template,
-            self.model.tokenizer,
-            config.image_tokens,
-            self.recipe.schedule.max_text_tokens,
-            wrap=bool(instruction),
-            end=None if instruction else PUBLISHED_STAGE1_END,
-            earlier=text.earlier,
-        )
+        limit = self.recipe.schedule.max_text_tokens
+        return training_prompt(self.model, ref, text, self.recipe.instructions, pick, limit)
 
     def features(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
         """(example, view) pairs -> features [pictures, image_tokens, projection_in]."""
@@ -289,9 +305,8 @@ class Trainer:
         batches = [
             pack(
                 rows[part::parts],
-                {row[0].images[0][1].key: i for i, row in enumerate(rows[part::parts])},
-                weights[part::parts],
-                temperatures and temperatures[part::parts],
+                weights=weights[part::parts],
+                temperatures=temperatures and temperatures[part::parts],
             )
             for part in range(parts)
         ]
