@@ -148,3 +148,13 @@ def failure_rates(answers: Iterable[str], truncated: Iterable[bool]) -> dict[str
         "fragment_rate": sum(is_fragment(answer, cut) for answer, cut in pairs) / len(pairs),
         "n": len(pairs),
     }
+
+
+def auc(odds: Sequence[tuple[bool, float]]) -> float:
+    """The share of (present, absent) pairs that the log-odds order correctly; ties count half."""
+    there = [value for truth, value in odds if truth]
+    absent = [value for truth, value in odds if not truth]
+    if not there or not absent:
+        return 0.5
+    won = sum((a > b) + 0.5 * (a == b) for a in there for b in absent)
+    return won / (len(there) * len(absent))

@@ -32,6 +32,7 @@ from minigpt4.data.examples import Example, usable
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
+from minigpt4.evaluation.metrics import auc
 from minigpt4.evaluation.objects import Mentions, ObjectList
 from minigpt4.model.prompt import Tokenizer, encode_text
 
@@ -204,16 +205,6 @@ def scores(pairs: Sequence[tuple[bool, bool | None]]) -> Scores:
         "neither": sum(a is None for _, a in pairs) / len(pairs),
         "questions": len(pairs),
     }
-
-
-def auc(odds: Sequence[tuple[bool, float]]) -> float:
-    """The share of (present, absent) pairs that the log-odds order correctly; ties count half."""
-    there = [value for truth, value in odds if truth]
-    absent = [value for truth, value in odds if not truth]
-    if not there or not absent:
-        return 0.5
-    won = sum((a > b) + 0.5 * (a == b) for a in there for b in absent)
-    return won / (len(there) * len(absent))
 
 
 def as_text(result: dict) -> str:

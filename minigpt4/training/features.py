@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt4.data.examples import Example, check_share
+from minigpt4.data.examples import NAMED, Example, check_share
 from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
@@ -21,7 +21,6 @@ from minigpt4.weights.llm import cpu_dtype
 
 _ENCODED_AT_ONCE = 8  # pictures; more of them do not fit a CPU's cache
 _ABANDONED = 24 * 3600  # seconds after which nobody writes an incomplete file any more
-_NAMED = 10  # unreadable pictures; the others are only counted
 
 
 class Features:
@@ -108,10 +107,10 @@ class Features:
     def _leave_out(self, index: int, line: str) -> None:
         self.unreadable.add(index)
         self._failed += 1
-        if len(self.unreadable) <= _NAMED:
+        if len(self.unreadable) <= NAMED:
             say(line)
         check_share(len(self.unreadable), len(self._examples))
-        if self._failed > _NAMED:  # do not read a large set to its half
+        if self._failed > NAMED:  # do not read a large set to its half
             check_share(self._failed, self._tried)
 
     def _encode(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:

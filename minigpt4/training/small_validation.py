@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minigpt4.evaluation.metrics import caption_scores, is_repetitive, sentences
+from minigpt4.evaluation.metrics import auc, caption_scores, is_repetitive, sentences
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
 from minigpt4.training.packing import pack
@@ -198,12 +198,11 @@ def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
 def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:
     """Of log-odds of yes and whether yes is right."""
     scores, truth = torch.tensor(odds), torch.tensor(right)
-    pairs = scores[truth][:, None] - scores[~truth][None, :]
-    auc = ((pairs > 0).float() + 0.5 * (pairs == 0).float()).mean().item()
     best = max(((scores > t) == truth).float().mean().item() for t in scores)
     accuracy = ((scores > 0) == truth).float().mean().item()
     said_yes = (scores > 0).float().mean().item()
-    figures = {"accuracy": accuracy, "best": best, "auc": auc, "yes": said_yes}
+    area = auc(list(zip(right, odds, strict=True)))
+    figures = {"accuracy": accuracy, "best": best, "auc": area, "yes": said_yes}
     return {k: round(v, 3) for k, v in figures.items()} | {"questions": len(odds)}
 
 
