@@ -20,6 +20,7 @@ from minigpt4.engine.sampling import log_softmax
 from minigpt4.engine.scheduler import Chunk, Request, RequestState, Rows, Sequence, rows_of
 from minigpt4.engine.stream import Stream
 from minigpt4.engine.torch_decoder import TorchDecoder
+from minigpt4.evaluation.report import write_json
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_training
 from minigpt4.weights.load import find_weights, load_model
@@ -70,9 +71,7 @@ def main() -> None:
         "kl_divergence_nats_a_token": round(divergence / tokens, 5),
     }
     print(json.dumps(figures, indent=1))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,16 @@ def shortened(text: str, characters: int = 400) -> str:
 
 def machine() -> str:
     """Processor, available cores, GPU."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text(errors="replace"))
-        name = found[1].strip() if found else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {_gpu()}"
+    return f"{processor()}, {cores} cores, {_gpu()}"
+
+
+def processor() -> str:
+    """The name of the processor's model."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(errors="replace") if info.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _gpu() -> str:
