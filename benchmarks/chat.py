@@ -11,7 +11,6 @@ of it, where time is short.
 
 import argparse
 import io
-import json
 import os
 import platform
 import statistics
@@ -29,7 +28,7 @@ from benchmarks.random_model import SIZES, open_model, write
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
-from minigpt4.evaluation.report import processor, write_json
+from minigpt4.evaluation.report import print_json, processor
 from minigpt4.model.prompt import Prompt
 from minigpt4.weights.convert import blocks_folder
 from minigpt4.weights.load import find_weights, load_model
@@ -88,8 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             work = replace(work, random=write(options.model, options.layers, Path(folder)))
         figures = measure(work, options.repeat, peers=not options.no_peers)
     figures |= {"weights": options.weights, "layers": options.layers or "all"}
-    print(json.dumps(figures, indent=1))
-    write_json(options.json, figures)
+    print_json(figures, options.json)
 
 
 # --- our engine -------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ faults are injected, and then asks again, alone, what was answered in the crowd.
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import signal
@@ -26,7 +25,7 @@ import psutil
 from benchmarks import free_port
 from benchmarks.soak.server import FILE_SECONDS, HANG_SECONDS
 from benchmarks.soak.users import SETTINGS, Asked, Ledger, User, body
-from minigpt4.evaluation.report import write_json
+from minigpt4.evaluation.report import print_json
 
 FAULTS = (
     *("exception", "nan", "memory", "thread", "hang"),  # of the engine
@@ -48,8 +47,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = Soak(options, Path(folder)).run()
-    print(json.dumps(record, indent=1, ensure_ascii=False))
-    write_json(options.json, record)
+    print_json(record, options.json)
     return 0 if record["held"] else 1
 
 

@@ -4,7 +4,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,6 @@ def repair_jsonl(path: str | os.PathLike) -> bytes:
     with open(path, "ab") as file:
         file.write(b"\n")  # edited by hand, without a newline at the end
     return content + b"\n"
-
-
-def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
-    """One object per line."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 @contextmanager
