@@ -85,7 +85,7 @@ def read_others(given: Sequence[str]) -> dict[str, Answers]:
             raise UserError(f"“--beside {value}” must be NAME=FILE, as in minigpt-4=theirs.jsonl.")
         if name in others:
             raise UserError(f"“--beside {value}”: {name} is used already, choose another name.")
-        others[name] = read_answers(path)
+        others[name] = _by_id(read_jsonl(path, "id", "answer"))
     return others
 
 
@@ -119,12 +119,8 @@ def judge_all(cases: Mapping[tuple[str, str], Case], options: argparse.Namespace
     return dict(zip(cases, found, strict=True))
 
 
-def read_answers(path: str) -> dict[str, Completion]:
-    """Item's id -> answer, from a file that `--answers` wrote."""
-    return _by_id(read_jsonl(path, "id", "answer"))
-
-
 def _by_id(records: Iterable[dict]) -> dict[str, Completion]:
+    """Item's id -> answer, from the records that `--answers` writes."""
     return {
         str(r["id"]): Completion(
             str(r["answer"]), "length" if r.get("truncated") is True else "stop"
