@@ -20,9 +20,9 @@ from minigpt4.data.examples import Example
 from minigpt4.model.bridge import QFormerBridge, build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt
-from minigpt4.training.batches import batches
+from minigpt4.training.batches import batches, training_prompt
 from minigpt4.training.packing import pack
-from minigpt4.training.trainer import learning_rate, training_prompt
+from minigpt4.training.trainer import learning_rate
 
 TINY_QFORMER = QFormer(hidden_size=256, layers=2, heads=4, intermediate_size=1024)
 ENCODED_AT_ONCE = 8  # pictures

@@ -18,20 +18,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt4.config import ModelConfig, Schedule
+from minigpt4.config import Schedule
 from minigpt4.data.examples import Example, Text
 from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.model.prompt import ImageRef, Prompt, encode_training
-from minigpt4.training.batches import divide, mixed_batches, published_caption
+from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.training.batches import divide, mixed_batches, training_prompt
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
 from minigpt4.training.saving import plot_losses, read_run, uninterrupted
 from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.load import projection_tensors
-
-PUBLISHED_STAGE1_END = "\n"  # `end_sym` where the published configuration sets none
 
 
 @dataclass(frozen=True)
@@ -70,35 +68,6 @@ def learning_rate(schedule: Schedule, step: int) -> float:
         return schedule.warmup_lr + (schedule.peak_lr - schedule.warmup_lr) * share
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / schedule.steps)))
     return schedule.floor_lr + (schedule.peak_lr - schedule.floor_lr) * cosine
-
-
-def training_prompt(
-    model: MiniGPT4,
-    ref: ImageRef,
-    text: Text,
-    instructions: Sequence[str],
-    pick: float,
-    limit: int,
-) -> Prompt:
-    """The training prompt of one text, cut at `limit` tokens.
-
-    instructions: for texts without their own; if there are none either, the text is learned as in
-    the published first stage. pick: which one is drawn, from 0 to 1.
-    """
-    choices = text.instructions or instructions or ("",)
-    instruction = choices[int(pick * len(choices))]
-    config: ModelConfig = model.config
-    return encode_training(
-        (ref, instruction) if instruction else (ref,),
-        text.answer.strip() if instruction else published_caption(text.answer),
-        config.template,
-        model.tokenizer,
-        config.image_tokens,
-        limit,
-        wrap=bool(instruction),
-        end=None if instruction else PUBLISHED_STAGE1_END,
-        earlier=text.earlier,
-    )
 
 
 class Trainer:
