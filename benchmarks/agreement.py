@@ -7,7 +7,6 @@ weights unpacked (and rounded to bfloat16, as they are kept for training).
 """
 
 import argparse
-import json
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from minigpt4.engine.sampling import log_softmax
 from minigpt4.engine.scheduler import Chunk, Request, RequestState, Rows, Sequence, rows_of
 from minigpt4.engine.stream import Stream
 from minigpt4.engine.torch_decoder import TorchDecoder
+from minigpt4.evaluation.report import print_json
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_training
 from minigpt4.weights.load import find_weights, load_model
@@ -69,10 +69,7 @@ def main() -> None:
         "same_likeliest_token": round(agreed / tokens, 4),
         "kl_divergence_nats_a_token": round(divergence / tokens, 5),
     }
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+    print_json(figures, options.json)
 
 
 if __name__ == "__main__":

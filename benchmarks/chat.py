@@ -11,7 +11,6 @@ of it, where time is short.
 
 import argparse
 import io
-import json
 import os
 import platform
 import statistics
@@ -29,6 +28,7 @@ from benchmarks.random_model import SIZES, open_model, write
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
+from minigpt4.evaluation.report import print_json, processor
 from minigpt4.model.prompt import Prompt
 from minigpt4.weights.convert import blocks_folder
 from minigpt4.weights.load import find_weights, load_model
@@ -87,9 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             work = replace(work, random=write(options.model, options.layers, Path(folder)))
         figures = measure(work, options.repeat, peers=not options.no_peers)
     figures |= {"weights": options.weights, "layers": options.layers or "all"}
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print_json(figures, options.json)
 
 
 # --- our engine -------------------------------------------------------------------------------
@@ -443,15 +441,10 @@ def machine(threads: int) -> str:
     """Processor, threads used, and versions, in a line."""
     import torch
 
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {os.cpu_count()} cores, {threads} threads, {instructions}, Python " + (
-        f"{platform.python_version()}, PyTorch {torch.__version__}"
-    )
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores, {threads} threads, {instructions}"
+    return f"{processor()}, {cores}, {versions}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import base64
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,8 @@ import httpx
 import numpy as np
 import psutil
 from PIL import Image
+
+from benchmarks import free_port
 
 QUESTIONS = ("Describe this image in detail.", "What are the main colors?", "Write a short poem.")
 SAMPLE_SECONDS = 0.2
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=2000, help="width of each picture in pixels")
     parser.add_argument("--parts", action="store_true", help="add a breakdown at the peak")
     options = parser.parse_args()
-    port = _free_port()
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "app.py", "--model", options.model, "--port", str(port)],
         stdout=subprocess.DEVNULL,
@@ -169,12 +170,6 @@ def _answers(ask: Callable[[], httpx.Response]) -> bool:
         return ask().status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _mb(count: int) -> int:

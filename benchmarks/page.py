@@ -27,6 +27,8 @@ import httpx
 import psutil
 from PIL import Image
 
+from benchmarks import free_port
+
 WORDS = 300  # of an answer
 # The page's controls, in their order, and the conversation that is shown.
 SETTINGS = [0.5, 0.9, 1.05, 300, 1, "", "", None]
@@ -321,14 +323,6 @@ def main() -> None:
         print(json.dumps(idle(chosen.idle)))
     else:
         print(json.dumps(load(chosen.clients, chosen.turns, chosen.pace)))
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from tqdm import tqdm
 
 from minigpt4.conversation import Answer, Conversation, ask
+from minigpt4.data.examples import Example
 from minigpt4.data.files import printable
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError, say
@@ -165,16 +166,22 @@ class Batch(Generic[BatchEngine]):
             yield question, outcome
 
     def answer(
-        self, questions: Iterable[Question], sampling: Sampling, watched: Sequence[int] = ()
+        self,
+        questions: Sequence[Question],
+        sampling: Sampling,
+        watched: Sequence[int] = (),
+        progress: str = "answering",
     ) -> Iterator[tuple[Question, Completion]]:
-        """As `completions` with `next_seeds`, but questions without an answer are reported and left
-        out.
+        """As `completions` with `next_seeds`, but with a progress bar of this name, and questions
+        without an answer are reported and left out.
 
         UserError if there was no answer at all, and if more than `MOST_LEFT_OUT` got none: then
         early, once `NAMED` did not.
         """
         answered = 0
-        for question, outcome in self.completions(questions, sampling, watched, True):
+        outcomes = self.completions(questions, sampling, watched, next_seeds=True)
+        bar = tqdm(outcomes, desc=progress, total=len(questions), unit="answer")
+        for question, outcome in bar:
             if isinstance(outcome, UserError):
                 self.left_out += 1
                 if self.left_out <= NAMED:
@@ -189,6 +196,17 @@ class Batch(Generic[BatchEngine]):
             if not answered:
                 raise UserError("No question was answered: see the reasons above.")
             self._check_share(answered)
+
+    def ask_each(
+        self,
+        examples: Iterable[Example],
+        instruction: str,
+        sampling: Sampling,
+        progress: str = "answering",
+    ) -> dict[str, Completion]:
+        """An example's key -> what `answer` gives to one instruction about its picture."""
+        questions = [Question(e.key, instruction, e.read) for e in examples]
+        return {q.key: found for q, found in self.answer(questions, sampling, progress=progress)}
 
     def _check_share(self, answered: int) -> None:
         if self.left_out > MOST_LEFT_OUT * (self.left_out + answered):

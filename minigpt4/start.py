@@ -6,7 +6,7 @@ import warnings
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from minigpt4 import _data
+from minigpt4._data import cache_folder
 from minigpt4.config import DEFAULT_MODEL, MODELS, EvaViT, ModelConfig, Quantize, get_model
 from minigpt4.errors import Report, UserError, out_of_memory, say
 
@@ -322,7 +322,7 @@ def _embedding_store(model: "MiniGPT4") -> "EmbeddingStore | None":
     limit = os.environ.get("MINIGPT4_EMBEDDINGS_MB") or str(MEGABYTES)
     if not limit.isdecimal():
         raise UserError(f"MINIGPT4_EMBEDDINGS_MB is “{limit}”: set it to a number of megabytes.")
-    return EmbeddingStore(_data.cache_folder() / "embeddings", model, int(limit))
+    return EmbeddingStore(cache_folder() / "embeddings", model, int(limit))
 
 
 def _open_remote(

@@ -27,7 +27,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from minigpt4 import start
-from minigpt4.batch import Batch, Completion, Question, greedy
+from minigpt4.batch import Batch, greedy
 from minigpt4.config import ModelConfig, Schedule
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, read_descriptions, usable
@@ -231,22 +231,15 @@ class Bench:
         )
         config, examples = made.config, self.unseen.examples
         with Batch(engine, self.options.batch_size) as batch:
-            captions = self._ask(batch, config.short_instruction, CAPTION_TOKENS)
-            details = self._ask(batch, config.detail_instruction, DETAIL_TOKENS).values()
+            captions = batch.ask_each(examples, config.short_instruction, greedy(CAPTION_TOKENS))
+            details = batch.ask_each(examples, config.detail_instruction, greedy(DETAIL_TOKENS))
         answers = {key: completion.text for key, completion in captions.items()}
         references = {e.key: list(e.captions) for e in examples if e.key in answers}
         scores = caption_scores(answers, references)
-        rates = failure_rates((d.text for d in details), (d.truncated for d in details))
-        words = sum(len(d.text.split()) for d in details) / len(details)
+        said = details.values()
+        rates = failure_rates((d.text for d in said), (d.truncated for d in said))
+        words = sum(len(d.text.split()) for d in said) / len(said)
         return scores | {"words": words} | {k: v for k, v in rates.items() if k != "n"}
-
-    def _ask(self, batch: Batch, instruction: str, tokens: int) -> dict[str, Completion]:
-        """Key of the picture -> answer."""
-        questions = [Question(e.key, instruction, e.read) for e in self.unseen.examples]
-        found = tqdm(
-            batch.answer(questions, greedy(tokens)), desc="answering", total=len(questions)
-        )
-        return {question.key: completion for question, completion in found}
 
 
 def shortened(schedule: Schedule, steps: int, batch_size: int | None) -> Schedule:

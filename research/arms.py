@@ -19,10 +19,10 @@ from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, QForme
 from minigpt4.data.examples import Example
 from minigpt4.model.bridge import QFormerBridge, build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.model.prompt import ImageRef, Prompt, encode_training
-from minigpt4.training.batches import batches, published_caption
+from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.training.batches import batches, training_prompt
 from minigpt4.training.packing import pack
-from minigpt4.training.trainer import PUBLISHED_STAGE1_END, learning_rate
+from minigpt4.training.trainer import learning_rate
 
 TINY_QFORMER = QFormer(hidden_size=256, layers=2, heads=4, intermediate_size=1024)
 ENCODED_AT_ONCE = 8  # pictures
@@ -144,24 +144,11 @@ class Corpus:
     ) -> list[Prompt]:
         """The training prompts of one picture, for as many texts as the schedule says."""
         texts = self.examples[index].texts
-        pick, ref = draw.random(), ImageRef(f"{place:x}")
-        prompts = []
-        for text in draw.sample(texts, min(schedule.texts_per_picture, len(texts))):
-            choices = text.instructions or self.instructions
-            asked = choices[int(pick * len(choices))] if choices else ""
-            prompts.append(
-                encode_training(
-                    (ref, asked) if asked else (ref,),
-                    text.answer.strip() if asked else published_caption(text.answer),
-                    model.config.template,
-                    model.tokenizer,
-                    model.config.image_tokens,
-                    schedule.max_text_tokens,
-                    wrap=bool(asked),
-                    end=None if asked else PUBLISHED_STAGE1_END,
-                )
-            )
-        return prompts
+        pick, ref, limit = draw.random(), ImageRef(f"{place:x}"), schedule.max_text_tokens
+        return [
+            training_prompt(model, ref, text, self.instructions, pick, limit)
+            for text in draw.sample(texts, min(schedule.texts_per_picture, len(texts)))
+        ]
 
 
 def loss_of(
@@ -172,12 +159,11 @@ def loss_of(
         corpus.prompts(model, schedule, index, place, random.Random(f"{seed} {place} {index}"))
         for place, index in enumerate(indices)
     ]
-    places = {row[0].images[0][1].key: i for i, row in enumerate(rows)}
     # On a GPU the model's own bridge has 16 bits, a new one 32; some bridges have no weights.
     dtype = next(model.bridge.parameters(), model.projection.weight).dtype
     chosen = list(indices)
     encoded = on_each(corpus.encoded, lambda one: one[chosen].to(model.device, dtype))
-    batch = pack(rows, places).to(model.device)
+    batch = pack(rows).to(model.device)
     return model.training_loss(model.bridge(encoded), batch)
 
 

@@ -18,7 +18,7 @@ from minigpt4.curation.export import chosen, export
 from minigpt4.curation.generate import Generator, paper_template
 from minigpt4.curation.pictures import find_pictures, is_same, load_picture
 from minigpt4.curation.records import Records, read_records, write_records
-from minigpt4.curation.refiners import LocalRefiner
+from minigpt4.curation.refine import LocalRefiner
 from minigpt4.data.examples import read_descriptions
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError

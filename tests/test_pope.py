@@ -12,8 +12,9 @@ from minigpt4.batch import greedy
 from minigpt4.conversation import Conversation, fit
 from minigpt4.engine import Engine, Request
 from minigpt4.errors import UserError
+from minigpt4.evaluation.metrics import auc
 from minigpt4.evaluation.objects import Mentions, ObjectList
-from minigpt4.evaluation.pope import WAYS, PopeAnswer, auc, beginnings, make_questions, scores
+from minigpt4.evaluation.pope import WAYS, PopeAnswer, beginnings, make_questions, scores
 from minigpt4.evaluation.report import interval
 from minigpt4.model import image
 from tests.evaluation_case import run, use_tiny_model

@@ -9,13 +9,12 @@ import json
 import math
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from minigpt4.evaluation.suite import SUITE
 from tools.draw_abilities import HEIGHT, SCALE, WIDTH, Canvas
 
-FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FONT_SIZE = 109  # the one at which it has its pictures
 
@@ -159,10 +158,10 @@ def compose(background: str, things: str) -> Canvas:
 
 def main() -> None:
     """Draw the picture of each line of suite.jsonl that says how."""
-    for line in (FOLDER / "suite.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (SUITE / "suite.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "things" in record:
-            compose(record["background"], record["things"]).save(FOLDER / record["image"])
+            compose(record["background"], record["things"]).save(SUITE / record["image"])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from minigpt4.evaluation.suite import SUITE
+
 WIDTH, HEIGHT, SCALE = 640, 480, 2  # drawn larger, then scaled down: smooth edges
-FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 Point = tuple[float, float]
 
 
@@ -327,4 +328,4 @@ PICTURES: tuple[Callable[[], Canvas], ...] = (
 
 if __name__ == "__main__":
     for picture in PICTURES:
-        picture().save(FOLDER / f"{picture.__name__}.jpg")
+        picture().save(SUITE / f"{picture.__name__}.jpg")

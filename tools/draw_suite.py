@@ -4,11 +4,9 @@ The suite's other pictures are drawn by draw_abilities.py, or composed by compos
 """
 
 import math
-from pathlib import Path
 
+from minigpt4.evaluation.suite import SUITE
 from tools.draw_abilities import HEIGHT, WIDTH, Canvas
-
-FOLDER = Path(__file__).parents[1] / "minigpt4" / "evaluation" / "suite"
 
 
 def burger() -> Canvas:
@@ -150,4 +148,4 @@ def fishbowl() -> Canvas:
 
 if __name__ == "__main__":
     for make in (burger, eggs, lamp, umbrella, snowman, fishbowl):
-        make().save(FOLDER / f"{make.__name__}.jpg")
+        make().save(SUITE / f"{make.__name__}.jpg")

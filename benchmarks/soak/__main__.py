@@ -7,7 +7,6 @@ faults are injected, and then asks again, alone, what was answered in the crowd.
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import signal
@@ -23,9 +22,10 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks import free_port
 from benchmarks.soak.server import FILE_SECONDS, HANG_SECONDS
 from benchmarks.soak.users import SETTINGS, Asked, Ledger, User, body
-from tests.api_case import free_port
+from minigpt4.evaluation.report import print_json
 
 FAULTS = (
     *("exception", "nan", "memory", "thread", "hang"),  # of the engine
@@ -47,10 +47,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = Soak(options, Path(folder)).run()
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    print(text)
-    if options.json:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    print_json(record, options.json)
     return 0 if record["held"] else 1
 
 
@@ -272,7 +269,7 @@ class Soak:
         return found
 
 
-# The page's controls, in its own order: minigpt4/web/page/controls.py.
+# The page's controls, in its own order: minigpt4/web/page/panel.py.
 SETTINGS_IN_ORDER = (
     "temperature",
     "top_p",

@@ -7,6 +7,7 @@ from pathlib import Path
 from minigpt4.curation.pictures import NOT_IN_NAMES, load_picture, locate, read_picture
 from minigpt4.curation.records import KEY, make_folder
 from minigpt4.data.examples import NAMED, check_share
+from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 
 JPEG_QUALITY = 95
@@ -78,10 +79,9 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
     if not annotations:
         raise UserError("There is nothing to export: all descriptions were dropped.")
     _remove_others(folder, {a["image_id"] for a in annotations})
-    partial = folder / "filter_cap.json.part"
     layout = json.dumps({"annotations": annotations}, ensure_ascii=False, indent=1)
-    partial.write_text(layout + "\n", encoding="utf-8")
-    partial.replace(folder / "filter_cap.json")
+    with replacing(folder / "filter_cap.json") as partial:
+        partial.write_text(layout + "\n", encoding="utf-8")
     return len(annotations)
 
 

@@ -19,7 +19,6 @@ from minigpt4.options import (
 STEPS = "Run the steps in this order: generate, refine, filter, review, merge, export."
 PREFIX = "CURATE_"
 
-TOGETHER = "Maximum number of requests at once."
 GENERATE = (
     Option(
         "min-tokens",
@@ -42,7 +41,7 @@ ENDPOINT = (
         variable="OPENAI_API_KEY",
     ),
     Option("refiner", "Model to use there.", metavar="NAME", variable="OPENAI_MODEL"),
-    Option("together", TOGETHER, 4, integer(1), "N"),
+    Option("together", "Maximum number of requests at once.", 4, integer(1), "N"),
     Option(
         "retries",
         "How often to repeat a failed request, with increasing pauses.",

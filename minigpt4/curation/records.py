@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minigpt4.data.files import parse_jsonl, repair_jsonl
+from minigpt4.data.files import parse_jsonl, repair_jsonl, replacing
 from minigpt4.errors import UserError
 
 if sys.platform != "win32":  # there two programs may write the same file
@@ -36,12 +36,10 @@ def write_records(path: str | Path, records: Iterable[dict]) -> None:
     """Write a whole file: readers see the old one or the new one, never a part."""
     path = Path(path)
     make_folder(path.parent)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.writelines(_line(record) for record in records)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def make_folder(folder: Path) -> None:

@@ -8,10 +8,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from minigpt4.curation.pictures import load_picture
 from minigpt4.curation.records import Records, writing
+from minigpt4.data.files import replacing
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 
@@ -134,6 +134,5 @@ class Review:
             if not self._drafts:
                 self._draft_file.unlink(missing_ok=True)
                 return
-            partial: Path = self._draft_file.with_suffix(".part")
-            partial.write_text(json.dumps(self._drafts, ensure_ascii=False), encoding="utf-8")
-            partial.replace(self._draft_file)
+            with replacing(self._draft_file) as partial:
+                partial.write_text(json.dumps(self._drafts, ensure_ascii=False), encoding="utf-8")

@@ -1,7 +1,6 @@
 """python -m minigpt4 curate STEP: what each step does with its options."""
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ from minigpt4.curation.pictures import PictureFile, find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.data.files import prompt_text
 from minigpt4.errors import UserError
+from minigpt4.evaluation.report import print_json
 
 if TYPE_CHECKING:
-    from minigpt4.curation.refiners import Refiner
+    from minigpt4.curation.refine import Refiner
 
 MOST_TOGETHER = 64  # requests, as many as may wait for the engine
 
@@ -87,9 +87,8 @@ def _report_generated(records: list[dict], out: str) -> None:
 
 def refine(options: argparse.Namespace) -> None:
     """Refine the descriptions that are not refined yet."""
-    from minigpt4.curation.refine import estimate
+    from minigpt4.curation.refine import Failed, estimate
     from minigpt4.curation.refine import refine as refine_all
-    from minigpt4.curation.refiners import Failed
 
     found = read_records(options.file)
     instruction = prompt_text("refine.txt")
@@ -154,7 +153,7 @@ def _report_estimate(found, options: argparse.Namespace) -> None:
 @contextmanager
 def _refiner(options: argparse.Namespace) -> Iterator["Refiner"]:
     """The endpoint that the options or the environment name, or else a model on this machine."""
-    from minigpt4.curation.refiners import EndpointRefiner, LocalRefiner
+    from minigpt4.curation.refine import EndpointRefiner, LocalRefiner
     from minigpt4.engine import Engine
 
     url = options.url
@@ -162,11 +161,8 @@ def _refiner(options: argparse.Namespace) -> Iterator["Refiner"]:
         name = options.refiner
         if not name:
             raise UserError("Name the endpoint's model with “--refiner NAME”.")
-        if find_spec("openai") is None:
-            raise UserError("Install openai first: pip install 'minigpt4[train]'.")
         key = options.api_key or ""
-        refiner = EndpointRefiner(url, key, name, options.retries, options.timeout)
-        with closing(refiner):
+        with closing(EndpointRefiner(url, key, name, options.retries, options.timeout)) as refiner:
             yield refiner
         return
     if not options.local:
@@ -250,10 +246,7 @@ def merge(options: argparse.Namespace) -> None:
         reviews[name] = records
     merged = merging.merge(reviews)
     write_records(options.out, merged)
-    result = json.dumps(merging.agreement(reviews), indent=1, ensure_ascii=False)
-    print(result)
-    if options.json:
-        Path(options.json).write_text(result + "\n", encoding="utf-8")
+    print_json(merging.agreement(reviews), options.json)
     decided = Counter(r["decision"] for r in merged)
     start.say(
         f"{len(merged)} in {options.out}: {decided['keep']} kept, {decided['edit']} edited, "

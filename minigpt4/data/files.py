@@ -1,10 +1,11 @@
-"""The text files that people write: UTF-8 text, JSON lines, the texts in `prompts/`."""
+"""Text files that people write (UTF-8, JSON lines, `prompts/`); files replaced in one step."""
 
 import codecs
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,21 @@ def repair_jsonl(path: str | os.PathLike) -> bytes:
     return content + b"\n"
 
 
-def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
-    """One object per line."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    Path(path).write_text("".join(lines), encoding="utf-8")
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Write a file whole or not at all: yields the path to write to, which replaces `path` at the
+    end of the block. After an error it is deleted, and `path` is as it was.
+
+    shared: other processes may write the same file at the same time.
+    """
+    mark = f".{os.getpid()}" if shared else ""
+    partial = path.with_name(f"{path.name}{mark}.part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minigpt4.data.files import replacing
+
 if TYPE_CHECKING:
     from minigpt4.model.minigpt4 import MiniGPT4
 
@@ -46,15 +48,10 @@ class EmbeddingStore:
     def keep(self, key: str, embeds: np.ndarray) -> None:
         """Store them, and delete what has become too much."""
         place = self._place(key)
-        partial = place.with_suffix(f".{os.getpid()}")
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                with partial.open("wb") as file:
-                    np.save(file, np.ascontiguousarray(embeds, np.float32), allow_pickle=False)
-                partial.replace(place)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(place, shared=True) as partial, partial.open("wb") as file:
+                np.save(file, np.ascontiguousarray(embeds, np.float32), allow_pickle=False)
             self._shrink()
 
     def _shrink(self) -> None:

@@ -13,8 +13,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minigpt4 import start
 from minigpt4.batch import Batch, Completion, Question, greedy
 from minigpt4.config import get_model
@@ -87,7 +85,7 @@ def read_others(given: Sequence[str]) -> dict[str, Answers]:
             raise UserError(f"“--beside {value}” must be NAME=FILE, as in minigpt-4=theirs.jsonl.")
         if name in others:
             raise UserError(f"“--beside {value}”: {name} is used already, choose another name.")
-        others[name] = read_answers(path)
+        others[name] = _by_id(read_jsonl(path, "id", "answer"))
     return others
 
 
@@ -121,12 +119,8 @@ def judge_all(cases: Mapping[tuple[str, str], Case], options: argparse.Namespace
     return dict(zip(cases, found, strict=True))
 
 
-def read_answers(path: str) -> dict[str, Completion]:
-    """Item's id -> answer, from a file that `--answers` wrote."""
-    return _by_id(read_jsonl(path, "id", "answer"))
-
-
 def _by_id(records: Iterable[dict]) -> dict[str, Completion]:
+    """Item's id -> answer, from the records that `--answers` writes."""
     return {
         str(r["id"]): Completion(
             str(r["answer"]), "length" if r.get("truncated") is True else "stop"
@@ -168,9 +162,8 @@ def answer_items(
     if options.drawn:
         sampling = start.default_sampling(config, max_new_tokens=TOKENS, seed=options.seed)
     by_id = {item.id: item for item in items}
-    found = batch.answer(map(_question, items), sampling)
     with open(options.answers or os.devnull, "w", encoding="utf-8") as file:
-        for question, answer in tqdm(found, desc="answering", total=len(items), unit="answer"):
+        for question, answer in batch.answer(list(map(_question, items)), sampling):
             item = by_id[question.key]
             record: dict[str, object] = {"id": item.id, "task": item.task}
             record |= {"instruction": item.instruction}

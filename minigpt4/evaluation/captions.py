@@ -3,10 +3,8 @@
 import argparse
 import time
 
-from tqdm import tqdm
-
 from minigpt4 import start
-from minigpt4.batch import Batch, Question, greedy
+from minigpt4.batch import Batch, greedy
 from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import usable
 from minigpt4.engine import Engine
@@ -39,10 +37,7 @@ def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
         instruction = config.detail_instruction if options.detail else config.short_instruction
         limit = DETAIL_TOKENS if options.detail else CAPTION_TOKENS
         started = time.perf_counter()
-        questions = [Question(e.key, instruction, e.read) for e in examples]
-        found = batch.answer(questions, greedy(limit))
-        progress = tqdm(found, desc="answering", total=len(examples), unit="picture")
-        completions = {question.key: completion for question, completion in progress}
+        completions = batch.ask_each(examples, instruction, greedy(limit))
         seconds = time.perf_counter() - started
     answers = {key: completion.text for key, completion in completions.items()}
     references = {e.key: list(e.captions) for e in examples if e.key in answers}

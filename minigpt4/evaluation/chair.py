@@ -17,10 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from minigpt4 import start
-from minigpt4.batch import Batch, Question, greedy
+from minigpt4.batch import Batch, greedy
 from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import Example, usable
 from minigpt4.engine import Engine
@@ -48,10 +46,9 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     examples = usable(read_references(options.shard, options.limit))
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config
-        questions = [Question(e.key, config.detail_instruction, e.read) for e in examples]
-        found = batch.answer(questions, greedy(TOKENS))
-        progress = tqdm(found, desc="describing", total=len(examples), unit="picture")
-        answers = {question.key: completion.text for question, completion in progress}
+        sampling = greedy(TOKENS)
+        found = batch.ask_each(examples, config.detail_instruction, sampling, "describing")
+    answers = {key: completion.text for key, completion in found.items()}
     answered = [e for e in examples if e.key in answers]
     judged = [judge(objects, e, answers[e.key]) for e in answered]
     result = {"model": config.name, "instruction": config.detail_instruction} | rates(judged)

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from minigpt4.data.files import PROMPTS, read_jsonl, read_text, repair_jsonl
 from minigpt4.errors import UserError
+from minigpt4.evaluation.endpoint import Endpoint
 from minigpt4.model import image
 
 AT_ONCE = 4  # requests
-RETRIES = 5  # with increasing pauses, if the server is busy or fails
+RETRIES = 5
 SECONDS = 120.0  # for one reply
 SIDE = 768  # pixels; longest side of a picture that the judge receives
 
@@ -43,20 +43,13 @@ class Case:
 class Judge:
     """A model behind an API.
 
-    url: of the API, up to /v1. blind: send `Case.about` instead of the picture. The judge is asked
-    for temperature 0; once it refuses that, without a temperature.
+    url: of the API, up to /v1. blind: send `Case.about` instead of the picture.
     """
 
     def __init__(self, url: str, model: str, blind: bool = False) -> None:
-        from openai import OpenAI
-
-        self.url, self.model, self.blind = url, model, blind
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        try:
-            self._client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
-        except Exception as error:
-            raise UserError(f"“{url}” is not an address: use http://HOST:PORT/v1.") from error
-        self._fields = {"temperature": 0}
+        key = os.environ.get("OPENAI_API_KEY", "")
+        self._endpoint = Endpoint(url, key, model, RETRIES, SECONDS)
+        self.blind = blind
         self._replied = False
         self._prompt = read_text(PROMPTS / "judge.txt")
         self._criteria = read_rubric()
@@ -100,7 +93,7 @@ class Judge:
 
     def _key(self, case: Case) -> str:
         """A hash of all that a verdict depends on: the judge, the text, the picture."""
-        asked = [self.model, self._text(case)]
+        asked = [self._endpoint.name, self._text(case)]
         asked += [] if self.blind else [hashlib.sha256(case.picture.read_bytes()).hexdigest()]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
@@ -112,50 +105,29 @@ class Judge:
         """
         import openai
 
+        url = self._endpoint.url
         try:
-            reply = self._reply(case)
+            reply = self._endpoint.ask(self._content(case))
         except (openai.RateLimitError, openai.InternalServerError, openai.APITimeoutError):
             return None  # after all retries
         except openai.APIStatusError as error:
             fault = UserError(
-                f"The judge at {self.url} refuses with status {error.status_code}: check --judge, "
+                f"The judge at {url} refuses with status {error.status_code}: check --judge, "
                 "--judge-model and $OPENAI_API_KEY, or omit the pictures with --judge-blind."
             )
             lasting = error.status_code in (401, 403, 404)
         except openai.OpenAIError:
-            fault = UserError(f"The judge at {self.url} cannot be reached: check --judge.")
+            fault = UserError(f"The judge at {url} cannot be reached: check --judge.")
             lasting = True
         except ValueError:
-            fault = UserError(
-                f"The page at {self.url} is not an API: its address should end in /v1."
-            )
+            fault = UserError(f"The page at {url} is not an API: its address should end in /v1.")
             lasting = True
         else:
             self._replied = True
-            return read_verdict(reply)
+            return read_verdict(reply.text) if reply else None
         if lasting and not self._replied:
             raise fault
         return fault
-
-    def _reply(self, case: Case) -> str:
-        """The judge's reply. Raises errors of openai; ValueError if the reply is a web page."""
-        import openai
-
-        ask = partial(
-            self._client.chat.completions.create, model=self.model, messages=[self._message(case)]
-        )
-        fields = self._fields
-        try:
-            done = ask(**fields)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not fields or "temperature" not in f"{error.param} {error}":
-                raise
-            self._fields = {}
-            done = ask()
-        if not hasattr(done, "choices"):  # the text of a web page
-            raise ValueError("no chat completion")
-        message = done.choices[0].message if done.choices else None
-        return (message.content if message else None) or ""
 
     def _text(self, case: Case) -> str:
         about = f"The picture shows: {case.about}" if case.about else ""
@@ -167,12 +139,12 @@ class Judge:
             answer=case.answer,
         )
 
-    def _message(self, case: Case) -> dict:
+    def _content(self, case: Case) -> list[dict]:
         content: list[dict] = [{"type": "text", "text": self._text(case)}]
         if not self.blind:
             url = image.data_url(image.load(case.picture), SIDE)
             content.append({"type": "image_url", "image_url": {"url": url}})
-        return {"role": "user", "content": content}
+        return content
 
 
 def read_rubric() -> dict[str, str]:

@@ -9,7 +9,7 @@ import itertools
 import re
 from dataclasses import dataclass
 
-from minigpt4.evaluation.metrics import is_fragment, is_repetitive
+from minigpt4.evaluation.metrics import is_fragment, is_repetitive, sentences
 
 # Function words: in English text every second to fourth word.
 _FUNCTION_WORDS = frozenset(
@@ -124,7 +124,7 @@ def stutters(text: str) -> bool:
     and animals do not count: there may well be “a man and a man”. Milder than
     `metrics.is_repetitive`, which counts in the plain scores.
     """
-    for sentence in re.split(r"[.!?]+(?=\W|$)|\n", text.casefold()):
+    for sentence in sentences(text.casefold()):
         words, seen = re.findall(r"[\w'-]+", sentence), set()
         for place in (i for i, word in enumerate(words) if word in ("a", "an")):
             rest = words[place + 1 : place + 4]

@@ -71,6 +71,13 @@ def caption_scores(
     return {"bleu1": float(bleu[0]), "bleu4": float(bleu[3]), "cider": float(cider)}
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences or lines of verse in a text, without their ends; parts without a word do not
+    count."""
+    parts = re.split(r"[.!?]+(?=\W|$)|\n", text)
+    return [part for part in parts if re.search(r"\w", part)]
+
+
 def is_repetitive(text: str) -> bool:
     """Does the text repeat itself? Words are compared without case and punctuation.
 
@@ -78,12 +85,12 @@ def is_repetitive(text: str) -> bool:
     times, or if one to three words occur three times in a row ("a dog, a dog, a dog"). For
     languages with spaces between words.
     """
-    parts = [tuple(_words(part)) for part in re.split(r"[.!?]+(?=\W|$)|\n", text)]
-    sentences = [part for part in parts if len(part) >= 3]
+    parts = [tuple(_words(part)) for part in sentences(text)]
+    long = [part for part in parts if len(part) >= 3]
     words = _words(text)
     fours = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
     return (
-        len(set(sentences)) < len(sentences)
+        len(set(long)) < len(long)
         or max(fours.values(), default=0) >= 3
         or any(
             words[i : i + n] == words[i + n : i + 2 * n] == words[i + 2 * n : i + 3 * n]
@@ -141,3 +148,13 @@ def failure_rates(answers: Iterable[str], truncated: Iterable[bool]) -> dict[str
         "fragment_rate": sum(is_fragment(answer, cut) for answer, cut in pairs) / len(pairs),
         "n": len(pairs),
     }
+
+
+def auc(odds: Sequence[tuple[bool, float]]) -> float:
+    """The share of (present, absent) pairs that the log-odds order correctly; ties count half."""
+    there = [value for truth, value in odds if truth]
+    absent = [value for truth, value in odds if not truth]
+    if not there or not absent:
+        return 0.5
+    won = sum((a > b) + 0.5 * (a == b) for a in there for b in absent)
+    return won / (len(there) * len(absent))

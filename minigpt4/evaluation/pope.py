@@ -25,8 +25,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from minigpt4 import start
 from minigpt4.batch import Batch, Question, greedy
 from minigpt4.data.datasets import read_references
@@ -34,6 +32,7 @@ from minigpt4.data.examples import Example, usable
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
+from minigpt4.evaluation.metrics import auc
 from minigpt4.evaluation.objects import Mentions, ObjectList
 from minigpt4.model.prompt import Tokenizer, encode_text
 
@@ -82,7 +81,8 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         raise UserError("The captions name no object of the list: use another with “--objects”.")
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         model = batch.engine.model.config.name
-        said = answer_questions(batch, examples, questions, options.question)
+        pairs = sorted({(p.picture, p.object) for p in questions})  # one may occur in several ways
+        said = dict(ask_all(batch, examples, pairs, options.question))
     questions = [p for p in questions if (p.picture, p.object) in said]
     by_way = {way: [p for p in questions if p.way == way] for way in WAYS}
     result = {
@@ -138,15 +138,6 @@ def make_questions(
     return questions
 
 
-def answer_questions(
-    batch: Batch, examples: Sequence[Example], questions: Sequence[PopeQuestion], question: str
-) -> dict[tuple[int, str], PopeAnswer]:
-    """(picture, object) -> answer. A question that occurs in several ways is asked once."""
-    asked = sorted({(p.picture, p.object) for p in questions})
-    found = ask_all(batch, examples, asked, question)
-    return dict(tqdm(found, total=len(asked), desc="asking"))
-
-
 def ask_all(
     batch: Batch, examples: Sequence[Example], asked: Iterable[tuple[int, str]], question: str
 ) -> Iterator[tuple[tuple[int, str], PopeAnswer]]:
@@ -156,7 +147,7 @@ def ask_all(
         Question(examples[i].key, question.replace("{}", name), examples[i].read): (i, name)
         for i, name in asked
     }
-    for answered, found in batch.answer(questions, greedy(TOKENS), (*yes, *no)):
+    for answered, found in batch.answer(list(questions), greedy(TOKENS), (*yes, *no), "asking"):
         first, second = found.watched[: len(yes)], found.watched[len(yes) :]
         log_odds = _log_sum(first) - _log_sum(second)
         yield questions[answered], PopeAnswer(found.text, log_odds)
@@ -214,16 +205,6 @@ def scores(pairs: Sequence[tuple[bool, bool | None]]) -> Scores:
         "neither": sum(a is None for _, a in pairs) / len(pairs),
         "questions": len(pairs),
     }
-
-
-def auc(odds: Sequence[tuple[bool, float]]) -> float:
-    """The share of (present, absent) pairs that the log-odds order correctly; ties count half."""
-    there = [value for truth, value in odds if truth]
-    absent = [value for truth, value in odds if not truth]
-    if not there or not absent:
-        return 0.5
-    won = sum((a > b) + 0.5 * (a == b) for a in there for b in absent)
-    return won / (len(there) * len(absent))
 
 
 def as_text(result: dict) -> str:

@@ -12,7 +12,7 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
-from minigpt4.data.files import read_text, write_jsonl
+from minigpt4.data.files import read_text
 from minigpt4.errors import UserError
 
 
@@ -58,13 +58,16 @@ def shortened(text: str, characters: int = 400) -> str:
 
 def machine() -> str:
     """Processor, available cores, GPU."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text(errors="replace"))
-        name = found[1].strip() if found else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {_gpu()}"
+    return f"{processor()}, {cores} cores, {_gpu()}"
+
+
+def processor() -> str:
+    """The name of the processor's model."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(errors="replace") if info.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _gpu() -> str:
@@ -114,6 +117,12 @@ def publish(
     write_markdown(options.markdown, name, f"{text}\n\n{caption(result)}")
 
 
+def print_json(result: dict, path: str | None) -> None:
+    """Print figures as JSON, and write them if a path is given."""
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+    write_json(path, result)
+
+
 def write_json(path: str | None, result: dict) -> None:
     """Write figures as JSON, if a path is given."""
     if path:
@@ -124,7 +133,8 @@ def write_json(path: str | None, result: dict) -> None:
 def write_lines(path: str | None, records: Sequence[dict]) -> None:
     """Write JSON lines, if a path is given."""
     if path:
-        write_jsonl(path, records)
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def find_place(path: str | os.PathLike, name: str) -> tuple[str, str]:

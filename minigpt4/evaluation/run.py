@@ -1,7 +1,6 @@
 """python -m minigpt4 evaluate: score captions, or run one of the paper's experiments."""
 
 import argparse
-import json
 import time
 from importlib import import_module
 from pathlib import Path
@@ -28,8 +27,7 @@ def evaluate(options: argparse.Namespace) -> None:
         Path(path).touch()  # fail now, not after the work, if a file cannot be written
     if options.experiment is None:
         scores, records = answer_and_score(options)
-        print(json.dumps(scores, indent=1, ensure_ascii=False))
-        report.write_json(options.json, scores)
+        report.print_json(scores, options.json)
         report.write_lines(options.answers, records)
     else:
         _run_experiment(options)

@@ -11,20 +11,18 @@ single sentence is reported, too.
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minigpt4 import start
-from minigpt4.batch import Batch, Completion, Question, greedy
+from minigpt4.batch import Batch, Completion, greedy
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, usable
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.meaning import failures
+from minigpt4.evaluation.metrics import sentences
 from minigpt4.weights.sources import WEIGHTS
 
 POEM = "Write a short poem about this image."
@@ -92,13 +90,10 @@ def answer_requests(
     if options.drawn:
         drawn = {"max_new_tokens": TOKENS, "seed": options.seed}
         sampling = start.default_sampling(batch.engine.model.config, **drawn)
-    answers = {}
-    for kind, request in requests.items():
-        questions = [Question(e.key, request, e.read) for e in examples]
-        found = batch.answer(questions, sampling)
-        progress = tqdm(found, desc=kind, total=len(questions), unit="answer")
-        answers[kind] = {question.key: completion for question, completion in progress}
-    return answers
+    return {
+        kind: batch.ask_each(examples, request, sampling, kind)
+        for kind, request in requests.items()
+    }
 
 
 def rates(answers: Sequence[Completion]) -> dict[str, float | int | list[float]]:
@@ -112,14 +107,9 @@ def rates(answers: Sequence[Completion]) -> dict[str, float | int | list[float]]
         "repetition": sum(f.repetition for f in found) / count,
         "fragment": sum(f.fragment for f in found) / count,
         "meaningless": sum(f.meaningless for f in found) / count,
-        "one_sentence": sum(sentences(a.text) < 2 for a in answers) / count,
+        "one_sentence": sum(len(sentences(a.text)) < 2 for a in answers) / count,
         "words": sum(len(a.text.split()) for a in answers) / count,
     }
-
-
-def sentences(text: str) -> int:
-    """The number of sentences or lines of verse in a text."""
-    return sum(bool(re.search(r"\w", part)) for part in re.split(r"[.!?]+(?=\W|$)|\n", text))
 
 
 def records(keys: Sequence[str], answers: Answers) -> list[dict]:

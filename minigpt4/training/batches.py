@@ -1,4 +1,4 @@
-"""Which examples a step shows, and how: order, crops, and the published clean-up of captions."""
+"""What a step shows, and how: order, crops, prompts, the published clean-up of captions."""
 
 import math
 import random
@@ -7,7 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from minigpt4.data.examples import Text
 from minigpt4.errors import UserError
+from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.prompt import ImageRef, Prompt, encode_training
+
+PUBLISHED_STAGE1_END = "\n"  # `end_sym` where the published configuration sets none
 
 
 def batches(count: int, size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
@@ -65,6 +70,35 @@ def published_caption(caption: str, max_words: int = 50) -> str:
     caption = re.sub(r"([.!\"()*#:;~])", " ", caption.lower())
     caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
     return " ".join(caption.split(" ")[:max_words])
+
+
+def training_prompt(
+    model: MiniGPT4,
+    ref: ImageRef,
+    text: Text,
+    instructions: Sequence[str],
+    pick: float,
+    limit: int,
+) -> Prompt:
+    """The training prompt of one text, cut at `limit` tokens.
+
+    instructions: for texts without their own; if there are none either, the text is learned as in
+    the published first stage. pick: which one is drawn, from 0 to 1.
+    """
+    choices = text.instructions or instructions or ("",)
+    instruction = choices[int(pick * len(choices))]
+    config = model.config
+    return encode_training(
+        (ref, instruction) if instruction else (ref,),
+        text.answer.strip() if instruction else published_caption(text.answer),
+        config.template,
+        model.tokenizer,
+        config.image_tokens,
+        limit,
+        wrap=bool(instruction),
+        end=None if instruction else PUBLISHED_STAGE1_END,
+        earlier=text.earlier,
+    )
 
 
 def random_resized_crop(picture: Image.Image, draw: random.Random) -> Image.Image:

@@ -1,7 +1,6 @@
 """What the frozen encoder and bridge compute from pictures; cached on disk where asked for."""
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt4.data.examples import Example, check_share
+from minigpt4.data.examples import NAMED, Example, check_share
+from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training.batches import random_resized_crop
@@ -21,7 +21,6 @@ from minigpt4.weights.llm import choose_dtype
 
 _ENCODED_AT_ONCE = 8  # pictures; more of them do not fit a CPU's cache
 _ABANDONED = 24 * 3600  # seconds after which nobody writes an incomplete file any more
-_NAMED = 10  # unreadable pictures; the others are only counted
 
 
 class Features:
@@ -108,10 +107,10 @@ class Features:
     def _leave_out(self, index: int, line: str) -> None:
         self.unreadable.add(index)
         self._failed += 1
-        if len(self.unreadable) <= _NAMED:
+        if len(self.unreadable) <= NAMED:
             say(line)
         check_share(len(self.unreadable), len(self._examples))
-        if self._failed > _NAMED:  # do not read a large set to its half
+        if self._failed > NAMED:  # do not read a large set to its half
             check_share(self._failed, self._tried)
 
     def _encode(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
@@ -145,13 +144,9 @@ class Features:
             for left in path.parent.glob(f"{path.stem}.*.part"):  # by a run that was killed
                 if time.time() - left.stat().st_mtime > _ABANDONED:
                     left.unlink(missing_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.part")  # another run may write it too
-            try:
+            with replacing(path, shared=True) as partial:
                 stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
                 self._encode_all(stored, progress)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
         return np.load(path, mmap_mode="r")
 
     def _encode_all(self, stored: np.memmap, progress: bool) -> None:

@@ -17,7 +17,7 @@ from minigpt4.data import examples, shards
 from minigpt4.data.examples import Example
 from minigpt4.data.files import prompt_lines
 from minigpt4.data.names import is_hidden
-from minigpt4.errors import UserError
+from minigpt4.training.questions import read_things
 from minigpt4.training.word_head import fold_of
 
 Turn = tuple[str, str]  # what is asked, what is answered
@@ -108,12 +108,8 @@ class Things:
     """What yes/no questions ask for (`prompts/objects.txt`)."""
 
     def __init__(self) -> None:
-        lines = [line.partition(":") for line in prompt_lines("objects.txt")]
-        self.names = [name.strip() for name, _, _ in lines]
-        self._patterns = [
-            re.compile(rf"\b(?:{'|'.join(words.split())})\b", re.IGNORECASE)
-            for _, _, words in lines
-        ]
+        found = read_things("objects.txt")
+        self.names, self._patterns = list(found), list(found.values())
         self.popular: list[int] = []
 
     def count(self, pictures: Sequence[TrainingPicture]) -> list[TrainingPicture]:
@@ -235,8 +231,6 @@ class Mixture:
         self.objects = objects
         self.short = prompt_lines("caption.txt")
         self.detailed = prompt_lines("alignment.txt")
-        if not self.short or not self.detailed:
-            raise UserError("prompts/caption.txt and prompts/alignment.txt need a line each.")
 
     def draw(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         """The conversations of one showing: one to eleven."""

@@ -15,14 +15,15 @@ from minigpt4.model.prompt import ImageRef, Prompt
 
 def pack(
     rows: Sequence[Sequence[Prompt]],
-    index: dict[str, int],
+    index: dict[str, int] | None = None,
     weights: Sequence[Sequence[float]] | None = None,
     temperatures: Sequence[Sequence[float]] | None = None,
 ) -> TrainingBatch:
     """Merge each row's prompts into one sequence and stack the rows.
 
-    index: picture key -> its place in the features given to `MiniGPT4.training_loss`. weights,
-    temperatures: one for each prompt, for all its learned tokens; 1 by default.
+    index: picture key -> its place in the features given to `MiniGPT4.training_loss`; by default a
+    row's pictures are at the row's own. weights, temperatures: one for each prompt, for all its
+    learned tokens; 1 by default.
     """
     trees = [_Tree(prompts) for prompts in rows]
     length = max(len(tree.ids) for tree in trees)
@@ -34,7 +35,7 @@ def pack(
         ids[row, : len(tree.ids)] = torch.tensor(tree.ids)
         positions[row, : len(tree.depth)] = torch.tensor(tree.depth)
         image_rows += [(row, position) for position, _ in tree.images]
-        image_index += [index[image.key] for _, image in tree.images]
+        image_index += [index[image.key] if index else row for _, image in tree.images]
         sources += [row * length + source for source, _ in tree.learned]
         targets += [target for _, target in tree.learned]
     return TrainingBatch(

@@ -20,10 +20,10 @@ _SHARE_COMMON = 0.7  # of absent things: drawn as often as captions name them; t
 _PEOPLE = {"a person", "a man", "a woman", "a boy", "a girl", "a child"}
 
 
-def read_things() -> dict[str, re.Pattern]:
-    """The things in `prompts/things.txt`: "a dog" -> a pattern of the words that name it."""
+def read_things(file: str = "things.txt") -> dict[str, re.Pattern]:
+    """The things in a file of `prompts/`: "a dog" -> a pattern of the words that name it."""
     things = {}
-    for line in prompt_lines("things.txt"):
+    for line in prompt_lines(file):
         name, _, words = line.partition(":")
         things[name.strip()] = re.compile(rf"\b(?:{'|'.join(words.split())})\b", re.IGNORECASE)
     return things

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minigpt4.data.files import replacing
 from minigpt4.errors import say
 from minigpt4.model.minigpt4 import MiniGPT4, TrainingBatch, at_length
 from minigpt4.model.prompt import ImageRef, Message, Prompt, encode_chat, encode_text
@@ -248,8 +249,8 @@ class SmallTrainer:
             temperatures.append([one[2] for one in learned])
             for prompt, _, _, kind in learned:
                 kinds += [kind] * sum(prompt.loss_mask)
-        places = {f"{place:x}": place for place in range(len(group))}
-        return features, pack(rows, places, weights, temperatures), kinds
+        batch = pack(rows, weights=weights, temperatures=temperatures)
+        return features, batch, kinds
 
     def _showing(
         self, place: int, one: tuple[str, int], draw: random.Random
@@ -407,9 +408,8 @@ class SmallTrainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
-        partial = self.out / "checkpoint.part"
-        torch.save(state, partial)
-        partial.replace(self.out / "checkpoint.pt")
+        with replacing(self.out / "checkpoint.pt") as partial:
+            torch.save(state, partial)
         weights = {
             "weight": (self.average["weight"] @ self.basis.T).half(),
             "bias": self.average["bias"].half(),

@@ -1,13 +1,12 @@
 """Sampled texts of small models by their score (`selfcritical`): captions, by their CIDEr against
 people's, and descriptions, by how much of what they name is there."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from minigpt4.evaluation.metrics import is_repetitive
+from minigpt4.evaluation.metrics import is_repetitive, sentences
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.mixture import TrainingPicture
@@ -145,12 +144,7 @@ class DescriptionReward(Reward):
         named = self._vocabulary.occurring(text)
         right = len(named & self._there[picture.key])
         wrong = len(named) - right
-        return right / (right + 2 * wrong + 3) * (0.5 if sentences(text) < 2 else 1.0)
-
-
-def sentences(text: str) -> int:
-    """How many sentences a text has."""
-    return len([s for s in re.split(r"[.!?]+(?=\s|$)", text) if re.search(r"\w", s)])
+        return right / (right + 2 * wrong + 3) * (0.5 if len(sentences(text)) < 2 else 1.0)
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minigpt4.evaluation.metrics import caption_scores, is_repetitive
+from minigpt4.evaluation.metrics import auc, caption_scores, is_repetitive, sentences
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
 from minigpt4.training.packing import pack
-from minigpt4.training.small_reward import padded, sentences
+from minigpt4.training.small_reward import padded
 
 if TYPE_CHECKING:
     from minigpt4.training.small import PictureSource, SmallTrainer
@@ -77,7 +77,7 @@ class SmallValidation:
                 ref = self._ref(source, number, 0)
                 prompts = [trainer.learned(ref, text) for text in texts]
                 images = trainer.embeddings(source.features([number]), projection)
-                losses = trainer.losses(images, pack([prompts], {ref.key: 0})).tolist()
+                losses = trainer.losses(images, pack([prompts])).tolist()
                 for prompt, text in zip(prompts, texts, strict=True):
                     count = sum(prompt.loss_mask)
                     found[f"{name} {text.kind}"] += losses[:count]
@@ -126,7 +126,7 @@ class SmallValidation:
                 question = f"Is there {thing} in the image? Answer yes or no."
                 prompts.append(trainer.conversation(ref, ((question, ""),)))
                 prompts[-1].add_tokens([yes], learn=True)
-            batch = pack([prompts], {ref.key: 0})
+            batch = pack([prompts])
             images = trainer.embeddings(source.features([number]), projection)
             hidden = trainer.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
             logits = (hidden @ output.T).float()
@@ -144,7 +144,7 @@ class SmallValidation:
             texts = self.answers(trainer, projection, source, numbers, asked, 110)
             for i, text in zip(numbers, texts, strict=True):
                 lines.append(f"[{what}] {text!r} | {source.pictures[i].description}")
-            parts = [_lines(t) if what == "poem" else sentences(t) for t in texts]
+            parts = [_lines(t) if what == "poem" else len(sentences(t)) for t in texts]
             figures[what] = {
                 "lines" if what == "poem" else "sentences": round(sum(parts) / len(parts), 2),
                 "several": round(sum(n > 1 for n in parts) / len(parts), 2),
@@ -198,12 +198,11 @@ def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
 def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:
     """Of log-odds of yes and whether yes is right."""
     scores, truth = torch.tensor(odds), torch.tensor(right)
-    pairs = scores[truth][:, None] - scores[~truth][None, :]
-    auc = ((pairs > 0).float() + 0.5 * (pairs == 0).float()).mean().item()
     best = max(((scores > t) == truth).float().mean().item() for t in scores)
     accuracy = ((scores > 0) == truth).float().mean().item()
     said_yes = (scores > 0).float().mean().item()
-    figures = {"accuracy": accuracy, "best": best, "auc": auc, "yes": said_yes}
+    area = auc(list(zip(right, odds, strict=True)))
+    figures = {"accuracy": accuracy, "best": best, "auc": area, "yes": said_yes}
     return {k: round(v, 3) for k, v in figures.items()} | {"questions": len(odds)}
 
 

@@ -18,19 +18,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt4.config import ModelConfig, Schedule
+from minigpt4.config import Schedule
 from minigpt4.data.examples import Example, Text
+from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.model.prompt import ImageRef, Prompt, encode_training
-from minigpt4.training.batches import divide, mixed_batches, published_caption
+from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.training.batches import divide, mixed_batches, training_prompt
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
 from minigpt4.training.saving import plot_losses, read_run, uninterrupted
 from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.load import projection_tensors
-
-PUBLISHED_STAGE1_END = "\n"  # `end_sym` where the published configuration sets none
 
 
 @dataclass(frozen=True)
@@ -225,21 +224,8 @@ class Trainer:
 
     def prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
         """The training prompt of one text. pick: which instruction is drawn, from 0 to 1."""
-        config: ModelConfig = self.model.config
-        choices = text.instructions or self.recipe.instructions or ("",)
-        instruction = choices[int(pick * len(choices))]
-        answer = text.answer.strip() if instruction else published_caption(text.answer)
-        return encode_training(
-            (ref, instruction) if instruction else (ref,),
-            answer,
-            config.template,
-            self.model.tokenizer,
-            config.image_tokens,
-            self.recipe.schedule.max_text_tokens,
-            wrap=bool(instruction),
-            end=None if instruction else PUBLISHED_STAGE1_END,
-            earlier=text.earlier,
-        )
+        limit = self.recipe.schedule.max_text_tokens
+        return training_prompt(self.model, ref, text, self.recipe.instructions, pick, limit)
 
     def features(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
         """(example, view) pairs -> features [pictures, image_tokens, projection_in]."""
@@ -288,9 +274,8 @@ class Trainer:
         batches = [
             pack(
                 rows[part::parts],
-                {row[0].images[0][1].key: i for i, row in enumerate(rows[part::parts])},
-                weights[part::parts],
-                temperatures and temperatures[part::parts],
+                weights=weights[part::parts],
+                temperatures=temperatures and temperatures[part::parts],
             )
             for part in range(parts)
         ]
@@ -375,9 +360,8 @@ class Trainer:
         """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""
         if not self.main:
             return
-        partial = self.out / "checkpoint.part"
-        torch.save(self._state(), partial)
-        partial.replace(self.out / "checkpoint.pt")
+        with replacing(self.out / "checkpoint.pt") as partial:
+            torch.save(self._state(), partial)
         self.save_weights(self.projection_path)
         with (self.out / "loss.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["step", "loss", "lr", "samples_per_s"])

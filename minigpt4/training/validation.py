@@ -88,8 +88,7 @@ class Validation:
         for start in range(0, len(prompts), _AT_ONCE):
             part = prompts[start : start + _AT_ONCE]
             features = self._embedded(range(start, start + len(part)))
-            index = {prompt.images[0][1].key: i for i, prompt in enumerate(part)}
-            batch = pack([[prompt] for prompt in part], index).to(self._trainer.model.device)
+            batch = pack([[prompt] for prompt in part]).to(self._trainer.model.device)
             total += self._trainer.model.training_loss(features, batch).item() * len(batch.targets)
             count += len(batch.targets)
         scores = self._scores([question_of(prompt) for prompt in prompts])

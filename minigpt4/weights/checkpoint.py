@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import EvaViT, ModelConfig, model_of_projection
+from minigpt4.data.files import replacing
 from minigpt4.errors import Count, UserError, ignore, out_of_memory
 
 LARGE = 2**20  # bytes of a tensor whose memory is worth a system call
@@ -284,9 +285,8 @@ def save_projection(
     """Write a projection as safetensors; an existing file is replaced in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata)
 
 
 # --- out of a larger model's shards ------------------------------------------------------------
@@ -304,9 +304,8 @@ def keep_tensors(shards: Sequence[Path], beginnings: tuple[str, ...], target: Pa
             if "qformer." in beginnings:
                 name = name.replace("vision_model.post_layernorm.", "ln_vision.")
             kept[name] = tensor.clone()
-    partial = target.with_name(target.name + ".part")
-    save_file(kept, partial)
-    partial.replace(target)
+    with replacing(target) as partial:
+        save_file(kept, partial)
 
 
 def tensors_of(shard: Path, beginnings: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:

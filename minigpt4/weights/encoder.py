@@ -5,7 +5,6 @@ is the numbers themselves, which bfloat16 holds exactly.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import EvaViT
+from minigpt4.data.files import replacing
 from minigpt4.errors import Report, UserError
 from minigpt4.model.vision import build_encoder
 from minigpt4.weights.checkpoint import check_tensors, eva_tensors, forget, read_checkpoint
@@ -55,21 +55,17 @@ def make_int8(config: EvaViT, vision: Path, report: Report) -> Path:
     target = weights_folder() / f"{vision.stem}-{mark}{INT8}"
     if target.exists():
         return target
-    partial = target.with_suffix(".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(weights_folder() / ".lock"):  # another program may be making it
             if not target.exists():
-                save_file(dict(_quantized(config, vision, report)), partial)
-                partial.replace(target)
+                with replacing(target) as partial:
+                    save_file(dict(_quantized(config, vision, report)), partial)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{target} cannot be written ({error}): make room, or name another folder in "
             "MINIGPT4_WEIGHTS."
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
     return target
 
 

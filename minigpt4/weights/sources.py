@@ -10,7 +10,6 @@ from pathlib import Path
 from minigpt4 import _data
 from minigpt4.config import ModelConfig, Source
 from minigpt4.errors import UserError
-from minigpt4.weights.gguf import INDEX
 
 WEIGHTS = _data.folder("weights")  # the projections trained here
 PARTS = ".parts"  # within the weights folder: what is not complete yet
@@ -52,7 +51,7 @@ def locate(config: ModelConfig, role: str, place: str | None = None) -> Path | N
         return path
     for name in _names(config, role, place):
         for folder in _folders():
-            if (folder / name).exists() and not _is_old(config, role, folder / name):
+            if (folder / name).exists():
                 return folder / name
     return None
 
@@ -61,12 +60,6 @@ def local_path(place: str) -> Path | None:
     """The local file or folder that the user's `place` names."""
     candidates = Path(place).expanduser(), WEIGHTS / place
     return next((path for path in candidates if path.exists()), None)
-
-
-def _is_old(config: ModelConfig, role: str, path: Path) -> bool:
-    """Was it fetched before the GGUF file itself was kept?"""
-    blocks = role == "llm" and "llm" in config.files and config.files["llm"].member
-    return bool(blocks) and not (path / INDEX).exists()
 
 
 def missing(config: ModelConfig, given: Mapping[str, str]) -> list[str]:

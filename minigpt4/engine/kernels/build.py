@@ -15,7 +15,8 @@ from ctypes import POINTER, c_float, c_int32, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
-from minigpt4 import _data
+from minigpt4._data import cache_folder
+from minigpt4.data.files import replacing
 
 _SOURCE = Path(__file__).parent.with_name("native.c")
 _FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
@@ -118,7 +119,7 @@ def library(variant: str = "native") -> ctypes.CDLL | None:
 def _find_or_build(variant: str) -> Path:
     """Where the build is. OSError without a compiler, or where it fails."""
     compiler = _compiler()
-    built = _cache_folder() / f"native-{_fingerprint(compiler, variant)}.so"
+    built = _build_folder() / f"native-{_fingerprint(compiler, variant)}.so"
     if built.exists():
         return built
     if compiler is None:
@@ -156,9 +157,9 @@ def _fingerprint(compiler: Sequence[str] | None, variant: str) -> str:
     return content.hexdigest()[:16]
 
 
-def _cache_folder() -> Path:
+def _build_folder() -> Path:
     """Where builds are kept; a folder of this user alone, since what lies there is executed."""
-    folder = _data.cache_folder()
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
@@ -174,9 +175,8 @@ def _scratch_folder() -> Path:
 
 
 def _build(compiler: Sequence[str], options: Sequence[str], target: Path) -> None:
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
-    command = [*compiler, *_FLAGS, *options, str(_SOURCE), "-o", str(partial), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise OSError(f"{compiler[0]} failed: {done.stderr[-500:]}")
-    partial.replace(target)
+    with replacing(target, shared=True) as partial:
+        command = [*compiler, *_FLAGS, *options, str(_SOURCE), "-o", str(partial), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise OSError(f"{compiler[0]} failed: {done.stderr[-500:]}")

@@ -1,0 +1,81 @@
+"""A model behind an OpenAI-compatible API, which judges answers or refines descriptions."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from minigpt4.batch import Completion
+from minigpt4.errors import UserError
+
+LIMITS = ("max_tokens", "max_completion_tokens")  # an answer's length, by its older and newer name
+
+
+class Endpoint:
+    """POST /chat/completions below `url`, through OpenAI's client; may be used by several threads.
+
+    retries: of a failed request, after 0.5 to 8 seconds, or as Retry-After says, up to 120.
+    seconds: for one answer. UserError if the library is missing, or `url` is not an address.
+
+    Requests set temperature 0 and, where one is given, a maximum length. If the endpoint refuses
+    one of these fields, later requests omit it or use its newer name.
+    """
+
+    def __init__(self, url: str, key: str, name: str, retries: int, seconds: float) -> None:
+        if find_spec("openai") is None:
+            raise UserError("Install openai first: pip install 'minigpt4[train]'.")
+        import openai
+
+        self.url, self.name = url, name
+        try:
+            self._client = openai.OpenAI(
+                base_url=url, api_key=key or "none", max_retries=retries, timeout=seconds
+            )
+        except Exception as error:
+            raise UserError(f"“{url}” is not an address: use http://HOST:PORT/v1.") from error
+        self._refused: set[str] = set()  # fields
+
+    def ask(self, content: str | list[dict], max_tokens: int | None = None) -> Completion | None:
+        """The answer to one message; None if the reply has none.
+
+        Raises openai's errors, after all retries; ValueError if the reply is no chat completion, as
+        where the address is that of a page.
+        """
+        import openai
+
+        message: Any = {"role": "user", "content": content}
+        while True:
+            fields = self._fields(max_tokens)
+            try:
+                done = self._client.chat.completions.create(
+                    model=self.name, messages=[message], **fields
+                )
+                break
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                refusal = f"{error.param} {said_by(error)}"
+                refused = next((name for name in fields if name in refusal), None)
+                if refused is None:
+                    raise
+                self._refused.add(refused)
+        if not hasattr(done, "choices"):
+            raise ValueError("no chat completion")
+        choice = done.choices[0] if done.choices else None
+        if choice is None or choice.message is None:
+            return None
+        cut = choice.finish_reason == "length"
+        return Completion(choice.message.content or "", "length" if cut else "stop")
+
+    def _fields(self, max_tokens: int | None) -> dict[str, Any]:
+        limits = [name for name in LIMITS if name not in self._refused and max_tokens]
+        fields: dict[str, Any] = dict.fromkeys(limits[:1], max_tokens)
+        return fields if "temperature" in self._refused else fields | {"temperature": 0}
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+def said_by(error: Exception) -> str:
+    """The endpoint's error message, in one short line."""
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, dict) else None
+    line = " ".join(str(said or error).split())
+    return line if len(line) <= 200 else line[:200] + "…"
