@@ -19,9 +19,9 @@ from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.engine import AnyEngine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Tokenizer, encode_text
+from minigpt4.web.api.body import NAMED, unread
 from minigpt4.web.api.errors import ApiError, json_path
 from minigpt4.web.api.mistakes import validated
-from minigpt4.web.api.normalize import NAMED, unread
 from minigpt4.web.api.questions import DecisionRequest, Question, unread_in
 from minigpt4.web.api.reply import used
 from minigpt4.web.api.responses import read_response

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
 from minigpt4.start import default_sampling
-from minigpt4.web.api.normalize import read_chat
+from minigpt4.web.api.body import read_chat
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.uploads import uploaded
 

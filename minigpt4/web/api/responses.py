@@ -13,9 +13,9 @@ from typing import Any
 
 from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine
+from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError, printable
 from minigpt4.web.api.mistakes import validated
-from minigpt4.web.api.normalize import NAMED, read_chat
 from minigpt4.web.api.reply import HEARTBEAT, ChoiceWriter, event, refusal, texts_of, used
 from minigpt4.web.api.schemas import ChatRequest, Object
 
