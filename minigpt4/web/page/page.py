@@ -13,8 +13,8 @@ from minigpt4.web.guard.uploads import KEPT_SECONDS
 from minigpt4.web.page import panel, parts, render, texts
 from minigpt4.web.page.examples import FOLDER
 from minigpt4.web.page.feedback import Feedback, Ratings
-from minigpt4.web.page.first_look import FirstLook
 from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.looks import FirstLook
 from minigpt4.web.page.panel import Panel
 from minigpt4.web.page.parts import ASSETS, PLAIN, fragment
 from minigpt4.web.page.session import Session
