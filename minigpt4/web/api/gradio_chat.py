@@ -65,7 +65,7 @@ def add_chat_endpoint(service: ChatService) -> None:
 
 
 def _messages(message: Any, history: Any, system: Any) -> list:
-    """In the form of OpenAI's API, which `parse` checks."""
+    """In the form of OpenAI's API, which `read_chat` checks."""
     if not isinstance(history or [], list):
         raise UserError("history must be a list of messages.")
     first = [{"role": "system", "content": system}] if system else []

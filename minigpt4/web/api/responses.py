@@ -188,7 +188,7 @@ class ResponseReply:
         status = "completed" if self._complete else "incomplete"
         message = self._message(status, [self._text])
         ends = {"status": status, "incomplete_details": reason, "output": [message]}
-        return self._head | ends | {"usage": self._usage}
+        return self._head | ends | {"usage": usage(*used(self._answers))}
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events with the answer's text as it is generated."""
@@ -267,16 +267,16 @@ class ResponseReply:
             for token in found
         ]
 
-    @property
-    def _usage(self) -> dict:
-        prompt, tokens, reused = used(self._answers)
-        return {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
-            "output_tokens": tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + tokens,
-        }
+
+def usage(prompt: int, tokens: int, reused: int) -> dict:
+    """Tokens of the prompt, those generated, and those of the prompt that were reused."""
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
+        "output_tokens": tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + tokens,
+    }
 
 
 def _echo(request: ChatRequest) -> dict:
