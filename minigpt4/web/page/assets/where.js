@@ -1,6 +1,7 @@
 // Show where: an object that an answer names is ringed in the pictures while its word is hovered,
 // focused or touched. The server finds the objects (looks.py); this finds their words.
 (() => {
+  const { make } = window.minigpt4;
   // What else a detector's classes are called. A plural is found with "s" or "es".
   const OTHERS = {
     person: "people man men woman women boy girl child children kid baby lady player guy",
@@ -36,19 +37,16 @@
   const ring = (image, spots, label) => {
     const box = image.getBoundingClientRect();
     const [left, top, width, height] = drawn(image);
-    const layer = document.createElement("div");
-    layer.className = "where";
-    layer.ariaHidden = "true";
+    const layer = make("div", { className: "where", ariaHidden: "true" });
     Object.assign(layer.style, {
       left: `${box.left}px`, top: `${box.top}px`, width: `${box.width}px`, height: `${box.height}px`,
     });
     for (const { x, y, radius } of spots) {
-      const spot = document.createElement("i");
+      const spot = make("i", {}, make("b", { textContent: label }));
       Object.assign(spot.style, {
         left: `${left + (x - radius) * width}px`, top: `${top + (y - radius) * height}px`,
         width: `${2 * radius * width}px`, height: `${2 * radius * height}px`,
       });
-      spot.append(Object.assign(document.createElement("b"), { textContent: label }));
       layer.append(spot);
     }
     (image.closest("dialog") ?? document.body).append(layer);
@@ -80,9 +78,7 @@
         const word = found[0].toLowerCase();
         if (marked.has(word) || text.parentElement === answer) continue;
         marked.add(word);
-        const seen = document.createElement("mark");
-        seen.className = "seen";
-        seen.tabIndex = 0;
+        const seen = make("mark", { className: "seen", tabIndex: 0 });
         seen.dataset.name = meaning.get(found[1].toLowerCase());
         text.splitText(found.index + found[0].length);
         const middle = text.splitText(found.index);
