@@ -211,7 +211,12 @@ class Api:
         del asked  # perhaps tens of megabytes, which the answer does not need
         if stream:
             return _Events(reply.events(), answers, headers)
-        await _read_all(request, answers)
+        try:
+            await _unless_gone(request, _read_all(answers))
+        finally:
+            _close(answers)
+        if any(answer.stop_reason == "closed" for answer in answers):
+            raise ClientDisconnect
         return json_response(reply.whole(), headers=headers)
 
 
@@ -246,23 +251,10 @@ def _headers(ignored: Sequence[str], dropped_turns: int) -> dict[str, str]:
     return headers
 
 
-async def _read_all(request: Request, answers: Sequence[Answer]) -> None:
-    """Wait for the answers' ends. ClientDisconnect where the client goes away before."""
-    watch = asyncio.create_task(_close_when_gone(request, answers))
-    try:
-        for answer in answers:
-            async for _ in answer:
-                pass
-    finally:
-        watch.cancel()
-        _close(answers)
-    if any(answer.stop_reason == "closed" for answer in answers):
-        raise ClientDisconnect
-
-
-async def _close_when_gone(request: Request, answers: Sequence[Answer]) -> None:
-    await _gone(request)
-    _close(answers)
+async def _read_all(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        async for _ in answer:
+            pass
 
 
 async def _gone(request: Request) -> None:

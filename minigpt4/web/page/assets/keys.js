@@ -4,7 +4,7 @@
   const find = (selector) => document.querySelector(selector);
   const CONTROL = /Mac|iP/.test(navigator.platform) ? "⌘" : "Ctrl";
   const KEYS = [
-    ["key_send", "Enter"], ["key_line", "Shift", "Enter"], ["key_stop", "Esc"],
+    ["submit", "Enter"], ["key_line", "Shift", "Enter"], ["key_stop", "Esc"],
     ["key_edit", "↑"], ["key_box", "/"], ["new_chat", CONTROL, "Shift", "O"],
     ["key_turn", "←", "→"], ["shortcuts", "?"],
   ];
