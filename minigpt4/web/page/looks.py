@@ -48,29 +48,23 @@ class Look:
     objects: tuple[Spot, ...] | None = None
 
 
-class _Looks:
-    """The looks at the pictures seen last, by the picture's key; any thread may call this."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Look] = OrderedDict()
-
-    def find(self, key: str) -> Look:
-        """An empty look where there is none."""
-        with self._lock:
-            return self._kept.get(key, Look())
-
-    def note(self, key: str, **seen: Any) -> None:
-        """Add what was seen: Look's fields."""
-        with self._lock:
-            self._kept[key] = replace(self._kept.get(key, Look()), **seen)
-            self._kept.move_to_end(key)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+_lock = threading.Lock()  # any thread may look
+_kept: OrderedDict[str, Look] = OrderedDict()  # picture's key -> the look, the latest last
 
 
-_looks = _Looks()
-find, note = _looks.find, _looks.note
+def find(key: str) -> Look:
+    """An empty look where there is none."""
+    with _lock:
+        return _kept.get(key, Look())
+
+
+def note(key: str, **seen: Any) -> None:
+    """Add what was seen: Look's fields."""
+    with _lock:
+        _kept[key] = replace(_kept.get(key, Look()), **seen)
+        _kept.move_to_end(key)
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
 
 
 def note_objects(picture: Picture, encoded: Encoded | None) -> None:

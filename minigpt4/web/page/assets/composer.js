@@ -1,6 +1,6 @@
 // The message box: what can be sent, where pictures come from, and the wait for an answer.
 (() => {
-  const { say, button, make, makeDialog, showDialog } = window.minigpt4;
+  const { say, button, make, makeDialog, showDialog, beforeSending } = window.minigpt4;
   const find = (selector) => document.querySelector(selector);
 
   const attach = (files) => {
@@ -60,13 +60,7 @@
       [sent, typed] = [null, null];
     } else typed = target.value;
   }, true);
-  document.addEventListener("click", (event) => {
-    if (event.target.closest("#box .submit-button")) asked();
-  }, true);
-  document.addEventListener("keydown", (event) => {
-    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-    if (sends && event.target.matches("#box textarea")) asked();
-  }, true);
+  beforeSending(asked);
   new MutationObserver((changes) => {
     update();
     const toast = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>

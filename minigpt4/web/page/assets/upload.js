@@ -74,15 +74,19 @@
     waiting = true;
     if (line) line.textContent += ` ${say("sent_afterwards")}`;
   };
-  document.addEventListener("click", (event) => {
-    if (event.target.closest("#box .submit-button")) hold(event);
-  }, true);
-  document.addEventListener("keydown", (event) => {
-    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-    if (sends && event.target.matches("#box textarea")) hold(event);
-  }, true);
+  // Act before what is in the message box is sent, by the button or by Enter.
+  const beforeSending = (act) => {
+    document.addEventListener("click", (event) => {
+      if (event.target.closest("#box .submit-button")) act(event);
+    }, true);
+    document.addEventListener("keydown", (event) => {
+      const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+      if (sends && event.target.matches("#box textarea")) act(event);
+    }, true);
+  };
+  beforeSending(hold);
   new MutationObserver(send).observe(root, { attributeFilter: ["data-opening"] });
-  Object.assign(window.minigpt4, { keepUnsent });
+  Object.assign(window.minigpt4, { keepUnsent, beforeSending });
 
   // --- where pictures come from ---------------------------------------------------------------------
   document.addEventListener("change", (event) => {
