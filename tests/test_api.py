@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from minigpt4 import conversation
 from minigpt4.web.api import routes
+from minigpt4.web.api.body import read_chat, read_json
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.normalize import read_chat
-from minigpt4.web.api.schemas import ChatRequest, read_json
+from minigpt4.web.api.schemas import ChatRequest
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.image_url import ImageUrls
 from tests.api_case import (

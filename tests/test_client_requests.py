@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field
 
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
+from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.grammar import json_constraint
-from minigpt4.web.api.normalize import NAMED, normalize, read_chat
 from tests.api_case import (
     MODEL,
     address_fixture,
@@ -400,7 +400,7 @@ def test_unknown_fields_are_ignored_and_named(address):
 
 
 def test_only_the_first_unknown_fields_are_named():
-    _, ignored = normalize({"messages": HELLO} | {f"field {n}": 1 for n in range(10_000)})
+    _, ignored = read_chat({"messages": HELLO} | {f"field {n}": 1 for n in range(10_000)})
     assert len(ignored) == NAMED
 
 

@@ -10,11 +10,10 @@ from minigpt4.conversation import Conversation
 from minigpt4.model.image import Picture
 from minigpt4.model.objects import OBJECTS, detections
 from minigpt4.web.page import looks, session
-from minigpt4.web.page.first_look import FirstLook
 from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.looks import FirstLook, first_sentence
 from minigpt4.web.page.session import Session
-from minigpt4.web.page.titles import first_sentence
-from minigpt4.web.page.transcript import title
+from minigpt4.web.page.titles import title
 from tests.fake_engine import CAPTION, FakeAnswer, FakeEngine
 
 

@@ -389,7 +389,7 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
     go_on = tmp_path / "go-on"
 
     def load(report):
-        report("Fetching nano-llm (93 MB) …")
+        report("Loading nano …")
         while not go_on.exists():
             time.sleep(0.05)
         return FakeEngine()
@@ -399,7 +399,10 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         loading.start()
         visitors = Visitors(browser, address)
         page = visitors(**WIDE)
-        expect(status(page)).to_contain_text("Fetching nano-llm (93 MB)")
+        expect(status(page)).to_contain_text("Getting ready: Loading nano … (")
+        german = visitors(locale="de-DE", **WIDE)
+        expect(status(german)).to_contain_text("In Vorbereitung: nano wird geladen … (")
+        german.close()
         open_settings(page)
         temperature = page.get_by_label("Temperature, number")
         expect(temperature).to_be_hidden()  # the model's own value is not known yet

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4.errors import UserError
-from minigpt4.web.api.schemas import ChatRequest, parse, read_json
+from minigpt4.web.api.body import read_chat, read_json
+from minigpt4.web.api.schemas import ChatRequest
 from minigpt4.web.page import render, transcript
 from tools import trust_table
 
@@ -106,7 +107,7 @@ anything = st.recursive(
 @pytest.mark.trust("Protocol", "unknown fields, wrong types, numbers beyond any float")
 def test_any_request_is_understood_or_refused_in_a_sentence(sound, changes):
     try:
-        asked = parse(json.loads(sound) | changes)
+        asked, _ = read_chat(json.loads(sound) | changes)
     except UserError as error:
         assert "\n" not in str(error) and "Traceback" not in str(error)
     else:

@@ -17,6 +17,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
 
+from minigpt4 import start
 from minigpt4.conversation import ask as chat_ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.engine.stream import KINDS, failure
@@ -30,9 +31,10 @@ from minigpt4.web.page.answers import waiting
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.render import literal, show, unescape, verbatim
 from minigpt4.web.page.session import Session, too_many_pictures
-from minigpt4.web.page.texts import PREFIX, TEXTS, explain, translate
+from minigpt4.web.page.texts import PREFIX, TEXTS, explain, translate, translate_step
 from minigpt4.web.page.turns import Turns
 from minigpt4.web.page.uploads import Uploads
+from minigpt4.weights.transfer import Progress
 from tests.api_case import at_rest
 from tests.fake_engine import FakeAnswer, FakeEngine
 from tests.page_case import (
@@ -494,6 +496,40 @@ def test_every_translated_error_is_raised_somewhere():
     named = {a or b for a, b in named} | {"pictures_memory"} | {*get_args(Kind)} - {"request"}
     translated = {k for k in TEXTS["de"] if k.startswith(f"{PREFIX}error_")} - shown_by_scripts
     assert {f"{PREFIX}error_{name}" for name in named} == translated
+
+
+def test_steps_of_loading_come_in_the_visitors_language():
+    """As they are reported where a model is fetched, converted and loaded."""
+    lines = []
+    for what, doing in (("mini", "Fetching"), ("the visual encoder", "Converting")):
+        progress = Progress(what, 4_000_000_000, lambda line, passing: lines.append(line), doing)
+        progress.add(1_000_000_000)
+        lines.append(str(progress))
+        progress._start -= 120  # two minutes ago
+        lines.append(str(progress))
+    for memory in ((None, None), (None, 3e9), (2e9, 3e9), (200e9, None)):
+        config, why = start.choose(*memory)
+        lines.append(f"Model: {config.name}, because {why}.")
+    for line in lines:
+        said = translate_step(line, chinese())
+        names = r"mini|nano|vicuna-13b|GPU|MB|GB"
+        assert not re.search("[A-Za-z]", re.sub(names, "", said)), said
+        assert re.findall(r"[\d.:]*\d", line) == re.findall(r"[\d.:]*\d", said)
+        assert translate_step(line, None) == line
+    assert translate_step(lines[1], chinese()) == "正在下载 mini：1.0 GB / 4.0 GB，25 %，剩余 6:00"
+    unknown = "No one knows this step: 3 of 4."
+    assert translate_step(unknown, chinese()) == unknown
+
+
+def test_every_translated_step_is_reported_somewhere():
+    folder = Path(session_module.__file__).parents[2]
+    source = "".join(p.read_text() for p in (folder / "start.py", *folder.glob("weights/*.py")))
+    steps = {k: text for k, text in TEXTS["en"].items() if k.startswith(f"{PREFIX}step_")}
+    for key, text in steps.items():
+        for part in re.split(r"{\w+}", text):
+            assert part.strip() in source, key
+        line = re.sub(r"{\w+}", "1", text)
+        assert translate_step(line, chinese()) != line == translate_step(line, None), key
 
 
 def test_an_error_keeps_its_kind_and_parameters_when_it_is_pickled():

@@ -19,12 +19,12 @@ from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.engine import AnyEngine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Tokenizer, encode_text
+from minigpt4.web.api.body import NAMED, unread
 from minigpt4.web.api.errors import ApiError, json_path
 from minigpt4.web.api.mistakes import validated
-from minigpt4.web.api.normalize import NAMED, unread
 from minigpt4.web.api.questions import DecisionRequest, Question, unread_in
 from minigpt4.web.api.reply import used
-from minigpt4.web.api.responses import read_response
+from minigpt4.web.api.responses import read_response, usage
 from minigpt4.web.api.schemas import ChatRequest
 
 TOGETHER = 4  # questions at once, so that other requests get their turn
@@ -73,17 +73,10 @@ async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions
         for task in tasks:
             task.cancel()
     numbers = [used([answer]) for answer, _ in found]
-    prompt, tokens, reused = (sum(column) for column in zip(*numbers, strict=True))
     return {
         "model": engine.model.config.name,
         "answers": [decision for _, decision in found],
-        "usage": {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
-            "output_tokens": tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + tokens,
-        },
+        "usage": usage(*(sum(column) for column in zip(*numbers, strict=True))),
     }
 
 

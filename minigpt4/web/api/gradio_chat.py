@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
 from minigpt4.start import default_sampling
-from minigpt4.web.api.normalize import read_chat
+from minigpt4.web.api.body import read_chat
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.uploads import uploaded
 
@@ -65,7 +65,7 @@ def add_chat_endpoint(service: ChatService) -> None:
 
 
 def _messages(message: Any, history: Any, system: Any) -> list:
-    """In the form of OpenAI's API, which `parse` checks."""
+    """In the form of OpenAI's API, which `read_chat` checks."""
     if not isinstance(history or [], list):
         raise UserError("history must be a list of messages.")
     first = [{"role": "system", "content": system}] if system else []

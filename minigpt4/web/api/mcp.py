@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from minigpt4.errors import UserError
 from minigpt4.start import default_sampling
 from minigpt4.web.api.access import Keys
+from minigpt4.web.api.body import read_chat
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.normalize import read_chat
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.limits import parts_of
 

@@ -14,14 +14,11 @@ from minigpt4.web.api.schemas import ChatRequest
 
 Schema = dict[str, Any]
 TEXT = {"schema": {"type": "string"}}
-# What a status says in its headers: how long to wait, how to log in.
-# Headers of an answer.
-IGNORED, DROPPED = "X-Ignored-Fields", "X-Dropped-Turns"
+IGNORED, DROPPED = "X-Ignored-Fields", "X-Dropped-Turns"  # headers of an answer
 # Fields of chat completions that the Responses API has, too.
 SHARED = ("model", "instructions", "temperature", "top_p", "truncation", "stream", "user", "tools")
+# What a status says in its header: how long to wait, how to log in.
 HEADERS = {429: "Retry-After", 503: "Retry-After", 401: "WWW-Authenticate"}
-
-
 ANSWERING = (400, 401, 404, 408, 413, 429, 500, 503)  # errors of all that the model answers
 Count = Annotated[int, Field(ge=0)]
 

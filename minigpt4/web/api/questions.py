@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 from pydantic_core import PydanticCustomError
 
+from minigpt4.web.api.body import unread
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.normalize import unread
 from minigpt4.web.api.schemas import Object
 
 MAX_QUESTIONS = 400

@@ -13,9 +13,9 @@ from typing import Any
 
 from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine
+from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError, printable
 from minigpt4.web.api.mistakes import validated
-from minigpt4.web.api.normalize import NAMED, read_chat
 from minigpt4.web.api.reply import HEARTBEAT, ChoiceWriter, event, refusal, texts_of, used
 from minigpt4.web.api.schemas import ChatRequest, Object
 
@@ -188,7 +188,7 @@ class ResponseReply:
         status = "completed" if self._complete else "incomplete"
         message = self._message(status, [self._text])
         ends = {"status": status, "incomplete_details": reason, "output": [message]}
-        return self._head | ends | {"usage": self._usage}
+        return self._head | ends | {"usage": usage(*used(self._answers))}
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events with the answer's text as it is generated."""
@@ -267,16 +267,16 @@ class ResponseReply:
             for token in found
         ]
 
-    @property
-    def _usage(self) -> dict:
-        prompt, tokens, reused = used(self._answers)
-        return {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
-            "output_tokens": tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + tokens,
-        }
+
+def usage(prompt: int, tokens: int, reused: int) -> dict:
+    """Tokens of the prompt, those generated, and those of the prompt that were reused."""
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
+        "output_tokens": tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + tokens,
+    }
 
 
 def _echo(request: ChatRequest) -> dict:

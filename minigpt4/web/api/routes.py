@@ -29,16 +29,16 @@ from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api import openapi
 from minigpt4.web.api.access import Keys, cors, read_body
+from minigpt4.web.api.body import read_chat, read_json
 from minigpt4.web.api.decisions import decide, read_decisions
 from minigpt4.web.api.elsewhere import nowhere, refuse
 from minigpt4.web.api.errors import ApiError, json_response
 from minigpt4.web.api.health import Health
 from minigpt4.web.api.metrics import Metrics
-from minigpt4.web.api.normalize import read_chat
 from minigpt4.web.api.openapi import DROPPED, IGNORED
 from minigpt4.web.api.reply import CompletionReply
 from minigpt4.web.api.responses import ResponseReply, read_response, renamed
-from minigpt4.web.api.schemas import ChatRequest, read_json
+from minigpt4.web.api.schemas import ChatRequest
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.image_url import ImageUrls
 
@@ -211,7 +211,12 @@ class Api:
         del asked  # perhaps tens of megabytes, which the answer does not need
         if stream:
             return _Events(reply.events(), answers, headers)
-        await _read_all(request, answers)
+        try:
+            await _unless_gone(request, _read_all(answers))
+        finally:
+            _close(answers)
+        if any(answer.stop_reason == "closed" for answer in answers):
+            raise ClientDisconnect
         return json_response(reply.whole(), headers=headers)
 
 
@@ -246,23 +251,10 @@ def _headers(ignored: Sequence[str], dropped_turns: int) -> dict[str, str]:
     return headers
 
 
-async def _read_all(request: Request, answers: Sequence[Answer]) -> None:
-    """Wait for the answers' ends. ClientDisconnect where the client goes away before."""
-    watch = asyncio.create_task(_close_when_gone(request, answers))
-    try:
-        for answer in answers:
-            async for _ in answer:
-                pass
-    finally:
-        watch.cancel()
-        _close(answers)
-    if any(answer.stop_reason == "closed" for answer in answers):
-        raise ClientDisconnect
-
-
-async def _close_when_gone(request: Request, answers: Sequence[Answer]) -> None:
-    await _gone(request)
-    _close(answers)
+async def _read_all(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        async for _ in answer:
+            pass
 
 
 async def _gone(request: Request) -> None:

@@ -1,13 +1,9 @@
 """What POST /v1/chat/completions takes: one source for parsing, error messages and OpenAPI.
 
-`parse` turns a body that `normalize` has read into a `ChatRequest`, or raises an `ApiError` whose
-sentence names the field.
+What clients send in their own ways is read beside the field that it concerns.
 """
 
-import json
-import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
@@ -24,16 +20,16 @@ from pydantic import (
 from minigpt4.config import ModelConfig
 from minigpt4.engine import Sampling
 from minigpt4.start import default_sampling
-from minigpt4.web.api.errors import ApiError, json_path
-from minigpt4.web.api.mistakes import validated
+from minigpt4.web.api.errors import ApiError
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 200
 MAX_ANSWERS, MAX_TOP_LOGPROBS = 8, 20
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
-FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
-COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
+LOWEST_TEMPERATURE = 0.01  # below, clients mean 0
+LOWEST_TOP_P = 1e-6  # keeps the most likely token alone, which is what clients mean by 0
+# Other types of parts: of the Responses API, which some clients send here, too.
+PART_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
 
 
 class Object(BaseModel):
@@ -42,9 +38,53 @@ class Object(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-def _described_as(accepted: Any) -> BeforeValidator:
-    """For OpenAPI: what clients may send in this place, which `normalize` has turned into ours."""
-    return BeforeValidator(lambda value: value, json_schema_input_type=accepted)
+# --- what clients send in their own ways -> ours; what is wrong stays as it is --------------------
+
+
+def _whole(value: Any) -> Any:
+    """Languages without integers send 1.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _or_none(value: Any) -> Any:
+    """-1 stands for "not set", as vLLM, llama.cpp and LM Studio read it."""
+    value = _whole(value)
+    return None if value == -1 else value
+
+
+def _temperature(value: Any) -> Any:
+    return 0.0 if isinstance(value, float) and 0 < value < LOWEST_TEMPERATURE else value
+
+
+def _top_p(value: Any) -> Any:
+    return LOWEST_TOP_P if value == 0 and value is not False else value
+
+
+def _as_stops(value: Any) -> Any:
+    texts = [value] if isinstance(value, str) else value
+    return [text for text in texts if text != ""] if isinstance(texts, list) else value
+
+
+def _as_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+def _as_part(part: Any) -> Any:
+    return part | {"type": part_type(part)} if isinstance(part, dict) else part
+
+
+def part_type(part: dict) -> Any:
+    """The type of a part by its name in chat completions."""
+    kind = part.get("type")
+    return PART_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+
+
+def _as_parts(content: Any) -> Any:
+    text = "" if content is None else content
+    return [{"type": "text", "text": text}] if isinstance(text, str) else content
+
+
+# --- the fields ----------------------------------------------------------------------------------
 
 
 class TextPart(Object):
@@ -60,7 +100,7 @@ class ImageUrl(Object):
 class ImagePart(Object):
     type: Literal["image_url"]
     file_id: None = None  # before `image_url`, which is then missing
-    image_url: Annotated[ImageUrl, _described_as(str | ImageUrl)]
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_url, json_schema_input_type=str | ImageUrl)]
 
 
 class RefusalPart(Object):
@@ -87,11 +127,8 @@ Part = Annotated[
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(_part_tag, custom_error_type="part", custom_error_message="another part"),
+    BeforeValidator(_as_part),
 ]
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _number(name: str) -> Any:
@@ -104,18 +141,23 @@ def _number(name: str) -> Any:
     return Field(gt=low, le=high, description=sentence)
 
 
-def _described_from(low: int, kind: type, high: float = 2**63 - 1) -> BeforeValidator:
-    """As `_described_as`, for a number that clients may also send as `low`, such as -1."""
-    return _described_as(Annotated[kind, Field(ge=low, le=high)] | None)
+def _accepting(
+    kind: type, low: int, read: Callable[[Any], Any], high: float = 2**63 - 1
+) -> BeforeValidator:
+    """For a number that clients may send from `low` on, which `read` turns into ours."""
+    return BeforeValidator(
+        read, json_schema_input_type=Annotated[kind, Field(ge=low, le=high)] | None
+    )
 
 
+WHOLE = BeforeValidator(_whole)
 # The longest answer wanted, which may be longer than fits. None, and -1: as long as fits.
 MaxTokens = Annotated[
     int | None,
     Field(
         ge=1, le=2**63 - 1, description="must be an integer of at least 1, or -1: as long as fits."
     ),
-    _described_from(-1, int),
+    _accepting(int, -1, _or_none),
 ]
 
 
@@ -194,15 +236,17 @@ class ChatRequest(Object):
 
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
-    temperature: Annotated[float | None, _number("temperature")] = None
-    top_p: Annotated[float | None, _number("top_p"), _described_from(0, float, 1)] = None
-    top_k: Annotated[int | None, _number("top_k"), _described_from(-1, int, 1_000_000)] = None
+    temperature: Annotated[float | None, _number("temperature"), BeforeValidator(_temperature)] = (
+        None
+    )
+    top_p: Annotated[float | None, _number("top_p"), _accepting(float, 0, _top_p, 1)] = None
+    top_k: Annotated[int | None, _number("top_k"), _accepting(int, -1, _or_none, 1_000_000)] = None
     min_p: Annotated[float | None, _number("min_p")] = None
     repetition_penalty: Annotated[float | None, _number("repetition_penalty")] = None
     presence_penalty: Annotated[float | None, _number("presence_penalty")] = None
     frequency_penalty: Annotated[float | None, _number("frequency_penalty")] = None
-    num_beams: Annotated[int | None, _number("num_beams")] = None
-    seed: Annotated[int | None, _number("seed"), _described_from(-1, int)] = None
+    num_beams: Annotated[int | None, _number("num_beams"), WHOLE] = None
+    seed: Annotated[int | None, _number("seed"), _accepting(int, -1, _or_none)] = None
     max_tokens: MaxTokens = None
     max_completion_tokens: MaxTokens = None
     instructions: Annotated[str | None, Field(description="must be a string.")] = None
@@ -211,7 +255,7 @@ class ChatRequest(Object):
     ] = None
     stop: Annotated[
         Stops | None,
-        _described_as(Stop | Stops | None),
+        BeforeValidator(_as_stops, json_schema_input_type=Stop | Stops | None),
         Field(
             description=f"must be a string of up to {MAX_STOP_CHARACTERS} characters, or a list of "
             f"up to {MAX_STOPS} of them."
@@ -223,9 +267,12 @@ class ChatRequest(Object):
     top_logprobs: Annotated[
         int | None,
         _only(f"must be an integer from 0 to {MAX_TOP_LOGPROBS}.", ge=0, le=MAX_TOP_LOGPROBS),
+        WHOLE,
     ] = None
     n: Annotated[
-        int | None, _only(f"must be an integer from 1 to {MAX_ANSWERS}.", ge=1, le=MAX_ANSWERS)
+        int | None,
+        _only(f"must be an integer from 1 to {MAX_ANSWERS}.", ge=1, le=MAX_ANSWERS),
+        WHOLE,
     ] = None
     response_format: Annotated[
         ResponseFormat | None,
@@ -320,63 +367,3 @@ def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "")
 
 def _refuse(sentence: str, param: str = "messages", code: str | None = None) -> NoReturn:
     raise ApiError(sentence, 400, code, param)
-
-
-def read_json(body: bytes | bytearray) -> dict:
-    """The body's JSON object, with "?" for each lone surrogate. ApiError that says why not."""
-    overflows: list[str] = []
-
-    def number(text: str) -> float:
-        if math.isinf(value := float(text)):
-            overflows.append(text)
-        return value
-
-    try:
-        text = body.decode(json.detect_encoding(body))
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=number)
-        if overflows:
-            path = json_path(next(_overflowing(value)))
-            sentence = f"{path} is a number that is too large: send a smaller one."
-            raise ApiError(sentence, param=path)
-        if SURROGATE.search(text):  # pydantic and UTF-8 cannot hold lone ones
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    except RecursionError:
-        raise ApiError("The body's JSON is nested too deeply: make it flatter.") from None
-    except ValueError as error:
-        raise ApiError(_why_no_json(body, error)) from None
-    if not isinstance(value, dict):
-        raise ApiError("The body must be a JSON object.")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ApiError(f"The body has {name}, which is not JSON: send a number, or null.")
-
-
-def _overflowing(value: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
-    """Where the numbers stand that no float holds."""
-    if isinstance(value, dict | list):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _overflowing(inner, (*path, name))
-    elif isinstance(value, float) and math.isinf(value):
-        yield path
-
-
-def _why_no_json(body: bytes | bytearray, error: ValueError) -> str:
-    if not body.strip():
-        return "The body is empty: send a JSON object."
-    if body.startswith(COMPRESSED):
-        return "The body is compressed: send plain JSON."
-    if FORM.match(body):
-        return "The body is form data: send a JSON object."
-    if isinstance(error, UnicodeDecodeError):
-        return "The body is not UTF-8: send JSON in UTF-8."
-    if isinstance(error, json.JSONDecodeError):
-        where = f"line {error.lineno}, column {error.colno}"
-        return f"The body is not JSON: correct it at {where}."
-    return "The body's JSON has a number with too many digits: shorten it."
-
-
-def parse(body: dict) -> ChatRequest:
-    """Check the body's fields. ApiError about the first one that is wrong."""
-    return validated(ChatRequest, body)

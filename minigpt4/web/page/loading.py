@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 class Loading:
     """Loads each model's engine in a thread of its own, one model after another.
 
-    engines: none until all are loaded; step: what is being done, in one line; error: why loading
-    failed, None unless it did.
+    engines: none until all are loaded; step: what is being done, in one English line; error: why
+    loading failed, None unless it did.
     """
 
     def __init__(self, *loads: Callable[[Callable[[str], None]], "AnyEngine"]) -> None:
@@ -83,7 +83,6 @@ class Loading:
                 log.exception("while loading")
                 error = UserError("The model could not be loaded: the server's log says why.")
             self.error = error
-            self.step = str(error)
         else:
             self.engines = engines
 

@@ -3,6 +3,9 @@
 Kept by the picture's content for the page's alternative texts, titles and marks.
 """
 
+import asyncio
+import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -10,13 +13,28 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.model.image import Detection, Encoded, Picture
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.session import Session, start
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
 
 KEPT = 1000  # pictures
+CAPTION_TOKENS = 24
+CAPTION_SECONDS = 20.0
+LONG = 60  # characters of a sentence
+_OPENING = re.compile(
+    r"(?:(?:the|this) (?:image|picture|photo|photograph) "
+    r"(?:shows|depicts|features|displays|captures|is (?:of|about))|(?:in (?:the|this) "
+    r"(?:image|picture|photo|photograph),? )?(?:there (?:is|are)|(?:i|we|you) (?:can )?see))\s+",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,29 +48,23 @@ class Look:
     objects: tuple[Detection, ...] | None = None
 
 
-class _Looks:
-    """The looks at the pictures seen last, by the picture's key; any thread may call this."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Look] = OrderedDict()
-
-    def find(self, key: str) -> Look:
-        """An empty look where there is none."""
-        with self._lock:
-            return self._kept.get(key, Look())
-
-    def note(self, key: str, **seen: Any) -> None:
-        """Add what was seen: Look's fields."""
-        with self._lock:
-            self._kept[key] = replace(self._kept.get(key, Look()), **seen)
-            self._kept.move_to_end(key)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+_lock = threading.Lock()  # any thread may look
+_kept: OrderedDict[str, Look] = OrderedDict()  # picture's key -> the look, the latest last
 
 
-_looks = _Looks()
-find, note = _looks.find, _looks.note
+def find(key: str) -> Look:
+    """An empty look where there is none."""
+    with _lock:
+        return _kept.get(key, Look())
+
+
+def note(key: str, **seen: Any) -> None:
+    """Add what was seen: Look's fields."""
+    with _lock:
+        _kept[key] = replace(_kept.get(key, Look()), **seen)
+        _kept.move_to_end(key)
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
 
 
 def note_objects(picture: Picture, encoded: Encoded | None) -> None:
@@ -73,3 +85,73 @@ def find_objects(engine: "AnyEngine | None", pictures: Iterable[Picture]) -> Non
             with suppress(UserError):  # the answer says so
                 encoded = engine.encode(picture)
                 note(picture.key, objects=encoded.objects if encoded else ())
+
+
+# --- captions, while the visitor types ------------------------------------------------------------
+
+
+class FirstLook:
+    """The page's handler that has new pictures captioned while the visitor types."""
+
+    def __init__(self, loading: Loading) -> None:
+        self._loading = loading
+
+    async def caption(self, value: dict, session: Session) -> dict[str, str]:
+        """The captions of the pictures in the box, by their paths.
+
+        Only where the model is small, and only while it has nothing else to do.
+        """
+        captions = {}
+        for path in value["files"]:
+            picture = session.uploads.get(path)
+            if picture is None:
+                continue
+            if not find(picture.key).caption:
+                await self._look_at(picture, session)
+            captions[path] = find(picture.key).caption
+        return captions
+
+    async def _look_at(self, picture: Picture, session: Session) -> None:
+        engine = self._loading.find(session.model)
+        if engine is None or not engine.model.config.small or session.busy:
+            return
+        if engine.running or engine.waiting:
+            return
+        try:
+            async with asyncio.timeout(CAPTION_SECONDS):
+                if caption := await _caption(engine, picture, session):
+                    note(picture.key, caption=caption)
+        except (UserError, TimeoutError):  # the queue is full, or the machine is slow
+            return
+        except Exception:
+            log.exception("while captioning a picture")
+
+
+async def _caption(engine: "AnyEngine", picture: Picture, session: Session) -> str:
+    """One sentence; "" where somebody asked something meanwhile."""
+    from minigpt4.engine import Sampling
+
+    conversation = Conversation()
+    conversation.add_question(engine.model.config.short_instruction, [picture])
+    sampling = Sampling(temperature=0, max_new_tokens=CAPTION_TOKENS)
+    answer = await start(engine, conversation, sampling)
+    try:
+        async for _ in answer:
+            if session.busy or engine.waiting or engine.running > 1:
+                return ""
+            if "\n" in answer.text:
+                break
+    finally:
+        answer.close()
+    return first_sentence(answer.text)
+
+
+def first_sentence(text: str) -> str:
+    """Without “This image shows”; "…" at the end where it is cut off."""
+    text = text.strip()
+    end = _SENTENCE_END.search(text)
+    sentence = text[: end.start()] if end else text
+    if not end and len(text) > LONG:
+        sentence = text.rpartition(" ")[0] + "…"
+    sentence = _OPENING.sub("", sentence, count=1).strip(' *#-"“')
+    return sentence[:1].upper() + sentence[1:]

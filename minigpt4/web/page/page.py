@@ -13,12 +13,12 @@ from minigpt4.web.guard.uploads import KEPT_SECONDS
 from minigpt4.web.page import panel, parts, render, texts
 from minigpt4.web.page.examples import FOLDER
 from minigpt4.web.page.feedback import Feedback, Ratings
-from minigpt4.web.page.first_look import FirstLook
 from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.looks import FirstLook
 from minigpt4.web.page.panel import Panel
 from minigpt4.web.page.parts import ASSETS, PLAIN, fragment
 from minigpt4.web.page.session import Session
-from minigpt4.web.page.texts import label, translate
+from minigpt4.web.page.texts import label, translate, translate_step
 from minigpt4.web.page.turns import Turns
 from minigpt4.web.page.uploads import Uploads
 from minigpt4.web.server import Server, start_server
@@ -252,7 +252,8 @@ class ChatPage:
             return [ready, gr.Timer(active=False), *model, *texts]
         if loading.error is not None:
             return [str(loading.error), gr.Timer(active=False), *unchanged]
-        line = translate("loading", request, step=loading.step, seconds=loading.seconds)
+        step = translate_step(loading.step, request)
+        line = translate("loading", request, step=step, seconds=loading.seconds)
         return [line, gr.skip(), *unchanged]
 
     def choose_model(self, session: Session, chosen: gr.EventData) -> None:

@@ -186,13 +186,10 @@ class Panel:
         """The last answer's website, if that is the button that was clicked."""
         if chosen.value != "preview":
             return [gr.skip()] * 5
-        return self._site(len(render.websites(session)) - 1, session, request)
+        return self.show_version(len(render.websites(session)) - 1, session, request)
 
     def show_version(self, number: int, session: Session, request: gr.Request) -> list:
-        """The website of an earlier answer."""
-        return self._site(number, session, request)
-
-    def _site(self, number: int, session: Session, request: gr.Request) -> list:
+        """The website of this number among those of the answers."""
         sites = render.websites(session)
         if not 0 <= number < len(sites):
             return [gr.skip()] * 5

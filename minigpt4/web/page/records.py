@@ -19,14 +19,15 @@ def record(session: Session, model: str) -> dict:
     return {
         "name": session.name,
         "about": asdict(session.entry) if session.entry else None,
-        "data": transcript.without_pictures(
+        "data": transcript.to_data(
             session.conversation,
+            None,
             model,
             stop,
             session.forks,
-            keys,
             session.captions,
             session.statistics,
+            keys,
         ),
         "pictures": {
             keys.get(key, key): {"path": path, "name": Path(session.files.get(key, "")).name}

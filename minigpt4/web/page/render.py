@@ -118,7 +118,7 @@ def messages(session: Session, request: gr.Request | None, done: bool = True) ->
 def objects(session: Session) -> list[tuple[Detection, ...]]:
     """Of each picture that is shown, what was found in it, for assets/where.js."""
     keys = [i.key for m in session.conversation.messages for i in m.images]
-    return [looks.find(key).objects or () for key in keys if _thumbnails.find(key)]
+    return [looks.find(key).objects or () for key in keys if thumbnail(key)]
 
 
 def _rendered(session: Session, place: int) -> list[dict]:
@@ -127,7 +127,7 @@ def _rendered(session: Session, place: int) -> list[dict]:
     if known is not message:
         texts = [_text(message.role, p) for p in message.parts if p and isinstance(p, str)]
         rendered = [*_pictures(message, session), *texts]
-        if all(_thumbnails.find(reference.key) for reference in message.images):
+        if all(thumbnail(reference.key) for reference in message.images):
             session.rendered[place] = message, rendered
     return rendered
 
@@ -151,7 +151,7 @@ def _pictures(message: Message, session: Session) -> list[dict]:
     language: its number, of how many, its file's name, its caption, the path of its upload."""
     shown = []
     for number, reference in enumerate(message.images, 1):
-        path = _thumbnails.find(reference.key)
+        path = thumbnail(reference.key)
         if not path:  # the disk is full, or was
             shown.append(_message("user", [TextMessage(text="(picture)")]))
             continue
@@ -167,51 +167,41 @@ def _pictures(message: Message, session: Session) -> list[dict]:
 # --- thumbnails -----------------------------------------------------------------------------------
 
 
-class _Thumbnails:
-    """Small copies of pictures, in files that the page may show; any thread may call this."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._paths: OrderedDict[str, str] = OrderedDict()  # picture's key -> path
-        self.files: set[str] = set()  # all that were written, for the server to delete at its end
-
-    def find(self, key: str) -> str:
-        """The path, "" where there is none. Does not look at the disk."""
-        with self._lock:
-            return self._paths.get(key, "")
-
-    def make(self, picture: Picture) -> None:
-        """Write the file unless it exists: old ones are deleted. Takes tens of milliseconds."""
-        path = self.find(picture.key)
-        if path and Path(path).exists():
-            return
-        large = max(picture.rgb.size) > THUMBNAIL_SIDE
-        small = image.fitted(picture.rgb, THUMBNAIL_SIDE) if large else picture.rgb
-        try:
-            path = save_bytes_to_cache(image.jpeg(small), "picture.jpg", get_upload_folder())
-        except OSError:  # shown without its picture
-            path = ""
-        with self._lock:
-            self._paths[picture.key] = path
-            self.files |= {path} - {""}
-            while len(self._paths) > THUMBNAILS_KNOWN:
-                self._paths.popitem(last=False)
-
-
-_thumbnails = _Thumbnails()
-thumbnail_files = _thumbnails.files
+# Small copies of pictures, in files that the page may show; any thread may ask for them.
+_lock = threading.Lock()
+_thumbnails: OrderedDict[str, str] = OrderedDict()  # picture's key -> path
+thumbnail_files: set[str] = set()  # all that were written, for the server to delete at its end
 
 
 def thumbnail(key: str) -> str:
-    """The path of a picture's small copy; "" where there is none."""
-    return _thumbnails.find(key)
+    """The path of a picture's small copy; "" where there is none. Does not look at the disk."""
+    with _lock:
+        return _thumbnails.get(key, "")
+
+
+def _make_thumbnail(picture: Picture) -> None:
+    """Write the file unless it exists: old ones are deleted. Takes tens of milliseconds."""
+    path = thumbnail(picture.key)
+    if path and Path(path).exists():
+        return
+    large = max(picture.rgb.size) > THUMBNAIL_SIDE
+    small = image.fitted(picture.rgb, THUMBNAIL_SIDE) if large else picture.rgb
+    try:
+        path = save_bytes_to_cache(image.jpeg(small), "picture.jpg", get_upload_folder())
+    except OSError:  # shown without its picture
+        path = ""
+    with _lock:
+        _thumbnails[picture.key] = path
+        thumbnail_files.update({path} - {""})
+        while len(_thumbnails) > THUMBNAILS_KNOWN:
+            _thumbnails.popitem(last=False)
 
 
 def make_thumbnails(conversation: Conversation) -> None:
     """Write the small pictures that `show` refers to. Not for the event loop: it may take long."""
     for message in conversation.messages:
         for reference in message.images:
-            _thumbnails.make(conversation.pictures[reference.key])
+            _make_thumbnail(conversation.pictures[reference.key])
 
 
 # --- the website in an answer ---------------------------------------------------------------------

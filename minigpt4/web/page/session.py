@@ -19,7 +19,6 @@ from minigpt4.web.page.versions import Fork, Forks, Tail
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine, Sampling, Stats
-    from minigpt4.web.page.transcript import About
 
 KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
 SECONDS_PER_UPDATE = 0.05  # rest between two updates of the page, at least
@@ -37,6 +36,18 @@ class Remark:
 
 
 @dataclass
+class About:
+    """An entry of the browser's list. time: of its last change, in ms since 1970; named: its title
+    was given by the visitor."""
+
+    id: str = ""
+    title: str = ""
+    time: int = 0
+    named: bool = False
+    pinned: bool = False
+
+
+@dataclass
 class Session:
     """What one visitor has: the conversation, the page's remarks, pictures that are not sent yet.
 
@@ -50,7 +61,7 @@ class Session:
     files: dict[str, str] = field(default_factory=dict)  # picture's key -> path of its upload
     keys: dict[str, str] = field(default_factory=dict)  # picture's key -> its key in the browser
     captions: dict[str, str] = field(default_factory=dict)  # picture's key -> as it was opened with
-    entry: "About | None" = None  # of the browser's list, where a file told it
+    entry: About | None = None  # of the browser's list, where a file told it
     answer: Answer | None = None  # the running one, or the last one
     busy: bool = False  # while an answer is running
     # The session that the page shows instead of this one.

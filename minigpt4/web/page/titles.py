@@ -1,11 +1,12 @@
-"""What a conversation is about, in a few words: for its title, and a picture's alternative text."""
+"""What a conversation is about, in a few words."""
 
 import re
 
 from minigpt4.conversation import Conversation
 from minigpt4.web.page import looks
+from minigpt4.web.page.looks import first_sentence
 
-LONG = 60  # characters
+TITLE_LENGTH = 60
 # A question of these words alone fits any picture: what is in the picture says more.
 _WORDS = """a about ad advert advertisement an and ask asks briefly can caption could describe
     detail detailed do explain explains for four funny give happening happens here i image in is it
@@ -19,16 +20,15 @@ _WORDS = """a about ad advert advertisement an and ask asks briefly can caption 
     描述这张图片 描述这幅图片 描述一下这张图片 请描述这张图片 详细描述这张图片 这是什么
     图里有什么 写一首诗 讲个故事"""
 _ANY_PICTURE = set(_WORDS.split())
-_OPENING = re.compile(
-    r"(?:(?:the|this) (?:image|picture|photo|photograph) "
-    r"(?:shows|depicts|features|displays|captures|is (?:of|about))|(?:in (?:the|this) "
-    r"(?:image|picture|photo|photograph),? )?(?:there (?:is|are)|(?:i|we|you) (?:can )?see))\s+",
-    re.IGNORECASE,
-)
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
 
 
-def subject(conversation: Conversation) -> str:
+def title(conversation: Conversation) -> str:
+    """The beginning of what it is about; "" where there are only pictures."""
+    line = " ".join(_subject(conversation).split())
+    return line[:TITLE_LENGTH] + ("…" if len(line) > TITLE_LENGTH else "")
+
+
+def _subject(conversation: Conversation) -> str:
     """The first question; where it fits any picture, the first picture's caption, or the beginning
     of the answer. "" where there are only pictures."""
     question = _text(conversation, "user")
@@ -36,17 +36,6 @@ def subject(conversation: Conversation) -> str:
         caption = looks.find(next(iter(conversation.pictures))).caption
         question = caption or first_sentence(_text(conversation, "assistant")) or question
     return question
-
-
-def first_sentence(text: str) -> str:
-    """Without “This image shows”; "…" at the end where it is cut off."""
-    text = text.strip()
-    end = _SENTENCE_END.search(text)
-    sentence = text[: end.start()] if end else text
-    if not end and len(text) > LONG:
-        sentence = text.rpartition(" ")[0] + "…"
-    sentence = _OPENING.sub("", sentence, count=1).strip(' *#-"“')
-    return sentence[:1].upper() + sentence[1:]
 
 
 def _text(conversation: Conversation, role: str) -> str:

@@ -17,7 +17,8 @@ from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import looks
-from minigpt4.web.page.titles import subject
+from minigpt4.web.page.session import About
+from minigpt4.web.page.titles import title
 from minigpt4.web.page.versions import Fork, Forks, Tail, hidden_messages
 
 FORMAT = "minigpt4-conversation"
@@ -27,29 +28,11 @@ MARKDOWN_SIDE = 512
 MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
-TITLE_LENGTH, MAX_TITLE = 60, 200
+MAX_TITLE = 200
 # What is kept of an answer's `Stats`.
 FIGURES = ("prompt_tokens", "reused_tokens", "tokens", "seconds_to_first", "seconds")
 STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
-
-
-def title(conversation: Conversation) -> str:
-    """The beginning of what it is about; "" where there are only pictures."""
-    line = " ".join(subject(conversation).split())
-    return line[:TITLE_LENGTH] + ("…" if len(line) > TITLE_LENGTH else "")
-
-
-@dataclass
-class About:
-    """An entry of the browser's list. time: of its last change, in ms since 1970; named: its title
-    was given by the visitor."""
-
-    id: str = ""
-    title: str = ""
-    time: int = 0
-    named: bool = False
-    pinned: bool = False
 
 
 @dataclass
@@ -74,42 +57,23 @@ class Transcript:
 
 def to_data(
     conversation: Conversation,
-    side: int = FULL_SIDE,
+    side: int | None = FULL_SIDE,
     model: str = "",
     stop: str = "",
     forks: Forks | None = None,
     captions: Mapping[str, str] | None = None,
     statistics: Mapping[int, Stats] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> dict:
-    """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long."""
-    used = used_pictures(conversation, forks or {})
-    pictures = {k: data_url(p, side) for k, p in conversation.pictures.items() if k in used}
-    told = without_pictures(
-        conversation, model, stop, forks or {}, {}, captions or {}, statistics or {}
-    )
-    return {**told, "pictures": pictures}
+    """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long.
 
-
-def used_pictures(conversation: Conversation, forks: Forks) -> set[str]:
-    """The keys of the pictures that any version shows."""
-    messages = [*conversation.messages, *hidden_messages(forks)]
-    return {i.key for m in messages for i in m.images}
-
-
-def without_pictures(
-    conversation: Conversation,
-    model: str,
-    stop: str,
-    forks: Forks,
-    keys: Mapping[str, str],
-    captions: Mapping[str, str],
-    statistics: Mapping[int, Stats],
-) -> dict:
-    """The same data but for the pictures, which it calls as `keys` says.
-
-    captions: those that the conversation was opened with; statistics: of each answer, by its place.
+    side: None leaves the pictures out; captions: those that the conversation was opened with;
+    statistics: of each answer, by its place; keys: what the data is to call pictures otherwise than
+    by their keys.
     """
-    return {
+    forks, captions, keys = forks or {}, captions or {}, keys or {}
+    used = used_pictures(conversation, forks)
+    data = {
         "format": FORMAT,
         "version": VERSION,
         "title": title(conversation),
@@ -118,13 +82,23 @@ def without_pictures(
         "stop": stop,
         "messages": _messages(conversation.messages, keys),
         "forks": _forks(forks, keys),
-        "figures": _figures(statistics),
+        "figures": _figures(statistics or {}),
         "captions": {
             keys.get(key, key): caption
-            for key in sorted(used_pictures(conversation, forks))
+            for key in sorted(used)
             if (caption := looks.find(key).caption or captions.get(key, ""))
         },
     }
+    if side is not None:
+        pictures = conversation.pictures.items()
+        data["pictures"] = {k: data_url(p, side) for k, p in pictures if k in used}
+    return data
+
+
+def used_pictures(conversation: Conversation, forks: Forks) -> set[str]:
+    """The keys of the pictures that any version shows."""
+    messages = [*conversation.messages, *hidden_messages(forks)]
+    return {i.key for m in messages for i in m.images}
 
 
 def _messages(messages: Sequence[Message], keys: Mapping[str, str]) -> list[dict]:

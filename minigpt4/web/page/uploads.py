@@ -6,7 +6,7 @@ its time.
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import gradio as gr
@@ -88,32 +88,37 @@ class Uploads:
 
         Returns what `new_chat` does, and the system prompt, which is the conversation's own.
         """
-        try:
-            read = transcript.from_file(uploaded(path))
-        except UserError as error:
-            warn(explain(error, request))
-            return (gr.skip(),) * 5
-        name = read.about.id or secrets.token_hex(8)
-        opened = Session(read.conversation, name=name, entry=read.about, forks=read.forks)
-        return self._show(opened, read, session, request)
+        return self._show(lambda: transcript.from_file(uploaded(path)), False, session, request)
 
     def reopen(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> tuple:
         """A conversation that the visitor's browser kept."""
+        return self._show(lambda: transcript.from_record(chosen.value), True, session, request)
+
+    def _show(
+        self,
+        read: Callable[[], transcript.Transcript],
+        listed: bool,
+        old: Session,
+        request: gr.Request,
+    ) -> tuple:
+        """listed: whether the browser's list has the conversation; otherwise it gets it."""
         try:
-            read = transcript.from_record(chosen.value)
+            kept = read()
         except UserError as error:
             warn(explain(error, request))
             return (gr.skip(),) * 5
-        name = read.about.id or secrets.token_hex(8)
-        opened = Session(read.conversation, name=name, forks=read.forks)
-        opened.files, opened.keys = read.files, read.keys
-        return self._show(opened, read, session, request)
-
-    def _show(
-        self, opened: Session, read: transcript.Transcript, old: Session, request: gr.Request
-    ) -> tuple:
-        opened.stop_reason, opened.model = read.stop, read.model or old.model
-        opened.captions, opened.statistics = read.captions, read.statistics
+        opened = Session(
+            kept.conversation,
+            name=kept.about.id or secrets.token_hex(8),
+            entry=None if listed else kept.about,
+            forks=kept.forks,
+            stop_reason=kept.stop,
+            model=kept.model or old.model,
+            captions=kept.captions,
+            statistics=kept.statistics,
+        )
+        if listed:
+            opened.files, opened.keys = kept.files, kept.keys
         messages = opened.conversation.messages
         if messages and messages[-1].role == "assistant" and not opened.last_answer:
             messages.pop()  # it can be asked for again

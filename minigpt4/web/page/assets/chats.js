@@ -1,6 +1,6 @@
 // The visitor's conversations: how they are kept, found, opened and deleted; each has an address.
 (() => {
-  const { say, store, notice } = window.minigpt4;
+  const { say, make, store, notice } = window.minigpt4;
   const OLD = "minigpt4:chat:"; // keys in localStorage, where conversations used to be
   const SIDE = 96, UNDO = 10_000; // of a thumbnail, in pixels; how long a deletion can be undone, in ms
   const channel = window.BroadcastChannel ? new BroadcastChannel("minigpt4") : null;
@@ -70,7 +70,7 @@
   const small = async (blob) => {
     const whole = await createImageBitmap(blob);
     const side = Math.min(whole.width, whole.height);
-    const canvas = Object.assign(document.createElement("canvas"), { width: SIDE, height: SIDE });
+    const canvas = make("canvas", { width: SIDE, height: SIDE });
     canvas.getContext("2d").drawImage(whole, (whole.width - side) / 2, (whole.height - side) / 2,
       side, side, 0, 0, SIDE, SIDE);
     return canvas.toDataURL("image/jpeg", 0.8);

@@ -1,6 +1,6 @@
 // The message box: what can be sent, where pictures come from, and the wait for an answer.
 (() => {
-  const { say, button } = window.minigpt4;
+  const { say, button, make, makeDialog, showDialog, beforeSending } = window.minigpt4;
   const find = (selector) => document.querySelector(selector);
 
   const attach = (files) => {
@@ -60,13 +60,7 @@
       [sent, typed] = [null, null];
     } else typed = target.value;
   }, true);
-  document.addEventListener("click", (event) => {
-    if (event.target.closest("#box .submit-button")) asked();
-  }, true);
-  document.addEventListener("keydown", (event) => {
-    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-    if (sends && event.target.matches("#box textarea")) asked();
-  }, true);
+  beforeSending(asked);
   new MutationObserver((changes) => {
     update();
     const toast = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
@@ -77,8 +71,8 @@
 
   // The camera, which is on as soon as its window is open.
   const camera = async () => {
-    const dialog = document.createElement("dialog");
-    const video = document.createElement("video");
+    const dialog = makeDialog("camera", say("camera"));
+    const video = make("video", { autoplay: true, muted: true, playsInline: true });
     let facing = "environment";
     const stop = () => video.srcObject?.getTracks().forEach((track) => track.stop());
     const start = async () => {
@@ -88,16 +82,13 @@
       });
     };
     const shoot = () => {
-      const canvas = document.createElement("canvas");
-      [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+      const canvas = make("canvas", { width: video.videoWidth, height: video.videoHeight });
       canvas.getContext("2d").drawImage(video, 0, 0);
       canvas.toBlob((blob) => {
         attach([new File([blob], "camera.jpg", { type: "image/jpeg" })]);
         dialog.close();
       }, "image/jpeg", 0.92);
     };
-    Object.assign(dialog, { id: "camera", ariaLabel: say("camera") });
-    Object.assign(video, { autoplay: true, muted: true, playsInline: true });
     const shot = button("shoot", "camera", shoot);
     shot.classList.add("shoot");
     shot.disabled = true;
@@ -106,17 +97,13 @@
       facing = facing === "user" ? "environment" : "user";
       start();
     }), shot, button("close", "close", () => dialog.close()));
-    dialog.addEventListener("close", () => {
-      stop();
-      dialog.remove();
-    });
+    dialog.addEventListener("close", stop);
     try {
       await start();
     } catch { // no camera, no permission, or a page without HTTPS
-      video.replaceWith(Object.assign(document.createElement("p"), { textContent: say("no_camera") }));
+      video.replaceWith(make("p", { textContent: say("no_camera") }));
     }
-    document.body.append(dialog);
-    dialog.showModal();
+    showDialog(dialog);
   };
   Object.assign(window.minigpt4, { attach, choose, sending, emptied, camera });
 })();

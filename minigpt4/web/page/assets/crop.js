@@ -1,6 +1,6 @@
 // Crop: a part of a picture goes into the message box as a picture of its own.
 (() => {
-  const { say, button, attach } = window.minigpt4;
+  const { say, button, make, makeDialog, showDialog, attach } = window.minigpt4;
   const LEAST = 0.05; // width and height of the frame, as shares of the picture's
   const STEP = 0.02; // of an arrow key
   const MOST_PIXELS = 16e6; // some phones' canvases hold no more
@@ -31,9 +31,9 @@
   const cut = (image, { x, y, width, height }) => {
     const [w, h] = [image.naturalWidth, image.naturalHeight];
     const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (width * w * height * h)));
-    const canvas = document.createElement("canvas");
-    canvas.width = Math.max(1, Math.round(width * w * scale));
-    canvas.height = Math.max(1, Math.round(height * h * scale));
+    const canvas = make("canvas", {
+      width: Math.max(1, Math.round(width * w * scale)), height: Math.max(1, Math.round(height * h * scale)),
+    });
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
     context.fillStyle = "#fff"; // under what is transparent, as the server does
@@ -52,8 +52,7 @@
       return;
     }
     const whole = loaded(address).catch(() => shown); // the server deletes what is a day old
-    const make = (tag, values) => Object.assign(document.createElement(tag), values);
-    const dialog = make("dialog", { id: "crop", ariaLabel: say("crop_title") });
+    const dialog = makeDialog("crop", say("crop_title"));
     const stage = make("div", { className: "stage" });
     const region = make("div", { className: "region", tabIndex: 0, role: "application", ariaLabel: say("crop_frame") });
     const hint = make("p", { id: "crop-hint", textContent: `${say("crop_hint")} ` });
@@ -123,12 +122,11 @@
       event.preventDefault();
     });
     use.addEventListener("click", take);
-    dialog.addEventListener("close", () => dialog.remove()); // the browser gives the focus back
 
     hint.append(make("span", { className: "keys", textContent: say("crop_keys") }));
     region.setAttribute("aria-describedby", hint.id);
     for (const corner of ["left top", "right top", "left bottom", "right bottom"]) {
-      const handle = document.createElement("i");
+      const handle = make("i");
       handle.dataset.corner = corner;
       region.append(handle);
     }
@@ -136,8 +134,7 @@
     stage.append(make("img", { src: shown.src, alt: shown.alt, draggable: false }), region);
     dialog.append(button("close", "close", () => dialog.close()), stage, hint, told, use);
     show(frame);
-    document.body.append(dialog);
-    dialog.showModal();
+    showDialog(dialog);
     region.focus();
   };
 

@@ -1,20 +1,14 @@
 // What is known of each answer, behind a button of its own.
 (() => {
-  const { button } = window.minigpt4;
+  const { button, make } = window.minigpt4;
   let answers = {};
 
   const described = ({ line, figures }) => {
-    const note = document.createElement("span");
-    Object.assign(note, { className: "facts", hidden: true });
-    const all = document.createElement("details");
-    all.append(Object.assign(document.createElement("summary"), { textContent: line }));
-    const list = document.createElement("dl");
-    for (const [name, value] of figures) for (const [tag, text] of [["dt", name], ["dd", value]]) {
-      list.append(Object.assign(document.createElement(tag), { textContent: text }));
-    }
-    all.append(list);
-    note.append(all);
-    return note;
+    const list = figures.flatMap(([name, value]) => [
+      make("dt", { textContent: name }), make("dd", { textContent: value }),
+    ]);
+    const all = make("details", {}, make("summary", { textContent: line }), make("dl", {}, ...list));
+    return make("span", { className: "facts", hidden: true }, all);
   };
   const add = (row, known) => {
     const buttons = row.nextElementSibling?.matches(".message-buttons") && row.nextElementSibling;

@@ -1,37 +1,26 @@
 // Keyboard shortcuts, and their list under "?".
 (() => {
-  const { say, button } = window.minigpt4;
+  const { say, button, make, makeDialog, showDialog } = window.minigpt4;
   const find = (selector) => document.querySelector(selector);
   const CONTROL = /Mac|iP/.test(navigator.platform) ? "⌘" : "Ctrl";
   const KEYS = [
-    ["key_send", "Enter"], ["key_line", "Shift", "Enter"], ["key_stop", "Esc"],
+    ["submit", "Enter"], ["key_line", "Shift", "Enter"], ["key_stop", "Esc"],
     ["key_edit", "↑"], ["key_box", "/"], ["new_chat", CONTROL, "Shift", "O"],
     ["key_turn", "←", "→"], ["shortcuts", "?"],
   ];
 
   const shortcuts = () => {
     if (find("dialog[open]")) return;
-    const dialog = document.createElement("dialog");
-    const head = document.createElement("div");
-    const list = document.createElement("dl");
-    head.className = "drawer-head";
-    head.append(
-      Object.assign(document.createElement("h2"), { textContent: say("shortcuts") }),
-      button("close", "close", () => dialog.close()),
-    );
-    for (const [key, ...caps] of KEYS) {
-      const term = Object.assign(document.createElement("dt"), { textContent: say(key) });
-      const keys = document.createElement("dd");
-      keys.append(...caps.map((cap) =>
-        Object.assign(document.createElement("kbd"), { textContent: cap })));
-      list.append(term, keys);
-    }
-    Object.assign(dialog, { id: "shortcuts", ariaLabel: say("shortcuts") });
-    dialog.append(head, list);
+    const dialog = makeDialog("shortcuts", say("shortcuts"));
+    const head = make("div", { className: "drawer-head" }, make("h2", { textContent: say("shortcuts") }),
+      button("close", "close", () => dialog.close()));
+    const list = KEYS.flatMap(([key, ...caps]) => [
+      make("dt", { textContent: say(key) }),
+      make("dd", {}, ...caps.map((cap) => make("kbd", { textContent: cap }))),
+    ]);
+    dialog.append(head, make("dl", {}, ...list));
     dialog.addEventListener("click", ({ target }) => { if (target === dialog) dialog.close(); });
-    dialog.addEventListener("close", () => dialog.remove()); // the browser gives the focus back
-    document.body.append(dialog);
-    dialog.showModal();
+    showDialog(dialog);
   };
 
   document.addEventListener("keydown", (event) => {

@@ -1,6 +1,6 @@
 // Drawers (the rail on phones, settings, a website), menus, and where the focus goes.
 (() => {
-  const { say } = window.minigpt4;
+  const { say, make } = window.minigpt4;
   const PHONE = matchMedia("(max-width: 900px)");
   const find = (selector) => document.querySelector(selector);
   let opener = null;
@@ -86,11 +86,21 @@
   new MutationObserver(lost).observe(document.documentElement, { childList: true, subtree: true });
 
   const button = (key, icon, act) => {
-    const made = document.createElement("button");
-    Object.assign(made, { type: "button", className: "icon", title: say(key), ariaLabel: say(key) });
+    const made = make("button", { type: "button", className: "icon", title: say(key), ariaLabel: say(key) });
     made.dataset.icon = icon;
     made.addEventListener("click", act);
     return made;
   };
-  Object.assign(window.minigpt4, { drawer, button });
+  // A window over the page, not shown yet. When it closes it goes away, and the browser gives the
+  // focus back.
+  const makeDialog = (id, label) => {
+    const made = make("dialog", { id, ariaLabel: label });
+    made.addEventListener("close", () => made.remove());
+    return made;
+  };
+  const showDialog = (dialog) => {
+    document.body.append(dialog);
+    dialog.showModal();
+  };
+  Object.assign(window.minigpt4, { drawer, button, makeDialog, showDialog });
 })();

@@ -101,5 +101,11 @@
       });
     }).observe(document.documentElement, { childList: true, subtree: true });
   };
-  window.minigpt4 = { say, whenRedrawn };
+  // An element with these properties and children.
+  const make = (tag, values = {}, ...children) => {
+    const made = Object.assign(document.createElement(tag), values);
+    made.append(...children);
+    return made;
+  };
+  window.minigpt4 = { say, whenRedrawn, make };
 })();

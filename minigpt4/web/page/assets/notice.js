@@ -1,17 +1,15 @@
 // A short notice near the composer, with a button for what can be done about it.
 (() => {
+  const { make } = window.minigpt4;
   let shown = null, ending;
   const notice = (text, label, act, time = 8000) => {
     shown?.remove();
     clearTimeout(ending);
-    const box = shown = document.createElement("div");
-    box.className = "notice";
-    box.setAttribute("role", "status");
+    const box = shown = make("div", { className: "notice", role: "status" },
+      make("span", { textContent: text }));
     const end = () => box.remove();
-    box.append(Object.assign(document.createElement("span"), { textContent: text }));
     if (label) {
-      const button = document.createElement("button");
-      Object.assign(button, { type: "button", textContent: label });
+      const button = make("button", { type: "button", textContent: label });
       button.addEventListener("click", () => { end(); act(); });
       box.append(button);
     }

@@ -1,6 +1,11 @@
 // What Gradio has no part for: keys, copying what was written, saving files, light and dark.
 (() => {
-  const { say } = window.minigpt4;
+  const { say, make } = window.minigpt4;
+  // A button names in data-act which of the scripts' functions it calls.
+  document.addEventListener("click", ({ target }) => {
+    const act = target.closest("[data-act]")?.dataset.act;
+    if (act) window.minigpt4[act]();
+  });
   // render.py escapes characters so that they stay text, and marks formulas; copied or edited, they
   // are what was written.
   const written = (text) => text.replace(/\\\(\{\}(.*?)\\\)/g, "$$$1$$")
@@ -49,9 +54,7 @@
   }, true);
 
   const save = ({ name, type, text }) => {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], { type }));
-    link.download = name;
+    const link = make("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   };

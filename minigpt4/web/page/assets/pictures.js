@@ -1,6 +1,6 @@
 // The pictures of a conversation: their names, and the window that shows them large.
 (() => {
-  const { say, button, where, crop } = window.minigpt4;
+  const { say, button, make, makeDialog, showDialog, where, crop } = window.minigpt4;
   // render.py writes behind the "#" of its address: [2, 5, "dog.jpg", "A dog on a beach", "/…/dog.jpg"],
   // the last of them the path of the whole picture, if it is known.
   const told = (address) => JSON.parse(decodeURIComponent(address.split("#")[1]));
@@ -30,10 +30,9 @@
   const all = () => [...document.querySelectorAll("#chat .image-frame img")];
 
   const show = (clicked) => {
-    const dialog = document.createElement("dialog");
-    const large = document.createElement("img");
-    const caption = document.createElement("p");
-    const objects = document.createElement("div");
+    const dialog = makeDialog("lightbox");
+    const [large, caption] = [make("img"), make("p")];
+    const objects = make("div", { className: "objects" });
     let at = all().indexOf(clicked);
     const turn = (step) => {
       const pictures = all();
@@ -42,7 +41,7 @@
       large.alt = caption.textContent = dialog.ariaLabel = pictures[at].alt;
       where.hide();
       objects.replaceChildren(...where.objects(at).map((name) => {
-        const made = Object.assign(document.createElement("button"), { type: "button", textContent: name });
+        const made = make("button", { type: "button", textContent: name });
         for (const type of ["pointerenter", "focus", "click"]) {
           made.addEventListener(type, () => where.point(large, at, name));
         }
@@ -56,8 +55,6 @@
       where.hide();
       crop(large, { address, name, taken: () => dialog.close() });
     };
-    dialog.id = "lightbox";
-    objects.className = "objects";
     dialog.append(
       button("close", "close", () => dialog.close()), button("crop", "crop", cropped), large, caption, objects,
     );
@@ -69,10 +66,8 @@
       if (key === "ArrowLeft") turn(-1);
       if (key === "ArrowRight") turn(1);
     });
-    dialog.addEventListener("close", () => dialog.remove()); // the browser gives the focus back
     turn(0);
-    document.body.append(dialog);
-    dialog.showModal();
+    showDialog(dialog);
   };
 
   document.addEventListener("click", (event) => {

@@ -5,7 +5,7 @@ const field = element.querySelector("[type=search]");
 const none = element.querySelector(".none");
 const nothing = element.querySelector(".nothing");
 const all = element.querySelector(".all");
-const { say, chats } = minigpt4;
+const { say, make, chats } = minigpt4;
 const icons = {
   pin: "M9 4h6l-1 6 3 3H7l3-3zM12 13v7",
   rename: "M4 20h4L19 9l-4-4L4 16zM13.5 6.5l4 4",
@@ -13,10 +13,7 @@ const icons = {
 };
 
 const button = (label, icon, act) => {
-  const made = document.createElement("button");
-  made.type = "button";
-  made.title = label;
-  made.setAttribute("aria-label", label);
+  const made = make("button", { type: "button", title: label, ariaLabel: label });
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   for (const [name, value] of Object.entries({
     viewBox: "0 0 24 24", fill: "none", stroke: "currentColor", "stroke-width": 1.8, "aria-hidden": true,
@@ -31,21 +28,14 @@ const button = (label, icon, act) => {
 
 const row = (chat) => {
   const title = chat.title || say("untitled");
-  const item = document.createElement("li");
-  const picture = document.createElement(chat.thumb ? "img" : "span");
+  const picture = make(chat.thumb ? "img" : "span");
   if (/^data:image\/jpeg;base64,/.test(chat.thumb)) { picture.src = chat.thumb; picture.alt = ""; }
   else picture.className = "blank";
-  const open = document.createElement("button");
-  open.type = "button";
-  open.className = "title";
-  open.textContent = title;
+  const open = make("button", { type: "button", className: "title", textContent: title });
   if (chat.id === chats.current) open.setAttribute("aria-current", "page");
-  const time = document.createElement("time");
   const asked = new Date(chat.time), today = asked.toDateString() === new Date().toDateString();
-  time.textContent = chat.found
-    ?? asked.toLocaleString([], today ? { timeStyle: "short" } : { dateStyle: "medium" });
-  time.title = asked.toLocaleString();
-  open.append(time);
+  const short = asked.toLocaleString([], today ? { timeStyle: "short" } : { dateStyle: "medium" });
+  open.append(make("time", { textContent: chat.found ?? short, title: asked.toLocaleString() }));
   open.addEventListener("click", () => {
     if (chat.id !== chats.current) chats.open(chat.id);
     minigpt4.drawer("");
@@ -55,9 +45,7 @@ const row = (chat) => {
   });
   pin.classList.toggle("pinned", Boolean(chat.pinned));
   const rename = button(`${say("rename")}: ${title}`, "rename", () => {
-    const input = document.createElement("input");
-    input.value = title;
-    input.setAttribute("aria-label", say("rename"));
+    const input = make("input", { value: title, ariaLabel: say("rename") });
     let done = false;
     const finish = (keep) => {
       if (done) return;
@@ -80,8 +68,8 @@ const row = (chat) => {
   const discard = button(`${say("delete")}: ${title}`, "delete", () => {
     chats.remove([chat.id]);
   });
+  const item = make("li", {}, picture, open, pin, rename, discard);
   item.dataset.id = chat.id;
-  item.append(picture, open, pin, rename, discard);
   return item;
 };
 
@@ -108,10 +96,7 @@ const groups = (found) => {
   const sorted = { pinned: [], today: [], earlier: [] };
   for (const chat of found) sorted[chat.pinned ? "pinned" : chat.time >= today ? "today" : "earlier"].push(chat);
   return Object.entries(sorted).filter(([, some]) => some.length).flatMap(([name, some]) => {
-    const heading = Object.assign(document.createElement("h2"), { textContent: say(name) });
-    const rows = Object.assign(document.createElement("ul"), { className: "recent" });
-    rows.append(...some.map(row));
-    return [heading, rows];
+    return [make("h2", { textContent: say(name) }), make("ul", { className: "recent" }, ...some.map(row))];
   });
 };
 const show = (found) => {

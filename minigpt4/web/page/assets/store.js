@@ -3,7 +3,7 @@
 // chats: what the list shows of each conversation; talks: what was said in it, and the keys of its
 // pictures; pictures: their files, each kept once, however many conversations show it.
 (() => {
-  const PARTS = ["chats", "talks", "pictures"];
+  const TALK = ["chats", "talks"]; // the parts with what belongs to one conversation
   const done = (request) => new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
@@ -27,14 +27,21 @@
     part(name) { return this.base.transaction(name).objectStore(name); }
     all(name) { return done(this.part(name).getAll()); }
     get(name, key) { return done(this.part(name).get(key)); }
-    keys(name) { return done(this.part(name).getAllKeys()); }
-    // Change a conversation in one transaction: `act` gets its entries, or undefined, and returns
-    // what takes their places; nothing where it returns nothing. Resolves once it has been written.
-    change(id, act) {
+    // Call `act` with these parts, in one transaction. Resolves once all has been written.
+    write(names, act) {
       return new Promise((resolve, reject) => {
-        const writing = this.base.transaction(["chats", "talks"], "readwrite");
-        const [chats, talks] = ["chats", "talks"].map((name) => writing.objectStore(name));
-        let changed;
+        const writing = this.base.transaction(names, "readwrite");
+        act(...names.map((name) => writing.objectStore(name)));
+        writing.oncomplete = () => resolve();
+        writing.onabort = writing.onerror = () => reject(writing.error);
+      });
+    }
+    put(name, entry) { return this.write([name], (part) => part.put(entry)); }
+    // Change a conversation in one transaction: `act` gets its entries, or undefined, and returns
+    // what takes their places; nothing where it returns nothing.
+    async change(id, act) {
+      let changed;
+      await this.write(TALK, (chats, talks) => {
         chats.get(id).onsuccess = ({ target: { result: chat } }) => {
           talks.get(id).onsuccess = ({ target: { result: talk } }) => {
             changed = act(chat, talk);
@@ -42,45 +49,28 @@
             if (changed?.talk) talks.put(changed.talk);
           };
         };
-        writing.oncomplete = () => resolve(changed);
-        writing.onabort = writing.onerror = () => reject(writing.error);
       });
+      return changed;
     }
-    put(name, entry) { return this.write(name, (part) => part.put(entry)); }
-    write(name, act) {
-      return new Promise((resolve, reject) => {
-        const writing = this.base.transaction(name, "readwrite");
-        act(writing.objectStore(name));
-        writing.oncomplete = () => resolve();
-        writing.onabort = writing.onerror = () => reject(writing.error);
-      });
-    }
-    async remove(ids) {
-      for (const name of ["chats", "talks"]) {
-        await this.write(name, (part) => ids.forEach((id) => part.delete(id)));
-      }
+    remove(ids) {
+      return this.write(TALK, (...parts) => parts.forEach((part) => ids.forEach((id) => part.delete(id))));
     }
     // Delete the pictures that no conversation shows any more.
     sweep() {
-      return new Promise((resolve, reject) => {
-        const writing = this.base.transaction(["talks", "pictures"], "readwrite");
-        const pictures = writing.objectStore("pictures"), shown = writing.objectStore("talks").index("keys");
+      return this.write(["talks", "pictures"], (talks, pictures) => {
         pictures.getAllKeys().onsuccess = ({ target: { result: keys } }) => {
-          for (const key of keys) shown.count(key).onsuccess = ({ target: { result: count } }) => {
+          for (const key of keys) talks.index("keys").count(key).onsuccess = ({ target: { result: count } }) => {
             if (!count) pictures.delete(key);
           };
         };
-        writing.oncomplete = () => resolve();
-        writing.onabort = writing.onerror = () => reject(writing.error);
       });
     }
   }
 
   class Memory {
-    parts = Object.fromEntries(PARTS.map((name) => [name, new Map()]));
+    parts = { chats: new Map(), talks: new Map(), pictures: new Map() };
     async all(name) { return [...this.parts[name].values()]; }
     async get(name, key) { return this.parts[name].get(key); }
-    async keys(name) { return [...this.parts[name].keys()]; }
     async put(name, entry) { this.parts[name].set(entry.id ?? entry.key, entry); }
     async change(id, act) {
       const changed = act(this.parts.chats.get(id), this.parts.talks.get(id));
@@ -89,7 +79,7 @@
       return changed;
     }
     async remove(ids) {
-      for (const id of ids) for (const name of ["chats", "talks"]) this.parts[name].delete(id);
+      for (const id of ids) for (const name of TALK) this.parts[name].delete(id);
     }
     async sweep() {
       const shown = new Set([...this.parts.talks.values()].flatMap((talk) => talk.keys));

@@ -1,7 +1,7 @@
 // Pictures on their way to the server: dropped or pasted anywhere on the page; their progress; what
 // is sent meanwhile waits for them.
 (() => {
-  const { say } = window.minigpt4;
+  const { say, make } = window.minigpt4;
   const MOST = 16; // pictures of a conversation: see web/guard/limits.py
   const find = (selector) => document.querySelector(selector);
   const root = document.documentElement;
@@ -11,7 +11,7 @@
   let waiting = false; // is the question to be sent once they have come?
   let line = null;
   const tell = (share, sizes) => {
-    line ??= Object.assign(document.createElement("div"), { className: "uploading", role: "status" });
+    line ??= make("div", { className: "uploading", role: "status" });
     if (!line.isConnected) find("#composer").prepend(line);
     const total = sizes.reduce((sum, size) => sum + size, 0);
     let number = 0, come = 0;
@@ -74,15 +74,19 @@
     waiting = true;
     if (line) line.textContent += ` ${say("sent_afterwards")}`;
   };
-  document.addEventListener("click", (event) => {
-    if (event.target.closest("#box .submit-button")) hold(event);
-  }, true);
-  document.addEventListener("keydown", (event) => {
-    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-    if (sends && event.target.matches("#box textarea")) hold(event);
-  }, true);
+  // Act before what is in the message box is sent, by the button or by Enter.
+  const beforeSending = (act) => {
+    document.addEventListener("click", (event) => {
+      if (event.target.closest("#box .submit-button")) act(event);
+    }, true);
+    document.addEventListener("keydown", (event) => {
+      const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+      if (sends && event.target.matches("#box textarea")) act(event);
+    }, true);
+  };
+  beforeSending(hold);
   new MutationObserver(send).observe(root, { attributeFilter: ["data-opening"] });
-  Object.assign(window.minigpt4, { keepUnsent });
+  Object.assign(window.minigpt4, { keepUnsent, beforeSending });
 
   // --- where pictures come from ---------------------------------------------------------------------
   document.addEventListener("change", (event) => {
@@ -96,8 +100,7 @@
     window.minigpt4.notice(say("too_many").replace("{count}", count));
   }, true);
 
-  const overlay = document.createElement("div");
-  overlay.className = "dropping";
+  const overlay = make("div", { className: "dropping" });
   const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files") && !find("dialog[open]");
   document.addEventListener("dragenter", (event) => {
     if (!hasFiles(event)) return;

@@ -1,6 +1,6 @@
 // ‹ 1/2 › below what has further versions: see versions.py.
 (() => {
-  const { say, button } = window.minigpt4;
+  const { say, button, make } = window.minigpt4;
   let known = {}, select = () => {};
 
   const add = (row, version) => {
@@ -11,18 +11,14 @@
     if (!version) return;
     const { place, number, count } = version;
     const text = say("version_of").replace("{number}", number + 1).replace("{count}", count);
-    const group = document.createElement("span");
     const turn = (key, icon, step) => {
       const made = button(key, icon, () => select({ index: 0, value: { place, number: number + step } }));
       made.disabled = !(number + step >= 0 && number + step < count);
       return made;
     };
-    const words = document.createElement("span");
-    words.textContent = `${number + 1}/${count}`;
-    Object.assign(group, { className: "version", known: version, ariaLabel: text });
-    group.setAttribute("role", "group");
-    group.append(turn("previous_version", "left", -1), words, turn("next_version", "right", 1));
-    buttons.append(group);
+    buttons.append(make("span", { className: "version", role: "group", known: version, ariaLabel: text },
+      turn("previous_version", "left", -1), make("span", { textContent: `${number + 1}/${count}` }),
+      turn("next_version", "right", 1)));
   };
   const update = () => {
     document.querySelectorAll("#chat .message-row").forEach((row, place) => add(row, known[place]));

@@ -1,6 +1,7 @@
 // Show where: an object that an answer names is outlined in the pictures while its word is hovered,
 // focused or touched. The server finds the objects (looks.py); this finds their words.
 (() => {
+  const { make } = window.minigpt4;
   // What else a detector's classes are called. A plural is found with "s" or "es".
   const OTHERS = {
     person: "people man men woman women boy girl child children kid baby lady player guy",
@@ -37,21 +38,18 @@
   const outline = (image, objects, label) => {
     const box = image.getBoundingClientRect();
     const [left, top, width, height] = drawn(image);
-    const layer = document.createElement("div");
-    layer.className = "where";
-    layer.ariaHidden = "true";
+    const layer = make("div", { className: "where", ariaHidden: "true" });
     Object.assign(layer.style, {
       left: `${box.left}px`, top: `${box.top}px`, width: `${box.width}px`, height: `${box.height}px`,
     });
     for (const object of objects) {
-      const frame = document.createElement("i");
+      const frame = make("i", {}, make("b", { textContent: label }));
       Object.assign(frame.style, {
         left: `${left + object.left * width}px`, top: `${top + object.top * height}px`,
         width: `${(object.right - object.left) * width}px`,
         height: `${(object.bottom - object.top) * height}px`,
       });
       frame.classList.toggle("inside", top + object.top * height < LABEL);
-      frame.append(Object.assign(document.createElement("b"), { textContent: label }));
       layer.append(frame);
     }
     (image.closest("dialog") ?? document.body).append(layer);
@@ -83,9 +81,7 @@
         const word = found[0].toLowerCase();
         if (marked.has(word) || text.parentElement === answer) continue;
         marked.add(word);
-        const seen = document.createElement("mark");
-        seen.className = "seen";
-        seen.tabIndex = 0;
+        const seen = make("mark", { className: "seen", tabIndex: 0 });
         seen.dataset.name = meaning.get(found[1].toLowerCase());
         text.splitText(found.index + found[0].length);
         const middle = text.splitText(found.index);

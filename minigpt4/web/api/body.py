@@ -1,0 +1,130 @@
+"""The body of a request: its JSON object, the request in it, and the fields that are not read."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.api.mistakes import named_fields, validated
+from minigpt4.web.api.schemas import (
+    PARTS,
+    ChatMessage,
+    ChatRequest,
+    ImageUrl,
+    JsonSchema,
+    ResponseFormat,
+    StreamOptions,
+    part_type,
+)
+
+NAMED = 20  # ignored fields that are named; a request may hold millions
+ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name
+CALLS = {"tool_choice": "tools", "function_call": "functions"}  # by today's and the older name
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
+FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
+
+
+def read_chat(body: dict) -> tuple[ChatRequest, list[str]]:
+    """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake."""
+    body = _renamed(body)
+    dropped = []
+    for choice, tools in CALLS.items():
+        if body.get(choice) == "none" and body.pop(tools, None):
+            dropped.append(tools)
+    request = validated(ChatRequest, body)
+    return request, [*dropped, *islice(_unknown(body), NAMED)]
+
+
+def _renamed(body: dict) -> dict:
+    """Fields under OpenAI's names; a field that is there under both keeps OpenAI's value."""
+    renamed = {ALIASES.get(name, name): value for name, value in body.items()}
+    return renamed | {name: value for name, value in body.items() if name not in ALIASES}
+
+
+def _unknown(body: dict) -> Iterator[str]:
+    """JSON paths of the fields of a valid body that are not read; null ones ask for nothing."""
+    yield from unread(body, ChatRequest, ())
+    yield from unread(body.get("stream_options"), StreamOptions, ("stream_options",))
+    wanted = body.get("response_format") or {}
+    yield from unread(wanted, ResponseFormat, ("response_format",))
+    yield from unread(wanted.get("json_schema"), JsonSchema, ("response_format", "json_schema"))
+    for place, message in enumerate(body["messages"]):
+        yield from unread(message, ChatMessage, ("messages", place))
+        content = message["content"]
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            where, kind = ("messages", place, "content", number), part_type(part)
+            yield from unread(part, PARTS[kind], where)
+            if kind == "image_url":
+                yield from unread(part["image_url"], ImageUrl, (*where, "image_url"))
+
+
+def unread(data: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
+    """JSON paths of an object's fields that the model lacks; null ones ask for nothing."""
+    known = named_fields(model)
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if name not in known and value is not None:
+            yield json_path((*location, name))
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def read_json(body: bytes | bytearray) -> dict:
+    """The body's JSON object, with "?" for each lone surrogate. ApiError that says why not."""
+    overflows: list[str] = []
+
+    def number(text: str) -> float:
+        if math.isinf(value := float(text)):
+            overflows.append(text)
+        return value
+
+    try:
+        text = body.decode(json.detect_encoding(body))
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=number)
+        if overflows:
+            path = json_path(next(_overflowing(value)))
+            sentence = f"{path} is a number that is too large: send a smaller one."
+            raise ApiError(sentence, param=path)
+        if SURROGATE.search(text):  # pydantic and UTF-8 cannot hold lone ones
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except RecursionError:
+        raise ApiError("The body's JSON is nested too deeply: make it flatter.") from None
+    except ValueError as error:
+        raise ApiError(_why_no_json(body, error)) from None
+    if not isinstance(value, dict):
+        raise ApiError("The body must be a JSON object.")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ApiError(f"The body has {name}, which is not JSON: send a number, or null.")
+
+
+def _overflowing(value: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
+    """Where the numbers stand that no float holds."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _overflowing(inner, (*path, name))
+    elif isinstance(value, float) and math.isinf(value):
+        yield path
+
+
+def _why_no_json(body: bytes | bytearray, error: ValueError) -> str:
+    if not body.strip():
+        return "The body is empty: send a JSON object."
+    if body.startswith(COMPRESSED):
+        return "The body is compressed: send plain JSON."
+    if FORM.match(body):
+        return "The body is form data: send a JSON object."
+    if isinstance(error, UnicodeDecodeError):
+        return "The body is not UTF-8: send JSON in UTF-8."
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno}, column {error.colno}"
+        return f"The body is not JSON: correct it at {where}."
+    return "The body's JSON has a number with too many digits: shorten it."
