@@ -25,7 +25,7 @@ from minigpt4.model import image
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.prompt import ImageRef
-from minigpt4.model.words import WordHead, choose, load_words
+from minigpt4.model.words import WordHead, choose, load_words, with_objects
 from minigpt4.training import int8, small_run, small_start, word_head
 from minigpt4.training.mixture import Answered, Mixture, Things, TrainingPicture, read_pictures
 from minigpt4.training.selfcritical import sample
@@ -560,3 +560,15 @@ def test_one_kind_of_text_alone_is_scored(scored, source, model, pictures, tmp_p
     run._rewarded(showing, features[:1], random.Random(0))
     kinds_left = [text.kind for text in showing[0][2]]
     assert kinds_left.count(reward.kind) == 1 and len(kinds_left) <= 3
+
+
+def test_in_a_drawing_the_detector_counts_less():
+    heat = torch.tensor([[0.36, 0.04]])
+    photo, drawn = (
+        with_objects(
+            torch.tensor([[p, 0.1]]), heat, ("drawing", "kite", "clock"), ("kite", "clock")
+        )
+        for p in (0.0, 0.9)
+    )
+    assert photo[0].tolist() == pytest.approx([0, 0.5, 0.1])
+    assert drawn[0].tolist() == pytest.approx([0.9, 0.1, 0.01])
