@@ -63,7 +63,7 @@ def test_held_out_scores_and_the_best_projection(
     with (tmp_path / "whole" / "validation.csv").open() as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == losses
     assert "held-out loss" in capsys.readouterr().err
-    best = read_projection(watching.best_path)["weight"]
+    best = read_projection(trainer.best_path)["weight"]
     is_last = losses.index(min(losses)) == 2
     assert torch.equal(best, read_projection(trainer.projection_path)["weight"]) == is_last
     # Measuring changes nothing, and a resumed run goes on with both.
@@ -73,6 +73,16 @@ def test_held_out_scores_and_the_best_projection(
     run(examples, held_out, tmp_path / "halves", recipe, steps=4)
     _, halves = run(examples, held_out, tmp_path / "halves", recipe)
     assert halves.rows == watching.rows
+
+
+def test_a_fresh_run_forgets_an_earlier_one_s_best(examples, tmp_path):
+    """It had ended before its first checkpoint."""
+    first = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    first.save_weights(first.best_path)
+    first.validation_path.write_text("step,loss,cider\n2.0,0.0,0.0\n")
+    assert first.best_path.stat().st_mode & 0o777 == first.validation_path.stat().st_mode & 0o777
+    assert not first.resume()
+    assert not first.best_path.exists() and not first.validation_path.exists()
 
 
 def test_the_loss_is_that_of_the_held_out_pictures(examples, tmp_path, monkeypatch):

@@ -169,7 +169,10 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     mark = f".{os.getpid()}" if shared else ""
     partial = path.with_name(f"{path.name}{mark}.part")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(partial.stat().st_mode | mode)  # some libraries write for the owner alone
         partial.replace(path)
     finally:
         with suppress(OSError):

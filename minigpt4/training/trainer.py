@@ -356,6 +356,16 @@ class Trainer:
         """Where the trained projection is written."""
         return self.out / f"{self.model.config.name}.safetensors"
 
+    @property
+    def best_path(self) -> Path:
+        """Where validation writes the best projection so far."""
+        return self.out / f"{self.model.config.name}-best.safetensors"
+
+    @property
+    def validation_path(self) -> Path:
+        """Where validation writes its figures."""
+        return self.out / "validation.csv"
+
     def save(self) -> None:
         """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""
         if not self.main:
@@ -378,9 +388,13 @@ class Trainer:
         save_projection(weights, path, self.recipe.metadata | {"step": str(self.step)})
 
     def resume(self) -> bool:
-        """Continue from the checkpoint of this folder. False if there is none."""
+        """Continue from the checkpoint of this folder. False if there is none: then what a run that
+        ended before its first checkpoint has measured is deleted."""
         state = read_run(self.out / "checkpoint.pt", self.identity, self.model.device)
         if state is None:
+            if self.main:
+                for path in (self.best_path, self.validation_path):
+                    path.unlink(missing_ok=True)
             return False
         self._restore(state)
         return True

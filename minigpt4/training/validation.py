@@ -6,7 +6,6 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,14 +47,8 @@ class Validation:
         self._features = torch.cat(parts)
         references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
         self._score = CiderReward(references)
-        self._path = trainer.out / "validation.csv"
+        self._path = trainer.validation_path
         self.rows = [row for row in self._read() if row["step"] <= trainer.step]
-
-    @property
-    def best_path(self) -> Path:
-        """Where the best projection is written."""
-        path = self._trainer.projection_path
-        return path.with_name(f"{path.stem}-best{path.suffix}")
 
     def __call__(self) -> None:
         """Measure, if it is time."""
@@ -66,7 +59,7 @@ class Validation:
         best = all(row["loss"] < other["loss"] for other in self.rows)
         self.rows.append(row)
         if best:
-            trainer.save_weights(self.best_path)
+            trainer.save_weights(trainer.best_path)
         with self._path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
