@@ -15,6 +15,7 @@ from minigpt4.evaluation import abilities
 from minigpt4.evaluation import judge as judging
 from minigpt4.evaluation.endpoint import Endpoint
 from minigpt4.evaluation.judge import Judge, Verdict, fill, read_rubric, read_verdict
+from minigpt4.evaluation.rating_page import read_ratings
 from minigpt4.evaluation.suite import SUITE, read_suite
 from minigpt4.model import image
 from tests.evaluation_case import run, use_tiny_model
@@ -306,6 +307,15 @@ def test_stored_answers_are_judged_by_people(suite, theirs, tmp_path):
     assert found["all"]["fulfilled_people"] == 0.25
     assert found["all"]["judge_agrees_with_people"] == 0.75
     assert all(len(a[2]["messages"][0]["content"]) == 1 for a in asked)  # no picture
+
+
+def test_ratings_of_other_answers_and_twice_do_not_count(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    rows = [("a", False), ("a", True), ("a", True), ("unknown", True)]
+    lines = (json.dumps({"model": "m", "id": i, "fulfilled": f}) + "\n" for i, f in rows)
+    path.write_text("".join(lines))
+    assert read_ratings([str(path)], {("m", "a"): "x"}) == {("m", "a"): [Verdict(True, None)]}
+    assert "are ignored: 1." in capsys.readouterr().err
 
 
 def test_the_project_s_own_endpoint_is_a_judge(suite, theirs, tmp_path):

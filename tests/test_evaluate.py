@@ -131,6 +131,12 @@ def test_captions(tiny, shard, tmp_path):
     assert f"| CIDEr | {result['cider']:.3f} |" in page
 
 
+def test_a_single_picture_has_no_cider(tiny, tmp_path, capsys):
+    shard = write_shard(tmp_path / "one.tar", 1)
+    _, page = run(shard, "--experiment", "captions", out=tmp_path)
+    assert "CIDEr is 0 for a single picture" in capsys.readouterr().err and "1 picture\n" in page
+
+
 def test_the_engine_is_closed_after_an_error(tiny, shard, monkeypatch):
     closed = []
     monkeypatch.setattr(captions, "greedy", lambda limit: 1 / 0)

@@ -104,7 +104,7 @@ def test_other_pictures_of_the_same_names_are_no_false_alarm(tmp_path, capsys):
     (other / "0.jpg").write_bytes(jpeg(picture(5)))
     trainer = make(tiny_model(), read_captioned(str(trained)), PROMPTED, tmp_path / "run")
     Validation(trainer, read_captioned(str(other)), 2)
-    assert "1 held-out pictures are also trained on (1.jpg)" in capsys.readouterr().err
+    assert "that are also trained on: 1 (1.jpg)" in capsys.readouterr().err
 
 
 def test_the_loss_is_that_of_the_held_out_pictures(examples, tmp_path, monkeypatch):
@@ -235,12 +235,14 @@ def test_options_from_a_file(tmp_path, name, text, monkeypatch):
         ("data: a\nbatch-size: x", "must be an integer"),
         ("data: a\ncrop: maybe", "“crop” in {path} must be on or off (or 1, 0, true"),
         ("data: [", "is not TOML or YAML: check it near line"),
+        ("data = 1\nsteps = \n", "check it near line 2 "),
+        ("data = ", "check it near its end "),
         ("data:\n  a: 1", "must have a line"),
         ("- data", "must have a line"),
     ],
 )
 def test_mistakes_in_a_file_of_options(tmp_path, text, message, capsys):
-    path = tmp_path / "o.yaml"
+    path = tmp_path / ("o.TOML" if "=" in text else "o.yaml")
     path.write_text(text)
     with pytest.raises(SystemExit):
         parser().parse_args(["--options", str(path)])

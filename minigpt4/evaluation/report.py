@@ -31,6 +31,11 @@ def cell(value: object) -> str:
     return re.sub(r"\s*\n\s*", "<br>", text.strip())
 
 
+def pictures(count: int) -> str:
+    """1 -> "1 picture", 2 -> "2 pictures"."""
+    return f"{count} picture{'s' if count != 1 else ''}"
+
+
 def percent(share: float | None) -> str | None:
     """0.123 -> "12.3 %"."""
     return None if share is None else f"{100 * share:.1f} %"

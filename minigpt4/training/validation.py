@@ -42,7 +42,7 @@ class Validation:
         # Other data may have other pictures of the same names.
         same = [e.key for e in self._examples if any(_same(e, t) for t in trained[e.key])]
         if same:
-            say(f"{len(same)} held-out pictures are also trained on ({same[0]}).")
+            say(f"Held-out pictures that are also trained on: {len(same)} ({same[0]}).")
         source = Features(trainer.model, self._examples)
         parts = [
             source([(i, 0) for i in range(start, min(start + _AT_ONCE, len(self._examples)))])
