@@ -6,6 +6,7 @@
 Importing this package imports no torch; `load` does.
 """
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, Union
@@ -72,6 +73,7 @@ class Model:
 
     def __init__(self, engine: "AnyEngine") -> None:
         self.engine = engine
+        self.closed = False
 
     @property
     def name(self) -> str:
@@ -109,6 +111,7 @@ class Model:
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
+        self.closed = True
         self.engine.close()
 
     def __enter__(self) -> "Model":
@@ -128,7 +131,10 @@ class Chat:
         system: str | None = None,
     ) -> None:
         from minigpt4.conversation import Conversation
+        from minigpt4.errors import UserError
 
+        if not isinstance(system, str | None):
+            raise UserError(f"The system prompt must be text, not “{type(system).__name__}”.")
         self._model = model
         self._pictures = _load_pictures(pictures)  # shown with the next question
         self._conversation = Conversation(system=system)
@@ -157,6 +163,8 @@ class Chat:
 
         if not isinstance(question, str):
             raise UserError(f"The question must be text, not “{type(question).__name__}”.")
+        if self._model.closed:
+            raise UserError("This model is closed: load it again.")
         before, engine = self._conversation, self._model.engine
         asked = replace(before, messages=[*before.messages], pictures={**before.pictures})
         asked.add_question(question, self._pictures)
@@ -183,6 +191,8 @@ def _load_picture(source: object) -> "Picture":
 
     if isinstance(source, Image.Image):
         return image.convert(source)
+    if isinstance(source, io.TextIOBase):
+        raise UserError("The picture's file is open as text: open it in binary mode, “rb”.")
     if hasattr(source, "read"):
         source = source.read()
     if isinstance(source, (bytearray, memoryview)):

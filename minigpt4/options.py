@@ -46,8 +46,10 @@ def integer(least: int | None = None, most: int | None = None) -> Callable[[str]
     return read
 
 
-def number(least: float | None = None, below: float | None = None) -> Callable[[str], float]:
-    """A reader of finite numbers of at least `least` and less than `below`."""
+def number(
+    least: float | None = None, below: float | None = None, most: float | None = None
+) -> Callable[[str], float]:
+    """A reader of finite numbers from `least` to `most`, or less than `below`."""
 
     def read(text: str) -> float:
         try:
@@ -56,7 +58,7 @@ def number(least: float | None = None, below: float | None = None) -> Callable[[
             value = None
         if value is not None and not abs(value) < float("inf"):
             value = None
-        return _within("a number", text, value, least, None, below)
+        return _within("a number", text, value, least, most, below)
 
     return read
 
@@ -187,9 +189,12 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def _arguments_of_file(self, args: list[str]) -> list[str]:
-        """The options of the file that the arguments name, to stand before them."""
+        """The options of the file that the arguments name, to stand before them; without those that
+        may be given several times and are among the arguments."""
         own = next((o, p) for o, p in self._declared if f"--{o.name}" == self.reads_file)
         named = [i for i, text in enumerate(args) if text.partition("=")[0] == self.reads_file]
+        if len(named) > 1:
+            raise UserError(f"“{self.reads_file}” is given twice: put all options into one file.")
         if named:
             _, equals, path = args[named[-1]].partition("=")
             path = path if equals else "".join(args[named[-1] + 1 : named[-1] + 2])
@@ -203,8 +208,13 @@ class Parser(argparse.ArgumentParser):
             option = options.get(str(name).replace("-", "_"))
             if option is None or option is own[0]:
                 raise UserError(f"{path} has “{name}”, which is no option of {self.prog}.")
-            if option.read is switch and isinstance(value, bool):
-                found.append(f"--{'' if value else 'no-'}{option.name}")
+            if option.many and any(a.partition("=")[0] == f"--{option.name}" for a in args):
+                continue
+            if option.read is switch and value is not None:
+                try:
+                    found.append(f"--{'' if switch(str(value)) else 'no-'}{option.name}")
+                except ArgumentTypeError as error:
+                    raise UserError(f"“{name}” in {path} {error}.") from None
                 continue
             values = value if isinstance(value, list) else [value]
             if len(values) > 1 and not option.many:

@@ -4,6 +4,7 @@ import argparse
 import os
 import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4._data import cache_folder
@@ -272,7 +273,18 @@ def _shared(options: argparse.Namespace) -> argparse.Namespace:
     """The options with the model and projection of the hub's repository that --model names."""
     from minigpt4.weights.share import resolve
 
-    model, projection = resolve(options.model) or (options.model, options.projection)
+    if Path(options.model).exists():
+        raise UserError(
+            f"“{options.model}” is on this machine and no model's name: name the file of its "
+            "projection with “--projection”, which selects the model."
+        )
+    found = resolve(options.model)
+    if found and options.projection:
+        raise UserError(
+            f"“{options.model}” brings a projection of its own: omit “--projection”, or name the "
+            f"model itself, “--model {found[0]}”."
+        )
+    model, projection = found or (options.model, options.projection)
     return argparse.Namespace(**vars(options) | {"model": model, "projection": projection})
 
 

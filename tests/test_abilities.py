@@ -13,7 +13,9 @@ from minigpt4.__main__ import main
 from minigpt4.errors import UserError
 from minigpt4.evaluation import abilities
 from minigpt4.evaluation import judge as judging
+from minigpt4.evaluation.endpoint import Endpoint
 from minigpt4.evaluation.judge import Judge, Verdict, fill, read_rubric, read_verdict
+from minigpt4.evaluation.rating_page import read_ratings
 from minigpt4.evaluation.suite import SUITE, read_suite
 from minigpt4.model import image
 from tests.evaluation_case import run, use_tiny_model
@@ -51,16 +53,21 @@ def theirs(tmp_path):
 
 
 @contextmanager
-def judge_server(busy: int = 0, status: int = 200, after: int = 0, refused: str = ""):
+def judge_server(
+    busy: int = 0, status: int = 200, after: int = 0, refused: str = "", always: list | None = None
+):
     """A small OpenAI-compatible server: an answer with “GOOD” in it is fulfilled, one with “BAD” is
     not, of others it says nothing. `busy`: how many requests are first sent away with 429;
-    `status`: of all replies, `after` so many; `refused`: a field it does not take."""
+    `status`: of all replies, `after` so many; `refused`: a field it does not take; `always`: its
+    last is what the server answers instead."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             asked.append((self.path, self.headers["authorization"], body))
+            if always:
+                return self.reply(200, always[-1])
             if len(asked) <= busy:
                 return self.reply(429, {"error": {"message": "busy"}})
             if status != 200 and len(asked) > after:
@@ -77,7 +84,7 @@ def judge_server(busy: int = 0, status: int = 200, after: int = 0, refused: str 
             about = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge"}
             self.reply(200, about | {"choices": [choice]})
 
-        def reply(self, code: int, record: dict) -> None:
+        def reply(self, code: int, record: object) -> None:
             content = json.dumps(record).encode()
             self.send_response(code)
             self.send_header("content-type", "application/json")
@@ -148,6 +155,18 @@ def test_a_refusal_does_not_lose_the_other_verdicts(suite, theirs, tmp_path, mon
     assert result["scores"]["nano"]["all"]["judged"] == 1
 
 
+def test_verdicts_that_were_edited(suite, theirs, tmp_path, monkeypatch):
+    kept = tmp_path / "kept.jsonl"
+    options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--verdicts", kept]
+    with judge_server() as (url, asked):
+        options += ["--judge", url, "--judge-model", "j"]
+        run(*options, out=tmp_path)
+        kept.write_text(kept.read_text().replace('"score": 4', '"score": "5"'))
+        kept.write_text(kept.read_text().replace('"score": 2', '"score": [], "reason": 1'))
+        result, _ = run(*options, out=tmp_path)
+        assert len(asked) == 2 and result["scores"]["nano"]["all"]["score"] == 5
+
+
 def test_a_judge_is_not_asked_again(suite, theirs, tmp_path, monkeypatch):
     """What was kept counts as it did; another answer, picture or judge is another question."""
     monkeypatch.setattr(judging, "AT_ONCE", 1)
@@ -171,6 +190,44 @@ def test_a_judge_is_not_asked_again(suite, theirs, tmp_path, monkeypatch):
     assert verdicts() == ([True, False], 1)
     theirs.write_text(theirs.read_text().replace("BAD {answer}", "GOOD"))
     assert verdicts() == ([True, True], 1)
+
+
+def test_endpoints_that_answer_nonsense():
+    replies: list = []  # of which the server gives the last
+    choice = {"index": 0, "finish_reason": "stop"}
+
+    def ask(reply: object):
+        replies.append(reply)
+        return Endpoint(url, "", "j", 0, 9.0).ask("?")
+
+    with judge_server(always=replies) as (url, _):
+        for choices in ({"a": 1}, [], [None], ["x"], [choice | {"message": "hello"}]):
+            assert ask({"choices": choices}) is None
+        for content, text in (
+            (7, None),
+            ({"a": 1}, None),
+            (None, ""),
+            ([{"text": "A "}, 1, {"text": "dog."}, {"text": 1}], "A dog."),
+            ("\ud800", "?"),
+        ):
+            found = ask({"choices": [choice | {"message": {"content": content}}]})
+            assert text == (found and found.text)
+        for reply in ("abc", [1], 7):
+            with pytest.raises(ValueError):
+                ask(reply)
+
+
+def test_an_error_in_place_of_an_answer_is_told(suite, theirs, tmp_path, capsys):
+    """Some endpoints send it with the status of a success."""
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"image_id": "1", "picture": "p", "text": "A dog."}\n')
+    with judge_server(always=[{"error": {"message": "quota exceeded"}}]) as (url, _):
+        judge = [*ABILITIES, "--reuse", "--answers", theirs, "--judge", url, "--judge-model", "j"]
+        out = tmp_path / "refined.jsonl"
+        refine = ["refine", records, "--out", out, "--url", url, "--refiner", "j"]
+        for command in (["evaluate", suite, *judge], ["curate", *refine]):
+            assert main([*map(str, command)]) == 2
+            assert "quota exceeded" in capsys.readouterr().err
 
 
 def test_a_judge_that_takes_no_temperature(suite, theirs, tmp_path, monkeypatch):
@@ -252,6 +309,15 @@ def test_stored_answers_are_judged_by_people(suite, theirs, tmp_path):
     assert all(len(a[2]["messages"][0]["content"]) == 1 for a in asked)  # no picture
 
 
+def test_ratings_of_other_answers_and_twice_do_not_count(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    rows = [("a", False), ("a", True), ("a", True), ("unknown", True)]
+    lines = (json.dumps({"model": "m", "id": i, "fulfilled": f}) + "\n" for i, f in rows)
+    path.write_text("".join(lines))
+    assert read_ratings([str(path)], {("m", "a"): "x"}) == {("m", "a"): [Verdict(True, None)]}
+    assert "are ignored: 1." in capsys.readouterr().err
+
+
 def test_the_project_s_own_endpoint_is_a_judge(suite, theirs, tmp_path):
     """A real server and a real, if tiny and random, model: its replies are no verdicts."""
     from tests.api_case import served, tiny_engine
@@ -310,6 +376,13 @@ def test_people_judge_on_a_page(browser, suite, theirs, tmp_path, capsys):
         ('```json\n{"fulfilled": false, "score": 9}\n```', Verdict(False, None)),
         ('{"a": 1} {"fulfilled": false} then', Verdict(False, None)),
         ('{"fulfilled": "yes"}', None),
+        (
+            '{"fulfilled": true, "reason": "{ margin: 0 }"} {"a": 1}',
+            Verdict(True, None, "{ margin: 0 }"),
+        ),
+        ('{"fulfilled": true, "score": "4", "x": {"fulfilled": false}}', Verdict(True, 4)),
+        ('{"v": {"fulfilled": true, "score": 4.0}}', Verdict(True, 4)),
+        ('{"fulfilled": true, "score": 4.5, "reason": "\\ud800"}', Verdict(True, None, "?")),
         ("{broken", None),
         ("", None),
     ],

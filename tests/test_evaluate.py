@@ -131,6 +131,12 @@ def test_captions(tiny, shard, tmp_path):
     assert f"| CIDEr | {result['cider']:.3f} |" in page
 
 
+def test_a_single_picture_has_no_cider(tiny, tmp_path, capsys):
+    shard = write_shard(tmp_path / "one.tar", 1)
+    _, page = run(shard, "--experiment", "captions", out=tmp_path)
+    assert "CIDEr is 0 for a single picture" in capsys.readouterr().err and "1 picture\n" in page
+
+
 def test_the_engine_is_closed_after_an_error(tiny, shard, monkeypatch):
     closed = []
     monkeypatch.setattr(captions, "greedy", lambda limit: 1 / 0)
@@ -162,6 +168,33 @@ def test_mistakes(shard, tmp_path, capsys):
         assert main(["evaluate", *map(str, arguments)]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith("minigpt4: "), said
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "train-00000.tar --answers {0}/train-00000.tar",
+        "more/captions.csv --json {0}/more/../more/captions.csv",
+        "more --answers {0}/more/captions.csv",
+        "train-{{00000..00000}}.tar --json {0}/other.csv",
+        "train-00000.tar --json {0}/s.json --answers {0}/s.json",
+        "train-00000.tar --experiment chair --objects {0}/other.csv --json {0}/other.csv",
+    ],
+)
+def test_an_output_is_no_input_and_no_other_output(shard, tmp_path, written, capsys):
+    files = [shard, write_captioned(tmp_path / "more") / "captions.csv", tmp_path / "other.csv"]
+    files[-1].write_text("dog: dog\n")
+    before = [file.read_bytes() for file in files]
+    assert main(["evaluate", *f"{{0}}/{written}".format(tmp_path).split()]) == 2
+    said = capsys.readouterr().err
+    assert "would overwrite" in said and said.count("\n") == 1
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_outputs_may_go_to_a_device_or_beside_the_data(tmp_path):
+    data = write_captioned(tmp_path / "more")
+    null = {"json": "/dev/null", "answers": "/dev/null"}
+    report.check_outputs(null | {"review": str(data / "new.html")}, [str(data), None])
 
 
 def test_tables():

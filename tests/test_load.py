@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +74,21 @@ def test_a_picture_of_pillow_is_its_file(mode, tmp_path):
         assert found.rgb.size == ((30, 40) if mode == "turned" else (40, 30))
         assert found.key == expected.key and opened.size == (40, 30)
     assert image.convert(made).rgb.size in ((30, 40), (40, 30))
+
+
+def test_mistakes_in_python(model, tmp_path):
+    other = minigpt4.Model(model.engine)
+    (tmp_path / "a.txt").write_text(BEAST)
+    for name in (BEAST, tmp_path / "a.txt"):
+        with open(name) as text, pytest.raises(UserError, match="binary mode"):
+            other.ask(text, "What is this?")
+    with pytest.raises(UserError, match="system prompt must be text, not “int”"):
+        other.chat(BEAST, system=5)
+    chat = other.chat(BEAST)
+    other.engine = SimpleNamespace(close=lambda: None)
+    other.close()
+    with pytest.raises(UserError, match="closed: load it again"):
+        chat.ask("What is this?")
 
 
 def test_a_chat_remembers(model):

@@ -171,6 +171,12 @@ def test_it_resumes(refine, endpoint, given, capsys):
     assert len(endpoint.bodies) == asked + 1 and "blue" in records["1"]["text"]
 
 
+def test_the_file_that_is_refined_is_not_written(given, capsys):
+    before = given.read_bytes()
+    assert main(["curate", "refine", str(given), "--out", str(given), "--estimate"]) == 2
+    assert "“--out” would overwrite" in capsys.readouterr().err and given.read_bytes() == before
+
+
 def test_another_refiner_or_prompt_takes_another_file(refine, endpoint, capsys, monkeypatch):
     _, done = refine()
     asked = len(endpoint.bodies)

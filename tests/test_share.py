@@ -7,12 +7,13 @@ import pytest
 from huggingface_hub import constants
 from safetensors import safe_open
 
+import minigpt4
 from minigpt4 import config as configs
 from minigpt4 import start
 from minigpt4.__main__ import main
 from minigpt4.errors import UserError
 from minigpt4.weights.checkpoint import read_projection, save_projection
-from minigpt4.weights.share import CONFIG, resolve
+from minigpt4.weights.share import CONFIG, _metadata, resolve
 from tests.hub_case import TOKEN, hub_server
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY
@@ -100,6 +101,7 @@ def test_mistakes(hub, case, run, tmp_path, monkeypatch, capsys):
         return line
 
     assert "USER/NAME" in complaint(file, "a name with spaces")
+    assert "USER/NAME" in complaint(file, "me")
     assert "is not a projection" in complaint(tmp_path / "none.safetensors", NAME)
     save_projection(read_projection(file), tmp_path / "bare.safetensors")
     assert "which model it belongs to" in complaint(tmp_path / "bare.safetensors", NAME)
@@ -111,5 +113,35 @@ def test_mistakes(hub, case, run, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="is damaged"):
         resolve("odd/one")
     assert resolve("nano") is None
+    for changed in ("\ufeffstep;loss\r\n1;3,0\r\n", "step,loss\n1\n", "step,loss\n1,x\n"):
+        (run / "loss.csv").write_text(changed)
+        assert "is not as “train” wrote it" in complaint(run, NAME)
     with safe_open(file, "pt") as kept:  # the run's own file keeps its command
         assert "secret" in kept.metadata()["command"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("--mix /home/ann/secret-patients=2", "--mix secret-patients=2"),
+        ("--data=/home/ann/a=b/c", "--data=c"),
+        ("--data '{/home/ann/p,/home/ann/q}/x.tar'", "--data x.tar"),
+        ("--data ../ann/private --out runs/ann/", "--data private --out ann"),
+        (r"--init 'C:\Users\ann\my files\x.safetensors'", "--init x.safetensors"),
+        ("--mix hf:some.one/set:train=0.5 --steps 3", "--mix hf:some.one/set:train=0.5 --steps 3"),
+        ("--data 'open", None),
+    ],
+)
+def test_of_paths_only_the_last_part_is_sent(case, tmp_path, given, sent):
+    path = tmp_path / "p.safetensors"
+    metadata = {"model": case.config.name, "command": given, "folder": "/home/ann"}
+    save_projection(read_projection(case.files.projection), path, metadata)
+    assert _metadata(path) == {"model": case.config.name} | ({"command": sent} if sent else {})
+
+
+def test_a_name_of_the_hub_is_neither_a_folder_nor_given_a_projection(hub, case, tmp_path):
+    hub.files[f"{NAME}/{CONFIG}"] = json.dumps({"model": "nano", "projection": "p"}).encode()
+    (tmp_path / "runs").mkdir()
+    for model, said in ((NAME, "omit “--projection”"), (f"{tmp_path}/runs", "on this machine")):
+        with pytest.raises(UserError, match=said):
+            minigpt4.load(model, projection="p.safetensors")

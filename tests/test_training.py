@@ -37,7 +37,14 @@ from minigpt4.weights.checkpoint import read_projection
 from minigpt4.weights.load import load_model
 from tests import training_case
 from tests.parity_case import ParityCase
-from tests.training_case import PARITY, SCHEDULE, tiny_model, write_descriptions, write_shard
+from tests.training_case import (
+    PARITY,
+    SCHEDULE,
+    tiny_model,
+    write_captioned,
+    write_descriptions,
+    write_shard,
+)
 
 PROMPTED = ExtendedRecipe(SCHEDULE, ("Describe.", "What is this?"), mirror=True)
 
@@ -143,17 +150,18 @@ def test_an_interrupted_run_is_saved(examples, tmp_path):
     assert again.resume() and again.step == 2
 
 
-def test_ctrl_c_waits_for_the_step_to_be_whole(examples, tmp_path):
-    """Pressed while the optimizer works, the step counts, with its loss."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_to_be_whole(examples, tmp_path, number):
+    """Sent while the optimizer works, the step counts, with its loss."""
     trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     step = trainer.optimizer.step
 
-    def pressed_in():
+    def sent_in():
         if trainer.step == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         step()
 
-    trainer.optimizer.step = pressed_in
+    trainer.optimizer.step = sent_in
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert trainer.step == len(trainer.rows) == 3
@@ -496,6 +504,31 @@ def test_questions_beside_samples_would_not_be_asked(examples, tmp_path, capsys)
     options = ["--stage", "1", "--data", shard, "--samples", "2", "--questions", "3"]
     assert main(["train", *options]) == 2
     assert capsys.readouterr().err.endswith("omit one of them.\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--instructions nope.jsonl", "needs the layout of the second stage"),
+        ("--init a --projection b", "omit one"),
+        ("--init {0}/run/nano-best.safetensors --out {0}/run", "would be overwritten"),
+        ("--threads 1", "models with a word head"),
+        ("--replay-share 0.5", "belongs to “--replay”"),
+        ("--reward-weight 1", "belongs to “--samples”"),
+        ("--validate-every 5", "belongs to “--validate”"),
+        ("--stage 2 --init a --samples 2", "reads from “--replay”"),
+        ("--vision {0}/none.safetensors", "none.safetensors"),
+        ("--blend 3", "from 0 to 1, not “3”"),
+    ],
+)
+def test_options_without_an_effect_are_refused(tmp_path, given, said, capsys):
+    write_captioned(tmp_path / "data", 1)
+    options = ["--stage", "1", "--data", f"{tmp_path}/data", *given.format(tmp_path).split()]
+    try:
+        status = main(["train", *options])
+    except SystemExit as ended:  # a value that cannot be
+        status = ended.code
+    assert status == 2 and said in capsys.readouterr().err
 
 
 def test_a_comparison_with_mirror_images_does_not_show_them(examples, tmp_path):

@@ -8,17 +8,26 @@ import torch
 import yaml
 
 from minigpt4.__main__ import main
+from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import read_shards
 from minigpt4.data.files import write_settings
 from minigpt4.errors import UserError
 from minigpt4.options import Option, Parser, integer, number, switch
 from minigpt4.training import validation
 from minigpt4.training.batches import divide
+from minigpt4.training.run import watch
 from minigpt4.training.trainer import Recipe
 from minigpt4.training.validation import TensorBoard, Validation, WeightsAndBiases
 from minigpt4.weights.checkpoint import read_projection
 from tests.test_training import PROMPTED, make
-from tests.training_case import SCHEDULE, tiny_model, write_captioned, write_shard
+from tests.training_case import (
+    SCHEDULE,
+    jpeg,
+    picture,
+    tiny_model,
+    write_captioned,
+    write_shard,
+)
 
 
 @pytest.fixture
@@ -63,7 +72,7 @@ def test_held_out_scores_and_the_best_projection(
     with (tmp_path / "whole" / "validation.csv").open() as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == losses
     assert "held-out loss" in capsys.readouterr().err
-    best = read_projection(watching.best_path)["weight"]
+    best = read_projection(trainer.best_path)["weight"]
     is_last = losses.index(min(losses)) == 2
     assert torch.equal(best, read_projection(trainer.projection_path)["weight"]) == is_last
     # Measuring changes nothing, and a resumed run goes on with both.
@@ -73,6 +82,29 @@ def test_held_out_scores_and_the_best_projection(
     run(examples, held_out, tmp_path / "halves", recipe, steps=4)
     _, halves = run(examples, held_out, tmp_path / "halves", recipe)
     assert halves.rows == watching.rows
+    capsys.readouterr()
+    watch(trainer, held_out[:2], 2)  # of a run that has ended
+    assert f"Step {SCHEDULE.steps}: held-out loss" in capsys.readouterr().err
+
+
+def test_a_fresh_run_forgets_an_earlier_one_s_best(examples, tmp_path):
+    """It had ended before its first checkpoint."""
+    first = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    first.save_weights(first.best_path)
+    first.validation_path.write_text("step,loss,cider\n2.0,0.0,0.0\n")
+    assert first.best_path.stat().st_mode & 0o777 == first.validation_path.stat().st_mode & 0o777
+    assert not first.resume()
+    assert not first.best_path.exists() and not first.validation_path.exists()
+
+
+def test_other_pictures_of_the_same_names_are_no_false_alarm(tmp_path, capsys):
+    trained, other = tmp_path / "train", tmp_path / "other"
+    write_captioned(trained, 2)
+    write_captioned(other, 2)
+    (other / "0.jpg").write_bytes(jpeg(picture(5)))
+    trainer = make(tiny_model(), read_captioned(str(trained)), PROMPTED, tmp_path / "run")
+    Validation(trainer, read_captioned(str(other)), 2)
+    assert "that are also trained on: 1 (1.jpg)" in capsys.readouterr().err
 
 
 def test_the_loss_is_that_of_the_held_out_pictures(examples, tmp_path, monkeypatch):
@@ -201,18 +233,32 @@ def test_options_from_a_file(tmp_path, name, text, monkeypatch):
         ("data: a\nbatchsize: 3", "“batchsize”, which is no option"),
         ("data: a\nbatch-size: [1, 2]", "must be a single value"),
         ("data: a\nbatch-size: x", "must be an integer"),
+        ("data: a\ncrop: maybe", "“crop” in {path} must be on or off (or 1, 0, true"),
         ("data: [", "is not TOML or YAML: check it near line"),
+        ("data = 1\nsteps = \n", "check it near line 2 "),
+        ("data = ", "check it near its end "),
         ("data:\n  a: 1", "must have a line"),
         ("- data", "must have a line"),
     ],
 )
 def test_mistakes_in_a_file_of_options(tmp_path, text, message, capsys):
-    path = tmp_path / "o.yaml"
+    path = tmp_path / ("o.TOML" if "=" in text else "o.yaml")
     path.write_text(text)
     with pytest.raises(SystemExit):
         parser().parse_args(["--options", str(path)])
     line = capsys.readouterr().err
-    assert message in line and line.count("\n") == 1
+    assert message.format(path=path) in line and line.count("\n") == 1
+
+
+def test_the_command_line_takes_precedence_over_a_file_s_lists(tmp_path, capsys):
+    path = tmp_path / "o.yaml"
+    for crop, on in (('"yes"', True), ("1", True), ("'off'", False)):
+        path.write_text(f"data: a\nmix: [b=1, c=2]\ncrop: {crop}\n")
+        found = parser().parse_args(["--options", str(path), "--mix", "d=3"])
+        assert found.mix == ["d=3"] and found.crop is on
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--options", str(path), f"--options={path}"])
+    assert "is given twice" in capsys.readouterr().err
 
 
 def test_a_run_of_the_command(tmp_path, monkeypatch):

@@ -124,6 +124,12 @@ def test_wrapped_projections(tmp_path, wrap):
             "holds no projection",
         ),
         (lambda p: {NAMED + "weight": p["weight"]}, "holds no projection"),
+        (
+            lambda p: {
+                f"layers.{i}.self_attn.q_proj.lora_A.weight": p["weight"] + i for i in (0, 1)
+            },
+            "an adapter .LoRA. for a language model and no projection",
+        ),
     ],
 )
 def test_projections_that_are_not_clear_are_refused(tmp_path, wrap, message):

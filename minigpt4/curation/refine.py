@@ -13,7 +13,7 @@ from minigpt4.conversation import Conversation, ask
 from minigpt4.curation.filters import refusal, words
 from minigpt4.curation.generate import name_of
 from minigpt4.errors import UserError
-from minigpt4.evaluation.endpoint import Endpoint, said_by
+from minigpt4.evaluation.endpoint import Endpoint, Refused, said_by
 from minigpt4.evaluation.metrics import is_fragment
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class EndpointRefiner(Endpoint):
             raise Failed("The endpoint does not answer at its address.") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise Failed("The endpoint did not answer with JSON.") from error
+        except Refused as error:
+            raise Failed(f"The endpoint answered with an error ({error}).") from error
         except ValueError:  # a page
             found = None
         if found is None:

@@ -20,7 +20,7 @@ from minigpt4.curation.pictures import PictureFile, find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.data.files import prompt_text
 from minigpt4.errors import UserError
-from minigpt4.evaluation.report import print_json
+from minigpt4.evaluation.report import check_outputs, print_json
 
 if TYPE_CHECKING:
     from minigpt4.curation.refine import Refiner
@@ -90,6 +90,7 @@ def refine(options: argparse.Namespace) -> None:
     from minigpt4.curation.refine import Failed, estimate
     from minigpt4.curation.refine import refine as refine_all
 
+    check_outputs({"out": options.out}, [options.file])
     found = read_records(options.file)
     instruction = prompt_text("refine.txt")
     with Records(options.out) as records:

@@ -169,7 +169,10 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     mark = f".{os.getpid()}" if shared else ""
     partial = path.with_name(f"{path.name}{mark}.part")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(partial.stat().st_mode | mode)  # some libraries write for the owner alone
         partial.replace(path)
     finally:
         with suppress(OSError):
@@ -180,7 +183,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The names and values in a TOML or YAML file. UserError if it is not one, or nested."""
     text = read_text(path)
     try:
-        if str(path).endswith(".toml"):
+        if str(path).lower().endswith(".toml"):
             import tomllib
 
             found = tomllib.loads(text)
@@ -190,16 +193,20 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
             found = yaml.safe_load(text) or {}
     except Exception as error:  # of two libraries
         raise UserError(
-            f"{printable(path)} is not TOML or YAML: check it near {_first_line(error)}."
+            f"{printable(path)} is not TOML or YAML: check it near {_place_of(error)}."
         ) from error
     if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
         raise UserError(f"{printable(path)} must have a line “name: value” for each value.")
     return found
 
 
-def _first_line(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}" if mark else str(error).strip().split("\n")[-1].rstrip(".")
+def _place_of(error: Exception) -> str:
+    if mark := getattr(error, "problem_mark", None):
+        return f"line {mark.line + 1}"
+    said = str(error).strip().split("\n")[-1].rstrip(".")
+    if found := re.search(r"at (line \d+)", said):
+        return found[1]
+    return "its end" if "at end of document" in said else said
 
 
 def write_settings(path: str | os.PathLike, values: Mapping[str, Any]) -> None:

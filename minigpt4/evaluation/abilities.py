@@ -20,6 +20,7 @@ from minigpt4.data.files import read_jsonl
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
+from minigpt4.evaluation.endpoint import encodable
 from minigpt4.evaluation.judge import Case, Judge, Verdict
 from minigpt4.evaluation.metrics import is_fragment, is_repetitive
 from minigpt4.evaluation.rating_page import read_ratings, write_page
@@ -123,7 +124,7 @@ def _by_id(records: Iterable[dict]) -> dict[str, Completion]:
     """Item's id -> answer, from the records that `--answers` writes."""
     return {
         str(r["id"]): Completion(
-            str(r["answer"]), "length" if r.get("truncated") is True else "stop"
+            encodable(str(r["answer"])), "length" if r.get("truncated") is True else "stop"
         )
         for r in records
     }

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         ["fragments", report.percent(scores["fragment_rate"])],
         ["words", f"{scores['words']:.1f}"],
     ]
-    text = f"“{scores['instruction']}”, greedy, {scores['n']} pictures\n\n"
+    text = f"“{scores['instruction']}”, greedy, {report.pictures(scores['n'])}\n\n"
     return scores, text + report.table(["score", "value"], rows)
 
 
@@ -42,6 +42,8 @@ def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     answers = {key: completion.text for key, completion in completions.items()}
     references = {e.key: list(e.captions) for e in examples if e.key in answers}
     scores: dict[str, float | str] = {**caption_scores(answers, references)}
+    if len(answers) == 1:
+        start.say("CIDEr is 0 for a single picture: it compares the words of several.")
     scores |= failure_rates(answers.values(), (c.truncated for c in completions.values()))
     scores |= {
         "model": config.name,

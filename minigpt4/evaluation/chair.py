@@ -101,7 +101,7 @@ def as_text(result: dict) -> str:
         [title, report.with_interval(report.percent(result[n]), result[f"{n}_interval"])]
         for n, title in (("chair_i", "CHAIR_i"), ("chair_s", "CHAIR_s"), ("recall", "recall"))
     ]
-    text = f"“{result['instruction']}”, greedy, {result['n']} pictures, "
+    text = f"“{result['instruction']}”, greedy, {report.pictures(result['n'])}, "
     text += f"{result['objects_named']} objects named\n\n"
     text += report.table(["rate", "value (95 % interval)"], rows)
     often = [[name, str(count)] for name, count in result["most_often_wrong"].items()]

@@ -9,6 +9,10 @@ from minigpt4.errors import UserError
 LIMITS = ("max_tokens", "max_completion_tokens")  # an answer's length, by its older and newer name
 
 
+class Refused(ValueError):
+    """An error message in place of an answer, with the status of a success."""
+
+
 class Endpoint:
     """POST /chat/completions below `url`, through OpenAI's client; may be used by several threads.
 
@@ -36,8 +40,8 @@ class Endpoint:
     def ask(self, content: str | list[dict], max_tokens: int | None = None) -> Completion | None:
         """The answer to one message; None if the reply has none.
 
-        Raises openai's errors, after all retries; ValueError if the reply is no chat completion, as
-        where the address is that of a page.
+        Raises openai's errors, after all retries; `Refused`; ValueError if the reply is no chat
+        completion, as where the address is that of a page.
         """
         import openai
 
@@ -55,13 +59,11 @@ class Endpoint:
                 if refused is None:
                     raise
                 self._refused.add(refused)
+        if said := getattr(done, "error", None):
+            raise Refused(_short(said.get("message", said) if isinstance(said, dict) else said))
         if not hasattr(done, "choices"):
             raise ValueError("no chat completion")
-        choice = done.choices[0] if done.choices else None
-        if choice is None or choice.message is None:
-            return None
-        cut = choice.finish_reason == "length"
-        return Completion(choice.message.content or "", "length" if cut else "stop")
+        return _completion(done)
 
     def _fields(self, max_tokens: int | None) -> dict[str, Any]:
         limits = [name for name in LIMITS if name not in self._refused and max_tokens]
@@ -73,9 +75,35 @@ class Endpoint:
         self._client.close()
 
 
+def _completion(reply: Any) -> Completion | None:
+    """The first answer in a reply, of which nothing is certain; None if it has none. Its text may
+    be in parts."""
+    choice = reply.choices[0] if isinstance(reply.choices, list) and reply.choices else None
+    message: Any = getattr(choice, "message", None)
+    if not hasattr(message, "content"):
+        return None
+    content = message.content or ""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(part for part in parts if isinstance(part, str))
+    if not isinstance(content, str):
+        return None
+    cut = getattr(choice, "finish_reason", None) == "length"
+    return Completion(encodable(content), "length" if cut else "stop")
+
+
+def encodable(text: str) -> str:
+    """A text without lone surrogates, which JSON may hold, but no file in UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def said_by(error: Exception) -> str:
     """The endpoint's error message, in one short line."""
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
-    line = " ".join(str(said or error).split())
+    return _short(said or error)
+
+
+def _short(said: object) -> str:
+    line = " ".join(encodable(str(said)).split())
     return line if len(line) <= 200 else line[:200] + "…"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minigpt4.data.files import PROMPTS, read_jsonl, read_text, repair_jsonl
 from minigpt4.errors import UserError
-from minigpt4.evaluation.endpoint import Endpoint
+from minigpt4.evaluation.endpoint import Endpoint, Refused, encodable
 from minigpt4.model import image
 
 AT_ONCE = 4  # requests
@@ -88,8 +88,7 @@ class Judge:
         if not kept or not Path(kept).exists():
             return {}
         repair_jsonl(kept)
-        records = read_judged(kept, "key", "score", "reason")
-        return {r["key"]: Verdict(r["fulfilled"], r["score"], r["reason"]) for r in records}
+        return {r["key"]: _verdict(r) for r in read_judged(kept, "key", "score", "reason")}
 
     def _key(self, case: Case) -> str:
         """A hash of all that a verdict depends on: the judge, the text, the picture."""
@@ -119,6 +118,12 @@ class Judge:
         except openai.OpenAIError:
             fault = UserError(f"The judge at {url} cannot be reached: check --judge.")
             lasting = True
+        except Refused as error:
+            fault = UserError(
+                f"The judge at {url} answers with an error ({error}): run it again when that is "
+                "settled."
+            )
+            lasting = False
         except ValueError:
             fault = UserError(f"The page at {url} is not an API: its address should end in /v1.")
             lasting = True
@@ -170,14 +175,23 @@ def read_judged(path: str, *needed: str) -> list[dict]:
 
 def read_verdict(reply: str) -> Verdict | None:
     """The verdict in a reply: its last JSON object with "fulfilled"; None if there is none."""
-    for found in reversed(re.findall(r"\{[^{}]*\}", reply)):
+    found, end = None, 0
+    for start in (place.start() for place in re.finditer(r"\{", reply)):
         try:
-            record = json.loads(found)
-        except ValueError:
+            record, after = json.JSONDecoder().raw_decode(reply, start)
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("fulfilled"), bool):
-            score = record.get("score")
-            good = isinstance(score, int) and not isinstance(score, bool) and 1 <= score <= 5
-            reason = str(record.get("reason", ""))
-            return Verdict(record["fulfilled"], score if good else None, reason)
-    return None
+        if start >= end and isinstance(record.get("fulfilled"), bool):
+            found, end = _verdict(record), after
+    return found
+
+
+def _verdict(record: dict) -> Verdict:
+    """A verdict from a record with "fulfilled"; the score of one that gives no number from 1 to 5
+    is None."""
+    score = record.get("score")
+    if isinstance(score, str | float) and re.fullmatch(r"\s*[1-5](\.0*)?\s*", str(score)):
+        score = int(float(score))
+    good = isinstance(score, int) and not isinstance(score, bool) and 1 <= score <= 5
+    reason = encodable(str(record.get("reason", "")))
+    return Verdict(record["fulfilled"], score if good else None, reason)

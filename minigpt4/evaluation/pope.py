@@ -211,7 +211,7 @@ def as_text(result: dict) -> str:
     """Two tables: answers as read, and by likelihood."""
     shown = ("accuracy", "precision", "recall", "f1", "yes_rate")
     parts = [
-        f"{result['n']} pictures, {result['questions_asked']} different questions, "
+        f"{report.pictures(result['n'])}, {result['questions_asked']} different questions, "
         f"“{result['question'].replace('{}', 'a dog')}”"
     ]
     for reading, more, title in (

@@ -53,17 +53,20 @@ def read_ratings(
 ) -> dict[tuple[str, str], list[Verdict]]:
     """(model, item's id) -> the verdicts of people on its answer, one per file.
 
-    answers: by the same keys. Ratings of other answers are counted and ignored.
+    answers: by the same keys. Ratings of other answers are counted and ignored. Of several ratings
+    of an answer in a file, the last counts.
     """
     ratings: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for path in paths:
-        others = 0
+        others, found = 0, {}
         for record in read_judged(path, "model", "id"):
             key = str(record["model"]), str(record["id"])
-            if record.get("answer", answers.get(key)) == answers.get(key):
-                ratings[key].append(Verdict(record["fulfilled"], None))
+            if key in answers and record.get("answer", answers[key]) == answers[key]:
+                found[key] = Verdict(record["fulfilled"], None)
             else:
                 others += 1
+        for key, verdict in found.items():
+            ratings[key].append(verdict)
         if others:
             say(f"Ratings of other answers in {path} are ignored: {others}.")
     return ratings

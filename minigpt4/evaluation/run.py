@@ -5,10 +5,12 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+from minigpt4 import start
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.captions import answer_and_score
 from minigpt4.evaluation.options import refuse_others
+from minigpt4.evaluation.suite import SUITE
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -19,6 +21,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if not options.shard and options.experiment != "abilities":
         raise UserError("Name the captioned pictures: evaluate SHARD.tar, or evaluate FOLDER.")
     refuse_others(options)
+    _check_files(options)
     if options.markdown:
         report.find_place(options.markdown, options.experiment)
     written = [options.json, options.markdown, options.review, options.verdicts]
@@ -31,6 +34,19 @@ def evaluate(options: argparse.Namespace) -> None:
         report.write_lines(options.answers, records)
     else:
         _run_experiment(options)
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """UserError if a file to write is also read, or written by another option."""
+    data = options.shard or SUITE
+    suite = options.experiment == "abilities"  # a folder of which one file is read
+    inputs = [str(Path(data, "suite.jsonl") if suite else data)]
+    inputs += [options.objects, options.stage1, *start.given_places(options).values()]
+    inputs += [*options.ratings, *(other.partition("=")[2] for other in options.beside)]
+    inputs += [options.markdown, options.verdicts]  # read, then added to
+    inputs += [options.answers] if options.reuse else []
+    names = ("json", "review") if options.reuse else ("json", "review", "answers")
+    report.check_outputs({name: getattr(options, name) for name in names}, inputs)
 
 
 def _run_experiment(options: argparse.Namespace) -> None:

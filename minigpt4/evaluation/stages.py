@@ -138,7 +138,8 @@ def as_text(result: dict, keys: Sequence[str], answers: Answers) -> str:
     how = "drawn as in the chat" if result["drawn"] else "greedy"
     header = ["request", "projection", "failed (95 % interval)", "repetition", "fragment"]
     header += ["without meaning", "one sentence", "words"]
-    text = f"{result['n']} pictures, {how}, at most {TOKENS} tokens\n\n{report.table(header, rows)}"
+    text = f"{report.pictures(result['n'])}, {how}, at most {TOKENS} tokens\n\n"
+    text += report.table(header, rows)
     shown = []
     for key in keys[:SHOWN]:
         for kind in result["requests"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from minigpt4.config import Words
@@ -81,7 +81,7 @@ class WordHead(nn.Module):
         }
         metadata = {"terms": json.dumps(self.learned), "grid": str(self.grid)}
         metadata |= {"objects": json.dumps(self.objects), "column": str(self.column)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+        Path(path).write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
 def load_words(path: str | Path) -> WordHead:

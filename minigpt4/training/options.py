@@ -76,7 +76,12 @@ OPTIMIZER = (
     ),
     Option("peak-lr", "Highest learning rate.", None, number(0), "RATE"),
     Option("seed", "Random seed.", 42, integer(0)),
-    Option("blend", "Share of what was learned in the result; the rest is --init.", 1.0, number(0)),
+    Option(
+        "blend",
+        "Share of what was learned in the result; the rest is --init.",
+        1.0,
+        number(0, most=1),
+    ),
     Option(
         "crop",
         "Show a random part of each picture. Always done for models with a Q-Former or patches.",
@@ -126,6 +131,7 @@ WORDS = (
     Option("refit", "Fit the word head anew, even if the run has one.", False, switch),
 )
 GROUPS = (DATA, WATCHING, OPTIMIZER, REWARD, WORDS)
+NEEDS = {"replay-share": "replay", "reward-weight": "samples", "validate-every": "validate"}
 
 
 def _weighted(text: str) -> tuple[str, float]:

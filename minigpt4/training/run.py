@@ -20,7 +20,7 @@ from minigpt4.errors import UserError
 from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
-from minigpt4.training.options import GROUPS
+from minigpt4.training.options import GROUPS, NEEDS, WORDS
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -80,6 +80,8 @@ def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
     from minigpt4.training.validation import TensorBoard, Validation, WeightsAndBiases
 
     validation = Validation(trainer, held_out, every) if held_out else None
+    if validation and trainer.step == trainer.recipe.schedule.steps:  # the run has ended before
+        validation.report(validation.measure())
     trainer.after_step += [validation] if validation else []
     for dashboard in (TensorBoard, WeightsAndBiases):
         if dashboard.available():
@@ -104,14 +106,12 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
         )
     if options.mix and (options.questions or options.samples and not options.replay):
         raise UserError("“--mix” cannot be combined with “--questions”, or “--samples” alone.")
-    for name, given in (
-        ("no-words", options.no_words),
-        ("scored", options.scored != "both"),
-        ("adapters", options.adapters),
-        ("refit", options.refit),
-    ):
-        if given:
-            raise UserError(f"“--{name}” is for models with a word head, such as mini: omit it.")
+    for option in (option for group in GROUPS for option in group):
+        of_words = option in WORDS or option.name in ("no-words", "scored")
+        if of_words and getattr(options, option.attribute) != option.default:
+            raise UserError(
+                f"“--{option.name}” is for models with a word head, such as mini: omit it."
+            )
     if options.validate in ON:
         raise UserError("Name the held-out pictures: “--validate SHARD”.")
     if options.crop and options.cache:
@@ -123,6 +123,43 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
         raise UserError(
             "“--samples” uses all pictures of the first stage, which leaves none for "
             "“--questions”: omit one of them."
+        )
+    _check_needs(options)
+    _check_start(options, config)
+
+
+def _check_needs(options: argparse.Namespace) -> None:
+    """UserError for an option without the one that it belongs to."""
+    for option in (option for group in GROUPS for option in group):
+        needed = NEEDS.get(option.name)
+        given = getattr(options, option.attribute) != option.default
+        if needed and given and not getattr(options, needed):
+            raise UserError(
+                f"“--{option.name}” belongs to “--{needed}”: give that, too, or omit it."
+            )
+    if options.samples and options.stage == 2 and not options.replay:
+        raise UserError(
+            "“--samples” samples captions, which the second stage reads from “--replay”: give it, "
+            "too."
+        )
+
+
+def _check_start(options: argparse.Namespace, config: ModelConfig) -> None:
+    """UserError where the projection to start from is not clear, or would be overwritten."""
+    if options.init and options.projection:
+        raise UserError(
+            "“--init” and “--projection” both name the projection to start from: omit one."
+        )
+    projection = options.init or options.projection
+    if options.stage == 2 and not options.init:
+        raise UserError(
+            "The second stage starts from the projection of the first: name it with “--init”."
+        )
+    written = (Path(options.out, f"{config.name}{end}.safetensors") for end in ("", "-best"))
+    if projection and Path(projection).resolve() in {path.resolve() for path in written}:
+        raise UserError(
+            f"{projection}, from which the run starts, would be overwritten: choose another folder "
+            "with “--out”."
         )
 
 
@@ -177,15 +214,17 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
 
 def read_examples(options: argparse.Namespace) -> list[Example]:
     """The data that the options name, in a fixed order."""
-    if options.stage == 1 and is_table(options.data):  # it may lie beside filter_cap.json
+    captions = options.stage == 1 and is_table(options.data)  # may lie beside filter_cap.json
+    described = not captions and Path(options.data, "filter_cap.json").exists()
+    if options.instructions and not described:
+        raise UserError(
+            "“--instructions” needs the layout of the second stage (filter_cap.json): write those "
+            "of other data into the data, such as a table's “instruction” column."
+        )
+    if captions:
         return read_table(options.data)
     found = read_captioned(options.data, (), getattr(options, "limit", None))
     if options.instructions:
-        if not Path(options.data, "filter_cap.json").exists():
-            raise UserError(
-                "“--instructions” needs the layout of the second stage (filter_cap.json): write "
-                "those of other data into the data, such as a table's “instruction” column."
-            )
         found = merge([found, read_instructions(options.instructions, options.data)])
     return found
 
@@ -202,15 +241,13 @@ def instructions(stage: int, config: ModelConfig) -> tuple[str, ...]:
 
 def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Accelerator):
     """The model on this process's device; its projection is new (stage 1) or read from --init."""
+    given = start.given_places(options)
+    given.pop("projection", None)
     if config.small:
         with accelerator.main_process_first():
-            download_weights(config)
-    if options.stage == 2 and not options.init:
-        raise UserError(
-            "The second stage starts from the projection of the first: name it with “--init”."
-        )
+            download_weights(config, given=given)
     projection = options.init or options.projection
-    files = find_weights(config, projection, new_projection=projection is None)
+    files = find_weights(config, projection, new_projection=projection is None, given=given)
     # Gradients pass through the language model, which needs the range of bfloat16.
     quantize: Quantize = "none" if options.quantize == "auto" else options.quantize
     if quantize == "int4":

@@ -1,4 +1,4 @@
-"""What a run does beside its steps: whole steps despite Ctrl-C, checkpoints read again, and the
+"""What a run does beside its steps: whole steps despite signals, checkpoints read again, and the
 plot of its losses."""
 
 import signal
@@ -14,20 +14,36 @@ from minigpt4.errors import UserError
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the block has ended; only the main thread receives it."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM acts as Ctrl-C in the block; only the main thread receives them."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed = []
-    signal.signal(signal.SIGINT, lambda *call: pressed.append(call))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay Ctrl-C, and a SIGTERM that acts so, until the block has ended."""
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+    for number in handlers:
+        signal.signal(number, lambda *call: pressed.append(call))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if pressed:
-        handler(*pressed[0])
+        handlers[pressed[0][0]](*pressed[0])
 
 
 def read_run(path: Path, identity: str, device: str | torch.device = "cpu") -> dict | None:

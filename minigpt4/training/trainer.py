@@ -27,7 +27,7 @@ from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.batches import divide, mixed_batches, training_prompt
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
-from minigpt4.training.saving import plot_losses, read_run, uninterrupted
+from minigpt4.training.saving import ended_by_sigterm, plot_losses, read_run, uninterrupted
 from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.load import projection_tensors
 
@@ -309,8 +309,9 @@ class Trainer:
         order = mixed_batches(counts, sizes, self.recipe.seed, self.step)
         bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
         try:
-            while self.step < schedule.steps:
-                self._train_step(next(order), bar)
+            with ended_by_sigterm():
+                while self.step < schedule.steps:
+                    self._train_step(next(order), bar)
         except KeyboardInterrupt:
             self.save()
             raise
@@ -356,6 +357,16 @@ class Trainer:
         """Where the trained projection is written."""
         return self.out / f"{self.model.config.name}.safetensors"
 
+    @property
+    def best_path(self) -> Path:
+        """Where validation writes the best projection so far."""
+        return self.out / f"{self.model.config.name}-best.safetensors"
+
+    @property
+    def validation_path(self) -> Path:
+        """Where validation writes its figures."""
+        return self.out / "validation.csv"
+
     def save(self) -> None:
         """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""
         if not self.main:
@@ -378,9 +389,13 @@ class Trainer:
         save_projection(weights, path, self.recipe.metadata | {"step": str(self.step)})
 
     def resume(self) -> bool:
-        """Continue from the checkpoint of this folder. False if there is none."""
+        """Continue from the checkpoint of this folder. False if there is none: then what a run that
+        ended before its first checkpoint has measured is deleted."""
         state = read_run(self.out / "checkpoint.pt", self.identity, self.model.device)
         if state is None:
+            if self.main:
+                for path in (self.best_path, self.validation_path):
+                    path.unlink(missing_ok=True)
             return False
         self._restore(state)
         return True

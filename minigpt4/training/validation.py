@@ -6,7 +6,6 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +36,13 @@ class Validation:
     def __init__(self, trainer: Trainer, examples: Sequence[Example], every: int) -> None:
         self._trainer, self._every = trainer, every
         self._examples = usable(examples[:PICTURES])
-        trained = {example.key for example in trainer.examples}
-        if seen := [e.key for e in self._examples if e.key in trained]:
-            say(f"{len(seen)} held-out pictures are also trained on ({seen[0]}).")
+        trained: dict[str, list[Example]] = defaultdict(list)
+        for example in trainer.examples:
+            trained[example.key].append(example)
+        # Other data may have other pictures of the same names.
+        same = [e.key for e in self._examples if any(_same(e, t) for t in trained[e.key])]
+        if same:
+            say(f"Held-out pictures that are also trained on: {len(same)} ({same[0]}).")
         source = Features(trainer.model, self._examples)
         parts = [
             source([(i, 0) for i in range(start, min(start + _AT_ONCE, len(self._examples)))])
@@ -48,14 +51,8 @@ class Validation:
         self._features = torch.cat(parts)
         references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
         self._score = CiderReward(references)
-        self._path = trainer.out / "validation.csv"
+        self._path = trainer.validation_path
         self.rows = [row for row in self._read() if row["step"] <= trainer.step]
-
-    @property
-    def best_path(self) -> Path:
-        """Where the best projection is written."""
-        path = self._trainer.projection_path
-        return path.with_name(f"{path.stem}-best{path.suffix}")
 
     def __call__(self) -> None:
         """Measure, if it is time."""
@@ -66,15 +63,17 @@ class Validation:
         best = all(row["loss"] < other["loss"] for other in self.rows)
         self.rows.append(row)
         if best:
-            trainer.save_weights(self.best_path)
+            trainer.save_weights(trainer.best_path)
         with self._path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
-        say(
-            f"Step {trainer.step}: held-out loss {row['loss']:.4f}, CIDEr {row['cider']:.4f}"
-            f"{', the best so far' if best else ''}."
-        )
+        self.report(row, ", the best so far" if best else "")
+
+    def report(self, found: dict[str, float], more: str = "") -> None:
+        """Say what was measured."""
+        step = self._trainer.step
+        say(f"Step {step}: held-out loss {found['loss']:.4f}, CIDEr {found['cider']:.4f}{more}.")
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -137,6 +136,14 @@ class Validation:
                 return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         except (ValueError, TypeError) as error:
             raise UserError(f"{self._path} is damaged: delete it.") from error
+
+
+def _same(held_out: Example, trained: Example) -> bool:
+    """Are they the same picture?"""
+    try:
+        return held_out.read() == trained.read()
+    except UserError:  # one that cannot be read is not trained on
+        return False
 
 
 def logged(trainer: Trainer, validation: Validation | None) -> dict[str, float]:

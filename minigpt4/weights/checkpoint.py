@@ -230,6 +230,11 @@ def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
     UserError where it holds no projection, or one that was never trained.
     """
     state = read_checkpoint(path)
+    if state and all(".lora_" in name for name in state):
+        raise UserError(
+            f"{path} holds an adapter (LoRA) for a language model and no projection: name a file "
+            "that holds the projection, too."
+        )
     tensors = {n: _by_suffix(state, f"llama_proj.{n}", path) for n in ("weight", "bias")}
     if any(tensor is None for tensor in tensors.values()):
         rest = {name: tensor for name, tensor in state.items() if "ln_vision." not in name}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import check_projection, save_projection
 
 CONFIG = "minigpt4.json"  # in the repository: {"model": NAME, "projection": FILE}
+_SENT = ("model", "stage", "step", "pictures", "command")  # of what `train` wrote into a file
+_HUB = re.compile(
+    r"hf:\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?(=[\d.]+)?"
+)  # data of the hub, with its weight
 _RECENT = 100  # steps whose mean loss is on the card
 
 
@@ -27,6 +32,8 @@ def push(place: str, repository: str, private: bool = False) -> str:
     repository: USER/NAME. UserError where the file says not which model it belongs to, or the hub
     refuses.
     """
+    if repository.count("/") != 1:
+        raise UserError(f"“{repository}” is not a name on the hub: give USER/NAME.")
     path = _find(Path(place))
     metadata = _metadata(path)
     config = get_model(metadata["model"])
@@ -75,9 +82,9 @@ def model_card(repository: str, metadata: Mapping[str, str], run: Path) -> str:
     """The README of a projection, from its metadata and the files of its run."""
     name = metadata["model"]
     rows = [("model", name)]
-    rows += [(k, metadata[k]) for k in ("stage", "step", "pictures", "command") if k in metadata]
-    if losses := _rows(run / "loss.csv"):
-        recent = [float(row["loss"]) for row in losses[-_RECENT:]]
+    rows += [(k, metadata[k]) for k in _SENT[1:] if k in metadata]
+    if losses := _rows(run / "loss.csv", "loss"):
+        recent = [row["loss"] for row in losses[-_RECENT:]]
         rows.append(
             (f"mean loss of the last {len(recent)} steps", f"{sum(recent) / len(recent):.4f}")
         )
@@ -110,19 +117,26 @@ print(model.ask("photo.jpg", "What is this?"))
 
 
 def _held_out(run: Path) -> str:
-    rows = _rows(run / "validation.csv")
+    rows = _rows(run / "validation.csv", "step", "loss", "cider")
     if not rows:
         return ""
-    lines = [f"| {float(r['step']):.0f} | {r['loss']:.6} | {r['cider']:.6} |" for r in rows]
+    lines = [f"| {r['step']:.0f} | {r['loss']:.6} | {r['cider']:.6} |" for r in rows]
     head = "\n## Held-out pictures\n\n| step | loss (nats per token) | CIDEr |\n|---|---|---|\n"
     return head + "\n".join(lines) + "\n"
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path, *columns: str) -> list[dict[str, float]]:
+    """These columns of a file of a run. UserError where another program has changed the file."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: float(row[name]) for name in columns} for row in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"{path} is not as “train” wrote it: restore it, or move it elsewhere to push without "
+            "its figures."
+        ) from error
 
 
 def _find(place: Path) -> Path:
@@ -147,17 +161,21 @@ def _metadata(path: Path) -> dict[str, str]:
         raise UserError(
             f"{path} does not say which model it belongs to: name a projection that “train” wrote."
         )
-    if "command" in found:
-        words = [_without_folders(word) for word in shlex.split(found["command"])]
-        found["command"] = shlex.join(words)
-    return found
+    found = {name: found[name] for name in _SENT if name in found}
+    try:
+        words = [_without_folders(word) for word in shlex.split(found.pop("command", ""))]
+    except ValueError:  # an open quote: the file was edited
+        words = []
+    return found | ({"command": shlex.join(words)} if words else {})
 
 
 def _without_folders(word: str) -> str:
-    """An argument; of an absolute path, the last part."""
-    option, equals, value = word.rpartition("=")
-    value = value.rstrip("/").rpartition("/")[2] if value.startswith(("/", "~")) else value
-    return option + equals + value
+    """An argument; of a path, the last part. What looks like a path is taken for one."""
+    option = found[0] if (found := re.match(r"--[\w-]+=", word)) else ""
+    value = word.removeprefix(option)
+    if _HUB.fullmatch(value):
+        return word
+    return option + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
 def _explain(error: Exception, repository: str) -> str:
