@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -53,6 +53,19 @@ def generate(options: argparse.Namespace) -> None:
         _report_generated([records.records[f.image_id] for f in files], options.out)
 
 
+def _keep_apart(inputs: Sequence[str], outputs: Sequence[str | None]) -> None:
+    """UserError if a file to write is one that is read, or is to be written twice."""
+    taken = {Path(path).resolve() for path in inputs}
+    for output in (o for o in outputs if o):
+        path = Path(output).resolve()
+        if path in taken:
+            raise UserError(
+                f"{output} would be overwritten: name another file than those that are read or "
+                "written besides."
+            )
+        taken.add(path)
+
+
 def _check_described(
     described: dict[str, dict], files: list[PictureFile], model: str, out: str
 ) -> None:
@@ -90,6 +103,7 @@ def refine(options: argparse.Namespace) -> None:
     from minigpt4.curation.refine import Failed, estimate
     from minigpt4.curation.refine import refine as refine_all
 
+    _keep_apart([options.file], [options.out])
     found = read_records(options.file)
     instruction = prompt_text("refine.txt")
     with Records(options.out) as records:
@@ -184,6 +198,7 @@ def _report_refined(done: list[dict], out: str) -> None:
 
 def filter(options: argparse.Namespace) -> None:
     """Mark the descriptions that break a rule, and count them."""
+    _keep_apart([options.file], [options.out])
     given = {f.name: getattr(options, f.name) for f in fields(filters.Thresholds)}
     if given["language"] == "any":
         given["language"] = ""
@@ -212,6 +227,7 @@ def review(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     from minigpt4.curation.review import Review
 
+    _keep_apart([options.file], [options.out])
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     items = layout.chosen(read_records(options.file).values())
     name = options.name or Path(options.out).stem
@@ -231,11 +247,7 @@ def review(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Combine reviews, and print the agreement of the reviewers as JSON."""
-    if Path(options.out).resolve() in {Path(path).resolve() for path in options.reviews}:
-        raise UserError(
-            f"{options.out} is one of the reviews and would be overwritten: choose another file "
-            "with “--out”."
-        )
+    _keep_apart(options.reviews, [options.out, options.json])
     reviews = {}
     for path in options.reviews:
         records = read_records(path)
