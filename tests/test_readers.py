@@ -178,6 +178,7 @@ def test_deep_json_in_shards(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("where", "said"),
     [
+        ("", "A path is empty: check the variable"),
         ("s-{0..99999999}.tar", "more than 300,000 shards"),
         ("s-{0..999}{0..999}.tar", "more than 300,000 shards"),
         ("~no-such-user/x", "cannot be read .no home folder"),

@@ -283,6 +283,13 @@ def test_other_pictures_are_encoded_anew(tmp_path):
     assert losses[0] != losses[1]
 
 
+def test_pictures_of_equal_names_sizes_and_times_are_told_apart(examples, tmp_path):
+    for part in (examples[:2], examples[2:4], examples[:2]):
+        alike = [replace(e, key=str(i), version="1 2") for i, e in enumerate(part)]
+        Features(tiny_model(), alike, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_another_encoder_encodes_anew(examples, tmp_path):
     """The same model and pictures, and one number of the encoder's or the bridge's is another."""
     for change in ("", "encoder", "bridge", ""):
