@@ -263,11 +263,16 @@ def test_instructions(tmp_path, capsys):
         ("a.jpg", "a.PNG"),
         ("cam_22.5mm", "cam_22.5mm.webp"),
         ('"a.jpg"', "a.jpg"),
+        (" a.jpg", " a.jpg"),
+        ("'q'.jpg", "'q'.jpg"),
+        ("a.jpg#4", "a.jpg"),
+        ("file:///home/me/bilder/a%20b.jpg", "bilder/a b.jpg"),
     ],
 )
 def test_names_from_other_systems(tmp_path, name, there):
     put(tmp_path, there)
-    assert PictureFinder([tmp_path]).find(name).samefile(tmp_path / there)
+    (found,) = PictureFinder([[tmp_path]]).find(name)
+    assert found.samefile(tmp_path / there)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +281,43 @@ def test_names_from_other_systems(tmp_path, name, there):
 )
 def test_names_that_leave_a_choice(tmp_path, name, there):
     put(tmp_path, *there)
-    assert PictureFinder([tmp_path]).find(name) is None
+    assert len(PictureFinder([[tmp_path]]).find(name)) != 1
+
+
+def test_the_name_itself_comes_before_those_like_it(tmp_path):
+    put(tmp_path, "A.jpg", "a.jpg")
+    for name in ("A", "a"):
+        assert PictureFinder([[tmp_path]]).find(name) == [tmp_path / f"{name}.jpg"]
+
+
+def test_splits_that_use_the_same_names(tmp_path):
+    """A file's own folder counts; where none is, nothing is guessed."""
+    put(tmp_path, "train/0.jpg", "val/0.jpg", "test/0.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "0.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "A dog."}],
+    }
+    (tmp_path / "annotations").mkdir()
+    for name, key in (("captions_val2017", "../val/0.jpg"), ("captions-train", "../train/0.jpg")):
+        file = tmp_path / "annotations" / f"{name}.json"
+        file.write_text(json.dumps(content))
+        assert answers(read_captioned(str(file))) == {key: ["A dog."]}
+    file = file.rename(tmp_path / "annotations" / "captions.json")
+    with pytest.raises(UserError, match="names have the names of several files: 0.jpg, annot"):
+        read_captioned(str(file))
+    put(tmp_path / "images", "0.jpg")
+    assert list(answers(read_captioned(str(file)))) == ["../images/0.jpg"]
+
+
+@pytest.mark.parametrize("inner", ["Images", "flickr30k_images"])
+def test_tables_beside_a_folder_of_pictures(tmp_path, inner):
+    put(tmp_path / inner, "a.jpg")
+    table = tmp_path / "results.csv"
+    table.write_text("image_name| comment_number| comment\na.jpg#0| 0| A dog.\na.jpg| 1| A cat.\n")
+    assert answers(read_captioned(str(tmp_path))) == {f"{inner}/a.jpg": ["A dog.", "A cat."]}
+    table.write_text("image,caption\nb.jpg,A dog.\n")
+    with pytest.raises(UserError, match=f"missing: b.jpg.* looked for in .* and in {inner}"):
+        read_captioned(str(tmp_path))
 
 
 @pytest.mark.parametrize(

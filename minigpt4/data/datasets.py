@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -33,10 +34,10 @@ from minigpt4.data.files import (
 )
 from minigpt4.data.names import is_file, is_hidden
 from minigpt4.data.table import (
+    folders_in,
     is_table,
     json_lines,
     names_picture,
-    picture_folders,
     picture_of,
     read_rows,
     read_table,
@@ -250,7 +251,7 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
         )
     try:
         images = content.get("images", [])
-        ids = [picture_name(i["id"]) for i in images]  # 7, 7.0 and "7" are the same
+        ids = [picture_name(i["id"]).strip() for i in images]  # 7, 7.0 and "7" are the same
         names = [picture_name(i.get("file_name") or i["id"]) for i in images]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -262,7 +263,7 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
     for number, annotation in enumerate(annotations, 1):
         place = f"annotation {number}"
         try:
-            image_id = picture_name(annotation.get("image_id"))
+            image_id = picture_name(annotation.get("image_id")).strip()
         except ValueError:
             collected.reading.leave_out(place, captions.NO_ID)
             continue
@@ -281,12 +282,18 @@ _OTHER_COCO = {
 }
 
 
-def _folders_of(path: Path) -> list[Path]:
-    """Where the pictures of a JSON file are looked for: beside it, and in the folders beside it, as
-    COCO's are beside `annotations/`."""
-    folders = picture_folders(path.parent)
+def _folders_of(path: Path) -> list[list[Path]]:
+    """Where the pictures of a JSON file are looked for, as for `PictureFinder`: beside it and, as
+    COCO's, beside `annotations/`; in the folders there whose names are in the file's, such as val/
+    for captions_val.json; then in the others."""
     around = [path.parent] + ([path.parent.parent] if path.parent.name == "annotations" else [])
-    for folder in around:
-        folders.append(folder)
-        folders += sorted(f for f in folder.iterdir() if f.is_dir() and not is_hidden(f.name))
-    return list(dict.fromkeys(folders))
+    inner = [f for folder in around for f in folders_in(folder)]
+    stem = path.stem.casefold()
+    named = [
+        f
+        for f in inner
+        if re.search(rf"(?<![a-z0-9]){re.escape(f.name.casefold())}(?![a-z])", stem)
+    ]
+    usual = [folder / name for folder in around for name in ("images", "image")]
+    named.sort(key=lambda f: -len(f.name))
+    return [*([f] for f in (*around, *named, *usual)), [f for f in inner if f not in usual]]

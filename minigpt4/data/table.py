@@ -27,6 +27,7 @@ SUFFIXES = (".csv", ".tsv", *JSON_LINES)
 # Names that a column or a field may have; the first one with a value counts.
 PICTURE = (
     "file_name",
+    "file_names",
     "filename",
     "file",
     "image",
@@ -75,16 +76,23 @@ def read_table(where: str | Path, instructions: tuple[str, ...] = ()) -> list[Ex
     return read_rows(path, _csv_rows(path, text), instructions, folders, cells=True)
 
 
-def picture_folders(folder: Path) -> list[Path]:
-    """Where the pictures of a table in this folder are looked for."""
-    return [folder, folder / "images", folder / "image"]
+def picture_folders(folder: Path) -> list[list[Path]]:
+    """Where the pictures of a table in this folder are looked for, as for `PictureFinder`: the
+    folder, its images/ or image/, then its other folders."""
+    first = [[folder], [folder / "images"], [folder / "image"]]
+    return [*first, [f for f in folders_in(folder) if [f] not in first]]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden."""
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not is_hidden(f.name))
 
 
 def read_rows(
     path: Path,
     rows: Iterable[tuple[str, Row]],
     instructions: tuple[str, ...],
-    folders: list[Path],
+    folders: list[list[Path]],
     cells: bool = False,
 ) -> list[Example]:
     """The pictures that rows name with their captions, or with the answers of conversations.
