@@ -160,6 +160,16 @@ def test_braces(tmp_path, pattern):
     assert found == {"s-00/0": ["s-00"], "s-01/0": ["s-01"]}
 
 
+def test_shards_of_the_same_name(tmp_path):
+    names = ("a/0.tar", "b/0.tar", "b/0")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shard(tmp_path / name, {"0.jpg": jpeg(picture(0)), "0.txt": name.encode()})
+    found = answers(read_captioned(str(tmp_path / "*" / "0.tar")))
+    assert found == {"a/0/0": ["a/0.tar"], "b/0/0": ["b/0.tar"]}
+    assert len(answers(read_captioned(str(tmp_path / "*" / "0*")))) == 3
+
+
 def test_names_with_brackets_and_braces(tmp_path):
     (tmp_path / "{a,b}").mkdir()
     path = shard(tmp_path / "{a,b}" / "s[1].tar", {"0.jpg": jpeg(picture(0)), "0.txt": b"A dog."})
@@ -559,6 +569,37 @@ def test_json_lines_of_trainers(tmp_path, record, first):
     last = example.texts[-1]
     assert (last.answer, last.instructions) == ("On a field.", ("Where?",))
     assert last.earlier == ((first, "A red box."),)
+
+
+@pytest.mark.parametrize(
+    ("turns", "read"),
+    [
+        (["<image>\nHTML's <img> tag?", "It is <img> or <image>."], ["HTML's <img> tag?"]),
+        (["What?\n<|image|>", "a"], ["What?"]),
+        (["See <image 1>", "a", "<image 1> again?", "b"], ["See", "again?"]),
+        (["<img> What?", "a"], ["What?"]),
+        (["<image_1>What?", "a", "And <image_2>?", "b"], None),
+        (["<image>\n<image>\nWhat?", "a"], None),
+    ],
+)
+def test_marks_that_stand_for_the_picture(tmp_path, turns, read, capsys):
+    """They are taken out of questions alone; those of more pictures than one are not learned."""
+    put(tmp_path, "a.jpg")
+    said = [{"from": ("user", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    history = [[turns[i], turns[i + 1]] for i in range(0, len(turns) - 2, 2)]
+    asked = {"query": turns[-2], "response": turns[-1], "history": history}
+    for record in ({"conversations": said}, asked):
+        lines = (record | {"image": "a.jpg"}, {"image": "a.jpg", "caption": "A dog."})
+        (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (example,) = read_captioned(str(tmp_path))
+        *learned, _ = example.texts
+        assert ("1 with more marks" in capsys.readouterr().err) == (read is None)
+        if read:
+            last = learned[-1]
+            assert [*(q for q, _ in last.earlier), *last.instructions] == read
+            assert last.answer == turns[-1]
+        else:
+            assert not learned
 
 
 @pytest.mark.parametrize("answer", ["None", "null", "N/A", "['a','b']"])

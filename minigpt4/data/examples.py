@@ -23,7 +23,7 @@ from minigpt4.data.files import (
     version_of,
 )
 from minigpt4.data.names import PictureFinder, is_hidden
-from minigpt4.data.shards import expand, members, read_at
+from minigpt4.data.shards import expand, members, names_of, read_at
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
 
@@ -115,11 +115,18 @@ def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Exampl
     captions are kept in memory; a picture is read from the shard when it is needed.
     """
     reading = Reading(pattern)
-    found = [e for shard in expand(pattern) for e in _read_shard(shard, instructions, reading)]
+    shards = expand(pattern)
+    found = [
+        example
+        for shard, name in zip(shards, names_of(shards), strict=True)
+        for example in _read_shard(shard, name, instructions, reading)
+    ]
     return reading.finish(found, "it needs KEY.jpg beside KEY.json or KEY.txt")
 
 
-def _read_shard(shard: Path, instructions: tuple[str, ...], reading: Reading) -> Iterator[Example]:
+def _read_shard(
+    shard: Path, shard_name: str, instructions: tuple[str, ...], reading: Reading
+) -> Iterator[Example]:
     version = version_of(shard)
     index = members(shard)
 
@@ -130,7 +137,7 @@ def _read_shard(shard: Path, instructions: tuple[str, ...], reading: Reading) ->
         texts = tuple(Text(caption, instructions) for caption in found)
         offset, size = index[name]
         picture = partial(read_at, shard, offset, size)
-        yield Example(f"{shard.stem}/{key}", picture, texts, found, f"{version} {offset}")
+        yield Example(f"{shard_name}/{key}", picture, texts, found, f"{version} {offset}")
 
 
 def captioned_files(
