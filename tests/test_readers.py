@@ -743,3 +743,43 @@ def test_a_saved_dataset(tmp_path, capsys):
     for limit, what in ((None, "downloaded"), (1, "streamed")):  # by its name: a folder's serves
         (example,) = read_captioned(f"hf:{tmp_path / 'hub'}", limit=limit)
         assert example.captions == ("A dog.",) and example.picture().size == (60, 44), what
+
+
+def test_kinds_of_columns_of_pictures(tmp_path, capsys):
+    """Lists, bytes, and names of files beside; of two columns the one that is called a picture."""
+    datasets = pytest.importorskip("datasets")
+    put(tmp_path, "a.jpg", "b.jpg")
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.jpg", "b.jpg"))
+    coded, images = {"bytes": first, "path": None}, datasets.Image()
+    text = {"text": ["A dog."] * 3}
+    kinds = {
+        "list": ({"images": [[coded], [coded] * 2, None]}, {"images": datasets.List(images)}),
+        "bytes": ({"image": [first, None, None]}, {"image": datasets.Value("binary")}),
+        "name": ({"file_name": ["a.jpg", None, None]}, {"file_name": datasets.Value("string")}),
+        "two": (
+            {"mask": [{"bytes": second, "path": None}] * 3, "image": [coded, None, None]},
+            {"mask": images, "image": images},
+        ),
+        "odd": ({"x": [coded] * 3, "y": [coded] * 3}, {"x": images, "y": images}),
+    }
+    for name, (rows, features) in kinds.items():
+        features = datasets.Features(features | {"text": datasets.Value("string")})
+        folder = tmp_path / name
+        put(folder, "a.jpg")
+        datasets.Dataset.from_dict(rows | text, features=features).to_parquet(folder / "a.parquet")
+        if name == "odd":
+            with pytest.raises(UserError, match="several columns of pictures: .*x, y, text.* Ren"):
+                read_captioned(str(folder))
+            continue
+        (example,) = read_captioned(str(folder))
+        assert example.read() == first and "2 left out" in capsys.readouterr().err
+    assert example.captions == ("A dog.",)
+
+
+def test_damaged_data_sets_of_the_library(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="cannot be loaded .*check that its files are complete"):
+        read_captioned(str(tmp_path))
+    with pytest.raises(UserError, match="Name the data set"):
+        read_captioned("hf:")
