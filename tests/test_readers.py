@@ -717,6 +717,44 @@ def test_folders_without_captions_say_what_they_are(tmp_path):
         read_captioned(str(tmp_path / "odd.json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("annotations/captions_val.json", "{}", "name annotations/captions_val.json itself"),
+        ("captions.txt", "image,caption\n1.jpg,A dog.", "name captions.txt itself"),
+        ("validation/metadata.csv", "file_name,text", "Name validation/metadata.csv itself"),
+        ("readme.txt", "Pictures of dogs.", ": put KEY.txt"),
+    ],
+)
+def test_folders_name_the_file_of_their_captions(tmp_path, name, content, said):
+    put(tmp_path / "val", "1.jpg")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_captioned(str(tmp_path))
+
+
+def test_kinds_that_are_no_captions_are_named(tmp_path):
+    put(tmp_path, "1.jpg", "2.jpg")
+    question = {"image_id": 1, "question_id": 1}
+    for content, said in (
+        ({"annotations": [question | {"answers": []}]}, "VQA's answers alone"),
+        ({"questions": [question | {"question": "What?"}]}, "VQA's questions alone"),
+    ):
+        (tmp_path / "d.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=said):
+            read_captioned(str(tmp_path / "d.json"))
+    with pytest.raises(UserError, match="names pictures, not shards"):
+        read_captioned(str(tmp_path / "*.jpg"))
+    caption = {"image_id": "1", "caption_str": "A dog."}
+    (tmp_path / "d.json").write_text(json.dumps({"data": [caption]}))
+    assert answers(read_captioned(str(tmp_path))) == {"1.jpg": ["A dog."]}
+    (tmp_path / "d.json").rename(tmp_path / "d.jsonl")
+    rows = [{"file_names": names, "text": "A dog."} for names in (["1.jpg"], ["1.jpg", "2.jpg"])]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert answers(read_captioned(str(tmp_path))) == {"1.jpg": ["A dog."]}
+
+
 def test_without_the_datasets_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr("minigpt4.data.huggingface.find_spec", lambda name: None)
