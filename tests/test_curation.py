@@ -471,7 +471,7 @@ def test_no_step_writes_over_a_file_that_it_reads(tmp_path, monkeypatch, capsys)
         *([step, "bob.jsonl", "--out", out] for step in ("refine", "filter", "review")),
     ):
         assert main(["curate", *command]) == 2
-        assert "would be overwritten" in capsys.readouterr().err
+        assert "would overwrite" in capsys.readouterr().err
     assert read_records("bob.jsonl") == before and len(os.listdir()) == 2
 
 

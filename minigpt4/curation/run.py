@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from minigpt4.curation.pictures import PictureFile, find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.data.files import prompt_text
 from minigpt4.errors import UserError
-from minigpt4.evaluation.report import print_json
+from minigpt4.evaluation.report import check_outputs, print_json
 
 if TYPE_CHECKING:
     from minigpt4.curation.refine import Refiner
@@ -51,19 +51,6 @@ def generate(options: argparse.Namespace) -> None:
                 records.append(record)
                 bar.update()
         _report_generated([records.records[f.image_id] for f in files], options.out)
-
-
-def _keep_apart(inputs: Sequence[str], outputs: Sequence[str | None]) -> None:
-    """UserError if a file to write is one that is read, or is to be written twice."""
-    taken = {Path(path).resolve() for path in inputs}
-    for output in (o for o in outputs if o):
-        path = Path(output).resolve()
-        if path in taken:
-            raise UserError(
-                f"{output} would be overwritten: name another file than those that are read or "
-                "written besides."
-            )
-        taken.add(path)
 
 
 def _check_described(
@@ -103,7 +90,7 @@ def refine(options: argparse.Namespace) -> None:
     from minigpt4.curation.refine import Failed, estimate
     from minigpt4.curation.refine import refine as refine_all
 
-    _keep_apart([options.file], [options.out])
+    check_outputs({"out": options.out}, [options.file])
     found = read_records(options.file)
     instruction = prompt_text("refine.txt")
     with Records(options.out) as records:
@@ -198,7 +185,7 @@ def _report_refined(done: list[dict], out: str) -> None:
 
 def filter(options: argparse.Namespace) -> None:
     """Mark the descriptions that break a rule, and count them."""
-    _keep_apart([options.file], [options.out])
+    check_outputs({"out": options.out}, [options.file])
     given = {f.name: getattr(options, f.name) for f in fields(filters.Thresholds)}
     if given["language"] == "any":
         given["language"] = ""
@@ -227,7 +214,7 @@ def review(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     from minigpt4.curation.review import Review
 
-    _keep_apart([options.file], [options.out])
+    check_outputs({"out": options.out}, [options.file])
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     items = layout.chosen(read_records(options.file).values())
     name = options.name or Path(options.out).stem
@@ -247,7 +234,7 @@ def review(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Combine reviews, and print the agreement of the reviewers as JSON."""
-    _keep_apart(options.reviews, [options.out, options.json])
+    check_outputs({"out": options.out, "json": options.json}, options.reviews)
     reviews = {}
     for path in options.reviews:
         records = read_records(path)

@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,6 +135,29 @@ def write_lines(path: str | None, records: Sequence[dict]) -> None:
     if path:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:
+    """UserError if an output would overwrite an input or another output.
+
+    outputs: option -> its file. A folder among the inputs stands for the files in it, a pattern of
+    several files for those of its folder.
+    """
+    taken = set()
+    for given in filter(None, inputs):
+        place = Path(given).expanduser()
+        if not place.exists() and (wildcard := re.search(r"[*?\[{]", given)):
+            place = Path(given[: wildcard.start()] + "_").expanduser().parent
+        taken.add(place.resolve())
+    for option, path in outputs.items():
+        if path and (Path(path).is_file() or not Path(path).exists()):  # not a device or a pipe
+            file = Path(path).resolve()
+            if file in taken or file.exists() and not taken.isdisjoint(file.parents):
+                raise UserError(
+                    f"“--{option}” would overwrite {path}, which is read or written already: name "
+                    "another file."
+                )
+            taken.add(file)
 
 
 def find_place(path: str | os.PathLike, name: str) -> tuple[str, str]:
