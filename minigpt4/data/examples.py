@@ -289,7 +289,7 @@ class Collected:
         """
         shown = shown or name
         if name not in self._paths:
-            found_files = self._finder.find(name)
+            found_files = self._finder.find(name) if len(name) <= LONGEST_PATH else []
             self._paths[name] = found_files[0] if len(found_files) == 1 else None
             if len(found_files) > 1:
                 self.reading.leave_out(shown, captions.AMBIGUOUS)

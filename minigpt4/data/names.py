@@ -52,6 +52,8 @@ class PictureFinder:
                 folders = [f / part for f in folders]
             elif part not in ("", "."):
                 folders = [f / inner for f in folders for inner in self._list(f).exact(part)]
+            if not folders:
+                return []
         return [p for f in folders for p in self._files(f, parts[-1])]
 
     def _files(self, folder: Path, name: str) -> list[Path]:
