@@ -84,10 +84,30 @@ def test_a_last_line_without_its_end_is_kept(tmp_path):
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     path = tmp_path / "records.jsonl"
     path.write_text('{"image_id": "a"}\n' + line + '\n{"image_id": "b"}\n')
-    with pytest.raises(UserError, match="Line 2 of"):
+    with pytest.raises(UserError, match="(?i)line 2 of"):
         read_records(path)
-    with pytest.raises(UserError, match="Line 2 of"):
+    with pytest.raises(UserError, match="(?i)line 2 of"):
         Records(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ('"decision": "Drop"', "“decision” of “b” .line 2 of .* must be “keep”, “edit” or “drop”"),
+        ('"decision": null', "“decision” of “b”"),
+        ('"kept": "false"', "“kept” of “b” .line 2 of .* must be true or false, without quotes"),
+        ('"text": 123', "record of “b” .line 2 of .* needs a text as “text”"),
+        ('"text": "Ein B\xe4r"', "is not in UTF-8: save it as UTF-8"),
+    ],
+)
+def test_what_was_edited_by_hand_is_understood_or_refused(tmp_path, field, said):
+    path = tmp_path / "records.jsonl"
+    content = f'{{"image_id": "a", "decision": "drop"}}\n{{"image_id": "b", {field}}}'
+    path.write_bytes(content.encode("latin-1"))
+    for read in (read_records, Records):
+        with pytest.raises(UserError, match=said):
+            read(path)
+    assert path.read_bytes() == content.encode("latin-1")
 
 
 @pytest.mark.trust("Faults", "a full disk")
@@ -149,6 +169,16 @@ def test_ids_can_be_names_of_files_everywhere(tmp_path):
     (tmp_path / ".hidden.jpg").write_bytes((tmp_path / "What?.jpg").read_bytes())
     assert [s.image_id for s in find_pictures(str(tmp_path / ".hidden.jpg"))] == ["-hidden"]
     assert export([vars(s) | {"text": "A pattern."} for s in found], tmp_path / "set") == len(names)
+
+
+def test_links_keep_their_names(tmp_path):
+    picture(1).save(tmp_path / "abc.jpg")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "photo0.jpg").symlink_to(tmp_path / "abc.jpg")
+    (found,) = find_pictures(str(tmp_path / "photos"))
+    assert found.image_id == "photo0" and is_same(str(tmp_path / "abc.jpg"), found.picture)
+    with pytest.raises(UserError, match="path is empty"):
+        find_pictures("")
 
 
 def test_another_picture_of_the_same_id_is_not_described(model, folder, tmp_path, monkeypatch):
@@ -428,14 +458,30 @@ def test_merging_reviews(tmp_path, capsys):
     assert "is not a review" in capsys.readouterr().err
 
 
-def test_merging_leaves_the_reviews(tmp_path, monkeypatch, capsys):
+def test_no_step_writes_over_a_file_that_it_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("ann", "bob"):
         write_records(f"{name}.jsonl", reviewed(name, a="keep").values())
-    out = str(tmp_path / "bob.jsonl")
-    assert main(["curate", "merge", "ann.jsonl", "bob.jsonl", "--out", out]) == 2
-    assert "one of the reviews" in capsys.readouterr().err
-    assert read_records(out)["a"]["reviewer"] == "bob"
+    before, out = read_records("bob.jsonl"), str(tmp_path / "bob.jsonl")
+    merge = ["merge", "ann.jsonl", "bob.jsonl"]
+    for command in (
+        [*merge, "--out", out],
+        [*merge, "--out", "m.jsonl", "--json", out],
+        [*merge, "--out", "m.jsonl", "--json", "m.jsonl"],
+        *([step, "bob.jsonl", "--out", out] for step in ("refine", "filter", "review")),
+    ):
+        assert main(["curate", *command]) == 2
+        assert "would overwrite" in capsys.readouterr().err
+    assert read_records("bob.jsonl") == before and len(os.listdir()) == 2
+
+
+def test_nothing_is_kept_without_a_text(tmp_path, capsys):
+    blank = reviewed("ann", a="edit: ")
+    write_records(tmp_path / "ann.jsonl", blank.values())
+    command = ["curate", "merge", str(tmp_path / "ann.jsonl"), "--out", str(tmp_path / "m.jsonl")]
+    assert main(command) == 2
+    assert "is kept without a text" in capsys.readouterr().err
+    assert chosen(blank.values()) == []
 
 
 # --- export ------------------------------------------------------------------------------------

@@ -477,6 +477,8 @@ def test_list_pictures_refuses(tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             list_pictures(path)
         assert str(path) not in str(caught.value)
+    with pytest.raises(UserError, match="name of a picture is empty"):
+        list_pictures("")  # a variable that is not set, not this folder
 
 
 class CollectingLock:

@@ -160,6 +160,16 @@ def test_braces(tmp_path, pattern):
     assert found == {"s-00/0": ["s-00"], "s-01/0": ["s-01"]}
 
 
+def test_shards_of_the_same_name(tmp_path):
+    names = ("a/0.tar", "b/0.tar", "b/0")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shard(tmp_path / name, {"0.jpg": jpeg(picture(0)), "0.txt": name.encode()})
+    found = answers(read_captioned(str(tmp_path / "*" / "0.tar")))
+    assert found == {"a/0/0": ["a/0.tar"], "b/0/0": ["b/0.tar"]}
+    assert len(answers(read_captioned(str(tmp_path / "*" / "0*")))) == 3
+
+
 def test_names_with_brackets_and_braces(tmp_path):
     (tmp_path / "{a,b}").mkdir()
     path = shard(tmp_path / "{a,b}" / "s[1].tar", {"0.jpg": jpeg(picture(0)), "0.txt": b"A dog."})
@@ -178,6 +188,7 @@ def test_deep_json_in_shards(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("where", "said"),
     [
+        ("", "A path is empty: check the variable"),
         ("s-{0..99999999}.tar", "more than 300,000 shards"),
         ("s-{0..999}{0..999}.tar", "more than 300,000 shards"),
         ("~no-such-user/x", "cannot be read .no home folder"),
@@ -262,11 +273,16 @@ def test_instructions(tmp_path, capsys):
         ("a.jpg", "a.PNG"),
         ("cam_22.5mm", "cam_22.5mm.webp"),
         ('"a.jpg"', "a.jpg"),
+        (" a.jpg", " a.jpg"),
+        ("'q'.jpg", "'q'.jpg"),
+        ("a.jpg#4", "a.jpg"),
+        ("file:///home/me/bilder/a%20b.jpg", "bilder/a b.jpg"),
     ],
 )
 def test_names_from_other_systems(tmp_path, name, there):
     put(tmp_path, there)
-    assert PictureFinder([tmp_path]).find(name).samefile(tmp_path / there)
+    (found,) = PictureFinder([[tmp_path]]).find(name)
+    assert found.samefile(tmp_path / there)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +291,43 @@ def test_names_from_other_systems(tmp_path, name, there):
 )
 def test_names_that_leave_a_choice(tmp_path, name, there):
     put(tmp_path, *there)
-    assert PictureFinder([tmp_path]).find(name) is None
+    assert len(PictureFinder([[tmp_path]]).find(name)) != 1
+
+
+def test_the_name_itself_comes_before_those_like_it(tmp_path):
+    put(tmp_path, "A.jpg", "a.jpg")
+    for name in ("A", "a"):
+        assert PictureFinder([[tmp_path]]).find(name) == [tmp_path / f"{name}.jpg"]
+
+
+def test_splits_that_use_the_same_names(tmp_path):
+    """A file's own folder counts; where none is, nothing is guessed."""
+    put(tmp_path, "train/0.jpg", "val/0.jpg", "test/0.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "0.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "A dog."}],
+    }
+    (tmp_path / "annotations").mkdir()
+    for name, key in (("captions_val2017", "../val/0.jpg"), ("captions-train", "../train/0.jpg")):
+        file = tmp_path / "annotations" / f"{name}.json"
+        file.write_text(json.dumps(content))
+        assert answers(read_captioned(str(file))) == {key: ["A dog."]}
+    file = file.rename(tmp_path / "annotations" / "captions.json")
+    with pytest.raises(UserError, match="names have the names of several files: 0.jpg, annot"):
+        read_captioned(str(file))
+    put(tmp_path / "images", "0.jpg")
+    assert list(answers(read_captioned(str(file)))) == ["../images/0.jpg"]
+
+
+@pytest.mark.parametrize("inner", ["Images", "flickr30k_images"])
+def test_tables_beside_a_folder_of_pictures(tmp_path, inner):
+    put(tmp_path / inner, "a.jpg")
+    table = tmp_path / "results.csv"
+    table.write_text("image_name| comment_number| comment\na.jpg#0| 0| A dog.\na.jpg| 1| A cat.\n")
+    assert answers(read_captioned(str(tmp_path))) == {f"{inner}/a.jpg": ["A dog.", "A cat."]}
+    table.write_text("image,caption\nb.jpg,A dog.\n")
+    with pytest.raises(UserError, match=f"missing: b.jpg.* looked for in .* and in {inner}"):
+        read_captioned(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -519,6 +571,37 @@ def test_json_lines_of_trainers(tmp_path, record, first):
     assert last.earlier == ((first, "A red box."),)
 
 
+@pytest.mark.parametrize(
+    ("turns", "read"),
+    [
+        (["<image>\nHTML's <img> tag?", "It is <img> or <image>."], ["HTML's <img> tag?"]),
+        (["What?\n<|image|>", "a"], ["What?"]),
+        (["See <image 1>", "a", "<image 1> again?", "b"], ["See", "again?"]),
+        (["<img> What?", "a"], ["What?"]),
+        (["<image_1>What?", "a", "And <image_2>?", "b"], None),
+        (["<image>\n<image>\nWhat?", "a"], None),
+    ],
+)
+def test_marks_that_stand_for_the_picture(tmp_path, turns, read, capsys):
+    """They are taken out of questions alone; those of more pictures than one are not learned."""
+    put(tmp_path, "a.jpg")
+    said = [{"from": ("user", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    history = [[turns[i], turns[i + 1]] for i in range(0, len(turns) - 2, 2)]
+    asked = {"query": turns[-2], "response": turns[-1], "history": history}
+    for record in ({"conversations": said}, asked):
+        lines = (record | {"image": "a.jpg"}, {"image": "a.jpg", "caption": "A dog."})
+        (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (example,) = read_captioned(str(tmp_path))
+        *learned, _ = example.texts
+        assert ("1 with more marks" in capsys.readouterr().err) == (read is None)
+        if read:
+            last = learned[-1]
+            assert [*(q for q, _ in last.earlier), *last.instructions] == read
+            assert last.answer == turns[-1]
+        else:
+            assert not learned
+
+
 @pytest.mark.parametrize("answer", ["None", "null", "N/A", "['a','b']"])
 def test_answers_are_no_cells(tmp_path, answer):
     put(tmp_path, "a.jpg")
@@ -634,6 +717,44 @@ def test_folders_without_captions_say_what_they_are(tmp_path):
         read_captioned(str(tmp_path / "odd.json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("annotations/captions_val.json", "{}", "name annotations/captions_val.json itself"),
+        ("captions.txt", "image,caption\n1.jpg,A dog.", "name captions.txt itself"),
+        ("validation/metadata.csv", "file_name,text", "Name validation/metadata.csv itself"),
+        ("readme.txt", "Pictures of dogs.", ": put KEY.txt"),
+    ],
+)
+def test_folders_name_the_file_of_their_captions(tmp_path, name, content, said):
+    put(tmp_path / "val", "1.jpg")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_captioned(str(tmp_path))
+
+
+def test_kinds_that_are_no_captions_are_named(tmp_path):
+    put(tmp_path, "1.jpg", "2.jpg")
+    question = {"image_id": 1, "question_id": 1}
+    for content, said in (
+        ({"annotations": [question | {"answers": []}]}, "VQA's answers alone"),
+        ({"questions": [question | {"question": "What?"}]}, "VQA's questions alone"),
+    ):
+        (tmp_path / "d.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=said):
+            read_captioned(str(tmp_path / "d.json"))
+    with pytest.raises(UserError, match="names pictures, not shards"):
+        read_captioned(str(tmp_path / "*.jpg"))
+    caption = {"image_id": "1", "caption_str": "A dog."}
+    (tmp_path / "d.json").write_text(json.dumps({"data": [caption]}))
+    assert answers(read_captioned(str(tmp_path))) == {"1.jpg": ["A dog."]}
+    (tmp_path / "d.json").rename(tmp_path / "d.jsonl")
+    rows = [{"file_names": names, "text": "A dog."} for names in (["1.jpg"], ["1.jpg", "2.jpg"])]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert answers(read_captioned(str(tmp_path))) == {"1.jpg": ["A dog."]}
+
+
 def test_without_the_datasets_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr("minigpt4.data.huggingface.find_spec", lambda name: None)
@@ -660,3 +781,43 @@ def test_a_saved_dataset(tmp_path, capsys):
     for limit, what in ((None, "downloaded"), (1, "streamed")):  # by its name: a folder's serves
         (example,) = read_captioned(f"hf:{tmp_path / 'hub'}", limit=limit)
         assert example.captions == ("A dog.",) and example.picture().size == (60, 44), what
+
+
+def test_kinds_of_columns_of_pictures(tmp_path, capsys):
+    """Lists, bytes, and names of files beside; of two columns the one that is called a picture."""
+    datasets = pytest.importorskip("datasets")
+    put(tmp_path, "a.jpg", "b.jpg")
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.jpg", "b.jpg"))
+    coded, images = {"bytes": first, "path": None}, datasets.Image()
+    text = {"text": ["A dog."] * 3}
+    kinds = {
+        "list": ({"images": [[coded], [coded] * 2, None]}, {"images": datasets.List(images)}),
+        "bytes": ({"image": [first, None, None]}, {"image": datasets.Value("binary")}),
+        "name": ({"file_name": ["a.jpg", None, None]}, {"file_name": datasets.Value("string")}),
+        "two": (
+            {"mask": [{"bytes": second, "path": None}] * 3, "image": [coded, None, None]},
+            {"mask": images, "image": images},
+        ),
+        "odd": ({"x": [coded] * 3, "y": [coded] * 3}, {"x": images, "y": images}),
+    }
+    for name, (rows, features) in kinds.items():
+        features = datasets.Features(features | {"text": datasets.Value("string")})
+        folder = tmp_path / name
+        put(folder, "a.jpg")
+        datasets.Dataset.from_dict(rows | text, features=features).to_parquet(folder / "a.parquet")
+        if name == "odd":
+            with pytest.raises(UserError, match="several columns of pictures: .*x, y, text.* Ren"):
+                read_captioned(str(folder))
+            continue
+        (example,) = read_captioned(str(folder))
+        assert example.read() == first and "2 left out" in capsys.readouterr().err
+    assert example.captions == ("A dog.",)
+
+
+def test_damaged_data_sets_of_the_library(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="cannot be loaded .*check that its files are complete"):
+        read_captioned(str(tmp_path))
+    with pytest.raises(UserError, match="Name the data set"):
+        read_captioned("hf:")

@@ -109,7 +109,10 @@ def test_quotes_and_columns_that_are_no_mistakes(folder):
         '2,b.png,"3" x,,',
     ]
     (folder / "c.csv").write_text("\n".join(lines))
-    assert texts(read_table(folder)) == {"a.jpg": [('One\n\n"two" lines',)], "b.png": [("3 x",)]}
+    assert texts(read_table(folder)) == {"a.jpg": [('One\n\n"two" lines',)], "b.png": [('"3" x',)]}
+    (folder / "c.csv").rename(folder / "c.tsv")
+    (folder / "c.tsv").write_text('file_name\tcaption\n"a.jpg"\t"Stop" sign, a 12" ruler\n')
+    assert texts(read_table(folder)) == {"a.jpg": [('"Stop" sign, a 12" ruler',)]}
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.ndjson"])

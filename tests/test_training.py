@@ -233,6 +233,12 @@ def test_captions_that_agree_count_more(examples, tmp_path):
     assert all(sum(row) == pytest.approx(len(row), rel=1e-5) for row in weights)
     _, _, even = make(tiny_model(), examples, PROMPTED, tmp_path / "even").prompts(0, [0, 1])
     assert even == [[1.0, 1.0]] * 2
+    # Data that is mixed in may use the same names, for other pictures.
+    said = ("Two boats.", "Boats at sea.", "A boat.")
+    others = [replace(e, texts=tuple(map(data.Text, said)), captions=said) for e in examples[:4]]
+    mixed = make(tiny_model(), [*examples, *others], recipe, tmp_path / "mixed")
+    _, _, (first, other) = mixed.prompts(0, [0, len(examples)])
+    assert sum(first) == pytest.approx(2) and 1.0 not in other
 
 
 def test_questions_follow_the_captions(tmp_path):
@@ -289,6 +295,13 @@ def test_other_pictures_are_encoded_anew(tmp_path):
         losses.append(run.rows[0]["loss"])
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
     assert losses[0] != losses[1]
+
+
+def test_pictures_of_equal_names_sizes_and_times_are_told_apart(examples, tmp_path):
+    for part in (examples[:2], examples[2:4], examples[:2]):
+        alike = [replace(e, key=str(i), version="1 2") for i, e in enumerate(part)]
+        Features(tiny_model(), alike, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_another_encoder_encodes_anew(examples, tmp_path):

@@ -16,7 +16,7 @@ JPEG_QUALITY = 95
 def chosen(records: Iterable[dict]) -> list[dict]:
     """The records that the filter kept and that no reviewer dropped.
 
-    Records of unreadable pictures, and empty descriptions, are left out. UserError if a record
+    Records of unreadable pictures, and blank descriptions, are left out. UserError if a record
     lacks a field.
     """
     found = [
@@ -25,7 +25,7 @@ def chosen(records: Iterable[dict]) -> list[dict]:
         if r.get("kept", True)
         and r.get("decision", "keep") != "drop"
         and "error" not in r
-        and r.get("text") != ""
+        and not _is_blank(r.get("text"))
     ]
     for record in found:
         for name in (KEY, "picture", "text"):
@@ -35,6 +35,10 @@ def chosen(records: Iterable[dict]) -> list[dict]:
                     "the line."
                 )
     return found
+
+
+def _is_blank(text: object) -> bool:
+    return isinstance(text, str) and not text.strip()
 
 
 def export(records: Iterable[dict], folder: str | Path, pictures: str | None = None) -> int:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
+from minigpt4.curation.records import DECISIONS
 from minigpt4.errors import UserError
 
 
@@ -98,8 +99,12 @@ def check_reviews(path: str, records: Mapping[str, dict]) -> None:
     """UserError unless all records of the file are decisions of a reviewer."""
     for image_id, record in records.items():
         strings = all(isinstance(record.get(k), str) for k in ("text", "picture"))
-        if record.get("decision") not in ("keep", "edit", "drop") or not strings:
+        if record.get("decision") not in DECISIONS or not strings:
             raise UserError(
                 f"{path} is not a review: “{image_id}” has no decision (keep, edit or drop) with "
                 "text and picture."
+            )
+        if record["decision"] != "drop" and not record["text"].strip():
+            raise UserError(
+                f"“{image_id}” in {path} is kept without a text: write one, or drop it."
             )

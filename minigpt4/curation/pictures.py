@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt4.data.files import local_path
 from minigpt4.data.names import is_hidden
 from minigpt4.data.shards import expand, members, read_member
 from minigpt4.errors import UserError
@@ -32,16 +33,16 @@ def find_pictures(where: str) -> list[PictureFile]:
     where: a path; for shards also a glob or a brace range. Ids are the names of the files, with "-"
     for characters that are not allowed in file names on some systems.
     """
-    path = Path(where).expanduser()
+    path = local_path(where)
     if path.suffix != ".tar" and (path.exists() or not any(c in where for c in "*?{")):
-        files = [p.resolve() for p in image.list_pictures(path)]
+        files = [p.absolute() for p in image.list_pictures(path)]  # a link's name, not its target's
         return _named([(p.stem, str(p)) for p in files])
     found = []
     for shard in expand(where):
         for member in members(shard):
             if image.has_picture_name(member) and not is_hidden(member):
                 stem = member.removeprefix("./").rsplit(".", 1)[0].replace("/", "-")
-                found.append((f"{shard.stem}-{stem}", f"{shard.resolve()}:{member}"))
+                found.append((f"{shard.stem}-{stem}", f"{shard.absolute()}:{member}"))
     if not found:
         raise UserError(
             f"{where} contains no pictures: name a folder of them, or WebDataset shards."

@@ -7,20 +7,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minigpt4.data.files import parse_jsonl, repair_jsonl, replacing
+from minigpt4.data.files import parse_jsonl, repair_jsonl, replacing, shortened
 from minigpt4.errors import UserError
 
 if sys.platform != "win32":  # there two programs may write the same file
     import fcntl
 
 KEY = "image_id"
+DECISIONS = ("keep", "edit", "drop")
 
 
 def read_records(path: str | Path) -> dict[str, dict]:
     """image_id -> record, in the order of first appearance; the last line of an id counts.
 
-    An incomplete last line is ignored. UserError if the file is missing, or if another line is not
-    a record.
+    An incomplete last line is ignored. UserError if the file is missing or not in UTF-8, or if
+    another line is not a record.
     """
     path = Path(path)
     try:
@@ -82,7 +83,8 @@ class Records:
                     f"{self.path} is being written by another program: wait for it, or choose "
                     "another file with “--out”."
                 ) from error
-        self.records = _parse(self.path, repair_jsonl(self.path))
+        self.records = _parse(self.path, self.path.read_bytes())
+        repair_jsonl(self.path)
 
     def append(self, record: dict) -> None:
         """Write one line; it is on the disk when this returns.
@@ -118,10 +120,27 @@ def _line(record: dict) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> dict[str, dict]:
-    text = content.decode("utf-8-sig", "replace")  # editors may add a byte-order mark
+    try:
+        text = content.decode("utf-8-sig")  # editors may add a byte-order mark
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":  # as a crash leaves it
+            raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
+        text = content[: error.start].decode("utf-8-sig")
     records: dict[str, dict] = {}
     for number, record in parse_jsonl(path, text, KEY, cut_end=True):
-        if not isinstance(record[KEY], str):
-            raise UserError(f"Line {number} of {path} needs a text as “{KEY}”.")
+        _check(record, f"line {number} of {path}")
         records[record[KEY]] = record
     return records
+
+
+def _check(record: dict, place: str) -> None:
+    """UserError unless the fields on which decisions depend are what the steps write."""
+    if not isinstance(record[KEY], str):
+        raise UserError(f"The record of {place} needs a text as “{KEY}”: correct the line.")
+    about = f"of “{shortened(record[KEY])}” ({place})"
+    if not isinstance(record.get("text"), str | None):
+        raise UserError(f"The record {about} needs a text as “text”: correct the line.")
+    if "decision" in record and record["decision"] not in DECISIONS:
+        raise UserError(f"The “decision” {about} must be “keep”, “edit” or “drop”: correct it.")
+    if not isinstance(record.get("kept", True), bool):
+        raise UserError(f"“kept” {about} must be true or false, without quotes: correct it.")

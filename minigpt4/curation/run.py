@@ -185,6 +185,7 @@ def _report_refined(done: list[dict], out: str) -> None:
 
 def filter(options: argparse.Namespace) -> None:
     """Mark the descriptions that break a rule, and count them."""
+    check_outputs({"out": options.out}, [options.file])
     given = {f.name: getattr(options, f.name) for f in fields(filters.Thresholds)}
     if given["language"] == "any":
         given["language"] = ""
@@ -213,6 +214,7 @@ def review(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     from minigpt4.curation.review import Review
 
+    check_outputs({"out": options.out}, [options.file])
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     items = layout.chosen(read_records(options.file).values())
     name = options.name or Path(options.out).stem
@@ -232,11 +234,7 @@ def review(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Combine reviews, and print the agreement of the reviewers as JSON."""
-    if Path(options.out).resolve() in {Path(path).resolve() for path in options.reviews}:
-        raise UserError(
-            f"{options.out} is one of the reviews and would be overwritten: choose another file "
-            "with “--out”."
-        )
+    check_outputs({"out": options.out, "json": options.json}, options.reviews)
     reviews = {}
     for path in options.reviews:
         records = read_records(path)

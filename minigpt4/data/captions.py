@@ -18,9 +18,11 @@ NO_PICTURE = "without a picture"
 SEVERAL_PICTURES = "with several pictures"
 SAME_NAME = "with the name of another picture"
 MISSING = "with a missing picture"
+AMBIGUOUS = "with a name that several pictures have"
 INSIDE = "with a picture inside the file"
 ON_WEB = "with a picture on the web"
 IN_TEXT = "with a picture named inside the text (<img>…</img>), which is not read"
+MARKS = "with more marks of pictures (<image>) than pictures"
 NO_ID = "without an “image_id”"
 TOOLS = "with calls of tools"
 UNKNOWN_ROLE = "with an unknown role"
@@ -30,6 +32,7 @@ MOST_MISSING = 0.1  # of the pictures that a table names: more are a mistake in 
 # Reasons of which `MOST_MISSING` are allowed -> what the pictures are, and what to do.
 _UNREAD = {
     MISSING: "are missing: {}. Check the paths",
+    AMBIGUOUS: "have the names of several files: {}. Write the folders into the names",
     INSIDE: "are inside the file ({}), where they are not read: save them as files",
     ON_WEB: "are on the web ({}), from where they are not fetched: save them as files",
 }
@@ -46,6 +49,7 @@ FIELDS = (
     "response",
     "output",
     "comment",
+    "caption_str",
 )
 # What programs write into a cell that has no value.
 _EMPTY_CELLS = {"nan", "NaN", "null", "NULL", "None", "#N/A", "N/A", "<NA>"}
@@ -107,8 +111,9 @@ def choose_captions(values: Iterable[object], cells: bool = True) -> tuple[tuple
 class Reading:
     """Counts what a reader leaves out of `source`, and reports it to the user at the end."""
 
-    def __init__(self, source: object) -> None:
-        self._source = printable(source)
+    def __init__(self, source: object, searched: str = "") -> None:
+        """searched: where pictures were looked for."""
+        self._source, self._searched = printable(source), searched
         self._left_out: dict[str, list[str]] = {}
 
     def leave_out(self, name: str, reason: str) -> None:
@@ -124,9 +129,10 @@ class Reading:
         for reason, what in _UNREAD.items():
             unread = self._left_out.get(reason, [])
             if len(unread) > MOST_MISSING * (len(read) + len(unread)):
+                where = f" They were looked for in {self._searched}." if reason == MISSING else ""
                 raise UserError(
                     f"{len(unread):,} of {len(read) + len(unread):,} pictures that {self._source} "
-                    f"names {what.format(_first(unread))}."
+                    f"names {what.format(_first(unread))}.{where if self._searched else ''}"
                 )
         if not read:
             why = f" ({self.summary()})" if self._left_out else ""

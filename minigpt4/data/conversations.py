@@ -21,7 +21,12 @@ _TOOLS = {
     "ipython",
 }
 _NAMED = re.compile(r"(?i)<img>[^<]+</img>")  # Qwen-VL's way to name a picture
-_PLACEHOLDER = re.compile(r"\s*<(image|img|ImageHere|image_placeholder)>\s*")
+# Marks that stand for a picture. “<img>” is also HTML: only at the ends of lines it is a mark.
+_MARK = re.compile(
+    r"\s*(<\|?(?:image(?:[ _-]?\d+)?|ImageHere|image_placeholder)\|?>"
+    r"|^[^\S\n]*<img>|<img>(?=\s*$))\s*",
+    re.MULTILINE,
+)
 
 
 class NotUsable(Exception):
@@ -38,7 +43,7 @@ def texts_of(row: dict) -> tuple[Text, ...]:
     turns = next(row[name] for name in _TURNS if isinstance(row.get(name), list))
     texts: list[Text] = []
     earlier: list[tuple[str, str]] = []
-    for question, answer in _exchanges(turns):
+    for question, answer in without_marks([*_exchanges(turns)]):
         texts.append(Text(answer, (question,) if question else (), tuple(earlier)))
         earlier.append((question, answer))
     if not texts:
@@ -47,7 +52,8 @@ def texts_of(row: dict) -> tuple[Text, ...]:
 
 
 def history_of(row: dict) -> tuple[tuple[str, str], ...]:
-    """The earlier turns in a record's "history": pairs of question and answer, or messages.
+    """The earlier turns in a record's "history": pairs of question and answer, or messages; with
+    the marks of pictures.
 
     NotUsable if it has anything else.
     """
@@ -61,7 +67,7 @@ def history_of(row: dict) -> tuple[tuple[str, str], ...]:
     pairs = [pair for pair in found if isinstance(pair, list | tuple) and len(pair) == 2]
     if len(pairs) < len(found) or not all(isinstance(text, str) for p in pairs for text in p):
         raise NotUsable(captions.NO_HISTORY)
-    return tuple((without_placeholders(q), a.strip()) for q, a in pairs)
+    return tuple((_checked(q), a.strip()) for q, a in pairs)
 
 
 def pictures_in(row: dict) -> list[object]:
@@ -74,14 +80,21 @@ def pictures_in(row: dict) -> list[object]:
     return [url for url in urls if url]
 
 
-def without_placeholders(text: str) -> str:
-    """A question without the marks that stand for the picture, which comes first here.
+def without_marks(exchanges: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """(question, answer) pairs, the questions without the mark that stands for the picture, which
+    comes first here. NotUsable if they have marks of several pictures."""
+    marks = [mark.strip() for question, _ in exchanges for mark in _MARK.findall(question)]
+    numbered = {mark for mark in marks if re.search(r"\d", mark)}  # each may occur again
+    if len(numbered) + sum(mark not in numbered for mark in marks) > 1:
+        raise NotUsable(captions.MARKS)
+    return tuple((_MARK.sub("\n", question).strip(), answer) for question, answer in exchanges)
 
-    NotUsable if the text names the picture itself.
-    """
-    if _NAMED.search(text):
+
+def _checked(question: str) -> str:
+    """A question. NotUsable if it names the picture itself."""
+    if _NAMED.search(question):
         raise NotUsable(captions.IN_TEXT)
-    return _PLACEHOLDER.sub("\n", text).strip()
+    return question
 
 
 def _exchanges(turns: Sequence) -> Iterator[tuple[str, str]]:
@@ -120,4 +133,5 @@ def _message(turn: object) -> tuple[str, str]:
         found = captions.captions_in(content, cells=False)  # "None" is an answer
     except ValueError:
         raise NotUsable(captions.NOT_TEXT) from None
-    return role, without_placeholders("\n".join(found))
+    text = "\n".join(found)
+    return role, text if role in _ASSISTANT else _checked(text)

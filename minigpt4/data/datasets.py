@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -33,10 +34,11 @@ from minigpt4.data.files import (
 )
 from minigpt4.data.names import is_file, is_hidden
 from minigpt4.data.table import (
+    SUFFIXES,
+    folders_in,
     is_table,
     json_lines,
     names_picture,
-    picture_folders,
     picture_of,
     read_rows,
     read_table,
@@ -101,6 +103,8 @@ def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
         return read_table(path, instructions)
     if path.is_file() and has_picture_name(path.name):
         raise UserError(f"{shown} is a single picture: name {_FORMATS}.")
+    if not path.is_file() and has_picture_name(path.name):
+        raise UserError(f"{shown} names pictures, not shards: name {_FORMATS}.")
     if path.is_file() and path.suffix.lower() != ".tar" and not tarfile.is_tarfile(path):
         raise UserError(f"{shown} is a file of a kind that is not read: name {_FORMATS}.")
     return read_shards(where, instructions)
@@ -148,7 +152,8 @@ def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     """KEY.jpg beside KEY.txt or KEY.json, in the folder and those in it: img2dataset's "files"."""
     names = [name for name in _walk(folder) if not name.endswith(("_stats.json", ".parquet"))]
     if not any(name.lower().endswith((".txt", ".json")) for name in names):
-        raise UserError(f"{printable(folder)} contains no table of captions. {_why(names)}")
+        why = f"Name {table} itself." if (table := _annotation_in(folder, names)) else _why(names)
+        raise UserError(f"{printable(folder)} contains no table of captions. {why}")
     # Links may lead nowhere: a text that is not there is none.
     names = [name for name in names if has_picture_name(name) or is_file(folder / name)]
     reading = Reading(folder)
@@ -161,7 +166,25 @@ def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
         texts = tuple(Text(caption, instructions) for caption in said)
         read, version = partial(read_bytes, folder / name), version_of(folder / name)
         found.append(Example(key, read, texts, said, version))
-    return reading.finish(found, "put KEY.txt or KEY.json beside KEY.jpg")
+    table = "" if found else _annotation_in(folder, names)
+    named = f"name {table} itself, or " if table else ""
+    return reading.finish(found, f"{named}put KEY.txt or KEY.json beside KEY.jpg")
+
+
+def _annotation_in(folder: Path, names: list[str]) -> str:
+    """A file below a folder that seems to have its pictures' captions; "" if there is none."""
+    keys = {name.rpartition(".")[0] for name in names if has_picture_name(name)}
+    others = [n for n in names if n.rpartition(".")[0] not in keys and not is_hidden(n)]
+    for endings in (SUFFIXES, (".json",)):
+        if found := next((n for n in others if n.lower().endswith(endings)), None):
+            return shortened(found)
+    texts = (n for n in others if n.lower().endswith(".txt") and _names_pictures(folder / n))
+    return shortened(next(texts, ""))
+
+
+def _names_pictures(path: Path) -> bool:
+    with path.open("rb") as file:
+        return re.search(rb"(?i)\.(jpe?g|png)\b", file.read(4096)) is not None
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -200,6 +223,8 @@ def _read_json(path: Path, instructions: tuple[str, ...]) -> list[Example]:
     content = parse_json(path, text)
     if isinstance(content, dict) and "annotations" in content:
         return _read_coco(path, content, instructions)
+    if isinstance(content, dict) and _has_questions_alone(content.get("questions")):
+        raise _halves(path, "questions")
     records = _records_in(path, content) if isinstance(content, dict) else content
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise UserError(
@@ -208,6 +233,11 @@ def _read_json(path: Path, instructions: tuple[str, ...]) -> list[Example]:
         )
     rows = ((f"record {i}", _row(record)) for i, record in enumerate(records, 1))
     return read_rows(path, rows, instructions, folders)
+
+
+def _has_questions_alone(records: object) -> bool:
+    first = records[0] if isinstance(records, list) and records else None
+    return isinstance(first, dict) and "question_id" in first and "answer" not in first
 
 
 def _records_in(path: Path, content: dict) -> list | None:
@@ -245,12 +275,14 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
         raise UserError(f"“annotations” in {printable(path)} must be a list of objects.")
     if annotations and not any("caption" in a for a in annotations):
         kind = next((k for f, k in _OTHER_COCO.items() if f in annotations[0]), "other annotations")
+        if "question_id" in annotations[0]:
+            raise _halves(path, "answers")
         raise UserError(
             f"{printable(path)} contains COCO's {kind}, which are no captions: name its captions."
         )
     try:
         images = content.get("images", [])
-        ids = [picture_name(i["id"]) for i in images]  # 7, 7.0 and "7" are the same
+        ids = [picture_name(i["id"]).strip() for i in images]  # 7, 7.0 and "7" are the same
         names = [picture_name(i.get("file_name") or i["id"]) for i in images]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -262,7 +294,7 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
     for number, annotation in enumerate(annotations, 1):
         place = f"annotation {number}"
         try:
-            image_id = picture_name(annotation.get("image_id"))
+            image_id = picture_name(annotation.get("image_id")).strip()
         except ValueError:
             collected.reading.leave_out(place, captions.NO_ID)
             continue
@@ -273,6 +305,13 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
     return collected.finish("it needs captions of its “images”")
 
 
+def _halves(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{printable(path)} contains VQA's {what} alone: write questions and answers into one "
+        "table, with the columns “image”, “question” and “answer”."
+    )
+
+
 _OTHER_COCO = {
     "segmentation": "object instances",
     "bbox": "object boxes",
@@ -281,12 +320,18 @@ _OTHER_COCO = {
 }
 
 
-def _folders_of(path: Path) -> list[Path]:
-    """Where the pictures of a JSON file are looked for: beside it, and in the folders beside it, as
-    COCO's are beside `annotations/`."""
-    folders = picture_folders(path.parent)
+def _folders_of(path: Path) -> list[list[Path]]:
+    """Where the pictures of a JSON file are looked for, as for `PictureFinder`: beside it and, as
+    COCO's, beside `annotations/`; in the folders there whose names are in the file's, such as val/
+    for captions_val.json; then in the others."""
     around = [path.parent] + ([path.parent.parent] if path.parent.name == "annotations" else [])
-    for folder in around:
-        folders.append(folder)
-        folders += sorted(f for f in folder.iterdir() if f.is_dir() and not is_hidden(f.name))
-    return list(dict.fromkeys(folders))
+    inner = [f for folder in around for f in folders_in(folder)]
+    stem = path.stem.casefold()
+    named = [
+        f
+        for f in inner
+        if re.search(rf"(?<![a-z0-9]){re.escape(f.name.casefold())}(?![a-z])", stem)
+    ]
+    usual = [folder / name for folder in around for name in ("images", "image")]
+    named.sort(key=lambda f: -len(f.name))
+    return [*([f] for f in (*around, *named, *usual)), [f for f in inner if f not in usual]]

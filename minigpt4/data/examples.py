@@ -23,7 +23,7 @@ from minigpt4.data.files import (
     version_of,
 )
 from minigpt4.data.names import PictureFinder, is_hidden
-from minigpt4.data.shards import expand, members, read_at
+from minigpt4.data.shards import expand, members, names_of, read_at
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
 
@@ -115,11 +115,18 @@ def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Exampl
     captions are kept in memory; a picture is read from the shard when it is needed.
     """
     reading = Reading(pattern)
-    found = [e for shard in expand(pattern) for e in _read_shard(shard, instructions, reading)]
+    shards = expand(pattern)
+    found = [
+        example
+        for shard, name in zip(shards, names_of(shards), strict=True)
+        for example in _read_shard(shard, name, instructions, reading)
+    ]
     return reading.finish(found, "it needs KEY.jpg beside KEY.json or KEY.txt")
 
 
-def _read_shard(shard: Path, instructions: tuple[str, ...], reading: Reading) -> Iterator[Example]:
+def _read_shard(
+    shard: Path, shard_name: str, instructions: tuple[str, ...], reading: Reading
+) -> Iterator[Example]:
     version = version_of(shard)
     index = members(shard)
 
@@ -130,7 +137,7 @@ def _read_shard(shard: Path, instructions: tuple[str, ...], reading: Reading) ->
         texts = tuple(Text(caption, instructions) for caption in found)
         offset, size = index[name]
         picture = partial(read_at, shard, offset, size)
-        yield Example(f"{shard.stem}/{key}", picture, texts, found, f"{version} {offset}")
+        yield Example(f"{shard_name}/{key}", picture, texts, found, f"{version} {offset}")
 
 
 def captioned_files(
@@ -216,7 +223,7 @@ def read_descriptions(folder: str | Path) -> list[Example]:
             "filter_cap.json with “annotations” of “image_id” and “caption”, and the pictures as "
             "image/ID.jpg; or a table of captions (CSV or JSON lines) beside the pictures."
         ) from error
-    collected = Collected(folder / "filter_cap.json", [folder / "image"])
+    collected = Collected(folder / "filter_cap.json", [[folder / "image"]])
     for key, value in pairs:
         found, reason = choose_captions([value])
         shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
@@ -226,7 +233,7 @@ def read_descriptions(folder: str | Path) -> list[Example]:
 
 def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image."""
-    collected = Collected(file, [Path(folder) / "image"])
+    collected = Collected(file, [[Path(folder) / "image"]])
     try:
         for _, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
             key = picture_name(record["image_id"])
@@ -249,20 +256,22 @@ def picture_name(value: object) -> str:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError
-    return str(value).strip()
+    return str(value)
 
 
 class Collected:
     """Collects the texts of pictures from an annotation file, in the order of first appearance.
 
-    folders: where the pictures are looked for, in this order. by_path: a picture's key is its path
-    relative to the first folder; otherwise it is the name that the file uses.
+    folders: where the pictures are looked for, as in `PictureFinder`. by_path: a picture's key is
+    its path relative to the first folder; otherwise it is the name that the file uses.
     """
 
-    def __init__(self, source: str | Path, folders: Sequence[Path], by_path: bool = False) -> None:
-        self.reading = Reading(source)
+    def __init__(
+        self, source: str | Path, folders: Sequence[Sequence[Path]], by_path: bool = False
+    ) -> None:
+        self.reading = Reading(source, searched_in(folders))
         self._finder = PictureFinder(folders)
-        self._root = folders[0] if by_path else None
+        self._root = folders[0][0] if by_path else None
         self._paths: dict[str, Path | None] = {}  # by name
         self._found: dict[Path, Example] = {}
 
@@ -280,8 +289,11 @@ class Collected:
         """
         shown = shown or name
         if name not in self._paths:
-            self._paths[name] = self._finder.find(name)
-            if self._paths[name] is None:
+            found_files = self._finder.find(name) if len(name) <= LONGEST_PATH else []
+            self._paths[name] = found_files[0] if len(found_files) == 1 else None
+            if len(found_files) > 1:
+                self.reading.leave_out(shown, captions.AMBIGUOUS)
+            elif not found_files:
                 self.reading.leave_out(shown, _why_not_found(name))
         if (path := self._paths[name]) is None:
             return
@@ -290,13 +302,23 @@ class Collected:
         elif old := self._found.get(path):
             self._found[path] = replace(old, texts=old.texts + texts, captions=old.captions + found)
         else:
-            key = Path(os.path.relpath(path, self._root)).as_posix() if self._root else name
+            key = name.strip()
+            if self._root:
+                key = Path(os.path.relpath(path, self._root)).as_posix()
             read = partial(read_bytes, path)
             self._found[path] = Example(key, read, texts, found, version_of(path))
 
     def finish(self, needs: str) -> list[Example]:
         """The examples, reported as by `Reading.finish`."""
         return self.reading.finish([*self._found.values()], needs)
+
+
+def searched_in(folders: Sequence[Sequence[Path]]) -> str:
+    """The folders in which pictures are looked for, for a message."""
+    root = folders[0][0]
+    inner = [f.name for group in folders for f in group if f != root and f.is_dir()]
+    shown = ", ".join(map(shortened, inner[:NAMED])) + (", …" if len(inner) > NAMED else "")
+    return f"{printable(root)}{' and in ' if inner else ''}{shown}"
 
 
 def _why_not_found(name: str) -> str:

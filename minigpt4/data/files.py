@@ -43,6 +43,8 @@ def shortened(name: object) -> str:
 
 def local_path(where: str | os.PathLike) -> Path:
     """The path that a user names; "~" is a home folder. UserError if there can be no such path."""
+    if not str(where).strip():
+        raise UserError("A path is empty: check the variable or the line that it comes from.")
     if _ADDRESS.match(str(where)):
         raise UserError(
             f"{shortened(where)} is an address: save the data as files, then name them."

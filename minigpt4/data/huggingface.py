@@ -1,6 +1,8 @@
 """Captioned pictures in Hugging Face's own format, read by the `datasets` library if it is
 installed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +13,14 @@ from minigpt4.data.captions import Reading
 from minigpt4.data.conversations import NotUsable
 from minigpt4.data.examples import Example
 from minigpt4.data.files import read_bytes, shortened
-from minigpt4.data.table import PICTURE, texts_of_row, with_lower_names
+from minigpt4.data.names import is_file
+from minigpt4.data.table import (
+    PICTURE,
+    picture_folders,
+    read_rows,
+    texts_of_row,
+    with_lower_names,
+)
 from minigpt4.errors import UserError
 
 
@@ -25,13 +34,14 @@ def is_saved(folder: Path) -> bool:
 def read_saved(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     """The training split of a folder that `is_saved`."""
     datasets = _library(str(folder))
-    if files := _parquet(folder):
-        opened = datasets.load_dataset("parquet", data_files=files, split="train")
-    else:
-        opened = datasets.load_from_disk(str(folder))
-        if isinstance(opened, dict):
-            opened = opened["train"] if "train" in opened else next(iter(opened.values()))
-    return _examples(opened, str(folder), instructions)
+    with _loading(str(folder), "check that its files are complete and have the same columns"):
+        if files := _parquet(folder):
+            opened = datasets.load_dataset("parquet", data_files=files, split="train")
+        else:
+            opened = datasets.load_from_disk(str(folder))
+            if isinstance(opened, dict):
+                opened = opened["train"] if "train" in opened else next(iter(opened.values()))
+    return _examples(opened, str(folder), instructions, folder)
 
 
 def read_dataset(
@@ -44,27 +54,37 @@ def read_dataset(
     """
     datasets = _library(name)
     repository, _, split = name.partition(":")
-    try:
+    if not repository:
+        raise UserError("Name the data set of the hub: hf:USER/NAME.")
+    with _loading(name, "check its name and split"):
         opened = datasets.load_dataset(
             repository, split=split or "train", streaming=limit is not None
         )
         if limit is not None:
             opened = _first_rows(opened, limit)
+    return _examples(opened, name, instructions, Path())
+
+
+@contextmanager
+def _loading(name: str, advice: str) -> Iterator[None]:
+    """UserError for whatever the library raises."""
+    try:
+        yield
     except Exception as error:  # of the library, the network or the data set
-        first = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"The data set {name} cannot be loaded ({first}): check its name and split."
-        ) from error
-    return _examples(opened, name, instructions)
+        first = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
+        raise UserError(f"The data set {name} cannot be loaded ({first}): {advice}.") from error
 
 
 def _first_rows(stream: Any, limit: int) -> Any:
     """A data set in memory, its pictures as they are encoded."""
     import datasets
 
+    encoded = datasets.Image(decode=False)
     for column, kind in (stream.features or {}).items():
         if isinstance(kind, datasets.Image):
-            stream = stream.cast_column(column, datasets.Image(decode=False))
+            stream = stream.cast_column(column, encoded)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            stream = stream.cast_column(column, type(kind)(encoded))
     return datasets.Dataset.from_list(list(stream.take(limit)), features=stream.features)
 
 
@@ -86,39 +106,73 @@ def _library(name: str) -> Any:
     return datasets
 
 
-def _examples(dataset: Any, name: str, instructions: tuple[str, ...]) -> list[Example]:
-    """The rows that have one picture and a text. Pictures stay in the library's files."""
+def _picture_columns(dataset: Any, name: str) -> tuple[list[str], str]:
+    """(the columns of pictures, the one to use). UserError if there is none, or a choice."""
     import datasets
 
-    pictures = [n for n, f in dataset.features.items() if isinstance(f, datasets.Image)]
-    named = [n for n in dataset.column_names if n.strip().casefold() in PICTURE]
-    if not pictures and not named:
+    kinds = {n: getattr(f, "feature", None) or f for n, f in dataset.features.items()}
+    named = {n: PICTURE.index(key) for n in kinds if (key := n.strip().casefold()) in PICTURE}
+    pictures = [n for n, kind in kinds.items() if isinstance(kind, datasets.Image)] or [*named]
+    chosen = sorted((n for n in pictures if n in named), key=named.__getitem__) or pictures
+    if not chosen or (len(chosen) > 1 and chosen[0] not in named):
+        what = "several columns" if chosen else "no column"
         raise UserError(
-            f"{name} has no column of pictures: its columns are "
-            f"{', '.join(map(shortened, dataset.column_names))}."
+            f"{name} has {what} of pictures: its columns are "
+            f"{', '.join(map(shortened, kinds))}. Rename the one to use to “image”."
         )
-    column = (pictures or named)[0]
-    if pictures:
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return pictures, chosen[0]
+
+
+def _examples(
+    dataset: Any, name: str, instructions: tuple[str, ...], folder: Path
+) -> list[Example]:
+    """The rows that have one picture and a text. Pictures stay in the library's files.
+
+    folder: where pictures are that the rows only name.
+    """
+    pictures, column = _picture_columns(dataset, name)
+    kind = dataset.features[column]
+    if "string" in str(getattr(getattr(kind, "feature", None) or kind, "dtype", "")):
+        rows = ((f"row {i}", with_lower_names(row)) for i, row in enumerate(dataset))
+        return read_rows(Path(name), rows, instructions, picture_folders(folder))
     reading = Reading(name)
     found = []
-    for number, row in enumerate(dataset.remove_columns(column)):
+    raw = dataset.select_columns(column).with_format("arrow")  # decodes nothing
+    counts = _pictures_in_rows(raw, column)
+    for number, row in enumerate(dataset.remove_columns(pictures)):
         try:
+            if counts[number] != 1:
+                raise NotUsable(
+                    captions.SEVERAL_PICTURES if counts[number] else captions.NO_PICTURE
+                )
             texts, said = texts_of_row(with_lower_names(row), instructions)
         except NotUsable as error:
             reading.leave_out(f"row {number}", str(error))
             continue
-        read, version = partial(_read, dataset, number, column), dataset._fingerprint
+        read, version = partial(_read, raw, number, column, folder), dataset._fingerprint
         found.append(Example(f"{name}/{number}", read, texts, said, version))
     return reading.finish(found, "it needs a column of pictures and one of captions")
 
 
-def _read(dataset: Any, number: int, column: str) -> bytes:
-    value = dataset[number][column]
-    content = value.get("bytes") if isinstance(value, dict) else None
-    if content:
+def _pictures_in_rows(raw: Any, column: str) -> list[int]:
+    """How many pictures each row has, found without reading them."""
+    counts: list[int] = []
+    for batch in raw.iter(1000):
+        values = batch[column]
+        if "list" in str(values.type)[:10]:
+            counts += [n or 0 for n in values.combine_chunks().value_lengths().to_pylist()]
+        else:
+            counts += [int(valid) for valid in values.is_valid().to_pylist()]
+    return counts
+
+
+def _read(raw: Any, number: int, column: str, folder: Path) -> bytes:
+    (value,) = raw[number][column].to_pylist()
+    value = value[0] if isinstance(value, list) else value
+    if isinstance(value, bytes):
+        return value
+    if content := value.get("bytes"):
         return content
-    path = value.get("path") if isinstance(value, dict) else value
-    if not path:
+    if not (path := value.get("path")):
         raise UserError(f"Row {number} has no picture: {captions.NO_PICTURE}.")
-    return read_bytes(path)
+    return read_bytes(folder / path if is_file(folder / path) else path)

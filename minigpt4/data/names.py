@@ -1,9 +1,11 @@
 """Picture files by the names that tables and annotations use, which may come from other systems."""
 
+import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from minigpt4.model.image import has_picture_name
 
@@ -17,48 +19,69 @@ def is_hidden(name: str) -> bool:
 
 
 class PictureFinder:
-    """Finds pictures in the first of several folders that contains them.
+    """Finds pictures in groups of folders, of which the first that has the name counts.
 
-    A name is found as it stands, with backslashes for slashes, in another Unicode normalization or
-    case, and with another picture ending or without one, unless that leaves a choice. Of an
+    A name is found as it stands, without blanks and quotes around it, with backslashes for slashes,
+    in another Unicode normalization or case, and with another picture ending or without one. Of an
     absolute path from another machine, the longest end that exists counts.
     """
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = folders
+    def __init__(self, groups: Sequence[Sequence[Path]]) -> None:
+        self._groups = groups
         self._listings: dict[Path, _Listing] = {}
 
-    def find(self, name: str) -> Path | None:
-        """The file; None if there is none, or if it is ambiguous."""
-        name = name.strip().strip("\"'")
-        for folder in self._folders:
-            if name and is_file(folder / name):
-                return folder / name
-        name = name.replace("\\", "/")
-        parts = _ROOT.sub("", name).split("/")
-        ends = range(len(parts)) if _ROOT.match(name) else range(1)
-        for first in ends:
-            for folder in self._folders:
-                if found := self._descend(folder, parts[first:]):
-                    return found
-        return None
+    def find(self, name: str) -> list[Path]:
+        """The file; several if that leaves a choice, as between the folders of one group."""
+        names = _readings(name)
+        for written in names:
+            for group in self._groups:
+                if found := [f / written for f in group if written and is_file(f / written)]:
+                    return _distinct(found)
+        for written in names:
+            parts = _ROOT.sub("", written := written.replace("\\", "/")).split("/")
+            for first in range(len(parts)) if _ROOT.match(written) else range(1):
+                for group in self._groups:
+                    if found := [p for f in group for p in self._descend(f, parts[first:])]:
+                        return _distinct(found)
+        return []
 
-    def _descend(self, folder: Path, parts: list[str]) -> Path | None:
+    def _descend(self, folder: Path, parts: list[str]) -> list[Path]:
+        folders = [folder]
         for part in parts[:-1]:
-            if part in ("", "."):
-                continue
-            inner = ".." if part == ".." else self._list(folder).exact(part)
-            if inner is None:
-                return None
-            folder = folder / inner
+            if part == "..":
+                folders = [f / part for f in folders]
+            elif part not in ("", "."):
+                folders = [f / inner for f in folders for inner in self._list(f).exact(part)]
+            if not folders:
+                return []
+        return [p for f in folders for p in self._files(f, parts[-1])]
+
+    def _files(self, folder: Path, name: str) -> list[Path]:
         listing = self._list(folder)
-        names = (listing.exact(parts[-1]), listing.with_other_ending(parts[-1]))
-        return next((folder / n for n in names if n and is_file(folder / n)), None)
+        found = [folder / n for n in listing.exact(name)]
+        found = [p for p in found if is_file(p)] or [
+            folder / n for n in listing.with_other_ending(name)
+        ]
+        return [p for p in found if is_file(p)]
 
     def _list(self, folder: Path) -> "_Listing":
         if folder not in self._listings:
             self._listings[folder] = _Listing(folder)
         return self._listings[folder]
+
+
+def _readings(name: str) -> list[str]:
+    """What a written name may mean, in the order in which it is tried."""
+    bare = name.strip().strip("\"'")
+    found = [name, bare]
+    if bare[:7].lower() == "file://":
+        found.append(unquote(re.sub("(?i)^file://(localhost)?", "", bare)))
+    return list(dict.fromkeys([*found, re.sub(r"(\.\w+)#\d+$", r"\1", bare)]))  # Flickr8k's a.jpg#0
+
+
+def _distinct(paths: list[Path]) -> list[Path]:
+    """The paths without those that lead to the same file."""
+    return paths if len(paths) == 1 else list({os.path.realpath(p): p for p in paths}.values())
 
 
 class _Listing:
@@ -70,21 +93,30 @@ class _Listing:
         for name in _names_in(folder):
             self._names.setdefault(_folded(name), []).append(name)
             if has_picture_name(name):
-                self._stems.setdefault(_folded(name.rpartition(".")[0]), []).append(name)
+                self._stems.setdefault(_folded(_stem(name)), []).append(name)
 
-    def exact(self, name: str) -> str | None:
-        """The name itself, or the only one that differs in normalization or case alone."""
-        found = self._names.get(_folded(name), [])
-        normal = [n for n in found if _normal(n) == _normal(name)]
-        return name if name in found else _only(normal) or _only(found)
+    def exact(self, name: str) -> list[str]:
+        """The name itself, or else those that differ in normalization alone, or else in case."""
+        return _nearest(self._names.get(_folded(name), []), name, str)
 
-    def with_other_ending(self, name: str) -> str | None:
-        """The only picture with this name before its ending."""
-        if added := self._stems.get(_folded(name)):
-            return _only(added)
-        if not has_picture_name(name):
-            return None
-        return _only(self._stems.get(_folded(name.rpartition(".")[0]), []))
+    def with_other_ending(self, name: str) -> list[str]:
+        """The pictures with this name before their endings."""
+        added = _nearest(self._stems.get(_folded(name), []), name, _stem)
+        if added or not has_picture_name(name):
+            return added
+        return _nearest(self._stems.get(_folded(_stem(name)), []), _stem(name), _stem)
+
+
+def _nearest(names: list[str], wanted: str, part: Callable[[str], str]) -> list[str]:
+    """Those of the names whose part is most like the wanted one."""
+    for form in (str, _normal):
+        if same := [name for name in names if form(part(name)) == form(wanted)]:
+            return same
+    return names
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _names_in(folder: Path) -> Iterator[str]:
@@ -108,7 +140,3 @@ def _normal(name: str) -> str:
 
 def _folded(name: str) -> str:
     return _normal(_normal(name).casefold())
-
-
-def _only(names: list[str]) -> str | None:
-    return names[0] if len(names) == 1 else None

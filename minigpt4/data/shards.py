@@ -1,9 +1,10 @@
 """WebDataset shards: uncompressed tar files, indexed once and read at offsets."""
 
 import glob
+import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,19 @@ def expand(pattern: str) -> list[Path]:
     if missing or not paths:
         name = printable(missing[0] if missing else pattern)
         raise UserError(f"There is no shard {name}: check the path.")
-    return [Path(p) for p in paths]
+    return [Path(p) for p in dict.fromkeys(paths)]
+
+
+def names_of(shards: Sequence[Path]) -> list[str]:
+    """A name for each shard that no other has: without its ending, and where several share that,
+    with its folders below the one that has them all."""
+    stems = [shard.stem for shard in shards]
+    if len({*stems}) == len(shards):
+        return stems
+    common = os.path.commonpath([shard.parent.absolute() for shard in shards])
+    paths = [shard.absolute().relative_to(common) for shard in shards]
+    names = [path.with_suffix("").as_posix() for path in paths]
+    return names if len({*names}) == len(shards) else [path.as_posix() for path in paths]
 
 
 def _in_braces(pattern: str) -> Iterator[str]:

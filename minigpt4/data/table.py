@@ -15,7 +15,7 @@ from minigpt4.data.conversations import (
     is_conversation,
     pictures_in,
     texts_of,
-    without_placeholders,
+    without_marks,
 )
 from minigpt4.data.examples import Collected, Example, Text, fields_of, picture_name
 from minigpt4.data.files import local_path, parse_jsonl, printable, read_text, shortened
@@ -27,6 +27,7 @@ SUFFIXES = (".csv", ".tsv", *JSON_LINES)
 # Names that a column or a field may have; the first one with a value counts.
 PICTURE = (
     "file_name",
+    "file_names",
     "filename",
     "file",
     "image",
@@ -75,16 +76,23 @@ def read_table(where: str | Path, instructions: tuple[str, ...] = ()) -> list[Ex
     return read_rows(path, _csv_rows(path, text), instructions, folders, cells=True)
 
 
-def picture_folders(folder: Path) -> list[Path]:
-    """Where the pictures of a table in this folder are looked for."""
-    return [folder, folder / "images", folder / "image"]
+def picture_folders(folder: Path) -> list[list[Path]]:
+    """Where the pictures of a table in this folder are looked for, as for `PictureFinder`: the
+    folder, its images/ or image/, then its other folders."""
+    first = [[folder], [folder / "images"], [folder / "image"]]
+    return [*first, [f for f in folders_in(folder) if [f] not in first]]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden."""
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not is_hidden(f.name))
 
 
 def read_rows(
     path: Path,
     rows: Iterable[tuple[str, Row]],
     instructions: tuple[str, ...],
-    folders: list[Path],
+    folders: list[list[Path]],
     cells: bool = False,
 ) -> list[Example]:
     """The pictures that rows name with their captions, or with the answers of conversations.
@@ -177,8 +185,14 @@ def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple
     while (first := reader.line_num) < len(lines):
         try:
             cells = next(reader)
-            if reader.line_num > first + 1:
-                list(csv.reader(lines[first : reader.line_num], delimiter=mark, strict=True))
+            record = lines[first : reader.line_num]
+            try:
+                list(csv.reader(record, delimiter=mark, strict=True))
+            except csv.Error:
+                if len(record) > 1:
+                    raise
+                # A text such as “"Stop" sign”: its quotes are its own.
+                cells = next(csv.reader(record, delimiter=mark, quoting=csv.QUOTE_NONE))
         except csv.Error as error:
             start = f"Line {first + 1 + skipped} of {printable(path)}"
             if "field limit" in str(error):
@@ -244,5 +258,7 @@ def texts_of_row(
     found, reason = choose_captions(fields_of(row), cells or not questions)
     if not found:
         raise NotUsable(reason)
-    asked = (without_placeholders("\n".join([*questions, *more])),) if questions else instructions
-    return tuple(Text(caption, asked, history_of(row)) for caption in found), found
+    question = "\n".join([*questions, *more]) if questions else ""
+    *earlier, (question, _) = without_marks([*history_of(row), (question, "")])
+    asked = (question,) if question else instructions
+    return tuple(Text(caption, asked, tuple(earlier)) for caption in found), found

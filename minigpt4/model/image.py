@@ -217,6 +217,8 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
 
     Hidden files and subfolders are skipped. UserError where there are no pictures.
     """
+    if path == "":
+        raise UserError("The name of a picture is empty: check the variable that it comes from.")
     path = Path(path)
     name = shown_name(path)
     if _is_address(path):

@@ -1,7 +1,7 @@
 """The published recipe extended, so that a small model learns from few pictures."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class ExtendedTrainer(Trainer):
         self.basis: Tensor | None = None  # features are multiplied by it
         self.reward = CiderReward({})
         self.rewards: list[float] = []  # mean reward of each picture since the start
-        self._agreement: dict[str, dict[str, float]] = {}  # picture -> caption -> weight
+        self._agreement: dict[Hashable, dict[str, float]] = {}  # picture -> caption -> weight
         super().__init__(model, examples, recipe, *others, **more)
 
     def _prepare(self) -> None:
@@ -73,7 +73,7 @@ class ExtendedTrainer(Trainer):
             projection.weight.data = projection.weight.data @ eigenvectors
         if recipe.samples or recipe.consensus:
             captioned = [e for e in self.examples if len(e.captions) > 1]
-            self.reward = CiderReward({e.key: e.captions for e in captioned})
+            self.reward = CiderReward({_identity(e): e.captions for e in captioned})
 
     # --- features ---------------------------------------------------------------------------
 
@@ -141,11 +141,11 @@ class ExtendedTrainer(Trainer):
         captions = example.captions
         if not self.recipe.consensus or len(captions) < 2:
             return [1.0] * len(texts)
-        if example.key not in self._agreement:
-            scores = torch.tensor(self.reward.agreement(example.key))
+        if (picture := _identity(example)) not in self._agreement:
+            scores = torch.tensor(self.reward.agreement(picture))
             shares = (scores / self.recipe.consensus).softmax(0) * len(captions)
-            self._agreement[example.key] = dict(zip(captions, shares.tolist(), strict=True))
-        return [self._agreement[example.key].get(text.answer, 1.0) for text in texts]
+            self._agreement[picture] = dict(zip(captions, shares.tolist(), strict=True))
+        return [self._agreement[picture].get(text.answer, 1.0) for text in texts]
 
     def _sample_answers(
         self,
@@ -167,7 +167,7 @@ class ExtendedTrainer(Trainer):
             questions = [question_of(rows[i][0]) for i in members]
             drawn = self._draw(questions, features[members], generator)
             for i, question, answers in zip(members, questions, drawn, strict=True):
-                rewards = self._score(self.examples[chosen[i][0]].key, answers)
+                rewards = self._score(self.examples[chosen[i][0]], answers)
                 rows[i] = [answered(question, ids) for ids in answers]
                 weights[i] = [recipe.reward_weight * a for a in advantages(rewards)]
                 temperatures[i] = [recipe.sample_temperature] * len(answers)
@@ -200,19 +200,24 @@ class ExtendedTrainer(Trainer):
         limit = recipe.schedule.max_caption_tokens
         return sample(model, inputs, recipe.samples, limit, recipe.sample_temperature, generator)
 
-    def _score(self, key: str, answers: Sequence[Sequence[int]]) -> list[float]:
+    def _score(self, example: Example, answers: Sequence[Sequence[int]]) -> list[float]:
         """The CIDEr of each answer to a picture; their mean is noted in `rewards`."""
         tokenizer = self.model.tokenizer
         rewards = []
         for ids in answers:
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            rewards.append(self.reward(key, text, ids[-1] == tokenizer.eos_token_id))
+            rewards.append(self.reward(_identity(example), text, ids[-1] == tokenizer.eos_token_id))
         self.rewards.append(sum(rewards) / len(rewards))
         return rewards
 
     def _progress(self) -> str:
         recent = self.rewards[-400:]
         return f", CIDEr of samples {sum(recent) / len(recent):.3f}" if recent else ""
+
+
+def _identity(example: Example) -> Hashable:
+    """What tells a picture from one of the same name in data that is mixed in."""
+    return example.key, example.captions
 
 
 def _check_samples(model: MiniGPT4, recipe: ExtendedRecipe) -> None:

@@ -4,7 +4,8 @@ others (Luo, 2020)."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class CiderReward:
     word: otherwise a text could stop after "with a" at no cost.
     """
 
-    def __init__(self, references: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, references: Mapping[Any, Sequence[str]]) -> None:
         counted = {k: [_ngrams(_words(t)) for t in texts] for k, texts in references.items()}
         self._frequency: Counter = Counter()
         for texts in counted.values():
@@ -34,12 +35,12 @@ class CiderReward:
         self._log_count = math.log(max(2, len(counted)))
         self._references = {k: [self._vectors(c) for c in texts] for k, texts in counted.items()}
 
-    def __call__(self, key: str, text: str, ended: bool = True) -> float:
+    def __call__(self, key: Hashable, text: str, ended: bool = True) -> float:
         """A score of 1.0 is 100 in papers. ended: the model ended the text itself."""
         vectors = self._vectors(_ngrams(_words(text, ended)))
         return self._score(vectors, self._references[key])
 
-    def agreement(self, key: str) -> list[float]:
+    def agreement(self, key: Hashable) -> list[float]:
         """The score of each of a picture's references against its others."""
         references = self._references[key]
         return [
