@@ -572,3 +572,8 @@ def test_in_a_drawing_the_detector_counts_less():
     )
     assert photo[0].tolist() == pytest.approx([0, 0.5, 0.1])
     assert drawn[0].tolist() == pytest.approx([0.9, 0.1, 0.01])
+
+
+def test_an_empty_folder_name_is_not_the_current_folder(capsys):
+    assert main(["train", "--model", "mini", "--data", ""]) == 2
+    assert "path is empty" in capsys.readouterr().err

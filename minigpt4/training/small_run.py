@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minigpt4.config import ClassesAndObjects, ModelConfig, PooledMap, Words
+from minigpt4.data.files import local_path
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
@@ -41,7 +42,7 @@ _FITTED = 5000  # pictures that the start is fitted to
 def train(options: argparse.Namespace, config: ModelConfig) -> None:
     """Train, or go on where the run in `options.out` ended."""
     check_options(options, config)
-    pictures = read(Path(options.data))
+    pictures = read(local_path(options.data))
     torch.set_num_threads(options.threads)
     model, adapted = opened(options, config)
     out = Path(options.out)
