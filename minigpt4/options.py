@@ -61,6 +61,14 @@ def number(least: float | None = None, below: float | None = None) -> Callable[[
     return read
 
 
+def secret(text: str) -> str:
+    """A key as a header can hold it, without the line break that files of secrets end in."""
+    key = text.strip()
+    if not (key and key.isascii() and key.isprintable()):
+        raise ArgumentTypeError("must be letters, digits and signs of ASCII, and not be empty")
+    return key
+
+
 def one_of(*names: str) -> Callable[[str], str]:
     """A reader of one of these words."""
 
@@ -286,6 +294,7 @@ REMOTE_LLM = (
         "The API key of these servers. Prefer the environment variable: other users of this "
         "machine can see command lines.",
         "",
+        secret,
         metavar="KEY",
     ),
 )
@@ -337,7 +346,7 @@ CORS_ORIGINS = Option(
     "separated by commas; * for all. By default those of this machine.",
     metavar="ORIGINS",
 )
-API_KEY = Option("api-key", "Key that clients of the API must send.", metavar="KEY")
+API_KEY = Option("api-key", "Key that clients of the API must send.", read=secret, metavar="KEY")
 SERVER = (
     Option(
         "host",

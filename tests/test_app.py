@@ -27,6 +27,20 @@ def test_an_address_that_is_not_there(monkeypatch, capsys):
     assert capsys.readouterr().err == "app.py: There is no address “999.1.1.1”: check --host.\n"
 
 
+@pytest.mark.parametrize(
+    ("says", "arguments"),
+    [
+        ("--root-path is “/a b”: it must be a path", ["--root-path", "/a b"]),
+        ("--root-path is “/a?b”: it must be a path", ["--root-path", "/a?b"]),
+        ("--auth must be a name and a password", ["--auth", "ann:\n"]),
+    ],
+)
+def test_values_that_cannot_be_meant(capsys, says, arguments):
+    assert app.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

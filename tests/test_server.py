@@ -4,6 +4,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -55,6 +56,14 @@ ROOT = Path(__file__).parent.parent
 engine, address = engine_fixture(), address_fixture()
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No probe's result is given a second time."""
@@ -94,7 +103,7 @@ def test_an_api_key(engine):
 
 def test_the_pages_password(engine):
     """It keeps the page, and the API must not be a way around it."""
-    with served(lambda: engine, engine, "--auth", "ann:secret:s") as address:
+    with served(lambda: engine, engine, "--auth", "ann:secret:s\n") as address:
         assert httpx.get(address + "/config").status_code == 401
         assert httpx.get(address + "/v1/models").status_code == 401
         assert httpx.get(address + "/healthz").status_code == 200
@@ -112,10 +121,36 @@ def test_a_password_without_a_name(capsys):
 
 
 def test_under_a_proxys_path(engine):
-    with served(lambda: engine, engine, "--root-path", "/minigpt4") as address:
+    with served(lambda: engine, engine, "--root-path", "minigpt4/") as address:
         assert client(address).models.list().data  # the proxy took the path away
         assert client(address + "/minigpt4").models.list().data  # or left it there
-        assert "/minigpt4" in httpx.get(address + "/config").json()["root"]
+        assert httpx.get(address + "/config").json()["root"].endswith("/minigpt4")
+        for icon in httpx.get(address + "/manifest.json").json()["icons"]:
+            assert httpx.get(f"{address}/minigpt4/{icon['src']}").status_code == 200
+        described = httpx.get(address + "/v1/openapi.json").json()
+        assert described["servers"] == [{"url": "/minigpt4"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        (None, None),
+        ("/", ""),
+        (" /a/b/ ", "/a/b"),
+        ("https://example.org/a/", "https://example.org/a"),
+    ],
+)
+def test_a_proxys_path_is_read_in_one_form(given, path):
+    arguments = [] if given is None else ["--root-path", given]
+    assert Server(lambda: [], options(*arguments)).launching["root_path"] == path
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", " ::1 "])
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_an_ipv6_address(engine, host):
+    with served(lambda: engine, engine, "--host", host) as address:
+        assert address.startswith("http://[::1]:")
+        assert httpx.get(address + "/healthz").status_code == 200
 
 
 # --- health and metrics --------------------------------------------------------------------------

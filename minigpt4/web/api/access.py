@@ -36,7 +36,7 @@ class Keys:
             raise self._unauthorized("The API is closed: its operator must set an API key.")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Compared in constant time: how long it takes tells nothing about the key.
-        matches = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+        matches = hmac.compare_digest(given.strip(" \t").encode("latin-1"), self._key)
         if self._key and not (matches and scheme.lower() == "bearer"):
             sentence = "The API key is missing or wrong: send “Authorization: Bearer KEY”."
             raise self._unauthorized(sentence)

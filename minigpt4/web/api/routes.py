@@ -128,7 +128,9 @@ class Api:
         raise nowhere(f"/v1/{path}", request.method)
 
     async def _openapi(self, request: Request) -> Response:
-        return json_response(await run_in_threadpool(openapi.description))
+        described = await run_in_threadpool(openapi.description)
+        path = request.scope.get("root_path")
+        return json_response(described | ({"servers": [{"url": path}]} if path else {}))
 
     async def _models(self, request: Request) -> Response:
         described = [self._describe(engine) for engine in self._service.engines]
