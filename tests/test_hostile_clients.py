@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import httpx
 import psutil
@@ -31,6 +33,7 @@ from minigpt4.web.page import session as session_module
 from minigpt4.web.page.examples import QUESTIONS, in_folder
 from minigpt4.web.page.render import verbatim
 from tests.api_case import (
+    JSON,
     SETTINGS,
     address_fixture,
     at_rest,
@@ -490,6 +493,23 @@ def test_the_answer_to_a_body_that_is_not_read_arrives(address):
         content = b"--x\r\n" + b"a" * 500_000
         response = web.post(address + "/gradio_api/upload", headers=headers, content=content)
         assert 400 <= response.status_code < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/chat/completions", 413),
+        ("/v1/nope", 404),
+        ("/v1/models", 405),
+        ("/gradio_api/queue/join", 413),
+    ],
+)
+def test_a_refusal_arrives_at_who_sends_first_and_reads_then(address, path, status):
+    body = b" " * (TEXT_BYTES + 2**23)
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(address + path, body, JSON), timeout=60)
+    with refused.value as response:
+        assert response.code == status and response.read()
 
 
 def test_no_websockets(address):

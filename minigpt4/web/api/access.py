@@ -1,6 +1,7 @@
 """What a request must have before it is looked at: the key, and a body of bounded size and time."""
 
 import asyncio
+import contextlib
 import hmac
 import re
 from collections.abc import Sequence
@@ -8,12 +9,12 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError, printable
-from minigpt4.web.guard.limits import request_bytes
+from minigpt4.web.guard.limits import REST_BYTES, REST_SECONDS, request_bytes, waits
 
 BODY_SECONDS = 120  # to send a request
 THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -109,3 +110,15 @@ async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     except TimeoutError:
         raise ApiError("The request took too long to arrive: send it again.", 408) from None
     return body
+
+
+async def read_rest(request: Request) -> None:
+    """Read on before a refusal, within bounds: see REST_SECONDS."""
+    read = 0
+    # RuntimeError: all of it has been read.
+    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
+        async with asyncio.timeout(0 if waits(request.scope) else REST_SECONDS):
+            async for part in request.stream():
+                read += len(part)
+                if read > REST_BYTES:
+                    return
