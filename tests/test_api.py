@@ -277,6 +277,8 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "messages", "a user's message", {"messages": [{**HELLO[0], "role": "assistant"}]}),
         (400, "messages", "a user's message", {"messages": [{**HELLO[0], "role": "system"}]}),
         (400, "messages", "at most 16 pictures", {"messages": [question("?", *["data:"] * 17)]}),
+        (400, "messages[0].images", "as a part", {"messages": [HELLO[0] | {"images": ["AAAA"]}]}),
+        (400, "images", "as a part", {"images": "AAAA"}),
         (400, "messages", "too long", says("word " * 3000)),
         (400, "messages", "characters", says("x" * 200_001)),
         (400, PART, "fetches no pictures", image("http://127.0.0.1:9/a.png")),

@@ -112,6 +112,7 @@ def test_logprobs(address):
 
 AS_JSON = {"type": "json_schema", "name": "a"}
 NESTED = '{"type": "json_schema", "name": …, "schema": …}'  # as clients of chat completions do
+HELLO = {"role": "user", "content": "Hello?"}
 WRONG = {"type": "string", "pattern": "("}
 
 
@@ -123,6 +124,7 @@ WRONG = {"type": "string", "pattern": "("}
         ("input[0].content", "is missing", {"input": [{"role": "user"}]}),
         ("input[0].type", "only messages", {"input": [{"type": "function_call", "name": "f"}]}),
         ("input", "must be a list", {"input": 3}),
+        ("input[0].images", "input_image", {"input": [{**HELLO, "images": ["AAAA"]}]}),
         ("max_output_tokens", "max_output_tokens must be", {"max_output_tokens": 0}),
         ("previous_response_id", "keeps nothing", {"previous_response_id": "resp_1"}),
         ("conversation", "keeps nothing", {"conversation": "conv_1"}),

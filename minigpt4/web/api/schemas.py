@@ -168,6 +168,12 @@ def _only(sentence: str, **constraints: Any) -> Any:
 
 EMPTY = _only("is not supported: leave it out.", max_length=0)
 NO_TOOLS = _only("is not supported: this model calls no functions. Leave it out.", max_length=0)
+# Ollama's form. Without the pictures, the answer would be invented.
+NO_PICTURES = _only(
+    'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.',
+    alias="images",
+    max_length=0,
+)
 NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
 
@@ -183,6 +189,7 @@ class ChatMessage(Object):
         FailFast(),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None),
     ]
+    pictures_apart: Annotated[list | None, NO_PICTURES] = None
     tool_calls: Annotated[list | None, NO_TOOLS] = None
     function_call: Annotated[dict | None, NO_TOOLS] = None
 
@@ -283,6 +290,7 @@ class ChatRequest(Object):
     ] = None
     # Accepted while they ask for nothing.
     logit_bias: Annotated[dict | None, EMPTY] = None
+    pictures_apart: Annotated[list | None, NO_PICTURES] = None
     tools: Annotated[list | None, NO_TOOLS] = None
     functions: Annotated[list | None, NO_TOOLS] = None
     tool_choice: NoTool = None
