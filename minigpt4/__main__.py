@@ -175,7 +175,7 @@ def _add_push(commands) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from minigpt4.batch import ask_photos
+    from minigpt4.batch import ask_photos, not_asked_yet
     from minigpt4.conversation import Conversation, ask
     from minigpt4.model import image
 
@@ -192,6 +192,8 @@ def _ask(options: argparse.Namespace) -> None:
     conversation = Conversation()
     if single:  # before the model is loaded, so that a mistake shows at once
         conversation.add_question(question, [image.load(paths[0])])
+    elif options.out and not (paths := not_asked_yet(paths, question, options.out)):
+        return
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
         if single:
