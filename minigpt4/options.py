@@ -326,15 +326,17 @@ SAMPLING = (
         read=number(),
     ),
 )
-MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1), "N")
+MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1, 10_000), "N")
 MAX_RUNNING = Option(
     "max-running",
     "Maximum number of requests answered at once; with --llm-url, at each server.",
     32,
-    integer(1),
+    integer(1, 10_000),
     "N",
 )
-MAX_UPLOAD = Option("max-upload-mb", "Maximum size of a picture file, in MB.", 20, integer(1), "MB")
+MAX_UPLOAD = Option(
+    "max-upload-mb", "Maximum size of a picture file, in MB.", 20, integer(1, 1000), "MB"
+)
 IMAGE_HOSTS = Option(
     "image-hosts",
     "Hosts from which the API may fetch pictures, separated by commas. By default none.",
@@ -359,7 +361,13 @@ SERVER = (
     MAX_UPLOAD,
     MAX_QUEUE,
     MAX_RUNNING,
-    Option("kv-megabytes", "Memory for the key-value cache, in MB.", None, integer(1), "MB"),
+    Option(
+        "kv-megabytes",
+        "Memory for the key-value cache, in MB; at least what one conversation takes is used.",
+        None,
+        integer(1, 1_000_000),
+        "MB",
+    ),
     Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
     API_KEY,
     IMAGE_HOSTS,

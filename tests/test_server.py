@@ -260,6 +260,14 @@ def test_metrics(address, engine):
     assert after["process_resident_memory_bytes"] > 1e8
 
 
+def test_metrics_for_any_reader(address):
+    accept = {"Accept": "application/openmetrics-text;version=abc"}
+    response = httpx.get(address + "/metrics", headers=accept)
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain")
+    helped = re.findall(r"(?m)^# HELP (\S+) (.*)$", response.text)
+    assert not [name for name, text in helped if text in ("As in vLLM.", name.partition(":")[2])]
+
+
 def test_several_models(engine):
     other = Engine(ParityCase(ROOT / "tests" / "parity" / OTHER).load())
     service = ChatService(lambda: [engine, other], ImageUrls())
@@ -384,9 +392,11 @@ def test_options_from_the_environment(monkeypatch):
 
 def test_numbers_that_make_no_sense(capsys):
     for option in ("--max-running", "--max-queue", "--max-upload-mb", "--kv-megabytes"):
-        with pytest.raises(SystemExit):
-            options(option, "0")
-        assert f"{option}: must be an integer of at least 1, not “0”" in capsys.readouterr().err
+        for number in ("0", "9999999999"):
+            with pytest.raises(SystemExit):
+                options(option, number)
+            said = capsys.readouterr().err
+            assert f"{option}: must be an integer from 1 to 1" in said and f"not “{number}”" in said
 
 
 def test_draining(engine):
@@ -482,8 +492,10 @@ def allowed(address: str, origin: str, path: str = "/v1/models") -> tuple[str | 
     wants = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization",
+        "Access-Control-Request-Private-Network": "true",  # of a page that comes from the internet
     }
     before = httpx.options(address + path, headers={"Origin": origin, **wants})
+    assert (before.status_code == 200) == ("access-control-allow-origin" in before.headers)
     after = httpx.get(address + path, headers={"Origin": origin})
     name = "access-control-allow-origin"
     return before.headers.get(name), after.headers.get(name)

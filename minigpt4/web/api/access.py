@@ -83,6 +83,7 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=[*headers, "Retry-After"],
+        allow_private_network=True,
     )
 
 
