@@ -340,6 +340,8 @@ def nested(depth: int) -> dict:
         ("leads outside", {"$schema": "foo"}),
         ("contradict", {"enum": []}),
         ("“not” is not supported", {"not": {}}),
+        ("“propertyNames” is", {"type": "object", "propertyNames": {"minLength": 2}}),
+        ("“propertyNames” is", {"$defs": {"a": {}}, "items": [], "propertyNames": {"enum": ["a"]}}),
         ("“if” and “then” are", {"if": {}, "then": {}}),
         ("a type that", {"type": "colour"}),
         ("a format that", STRING | {"format": "regex"}),
@@ -360,10 +362,18 @@ def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason
         optional(400, additionalProperties=False),
         {"const": 2**53 - 1},
         {"type": "array", "items": {"$ref": "#"}},
+        {"type": "object", "propertyNames": STRING, "additionalProperties": STRING},
     ],
 )
-def test_a_schema_that_is_only_large_is_not_refused(engine, schema):
+def test_a_schema_that_is_only_large_or_says_nothing_is_not_refused(engine, schema):
     assert json_constraint(engine, schema)
+
+
+def test_a_property_may_be_called_as_a_keyword(engine):
+    schema = {"properties": {"propertyNames": STRING}, "required": ["propertyNames"]}
+    schema |= {"type": "object", "additionalProperties": False}
+    matcher = json_constraint(engine, schema)._matcher
+    assert b"propertyNames" in matcher.compute_ff_bytes()
 
 
 def test_a_schema_that_fails_on_the_way_ends_the_answer_with_the_same_sentence(address, caplog):

@@ -123,6 +123,7 @@ WRONG = {"type": "string", "pattern": "("}
         ("input[0].role", "input[0].role must be", {"input": [{"role": "x", "content": "a"}]}),
         ("input[0].content", "is missing", {"input": [{"role": "user"}]}),
         ("input[0].type", "only messages", {"input": [{"type": "function_call", "name": "f"}]}),
+        ("input[0]", "send the message itself", {"input": [{"type": "item_reference", "id": "a"}]}),
         ("input", "must be a list", {"input": 3}),
         ("input[0].images", "input_image", {"input": [{**HELLO, "images": ["AAAA"]}]}),
         ("max_output_tokens", "max_output_tokens must be", {"max_output_tokens": 0}),

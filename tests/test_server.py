@@ -326,10 +326,13 @@ def test_chat(gradio, tmp_path):
 @pytest.mark.parametrize(
     ("says", "arguments"),
     [
-        ("is empty", {"message": " "}),
+        ("^message is empty", {"message": " "}),
+        (r"^history\[0\] must be an object", {"message": "Hello?", "history": [["a", "b"]]}),
+        (r"^history\[0\].role must", {"message": "?", "history": [{"role": 1}], "system": "a"}),
+        ("^system must be a string", {"message": "Hello?", "system": 5}),
         ("temperature must be", {"message": "Hello?", "temperature": "hot"}),
         ("history must be", {"message": "Hello?", "history": "Hello?"}),
-        ("content must be", {"message": 3}),
+        ("^message must be", {"message": 3}),
         ("uploaded file", {"message": "Hello?", "image": "picture.png"}),
     ],
 )

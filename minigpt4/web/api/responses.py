@@ -120,6 +120,10 @@ def _message(item: Any, place: int) -> Any:
     kind = item.get("type") or "message"
     if kind == "reasoning":
         return {"role": "system", "content": ""}
+    if kind == "item_reference":
+        sentence = f"input[{place}] refers to an earlier output, which this server does not keep: "
+        sentence += "send the message itself (clients do so with store: false)."
+        raise ApiError(sentence, param=f"input[{place}]")
     if kind != "message":
         name = printable(kind) if isinstance(kind, str) else "unknown"
         sentence = f"input[{place}] is of type “{name}”: only messages are supported."
