@@ -254,7 +254,7 @@ def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespa
 
 # --- options that several commands share --------------------------------------------------------
 
-MODEL = Option("model", f"Model: auto, {', '.join(MODELS)}.", "auto", metavar="NAME")
+MODEL = Option("model", f"Model: auto, {', '.join(MODELS)}.", "auto", str.strip, "NAME")
 QUANTIZE = Option(
     "quantize",
     "Precision of the language model's weights. auto: w8a16 (int8 weights, 16-bit activations) for "

@@ -33,6 +33,7 @@ def test_an_address_that_is_not_there(monkeypatch, capsys):
         ("--root-path is “/a b”: it must be a path", ["--root-path", "/a b"]),
         ("--root-path is “/a?b”: it must be a path", ["--root-path", "/a?b"]),
         ("--auth must be a name and a password", ["--auth", "ann:\n"]),
+        ("--llm-key is for the servers of --llm-url", ["--llm-key", "sk"]),
     ],
 )
 def test_values_that_cannot_be_meant(capsys, says, arguments):
@@ -67,6 +68,7 @@ def test_models_that_cannot_be_offered_together(capsys, says, arguments):
 
 
 def test_each_model_has_its_own_options():
+    assert app.options(["--model", " nano "]).model == "nano"
     chosen = app.options(["--model", "nano, mini", "--device", "cpu"])
     assert [one.model for one in run.one_by_one(chosen)] == ["nano", "mini"]
     assert {one.device for one in run.one_by_one(chosen)} == {"cpu"}

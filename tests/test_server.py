@@ -27,7 +27,7 @@ from minigpt4.conversation import Conversation
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Prompt
-from minigpt4.web.api.access import Keys
+from minigpt4.web.api.access import Keys, cors
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.image_url import ImageUrls
@@ -514,16 +514,20 @@ def test_web_pages_of_other_origins(engine):
         assert refused.status_code == 400 and "--cors-origins" in refused.text
         assert chat in refused.text
     with served(
-        lambda: engine, engine, "--cors-origins", f"{chat}, http://10.0.0.5:8080"
+        lambda: engine, engine, "--cors-origins", "HTTPS://Chat.example.org:443/, http://[::1]:8080"
     ) as address:
         assert allowed(address, chat) == allowed(address, chat, "/v1/none") == (chat, chat)
+        assert allowed(address, "http://[::1]:8080")[0]
         assert allowed(address, "http://localhost:3000") == (None, None)
         answer = httpx.get(address + "/v1/models", headers={"Origin": chat})
         assert "X-Dropped-Turns" in answer.headers["access-control-expose-headers"]
     with served(lambda: engine, engine, "--cors-origins", "*") as address:
         assert allowed(address, chat) == ("*", "*")
-    with (
-        pytest.raises(UserError, match="without a path"),
-        served(lambda: engine, engine, "--cors-origins", "chat.example.org"),
-    ):
-        pass
+
+
+@pytest.mark.parametrize(
+    "origin", ["chat.example.org", "https://*.example.org", "https://a.org/x", "https://a.org?x"]
+)
+def test_origins_that_no_web_page_has(origin):
+    with pytest.raises(UserError, match="which is no origin"):
+        cors(origin)

@@ -6,6 +6,7 @@ import hmac
 import re
 from collections.abc import Sequence
 
+import httpx
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -70,12 +71,7 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
     origins: as in --cors-origins, None for those of this machine; headers: those of the answers
     that scripts may read.
     """
-    named = [origin.strip().rstrip("/") for origin in (origins or "").split(",") if origin.strip()]
-    for origin in named:
-        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-            raise UserError(
-                "--cors-origins must name origins such as https://chat.example.org, without a path."
-            )
+    named = [_origin(origin.strip()) for origin in (origins or "").split(",") if origin.strip()]
     return Middleware(
         Cors,
         allow_origins=named,
@@ -85,6 +81,22 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
         expose_headers=[*headers, "Retry-After"],
         allow_private_network=True,
     )
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: in lower case, without the usual port."""
+    if text == "*":
+        return text
+    try:
+        if not re.fullmatch(r"https?://[^/\s?#@*]+/?", text.lower()):
+            raise httpx.InvalidURL(text)
+        address = httpx.URL(text.lower())
+    except httpx.InvalidURL:
+        raise UserError(
+            f"--cors-origins names “{text}”, which is no origin: name each in full, without a "
+            "path, as https://chat.example.org."
+        ) from None
+    return f"{address.scheme}://{address.netloc.decode('ascii')}"
 
 
 async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
