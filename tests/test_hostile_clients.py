@@ -1,6 +1,7 @@
 """Clients that do not keep to the protocol, on a real server: afterwards the next request works."""
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -200,6 +201,26 @@ def test_the_sweeper_leaves_what_is_in_use(tmp_path):
     left = {str(path) for path in tmp_path.rglob("*.*")}
     assert left == {str(tmp_path / "a/kept.png"), *pictures} and len(pictures) == len(QUESTIONS)
     assert not (tmp_path / "b").exists() and not (tmp_path / "tmpcut").exists()
+
+
+def test_a_full_disk_keeps_no_server_from_starting_and_ending(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    before = in_folder(tmp_path)
+    (shown := Path(min(before))).unlink()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gradio.processing_utils.tempfile.mkstemp", full)
+    app = SimpleNamespace(get_blocks=lambda: SimpleNamespace(temp_file_sets=[]))
+
+    async def run() -> None:
+        async with uploads.sweeping(app, in_folder):
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert in_folder(tmp_path) == before - {str(shown)}
+    assert "Traceback" not in caplog.text and "No space left" in caplog.records[-1].getMessage()
 
 
 def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
