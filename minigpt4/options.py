@@ -382,7 +382,7 @@ SERVER = (
     Option("root-path", "Path under which a proxy serves the page, such as /chat.", metavar="PATH"),
     Option(
         "shutdown-seconds",
-        "Time that running answers have to finish after SIGTERM, in seconds.",
+        "Time that running answers have to finish after SIGTERM or Ctrl-C, in seconds.",
         25.0,
         number(0),
         "SECONDS",

@@ -424,6 +424,19 @@ def test_draining_does_not_wait_for_ever(engine):
         list(stream)
 
 
+def test_ctrl_c_lets_answers_end(monkeypatch, capsys):
+    monkeypatch.setattr("minigpt4.web.server.FLUSH_SECONDS", 0)
+    engine, page = Mock(running=1), Mock()
+    engine.drain.return_value = True
+    server, before = Server(lambda: [engine], options()), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), server.until_terminated(page):
+        signal.raise_signal(signal.SIGINT)
+    engine.drain.assert_called_once_with(25.0)
+    assert engine.close.called and page.close.called
+    assert "Answers have 25 s to end" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def _request(max_new_tokens):
     prompt = Prompt()
     prompt.add_tokens([1, 2, 3])

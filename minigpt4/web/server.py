@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from minigpt4.engine import AnyEngine
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.elsewhere import refuse
 from minigpt4.web.api.mcp import McpGate, check_package
@@ -34,6 +34,7 @@ from minigpt4.web.guard.limits import Limits, mcp_bytes
 from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
 
+ENDING = (signal.SIGTERM, signal.SIGINT)
 FLUSH_SECONDS = 0.5  # for the last of the answers to reach the page
 
 log = logging.getLogger(__name__)
@@ -128,23 +129,30 @@ class Server:
 
     @contextmanager
     def until_terminated(self, page: gr.Blocks) -> Iterator[None]:
-        """On SIGTERM, refuse new questions and give running answers `shutdown_seconds`. A second
-        SIGTERM ends the program at once."""
+        """On SIGTERM or Ctrl-C, refuse new questions and give running answers `shutdown_seconds`. A
+        second one ends the program at once. KeyboardInterrupt after Ctrl-C."""
 
-        def terminate(*_: object) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            raise _Terminated
+        def terminate(number: int, _: object) -> None:
+            for ending in ENDING:
+                signal.signal(ending, signal.SIG_DFL)
+            raise _Terminated(number)
 
-        before = signal.signal(signal.SIGTERM, terminate)
+        before = {ending: signal.signal(ending, terminate) for ending in ENDING}
         try:
             yield
-        except _Terminated:
-            self._end(page)
+        except _Terminated as terminated:
+            by_hand = terminated.args == (signal.SIGINT,)
+            self._end(page, by_hand)
+            if by_hand:
+                raise KeyboardInterrupt from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for ending, handler in before.items():
+                signal.signal(ending, handler)
 
-    def _end(self, page: gr.Blocks) -> None:
+    def _end(self, page: gr.Blocks, by_hand: bool) -> None:
         if engines := self._find_engines():
+            if by_hand and any(engine.running or engine.waiting for engine in engines):
+                say(f"Answers have {self._options.shutdown_seconds:g} s to end; Ctrl-C cuts them.")
             with ThreadPoolExecutor(len(engines)) as pool:
                 seconds = self._options.shutdown_seconds
                 drained = [*pool.map(lambda engine: engine.drain(seconds), engines)]
@@ -174,7 +182,8 @@ async def _no_such_event(request: Request, error: KeyError) -> Response:
 
 
 class _Terminated(BaseException):
-    """Like KeyboardInterrupt, not an Exception: no other handler may catch it."""
+    """The signal's number. Like KeyboardInterrupt, not an Exception: no other handler may catch
+    it."""
 
 
 def _root_path(text: str | None) -> str | None:
