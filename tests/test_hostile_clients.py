@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import logging
 import os
 import re
 import socket
@@ -533,7 +534,9 @@ def test_a_refusal_arrives_at_who_sends_first_and_reads_then(address, path, stat
         assert response.code == status and response.read()
 
 
-def test_no_websockets(address):
+def test_no_websockets(address, caplog):
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
     with connect(address) as line:
         line.sendall(
             b"GET /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
@@ -541,6 +544,10 @@ def test_no_websockets(address):
             b"Sec-WebSocket-Version: 13\r\n\r\n"
         )
         assert b" 101 " not in line.recv(100)
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": ""}
+    assert httpx.get(address + "/healthz", headers=upgrade).status_code == 200
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
