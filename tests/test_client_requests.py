@@ -169,7 +169,11 @@ def test_a_refusal_that_is_sent_back_is_an_answer():
     part = {"type": "refusal", "refusal": "I cannot."}
     request, ignored = read_chat({"messages": [*HELLO, SAID | {"content": [part]}, *HELLO]})
     assert request.messages[1].text == "I cannot." and not ignored
+    apart = SAID | {"content": None, "refusal": "I cannot."}
+    request, ignored = read_chat({"messages": [*HELLO, apart, *HELLO]})
+    assert request.messages[1].text == "I cannot." and not ignored
     for message, path in (
+        (HELLO[0] | {"refusal": "No."}, "messages[0].content"),
         (HELLO[0] | {"content": [part]}, "messages[0].content"),
         (SAID | {"content": [part | {"refusal": 1}]}, "messages[0].content[0].refusal"),
     ):
@@ -205,6 +209,7 @@ def test_values_that_mean_not_set_or_nearly_zero():
     assert (request.max_tokens, request.seed, request.top_k) == (None, None, None)
     assert request.temperature == 0 and request.stop == ["a"] and request.n == 1 and not ignored
     assert 0 < request.top_p < 0.001
+    assert not read_chat({"messages": HELLO, "logit_bias": {"5": 0, "6": 0.0}})[0].logit_bias
     renamed, _ = read_chat({"messages": HELLO, "repeat_penalty": 1.2})
     assert renamed.repetition_penalty == 1.2
 

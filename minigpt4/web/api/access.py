@@ -105,7 +105,7 @@ async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     ApiError 413 where it is larger, 408 where it takes more than `BODY_SECONDS`, 400 where it is
     compressed.
     """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError("The body is compressed: send plain JSON, without Content-Encoding.")
     limit = request_bytes(max_picture_bytes)
     sentence = f"The request is larger than {limit / 2**20:.0f} MB: scale pictures down."
