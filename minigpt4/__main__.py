@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ from minigpt4.web import run as server
 
 if TYPE_CHECKING:
     from minigpt4.conversation import Conversation
+
+
+COMMANDS = "/image FILE adds a picture, /new starts again, /quit ends."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +179,7 @@ def _add_push(commands) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from minigpt4.batch import ask_photos
+    from minigpt4.batch import ask_photos, not_asked_yet
     from minigpt4.conversation import Conversation, ask
     from minigpt4.model import image
 
@@ -192,6 +196,8 @@ def _ask(options: argparse.Namespace) -> None:
     conversation = Conversation()
     if single:  # before the model is loaded, so that a mistake shows at once
         conversation.add_question(question, [image.load(paths[0])])
+    elif options.out and not (paths := not_asked_yet(paths, question, options.out)):
+        return
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
         if single:
@@ -247,17 +253,20 @@ def _chat(options: argparse.Namespace) -> None:
     from minigpt4.conversation import Conversation
     from minigpt4.model import image
 
+    with suppress(ImportError):  # input() then edits lines, and remembers them
+        import readline  # noqa: F401
+
     pictures = [image.load(path) for path in options.photos]
     given = start.given_sampling(options)
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
         conversation = Conversation()
         _look_ahead(engine, conversation, pictures)
-        start.say("Ask a question. /image FILE adds a picture, /new starts again, /quit ends.")
+        start.say(f"Ask a question. {COMMANDS}")
         while True:
             try:
                 line = input("> ").strip()
-            except EOFError:
+            except (EOFError, RuntimeError):  # the input has ended, or was closed from the start
                 return
             try:
                 match line.split(maxsplit=1):
@@ -272,6 +281,8 @@ def _chat(options: argparse.Namespace) -> None:
                     case ["/image", path]:
                         pictures.append(image.load(path.strip("\"'")))
                         _look_ahead(engine, conversation, pictures)
+                    case [word, *_] if re.fullmatch(r"/\w*", word):  # a path has more
+                        start.say(f"There is no command “{line}”. {COMMANDS}")
                     case _:
                         conversation = _turn(engine, conversation, line, pictures, sampling)
                         pictures = []

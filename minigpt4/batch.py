@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.data.examples import Example
-from minigpt4.data.files import printable
+from minigpt4.data.files import parse_jsonl, printable, read_text, repair_jsonl
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
@@ -216,10 +216,37 @@ class Batch(Generic[BatchEngine]):
             )
 
 
+def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> list[Path]:
+    """The photos without a line in the file `out`, so that a run that was interrupted goes on.
+
+    The file is created. OSError where it cannot be written, UserError where it holds other things.
+    """
+    file = Path(out)
+    if file.is_fifo() or file.is_char_device():  # a pipe, or /dev/stdout
+        return [*paths]
+    with open(file, "a", encoding="utf-8"):
+        pass
+    text = read_text(file)
+    begun = text.startswith('{"photo": ')
+    records = [*parse_jsonl(file, text, "photo", "question", cut_end=True)] if begun else []
+    if any(record["question"] != question for _, record in records) or text and not begun:
+        raise UserError(
+            f"{printable(out)} has something other than answers to this question: name another "
+            "file with --out."
+        )
+    repair_jsonl(file)
+    done = {record["photo"] for _, record in records}
+    left = [path for path in paths if _encodable(path) not in done]
+    if done:
+        say(f"{out} has {len(paths) - len(left)} of {len(paths)} photos already.")
+    return left
+
+
 def ask_photos(
     engine: "AnyEngine", paths: Sequence[Path], question: str, sampling: Sampling, out: str | None
 ) -> None:
-    """One question about many photos: JSON lines to the file `out`, or text to standard output.
+    """One question about many photos: JSON lines to the end of the file `out`, or text to standard
+    output.
 
     UserError where no photo got an answer.
     """
@@ -230,7 +257,7 @@ def ask_photos(
 
     with (
         Batch(engine) as batch,
-        open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
+        open(out, "a", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
         tqdm(total=len(paths), unit="photo", disable=None if out else True) as bar,
     ):
         for asked, outcome in batch.completions(map(about, paths), sampling):

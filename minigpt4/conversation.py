@@ -332,9 +332,9 @@ def fit(
         return prompt, dropped
     what = "question" if trim else "conversation"
     raise UserError(
-        f"The {what} is too long: with its pictures it takes {len(prompt)} tokens, and "
-        f"{max(0, config.context - needed)} fit beside an answer of {needed}; shorten it"
-        + (" or allow a shorter answer." if needed > 1 else "."),
+        f"The {what} is too long: {'with its pictures ' if prompt.images else ''}it takes "
+        f"{len(prompt)} tokens, and {max(0, config.context - needed)} fit beside an answer of "
+        f"{needed}; shorten it" + (" or allow a shorter answer." if needed > 1 else "."),
         "too_long",
     )
 

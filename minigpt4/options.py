@@ -63,6 +63,14 @@ def number(
     return read
 
 
+def secret(text: str) -> str:
+    """A key as a header can hold it, without the line break that files of secrets end in."""
+    key = text.strip()
+    if not (key and key.isascii() and key.isprintable()):
+        raise ArgumentTypeError("must be letters, digits and signs of ASCII, and not be empty")
+    return key
+
+
 def one_of(*names: str) -> Callable[[str], str]:
     """A reader of one of these words."""
 
@@ -256,7 +264,7 @@ def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespa
 
 # --- options that several commands share --------------------------------------------------------
 
-MODEL = Option("model", f"Model: auto, {', '.join(MODELS)}.", "auto", metavar="NAME")
+MODEL = Option("model", f"Model: auto, {', '.join(MODELS)}.", "auto", str.strip, "NAME")
 QUANTIZE = Option(
     "quantize",
     "Precision of the language model's weights. auto: w8a16 (int8 weights, 16-bit activations) for "
@@ -296,6 +304,7 @@ REMOTE_LLM = (
         "The API key of these servers. Prefer the environment variable: other users of this "
         "machine can see command lines.",
         "",
+        secret,
         metavar="KEY",
     ),
 )
@@ -327,15 +336,17 @@ SAMPLING = (
         read=number(),
     ),
 )
-MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1), "N")
+MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1, 10_000), "N")
 MAX_RUNNING = Option(
     "max-running",
     "Maximum number of requests answered at once; with --llm-url, at each server.",
     32,
-    integer(1),
+    integer(1, 10_000),
     "N",
 )
-MAX_UPLOAD = Option("max-upload-mb", "Maximum size of a picture file, in MB.", 20, integer(1), "MB")
+MAX_UPLOAD = Option(
+    "max-upload-mb", "Maximum size of a picture file, in MB.", 20, integer(1, 1000), "MB"
+)
 IMAGE_HOSTS = Option(
     "image-hosts",
     "Hosts from which the API may fetch pictures, separated by commas. By default none.",
@@ -347,7 +358,7 @@ CORS_ORIGINS = Option(
     "separated by commas; * for all. By default those of this machine.",
     metavar="ORIGINS",
 )
-API_KEY = Option("api-key", "Key that clients of the API must send.", metavar="KEY")
+API_KEY = Option("api-key", "Key that clients of the API must send.", read=secret, metavar="KEY")
 SERVER = (
     Option(
         "host",
@@ -360,7 +371,13 @@ SERVER = (
     MAX_UPLOAD,
     MAX_QUEUE,
     MAX_RUNNING,
-    Option("kv-megabytes", "Memory for the key-value cache, in MB.", None, integer(1), "MB"),
+    Option(
+        "kv-megabytes",
+        "Memory for the key-value cache, in MB; at least what one conversation takes is used.",
+        None,
+        integer(1, 1_000_000),
+        "MB",
+    ),
     Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
     API_KEY,
     IMAGE_HOSTS,
@@ -375,7 +392,7 @@ SERVER = (
     Option("root-path", "Path under which a proxy serves the page, such as /chat.", metavar="PATH"),
     Option(
         "shutdown-seconds",
-        "Time that running answers have to finish after SIGTERM, in seconds.",
+        "Time that running answers have to finish after SIGTERM or Ctrl-C, in seconds.",
         25.0,
         number(0),
         "SECONDS",

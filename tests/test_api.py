@@ -232,7 +232,10 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "temperature", "temperature must be a number", {"temperature": True}),
         (400, "max_tokens", "max_tokens must be", {"max_tokens": 1.5}),
         (400, "max_completion_tokens", "max_completion_tokens must", {"max_completion_tokens": 0}),
-        (400, "seed", "seed must be", {"seed": -2}),
+        (400, "seed", "or -1", {"seed": -2}),
+        (400, "top_k", "or -1", {"top_k": -2}),
+        (400, "top_p", "from 0.0 up to 1.0", {"top_p": 2}),
+        (400, "logit_bias", "not supported", {"logit_bias": {"5": 0, "6": 1}}),
         (400, "max_tokens", "at least 1, or -1", {"max_tokens": -2}),
         (400, "truncation", "must be auto or disabled", {"truncation": "middle"}),
         (400, "num_beams", "num_beams must be", {"num_beams": 99}),
@@ -277,7 +280,9 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "messages", "a user's message", {"messages": [{**HELLO[0], "role": "assistant"}]}),
         (400, "messages", "a user's message", {"messages": [{**HELLO[0], "role": "system"}]}),
         (400, "messages", "at most 16 pictures", {"messages": [question("?", *["data:"] * 17)]}),
-        (400, "messages", "too long", says("word " * 3000)),
+        (400, "messages[0].images", "as a part", {"messages": [HELLO[0] | {"images": ["AAAA"]}]}),
+        (400, "images", "as a part", {"images": "AAAA"}),
+        (400, "messages", "too long: it takes", says("word " * 3000)),
         (400, "messages", "characters", says("x" * 200_001)),
         (400, PART, "fetches no pictures", image("http://127.0.0.1:9/a.png")),
         (400, PART, "must begin with data:", image("file:///etc/passwd")),
@@ -417,6 +422,9 @@ def test_a_compressed_body_is_refused(address):
     body = gzip.compress(json.dumps({"messages": HELLO}).encode())
     response = post(address, body, headers={"Content-Encoding": "gzip"})
     assert response.status_code == 400 and "Content-Encoding" in response.json()["error"]["message"]
+    assert post(address, {"messages": []}, headers={"Content-Encoding": ""}).json()["error"][
+        "param"
+    ]
 
 
 @pytest.mark.trust("Text", "emoji, right-to-left text, lone surrogates, NUL, control characters")

@@ -27,6 +27,21 @@ def test_an_address_that_is_not_there(monkeypatch, capsys):
     assert capsys.readouterr().err == "app.py: There is no address “999.1.1.1”: check --host.\n"
 
 
+@pytest.mark.parametrize(
+    ("says", "arguments"),
+    [
+        ("--root-path is “/a b”: it must be a path", ["--root-path", "/a b"]),
+        ("--root-path is “/a?b”: it must be a path", ["--root-path", "/a?b"]),
+        ("--auth must be a name and a password", ["--auth", "ann:\n"]),
+        ("--llm-key is for the servers of --llm-url", ["--llm-key", "sk"]),
+    ],
+)
+def test_values_that_cannot_be_meant(capsys, says, arguments):
+    assert app.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,6 +68,7 @@ def test_models_that_cannot_be_offered_together(capsys, says, arguments):
 
 
 def test_each_model_has_its_own_options():
+    assert app.options(["--model", " nano "]).model == "nano"
     chosen = app.options(["--model", "nano, mini", "--device", "cpu"])
     assert [one.model for one in run.one_by_one(chosen)] == ["nano", "mini"]
     assert {one.device for one in run.one_by_one(chosen)} == {"cpu"}

@@ -1,7 +1,9 @@
 """Conversations on a tiny real model: trimming, stopping, several pictures, reproducible draws."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
 
@@ -212,6 +214,29 @@ def test_a_failed_answer_in_the_terminal_takes_its_question_back(tmp_path, monke
     roles = [[m.role for m in conversation.messages] for conversation in engine.asked]
     assert roles[1:] == [["user", "assistant"], ["user", "assistant"] * 2]
     assert len(engine.asked[1].messages[0].images) == 1  # the photo goes with the next question
+
+
+def test_what_is_typed_in_the_terminal(monkeypatch, capsys):
+    """No question: commands that are misspelt. A question: one that begins with a path."""
+    engine = FakeEngine(0.0)
+    monkeypatch.setattr(start, "open_engine", lambda options: engine)
+    monkeypatch.setattr(chat, "ask", FakeAnswer)
+    monkeypatch.delitem(sys.modules, "readline", raising=False)
+    wrong = ["/iamge x.jpg", "/new chat", "/help", "/"]
+    lines = iter([*wrong, "/home/x is what?"])
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise RuntimeError("input(): lost sys.stdin") from None  # as with <&-
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert main(["chat"]) == 0
+    said = capsys.readouterr().err
+    assert all(f"There is no command “{line}”." in said for line in wrong)
+    assert [c.messages[0].parts for c in engine.asked] == [("/home/x is what?",)]
+    assert ("readline" in sys.modules) == (find_spec("readline") is not None)
 
 
 def test_pictures_are_encoded_while_the_user_types(tmp_path, monkeypatch):

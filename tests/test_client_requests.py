@@ -169,7 +169,11 @@ def test_a_refusal_that_is_sent_back_is_an_answer():
     part = {"type": "refusal", "refusal": "I cannot."}
     request, ignored = read_chat({"messages": [*HELLO, SAID | {"content": [part]}, *HELLO]})
     assert request.messages[1].text == "I cannot." and not ignored
+    apart = SAID | {"content": None, "refusal": "I cannot."}
+    request, ignored = read_chat({"messages": [*HELLO, apart, *HELLO]})
+    assert request.messages[1].text == "I cannot." and not ignored
     for message, path in (
+        (HELLO[0] | {"refusal": "No."}, "messages[0].content"),
         (HELLO[0] | {"content": [part]}, "messages[0].content"),
         (SAID | {"content": [part | {"refusal": 1}]}, "messages[0].content[0].refusal"),
     ):
@@ -205,6 +209,7 @@ def test_values_that_mean_not_set_or_nearly_zero():
     assert (request.max_tokens, request.seed, request.top_k) == (None, None, None)
     assert request.temperature == 0 and request.stop == ["a"] and request.n == 1 and not ignored
     assert 0 < request.top_p < 0.001
+    assert not read_chat({"messages": HELLO, "logit_bias": {"5": 0, "6": 0.0}})[0].logit_bias
     renamed, _ = read_chat({"messages": HELLO, "repeat_penalty": 1.2})
     assert renamed.repetition_penalty == 1.2
 
@@ -340,6 +345,8 @@ def nested(depth: int) -> dict:
         ("leads outside", {"$schema": "foo"}),
         ("contradict", {"enum": []}),
         ("“not” is not supported", {"not": {}}),
+        ("“propertyNames” is", {"type": "object", "propertyNames": {"minLength": 2}}),
+        ("“propertyNames” is", {"$defs": {"a": {}}, "items": [], "propertyNames": {"enum": ["a"]}}),
         ("“if” and “then” are", {"if": {}, "then": {}}),
         ("a type that", {"type": "colour"}),
         ("a format that", STRING | {"format": "regex"}),
@@ -360,10 +367,18 @@ def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason
         optional(400, additionalProperties=False),
         {"const": 2**53 - 1},
         {"type": "array", "items": {"$ref": "#"}},
+        {"type": "object", "propertyNames": STRING, "additionalProperties": STRING},
     ],
 )
-def test_a_schema_that_is_only_large_is_not_refused(engine, schema):
+def test_a_schema_that_is_only_large_or_says_nothing_is_not_refused(engine, schema):
     assert json_constraint(engine, schema)
+
+
+def test_a_property_may_be_called_as_a_keyword(engine):
+    schema = {"properties": {"propertyNames": STRING}, "required": ["propertyNames"]}
+    schema |= {"type": "object", "additionalProperties": False}
+    matcher = json_constraint(engine, schema)._matcher
+    assert b"propertyNames" in matcher.compute_ff_bytes()
 
 
 def test_a_schema_that_fails_on_the_way_ends_the_answer_with_the_same_sentence(address, caplog):

@@ -1,7 +1,9 @@
 """Clients that do not keep to the protocol, on a real server: afterwards the next request works."""
 
 import asyncio
+import errno
 import json
+import logging
 import os
 import re
 import socket
@@ -11,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import httpx
 import psutil
@@ -31,6 +35,7 @@ from minigpt4.web.page import session as session_module
 from minigpt4.web.page.examples import QUESTIONS, in_folder
 from minigpt4.web.page.render import verbatim
 from tests.api_case import (
+    JSON,
     SETTINGS,
     address_fixture,
     at_rest,
@@ -197,6 +202,26 @@ def test_the_sweeper_leaves_what_is_in_use(tmp_path):
     left = {str(path) for path in tmp_path.rglob("*.*")}
     assert left == {str(tmp_path / "a/kept.png"), *pictures} and len(pictures) == len(QUESTIONS)
     assert not (tmp_path / "b").exists() and not (tmp_path / "tmpcut").exists()
+
+
+def test_a_full_disk_keeps_no_server_from_starting_and_ending(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    before = in_folder(tmp_path)
+    (shown := Path(min(before))).unlink()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gradio.processing_utils.tempfile.mkstemp", full)
+    app = SimpleNamespace(get_blocks=lambda: SimpleNamespace(temp_file_sets=[]))
+
+    async def run() -> None:
+        async with uploads.sweeping(app, in_folder):
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert in_folder(tmp_path) == before - {str(shown)}
+    assert "Traceback" not in caplog.text and "No space left" in caplog.records[-1].getMessage()
 
 
 def test_sweeping_goes_on_and_ends_clean(tmp_path, monkeypatch):
@@ -492,7 +517,26 @@ def test_the_answer_to_a_body_that_is_not_read_arrives(address):
         assert 400 <= response.status_code < 500
 
 
-def test_no_websockets(address):
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/chat/completions", 413),
+        ("/v1/nope", 404),
+        ("/v1/models", 405),
+        ("/gradio_api/queue/join", 413),
+    ],
+)
+def test_a_refusal_arrives_at_who_sends_first_and_reads_then(address, path, status):
+    body = b" " * (TEXT_BYTES + 2**23)
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(address + path, body, JSON), timeout=60)
+    with refused.value as response:
+        assert response.code == status and response.read()
+
+
+def test_no_websockets(address, caplog):
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
     with connect(address) as line:
         line.sendall(
             b"GET /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
@@ -500,6 +544,10 @@ def test_no_websockets(address):
             b"Sec-WebSocket-Version: 13\r\n\r\n"
         )
         assert b" 101 " not in line.recv(100)
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": ""}
+    assert httpx.get(address + "/healthz", headers=upgrade).status_code == 200
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

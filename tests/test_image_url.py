@@ -99,6 +99,29 @@ def test_a_named_host(host):
     assert read(ImageUrls([host.name]), f"{host.url}/to?/picture.png") == PICTURE
 
 
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [
+        ("EXAMPLE.org", "example.org"),
+        ("example.org:80", "example.org:80"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("[::1]:8080", "::1:8080"),
+        ("xn--mller-kva.example", "müller.example"),
+    ],
+)
+def test_a_host_is_read_in_one_form(given, host):
+    assert ImageUrls([f" {given} "]).hosts == {host}
+
+
+@pytest.mark.parametrize(
+    "host", ["https://a.org/path", "*", "*.a.org", "a.org/x", "a b", "a:b", "x@a"]
+)
+def test_hosts_that_no_address_has(host):
+    with pytest.raises(UserError, match="which is no host"):
+        ImageUrls([host])
+
+
 @pytest.mark.parametrize("hosts", [[], ["example.org"], ["127.0.0.1:1"], ["0.0.1"], [""]])
 def test_another_host_is_never_asked(host, hosts):
     for url in (

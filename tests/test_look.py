@@ -1,6 +1,7 @@
 """How the page looks and is operated: its order, its windows, keys and fingers."""
 
 import re
+from urllib.parse import urljoin
 
 import pytest
 from PIL import Image
@@ -225,11 +226,13 @@ def test_an_answer_is_read_aloud(visit):
 
 def test_it_can_be_installed(visit):
     page = visit()
-    manifest = page.locator("link[rel=manifest]").evaluate("e => e.href")
+    link = page.locator("link[rel=manifest]")
+    expect(link).to_have_attribute("href", "manifest.json")  # below --root-path
+    manifest = link.evaluate("e => e.href")
     told = page.request.get(manifest).json()
     assert told["name"] == "MiniGPT-4" and told["display"] == "standalone"
     for icon in told["icons"]:
-        assert page.request.get(page.url.rstrip("/") + icon["src"]).ok
+        assert page.request.get(urljoin(manifest, icon["src"])).ok
 
 
 def test_a_note_for_those_whose_language_the_model_does_not_speak(visit, photo):

@@ -11,7 +11,7 @@ import pytest
 from minigpt4 import options
 from minigpt4.__main__ import _parser, main
 from minigpt4.errors import UserError
-from minigpt4.options import Option, Parser, integer, number, one_of, switch
+from minigpt4.options import Option, Parser, integer, number, one_of, secret, switch
 
 ROOT = Path(__file__).parent.parent
 DECLARED = (
@@ -20,6 +20,7 @@ DECLARED = (
     Option("ratio", "A share.", 0.5, number(0, below=1)),
     Option("kind", "A choice.", "auto", one_of("auto", "none")),
     Option("beside", "A list.", many=True),
+    Option("key", "A key.", "", secret),
 )
 
 
@@ -44,9 +45,11 @@ def test_defaults_and_the_command_line():
         "ratio": 0.5,
         "kind": "auto",
         "beside": [],
+        "key": "",
     }
     chosen = parse("--share", "--max-queue=4", "--beside", "a", "--beside", "b", "--kind", "none")
     assert (chosen.share, chosen.max_queue, chosen.beside) == (True, 4, ["a", "b"])
+    assert parse("--key", "sk-abc\n").key == "sk-abc"
     assert chosen.kind == "none" and parse("--share", "--no-share").share is False
 
 
@@ -73,6 +76,9 @@ def test_a_switch_that_is_off(text, monkeypatch):
         ("ratio", "1", "must be a number of at least 0 and less than 1"),
         ("ratio", "nan", "must be a number of at least 0 and less than 1"),
         ("kind", "nf5", "must be one of auto, none, not “nf5”"),
+        ("key", " ", "must be letters, digits and signs of ASCII, and not be empty"),
+        ("key", "clé", "must be letters, digits and signs of ASCII"),
+        ("key", "a\nb", "must be letters, digits and signs of ASCII"),
     ],
 )
 def test_invalid_values_are_refused_by_name(name, value, sentence, monkeypatch, capsys):

@@ -304,7 +304,7 @@ def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path):
         (["--llm-url", url], "say which model"),
         (["--llm-url", url, "--model", "nano", "--quantize", "int8"], "--quantize is for"),
         (["--llm-url", "ftp://x", "--model", "nano"], "is not a server's address"),
-        (["--llm-url", url, "--model", "nano"], "servers do not answer"),
+        (["--llm-url", url, "--model", "nano"], "): check --llm-url and the server's log."),
     ):
         assert main(["ask", photo, "What?", *arguments]) == 2
         last = capsys.readouterr().err.splitlines()[-1]

@@ -112,6 +112,7 @@ def test_logprobs(address):
 
 AS_JSON = {"type": "json_schema", "name": "a"}
 NESTED = '{"type": "json_schema", "name": …, "schema": …}'  # as clients of chat completions do
+HELLO = {"role": "user", "content": "Hello?"}
 WRONG = {"type": "string", "pattern": "("}
 
 
@@ -122,7 +123,10 @@ WRONG = {"type": "string", "pattern": "("}
         ("input[0].role", "input[0].role must be", {"input": [{"role": "x", "content": "a"}]}),
         ("input[0].content", "is missing", {"input": [{"role": "user"}]}),
         ("input[0].type", "only messages", {"input": [{"type": "function_call", "name": "f"}]}),
-        ("input", "must be a list", {"input": 3}),
+        ("input[0]", "send the message itself", {"input": [{"type": "item_reference", "id": "a"}]}),
+        ("input", "a string or a list of messages", {"input": 3}),
+        ("input", "a string or a list of messages", {"input": HELLO}),
+        ("input[0].images", "input_image", {"input": [{**HELLO, "images": ["AAAA"]}]}),
         ("max_output_tokens", "max_output_tokens must be", {"max_output_tokens": 0}),
         ("previous_response_id", "keeps nothing", {"previous_response_id": "resp_1"}),
         ("conversation", "keeps nothing", {"conversation": "conv_1"}),

@@ -4,6 +4,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from minigpt4.conversation import Conversation
 from minigpt4.engine import Engine, Request, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Prompt
-from minigpt4.web.api.access import Keys
+from minigpt4.web.api.access import Keys, cors
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.image_url import ImageUrls
@@ -53,6 +54,14 @@ ROOT = Path(__file__).parent.parent
 
 
 engine, address = engine_fixture(), address_fixture()
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +103,7 @@ def test_an_api_key(engine):
 
 def test_the_pages_password(engine):
     """It keeps the page, and the API must not be a way around it."""
-    with served(lambda: engine, engine, "--auth", "ann:secret:s") as address:
+    with served(lambda: engine, engine, "--auth", "ann:secret:s\n") as address:
         assert httpx.get(address + "/config").status_code == 401
         assert httpx.get(address + "/v1/models").status_code == 401
         assert httpx.get(address + "/healthz").status_code == 200
@@ -112,10 +121,36 @@ def test_a_password_without_a_name(capsys):
 
 
 def test_under_a_proxys_path(engine):
-    with served(lambda: engine, engine, "--root-path", "/minigpt4") as address:
+    with served(lambda: engine, engine, "--root-path", "minigpt4/") as address:
         assert client(address).models.list().data  # the proxy took the path away
         assert client(address + "/minigpt4").models.list().data  # or left it there
-        assert "/minigpt4" in httpx.get(address + "/config").json()["root"]
+        assert httpx.get(address + "/config").json()["root"].endswith("/minigpt4")
+        for icon in httpx.get(address + "/manifest.json").json()["icons"]:
+            assert httpx.get(f"{address}/minigpt4/{icon['src']}").status_code == 200
+        described = httpx.get(address + "/v1/openapi.json").json()
+        assert described["servers"] == [{"url": "/minigpt4"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        (None, None),
+        ("/", ""),
+        (" /a/b/ ", "/a/b"),
+        ("https://example.org/a/", "https://example.org/a"),
+    ],
+)
+def test_a_proxys_path_is_read_in_one_form(given, path):
+    arguments = [] if given is None else ["--root-path", given]
+    assert Server(lambda: [], options(*arguments)).launching["root_path"] == path
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", " ::1 "])
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_an_ipv6_address(engine, host):
+    with served(lambda: engine, engine, "--host", host) as address:
+        assert address.startswith("http://[::1]:")
+        assert httpx.get(address + "/healthz").status_code == 200
 
 
 # --- health and metrics --------------------------------------------------------------------------
@@ -225,6 +260,14 @@ def test_metrics(address, engine):
     assert after["process_resident_memory_bytes"] > 1e8
 
 
+def test_metrics_for_any_reader(address):
+    accept = {"Accept": "application/openmetrics-text;version=abc"}
+    response = httpx.get(address + "/metrics", headers=accept)
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain")
+    helped = re.findall(r"(?m)^# HELP (\S+) (.*)$", response.text)
+    assert not [name for name, text in helped if text in ("As in vLLM.", name.partition(":")[2])]
+
+
 def test_several_models(engine):
     other = Engine(ParityCase(ROOT / "tests" / "parity" / OTHER).load())
     service = ChatService(lambda: [engine, other], ImageUrls())
@@ -283,10 +326,13 @@ def test_chat(gradio, tmp_path):
 @pytest.mark.parametrize(
     ("says", "arguments"),
     [
-        ("is empty", {"message": " "}),
+        ("^message is empty", {"message": " "}),
+        (r"^history\[0\] must be an object", {"message": "Hello?", "history": [["a", "b"]]}),
+        (r"^history\[0\].role must", {"message": "?", "history": [{"role": 1}], "system": "a"}),
+        ("^system must be a string", {"message": "Hello?", "system": 5}),
         ("temperature must be", {"message": "Hello?", "temperature": "hot"}),
         ("history must be", {"message": "Hello?", "history": "Hello?"}),
-        ("content must be", {"message": 3}),
+        ("^message must be", {"message": 3}),
         ("uploaded file", {"message": "Hello?", "image": "picture.png"}),
     ],
 )
@@ -349,9 +395,11 @@ def test_options_from_the_environment(monkeypatch):
 
 def test_numbers_that_make_no_sense(capsys):
     for option in ("--max-running", "--max-queue", "--max-upload-mb", "--kv-megabytes"):
-        with pytest.raises(SystemExit):
-            options(option, "0")
-        assert f"{option}: must be an integer of at least 1, not “0”" in capsys.readouterr().err
+        for number in ("0", "9999999999"):
+            with pytest.raises(SystemExit):
+                options(option, number)
+            said = capsys.readouterr().err
+            assert f"{option}: must be an integer from 1 to 1" in said and f"not “{number}”" in said
 
 
 def test_draining(engine):
@@ -374,6 +422,19 @@ def test_draining_does_not_wait_for_ever(engine):
     other.close()
     with pytest.raises(UserError, match="ending"):
         list(stream)
+
+
+def test_ctrl_c_lets_answers_end(monkeypatch, capsys):
+    monkeypatch.setattr("minigpt4.web.server.FLUSH_SECONDS", 0)
+    engine, page = Mock(running=1), Mock()
+    engine.drain.return_value = True
+    server, before = Server(lambda: [engine], options()), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), server.until_terminated(page):
+        signal.raise_signal(signal.SIGINT)
+    engine.drain.assert_called_once_with(25.0)
+    assert engine.close.called and page.close.called
+    assert "Answers have 25 s to end" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def _request(max_new_tokens):
@@ -447,8 +508,10 @@ def allowed(address: str, origin: str, path: str = "/v1/models") -> tuple[str | 
     wants = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization",
+        "Access-Control-Request-Private-Network": "true",  # of a page that comes from the internet
     }
     before = httpx.options(address + path, headers={"Origin": origin, **wants})
+    assert (before.status_code == 200) == ("access-control-allow-origin" in before.headers)
     after = httpx.get(address + path, headers={"Origin": origin})
     name = "access-control-allow-origin"
     return before.headers.get(name), after.headers.get(name)
@@ -464,16 +527,20 @@ def test_web_pages_of_other_origins(engine):
         assert refused.status_code == 400 and "--cors-origins" in refused.text
         assert chat in refused.text
     with served(
-        lambda: engine, engine, "--cors-origins", f"{chat}, http://10.0.0.5:8080"
+        lambda: engine, engine, "--cors-origins", "HTTPS://Chat.example.org:443/, http://[::1]:8080"
     ) as address:
         assert allowed(address, chat) == allowed(address, chat, "/v1/none") == (chat, chat)
+        assert allowed(address, "http://[::1]:8080")[0]
         assert allowed(address, "http://localhost:3000") == (None, None)
         answer = httpx.get(address + "/v1/models", headers={"Origin": chat})
         assert "X-Dropped-Turns" in answer.headers["access-control-expose-headers"]
     with served(lambda: engine, engine, "--cors-origins", "*") as address:
         assert allowed(address, chat) == ("*", "*")
-    with (
-        pytest.raises(UserError, match="without a path"),
-        served(lambda: engine, engine, "--cors-origins", "chat.example.org"),
-    ):
-        pass
+
+
+@pytest.mark.parametrize(
+    "origin", ["chat.example.org", "https://*.example.org", "https://a.org/x", "https://a.org?x"]
+)
+def test_origins_that_no_web_page_has(origin):
+    with pytest.raises(UserError, match="which is no origin"):
+        cors(origin)

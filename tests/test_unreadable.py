@@ -112,6 +112,42 @@ def test_photos_that_are_missing_or_damaged(tmp_path, capsys, monkeypatch):
     assert "What does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("one_engine")
+def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_MODEL", "nano")
+    folder, out = write_captioned(tmp_path / "photos", 2), tmp_path / "answers.jsonl"
+    line = json.dumps({"photo": str(folder / "0.jpg"), "question": "What?", "answer": "Kept."})
+    out.write_text(line + '\n{"photo": "cut')
+    asked = ["ask", str(folder), "What?", "--out", str(out), "--max-new-tokens", "2"]
+    assert main(asked) == 0
+    first, second = out.read_text().splitlines()
+    assert first == line and json.loads(second)["photo"].endswith("1.jpg")
+    monkeypatch.setattr("minigpt4.start.open_engine", lambda _: pytest.fail("nothing is left"))
+    assert main(asked) == 0 and out.read_text().count("\n") == 2
+    assert "has 2 of 2 photos already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("says", "content"),
+    [
+        ("something other than answers to this question", "My notes"),
+        ("something other than answers to this question", '{"photo": "a", "question": "Who?"}\n'),
+        ("must be a JSON object with “question”", '{"photo": "a"}\n'),
+        ("is a folder", None),
+    ],
+)
+def test_a_file_of_answers_that_cannot_be_used_is_refused_first(
+    tmp_path, capsys, monkeypatch, says, content
+):
+    monkeypatch.setattr("minigpt4.start.open_engine", lambda _: pytest.fail("it was loaded"))
+    photo, out = str(write_captioned(tmp_path / "photos", 1) / "0.jpg"), tmp_path / "a.jsonl"
+    out.write_text(content) if content else out.mkdir()
+    assert main(["ask", photo, "What?", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+    assert not content or out.read_text() == content
+
+
 def test_names_of_photos_on_a_terminal(tmp_path, capsys):
     engine = SimpleNamespace(max_waiting=1, close=lambda: None)  # no picture gets so far
     path, out = tmp_path / "a\n\x1b[31m.jpg", tmp_path / "answers.jsonl"

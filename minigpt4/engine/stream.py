@@ -19,7 +19,7 @@ BROKEN = "Something went wrong while answering; please try again."
 NO_MEMORY = "There was not enough memory for this answer; try a shorter conversation."
 HANGING = "The model stopped responding; please try again in a minute."
 LOST = "The GPU has failed; the program must be restarted."
-ENDING = "The program is ending."
+ENDING = "The program is ending; please try again in a minute."
 StopReason = Literal["", "stop", "length", "time", "closed", "error"]
 KINDS: dict[str, Kind] = {
     FULL: "queue_full",

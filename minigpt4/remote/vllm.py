@@ -171,6 +171,9 @@ class VllmServers:
 
     async def probe(self, seconds: float) -> bool:
         outcomes = await self.probe_all(seconds)
+        for url, error in outcomes.items():
+            if error is not None:
+                log.warning("%s: %s", url, error)
         return any(outcome is None for outcome in outcomes.values())
 
     async def probe_all(self, seconds: float) -> dict[str, UserError | None]:
@@ -186,8 +189,11 @@ class VllmServers:
             except TimeoutError:
                 error = UserError(f"{server.url} gave no token within {seconds:g} s.", "hanging")
             except Unavailable as why:
-                log.warning("%s: %s", server.url, why)
                 error = why.error
+                if error.kind == "hanging":
+                    reason = " ".join(str(why).split())[:200]
+                    sentence = f"The language model's server does not answer ({reason}): check "
+                    error = UserError(sentence + "--llm-url and the server's log.", "hanging")
             except UserError as why:
                 error = why
             server.down_until = 0.0 if error is None else time.monotonic() + DOWN_SECONDS

@@ -3,6 +3,7 @@
 import argparse
 import html
 import logging
+import re
 import signal
 import socket
 import time
@@ -16,11 +17,11 @@ import gradio as gr
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from minigpt4.engine import AnyEngine
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.elsewhere import refuse
 from minigpt4.web.api.mcp import McpGate, check_package
@@ -33,6 +34,7 @@ from minigpt4.web.guard.limits import Limits, mcp_bytes
 from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
 
+ENDING = (signal.SIGTERM, signal.SIGINT)
 FLUSH_SECONDS = 0.5  # for the last of the answers to reach the page
 
 log = logging.getLogger(__name__)
@@ -46,13 +48,14 @@ def start_server(page: gr.Blocks, options: argparse.Namespace, **settings: Any) 
     """
     gradio_patches.apply()
     gradio_patches.tune_queue(page)
+    host = options.host.strip().removeprefix("[").removesuffix("]")
     try:
-        socket.getaddrinfo(options.host, options.port)
+        socket.getaddrinfo(host, options.port)
     except (OSError, UnicodeError):
         raise UserError(f"There is no address “{options.host}”: check --host.") from None
     try:
         _, address, _ = page.launch(
-            server_name=options.host,
+            server_name=f"[{host}]" if ":" in host else host,  # Gradio puts it into a URL
             server_port=options.port,
             footer_links=[],
             show_error=False,
@@ -91,6 +94,7 @@ class Server:
         image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
         self.chat_service = ChatService(find_engines, image_urls)
         self._keys = Keys(options.api_key or "", self._auth is not None)
+        self._root_path = _root_path(options.root_path)
         self.offers_mcp = options.mcp
         if self.offers_mcp:
             check_package()
@@ -100,7 +104,8 @@ class Server:
     def routes(self) -> list[BaseRoute]:
         """They come before the page's own."""
         origins = self._options.cors_origins
-        return endpoints(self.chat_service, self._keys, self._max_bytes, origins)
+        programs = endpoints(self.chat_service, self._keys, self._max_bytes, origins)
+        return [Route("/manifest.json", _manifest), *programs]
 
     @property
     def launching(self) -> dict[str, Any]:
@@ -119,28 +124,35 @@ class Server:
                 ],
             },
             "auth": self._auth,
-            "root_path": self._options.root_path,
+            "root_path": self._root_path,
         }
 
     @contextmanager
     def until_terminated(self, page: gr.Blocks) -> Iterator[None]:
-        """On SIGTERM, refuse new questions and give running answers `shutdown_seconds`. A second
-        SIGTERM ends the program at once."""
+        """On SIGTERM or Ctrl-C, refuse new questions and give running answers `shutdown_seconds`. A
+        second one ends the program at once. KeyboardInterrupt after Ctrl-C."""
 
-        def terminate(*_: object) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            raise _Terminated
+        def terminate(number: int, _: object) -> None:
+            for ending in ENDING:
+                signal.signal(ending, signal.SIG_DFL)
+            raise _Terminated(number)
 
-        before = signal.signal(signal.SIGTERM, terminate)
+        before = {ending: signal.signal(ending, terminate) for ending in ENDING}
         try:
             yield
-        except _Terminated:
-            self._end(page)
+        except _Terminated as terminated:
+            by_hand = terminated.args == (signal.SIGINT,)
+            self._end(page, by_hand)
+            if by_hand:
+                raise KeyboardInterrupt from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for ending, handler in before.items():
+                signal.signal(ending, handler)
 
-    def _end(self, page: gr.Blocks) -> None:
+    def _end(self, page: gr.Blocks, by_hand: bool) -> None:
         if engines := self._find_engines():
+            if by_hand and any(engine.running or engine.waiting for engine in engines):
+                say(f"Answers have {self._options.shutdown_seconds:g} s to end; Ctrl-C cuts them.")
             with ThreadPoolExecutor(len(engines)) as pool:
                 seconds = self._options.shutdown_seconds
                 drained = [*pool.map(lambda engine: engine.drain(seconds), engines)]
@@ -152,6 +164,16 @@ class Server:
         page.close(verbose=False)
 
 
+async def _manifest(_: Request) -> Response:
+    """Gradio's own names icons outside --root-path."""
+    icons = [
+        {"src": f"pwa_icon/{size}", "sizes": f"{size}x{size}", "type": "image/png"}
+        for size in (192, 512)
+    ]
+    about = {"name": "MiniGPT-4", "icons": icons, "start_url": "./", "display": "standalone"}
+    return JSONResponse(about, media_type="application/manifest+json")
+
+
 async def _no_such_event(request: Request, error: KeyError) -> Response:
     """Gradio looks an event's number up without checking that there is one."""
     if request.url.path.endswith(("/queue/join", "/run/predict")):
@@ -160,13 +182,24 @@ async def _no_such_event(request: Request, error: KeyError) -> Response:
 
 
 class _Terminated(BaseException):
-    """Like KeyboardInterrupt, not an Exception: no other handler may catch it."""
+    """The signal's number. Like KeyboardInterrupt, not an Exception: no other handler may catch
+    it."""
+
+
+def _root_path(text: str | None) -> str | None:
+    """With a slash at its beginning and none at its end; a whole address stays one."""
+    if text is None:
+        return None
+    path = text.strip(" /")
+    if re.search(r"[\s?#]", path):
+        raise UserError(f"--root-path is “{text}”: it must be a path such as /chat.")
+    return path if not path or re.match("https?://", path) else f"/{path}"
 
 
 def _user_and_password(text: str | None) -> tuple[str, str] | None:
     if not text:
         return None
-    user, _, password = text.partition(":")
+    user, _, password = text.rstrip("\r\n").partition(":")  # a file of secrets ends in a line break
     if not user.strip() or not password:
         raise UserError("--auth must be a name and a password: --auth ann:secret.")
     return user.strip(), password

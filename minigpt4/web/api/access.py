@@ -1,19 +1,21 @@
 """What a request must have before it is looked at: the key, and a body of bounded size and time."""
 
 import asyncio
+import contextlib
 import hmac
 import re
 from collections.abc import Sequence
 
+import httpx
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError, printable
-from minigpt4.web.guard.limits import request_bytes
+from minigpt4.web.guard.limits import REST_BYTES, REST_SECONDS, request_bytes, waits
 
 BODY_SECONDS = 120  # to send a request
 THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -36,7 +38,7 @@ class Keys:
             raise self._unauthorized("The API is closed: its operator must set an API key.")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Compared in constant time: how long it takes tells nothing about the key.
-        matches = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+        matches = hmac.compare_digest(given.strip(" \t").encode("latin-1"), self._key)
         if self._key and not (matches and scheme.lower() == "bearer"):
             sentence = "The API key is missing or wrong: send “Authorization: Bearer KEY”."
             raise self._unauthorized(sentence)
@@ -69,12 +71,7 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
     origins: as in --cors-origins, None for those of this machine; headers: those of the answers
     that scripts may read.
     """
-    named = [origin.strip().rstrip("/") for origin in (origins or "").split(",") if origin.strip()]
-    for origin in named:
-        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-            raise UserError(
-                "--cors-origins must name origins such as https://chat.example.org, without a path."
-            )
+    named = [_origin(origin.strip()) for origin in (origins or "").split(",") if origin.strip()]
     return Middleware(
         Cors,
         allow_origins=named,
@@ -82,7 +79,24 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=[*headers, "Retry-After"],
+        allow_private_network=True,
     )
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: in lower case, without the usual port."""
+    if text == "*":
+        return text
+    try:
+        if not re.fullmatch(r"https?://[^/\s?#@*]+/?", text.lower()):
+            raise httpx.InvalidURL(text)
+        address = httpx.URL(text.lower())
+    except httpx.InvalidURL:
+        raise UserError(
+            f"--cors-origins names “{text}”, which is no origin: name each in full, without a "
+            "path, as https://chat.example.org."
+        ) from None
+    return f"{address.scheme}://{address.netloc.decode('ascii')}"
 
 
 async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
@@ -91,7 +105,7 @@ async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     ApiError 413 where it is larger, 408 where it takes more than `BODY_SECONDS`, 400 where it is
     compressed.
     """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError("The body is compressed: send plain JSON, without Content-Encoding.")
     limit = request_bytes(max_picture_bytes)
     sentence = f"The request is larger than {limit / 2**20:.0f} MB: scale pictures down."
@@ -109,3 +123,15 @@ async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     except TimeoutError:
         raise ApiError("The request took too long to arrive: send it again.", 408) from None
     return body
+
+
+async def read_rest(request: Request) -> None:
+    """Read on before a refusal, within bounds: see REST_SECONDS."""
+    read = 0
+    # RuntimeError: all of it has been read.
+    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
+        async with asyncio.timeout(0 if waits(request.scope) else REST_SECONDS):
+            async for part in request.stream():
+                read += len(part)
+                if read > REST_BYTES:
+                    return

@@ -1,5 +1,6 @@
 """/chat: the page's only endpoint for gradio_client. The page's other events are private."""
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,11 @@ def add_chat_endpoint(service: ChatService) -> None:
             "seed": seed,
             "num_beams": num_beams,
         }
-        answer = None
+        answer, messages = None, []
         try:
+            messages = _messages(message, history, system)
             # A conversation that is too long is refused: there is no header that could say more.
-            body = {"messages": _messages(message, history, system), "truncation": "disabled"}
+            body = {"messages": messages, "truncation": "disabled"}
             if max_tokens is None:
                 config = service.engine().model.config
                 settings["max_tokens"] = default_sampling(config).max_new_tokens
@@ -56,7 +58,8 @@ def add_chat_endpoint(service: ChatService) -> None:
             if not answer.text:
                 yield ""
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            sentence = _renamed(str(error), bool(system), len(messages) - 1)
+            raise gr.Error(sentence, print_exception=False) from None
         finally:
             if answer is not None:
                 answer.close()
@@ -70,6 +73,18 @@ def _messages(message: Any, history: Any, system: Any) -> list:
         raise UserError("history must be a list of messages.")
     first = [{"role": "system", "content": system}] if system else []
     return [*first, *(history or []), {"role": "user", "content": message}]
+
+
+def _renamed(sentence: str, has_system: bool, last: int) -> str:
+    """An error about a message, by the argument that it came in."""
+
+    def name(found: re.Match) -> str:
+        place, rest = int(found[1]), found[2] or ""
+        if has_system and place == 0:
+            return "system"
+        return "message" if place == last else f"history[{place - has_system}]{rest}"
+
+    return re.sub(r"messages\[(\d+)\](\.content(?!\[))?", name, sentence)
 
 
 def _files(image: Any) -> list[bytes]:

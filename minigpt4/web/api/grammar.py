@@ -49,6 +49,9 @@ REASONS = {
         ("oo many", "Current row", "too large", "too big", "Unable to determine"), TOO_LARGE
     ),
 }
+# Keywords whose keys are names, not keywords, and those whose values are no schemas.
+NAMING = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+VALUES = ("const", "enum", "default", "examples")
 OTHER_REASON = "it has something that is not supported; simplify it"
 
 log = logging.getLogger(__name__)
@@ -96,7 +99,7 @@ def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> JsonConstraint
         raise _unfollowed("x-guidance is not supported; leave it out")
     try:
         _check_numbers(schema)
-        content = json.dumps(schema)
+        content = json.dumps(_without_any_names(schema))
         if len(content) > MAX_CHARACTERS:
             raise _unfollowed(f"it has more than {MAX_CHARACTERS} characters; shorten it")
         grammar = LLMatcher.grammar_from_json_schema(content, overrides=COMPACT)
@@ -117,6 +120,22 @@ def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer") -> None:
     matcher.compute_bitmask()
     if _reason(matcher.get_error()) == TOO_LARGE:
         raise _unfollowed(TOO_LARGE)
+
+
+def _without_any_names(schema: Any, names: bool = False) -> Any:
+    """Without each propertyNames that allows all names, as zod's records have: the library refuses
+    the keyword. names: the keys are names."""
+    if isinstance(schema, list):
+        return [_without_any_names(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: inner
+        if name in VALUES and not names
+        else _without_any_names(inner, name in NAMING and not names)
+        for name, inner in schema.items()
+        if names or name != "propertyNames" or inner not in ({"type": "string"}, {}, True)
+    }
 
 
 def _check_numbers(schema: Any) -> None:

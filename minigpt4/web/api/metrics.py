@@ -22,6 +22,25 @@ from minigpt4.errors import Kind
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.errors import ApiError
 
+# What vLLM's names stand for.
+VLLM = {
+    "prompt_tokens": "Tokens of prompts.",
+    "generation_tokens": "Tokens generated.",
+    "prefix_cache_queries": "Tokens of prompts that were looked up in the cache.",
+    "prefix_cache_hits": "Tokens of prompts taken from the cache.",
+    "num_requests_running": "Answers being generated.",
+    "num_requests_waiting": "Requests that wait.",
+    "kv_cache_usage_perc": "Share of the cache that running answers hold, 0 to 1.",
+    "time_to_first_token_seconds": "From the request to its first token, waiting included.",
+    "inter_token_latency_seconds": "Between two tokens of an answer.",
+    "e2e_request_latency_seconds": "From the request to its last token, waiting included.",
+    "request_queue_time_seconds": "From the request to its start.",
+    "request_prefill_time_seconds": "From the start to the first token.",
+    "request_decode_time_seconds": "From the first token to the last.",
+    "request_prompt_tokens": "Tokens of each prompt.",
+    "request_generation_tokens": "Tokens of each answer.",
+}
+
 
 class Metrics(Collector):
     """find_engines: the models' engines, none while they are loading; responses: how many the API
@@ -44,7 +63,10 @@ class Metrics(Collector):
             self._keys.check(request)
         except ApiError as error:
             return PlainTextResponse(f"{error}\n", error.status, error.headers)
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # a version that is no number
+            encode, content_type = choose_encoder("")
         return Response(encode(self._registry), media_type=content_type)
 
     def describe(self) -> list[Metric]:
@@ -110,12 +132,9 @@ def _under_llama_cpps_names(engines: Sequence[AnyEngine], totals: Totals) -> Ite
     """What llama.cpp reports too: its dashboards work."""
     yield CounterMetricFamily("llamacpp:prompt_tokens", "Tokens of prompts.", totals.prompt_tokens)
     yield CounterMetricFamily("llamacpp:tokens_predicted", "Tokens generated.", totals.tokens)
-    levels = {
-        "requests_processing": [engine.running for engine in engines],
-        "requests_deferred": [engine.waiting for engine in engines],
-    }
-    for name, values in levels.items():
-        yield GaugeMetricFamily(f"llamacpp:{name}", name, sum(values))
+    running, waiting = sum(e.running for e in engines), sum(e.waiting for e in engines)
+    yield GaugeMetricFamily("llamacpp:requests_processing", "Answers being generated.", running)
+    yield GaugeMetricFamily("llamacpp:requests_deferred", "Requests that wait.", waiting)
     if uses := [engine.cache_use for engine in engines if engine.cache_use is not None]:
         yield GaugeMetricFamily("llamacpp:kv_cache_usage_ratio", "The fullest cache.", max(uses))
 
@@ -125,7 +144,7 @@ def _under_vllms_names(engines: Sequence[AnyEngine], each: Sequence[Totals]) -> 
     names = [engine.model.config.name for engine in engines]
 
     def family(kind: type, name: str, values: Sequence[float | None]) -> Metric:
-        metric = kind(f"vllm:{name}", "As in vLLM.", labels=["model_name"])
+        metric = kind(f"vllm:{name}", VLLM[name], labels=["model_name"])
         for model, value in zip(names, values, strict=True):
             if value is not None:
                 metric.add_metric([model], value)
@@ -157,7 +176,7 @@ def _under_vllms_names(engines: Sequence[AnyEngine], each: Sequence[Totals]) -> 
         ("request_prompt_tokens", "prompt_lengths"),
         ("request_generation_tokens", "answer_lengths"),
     ):
-        metric = HistogramMetricFamily(f"vllm:{name}", "As in vLLM.", labels=["model_name"])
+        metric = HistogramMetricFamily(f"vllm:{name}", VLLM[name], labels=["model_name"])
         for model, totals in zip(names, each, strict=True):
             histogram = getattr(totals, field)
             metric.add_metric([model], _buckets(histogram), histogram.sum)

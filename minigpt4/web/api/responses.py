@@ -59,6 +59,8 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
     own = validated(ResponsesBody, body)
     if body.get("input") is None:
         raise ApiError("input is missing: add it.", param="input")
+    if not isinstance(body["input"], str | list):
+        raise ApiError("input must be a string or a list of messages.", param="input")
     apart = ("input", "text", "include", "max_output_tokens", "n", "messages")
     chat = {name: value for name, value in body.items() if name not in apart}
     ignored = [name for name in ("n", "messages") if body.get(name) is not None]
@@ -107,10 +109,10 @@ def _rename(text: str) -> str:
     return text
 
 
-def _messages(items: Any) -> Any:
+def _messages(items: str | list) -> list:
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
-    return [_message(item, i) for i, item in enumerate(items)] if isinstance(items, list) else items
+    return [_message(item, i) for i, item in enumerate(items)]
 
 
 def _message(item: Any, place: int) -> Any:
@@ -120,6 +122,10 @@ def _message(item: Any, place: int) -> Any:
     kind = item.get("type") or "message"
     if kind == "reasoning":
         return {"role": "system", "content": ""}
+    if kind == "item_reference":
+        sentence = f"input[{place}] refers to an earlier output, which this server does not keep: "
+        sentence += "send the message itself (clients do so with store: false)."
+        raise ApiError(sentence, param=f"input[{place}]")
     if kind != "message":
         name = printable(kind) if isinstance(kind, str) else "unknown"
         sentence = f"input[{place}] is of type “{name}”: only messages are supported."

@@ -28,7 +28,7 @@ from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api import openapi
-from minigpt4.web.api.access import Keys, cors, read_body
+from minigpt4.web.api.access import Keys, cors, read_body, read_rest
 from minigpt4.web.api.body import read_chat, read_json
 from minigpt4.web.api.decisions import decide, read_decisions
 from minigpt4.web.api.elsewhere import nowhere, refuse
@@ -113,6 +113,7 @@ class Api:
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
             except UserError as error:
+                await read_rest(request)
                 response = ApiError.of(error).response
             except Exception as error:
                 log.exception("A program's request failed.")
@@ -128,7 +129,9 @@ class Api:
         raise nowhere(f"/v1/{path}", request.method)
 
     async def _openapi(self, request: Request) -> Response:
-        return json_response(await run_in_threadpool(openapi.description))
+        described = await run_in_threadpool(openapi.description)
+        path = request.scope.get("root_path")
+        return json_response(described | ({"servers": [{"url": path}]} if path else {}))
 
     async def _models(self, request: Request) -> Response:
         described = [self._describe(engine) for engine in self._service.engines]

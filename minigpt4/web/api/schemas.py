@@ -60,6 +60,10 @@ def _top_p(value: Any) -> Any:
     return LOWEST_TOP_P if value == 0 and value is not False else value
 
 
+def _without_zeros(bias: Any) -> Any:
+    return {k: v for k, v in bias.items() if v != 0} if isinstance(bias, dict) else bias
+
+
 def _as_stops(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     return [text for text in texts if text != ""] if isinstance(texts, list) else value
@@ -131,11 +135,12 @@ Part = Annotated[
 ]
 
 
-def _number(name: str) -> Any:
-    """A field with the range of one of Sampling's."""
+def _number(name: str, unset: str = "") -> Any:
+    """A field with the range of one of Sampling's; 0 is read where that is above 0. unset: how it
+    may be left open."""
     low, high, inclusive = Sampling.RANGES[name]
     kind = "an integer" if isinstance(low, int) else "a number"
-    sentence = f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}."
+    sentence = f"must be {kind} from {low} up to {high}{unset}."
     if inclusive:
         return Field(ge=low, le=high, description=sentence)
     return Field(gt=low, le=high, description=sentence)
@@ -151,6 +156,7 @@ def _accepting(
 
 
 WHOLE = BeforeValidator(_whole)
+UNSET = ", or -1: the model's default"
 # The longest answer wanted, which may be longer than fits. None, and -1: as long as fits.
 MaxTokens = Annotated[
     int | None,
@@ -168,6 +174,12 @@ def _only(sentence: str, **constraints: Any) -> Any:
 
 EMPTY = _only("is not supported: leave it out.", max_length=0)
 NO_TOOLS = _only("is not supported: this model calls no functions. Leave it out.", max_length=0)
+# Ollama's form. Without the pictures, the answer would be invented.
+NO_PICTURES = _only(
+    'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.',
+    alias="images",
+    max_length=0,
+)
 NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
 
@@ -183,12 +195,15 @@ class ChatMessage(Object):
         FailFast(),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None),
     ]
+    pictures_apart: Annotated[list | None, NO_PICTURES] = None
+    refusal: str | None = None
     tool_calls: Annotated[list | None, NO_TOOLS] = None
     function_call: Annotated[dict | None, NO_TOOLS] = None
 
     @property
     def text(self) -> str:
-        return "\n".join(part.text for part in self.content if not isinstance(part, ImagePart))
+        text = "\n".join(part.text for part in self.content if not isinstance(part, ImagePart))
+        return "\n".join(filter(None, (text, self.refusal)))
 
     @property
     def images(self) -> list[tuple[int, str]]:
@@ -240,13 +255,15 @@ class ChatRequest(Object):
         None
     )
     top_p: Annotated[float | None, _number("top_p"), _accepting(float, 0, _top_p, 1)] = None
-    top_k: Annotated[int | None, _number("top_k"), _accepting(int, -1, _or_none, 1_000_000)] = None
+    top_k: Annotated[
+        int | None, _number("top_k", UNSET), _accepting(int, -1, _or_none, 1_000_000)
+    ] = None
     min_p: Annotated[float | None, _number("min_p")] = None
     repetition_penalty: Annotated[float | None, _number("repetition_penalty")] = None
     presence_penalty: Annotated[float | None, _number("presence_penalty")] = None
     frequency_penalty: Annotated[float | None, _number("frequency_penalty")] = None
     num_beams: Annotated[int | None, _number("num_beams"), WHOLE] = None
-    seed: Annotated[int | None, _number("seed"), _accepting(int, -1, _or_none)] = None
+    seed: Annotated[int | None, _number("seed", UNSET), _accepting(int, -1, _or_none)] = None
     max_tokens: MaxTokens = None
     max_completion_tokens: MaxTokens = None
     instructions: Annotated[str | None, Field(description="must be a string.")] = None
@@ -282,7 +299,8 @@ class ChatRequest(Object):
         ),
     ] = None
     # Accepted while they ask for nothing.
-    logit_bias: Annotated[dict | None, EMPTY] = None
+    logit_bias: Annotated[dict | None, EMPTY, BeforeValidator(_without_zeros)] = None
+    pictures_apart: Annotated[list | None, NO_PICTURES] = None
     tools: Annotated[list | None, NO_TOOLS] = None
     functions: Annotated[list | None, NO_TOOLS] = None
     tool_choice: NoTool = None
@@ -351,7 +369,7 @@ def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "")
         if message.images and message.role != "user":
             _refuse(f"{where}: only a user's message may hold pictures.", f"{where}.content")
         refused = any(isinstance(part, RefusalPart) for part in message.content)
-        if refused and message.role != "assistant":
+        if (refused or message.refusal) and message.role != "assistant":
             sentence = f"{where}: only an assistant's message may hold a refusal."
             _refuse(sentence, f"{where}.content")
         if message.role == "user" and not message.text.strip() and not message.images:

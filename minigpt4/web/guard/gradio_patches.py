@@ -7,6 +7,7 @@ installed Gradio still has each attribute, and others that each patch does what 
 import asyncio
 import copy
 import json
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -172,6 +173,7 @@ def apply() -> None:
     gr.Chatbot.postprocess = _postprocess_chatbot
     gr.Blocks.postprocess_data = _postprocess_data
     utils.MatplotlibBackendMananger = nullcontext
+    logging.getLogger("uvicorn.error").addFilter(_is_no_upgrade)
 
 
 def tune_queue(page: gr.Blocks) -> None:
@@ -205,6 +207,11 @@ _original_add_root_url = processing_utils.add_root_url
 _original_get_tool_to_endpoint = GradioMCPServer.get_tool_to_endpoint
 _original_postprocess_chatbot = gr.Chatbot.postprocess
 _original_postprocess_data = gr.Blocks.postprocess_data
+
+
+def _is_no_upgrade(record: logging.LogRecord) -> bool:
+    """Uvicorn advises to install a library whenever a client offers WebSockets or HTTP/2."""
+    return not str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
 
 
 class PageCORS(CustomCORSMiddleware):

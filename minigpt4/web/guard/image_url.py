@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import functools
+import re
 import ssl
 import string
 from collections.abc import Collection
@@ -28,11 +29,11 @@ class ImageUrls:
     """Reads the pictures that messages name.
 
     hosts: where pictures may be fetched from, as "example.org" (any port) or "example.org:8443";
-    max_bytes: the largest picture file.
+    max_bytes: the largest picture file. UserError for what is no host.
     """
 
     def __init__(self, hosts: Collection[str] = (), max_bytes: int = 20 * MEGABYTE) -> None:
-        self.hosts = frozenset(host.strip().lower() for host in hosts if host.strip())
+        self.hosts = frozenset(_host(host.strip()) for host in hosts if host.strip())
         self.max_bytes = max_bytes
 
     async def read(self, url: str) -> bytes:
@@ -117,6 +118,22 @@ class ImageUrls:
         return TooLarge(
             f"The picture's file is larger than {self.max_bytes / MEGABYTE:g} MB: scale it down."
         )
+
+
+def _host(text: str) -> str:
+    """A host as `_check` compares it."""
+    bare_ipv6 = text.count(":") > 1 and "[" not in text
+    try:
+        address = httpx.URL(f"//[{text}]" if bare_ipv6 else f"//{text}")
+        if re.search(r"[/\s?#@*]", text) or not address.host:
+            raise httpx.InvalidURL(text)
+    except httpx.InvalidURL:
+        raise UserError(
+            f"--image-hosts names “{text}”, which is no host: name each in full, as example.org or "
+            "example.org:8443."
+        ) from None
+    name = address.host.lower()
+    return name if address.port is None else f"{name}:{address.port}"
 
 
 @functools.cache

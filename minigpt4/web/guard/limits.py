@@ -17,7 +17,9 @@ FILES_AT_ONCE = 16  # pictures of one upload, or of one conversation
 TEXT_BYTES = 16 * 2**20  # of what the page sends: a conversation with small pictures, at most
 MCP_PICTURE_BYTES = 5 * 2**20
 BODY_SECONDS = 120.0
-REST_SECONDS = 1.0  # for the rest of a refused body to arrive
+# For the rest of a refused body to arrive, and how much of it: a connection that is closed over
+# unread bytes is reset, and the client loses the answer.
+REST_SECONDS, REST_BYTES = 1.0, 64 * 2**20
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The first part of gradio's paths, after /gradio_api.
 CLOSED = {
@@ -89,6 +91,11 @@ def parts_of(scope: Scope) -> tuple[str, ...]:
     return tuple(part for part in path.split("/") if part)
 
 
+def waits(scope: Scope) -> bool:
+    """Does the client send its body only when it is asked to, as curl does with a large one?"""
+    return any(name == b"expect" for name, _ in scope["headers"])
+
+
 class _BoundedRequest:
     """One request, whose body may have at most `limit` bytes and take so many seconds."""
 
@@ -110,7 +117,8 @@ class _BoundedRequest:
         else:
             await self._ask(app)
         if self._refusal is not None and not self._answered:
-            self._refusal.headers["connection"] = "close"  # the rest of the body is not read
+            await self._read_rest(self._limit + REST_BYTES)
+            self._refusal.headers["connection"] = "close"  # more of the body is not read
             await self._refusal(self._scope, self._receive, self._send)
 
     async def _ask(self, app: ASGIApp) -> None:
@@ -147,15 +155,17 @@ class _BoundedRequest:
     async def _bounded_send(self, message: Message) -> None:
         if self._refusal is None or self._answered:
             if not self._answered:
-                await self._read_rest()
+                await self._read_rest(self._limit)
             self._answered = True
             await self._send(message)
 
-    async def _read_rest(self) -> None:
-        """A connection closed over unread bytes is reset, and the client loses the answer."""
+    async def _read_rest(self, most: int) -> None:
+        """Read on, up to `most` bytes in all."""
+        if waits(self._scope):
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REST_SECONDS):
-                while not self._complete and self._read <= self._limit:
+                while not self._complete and self._read <= most:
                     self._count(await self._receive())
 
     def _count(self, message: Message) -> None:

@@ -1,6 +1,8 @@
 // What Gradio has no part for: keys, copying what was written, saving files, light and dark.
 (() => {
   const { say, make } = window.minigpt4;
+  // Gradio's link leads past the path under which a proxy may serve the page.
+  document.querySelector("link[rel=manifest]")?.setAttribute("href", "manifest.json");
   // A button names in data-act which of the scripts' functions it calls.
   document.addEventListener("click", ({ target }) => {
     const act = target.closest("[data-act]")?.dataset.act;

@@ -1,8 +1,11 @@
 """The examples on the empty page. Their pictures: see README.md."""
 
+import logging
 from pathlib import Path
 
 from gradio.processing_utils import save_file_to_cache
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 # Name of the label and of the picture -> question. The models were trained on English.
@@ -26,8 +29,19 @@ def chosen(index: int) -> tuple[str, str]:
 
 
 def in_folder(folder: Path) -> set[str]:
-    """The paths of Gradio's copies of the pictures, which are made where they are missing."""
-    return {save_file_to_cache(_picture(name), str(folder)) for name in QUESTIONS}
+    """The paths of Gradio's copies of the pictures, which are made where they are missing and the
+    disk has room."""
+    found, failed = set(), None
+    for name in QUESTIONS:
+        try:
+            found.add(save_file_to_cache(_picture(name), str(folder)))
+        except OSError as error:
+            failed = error
+    if failed:
+        log.warning(
+            "The examples' pictures could not be copied to %s: %s.", folder, failed.strerror
+        )
+    return found
 
 
 def _picture(name: str) -> str:
