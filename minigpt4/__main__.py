@@ -196,7 +196,8 @@ def _ask(options: argparse.Namespace) -> None:
     conversation = Conversation()
     if single:  # before the model is loaded, so that a mistake shows at once
         conversation.add_question(question, [image.load(paths[0])])
-    elif options.out and not (paths := not_asked_yet(paths, question, options.out)):
+    left = not_asked_yet(paths, question, options.out) if options.out else paths
+    if not left:
         return
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
@@ -205,7 +206,8 @@ def _ask(options: argparse.Namespace) -> None:
                 print(text, end="", flush=True)
             print()
         else:
-            ask_photos(engine, paths, question, sampling, options.out)
+            resumed = len(left) < len(paths)
+            ask_photos(engine, left, question, sampling, options.out, resumed)
 
 
 def _photos(named: list[str]) -> list[Path]:

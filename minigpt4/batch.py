@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.data.examples import Example
-from minigpt4.data.files import parse_jsonl, printable, read_text, repair_jsonl
+from minigpt4.data.files import parse_jsonl, printable, read_text, replacing
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
@@ -217,38 +217,59 @@ class Batch(Generic[BatchEngine]):
 
 
 def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> list[Path]:
-    """The photos without a line in the file `out`, so that a run that was interrupted goes on.
+    """The photos without an answer in the file `out`, so that a run that was interrupted goes on.
 
-    The file is created. OSError where it cannot be written, UserError where it holds other things.
+    The file is created; lines of photos that got no answer are taken out, since these are asked
+    about again. OSError where it cannot be written, UserError where it holds other things.
     """
     file = Path(out)
     if file.is_fifo() or file.is_char_device():  # a pipe, or /dev/stdout
         return [*paths]
     with open(file, "a", encoding="utf-8"):
         pass
-    text = read_text(file)
-    begun = text.startswith('{"photo": ')
-    records = [*parse_jsonl(file, text, "photo", "question", cut_end=True)] if begun else []
-    if any(record["question"] != question for _, record in records) or text and not begun:
+    records = _answers_in(file)
+    if records is None or any(record["question"] != question for record in records):
         raise UserError(
             f"{printable(out)} has something other than answers to this question: name another "
             "file with --out."
         )
-    repair_jsonl(file)
-    done = {record["photo"] for _, record in records}
+    done = {record["photo"] for record in records if "error" not in record}
+    with replacing(file) as partial, partial.open("w", encoding="utf-8") as kept:
+        for record in records:
+            if record["photo"] in done:
+                print(json.dumps(record, ensure_ascii=False), file=kept)
     left = [path for path in paths if _encodable(path) not in done]
     if done:
-        say(f"{out} has {len(paths) - len(left)} of {len(paths)} photos already.")
+        say(
+            f"{printable(out)} has answers about {len(paths) - len(left)} of {len(paths)} photos, "
+            "which are kept: delete it to ask again."
+        )
     return left
 
 
+def _answers_in(file: Path) -> list[dict] | None:
+    """The lines of a file that `ask_photos` wrote, the last one perhaps cut; None of another."""
+    text, start = read_text(file), '{"photo"'
+    if text and not text.startswith(start) and not start.startswith(text):
+        return None
+    try:
+        return [one for _, one in parse_jsonl(file, text, "photo", "question", cut_end=True)]
+    except UserError:
+        return None
+
+
 def ask_photos(
-    engine: "AnyEngine", paths: Sequence[Path], question: str, sampling: Sampling, out: str | None
+    engine: "AnyEngine",
+    paths: Sequence[Path],
+    question: str,
+    sampling: Sampling,
+    out: str | None,
+    resumed: bool = False,
 ) -> None:
     """One question about many photos: JSON lines to the end of the file `out`, or text to standard
     output.
 
-    UserError where no photo got an answer.
+    resumed: the file has answers about other photos. UserError where no photo got an answer.
     """
     answered = 0
 
@@ -273,7 +294,7 @@ def ask_photos(
             )
             print(shown, file=file, flush=True)
             bar.update()
-    if not answered:
+    if not answered and not resumed:
         where = f"in {out}" if out else "above"
         raise UserError(f"No photo got an answer: see the reasons {where}.")
     if answered < len(paths):

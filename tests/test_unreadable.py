@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.batch import ask_photos, greedy
+from minigpt4.batch import ask_photos, greedy, not_asked_yet
 from minigpt4.curation.export import export
 from minigpt4.data.examples import read_shards, usable
 from minigpt4.errors import UserError
@@ -117,14 +118,23 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MINIGPT4_MODEL", "nano")
     folder, out = write_captioned(tmp_path / "photos", 2), tmp_path / "answers.jsonl"
     line = json.dumps({"photo": str(folder / "0.jpg"), "question": "What?", "answer": "Kept."})
-    out.write_text(line + '\n{"photo": "cut')
+    failed = {"photo": str(folder / "1.jpg"), "question": "What?", "error": "Busy."}
+    out.write_text(f'{line}\n{json.dumps(failed)}\n{{"photo": "cut')
     asked = ["ask", str(folder), "What?", "--out", str(out), "--max-new-tokens", "2"]
     assert main(asked) == 0
     first, second = out.read_text().splitlines()
     assert first == line and json.loads(second)["photo"].endswith("1.jpg")
     monkeypatch.setattr("minigpt4.start.open_engine", lambda _: pytest.fail("nothing is left"))
     assert main(asked) == 0 and out.read_text().count("\n") == 2
-    assert "has 2 of 2 photos already" in capsys.readouterr().err
+    assert "answers about 2 of 2 photos, which are kept: delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", ["", '{"pho', '{"photo": "a.j'])
+def test_a_run_that_was_cut_in_its_first_line_goes_on(tmp_path, cut):
+    out = tmp_path / "answers.jsonl"
+    out.write_text(cut)
+    assert not_asked_yet([Path("a.jpg")], "What?", str(out)) == [Path("a.jpg")]
+    assert out.read_text() == ""
 
 
 @pytest.mark.parametrize(
@@ -132,7 +142,7 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
     [
         ("something other than answers to this question", "My notes"),
         ("something other than answers to this question", '{"photo": "a", "question": "Who?"}\n'),
-        ("must be a JSON object with “question”", '{"photo": "a"}\n'),
+        ("something other than answers to this question", '{"photo": "a"}\n'),
         ("is a folder", None),
     ],
 )
