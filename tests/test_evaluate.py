@@ -176,7 +176,6 @@ def test_mistakes(shard, tmp_path, capsys):
         "train-00000.tar --answers {0}/train-00000.tar",
         "more/captions.csv --json {0}/more/../more/captions.csv",
         "more --answers {0}/more/captions.csv",
-        "train-{{00000..00000}}.tar --json {0}/other.csv",
         "train-00000.tar --json {0}/s.json --answers {0}/s.json",
         "train-00000.tar --experiment chair --objects {0}/other.csv --json {0}/other.csv",
     ],
@@ -194,7 +193,11 @@ def test_an_output_is_no_input_and_no_other_output(shard, tmp_path, written, cap
 def test_outputs_may_go_to_a_device_or_beside_the_data(tmp_path):
     data = write_captioned(tmp_path / "more")
     null = {"json": "/dev/null", "answers": "/dev/null"}
-    report.check_outputs(null | {"review": str(data / "new.html")}, [str(data), None])
+    (data / "scores.json").write_text("{}")  # of the same command before
+    for given in (str(data), str(data / "captions.*")):
+        report.check_outputs(null | {"review": str(data / "scores.json")}, [given, None])
+        with pytest.raises(UserError, match="would overwrite"):
+            report.check_outputs({"json": str(data / "captions.csv")}, [given])
 
 
 def test_tables():

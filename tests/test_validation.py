@@ -87,14 +87,13 @@ def test_held_out_scores_and_the_best_projection(
     assert f"Step {SCHEDULE.steps}: held-out loss" in capsys.readouterr().err
 
 
-def test_a_fresh_run_forgets_an_earlier_one_s_best(examples, tmp_path):
-    """It had ended before its first checkpoint."""
+def test_an_earlier_run_s_best_is_not_taken_for_this_one_s(examples, tmp_path):
+    """That run had ended before its first checkpoint, or somebody deleted it."""
     first = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     first.save_weights(first.best_path)
-    first.validation_path.write_text("step,loss,cider\n2.0,0.0,0.0\n")
-    assert first.best_path.stat().st_mode & 0o777 == first.validation_path.stat().st_mode & 0o777
-    assert not first.resume()
-    assert not first.best_path.exists() and not first.validation_path.exists()
+    with pytest.raises(UserError, match="is an earlier run's"):
+        first.resume()
+    assert first.best_path.exists()
 
 
 def test_other_pictures_of_the_same_names_are_no_false_alarm(tmp_path, capsys):

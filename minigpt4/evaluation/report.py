@@ -8,12 +8,18 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
 from minigpt4.data.files import read_text
+from minigpt4.data.shards import expand
 from minigpt4.errors import UserError
+from minigpt4.model.image import has_picture_name
+
+# Files of a data folder that an output might hit, beside its pictures.
+_DATA = re.compile(r"(?i).*\.(tar|csv|tsv|parquet)|metadata\.jsonl|filter_cap\.json")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -145,19 +151,19 @@ def write_lines(path: str | None, records: Sequence[dict]) -> None:
 def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:
     """UserError if an output would overwrite an input or another output.
 
-    outputs: option -> its file. A folder among the inputs stands for the files in it, a pattern of
-    several files for those of its folder.
+    outputs: option -> its file. inputs: files, patterns of them, and folders, which stand for the
+    pictures, shards and tables in them.
     """
     taken = set()
     for given in filter(None, inputs):
         place = Path(given).expanduser()
-        if not place.exists() and (wildcard := re.search(r"[*?\[{]", given)):
-            place = Path(given[: wildcard.start()] + "_").expanduser().parent
-        taken.add(place.resolve())
+        with suppress(UserError):  # reading it says that it is missing
+            taken |= {file.resolve() for file in ([place] if place.exists() else expand(given))}
     for option, path in outputs.items():
         if path and (Path(path).is_file() or not Path(path).exists()):  # not a device or a pipe
             file = Path(path).resolve()
-            if file in taken or file.exists() and not taken.isdisjoint(file.parents):
+            data = has_picture_name(file.name) or _DATA.fullmatch(file.name)
+            if file in taken or (data and file.exists() and not taken.isdisjoint(file.parents)):
                 raise UserError(
                     f"“--{option}” would overwrite {path}, which is read or written already: name "
                     "another file."

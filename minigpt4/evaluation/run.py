@@ -43,9 +43,8 @@ def _check_files(options: argparse.Namespace) -> None:
     inputs = [str(Path(data, "suite.jsonl") if suite else data)]
     inputs += [options.objects, options.stage1, *start.given_places(options).values()]
     inputs += [*options.ratings, *(other.partition("=")[2] for other in options.beside)]
-    inputs += [options.markdown, options.verdicts]  # read, then added to
     inputs += [options.answers] if options.reuse else []
-    names = ("json", "review") if options.reuse else ("json", "review", "answers")
+    names = ("json", "review", "markdown", "verdicts", *([] if options.reuse else ["answers"]))
     report.check_outputs({name: getattr(options, name) for name in names}, inputs)
 
 

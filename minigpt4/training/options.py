@@ -1,8 +1,10 @@
 """The options of `minigpt4 train`. Imports nothing heavy."""
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Mapping
 
 from minigpt4.config import DEFAULT_MODEL
+from minigpt4.errors import UserError
 from minigpt4.options import OFF, Option, Parser, add_model_options, integer, number, one_of, switch
 
 DATA = (
@@ -131,7 +133,19 @@ WORDS = (
     Option("refit", "Fit the word head anew, even if the run has one.", False, switch),
 )
 GROUPS = (DATA, WATCHING, OPTIMIZER, REWARD, WORDS)
+# Options that do nothing without another one; mini's training needs no --validate to validate.
+NEEDS_OF_WORDS = {"reward-weight": "samples", "scored": "samples"}
 NEEDS = {"replay-share": "replay", "reward-weight": "samples", "validate-every": "validate"}
+
+
+def check_needs(options: Namespace, needs: Mapping[str, str]) -> None:
+    """UserError for an option without the one that it belongs to."""
+    for option in (option for group in GROUPS for option in group if option.name in needs):
+        needed = needs[option.name]
+        if getattr(options, option.attribute) != option.default and not getattr(options, needed):
+            raise UserError(
+                f"“--{option.name}” belongs to “--{needed}”: give that, too, or omit it."
+            )
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -20,7 +20,7 @@ from minigpt4.errors import UserError
 from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
-from minigpt4.training.options import GROUPS, NEEDS, WORDS
+from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -130,13 +130,7 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
 
 def _check_needs(options: argparse.Namespace) -> None:
     """UserError for an option without the one that it belongs to."""
-    for option in (option for group in GROUPS for option in group):
-        needed = NEEDS.get(option.name)
-        given = getattr(options, option.attribute) != option.default
-        if needed and given and not getattr(options, needed):
-            raise UserError(
-                f"“--{option.name}” belongs to “--{needed}”: give that, too, or omit it."
-            )
+    check_needs(options, NEEDS)
     if options.samples and options.stage == 2 and not options.replay:
         raise UserError(
             "“--samples” samples captions, which the second stage reads from “--replay”: give it, "
@@ -148,7 +142,8 @@ def _check_start(options: argparse.Namespace, config: ModelConfig) -> None:
     """UserError where the projection to start from is not clear, or would be overwritten."""
     if options.init and options.projection:
         raise UserError(
-            "“--init” and “--projection” both name the projection to start from: omit one."
+            "“--init” and “--projection” (or MINIGPT4_PROJECTION) both name the projection to "
+            "start from: omit one."
         )
     projection = options.init or options.projection
     if options.stage == 2 and not options.init:

@@ -28,7 +28,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C, and a SIGTERM that acts so, until the block has ended."""
+    """Let Ctrl-C and SIGTERM take effect only after the block."""
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     handlers = {number: handler for number, handler in found.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread():

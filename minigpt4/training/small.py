@@ -49,8 +49,8 @@ class SmallRecipe:
     their texts are about as long. cool_down: the share of the steps, at the end, in which the rate
     falls to nothing. average: decay of the running mean of the weights, which is what is written.
     adapter_lr: the adapters' highest rate. without_words: the share of showings without the list of
-    words. sampled: of the showings of pictures that a reward covers, the share in which texts are
-    sampled; others: the texts of other kinds that such a showing has at most.
+    words. sampled: how often texts are sampled where a reward covers the picture; others: how many
+    texts of other kinds are then learned at most.
     """
 
     steps: int = 4000
@@ -77,7 +77,7 @@ class SmallRecipe:
 
 
 # Where one kind of text alone is scored: many pictures that have it, and a few other texts, so that
-# nothing else is forgotten.
+# nothing else is forgotten. Beside captions, drawings were new to the model.
 SCORED: dict[str, dict[str, Any]] = {
     "both": {},
     "captions": {
@@ -278,8 +278,9 @@ class SmallTrainer:
                 own = [text for text in texts if text.kind == reward.kind]
                 if own and reward.covers(picture) and draw.random() < self.recipe.sampled:
                     others = [text for text in texts if text not in own]
-                    count = min(len(others), self.recipe.others)
-                    texts[:] = [own[0], *draw.sample(others, count)]
+                    if len(others) > self.recipe.others:
+                        others = draw.sample(others, self.recipe.others)
+                    texts[:] = [own[0], *others]
                     asked[place] = (picture, self.conversation(ref, own[0].turns))
             if not asked:
                 continue

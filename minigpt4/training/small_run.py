@@ -21,7 +21,14 @@ from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
 from minigpt4.training import adapters, int8, mixture, small, small_start, word_head
 from minigpt4.training.features import Features, fingerprint
-from minigpt4.training.options import DATA, OPTIMIZER, REWARD, WATCHING
+from minigpt4.training.options import (
+    DATA,
+    NEEDS_OF_WORDS,
+    OPTIMIZER,
+    REWARD,
+    WATCHING,
+    check_needs,
+)
 from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
 from minigpt4.training.small_validation import SmallValidation
@@ -154,6 +161,7 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
                 f"“--{option.name}” is not for {config.name}, whose training has one stage and a "
                 "mixture of its own (docs/mini.md): omit it."
             )
+    check_needs(options, NEEDS_OF_WORDS)
     if options.validate and options.validate != "on":
         raise UserError(
             f"“--validate” takes no file for {config.name}: it measures what the run has learned."

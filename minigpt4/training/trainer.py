@@ -389,13 +389,17 @@ class Trainer:
         save_projection(weights, path, self.recipe.metadata | {"step": str(self.step)})
 
     def resume(self) -> bool:
-        """Continue from the checkpoint of this folder. False if there is none: then what a run that
-        ended before its first checkpoint has measured is deleted."""
+        """Continue from the checkpoint of this folder; False if there is none.
+
+        UserError if the folder has the best projection of a run without a checkpoint.
+        """
         state = read_run(self.out / "checkpoint.pt", self.identity, self.model.device)
         if state is None:
-            if self.main:
-                for path in (self.best_path, self.validation_path):
-                    path.unlink(missing_ok=True)
+            if self.best_path.exists():
+                raise UserError(
+                    f"{self.best_path} is an earlier run's, which left no checkpoint: delete it, "
+                    "or choose another folder with “--out”."
+                )
             return False
         self._restore(state)
         return True
