@@ -14,6 +14,7 @@ from minigpt4.__main__ import main
 from minigpt4.batch import ask_photos, greedy, not_asked_yet
 from minigpt4.curation.export import export
 from minigpt4.data.examples import read_shards, usable
+from minigpt4.data.files import replacing
 from minigpt4.errors import UserError
 from minigpt4.training.extended import ExtendedRecipe
 from minigpt4.training.trainer import Recipe
@@ -179,3 +180,17 @@ def test_export_leaves_out_what_cannot_be_read(tmp_path, capsys):
     assert [a["image_id"] for a in annotations] == ["0", "2"]
     line = capsys.readouterr().err
     assert "1 is left out: " in line and "1 pictures cannot be used" in line
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    """With the rights of the run's other files, also where a library gives them to the owner."""
+    path, beside = tmp_path / "a.bin", tmp_path / "b.txt"
+    beside.write_text("b")
+    with replacing(path) as partial:
+        partial.write_bytes(b"new")
+        partial.chmod(0o600)
+    assert path.read_bytes() == b"new" and path.stat().st_mode == beside.stat().st_mode
+    with pytest.raises(RuntimeError), replacing(path) as partial:
+        partial.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"new" and {*tmp_path.iterdir()} == {path, beside}

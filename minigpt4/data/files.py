@@ -174,7 +174,10 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        partial.chmod(partial.stat().st_mode | mode)  # some libraries write for the owner alone
+        with suppress(
+            OSError
+        ):  # some libraries write for the owner alone; some disks have no modes
+            partial.chmod(partial.stat().st_mode | mode)
         partial.replace(path)
     finally:
         with suppress(OSError):
