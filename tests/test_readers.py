@@ -286,12 +286,16 @@ def test_names_from_other_systems(tmp_path, name, there):
 
 
 @pytest.mark.parametrize(
-    ("name", "there"),
-    [("a", ("a.jpg", "a.png")), ("b.jpg", ("a.jpg",)), ("A.JPG", ("a.jpg", "a.Jpg"))],
+    ("name", "there", "found"),
+    [
+        ("a", ("a.jpg", "a.png"), {"a.jpg", "a.png"}),
+        ("A.JPG", ("a.jpg", "a.Jpg"), {"a.jpg", "a.Jpg"}),
+        ("b.jpg", ("a.jpg",), set()),
+    ],
 )
-def test_names_that_leave_a_choice(tmp_path, name, there):
+def test_names_of_several_files_and_of_none(tmp_path, name, there, found):
     put(tmp_path, *there)
-    assert len(PictureFinder([[tmp_path]]).find(name)) != 1
+    assert {p.name for p in PictureFinder([[tmp_path]]).find(name)} == found
 
 
 def test_the_name_itself_comes_before_those_like_it(tmp_path):
@@ -578,8 +582,10 @@ def test_json_lines_of_trainers(tmp_path, record, first):
         (["What?\n<|image|>", "a"], ["What?"]),
         (["See <image 1>", "a", "<image 1> again?", "b"], ["See", "again?"]),
         (["<img> What?", "a"], ["What?"]),
+        (["<image>\nWhat?", "a", "<image>\nWhere?", "b"], ["What?", "Where?"]),
         (["<image_1>What?", "a", "And <image_2>?", "b"], None),
         (["<image>\n<image>\nWhat?", "a"], None),
+        (["<image>\nWhat?", "a", "<image> or <image>?", "b"], None),
     ],
 )
 def test_marks_that_stand_for_the_picture(tmp_path, turns, read, capsys):
