@@ -6,6 +6,7 @@ import sys
 import tarfile
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from minigpt4.data.captions import captions_in
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import read_descriptions, read_instructions
 from minigpt4.data.files import SHOWN, printable, shortened
+from minigpt4.data.huggingface import _pictures_in_rows
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.errors import UserError
 from tests.training_case import jpeg, picture
@@ -818,6 +820,24 @@ def test_kinds_of_columns_of_pictures(tmp_path, capsys):
         (example,) = read_captioned(str(folder))
         assert example.read() == first and "2 left out" in capsys.readouterr().err
     assert example.captions == ("A dog.",)
+    with pytest.raises(UserError, match="pictures of .*name are texts .*file_name: save them as"):
+        read_captioned(f"hf:{tmp_path / 'name'}")  # not those of the current folder
+    row = {"image": [{"bytes": None, "path": "a.jpg"}], "text": ["A dog."]}
+    features = datasets.Features({"image": images, "text": datasets.Value("string")})
+    (tmp_path / "path").mkdir()
+    table = datasets.Dataset.from_dict(row, features=features).data.table
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "path" / "a.parquet")
+    (example,) = read_captioned(f"hf:{tmp_path / 'path'}")
+    with pytest.raises(UserError, match="Row 0 only names its picture, a.jpg"):
+        example.read()
+
+
+def test_pictures_are_counted_in_lists_of_each_kind():
+    pa = pytest.importorskip("pyarrow")
+    content = pa.binary()
+    for kind in (pa.list_(content), pa.large_list(content), pa.list_(content, 2)):
+        batch = {"c": pa.chunked_array([pa.array([[b"x", b"y"], None], kind)])}
+        assert _pictures_in_rows(SimpleNamespace(iter=lambda n, b=batch: [b]), "c") == [2, 0]
 
 
 def test_damaged_data_sets_of_the_library(tmp_path):
