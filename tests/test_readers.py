@@ -319,8 +319,16 @@ def test_splits_that_use_the_same_names(tmp_path):
         file.write_text(json.dumps(content))
         assert answers(read_captioned(str(file))) == {key: ["A dog."]}
     file = file.rename(tmp_path / "annotations" / "captions.json")
-    with pytest.raises(UserError, match="names have the names of several files: 0.jpg, annot"):
+    said = "0.jpg, annotation 1, which is ../test/0.jpg or ../train/0.jpg. Write folders"
+    with pytest.raises(UserError, match=f"names have the names of several files: {said}"):
         read_captioned(str(file))
+    file.write_text(json.dumps(content).replace("0.jpg", "1.jpg"))
+    file = file.rename(file.with_name("captions_val.json"))
+    with pytest.raises(UserError, match="looked for in ") as error:
+        read_captioned(str(file))
+    assert str(error.value).endswith("/annotations and in .., ../val, ../test, ../train.")
+    file = file.rename(file.with_name("captions.json"))
+    file.write_text(json.dumps(content))
     put(tmp_path / "images", "0.jpg")
     assert list(answers(read_captioned(str(file)))) == ["../images/0.jpg"]
 
