@@ -55,18 +55,19 @@ def folder(tmp_path):
 # --- the files ---------------------------------------------------------------------------------
 
 
-def test_a_cut_last_line_is_taken_away(tmp_path):
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["", "byte-order mark"])
+def test_a_cut_last_line_is_taken_away(tmp_path, start):
     path = tmp_path / "new" / "records.jsonl"
     with Records(path) as records:
         records.append({"image_id": "a", "text": "ünïcode\nand a line"})
-        records.append({"image_id": "b", "text": "two"})
-    whole = path.read_bytes()
+        records.append({"image_id": "b", "text": "öööö"})
+    whole = start + path.read_bytes()
     for cut in range(whole.index(b"\n") + 2, len(whole) - 2):  # wherever the crash was
         path.write_bytes(whole[:cut])
         assert set(read_records(path)) == {"a"}
         with Records(path) as records:
             assert set(records.records) == {"a"}
-            records.append({"image_id": "b", "text": "two"})
+            records.append({"image_id": "b", "text": "öööö"})
         assert path.read_bytes() == whole
 
 
@@ -80,14 +81,21 @@ def test_a_last_line_without_its_end_is_kept(tmp_path):
     assert path.read_text(encoding="utf-8").count("\n") == 2
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"text": "no id"}', '{"image_id": ["no"]}'])
-def test_a_line_that_is_no_record_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "^Line 2 of .* is not JSON"),
+        ("[]", "^Line 2 of .* must be a JSON object with “image_id”"),
+        ('{"text": "no id"}', "^Line 2 of .* must be a JSON object with “image_id”"),
+        ('{"image_id": ["no"]}', "^The record of line 2 of .* needs a text as “image_id”"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line, said):
     path = tmp_path / "records.jsonl"
     path.write_text('{"image_id": "a"}\n' + line + '\n{"image_id": "b"}\n')
-    with pytest.raises(UserError, match="(?i)line 2 of"):
-        read_records(path)
-    with pytest.raises(UserError, match="(?i)line 2 of"):
-        Records(path)
+    for read in (read_records, Records):
+        with pytest.raises(UserError, match=said):
+            read(path)
 
 
 @pytest.mark.parametrize(

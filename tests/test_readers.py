@@ -6,6 +6,7 @@ import sys
 import tarfile
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from minigpt4.data.captions import captions_in
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import read_descriptions, read_instructions
 from minigpt4.data.files import SHOWN, printable, shortened
+from minigpt4.data.huggingface import _pictures_in_rows
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.errors import UserError
 from tests.training_case import jpeg, picture
@@ -286,12 +288,16 @@ def test_names_from_other_systems(tmp_path, name, there):
 
 
 @pytest.mark.parametrize(
-    ("name", "there"),
-    [("a", ("a.jpg", "a.png")), ("b.jpg", ("a.jpg",)), ("A.JPG", ("a.jpg", "a.Jpg"))],
+    ("name", "there", "found"),
+    [
+        ("a", ("a.jpg", "a.png"), {"a.jpg", "a.png"}),
+        ("A.JPG", ("a.jpg", "a.Jpg"), {"a.jpg", "a.Jpg"}),
+        ("b.jpg", ("a.jpg",), set()),
+    ],
 )
-def test_names_that_leave_a_choice(tmp_path, name, there):
+def test_names_of_several_files_and_of_none(tmp_path, name, there, found):
     put(tmp_path, *there)
-    assert len(PictureFinder([[tmp_path]]).find(name)) != 1
+    assert {p.name for p in PictureFinder([[tmp_path]]).find(name)} == found
 
 
 def test_the_name_itself_comes_before_those_like_it(tmp_path):
@@ -313,8 +319,16 @@ def test_splits_that_use_the_same_names(tmp_path):
         file.write_text(json.dumps(content))
         assert answers(read_captioned(str(file))) == {key: ["A dog."]}
     file = file.rename(tmp_path / "annotations" / "captions.json")
-    with pytest.raises(UserError, match="names have the names of several files: 0.jpg, annot"):
+    said = "0.jpg, annotation 1, which is ../test/0.jpg or ../train/0.jpg. Write folders"
+    with pytest.raises(UserError, match=f"names have the names of several files: {said}"):
         read_captioned(str(file))
+    file.write_text(json.dumps(content).replace("0.jpg", "1.jpg"))
+    file = file.rename(file.with_name("captions_val.json"))
+    with pytest.raises(UserError, match="looked for in ") as error:
+        read_captioned(str(file))
+    assert str(error.value).endswith("/annotations and in .., ../val, ../test, ../train.")
+    file = file.rename(file.with_name("captions.json"))
+    file.write_text(json.dumps(content))
     put(tmp_path / "images", "0.jpg")
     assert list(answers(read_captioned(str(file)))) == ["../images/0.jpg"]
 
@@ -578,8 +592,10 @@ def test_json_lines_of_trainers(tmp_path, record, first):
         (["What?\n<|image|>", "a"], ["What?"]),
         (["See <image 1>", "a", "<image 1> again?", "b"], ["See", "again?"]),
         (["<img> What?", "a"], ["What?"]),
+        (["<image>\nWhat?", "a", "<image>\nWhere?", "b"], ["What?", "Where?"]),
         (["<image_1>What?", "a", "And <image_2>?", "b"], None),
         (["<image>\n<image>\nWhat?", "a"], None),
+        (["<image>\nWhat?", "a", "<image> or <image>?", "b"], None),
     ],
 )
 def test_marks_that_stand_for_the_picture(tmp_path, turns, read, capsys):
@@ -812,6 +828,24 @@ def test_kinds_of_columns_of_pictures(tmp_path, capsys):
         (example,) = read_captioned(str(folder))
         assert example.read() == first and "2 left out" in capsys.readouterr().err
     assert example.captions == ("A dog.",)
+    with pytest.raises(UserError, match="pictures of .*name are texts .*file_name: save them as"):
+        read_captioned(f"hf:{tmp_path / 'name'}")  # not those of the current folder
+    row = {"image": [{"bytes": None, "path": "a.jpg"}], "text": ["A dog."]}
+    features = datasets.Features({"image": images, "text": datasets.Value("string")})
+    (tmp_path / "path").mkdir()
+    table = datasets.Dataset.from_dict(row, features=features).data.table
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "path" / "a.parquet")
+    (example,) = read_captioned(f"hf:{tmp_path / 'path'}")
+    with pytest.raises(UserError, match="Row 0 only names its picture, a.jpg"):
+        example.read()
+
+
+def test_pictures_are_counted_in_lists_of_each_kind():
+    pa = pytest.importorskip("pyarrow")
+    content = pa.binary()
+    for kind in (pa.list_(content), pa.large_list(content), pa.list_(content, 2)):
+        batch = {"c": pa.chunked_array([pa.array([[b"x", b"y"], None], kind)])}
+        assert _pictures_in_rows(SimpleNamespace(iter=lambda n, b=batch: [b]), "c") == [2, 0]
 
 
 def test_damaged_data_sets_of_the_library(tmp_path):

@@ -115,6 +115,24 @@ def test_quotes_and_columns_that_are_no_mistakes(folder):
     assert texts(read_table(folder)) == {"a.jpg": [('"Stop" sign, a 12" ruler',)]}
 
 
+@pytest.mark.parametrize(
+    ("more", "line", "caption"),
+    [
+        ("", 'a.jpg,"A dog, wet" ', "A dog, wet"),
+        ("", 'a.jpg,"A dog" ', "A dog"),
+        ("", 'a.jpg,"A dog,\nwet" ', "A dog,\nwet"),
+        (",n", 'a.jpg,"A ""big"" dog" ,5', 'A "big" dog'),
+        ("", '"a.jpg","A dog, and a "cat" here"', 'A dog, and a cat" here"'),
+        ("", 'a.jpg\t"Stop" sign on the road', '"Stop" sign on the road'),
+        ("\tm\tn", 'a.jpg\t"Stop" \t\t', "Stop"),
+    ],
+)
+def test_lines_that_are_not_strictly_csv(folder, more, line, caption):
+    mark = "\t" if "\t" in line else ","
+    (folder / "c.csv").write_text(f"file_name{mark}caption{more}\n{line}\n")
+    assert texts(read_table(folder)) == {"a.jpg": [(caption,)]}
+
+
 @pytest.mark.parametrize("name", ["c.jsonl", "c.ndjson"])
 @pytest.mark.parametrize("form", ["{}\n{}\n", "[{},\n{}]", "[{}, {}]"])
 def test_json_lines_and_lists(folder, name, form):

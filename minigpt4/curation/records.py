@@ -1,5 +1,6 @@
 """The JSON-lines files between the steps: one record, of one picture, per line. No torch."""
 
+import codecs
 import json
 import os
 import sys
@@ -120,12 +121,13 @@ def _line(record: dict) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> dict[str, dict]:
+    content = content.removeprefix(codecs.BOM_UTF8)  # editors may add it
     try:
-        text = content.decode("utf-8-sig")  # editors may add a byte-order mark
+        text = content.decode()
     except UnicodeDecodeError as error:
         if error.reason != "unexpected end of data":  # as a crash leaves it
             raise UserError(f"{path} is not in UTF-8: save it as UTF-8.") from error
-        text = content[: error.start].decode("utf-8-sig")
+        text = content[: error.start].decode()
     records: dict[str, dict] = {}
     for number, record in parse_jsonl(path, text, KEY, cut_end=True):
         _check(record, f"line {number} of {path}")

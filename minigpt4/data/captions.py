@@ -32,7 +32,7 @@ MOST_MISSING = 0.1  # of the pictures that a table names: more are a mistake in 
 # Reasons of which `MOST_MISSING` are allowed -> what the pictures are, and what to do.
 _UNREAD = {
     MISSING: "are missing: {}. Check the paths",
-    AMBIGUOUS: "have the names of several files: {}. Write the folders into the names",
+    AMBIGUOUS: "have the names of several files: {}. Write folders and endings into the names",
     INSIDE: "are inside the file ({}), where they are not read: save them as files",
     ON_WEB: "are on the web ({}), from where they are not fetched: save them as files",
 }

@@ -83,9 +83,11 @@ def pictures_in(row: dict) -> list[object]:
 def without_marks(exchanges: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """(question, answer) pairs, the questions without the mark that stands for the picture, which
     comes first here. NotUsable if they have marks of several pictures."""
-    marks = [mark.strip() for question, _ in exchanges for mark in _MARK.findall(question)]
-    numbered = {mark for mark in marks if re.search(r"\d", mark)}  # each may occur again
-    if len(numbered) + sum(mark not in numbered for mark in marks) > 1:
+    marks = [[mark.strip() for mark in _MARK.findall(question)] for question, _ in exchanges]
+    numbered = {mark for found in marks for mark in found if re.search(r"\d", mark)}
+    # Each may occur again, the others once in each question.
+    others = max((sum(m not in numbered for m in found) for found in marks), default=0)
+    if len(numbered) + others > 1:
         raise NotUsable(captions.MARKS)
     return tuple((_MARK.sub("\n", question).strip(), answer) for question, answer in exchanges)
 

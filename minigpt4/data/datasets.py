@@ -334,4 +334,5 @@ def _folders_of(path: Path) -> list[list[Path]]:
     ]
     usual = [folder / name for folder in around for name in ("images", "image")]
     named.sort(key=lambda f: -len(f.name))
-    return [*([f] for f in (*around, *named, *usual)), [f for f in inner if f not in usual]]
+    first = list(dict.fromkeys([*around, *named, *usual]))
+    return [*([f] for f in first), [f for f in inner if f not in first]]

@@ -271,7 +271,7 @@ class Collected:
     ) -> None:
         self.reading = Reading(source, searched_in(folders))
         self._finder = PictureFinder(folders)
-        self._root = folders[0][0] if by_path else None
+        self._root, self._by_path = folders[0][0], by_path
         self._paths: dict[str, Path | None] = {}  # by name
         self._found: dict[Path, Example] = {}
 
@@ -292,7 +292,8 @@ class Collected:
             found_files = self._finder.find(name) if len(name) <= LONGEST_PATH else []
             self._paths[name] = found_files[0] if len(found_files) == 1 else None
             if len(found_files) > 1:
-                self.reading.leave_out(shown, captions.AMBIGUOUS)
+                some = " or ".join(_relative(p, self._root) for p in found_files[:2])
+                self.reading.leave_out(f"{shown}, which is {some}", captions.AMBIGUOUS)
             elif not found_files:
                 self.reading.leave_out(shown, _why_not_found(name))
         if (path := self._paths[name]) is None:
@@ -302,9 +303,7 @@ class Collected:
         elif old := self._found.get(path):
             self._found[path] = replace(old, texts=old.texts + texts, captions=old.captions + found)
         else:
-            key = name.strip()
-            if self._root:
-                key = Path(os.path.relpath(path, self._root)).as_posix()
+            key = _relative(path, self._root) if self._by_path else name.strip()
             read = partial(read_bytes, path)
             self._found[path] = Example(key, read, texts, found, version_of(path))
 
@@ -314,11 +313,16 @@ class Collected:
 
 
 def searched_in(folders: Sequence[Sequence[Path]]) -> str:
-    """The folders in which pictures are looked for, for a message."""
+    """The folders in which pictures are looked for, for a message: the first one, and the paths of
+    the others from there."""
     root = folders[0][0]
-    inner = [f.name for group in folders for f in group if f != root and f.is_dir()]
-    shown = ", ".join(map(shortened, inner[:NAMED])) + (", …" if len(inner) > NAMED else "")
-    return f"{printable(root)}{' and in ' if inner else ''}{shown}"
+    others = [_relative(f, root) for group in folders for f in group if f != root and f.is_dir()]
+    shown = ", ".join(map(shortened, others[:NAMED])) + (", …" if len(others) > NAMED else "")
+    return f"{printable(root)}{' and in ' if others else ''}{shown}"
+
+
+def _relative(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def _why_not_found(name: str) -> str:

@@ -62,7 +62,7 @@ def read_dataset(
         )
         if limit is not None:
             opened = _first_rows(opened, limit)
-    return _examples(opened, name, instructions, Path())
+    return _examples(opened, name, instructions, None)
 
 
 @contextmanager
@@ -124,15 +124,21 @@ def _picture_columns(dataset: Any, name: str) -> tuple[list[str], str]:
 
 
 def _examples(
-    dataset: Any, name: str, instructions: tuple[str, ...], folder: Path
+    dataset: Any, name: str, instructions: tuple[str, ...], folder: Path | None
 ) -> list[Example]:
     """The rows that have one picture and a text. Pictures stay in the library's files.
 
-    folder: where pictures are that the rows only name.
+    folder: where pictures are that the rows only name; None for the hub, which has none.
     """
     pictures, column = _picture_columns(dataset, name)
     kind = dataset.features[column]
     if "string" in str(getattr(getattr(kind, "feature", None) or kind, "dtype", "")):
+        if folder is None:
+            raise UserError(
+                f"The pictures of {name} are texts (names, addresses or base64) in its column "
+                f"{shortened(column)}: save them as files beside a table of captions, and name "
+                "that folder."
+            )
         rows = ((f"row {i}", with_lower_names(row)) for i, row in enumerate(dataset))
         return read_rows(Path(name), rows, instructions, picture_folders(folder))
     reading = Reading(name)
@@ -156,17 +162,20 @@ def _examples(
 
 def _pictures_in_rows(raw: Any, column: str) -> list[int]:
     """How many pictures each row has, found without reading them."""
+    from pyarrow import compute, types  # the library needs it
+
     counts: list[int] = []
     for batch in raw.iter(1000):
         values = batch[column]
-        if "list" in str(values.type)[:10]:
-            counts += [n or 0 for n in values.combine_chunks().value_lengths().to_pylist()]
+        kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+        if any(is_kind(values.type) for is_kind in kinds):
+            counts += [n or 0 for n in compute.list_value_length(values).to_pylist()]
         else:
             counts += [int(valid) for valid in values.is_valid().to_pylist()]
     return counts
 
 
-def _read(raw: Any, number: int, column: str, folder: Path) -> bytes:
+def _read(raw: Any, number: int, column: str, folder: Path | None) -> bytes:
     (value,) = raw[number][column].to_pylist()
     value = value[0] if isinstance(value, list) else value
     if isinstance(value, bytes):
@@ -175,4 +184,6 @@ def _read(raw: Any, number: int, column: str, folder: Path) -> bytes:
         return content
     if not (path := value.get("path")):
         raise UserError(f"Row {number} has no picture: {captions.NO_PICTURE}.")
-    return read_bytes(folder / path if is_file(folder / path) else path)
+    if folder is None and not Path(path).is_absolute():  # others are in the library's cache
+        raise UserError(f"Row {number} only names its picture, {shortened(path)}.")
+    return read_bytes(folder / path if folder and is_file(folder / path) else path)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from minigpt4.data import captions
@@ -182,17 +183,11 @@ def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple
     """
     lines = [*io.StringIO(text), "\n"]  # an open quote reaches the added one
     reader = csv.reader(lines, delimiter=mark)
+    columns = 0
     while (first := reader.line_num) < len(lines):
         try:
             cells = next(reader)
-            record = lines[first : reader.line_num]
-            try:
-                list(csv.reader(record, delimiter=mark, strict=True))
-            except csv.Error:
-                if len(record) > 1:
-                    raise
-                # A text such as “"Stop" sign”: its quotes are its own.
-                cells = next(csv.reader(record, delimiter=mark, quoting=csv.QUOTE_NONE))
+            cells = _cells(lines[first : reader.line_num], mark, cells, columns)
         except csv.Error as error:
             start = f"Line {first + 1 + skipped} of {printable(path)}"
             if "field limit" in str(error):
@@ -201,7 +196,25 @@ def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple
                     "shorten it, or check its quotes."
                 ) from error
             raise UserError(f"{start} is not CSV: check its quotes.") from error
+        columns = columns or len(cells)
         yield first + 1 + skipped, cells
+
+
+def _cells(record: list[str], mark: str, lenient: list[str], columns: int) -> list[str]:
+    """The cells of a record's lines. csv.Error for several lines that are not strictly CSV.
+
+    Blanks after a closing quote do not count. A text such as “"Stop" sign” has its own quotes if
+    the line then has a cell for each column; otherwise the `lenient` cells remain.
+    """
+    blanks = " " if mark == "\t" else " \t"
+    closing = re.compile(rf'"[{blanks}]+(?={re.escape(mark)}|$)')
+    for lines in (record, (closing.sub('"', line) for line in record)):
+        with suppress(csv.Error):
+            return next(csv.reader(lines, delimiter=mark, strict=True))
+    if len(record) > 1:
+        raise csv.Error
+    plain = next(csv.reader(record, delimiter=mark, quoting=csv.QUOTE_NONE))
+    return plain if len(plain) == columns else lenient
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
