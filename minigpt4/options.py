@@ -67,7 +67,7 @@ def secret(text: str) -> str:
     """A key as a header can hold it, without the line break that files of secrets end in."""
     key = text.strip()
     if not (key and key.isascii() and key.isprintable()):
-        raise ArgumentTypeError("must be letters, digits and signs of ASCII, and not be empty")
+        raise ArgumentTypeError("must be ASCII characters without line breaks, and not be empty")
     return key
 
 

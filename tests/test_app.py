@@ -33,13 +33,17 @@ def test_an_address_that_is_not_there(monkeypatch, capsys):
         ("--root-path is “/a b”: it must be a path", ["--root-path", "/a b"]),
         ("--root-path is “/a?b”: it must be a path", ["--root-path", "/a?b"]),
         ("--auth must be a name and a password", ["--auth", "ann:\n"]),
-        ("--llm-key is for the servers of --llm-url", ["--llm-key", "sk"]),
     ],
 )
 def test_values_that_cannot_be_meant(capsys, says, arguments):
     assert app.main(arguments) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_a_key_without_servers_is_left_over(monkeypatch):
+    monkeypatch.setenv("MINIGPT4_LLM_KEY", "sk")
+    assert len(run.one_by_one(run.options([]))) == 1
 
 
 def test_a_model_that_cannot_be_loaded(monkeypatch, capsys):

@@ -172,8 +172,12 @@ def test_a_refusal_that_is_sent_back_is_an_answer():
     apart = SAID | {"content": None, "refusal": "I cannot."}
     request, ignored = read_chat({"messages": [*HELLO, apart, *HELLO]})
     assert request.messages[1].text == "I cannot." and not ignored
+    alone = {"role": "assistant", "refusal": "I cannot."}
+    request, ignored = read_chat({"messages": [*HELLO, alone, *HELLO]})
+    assert request.messages[1].text == "I cannot." and not ignored
     for message, path in (
-        (HELLO[0] | {"refusal": "No."}, "messages[0].content"),
+        ({"role": "assistant"}, "messages[0].content"),
+        (HELLO[0] | {"refusal": "No."}, "messages[0].refusal"),
         (HELLO[0] | {"content": [part]}, "messages[0].content"),
         (SAID | {"content": [part | {"refusal": 1}]}, "messages[0].content[0].refusal"),
     ):

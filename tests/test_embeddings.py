@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,6 +59,21 @@ def test_the_next_program_finds_them(tmp_path):
     encode(opened(tmp_path / "e", second), picture(8))  # another picture
     assert (other.encoded, second.encoded) == (1, 1)
     assert (tmp_path / "e").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("end", ["encode_some", "fail_all"])
+def test_who_waits_is_told_without_the_lock(tmp_path, end):
+    pictures, found, at_once = opened(tmp_path, Model()), [], []
+
+    def look(_):
+        other = threading.Thread(target=lambda: found.append(pictures.find("x")))
+        other.start()
+        other.join(2)
+        at_once.extend(found)
+
+    pictures.request(picture(9)).add_done_callback(look)
+    getattr(pictures, end)(1 if end == "encode_some" else UserError("x"))
+    assert at_once == [None]
 
 
 def test_other_precision_is_another_model(tmp_path):

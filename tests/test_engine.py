@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -542,6 +543,24 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     with pytest.raises(UserError):
         engine.encode(bad)
     assert engine.encode(good).embeds.shape == (IMAGE_TOKENS, 64)
+    assert settled(engine)
+    engine.close()
+
+
+def test_a_picture_that_fails_while_it_is_asked_for(model, monkeypatch):
+    monkeypatch.setattr(model, "encode_pictures", Mock(side_effect=RuntimeError("no")))
+    engine = Engine(model)
+    pictures, ask = engine._pictures, engine._pictures.request
+
+    def fail_meanwhile(it):
+        pictures.request = ask
+        future = ask(it)
+        pictures.encode_some(1)
+        return future
+
+    pictures.request = fail_meanwhile
+    with pytest.raises(UserError):
+        list(engine.submit(request(1, 20, (picture(1),))))
     assert settled(engine)
     engine.close()
 

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from gradio.queueing import Queue
 from gradio.utils import get_upload_folder
+from starlette.responses import PlainTextResponse
 
 from minigpt4 import conversation as chat
 from minigpt4.engine import Engine
@@ -139,13 +140,14 @@ def test_bodies_without_end(address, path, kind, size):
         assert line.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def run_limits(app, receive, seconds: float) -> list[dict]:
+def run_limits(app, receive, seconds: float, headers=()) -> list[dict]:
     sent: list[dict] = []
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload"}
+    scope["headers"] = [*headers]
     asyncio.run(Limits(app, 1000, seconds)(scope, receive, send))
     return sent
 
@@ -532,6 +534,30 @@ def test_a_refusal_arrives_at_who_sends_first_and_reads_then(address, path, stat
         urlopen(Request(address + path, body, JSON), timeout=60)
     with refused.value as response:
         assert response.code == status and response.read()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/nope", "/gradio_api/queue/join"])
+def test_who_asks_whether_to_send_is_refused_unsent(address, path):
+    with connect(address) as line:
+        line.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {10**9}\r\nExpect: 100-continue\r\n\r\n".encode()
+        )
+        assert line.recv(100).startswith(b"HTTP/1.1 4")
+
+
+def test_who_was_told_to_send_is_read_to_the_end():
+    parts = [{"type": "http.request", "body": b"a", "more_body": more} for more in (True, False)]
+
+    async def receive():
+        return parts.pop(0)
+
+    async def refuse(scope, receive, send):
+        await receive()
+        await PlainTextResponse("No.", 400)(scope, receive, send)
+
+    assert run_limits(refuse, receive, 5, [(b"expect", b"100-continue")])[0]["status"] == 400
+    assert not parts
 
 
 def test_no_websockets(address, caplog):

@@ -1,6 +1,7 @@
 """How the page looks and is operated: its order, its windows, keys and fingers."""
 
 import re
+from importlib import resources
 from urllib.parse import urljoin
 
 import pytest
@@ -227,12 +228,28 @@ def test_an_answer_is_read_aloud(visit):
 def test_it_can_be_installed(visit):
     page = visit()
     link = page.locator("link[rel=manifest]")
-    expect(link).to_have_attribute("href", "manifest.json")  # below --root-path
+    root = page.evaluate("gradio_config.root")  # with --root-path; the page's may lack its slash
+    expect(link).to_have_attribute("href", f"{root}/manifest.json")
     manifest = link.evaluate("e => e.href")
     told = page.request.get(manifest).json()
     assert told["name"] == "MiniGPT-4" and told["display"] == "standalone"
     for icon in told["icons"]:
         assert page.request.get(urljoin(manifest, icon["src"])).ok
+
+
+def test_names_and_roles_are_attributes(visit):
+    """Firefox ESR 115 has no properties for them."""
+    made = visit().evaluate("""() => {
+      for (const name of Object.getOwnPropertyNames(Element.prototype)) {
+        if (/^(role|aria[A-Z])/.test(name)) delete Element.prototype[name];
+      }
+      const values = { role: "status", ariaLabel: "a", ariaHidden: undefined, id: "b" };
+      return minigpt4.make("p", values).outerHTML;
+    }""")
+    assert made == '<p role="status" aria-label="a" id="b"></p>'
+    for script in (resources.files("minigpt4") / "web/page/assets").iterdir():
+        if script.name.endswith(".js"):
+            assert not re.search(r"\.aria[A-Z]\w+|assign\(.*aria[A-Z]", script.read_text("utf-8"))
 
 
 def test_a_note_for_those_whose_language_the_model_does_not_speak(visit, photo):

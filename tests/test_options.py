@@ -76,9 +76,9 @@ def test_a_switch_that_is_off(text, monkeypatch):
         ("ratio", "1", "must be a number of at least 0 and less than 1"),
         ("ratio", "nan", "must be a number of at least 0 and less than 1"),
         ("kind", "nf5", "must be one of auto, none, not “nf5”"),
-        ("key", " ", "must be letters, digits and signs of ASCII, and not be empty"),
-        ("key", "clé", "must be letters, digits and signs of ASCII"),
-        ("key", "a\nb", "must be letters, digits and signs of ASCII"),
+        ("key", " ", "must be ASCII characters without line breaks, and not be empty"),
+        ("key", "clé", "must be ASCII characters without line breaks"),
+        ("key", "a\nb", "must be ASCII characters without line breaks"),
     ],
 )
 def test_invalid_values_are_refused_by_name(name, value, sentence, monkeypatch, capsys):

@@ -297,6 +297,33 @@ def test_what_servers_refuse(model, served, server, monkeypatch):
     assert "another model than --model" in refused()
 
 
+def test_a_server_that_fails_is_not_one_that_is_silent(model, caplog):
+    """The log says it once, and when it is over."""
+    status = 500
+
+    def answer(asked):
+        if status == 0:
+            raise httpx.ConnectError("no route")
+        event = {"choices": [{"token_ids": [1], "finish_reason": "length"}]}
+        return httpx.Response(status, text=f"data: {json.dumps(event)}\n\n")
+
+    servers = VllmServers(model, ["http://a/v1"])
+    servers._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    engine = RemoteEngine(model, servers)
+    try:
+        said = str(engine.call(servers.probe_all(5), 6)["http://a/v1"])
+        assert said == "The language model's server failed (status 500): see its log."
+        assert not engine.health(5) and not engine.health(5)
+        assert caplog.text.count(said) == 1
+        status = 200
+        assert engine.health(5) and "It answers again." in caplog.text
+        status = 0
+        said = str(engine.call(servers.probe_all(5), 6)["http://a/v1"])
+        assert said.startswith("The language model's server does not answer (no route): check")
+    finally:
+        engine.close()
+
+
 def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path):
     photo = str(BEAST)
     url = f"http://127.0.0.1:{free_port()}/v1"

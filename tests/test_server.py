@@ -138,6 +138,7 @@ def test_under_a_proxys_path(engine):
         ("/", ""),
         (" /a/b/ ", "/a/b"),
         ("https://example.org/a/", "https://example.org/a"),
+        ("HTTPS://example.org/A/", "https://example.org/A"),
     ],
 )
 def test_a_proxys_path_is_read_in_one_form(given, path):
@@ -433,8 +434,17 @@ def test_ctrl_c_lets_answers_end(monkeypatch, capsys):
         signal.raise_signal(signal.SIGINT)
     engine.drain.assert_called_once_with(25.0)
     assert engine.close.called and page.close.called
-    assert "Answers have 25 s to end" in capsys.readouterr().err
+    assert "Waiting up to 25 s for running answers" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    server, before = Server(list, options()), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with server.until_terminated(Mock()):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _request(max_new_tokens):

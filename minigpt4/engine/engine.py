@@ -199,8 +199,8 @@ class Engine(RequestQueue):
         """
         keys = state.picture_keys - state.embeds.keys()
         found = {key: self._pictures.request(state.request.pictures[key]) for key in keys}
-        if not all(future.done() for future in found.values()):
-            return True
+        if any(not future.done() or future.exception() for future in found.values()):
+            return True  # `_encode_pictures` fails it where a picture has failed meanwhile
         state.embeds |= {key: future.result().embeds for key, future in found.items()}
         state.request = replace(state.request, pictures={})
         return False

@@ -36,7 +36,7 @@ class Pictures:
         store: EmbeddingStore | None = None,
     ) -> None:
         self._model, self._explain, self._store = model, explain, store
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._requested: OrderedDict[str, tuple[Picture, Future]] = OrderedDict()
         self._encoded: OrderedDict[str, Encoded] = OrderedDict()
 
@@ -48,18 +48,21 @@ class Pictures:
     def find(self, key: str) -> Encoded | None:
         """What the encoder made of a picture, None before that."""
         with self._lock:
-            if key not in self._encoded and self._store and key not in self._requested:
-                stored = self._store.find(key)
-                if stored is not None:
-                    self._remember(key, Encoded(stored))
-            if key in self._encoded:
-                self._encoded.move_to_end(key)
-            return self._encoded.get(key)
+            return self._find(key)
+
+    def _find(self, key: str) -> Encoded | None:
+        if key not in self._encoded and self._store and key not in self._requested:
+            stored = self._store.find(key)
+            if stored is not None:
+                self._remember(key, Encoded(stored))
+        if key in self._encoded:
+            self._encoded.move_to_end(key)
+        return self._encoded.get(key)
 
     def request(self, picture: Picture) -> Future[Encoded]:
         """What comes of a picture: known at once, or after `encode_some`, or a UserError."""
         with self._lock:
-            encoded = self.find(picture.key)
+            encoded = self._find(picture.key)
             if encoded is None:
                 return self._requested.setdefault(picture.key, (picture, Future()))[1]
         known: Future[Encoded] = Future()
@@ -75,9 +78,18 @@ class Pictures:
         # All in one batch; where that fails, one by one, so that a bad picture fails alone.
         outcomes = self._encode_together(pictures) or map(self._encode_alone, pictures)
         pairs = list(zip(pictures, outcomes, strict=True))
+        futures = []
         with self._lock:
             for picture, outcome in pairs:
-                self._finish(picture, outcome)
+                futures.append(self._requested.pop(picture.key, (picture, Future()))[1])
+                if not isinstance(outcome, UserError):
+                    self._remember(picture.key, outcome)
+        # Without the lock: what waits for them may ask for pictures.
+        for future, (_, outcome) in zip(futures, pairs, strict=True):
+            if isinstance(outcome, UserError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
         return pairs
 
     def _encode_together(self, pictures: list[Picture]) -> list[Encoded] | None:
@@ -106,14 +118,6 @@ class Pictures:
                 self._store.keep(picture.key, encoded.embeds)
         return outcomes
 
-    def _finish(self, picture: Picture, outcome: Encoded | UserError) -> None:
-        _, future = self._requested.pop(picture.key, (picture, Future()))
-        if isinstance(outcome, UserError):
-            future.set_exception(outcome)
-            return
-        self._remember(picture.key, outcome)
-        future.set_result(outcome)
-
     def _remember(self, key: str, encoded: Encoded) -> None:
         self._encoded[key] = encoded
         while len(self._encoded) > KEPT:
@@ -122,5 +126,7 @@ class Pictures:
     def fail_all(self, error: UserError) -> None:
         """Nothing that waits is encoded any more."""
         with self._lock:
-            while self._requested:
-                self._requested.popitem()[1][1].set_exception(error)
+            futures = [future for _, future in self._requested.values()]
+            self._requested.clear()
+        for future in futures:
+            future.set_exception(error)

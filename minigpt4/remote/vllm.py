@@ -50,6 +50,11 @@ class _Server:
     url: str
     running: int = 0
     down_until: float = 0.0  # time.monotonic()
+    fault: str = ""  # the kind of error that the last probe found
+
+
+class Unreachable(Unavailable):
+    """A server that cannot be connected to, or says nothing."""
 
 
 class VllmServers:
@@ -127,7 +132,7 @@ class VllmServers:
         except Unavailable as error:
             busy = error.error.kind == "queue_full"
             server.down_until = time.monotonic() + (BUSY_SECONDS if busy else DOWN_SECONDS)
-            raise Unavailable(f"{server.url}: {error}", error.error) from None
+            raise type(error)(f"{server.url}: {error}", error.error) from None
         finally:
             server.running -= 1
 
@@ -163,7 +168,9 @@ class VllmServers:
                         yield part
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             if last is None:
-                raise Unavailable(str(error) or type(error).__name__) from None
+                silent = isinstance(error, httpx.ConnectError | httpx.TimeoutException)
+                kind = Unreachable if silent else Unavailable
+                raise kind(str(error) or type(error).__name__) from None
         if last is not None:
             yield last
 
@@ -171,9 +178,12 @@ class VllmServers:
 
     async def probe(self, seconds: float) -> bool:
         outcomes = await self.probe_all(seconds)
-        for url, error in outcomes.items():
-            if error is not None:
-                log.warning("%s: %s", url, error)
+        for server in self._servers:
+            error = outcomes[server.url]
+            fault = error.kind if error else ""
+            if fault != server.fault:
+                log.warning("%s: %s", server.url, error or "It answers again.")
+            server.fault = fault
         return any(outcome is None for outcome in outcomes.values())
 
     async def probe_all(self, seconds: float) -> dict[str, UserError | None]:
@@ -192,8 +202,11 @@ class VllmServers:
                 error = why.error
                 if error.kind == "hanging":
                     reason = " ".join(str(why).split())[:200]
-                    sentence = f"The language model's server does not answer ({reason}): check "
-                    error = UserError(sentence + "--llm-url and the server's log.", "hanging")
+                    sentence = f"The language model's server failed ({reason}): see its log."
+                    if isinstance(why, Unreachable):
+                        sentence = f"The language model's server does not answer ({reason}): "
+                        sentence += "check --llm-url and the server's log."
+                    error = UserError(sentence, error.kind)
             except UserError as why:
                 error = why
             server.down_until = 0.0 if error is None else time.monotonic() + DOWN_SECONDS

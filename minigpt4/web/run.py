@@ -43,8 +43,6 @@ def options(arguments: list[str]) -> argparse.Namespace:
 
 def one_by_one(chosen: argparse.Namespace) -> list[argparse.Namespace]:
     """The options for each of the models that --model names. UserError where they do not fit."""
-    if chosen.llm_key and not chosen.llm_url:
-        raise UserError("--llm-key is for the servers of --llm-url: name them, or leave it out.")
     names = [name.strip() for name in chosen.model.split(",")]
     if len(names) == 1:
         return [chosen]

@@ -132,12 +132,15 @@ class Server:
         """On SIGTERM or Ctrl-C, refuse new questions and give running answers `shutdown_seconds`. A
         second one ends the program at once. KeyboardInterrupt after Ctrl-C."""
 
+        # nohup, and a script's background, ignore some: that stays.
+        heard = [ending for ending in ENDING if signal.getsignal(ending) is not signal.SIG_IGN]
+
         def terminate(number: int, _: object) -> None:
-            for ending in ENDING:
+            for ending in heard:
                 signal.signal(ending, signal.SIG_DFL)
             raise _Terminated(number)
 
-        before = {ending: signal.signal(ending, terminate) for ending in ENDING}
+        before = {ending: signal.signal(ending, terminate) for ending in heard}
         try:
             yield
         except _Terminated as terminated:
@@ -150,11 +153,12 @@ class Server:
                 signal.signal(ending, handler)
 
     def _end(self, page: gr.Blocks, by_hand: bool) -> None:
+        seconds = self._options.shutdown_seconds
         if engines := self._find_engines():
             if by_hand and any(engine.running or engine.waiting for engine in engines):
-                say(f"Answers have {self._options.shutdown_seconds:g} s to end; Ctrl-C cuts them.")
+                sentence = f"Waiting up to {seconds:g} s for running answers to end; "
+                say(sentence + "press Ctrl-C again to stop at once.")
             with ThreadPoolExecutor(len(engines)) as pool:
-                seconds = self._options.shutdown_seconds
                 drained = [*pool.map(lambda engine: engine.drain(seconds), engines)]
             if not all(drained):
                 log.warning("Shutdown cut answers short.")
@@ -193,7 +197,9 @@ def _root_path(text: str | None) -> str | None:
     path = text.strip(" /")
     if re.search(r"[\s?#]", path):
         raise UserError(f"--root-path is “{text}”: it must be a path such as /chat.")
-    return path if not path or re.match("https?://", path) else f"/{path}"
+    if address := re.match("https?://", path, re.IGNORECASE):
+        return address[0].lower() + path[address.end() :]  # Gradio knows it in lower case only
+    return f"/{path}" if path else path
 
 
 def _user_and_password(text: str | None) -> tuple[str, str] | None:

@@ -127,10 +127,12 @@ async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
 
 async def read_rest(request: Request) -> None:
     """Read on before a refusal, within bounds: see REST_SECONDS."""
+    if waits(request.scope):
+        return
     read = 0
     # RuntimeError: all of it has been read.
     with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
-        async with asyncio.timeout(0 if waits(request.scope) else REST_SECONDS):
+        async with asyncio.timeout(REST_SECONDS):
             async for part in request.stream():
                 read += len(part)
                 if read > REST_BYTES:

@@ -56,7 +56,7 @@ def _unknown(body: dict) -> Iterator[str]:
     yield from unread(wanted.get("json_schema"), JsonSchema, ("response_format", "json_schema"))
     for place, message in enumerate(body["messages"]):
         yield from unread(message, ChatMessage, ("messages", place))
-        content = message["content"]
+        content = message.get("content")
         for number, part in enumerate(content if isinstance(content, list) else ()):
             where, kind = ("messages", place, "content", number), part_type(part)
             yield from unread(part, PARTS[kind], where)

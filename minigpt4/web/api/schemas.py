@@ -136,8 +136,8 @@ Part = Annotated[
 
 
 def _number(name: str, unset: str = "") -> Any:
-    """A field with the range of one of Sampling's; 0 is read where that is above 0. unset: how it
-    may be left open."""
+    """A field with the range of the setting `name`. unset: what the message adds where another
+    value stands for "not set"."""
     low, high, inclusive = Sampling.RANGES[name]
     kind = "an integer" if isinstance(low, int) else "a number"
     sentence = f"must be {kind} from {low} up to {high}{unset}."
@@ -156,12 +156,14 @@ def _accepting(
 
 
 WHOLE = BeforeValidator(_whole)
-UNSET = ", or -1: the model's default"
+UNSET = ", or -1 for the model's default"
 # The longest answer wanted, which may be longer than fits. None, and -1: as long as fits.
 MaxTokens = Annotated[
     int | None,
     Field(
-        ge=1, le=2**63 - 1, description="must be an integer of at least 1, or -1: as long as fits."
+        ge=1,
+        le=2**63 - 1,
+        description="must be an integer of at least 1, or -1 for as many as fit.",
     ),
     _accepting(int, -1, _or_none),
 ]
@@ -195,10 +197,17 @@ class ChatMessage(Object):
         FailFast(),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None),
     ]
-    pictures_apart: Annotated[list | None, NO_PICTURES] = None
+    images_field: Annotated[list | None, NO_PICTURES] = None
     refusal: str | None = None
     tool_calls: Annotated[list | None, NO_TOOLS] = None
     function_call: Annotated[dict | None, NO_TOOLS] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refusal_alone(cls, message: Any) -> Any:
+        """A refusal needs no content."""
+        refused = isinstance(message, dict) and message.get("refusal") is not None
+        return {"content": None} | message if refused else message
 
     @property
     def text(self) -> str:
@@ -300,7 +309,7 @@ class ChatRequest(Object):
     ] = None
     # Accepted while they ask for nothing.
     logit_bias: Annotated[dict | None, EMPTY, BeforeValidator(_without_zeros)] = None
-    pictures_apart: Annotated[list | None, NO_PICTURES] = None
+    images_field: Annotated[list | None, NO_PICTURES] = None
     tools: Annotated[list | None, NO_TOOLS] = None
     functions: Annotated[list | None, NO_TOOLS] = None
     tool_choice: NoTool = None
@@ -371,7 +380,7 @@ def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "")
         refused = any(isinstance(part, RefusalPart) for part in message.content)
         if (refused or message.refusal) and message.role != "assistant":
             sentence = f"{where}: only an assistant's message may hold a refusal."
-            _refuse(sentence, f"{where}.content")
+            _refuse(sentence, f"{where}.{'content' if refused else 'refusal'}")
         if message.role == "user" and not message.text.strip() and not message.images:
             _refuse(f"{where} is empty: write a question.", f"{where}.content")
     if not any(message.role == "user" for message in messages):

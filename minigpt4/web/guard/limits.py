@@ -161,7 +161,7 @@ class _BoundedRequest:
 
     async def _read_rest(self, most: int) -> None:
         """Read on, up to `most` bytes in all."""
-        if waits(self._scope):
+        if waits(self._scope) and not self._read:  # it has not been asked to
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REST_SECONDS):

@@ -1,6 +1,6 @@
 // Crop: a part of a picture goes into the message box as a picture of its own.
 (() => {
-  const { say, button, make, makeDialog, showDialog, attach } = window.minigpt4;
+  const { say, button, make, set, makeDialog, showDialog, attach } = window.minigpt4;
   const LEAST = 0.05; // width and height of the frame, as shares of the picture's
   const STEP = 0.02; // of an arrow key
   const MOST_PIXELS = 16e6; // some phones' canvases hold no more
@@ -144,7 +144,7 @@
       const image = thumbnail.querySelector("img");
       const name = () => decodeURIComponent(image.src.split("/").at(-1));
       const made = button("crop", "crop", () => crop(image, { name: name() }));
-      made.ariaLabel = `${say("crop")}: ${name()}`;
+      set(made, { ariaLabel: `${say("crop")}: ${name()}` });
       made.classList.add("crop");
       image.after(made);
     }

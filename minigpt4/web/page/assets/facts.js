@@ -1,6 +1,6 @@
 // What is known of each answer, behind a button of its own.
 (() => {
-  const { button, make } = window.minigpt4;
+  const { button, make, set } = window.minigpt4;
   let answers = {};
 
   const described = ({ line, figures }) => {
@@ -20,11 +20,11 @@
     const note = described(known);
     const about = button("about", "about", () => {
       note.hidden = !note.hidden;
-      about.ariaExpanded = String(!note.hidden);
+      set(about, { ariaExpanded: !note.hidden });
       note.scrollIntoView({ block: "nearest" });
     });
     about.classList.add("about", "small");
-    Object.assign(about, { known, ariaExpanded: "false" });
+    set(about, { known, ariaExpanded: "false" });
     buttons.append(about, note);
   };
   const update = () => {

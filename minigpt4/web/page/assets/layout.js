@@ -1,6 +1,6 @@
 // Drawers (the rail on phones, settings, a website), menus, and where the focus goes.
 (() => {
-  const { say, make } = window.minigpt4;
+  const { say, make, set } = window.minigpt4;
   const PHONE = matchMedia("(max-width: 900px)");
   const find = (selector) => document.querySelector(selector);
   let opener = null;
@@ -12,7 +12,7 @@
     if (name && !before) opener = document.activeElement;
     document.documentElement.dataset.drawer = name;
     for (const button of document.querySelectorAll("[data-drawer]:not(html)")) {
-      button.ariaExpanded = String(button.dataset.drawer === name);
+      set(button, { ariaExpanded: button.dataset.drawer === name });
     }
     // What a drawer covers is out of the keyboard's reach.
     for (const id of ["rail", "main"]) {
@@ -30,13 +30,13 @@
 
   const close = (menu, focus) => {
     menu.hidden = true;
-    menu.previousElementSibling.ariaExpanded = "false";
+    set(menu.previousElementSibling, { ariaExpanded: "false" });
     if (focus) menu.previousElementSibling.focus();
   };
   const open = (button) => {
     const menu = button.nextElementSibling;
     menu.hidden = false;
-    button.ariaExpanded = "true";
+    set(button, { ariaExpanded: "true" });
     menu.querySelector("[role=menuitem]").focus();
   };
 

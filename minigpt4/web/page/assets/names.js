@@ -50,13 +50,23 @@
     }
   };
 
+  // Give an element these properties; role and aria as attributes, since Firefox ESR 115 has no
+  // such properties.
+  const set = (element, values) => {
+    for (const [name, value] of Object.entries(values)) {
+      if (value === undefined) continue;
+      if (name !== "role" && !name.startsWith("aria")) element[name] = value;
+      else element.setAttribute(name.replace("aria", "aria-").toLowerCase(), value);
+    }
+    return element;
+  };
   // The texts of the page's own parts, which name them.
   const write = (part) => {
     const { say: text, label, placeholder } = part.dataset;
     if (text && part.textContent !== say(text)) part.textContent = say(text);
     if (placeholder && part.placeholder !== say(placeholder)) part.placeholder = say(placeholder);
-    if (!label || part.ariaLabel === say(label)) return;
-    part.ariaLabel = say(label);
+    if (!label || part.getAttribute("aria-label") === say(label)) return;
+    set(part, { ariaLabel: say(label) });
     if (part.matches("button")) part.title = say(label);
   };
   const complete = (node) => {
@@ -85,7 +95,7 @@
     // An answer is read out when it is whole, not word by word.
     const busy = String(document.querySelector("#box .stop-button") !== null);
     const log = document.querySelector("#chat [role=log]");
-    if (log && log.ariaBusy !== busy) log.ariaBusy = busy;
+    if (log && log.getAttribute("aria-busy") !== busy) set(log, { ariaBusy: busy });
   }).observe(document.documentElement, {
     childList: true, subtree: true, attributeFilter: ["aria-label"],
   });
@@ -103,9 +113,9 @@
   };
   // An element with these properties and children.
   const make = (tag, values = {}, ...children) => {
-    const made = Object.assign(document.createElement(tag), values);
+    const made = set(document.createElement(tag), values);
     made.append(...children);
     return made;
   };
-  window.minigpt4 = { say, whenRedrawn, make };
+  window.minigpt4 = { say, whenRedrawn, make, set };
 })();

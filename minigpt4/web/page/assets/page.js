@@ -2,7 +2,8 @@
 (() => {
   const { say, make } = window.minigpt4;
   // Gradio's link leads past the path under which a proxy may serve the page.
-  document.querySelector("link[rel=manifest]")?.setAttribute("href", "manifest.json");
+  const manifest = `${window.gradio_config?.root ?? "."}/manifest.json`;
+  document.querySelector("link[rel=manifest]")?.setAttribute("href", manifest);
   // A button names in data-act which of the scripts' functions it calls.
   document.addEventListener("click", ({ target }) => {
     const act = target.closest("[data-act]")?.dataset.act;

@@ -1,6 +1,6 @@
 // The pictures of a conversation: their names, and the window that shows them large.
 (() => {
-  const { say, button, make, makeDialog, showDialog, where, crop } = window.minigpt4;
+  const { say, button, make, set, makeDialog, showDialog, where, crop } = window.minigpt4;
   // render.py writes behind the "#" of its address: [2, 5, "dog.jpg", "A dog on a beach", "/…/dog.jpg"],
   // the last of them the path of the whole picture, if it is known.
   const told = (address) => JSON.parse(decodeURIComponent(address.split("#")[1]));
@@ -15,7 +15,7 @@
     const text = named(picture.src);
     if (!text || picture.alt === text) return;
     picture.alt = text;
-    picture.closest("button").ariaLabel = `${say("enlarge")}: ${text}`;
+    set(picture.closest("button"), { ariaLabel: `${say("enlarge")}: ${text}` });
   };
   // The captions of the pictures in the message box, by their files' paths on the server.
   let known = {};
@@ -38,7 +38,8 @@
       const pictures = all();
       at = (at + step + pictures.length) % pictures.length;
       large.src = pictures[at].src;
-      large.alt = caption.textContent = dialog.ariaLabel = pictures[at].alt;
+      large.alt = caption.textContent = pictures[at].alt;
+      set(dialog, { ariaLabel: pictures[at].alt });
       where.hide();
       objects.replaceChildren(...where.objects(at).map((name) => {
         const made = make("button", { type: "button", textContent: name });

@@ -1,6 +1,6 @@
 // Reading an answer aloud with the browser's own voice.
 (() => {
-  const { say, button } = window.minigpt4;
+  const { say, button, set } = window.minigpt4;
   const voice = window.speechSynthesis;
   let reading = null; // its button
 
@@ -15,7 +15,7 @@
   };
   const stop = () => {
     voice.cancel();
-    if (reading) Object.assign(reading, { ariaPressed: "false", title: say("read") });
+    if (reading) set(reading, { ariaPressed: "false", title: say("read") });
     reading = null;
   };
   const read = (answer, pressed) => {
@@ -26,7 +26,7 @@
     const speech = Object.assign(new SpeechSynthesisUtterance(text), { lang: language(text) });
     speech.onend = speech.onerror = () => { if (reading === pressed) stop(); };
     reading = pressed;
-    Object.assign(pressed, { ariaPressed: "true", title: say("read_stop") });
+    set(pressed, { ariaPressed: "true", title: say("read_stop") });
     voice.speak(speech);
   };
   const speakable = (row) => {
@@ -36,7 +36,7 @@
     if (buttons.querySelector(".read")) return;
     const made = button("read", "speaker", () => read(answer, made));
     made.classList.add("read", "small");
-    made.ariaPressed = "false";
+    set(made, { ariaPressed: "false" });
     buttons.insertBefore(made, buttons.querySelector(".about"));
   };
   addEventListener("pagehide", () => voice?.cancel());
