@@ -67,7 +67,7 @@ def trace(photo: bytes, question: str = "What is this?") -> tuple[dict[str, str]
     sampling = start.default_sampling(model.config, max_new_tokens=8, seed=1)
     with Engine(model) as engine:
         # What hands the embeddings over; the engine's thread goes on with its next step.
-        with tracer.files("Pictures._finish") as upload:
+        with tracer.files("Pictures._remember") as upload:
             picture = image.load(photo)
             engine.encode(picture)
         with tracer.files() as turn:
