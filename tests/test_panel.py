@@ -385,7 +385,13 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
     from minigpt4.web.page import session
     from tests.fake_engine import FakeAnswer
 
-    monkeypatch.setattr(session, "ask", FakeAnswer)
+    temperatures = []
+
+    def ask(engine, conversation, sampling):
+        temperatures.append(sampling.temperature)
+        return FakeAnswer(engine, conversation, sampling)
+
+    monkeypatch.setattr(session, "ask", ask)
     go_on = tmp_path / "go-on"
 
     def load(report):
@@ -419,4 +425,13 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         box(page).press("Enter")
         done(page)
         assert page.get_by_role("button", name="Dislike").count() == 0  # nobody stores them
+        # The page was built without the model's own values: what is sent at once waits for them.
+        quick = visitors(**WIDE)
+        quick.route("**/queue/join*", lambda route: (time.sleep(0.7), route.continue_()))
+        quick.reload()
+        say(quick, "Hello?")
+        expect(quick.locator("#chat .bot-row .md")).to_be_visible()
+        done(quick)
+        assert temperatures == [0.5, 0.5]
+        visitors.expected("AbortError|Connection errored out")  # of the reload
         visitors.check()

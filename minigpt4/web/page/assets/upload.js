@@ -60,8 +60,9 @@
     return told && !options.quiet ? upload(address, options) : plain(resource, options);
   };
 
-  // --- sending: not before the pictures are there, nor while a conversation is being opened --------
-  const held = () => running > 0 || root.hasAttribute("data-opening");
+  // --- sending: not before the pictures and the model's settings are there, nor while a conversation
+  // is being opened ----------------------------------------------------------------------------------
+  const held = () => running > 0 || root.hasAttribute("data-opening") || find("#status [data-say=opening]");
   const send = () => {
     if (!waiting || held()) return;
     waiting = false;
@@ -72,6 +73,11 @@
     event.preventDefault();
     event.stopImmediatePropagation();
     waiting = true;
+    const again = setInterval(() => { // nothing tells when the settings have come
+      if (held()) return;
+      clearInterval(again);
+      send();
+    }, 100);
     if (line) line.textContent += ` ${say("sent_afterwards")}`;
   };
   // Act before what is in the message box is sent, by the button or by Enter.
