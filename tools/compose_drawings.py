@@ -475,21 +475,20 @@ def main() -> None:
     answers: dict[str, str] = {}
     if options.teacher:
         answers = taught(things, options.teacher, options.out / f"taught-{options.teacher}.json")
-    for number in range(options.count):
-        if number % SHARD == 0:
-            shard = tarfile.open(options.out / f"drawn-{number // SHARD:05d}.tar", "w")  # noqa: SIM115
-        draw = random.Random(f"drawing {number}")
-        shown, absent = chosen(things, number, draw)
-        picture, record = compose(options.emoji, shown, absent, draw)
-        kind = task_kind(shown[0])
-        if len(shown) == 1 and (answer := answers.get(f"{kind} {shown[0].name}")):
-            record["task"] = [draw.choice(TASKS[kind][1]), answer]
-        content = io.BytesIO()
-        picture.save(content, "JPEG", quality=90)
-        add_member(shard, f"{number:06d}.jpg", content.getvalue())
-        add_member(shard, f"{number:06d}.json", json.dumps(record, ensure_ascii=False).encode())
-        if number % SHARD == SHARD - 1 or number == options.count - 1:
-            shard.close()
+    for first in range(0, options.count, SHARD):
+        with tarfile.open(options.out / f"drawn-{first // SHARD:05d}.tar", "w") as shard:
+            for number in range(first, min(first + SHARD, options.count)):
+                draw = random.Random(f"drawing {number}")
+                shown, absent = chosen(things, number, draw)
+                picture, record = compose(options.emoji, shown, absent, draw)
+                kind = task_kind(shown[0])
+                if len(shown) == 1 and (answer := answers.get(f"{kind} {shown[0].name}")):
+                    record["task"] = [draw.choice(TASKS[kind][1]), answer]
+                content = io.BytesIO()
+                picture.save(content, "JPEG", quality=90)
+                told = json.dumps(record, ensure_ascii=False)
+                add_member(shard, f"{number:06d}.jpg", content.getvalue())
+                add_member(shard, f"{number:06d}.json", told.encode())
 
 
 if __name__ == "__main__":

@@ -174,9 +174,8 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        with suppress(
-            OSError
-        ):  # some libraries write for the owner alone; some disks have no modes
+        # Some libraries write for the owner alone, and some disks have no modes.
+        with suppress(OSError):
             partial.chmod(partial.stat().st_mode | mode)
         partial.replace(path)
     finally:

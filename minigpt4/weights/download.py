@@ -275,7 +275,7 @@ def _unpack(gguf: Path, target: Path, cached: bool) -> None:
                 "another one."
             ) from error
         if target.is_dir():
-            shutil.rmtree(target)  # fetched before the GGUF file itself was kept
+            shutil.rmtree(target)  # an incomplete one
         file.parent.rename(target)
 
 

@@ -26,7 +26,6 @@
     if (running) return;
     line?.remove();
     line = null;
-    send();
   };
   const keepUnsent = () => { waiting = false; };
   document.addEventListener("click", ({ target }) => {
@@ -63,8 +62,11 @@
   // --- sending: not before the pictures and the model's settings are there, nor while a conversation
   // is being opened ----------------------------------------------------------------------------------
   const held = () => running > 0 || root.hasAttribute("data-opening") || find("#status [data-say=opening]");
+  let asking = 0; // again and again, whether it is still held: nothing tells of all that can hold it
   const send = () => {
-    if (!waiting || held()) return;
+    if (waiting && held()) return;
+    clearInterval(asking);
+    if (!waiting) return;
     waiting = false;
     requestAnimationFrame(() => requestAnimationFrame(() => find("#box .submit-button")?.click()));
   };
@@ -73,11 +75,8 @@
     event.preventDefault();
     event.stopImmediatePropagation();
     waiting = true;
-    const again = setInterval(() => { // nothing tells when the settings have come
-      if (held()) return;
-      clearInterval(again);
-      send();
-    }, 100);
+    clearInterval(asking);
+    asking = setInterval(send, 100);
     if (line) line.textContent += ` ${say("sent_afterwards")}`;
   };
   // Act before what is in the message box is sent, by the button or by Enter.
@@ -91,7 +90,6 @@
     }, true);
   };
   beforeSending(hold);
-  new MutationObserver(send).observe(root, { attributeFilter: ["data-opening"] });
   Object.assign(window.minigpt4, { keepUnsent, beforeSending });
 
   // --- where pictures come from ---------------------------------------------------------------------
