@@ -1,5 +1,6 @@
 """The page's own HTML, styles and scripts, in the folder assets."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ SCRIPTS = (
     *("names", "page", "layout", "upload", "composer", "where", "crop", "pictures", "facts"),
     *("versions", "speak", "keys", "settings", "draft", "notice", "store", "chats"),
 )
+_COMMENT = re.compile(r"^[ \t]*(//.*|/\*[\s\S]*?\*/)\n", re.MULTILINE)  # on lines of its own
 # A gr.HTML without Gradio's own look.
 PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}
 # names.js fills in the texts: see `complete` there.
@@ -46,9 +48,7 @@ def hello() -> gr.HTML:
 
 
 def head() -> str:
-    """The page's styles and scripts, for its <head>."""
-    return (
-        asset("app.html")
-        + "".join(f"<style>\n{asset(f'{name}.css')}</style>\n" for name in STYLES)
-        + "".join(f"<script>\n{asset(f'{name}.js')}</script>\n" for name in SCRIPTS)
-    )
+    """The page's styles and scripts, for its <head>. Every visit loads it: no comments."""
+    styles = [f"<style>\n{_COMMENT.sub('', asset(f'{name}.css'))}</style>\n" for name in STYLES]
+    scripts = [f"<script>\n{_COMMENT.sub('', asset(f'{name}.js'))}</script>\n" for name in SCRIPTS]
+    return asset("app.html") + "".join(styles + scripts)
