@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import minigpt4.web  # noqa: F401  before a test imports Gradio itself
+
 # No test of a made-up example may fail because the machine is slow or busy.
 too_slow = [HealthCheck.too_slow]
 settings.register_profile("any machine", deadline=None, suppress_health_check=too_slow)

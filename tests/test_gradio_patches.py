@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from gradio import processing_utils
+from gradio import component_meta, processing_utils
 
 from minigpt4.conversation import Conversation
 from minigpt4.model import image
@@ -54,6 +54,17 @@ def test_gradio_still_has_what_is_replaced():
     code = COMPARE.replace("NAMES", repr(names))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_gradio_is_imported_without_its_stubs():
+    """In an interpreter of its own: here Gradio has been imported already."""
+    code = (
+        "import minigpt4.web, gradio; print(gradio.component_meta.create_or_modify_pyi.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "minigpt4.web", done.stderr
+    source = Path(component_meta.__file__).read_text(encoding="utf-8")
+    assert "def create_or_modify_pyi(" in source and source.count("create_or_modify_pyi(") == 2
 
 
 def test_no_other_module_replaces_anything_of_gradio():

@@ -1,6 +1,7 @@
 """Everything of Gradio's (and Uvicorn's) that this project replaces: what, where and why.
 
-Gradio has no option for any of these. `PATCHES` lists them for an upgrade: a test checks that the
+Gradio has no option for any of these. What must be replaced while Gradio is imported is in
+`minigpt4.web` itself. `PATCHES` lists the others for an upgrade: a test checks that the
 installed Gradio still has each attribute, and others that each patch does what it is for.
 """
 
