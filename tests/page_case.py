@@ -14,7 +14,9 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+import app
 from minigpt4.web.page.page import build_page, serve
+from minigpt4.web.server import Server
 
 WIDE = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
@@ -23,19 +25,20 @@ expect.set_options(timeout=SECONDS)
 
 
 def options(**changes) -> Namespace:
+    """Those of app.py, and a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    values = {"host": "127.0.0.1", "port": port, "share": False, "llm_url": None}
-    values |= {"max_upload_mb": 20, "max_queue": 32, "max_running": 32}
-    return Namespace(**{**values, **changes})
+    return Namespace(**{**vars(app.options(["--port", str(port)])), **changes})
 
 
 @contextmanager
 def served(source, feedback=None) -> Iterator[str]:
-    """The address of a page."""
-    page = build_page(source, feedback)
-    yield serve(page, options())
+    """The address of a page, with all that stands before it in app.py."""
+    chosen = options()
+    server = Server(lambda: getattr(source, "engines", [source]), chosen)
+    page = build_page(source, feedback, server)
+    yield serve(page, chosen, server)
     page.close(verbose=False)
 
 

@@ -21,12 +21,26 @@ def test_the_page_is_compressed_and_brings_nothing_unused():
     assert "content-encoding" not in plain.headers and "MiniGPT-4" in plain.text
 
     (unused,) = FRONTEND.glob("hls-*.js")
-    assert UNUSED.search(f"/assets/{unused.name}")
+    assert UNUSED.fullmatch(unused.name)
     stub = client.get(f"/assets/{unused.name}")
     assert len(stub.content) < 200
     names = {name for file in FRONTEND.glob("*.js") for name in _imported(file, unused.name)}
     assert names and all(f"as {name}" in stub.text for name in names)
     assert client.get("/assets/hls-none.js").status_code == 404
+    assert client.get("/assets/none-12345678.js").status_code == 404
+
+
+def test_assets_are_compressed_and_kept():
+    app = gr.mount_gradio_app(FastAPI(), build_page(FakeEngine()), "/", **LOOK)
+    client = TestClient(Lighter(app))
+    for path in re.findall(r"\./assets/[\w.-]+\.(?:js|css)", client.get("/").text):
+        file = FRONTEND / path.rpartition("/")[2]
+        kept = client.get(path)
+        assert kept.headers["content-encoding"] == "gzip" and kept.content == file.read_bytes()
+        assert "immutable" in kept.headers["cache-control"]
+        plain = client.get(path, headers={"accept-encoding": "identity"})
+        assert "content-encoding" not in plain.headers and plain.content == kept.content
+        assert kept.headers["content-type"].startswith(("text/javascript", "text/css"))
 
 
 def _imported(file, name) -> list[str]:

@@ -68,10 +68,12 @@
     } else if (menu && event.key === "Tab") close(menu, false);
   });
 
-  // What is focused may go away with what it did (Retry, Delete): then the message box has it.
+  // What is focused may go away with what it did (Retry, Delete), or be hidden or disabled before it
+  // does: then the message box has it.
   let focused = null;
+  const usable = (node) => node.isConnected && !node.disabled && node.getClientRects().length > 0;
   const lost = () => {
-    if (!focused || focused.isConnected || document.activeElement !== document.body) return;
+    if (!focused || usable(focused) || document.activeElement !== document.body) return;
     focused = null;
     find("#box textarea")?.focus({ preventScroll: true });
   };
@@ -79,7 +81,7 @@
   document.addEventListener("focusout", ({ target, relatedTarget }) => {
     if (relatedTarget) return;
     setTimeout(() => { // browsers say so before they take the element away
-      if (target.isConnected && focused === target) focused = null;
+      if (usable(target) && focused === target) focused = null;
       else lost();
     });
   });
