@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from minigpt4.config import EvaViT
 from minigpt4.data.files import replacing
-from minigpt4.errors import Report, UserError
+from minigpt4.errors import Report, Step, UserError
 from minigpt4.model.vision import build_encoder
 from minigpt4.weights.checkpoint import check_tensors, eva_tensors, forget, read_checkpoint
 from minigpt4.weights.int8 import quantize_rows
@@ -78,7 +78,7 @@ def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[s
     wanted = {n: t for n, t in encoder.state_dict().items() if not n.startswith(NORM)}
     check_tensors(wanted, tensors, vision, "EVA ViT-g")
     size = sum(tensors[name].nbytes for name in wanted)
-    progress = Progress("the visual encoder", size, report, "Converting")
+    progress = Progress(Step("encoder", "the visual encoder"), size, report, "Converting")
     try:
         for name in wanted:
             tensor, (owner, _, leaf) = tensors[name], name.rpartition(".")
