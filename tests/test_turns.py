@@ -412,7 +412,7 @@ def test_an_opened_conversation_keeps_its_system_prompt():
     conversation = Session().with_question("Hello?", [])
     conversation.system = "Answer in French."
     path = uploads_folder() / "kept.json"
-    path.write_text(json.dumps(transcript.to_data(conversation, 64)))
+    path.write_text(json.dumps(transcript.to_data(Session(conversation), side=64)))
     session, *_, system = uploads_of_a_page().open(str(path), Session(), None)
     assert system["value"] == "Answer in French."
     assert session.name  # what becomes of it has an entry of its own in the browser's list
