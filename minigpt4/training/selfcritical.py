@@ -16,6 +16,7 @@ from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 
+GREEDY = 1e-4  # a temperature at which the most likely token takes all
 _SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
 _LONGEST = 4  # words in an n-gram
 
