@@ -92,18 +92,15 @@ SCORED: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass
 class PictureSource:
     """Pictures of one source, their features, and the words found in them by a head that has not
     seen them."""
 
-    def __init__(
-        self,
-        pictures: Sequence[TrainingPicture],
-        features: Callable[[Sequence[int]], Tensor],
-        words: Callable[[int, random.Random | None], str],
-        places: Sequence[tuple[str, int]] = (),
-    ) -> None:
-        self.pictures, self.features, self.words, self.places = pictures, features, words, places
+    pictures: Sequence[TrainingPicture]
+    features: Callable[[Sequence[int]], Tensor]
+    words: Callable[[int, random.Random | None], str]
+    places: Sequence[tuple[str, int]] = ()
 
 
 def learning_rate(recipe: SmallRecipe, step: int) -> float:

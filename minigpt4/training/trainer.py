@@ -359,11 +359,6 @@ class Trainer:
         """Where validation writes the best projection so far."""
         return self.out / f"{self.model.config.name}-best.safetensors"
 
-    @property
-    def validation_path(self) -> Path:
-        """Where validation writes its figures."""
-        return self.out / "validation.csv"
-
     def save(self) -> None:
         """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""
         if not self.main:

@@ -50,7 +50,7 @@ class Validation:
         self._features = torch.cat(parts)
         references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
         self._score = CiderReward(references)
-        self._path = trainer.validation_path
+        self._path = trainer.out / "validation.csv"
         self.rows = [row for row in self._read() if row["step"] <= trainer.step]
 
     def __call__(self) -> None:

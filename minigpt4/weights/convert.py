@@ -372,8 +372,9 @@ def _write_header(path: Path, sizes: Mapping[str, Any], parts: Mapping[str, _Par
     writer.add_vocab_size(sizes["vocabulary"])
     for name, part in parts.items():
         kind = GGMLQuantizationType[part.kind]
-        shape = part.shape if part.kind in ("F32", "F16") else _byte_shape(part)
         dtype = {"F32": np.float32, "F16": np.float16}.get(part.kind, np.uint8)
+        rows = part.shape[0]
+        shape = (rows, part.size // rows) if dtype is np.uint8 else part.shape
         writer.add_tensor_info(name, shape, np.dtype(dtype), part.size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -383,7 +384,3 @@ def _write_header(path: Path, sizes: Mapping[str, Any], parts: Mapping[str, _Par
     last = max(parts.values(), key=lambda part: part.offset)
     os.truncate(path, start + -(-(last.offset + last.size) // _ALIGNMENT) * _ALIGNMENT)
     return start
-
-
-def _byte_shape(part: _Part) -> tuple[int, int]:
-    return part.shape[0], part.size // part.shape[0]

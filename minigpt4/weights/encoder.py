@@ -74,7 +74,7 @@ def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[s
     what is not quantised is in 32 bit."""
     tensors = eva_tensors(read_checkpoint(vision), config)
     encoder = _on_meta(config)
-    linears = {name for name, module in encoder.named_modules() if _is_linear(module)}
+    linears = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     wanted = {n: t for n, t in encoder.state_dict().items() if not n.startswith(NORM)}
     check_tensors(wanted, tensors, vision, "EVA ViT-g")
     size = sum(tensors[name].nbytes for name in wanted)
@@ -100,7 +100,7 @@ def load_int8_encoder(
     """The encoder from such a file. norm: `ln_vision`. UserError where the file is damaged."""
     encoder = _on_meta(config)
     for name, module in [*encoder.named_modules()]:
-        if _is_linear(module):
+        if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
             setattr(encoder.get_submodule(parent), leaf, _empty(module))
     try:
@@ -128,12 +128,7 @@ def _on_meta(config: EvaViT) -> nn.Module:
         return build_encoder(config)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _empty(linear: nn.Module) -> Int8EncoderLinear:
-    weight = linear.get_parameter("weight")
-    numbers = torch.empty_like(weight, dtype=torch.int8)
-    scale = torch.empty(len(weight), device="meta")
+def _empty(linear: nn.Linear) -> Int8EncoderLinear:
+    numbers = torch.empty_like(linear.weight, dtype=torch.int8)
+    scale = torch.empty(len(linear.weight), device="meta")
     return Int8EncoderLinear(numbers, scale, torch.empty_like(scale))
