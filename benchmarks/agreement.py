@@ -13,13 +13,13 @@ import torch
 
 from minigpt4.config import get_model
 from minigpt4.data.examples import read_shards
+from minigpt4.data.outputs import print_json
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.native import NativeDecoder
 from minigpt4.engine.sampling import log_softmax
 from minigpt4.engine.scheduler import Chunk, Request, RequestState, Rows, Sequence, rows_of
 from minigpt4.engine.stream import Stream
 from minigpt4.engine.torch_decoder import TorchDecoder
-from minigpt4.evaluation.report import print_json
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_training
 from minigpt4.weights.load import find_weights, load_model

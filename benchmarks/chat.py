@@ -27,8 +27,9 @@ from pathlib import Path
 from benchmarks.random_model import SIZES, open_model, write
 from minigpt4 import start
 from minigpt4.config import get_model
+from minigpt4.data.outputs import print_json
 from minigpt4.errors import UserError
-from minigpt4.evaluation.report import print_json, processor
+from minigpt4.evaluation.report import processor
 from minigpt4.model.prompt import Prompt
 from minigpt4.weights.convert import blocks_folder
 from minigpt4.weights.load import find_weights, load_model

@@ -17,7 +17,6 @@ class EvaViT:
     """EVA ViT-g/14 as BLIP-2 uses it: without its last block and its final norm."""
 
     image_size: int = 224
-    pretrain_image_size: int = 224  # of the checkpoint's position embedding
     patch_size: int = 14
     hidden_size: int = 1408
     layers: int = 39

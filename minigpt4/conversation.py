@@ -1,10 +1,11 @@
 """A conversation, and its answers: the prompt, trimmed to the context; streamed text. No torch."""
 
+import asyncio
 import bisect
 import functools
 import hashlib
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -167,6 +168,32 @@ class Answer:
             return ""
         turns = "turn was" if self.dropped_turns == 1 else f"{self.dropped_turns} turns were"
         return f"The oldest {turns} left out: the conversation no longer fits the model's context."
+
+
+async def texts_of(
+    answers: Sequence[Answer], seconds: float
+) -> AsyncGenerator[tuple[int | None, str | None], None]:
+    """(number of an answer, its next text, or None at its end) as they come.
+
+    (None, None) whenever nothing came for `seconds`.
+    """
+    iterators = [aiter(answer) for answer in answers]
+    upcoming = {i: asyncio.ensure_future(anext(it, None)) for i, it in enumerate(iterators)}
+    try:
+        while upcoming:
+            done, _ = await asyncio.wait(
+                upcoming.values(), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                yield None, None
+            for number in [n for n, task in upcoming.items() if task in done]:
+                text = upcoming.pop(number).result()
+                yield number, text
+                if text is not None:
+                    upcoming[number] = asyncio.ensure_future(anext(iterators[number], None))
+    finally:  # where the client has gone
+        for task in upcoming.values():
+            task.cancel()
 
 
 def read_ahead(

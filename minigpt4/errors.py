@@ -52,6 +52,19 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORT)
 
 
+class Step(str):
+    """A line about progress, in English; by its key and values the page finds it in the visitor's
+    language. A value may be a step of its own."""
+
+    key: str
+    values: dict[str, str]
+
+    def __new__(cls, key: str, text: str, **values: str) -> "Step":
+        step = super().__new__(cls, text.format(**values))
+        step.key, step.values = key, values
+        return step
+
+
 Count = Callable[[int], None]  # is told how many more bytes are done
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4._data import cache_folder
 from minigpt4.config import DEFAULT_MODEL, MODELS, EvaViT, ModelConfig, Quantize, get_model
-from minigpt4.errors import Report, UserError, out_of_memory, say
+from minigpt4.errors import Report, Step, UserError, out_of_memory, say
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0  # of a step: then the model hangs
+SELECTED = "Model: {name}, because {why}."
 PROBE_SECONDS = 30.0  # for the first token of each server
 PROBE_MARGIN = 5.0  # for all of them to report that
 
@@ -55,7 +56,7 @@ def default_sampling(config: ModelConfig, **given) -> "Sampling":
     return Sampling(**(config.sampling | given))
 
 
-def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[ModelConfig, str]:
+def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[ModelConfig, Step]:
     """The model that “auto” selects, and why: the largest that fits into the free memory.
 
     On a GPU its weights are downloaded where they are missing. Without one, or where it is too
@@ -64,13 +65,13 @@ def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[M
     """
     from minigpt4.weights.sources import missing
 
-    default, gpu = get_model(DEFAULT_MODEL), "no GPU was found"
+    default, gpu = get_model(DEFAULT_MODEL), Step("no_gpu", "no GPU was found")
     if free_gpu_bytes is not None:
-        gpu = f"the GPU has {free_gpu_bytes / 1e9:.0f} GB free"
+        gpu = Step("gpu", "the GPU has {size} free", size=f"{free_gpu_bytes / 1e9:.0f} GB")
         fitting = [m for m in MODELS.values() if 0 < m.gpu_gigabytes <= free_gpu_bytes / 1e9]
         if fitting:
             return max(fitting, key=lambda m: m.gpu_gigabytes), gpu
-        gpu += ", too little for a larger one"
+        gpu = Step("small_gpu", "{why}, too little for a larger one", why=gpu)
     if free_bytes is None:
         return _small()[0], gpu
     free = free_bytes / 1e9
@@ -81,7 +82,8 @@ def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[M
         if model.small or not missing(model, {})
     ]
     best = max(fitting, key=lambda m: m.cpu_gigabytes, default=default)
-    return best, f"{gpu}, and {free:.1f} GB of memory are free"
+    text = "{why}, and {size} of memory are free"
+    return best, Step("free", text, why=gpu, size=f"{free:.1f} GB")
 
 
 def _small() -> list[ModelConfig]:
@@ -183,7 +185,7 @@ def _load(
     from minigpt4.weights.transfer import Progress
 
     def assemble(files: "WeightFiles", **options: Any) -> "tuple[MiniGPT4, Progress]":
-        report(f"Loading {config.name} …")
+        report(Step("opening", "Loading {name} …", name=config.name))
         progress = Progress(config.name, bytes_to_load(files, quantize), report, "Loading")
         try:
             options["progress"] = progress
@@ -247,7 +249,8 @@ def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progr
     if options.model != "auto":
         return load(get_model(options.model), given)
     if owner := owner_of(given.get("projection")):
-        report(f"Model: {owner}, because the projection belongs to it.")
+        why = Step("projection", "the projection belongs to it")
+        report(Step("model", SELECTED, name=owner, why=why))
         return load(get_model(owner), given)
     from minigpt4.weights.memory import free_memory
 
@@ -257,7 +260,7 @@ def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progr
     fits = free_gpu is None or 0 < config.gpu_gigabytes <= free_gpu / 1e9
     if not fits and not asked_for:
         device = device_of("cpu")
-    report(f"Model: {config.name}, because {why}.")
+    report(Step("model", SELECTED, name=config.name, why=why))
     for smaller in _small():
         if config.small and smaller.cpu_gigabytes >= config.cpu_gigabytes:
             continue

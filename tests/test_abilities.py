@@ -13,11 +13,11 @@ from minigpt4.__main__ import main
 from minigpt4.errors import UserError
 from minigpt4.evaluation import abilities
 from minigpt4.evaluation import judge as judging
-from minigpt4.evaluation.endpoint import Endpoint
 from minigpt4.evaluation.judge import Judge, Verdict, fill, read_rubric, read_verdict
 from minigpt4.evaluation.rating_page import read_ratings
 from minigpt4.evaluation.suite import SUITE, read_suite
 from minigpt4.model import image
+from minigpt4.remote.endpoint import Endpoint
 from tests.evaluation_case import run, use_tiny_model
 from tests.training_case import jpeg, picture
 

@@ -7,6 +7,7 @@ import pytest
 
 from minigpt4.__main__ import main
 from minigpt4.batch import Batch, Question, greedy
+from minigpt4.data import outputs
 from minigpt4.data.examples import Example
 from minigpt4.data.files import read_jsonl
 from minigpt4.engine import Engine
@@ -195,9 +196,9 @@ def test_outputs_may_go_to_a_device_or_beside_the_data(tmp_path):
     null = {"json": "/dev/null", "answers": "/dev/null"}
     (data / "scores.json").write_text("{}")  # of the same command before
     for given in (str(data), str(data / "captions.*")):
-        report.check_outputs(null | {"review": str(data / "scores.json")}, [given, None])
+        outputs.check_outputs(null | {"review": str(data / "scores.json")}, [given, None])
         with pytest.raises(UserError, match="would overwrite"):
-            report.check_outputs({"json": str(data / "captions.csv")}, [given])
+            outputs.check_outputs({"json": str(data / "captions.csv")}, [given])
 
 
 def test_tables():
@@ -215,7 +216,7 @@ def test_tables():
 def test_answers_may_hold_any_line_end(tmp_path):
     path = tmp_path / "answers.jsonl"
     written = [{"id": "1", "answer": "a\u2028b\u0085c\r\nd\x0be"}, {"id": "2", "answer": ""}]
-    report.write_lines(path, written)
+    outputs.write_lines(path, written)
     assert read_jsonl(path, "id", "answer") == written
 
 

@@ -70,7 +70,7 @@ FLOORS = [
     {"weights"},
     {"engine"},
     {"conversation", "remote"},
-    {"start", "batch"},
+    {"start", "batch", "remote.endpoint"},
     {"web", "evaluation", "training"},
     {"curation", "remote.ray", "remote.zerogpu", "web.run"},
     {"__main__", "app"},

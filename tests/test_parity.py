@@ -113,12 +113,11 @@ def test_training(loaded):
             )
             for ref, answer in zip(refs, sample["answers"], strict=True)
         ]
-        index = {ref.key: i for i, ref in enumerate(refs)}
         with torch.no_grad():
             chosen = [pictures[i].rgb for i in sample["images"]]
             features = model.encode_features(model.pixel_values(chosen))
         model.projection.requires_grad_(True)
-        loss = model.training_loss(features, pack([[p] for p in prompts], index))
+        loss = model.training_loss(features, pack([[p] for p in prompts]))
         (gradient,) = torch.autograd.grad(loss, [model.projection.weight])
         model.projection.requires_grad_(False)
         torch.testing.assert_close(loss.item(), sample["loss"], **TOLERANCE)

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import signal
 import tarfile
 from argparse import Namespace
 from collections import Counter
@@ -226,7 +227,6 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, pictures, tmp_pat
     first = trainer(model, pictures, tmp_path / "parts", 4)
     for _ in range(2):
         first.one_step()
-        first.step += 1
     first.save()
     second = trainer(model, pictures, tmp_path / "parts", 4)
     assert second.step == 2
@@ -234,6 +234,18 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, pictures, tmp_pat
     assert torch.equal(whole.projection.weight, second.projection.weight)
     assert torch.equal(whole.average["weight"], second.average["weight"])
     assert (tmp_path / "parts" / "mini.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_a_whole_step(model, pictures, tmp_path, number):
+    run = trainer(model, pictures, tmp_path, 4)
+    step = run.optimizer.step
+    run.optimizer.step = lambda: (signal.raise_signal(number), step())
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    again = trainer(model, pictures, tmp_path, 4)
+    assert again.step == 1
+    assert torch.equal(again.average["weight"], run.average["weight"])
 
 
 def test_another_runs_checkpoint_is_not_resumed(model, pictures, tmp_path):
@@ -250,10 +262,7 @@ def test_another_runs_checkpoint_is_not_resumed(model, pictures, tmp_path):
 
 def test_it_learns_at_the_length_of_words(model, pictures, tmp_path):
     run = trainer(model, pictures, tmp_path, 30)
-    records = [run.one_step()]
-    for step in range(1, 30):
-        run.step = step
-        records.append(run.one_step())
+    records = [run.one_step() for _ in range(30)]
     assert records[-1]["loss"] < records[0]["loss"]
     assert all(r["length"] == pytest.approx(0.6, abs=1e-3) for r in records)
     before = run.projection.weight.clone()

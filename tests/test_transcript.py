@@ -31,11 +31,11 @@ def conversation(tmp_path):
 
 @pytest.mark.parametrize("side", [256, transcript.FULL_SIDE])
 def test_what_is_written_can_be_read(conversation, tmp_path, side):
-    data = transcript.to_data(conversation, side, "nano", "length")
+    data = transcript.to_data(Session(conversation), "nano", side, "length")
     path = tmp_path / "kept.json"
     path.write_text(json.dumps({**data, "about": {"id": "ab1", "title": "Two", "time": 7}}))
     read = transcript.from_file(str(path))
-    assert read.stop == "length" and read.about == transcript.About("ab1", "Two", 7)
+    assert read.stop_reason == "length" and read.entry == transcript.About("ab1", "Two", 7)
     again = read.conversation
     assert again.system == "Be brief."
     assert [m.role for m in again.messages] == ["user", "assistant", "user"]
@@ -52,7 +52,8 @@ def test_what_is_written_can_be_read(conversation, tmp_path, side):
 def test_captions_are_kept(conversation):
     first, second = conversation.messages[0].images
     looks.note(first.key, caption="A red wall")
-    data = transcript.to_data(conversation, captions={second.key: "A blue wall", "gone": "Sea"})
+    captions = {second.key: "A blue wall", "gone": "Sea"}
+    data = transcript.to_data(Session(conversation, captions=captions))
     data["captions"] |= {"other": "No such picture", first.key: data["captions"][first.key]}
     read = transcript.from_data(data)
     again = [image.key for image in read.conversation.messages[0].images]
@@ -93,7 +94,7 @@ def test_captions_are_kept(conversation):
 )
 @pytest.mark.trust("Pictures", "many large pictures at once")
 def test_files_that_hold_something_else(conversation, change):
-    data = transcript.to_data(conversation, 256)
+    data = transcript.to_data(Session(conversation), side=256)
     change(data)
     with pytest.raises(UserError):
         transcript.from_data(data)
@@ -112,7 +113,8 @@ def test_figures_of_answers_are_kept(conversation):
     later = Tail([Message("assistant", ("Yes.",))], statistics={3: stats})
     forks = {3: Fork([later, None], 1)}
     conversation.add_answer("No.")
-    data = transcript.to_data(conversation, forks=forks, statistics={1: stats, 3: Stats()})
+    session = Session(conversation, forks=forks, statistics={1: stats, 3: Stats()})
+    data = transcript.to_data(session)
     data = json.loads(json.dumps(data))
     data["figures"] |= {"x": [1] * 5, "5": [1, 2], "7": [-1] * 5, "9": ["1"] * 5, "11": None}
     read = transcript.from_data(data)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -40,11 +39,10 @@ def test_the_table_is_that_of_the_tests():
     assert {section for section, _, _ in marks} == {*trust_table.SECTIONS}
 
 
-def test_a_conversation_file_is_checked_without_asserts(monkeypatch):
+def test_a_conversation_file_is_checked_without_asserts():
     """As under `python -O`, which removes them; ruff's S101 keeps them out of the package."""
     source = Path(transcript.__file__)
     optimised = ModuleType(transcript.__name__)
-    monkeypatch.setitem(sys.modules, transcript.__name__, optimised)  # for its dataclasses
     exec(compile(source.read_text(encoding="utf-8"), source, "exec", optimize=1), vars(optimised))
     sound = {"format": transcript.FORMAT, "version": transcript.VERSION}
     sound |= {"pictures": {}, "messages": []}

@@ -1,5 +1,6 @@
 """What a conversation does, without a browser: with a tiny random model, and with none."""
 
+import ast
 import asyncio
 import gc
 import json
@@ -21,7 +22,7 @@ from minigpt4 import start
 from minigpt4.conversation import ask as chat_ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.engine.stream import KINDS, failure
-from minigpt4.errors import Kind, UserError
+from minigpt4.errors import Kind, Step, UserError
 from minigpt4.model import image
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.uploads import uploaded
@@ -411,7 +412,7 @@ def test_an_opened_conversation_keeps_its_system_prompt():
     conversation = Session().with_question("Hello?", [])
     conversation.system = "Answer in French."
     path = uploads_folder() / "kept.json"
-    path.write_text(json.dumps(transcript.to_data(conversation, 64)))
+    path.write_text(json.dumps(transcript.to_data(Session(conversation), side=64)))
     session, *_, system = uploads_of_a_page().open(str(path), Session(), None)
     assert system["value"] == "Answer in French."
     assert session.name  # what becomes of it has an entry of its own in the browser's list
@@ -440,7 +441,7 @@ def test_every_language_says_everything():
     english, german = TEXTS["en"], TEXTS["de"]
     assert set(TEXTS) >= {"en", "de", "es", "zh"}
     assert {key for key in german if key not in english} == {
-        key for key in german if key.startswith("page_error_") and key not in english
+        key for key in german if re.match("page_(error|step)_", key) and key not in english
     }
     for name, texts in TEXTS.items():
         assert set(texts) == set(english if name == "en" else german), name
@@ -501,15 +502,16 @@ def test_every_translated_error_is_raised_somewhere():
 def test_steps_of_loading_come_in_the_visitors_language():
     """As they are reported where a model is fetched, converted and loaded."""
     lines = []
-    for what, doing in (("mini", "Fetching"), ("the visual encoder", "Converting")):
-        progress = Progress(what, 4_000_000_000, lambda line, passing: lines.append(line), doing)
+    encoder = Step("encoder", "the visual encoder")
+    for what, doing in (("mini", "Fetching"), (encoder, "Converting")):
+        progress = Progress(what, 4_000_000_000, start.say, doing)
         progress.add(1_000_000_000)
-        lines.append(str(progress))
+        lines.append(progress.line)
         progress._start -= 120  # two minutes ago
-        lines.append(str(progress))
+        lines.append(progress.line)
     for memory in ((None, None), (None, 3e9), (2e9, 3e9), (200e9, None)):
         config, why = start.choose(*memory)
-        lines.append(f"Model: {config.name}, because {why}.")
+        lines.append(Step("model", start.SELECTED, name=config.name, why=why))
     for line in lines:
         said = translate_step(line, chinese())
         names = r"mini|nano|vicuna-13b|GPU|MB|GB"
@@ -522,14 +524,18 @@ def test_steps_of_loading_come_in_the_visitors_language():
 
 
 def test_every_translated_step_is_reported_somewhere():
+    """With the values that the texts show."""
     folder = Path(session_module.__file__).parents[2]
     source = "".join(p.read_text() for p in (folder / "start.py", *folder.glob("weights/*.py")))
-    steps = {k: text for k, text in TEXTS["en"].items() if k.startswith(f"{PREFIX}step_")}
-    for key, text in steps.items():
-        for part in re.split(r"{\w+}", text):
-            assert part.strip() in source, key
-        line = re.sub(r"{\w+}", "1", text)
-        assert translate_step(line, chinese()) != line == translate_step(line, None), key
+    values = dict.fromkeys(("fetching", "converting", "loading"), {"name", "count"})
+    for call in ast.walk(ast.parse(source)):
+        match call:
+            case ast.Call(func=ast.Name("Step"), args=[ast.Constant(key), _]):
+                values[key] = {keyword.arg for keyword in call.keywords}
+    shown = {
+        k: set(re.findall(r"{(\w+)}", text)) for k, text in TEXTS["de"].items() if "_step_" in k
+    }
+    assert shown == {f"{PREFIX}step_{key}": names for key, names in values.items()}
 
 
 def test_an_error_keeps_its_kind_and_parameters_when_it_is_pickled():

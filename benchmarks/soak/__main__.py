@@ -25,7 +25,7 @@ import psutil
 from benchmarks import free_port
 from benchmarks.soak.server import FILE_SECONDS, HANG_SECONDS
 from benchmarks.soak.users import SETTINGS, Asked, Ledger, User, body
-from minigpt4.evaluation.report import print_json
+from minigpt4.data.outputs import print_json
 
 FAULTS = (
     *("exception", "nan", "memory", "thread", "hang"),  # of the engine

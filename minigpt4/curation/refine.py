@@ -13,8 +13,8 @@ from minigpt4.conversation import Conversation, ask
 from minigpt4.curation.filters import refusal, words
 from minigpt4.curation.generate import name_of
 from minigpt4.errors import UserError
-from minigpt4.evaluation.endpoint import Endpoint, Refused, said_by
 from minigpt4.evaluation.metrics import is_fragment
+from minigpt4.remote.endpoint import Endpoint, Refused, said_by
 
 if TYPE_CHECKING:
     from minigpt4.engine import Engine

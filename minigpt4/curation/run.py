@@ -19,8 +19,8 @@ from minigpt4.curation import merge as merging
 from minigpt4.curation.pictures import PictureFile, find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.data.files import prompt_text
+from minigpt4.data.outputs import check_outputs, print_json
 from minigpt4.errors import UserError
-from minigpt4.evaluation.report import check_outputs, print_json
 
 if TYPE_CHECKING:
     from minigpt4.curation.refine import Refiner

@@ -20,11 +20,11 @@ from minigpt4.data.files import read_jsonl
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.endpoint import encodable
 from minigpt4.evaluation.judge import Case, Judge, Verdict
 from minigpt4.evaluation.metrics import is_fragment, is_repetitive
 from minigpt4.evaluation.rating_page import read_ratings, write_page
 from minigpt4.evaluation.suite import SUITE, Item, read_suite
+from minigpt4.remote.endpoint import encodable
 
 TOKENS = 300  # of the longest answer
 SHOWN = 260  # characters of an answer in the report

@@ -7,6 +7,7 @@ from minigpt4 import start
 from minigpt4.batch import Batch, greedy
 from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import usable
+from minigpt4.data.outputs import write_lines
 from minigpt4.engine import Engine
 from minigpt4.evaluation import report
 from minigpt4.evaluation.metrics import caption_scores, failure_rates
@@ -18,7 +19,7 @@ NAMES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "cider": "CIDEr"}
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(scores, their table); of detailed descriptions with `--detail`."""
     scores, records = answer_and_score(options)
-    report.write_lines(options.answers, records)
+    write_lines(options.answers, records)
     rows = [[title, scores[name]] for name, title in NAMES.items()]
     rows += [
         ["repetition", report.percent(scores["repetition_rate"])],

@@ -21,6 +21,7 @@ from minigpt4 import start
 from minigpt4.batch import Batch, greedy
 from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import Example, usable
+from minigpt4.data.outputs import write_lines
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         | {name: sorted(names) for name, names in vars(one).items()}
         for e, one in zip(answered, judged, strict=True)
     ]
-    report.write_lines(options.answers, lines)
+    write_lines(options.answers, lines)
     return result, as_text(result)
 
 

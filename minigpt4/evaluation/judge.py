@@ -11,8 +11,8 @@ from pathlib import Path
 
 from minigpt4.data.files import PROMPTS, read_jsonl, read_text, repair_jsonl
 from minigpt4.errors import UserError
-from minigpt4.evaluation.endpoint import Endpoint, Refused, encodable
 from minigpt4.model import image
+from minigpt4.remote.endpoint import Endpoint, Refused, encodable
 
 AT_ONCE = 4  # requests
 RETRIES = 5

@@ -29,6 +29,7 @@ from minigpt4 import start
 from minigpt4.batch import Batch, Question, greedy
 from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import Example, usable
+from minigpt4.data.outputs import write_lines
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         | {"there": name in mentions[picture].present, "log_odds": round(answer.log_odds, 4)}
         for (picture, name), answer in said.items()
     ]
-    report.write_lines(options.answers, lines)
+    write_lines(options.answers, lines)
     return result, as_text(result)
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from minigpt4 import start
+from minigpt4.data.outputs import check_outputs, print_json, write_lines
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.captions import answer_and_score
@@ -30,8 +31,8 @@ def evaluate(options: argparse.Namespace) -> None:
         Path(path).touch()  # fail now, not after the work, if a file cannot be written
     if options.experiment is None:
         scores, records = answer_and_score(options)
-        report.print_json(scores, options.json)
-        report.write_lines(options.answers, records)
+        print_json(scores, options.json)
+        write_lines(options.answers, records)
     else:
         _run_experiment(options)
 
@@ -45,7 +46,7 @@ def _check_files(options: argparse.Namespace) -> None:
     inputs += [*options.ratings, *(other.partition("=")[2] for other in options.beside)]
     inputs += [options.answers] if options.reuse else []
     names = ("json", "review", "markdown", "verdicts", *([] if options.reuse else ["answers"]))
-    report.check_outputs({name: getattr(options, name) for name in names}, inputs)
+    check_outputs({name: getattr(options, name) for name in names}, inputs)
 
 
 def _run_experiment(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from minigpt4 import start
 from minigpt4.batch import Batch, Completion, greedy
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, usable
+from minigpt4.data.outputs import write_lines
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
             for stage, kinds in answers.items()
         },
     }
-    report.write_lines(options.answers, records(keys, answers))
+    write_lines(options.answers, records(keys, answers))
     return result, as_text(result, keys, answers)
 
 

@@ -32,8 +32,7 @@ class TrainingBatch:
     """Packed training sequences, as `training.packing.pack` makes them.
 
     ids: [rows, length] token ids.
-    image_rows: [images, 2] row and first position of each image.
-    image_index: [images] its place in the batch's features.
+    image_rows: [images, 2] row and first position of each image; row i shows picture i.
     attention_mask: [rows, 1, length, length], true where a position may attend to another.
     position_ids: [rows, length].
     sources, targets, temperatures, weights: [learned tokens] the token at flat position
@@ -43,7 +42,6 @@ class TrainingBatch:
 
     ids: Tensor
     image_rows: Tensor
-    image_index: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     sources: Tensor
@@ -158,7 +156,7 @@ class MiniGPT4(nn.Module):
         images: image embeddings of the batch's pictures [pictures, image_tokens, hidden].
         """
         embeds = self.embed_tokens(batch.ids)  # [rows, length, llm_hidden_size]
-        images = images.to(embeds.dtype)[batch.image_index]  # [n, image_tokens, llm_hidden_size]
+        images = images.to(embeds.dtype)[batch.image_rows[:, 0]]  # [n, image_tokens, hidden]
         slots = batch.image_rows[:, 1:] + torch.arange(images.shape[1], device=embeds.device)
         embeds = embeds.index_put((batch.image_rows[:, :1], slots), images)
         # true and false -> 0 and the lowest number, added to the attention scores

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
-from minigpt4.training.selfcritical import CiderReward, advantages, answered, check_count, sample
+from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample
 from minigpt4.training.trainer import Recipe, Trainer
 
 _MEASURED = 1024  # pictures, from which the covariance of the features is computed
@@ -167,9 +168,10 @@ class ExtendedTrainer(Trainer):
             questions = [question_of(rows[i][0]) for i in members]
             drawn = self._draw(questions, features[members], generator)
             for i, question, answers in zip(members, questions, drawn, strict=True):
-                rewards = self._score(self.examples[chosen[i][0]], answers)
-                rows[i] = [answered(question, ids) for ids in answers]
-                weights[i] = [recipe.reward_weight * a for a in advantages(rewards)]
+                score = partial(self.reward, _identity(self.examples[chosen[i][0]]))
+                rows[i], shares, mean = compared(self.model.tokenizer, question, answers, score)
+                weights[i] = [recipe.reward_weight * share for share in shares]
+                self.rewards.append(mean)
                 temperatures[i] = [recipe.sample_temperature] * len(answers)
         return temperatures
 
@@ -199,16 +201,6 @@ class ExtendedTrainer(Trainer):
             )
         limit = recipe.schedule.max_caption_tokens
         return sample(model, inputs, recipe.samples, limit, recipe.sample_temperature, generator)
-
-    def _score(self, example: Example, answers: Sequence[Sequence[int]]) -> list[float]:
-        """The CIDEr of each answer to a picture; their mean is noted in `rewards`."""
-        tokenizer = self.model.tokenizer
-        rewards = []
-        for ids in answers:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            rewards.append(self.reward(_identity(example), text, ids[-1] == tokenizer.eos_token_id))
-        self.rewards.append(sum(rewards) / len(rewards))
-        return rewards
 
     def _progress(self) -> str:
         recent = self.rewards[-400:]

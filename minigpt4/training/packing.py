@@ -10,19 +10,18 @@ from collections.abc import Sequence
 import torch
 
 from minigpt4.model.minigpt4 import TrainingBatch
-from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.model.prompt import Prompt
 
 
 def pack(
     rows: Sequence[Sequence[Prompt]],
-    index: dict[str, int] | None = None,
     weights: Sequence[Sequence[float]] | None = None,
     temperatures: Sequence[Sequence[float]] | None = None,
 ) -> TrainingBatch:
     """Merge each row's prompts into one sequence and stack the rows.
 
-    index: picture key -> its place in the features given to `MiniGPT4.training_loss`; by default a
-    row's pictures are at the row's own. weights, temperatures: one for each prompt, for all its
+    A row's prompts are about one picture, whose place in the features given to
+    `MiniGPT4.training_loss` is the row's. weights, temperatures: one for each prompt, for all its
     learned tokens; 1 by default.
     """
     trees = [_Tree(prompts) for prompts in rows]
@@ -30,18 +29,16 @@ def pack(
     count = len(trees)
     ids = torch.zeros(count, length, dtype=torch.long)
     positions = torch.zeros(count, length, dtype=torch.long)
-    image_rows, image_index, sources, targets = [], [], [], []
+    image_rows, sources, targets = [], [], []
     for row, tree in enumerate(trees):
         ids[row, : len(tree.ids)] = torch.tensor(tree.ids)
         positions[row, : len(tree.depth)] = torch.tensor(tree.depth)
-        image_rows += [(row, position) for position, _ in tree.images]
-        image_index += [index[image.key] if index else row for _, image in tree.images]
+        image_rows += [(row, position) for position in tree.images]
         sources += [row * length + source for source, _ in tree.learned]
         targets += [target for _, target in tree.learned]
     return TrainingBatch(
         ids=ids,
         image_rows=torch.tensor(image_rows).view(-1, 2),
-        image_index=torch.tensor(image_index, dtype=torch.long),
         attention_mask=_ancestors([tree.parent for tree in trees], length)[:, None],
         position_ids=positions,
         sources=torch.tensor(sources, dtype=torch.long),
@@ -71,14 +68,14 @@ class _Tree:
         self.ids: list[int] = []
         self.depth: list[int] = []
         self.parent: list[int] = []
-        self.images: list[tuple[int, ImageRef]] = []
+        self.images: list[int] = []  # the first position of each
         self.learned: list[tuple[int, int]] = []  # (position that predicts, token)
         self._child: dict[tuple[int, int], int] = {}
         for prompt in prompts:
             self._add(prompt)
 
     def _add(self, prompt: Prompt) -> None:
-        starts = dict(prompt.images)
+        starts = {position for position, _ in prompt.images}
         # The last token is only predicted, never read.
         node = -1
         for depth, (token, key) in enumerate(zip(prompt.ids, prompt.keys, strict=True)):
@@ -93,7 +90,7 @@ class _Tree:
                 self.depth.append(depth)
                 self.parent.append(node)
                 if depth in starts:
-                    self.images.append((child, starts[depth]))
+                    self.images.append(child)
             node = child
 
 

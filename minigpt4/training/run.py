@@ -124,18 +124,13 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
             "“--samples” uses all pictures of the first stage, which leaves none for "
             "“--questions”: omit one of them."
         )
-    _check_needs(options)
-    _check_start(options, config)
-
-
-def _check_needs(options: argparse.Namespace) -> None:
-    """UserError for an option without the one that it belongs to."""
     check_needs(options, NEEDS)
     if options.samples and options.stage == 2 and not options.replay:
         raise UserError(
             "“--samples” samples captions, which the second stage reads from “--replay”: give it, "
             "too."
         )
+    _check_start(options, config)
 
 
 def _check_start(options: argparse.Namespace, config: ModelConfig) -> None:

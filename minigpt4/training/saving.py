@@ -3,7 +3,7 @@ plot of its losses."""
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,16 +14,18 @@ from minigpt4.errors import UserError
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM acts as Ctrl-C in the block; only the main thread receives them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def saved_when_stopped(save: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM acts as Ctrl-C in the block; either ends it with KeyboardInterrupt, after `save`."""
+    main = threading.current_thread() is threading.main_thread()  # it alone receives signals
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
         yield
+    except KeyboardInterrupt:
+        save()
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

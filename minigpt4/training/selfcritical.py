@@ -4,7 +4,7 @@ others (Luo, 2020)."""
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 
+GREEDY = 1e-4  # a temperature at which the most likely token takes all
 _SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
 _LONGEST = 4  # words in an n-gram
 
@@ -144,6 +145,24 @@ def advantages(rewards: Sequence[float]) -> list[float]:
     """Each reward minus the mean of the others."""
     total, others = sum(rewards), len(rewards) - 1
     return [reward - (total - reward) / others for reward in rewards]
+
+
+def compared(
+    tokenizer: Any,
+    question: Prompt,
+    answers: Sequence[Sequence[int]],
+    score: Callable[[str, bool], float],
+) -> tuple[list[Prompt], list[float], float]:
+    """(a training prompt for each answer, its advantage, the mean score) of answers' token ids.
+
+    score: of a text, and of whether the model ended it itself.
+    """
+    scores = [
+        score(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == tokenizer.eos_token_id)
+        for ids in answers
+    ]
+    prompts = [answered(question, ids) for ids in answers]
+    return prompts, advantages(scores), sum(scores) / len(scores)
 
 
 def answered(question: Prompt, ids: Sequence[int]) -> Prompt:

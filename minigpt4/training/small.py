@@ -8,7 +8,6 @@ tokens that occur in the data.
 import hashlib
 import json
 import random
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from minigpt4.training.features import fingerprint
 from minigpt4.training.int8 import fastest
 from minigpt4.training.mixture import Answered, Mixture, TrainingPicture
 from minigpt4.training.packing import pack
-from minigpt4.training.saving import read_run
+from minigpt4.training.saving import read_run, saved_when_stopped, uninterrupted
 from minigpt4.training.small_reward import Reward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
@@ -93,18 +92,15 @@ SCORED: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass
 class PictureSource:
     """Pictures of one source, their features, and the words found in them by a head that has not
     seen them."""
 
-    def __init__(
-        self,
-        pictures: Sequence[TrainingPicture],
-        features: Callable[[Sequence[int]], Tensor],
-        words: Callable[[int, random.Random | None], str],
-        places: Sequence[tuple[str, int]] = (),
-    ) -> None:
-        self.pictures, self.features, self.words, self.places = pictures, features, words, places
+    pictures: Sequence[TrainingPicture]
+    features: Callable[[Sequence[int]], Tensor]
+    words: Callable[[int, random.Random | None], str]
+    places: Sequence[tuple[str, int]] = ()
 
 
 def learning_rate(recipe: SmallRecipe, step: int) -> float:
@@ -129,7 +125,7 @@ def occurring_tokens(tokenizer, answers: Iterator[str], end: int) -> Tensor:
 class SmallTrainer:
     """One run in the folder `out`: checkpoint.pt, log.jsonl, the projection.
 
-    A file “pause” in the folder lets the run wait; SIGTERM and SIGINT end it after the step, saved.
+    A file “pause” in the folder lets the run wait; SIGTERM and Ctrl-C end it, saved.
     """
 
     def __init__(
@@ -175,7 +171,6 @@ class SmallTrainer:
         self._index[tokens] = torch.arange(len(tokens))
         self._end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
         self._validate, self._metadata = validate, metadata or {}
-        self._stopping = False
         self.step = 0
         if stored:  # go on from this folder's checkpoint
             self.average, self.step = stored["average"], stored["step"]
@@ -311,30 +306,18 @@ class SmallTrainer:
     # --- the run --------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the recipe's last step, or until stopped."""
-        names = (signal.SIGTERM, signal.SIGINT)
-        before = {name: signal.signal(name, self._stop) for name in names}
-        try:
-            self._run()
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-
-    def _run(self) -> None:
-        while self.step < self.recipe.steps and not self._stopping:
-            while (self.out / "pause").exists() and not self._stopping:
-                time.sleep(PAUSE_SECONDS)
-            self._log(self.one_step())
-            self.step += 1
-            if self._validate and self.step % self.recipe.validate_every == 0:
-                self.save()
-                self._log({"step": self.step, "validation": self._validate(self)})
-            if self.step % self.recipe.checkpoint_every == 0 or self.step == self.recipe.steps:
-                self.save()
+        """Train to the recipe's last step."""
+        with saved_when_stopped(self.save):
+            while self.step < self.recipe.steps:
+                while (self.out / "pause").exists():
+                    time.sleep(PAUSE_SECONDS)
+                self._log(self.one_step())
+                if self._validate and self.step % self.recipe.validate_every == 0:
+                    self.save()
+                    self._log({"step": self.step, "validation": self._validate(self)})
+                if self.step % self.recipe.checkpoint_every == 0:
+                    self.save()
         self.save()
-
-    def _stop(self, *_: object) -> None:
-        self._stopping = True
 
     def one_step(self) -> dict:
         """Learn from the next pictures; returns the figures for the log."""
@@ -355,13 +338,15 @@ class SmallTrainer:
             lengths.append(images.detach().norm(dim=-1).mean().item())
         norm = nn.utils.clip_grad_norm_(self.projection.parameters(), self.recipe.clip_norm)
         nn.utils.clip_grad_norm_(self.adapters.values(), self.recipe.clip_norm)
-        self.optimizer.step()
-        for name, value in self._trained().items():
-            decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
-            self.average[name].lerp_(value.detach(), 1 - decay)
+        with uninterrupted():
+            self.optimizer.step()
+            for name, value in self._trained().items():
+                decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
+                self.average[name].lerp_(value.detach(), 1 - decay)
+            self.step += 1
         every = [loss for of_kind in by_kind.values() for loss in of_kind]
         return {
-            "step": self.step + 1,
+            "step": self.step,
             "loss": round(sum(every) / len(every), 4),
             **{f"sampled {r.kind}": round(r.taken(), 3) for r in self.rewards if r.scores},
             "kinds": {k: round(sum(v) / len(v), 3) for k, v in sorted(by_kind.items())},
@@ -425,9 +410,8 @@ def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:
     return stored["basis"], projection["weight"], projection["bias"]
 
 
-def fastest_dtype(
-    candidates: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
-) -> torch.dtype:
+def fastest_dtype() -> torch.dtype:
     """The type in which this processor multiplies matrices fastest, as measured here."""
+    candidates = torch.bfloat16, torch.float32
     pairs = [(torch.ones(256, 896).to(d), torch.ones(896, 4864).to(d)) for d in candidates]
     return candidates[fastest([partial(torch.mm, *pair) for pair in pairs])]

@@ -2,6 +2,7 @@
 people's, and descriptions, by how much of what they name is there."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from minigpt4.evaluation.metrics import is_repetitive, sentences
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.mixture import TrainingPicture
-from minigpt4.training.selfcritical import CiderReward, advantages, answered, check_count, sample
+from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample
 from minigpt4.training.vocabulary import Vocabulary
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
@@ -75,13 +76,10 @@ class Reward:
         answers: Sequence[Sequence[int]],
     ) -> list[tuple[Prompt, float]]:
         """Answers, as token ids, by their score against each other."""
-        end, rewards = model.tokenizer.eos_token_id, []
-        for ids in answers:
-            text = model.tokenizer.decode(ids, skip_special_tokens=True)
-            rewards.append(self.score(picture, text, ids[-1] == end))
-        self.scores.append(sum(rewards) / len(rewards))
-        weights = [self.weight * advantage for advantage in advantages(rewards)]
-        return [(answered(question, ids), w) for ids, w in zip(answers, weights, strict=True)]
+        score = partial(self.score, picture)
+        prompts, shares, mean = compared(model.tokenizer, question, answers, score)
+        self.scores.append(mean)
+        return [(one, self.weight * share) for one, share in zip(prompts, shares, strict=True)]
 
     def taken(self) -> float:
         """The mean score since the last call."""

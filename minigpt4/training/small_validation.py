@@ -17,6 +17,7 @@ from minigpt4.evaluation.metrics import auc, caption_scores, is_repetitive, sent
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
 from minigpt4.training.packing import pack
+from minigpt4.training.selfcritical import GREEDY, sample
 from minigpt4.training.small_reward import padded
 
 if TYPE_CHECKING:
@@ -178,21 +179,9 @@ class SmallValidation:
 def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
     """The likeliest answers to prompts [length, hidden] of different lengths."""
     embeds, mask = padded(rows)
-    end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])
-    ids = model.torch_llm.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        max_new_tokens=limit,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+    drawn = sample(model, embeds, 1, limit, GREEDY, torch.Generator().manual_seed(0), mask)
     decode = model.tokenizer.decode
-    return [decode(row.tolist(), skip_special_tokens=True).strip() for row in ids]
+    return [decode(ids, skip_special_tokens=True).strip() for (ids,) in drawn]
 
 
 def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:

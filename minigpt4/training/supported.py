@@ -28,7 +28,6 @@ class Supported:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._number = {term: number for number, term in enumerate(vocabulary.terms)}
 
     def __call__(self, picture: TrainingPicture, probability: list[float]) -> TrainingPicture:
         """The picture with fewer sentences in its description, and fewer colours in it and in
@@ -53,8 +52,8 @@ class Supported:
     def support(self, sentence: str, probability: list[float]) -> float:
         """The mean probability of the words that it names; 0 where it says that something has an
         unseen colour."""
-        terms = [self.vocabulary.terms[t] for t in self.vocabulary.occurring(sentence)]
-        found = [probability[self._number[t]] for t in terms if " " not in t]
+        terms = self.vocabulary.occurring(sentence)
+        found = [probability[t] for t in terms if " " not in self.vocabulary.terms[t]]
         if not found or _SAID.search(sentence):
             return 0.0
         return sum(found) / len(found)
@@ -64,12 +63,12 @@ class Supported:
 
         def kept(match: re.Match) -> str:
             article, colours, noun = match[1] or "", match[2], match[3]
-            phrase = f"{colours.split()[-1].lower()} {singular(noun)}"
-            number = self._number.get(phrase)
+            name, numbers = singular(noun), self.vocabulary.numbers
+            number = numbers.get(f"{colours.split()[-1].lower()} {name}")
             if noun in _PHOTOGRAPHS | WORD_LISTS["function"] or colours == "black and white":
                 return match[0]
             # “dressed in white stands”, “An orange lies”: there may be no noun.
-            if singular(noun) not in self._number and (not article or colours == "orange"):
+            if name not in numbers and (not article or colours == "orange"):
                 return match[0]
             if number is not None and probability[number] >= _COLOUR_FOUND:
                 return match[0]

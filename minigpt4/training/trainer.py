@@ -27,7 +27,7 @@ from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.batches import divide, mixed_batches, training_prompt
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
-from minigpt4.training.saving import ended_by_sigterm, plot_losses, read_run, uninterrupted
+from minigpt4.training.saving import plot_losses, read_run, saved_when_stopped, uninterrupted
 from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.load import projection_tensors
 
@@ -309,12 +309,9 @@ class Trainer:
         order = mixed_batches(counts, sizes, self.recipe.seed, self.step)
         bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
         try:
-            with ended_by_sigterm():
+            with saved_when_stopped(self.save):
                 while self.step < schedule.steps:
                     self._train_step(next(order), bar)
-        except KeyboardInterrupt:
-            self.save()
-            raise
         finally:
             bar.close()
         self._report_unreadable()
@@ -361,11 +358,6 @@ class Trainer:
     def best_path(self) -> Path:
         """Where validation writes the best projection so far."""
         return self.out / f"{self.model.config.name}-best.safetensors"
-
-    @property
-    def validation_path(self) -> Path:
-        """Where validation writes its figures."""
-        return self.out / "validation.csv"
 
     def save(self) -> None:
         """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""

@@ -17,13 +17,12 @@ from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.extended import question_of
 from minigpt4.training.features import Features
 from minigpt4.training.packing import pack
-from minigpt4.training.selfcritical import CiderReward, sample
+from minigpt4.training.selfcritical import GREEDY, CiderReward, sample
 from minigpt4.training.trainer import Trainer
 
 PICTURES = 100  # of the held-out data, at most
 CAPTION_TOKENS = 40  # longest caption that is scored
 _AT_ONCE = 8  # pictures in a batch
-_GREEDY = 1e-4  # the temperature of captions: the most likely token takes all
 
 
 class Validation:
@@ -51,7 +50,7 @@ class Validation:
         self._features = torch.cat(parts)
         references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
         self._score = CiderReward(references)
-        self._path = trainer.validation_path
+        self._path = trainer.out / "validation.csv"
         self.rows = [row for row in self._read() if row["step"] <= trainer.step]
 
     def __call__(self) -> None:
@@ -117,7 +116,7 @@ class Validation:
             for place, one in zip(places, embeds, strict=True)
         ]
         generator = torch.Generator(model.device).manual_seed(0)
-        drawn = sample(model, torch.cat(inputs), 1, CAPTION_TOKENS, _GREEDY, generator)
+        drawn = sample(model, torch.cat(inputs), 1, CAPTION_TOKENS, GREEDY, generator)
         return [answers[0] for answers in drawn]
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:

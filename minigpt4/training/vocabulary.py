@@ -49,12 +49,13 @@ def singular(word: str) -> str:
 class Vocabulary:
     """Which words and phrases occur in a text.
 
-    terms: in the order of the head's outputs; a phrase is two words with a space between.
+    terms: in the order of the head's outputs; a phrase is two words with a space between. numbers:
+    each one's place in it.
     """
 
     def __init__(self, terms: Sequence[str]) -> None:
         self.terms = tuple(terms)
-        self._index = {term: number for number, term in enumerate(self.terms)}
+        self.numbers = {term: number for number, term in enumerate(self.terms)}
 
     @classmethod
     def of(cls, texts: Iterable[Sequence[str]], words: int, phrases: int, least: int):
@@ -90,11 +91,11 @@ class Vocabulary:
         """The numbers of the terms that a text holds."""
         words = tokens(text)
         single = [singular(w) for w in words]
-        found = {self._index[w] for w in single if w in self._index}
+        found = {self.numbers[w] for w in single if w in self.numbers}
         for first, second, whole in zip(words, single[1:], words[1:], strict=False):
             for pair in (f"{first} {second}", f"{first} {whole}"):
-                if pair in self._index:
-                    found.add(self._index[pair])
+                if pair in self.numbers:
+                    found.add(self.numbers[pair])
         return found
 
 

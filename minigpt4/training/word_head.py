@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import WordHead
 from minigpt4.training.vocabulary import Vocabulary
+from minigpt4.weights.int8 import quantize_rows
 
 _EPOCHS, _PEAK_LR, _WEIGHT_DECAY, _DROPOUT, _BATCH = 8, 4e-4, 0.5, 0.5, 128
 _FLOOR = 0.02  # added to each input's deviation: rarely seen classes are not blown up
@@ -94,9 +95,9 @@ def finished(
 ) -> WordHead:
     """The fitted layer as a word head with 8-bit weights; `column`: where the objects begin."""
     head = WordHead(vocabulary.terms, layer.in_features, grid, OBJECTS, column)
-    scale = layer.weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
-    head.weight.copy_((layer.weight.detach() / scale).round().to(torch.int8))
-    head.scale.copy_(scale[:, 0])
+    numbers, scale = quantize_rows(layer.weight.detach())
+    head.weight.copy_(numbers)
+    head.scale.copy_(scale)
     head.bias.copy_(layer.bias.detach())
     head.mean.copy_(mean)
     head.deviation.copy_(deviation)

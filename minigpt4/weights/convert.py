@@ -23,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from minigpt4.config import ModelConfig
-from minigpt4.errors import Report, UserError, out_of_memory
+from minigpt4.errors import Report, Step, UserError, out_of_memory
 from minigpt4.weights.folder import (
     check_folder,
     check_is_no_delta,
@@ -135,7 +135,7 @@ def _advice(llm: Path, target: Path) -> str:
 
 def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
     """A folder for a user's own GGUF file, which stays where it is."""
-    report(f"Reading {gguf.name} (once) …")
+    report(Step("reading", "Reading {name} (once) …", name=gguf.name))
     link = target / gguf.name
     link.symlink_to(gguf.resolve())
     try:
@@ -201,10 +201,8 @@ def _convert_folder(
 
 def _check_space(target: Path, size: int, total: int, report: Report) -> None:
     free = shutil.disk_usage(target).free
-    report(
-        f"Converting the language model to 4 bit (once): {in_words(total)} of 16-bit weights → "
-        f"{in_words(size)} …"
-    )
+    text = "Converting the language model to 4 bit (once): {size} of 16-bit weights → {other} …"
+    report(Step("to_4_bit", text, size=in_words(total), other=in_words(size)))
     if size > free:
         raise UserError(
             f"The 4-bit model takes {in_words(size)}, and {weights_folder()} has {in_words(free)} "
@@ -374,8 +372,9 @@ def _write_header(path: Path, sizes: Mapping[str, Any], parts: Mapping[str, _Par
     writer.add_vocab_size(sizes["vocabulary"])
     for name, part in parts.items():
         kind = GGMLQuantizationType[part.kind]
-        shape = part.shape if part.kind in ("F32", "F16") else _byte_shape(part)
         dtype = {"F32": np.float32, "F16": np.float16}.get(part.kind, np.uint8)
+        rows = part.shape[0]
+        shape = (rows, part.size // rows) if dtype is np.uint8 else part.shape
         writer.add_tensor_info(name, shape, np.dtype(dtype), part.size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -385,7 +384,3 @@ def _write_header(path: Path, sizes: Mapping[str, Any], parts: Mapping[str, _Par
     last = max(parts.values(), key=lambda part: part.offset)
     os.truncate(path, start + -(-(last.offset + last.size) // _ALIGNMENT) * _ALIGNMENT)
     return start
-
-
-def _byte_shape(part: _Part) -> tuple[int, int]:
-    return part.shape[0], part.size // part.shape[0]

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from minigpt4.config import ModelConfig, Source
-from minigpt4.errors import Report, UserError
+from minigpt4.errors import Report, Step, UserError
 from minigpt4.weights import transfer
 from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import keep_tensors, save_projection
@@ -75,7 +75,7 @@ def _download(
     config: ModelConfig, roles: list[str], given: Mapping[str, str], report: Report
 ) -> None:
     folder = weights_folder()
-    report(f"Looking for the weights of {config.name} …")
+    report(Step("looking", "Looking for the weights of {name} …", name=config.name))
     plans = [_plan(config, r, sources(config, r, given.get(r)), given.get(r)) for r in roles]
     total = sum(plan.size for plan in plans)
     for plan in plans:
@@ -95,7 +95,8 @@ def _download(
     finally:
         progress.close()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    report(f"The weights of {config.name} are ready: {in_words(progress.done)} were fetched.")
+    text = "The weights of {name} are ready: {size} were fetched."
+    report(Step("fetched", text, name=config.name, size=in_words(progress.done)))
 
 
 # --- what there is to fetch -------------------------------------------------------------------
@@ -122,7 +123,8 @@ def _next(
     config: ModelConfig, plan: Plan, place: str | None, progress: Progress, report: Report
 ) -> Plan:
     """The plan for the same part's next source."""
-    report(f"{plan.source.ref} failed; trying {plan.rest[0].ref}.")
+    text = "{source} failed; trying {other}."
+    report(Step("trying", text, source=plan.source.ref, other=plan.rest[0].ref))
     after = _plan(config, plan.role, plan.rest, place)
     progress.grow(after.size)
     return after
@@ -250,7 +252,7 @@ def _keep(plan: Plan, fetched: Path, report: Report) -> None:
         if not plan.cached:
             file.unlink()
     elif plan.role == "llm" and file.suffix == ".gguf":
-        report("Unpacking the language model (once) …")
+        report(Step("unpacking", "Unpacking the language model (once) …"))
         _unpack(file, target, plan.cached is not None)
     elif plan.cached:
         target.symlink_to(fetched, target_is_directory=plan.role == "llm")

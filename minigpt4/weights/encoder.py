@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from minigpt4.config import EvaViT
 from minigpt4.data.files import replacing
-from minigpt4.errors import Report, UserError
+from minigpt4.errors import Report, Step, UserError
 from minigpt4.model.vision import build_encoder
 from minigpt4.weights.checkpoint import check_tensors, eva_tensors, forget, read_checkpoint
 from minigpt4.weights.int8 import quantize_rows
@@ -74,11 +74,11 @@ def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[s
     what is not quantised is in 32 bit."""
     tensors = eva_tensors(read_checkpoint(vision), config)
     encoder = _on_meta(config)
-    linears = {name for name, module in encoder.named_modules() if _is_linear(module)}
+    linears = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     wanted = {n: t for n, t in encoder.state_dict().items() if not n.startswith(NORM)}
     check_tensors(wanted, tensors, vision, "EVA ViT-g")
     size = sum(tensors[name].nbytes for name in wanted)
-    progress = Progress("the visual encoder", size, report, "Converting")
+    progress = Progress(Step("encoder", "the visual encoder"), size, report, "Converting")
     try:
         for name in wanted:
             tensor, (owner, _, leaf) = tensors[name], name.rpartition(".")
@@ -100,7 +100,7 @@ def load_int8_encoder(
     """The encoder from such a file. norm: `ln_vision`. UserError where the file is damaged."""
     encoder = _on_meta(config)
     for name, module in [*encoder.named_modules()]:
-        if _is_linear(module):
+        if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
             setattr(encoder.get_submodule(parent), leaf, _empty(module))
     try:
@@ -128,12 +128,7 @@ def _on_meta(config: EvaViT) -> nn.Module:
         return build_encoder(config)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _empty(linear: nn.Module) -> Int8EncoderLinear:
-    weight = linear.get_parameter("weight")
-    numbers = torch.empty_like(weight, dtype=torch.int8)
-    scale = torch.empty(len(weight), device="meta")
+def _empty(linear: nn.Linear) -> Int8EncoderLinear:
+    numbers = torch.empty_like(linear.weight, dtype=torch.int8)
+    scale = torch.empty(len(linear.weight), device="meta")
     return Int8EncoderLinear(numbers, scale, torch.empty_like(scale))

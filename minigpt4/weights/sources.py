@@ -36,11 +36,6 @@ def mark_of(files: Sequence[Path], *others: object) -> str:
     return hashlib.sha256(repr((facts, *others)).encode()).hexdigest()[:8]
 
 
-def _folders() -> list[Path]:
-    """The folders that are searched, in order."""
-    return [weights_folder(), WEIGHTS]
-
-
 def locate(config: ModelConfig, role: str, place: str | None = None) -> Path | None:
     """The local file or folder that has this role; None where it must be fetched.
 
@@ -50,7 +45,7 @@ def locate(config: ModelConfig, role: str, place: str | None = None) -> Path | N
     if place and (path := local_path(place)):
         return path
     for name in _names(config, role, place):
-        for folder in _folders():
+        for folder in (weights_folder(), WEIGHTS):
             if (folder / name).exists():
                 return folder / name
     return None

@@ -25,7 +25,7 @@ from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
 from minigpt4.config import Source
-from minigpt4.errors import Count, Report, UserError
+from minigpt4.errors import Count, Report, Step, UserError
 
 TRIES = 4  # in a row without a single byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
@@ -65,10 +65,10 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and now - self._line > LINE_SECONDS:
             self._line = self._passing = now
-            self.report(str(self))
+            self.report(self.line)
         elif now - self._passing > PASSING_SECONDS:
             self._passing = now
-            self.report(str(self), passing=True)
+            self.report(self.line, passing=True)
 
     def grow(self, count: int) -> None:
         """Add to the total."""
@@ -93,18 +93,21 @@ class Progress:
         """Leave the bar as it stands."""
         self._bar.close()
 
-    def __str__(self) -> str:
-        share = f", {100 * self.done // self.total} %" if self.total else ""
-        count = f"{in_words(self.done)} of {in_words(self.total)}{share}"
-        return f"{self._doing} {self._what}: {count}{self._time_left()}"
-
-    def _time_left(self) -> str:
-        """At the average speed so far; "" in the first seconds, which say little."""
+    @property
+    def line(self) -> Step:
+        """What is done; the time left, at the average speed so far, but for the first seconds,
+        which say little."""
+        size, total = in_words(self.done), in_words(self.total)
+        count: str = f"{size} of {total}"
+        if self.total:
+            share = str(100 * self.done // self.total)
+            count = Step("share", f"{count}, {{share}} %", size=size, total=total, share=share)
         seconds = time.monotonic() - self._start
-        if seconds < LEAST_SECONDS or not 0 < self.done < self.total:
-            return ""
-        minutes, rest = divmod(round(seconds * (self.total - self.done) / self.done), 60)
-        return f", {minutes}:{rest:02} left"
+        if seconds >= LEAST_SECONDS and 0 < self.done < self.total:
+            minutes, rest = divmod(round(seconds * (self.total - self.done) / self.done), 60)
+            count = Step("left", "{count}, {time} left", count=count, time=f"{minutes}:{rest:02}")
+        text = f"{self._doing} {{name}}: {{count}}"
+        return Step(self._doing.lower(), text, name=self._what, count=count)
 
 
 def in_words(count: int) -> str:

@@ -1,7 +1,6 @@
 """What a request must have before it is looked at: the key, and a body of bounded size and time."""
 
 import asyncio
-import contextlib
 import hmac
 import re
 from collections.abc import Sequence
@@ -10,12 +9,12 @@ import httpx
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError, printable
-from minigpt4.web.guard.limits import REST_BYTES, REST_SECONDS, request_bytes, waits
+from minigpt4.web.guard.limits import request_bytes
 
 BODY_SECONDS = 120  # to send a request
 THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -123,17 +122,3 @@ async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     except TimeoutError:
         raise ApiError("The request took too long to arrive: send it again.", 408) from None
     return body
-
-
-async def read_rest(request: Request) -> None:
-    """Read on before a refusal, within bounds: see REST_SECONDS."""
-    if waits(request.scope):
-        return
-    read = 0
-    # RuntimeError: all of it has been read.
-    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
-        async with asyncio.timeout(REST_SECONDS):
-            async for part in request.stream():
-                read += len(part)
-                if read > REST_BYTES:
-                    return

@@ -139,6 +139,13 @@ def description() -> Schema:
     models = _operation("listModels", "List the model that is served.", "Models", 401, 503)
     model = _operation("getModel", "Describe one model.", "Model", 401, 404, 503)
     name = {"name": "name", "in": "path", "required": True, **TEXT}
+    events = "`data: ` and a chat.completion.chunk, or [DONE]"
+    complete = _answering("createChatCompletion", "ChatRequest", "ChatCompletion", events)
+    events = "`event: `, its type, `data: ` and the event"
+    respond = _answering("createResponse", "ResponsesRequest", "ResponseObject", events)
+    summary = "Answer questions with probabilities."
+    decide = _operation("createDecision", summary, "Decision", *ANSWERING)
+    decide["requestBody"] = {"required": True, "content": _json("DecisionRequest")}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -147,9 +154,9 @@ def description() -> Schema:
             "description": "Questions about pictures, in OpenAI's format. More: docs/api.md.",
         },
         "paths": {
-            "/v1/chat/completions": {"post": _complete()},
-            "/v1/responses": {"post": _respond()},
-            "/v1/decisions": {"post": _decide()},
+            "/v1/chat/completions": {"post": complete},
+            "/v1/responses": {"post": respond},
+            "/v1/decisions": {"post": decide},
             "/v1/models": {"get": models},
             "/v1/models/{name}": {"parameters": [name], "get": model},
         },
@@ -159,24 +166,6 @@ def description() -> Schema:
         },
         "security": [{}, {"key": []}],
     }
-
-
-def _complete() -> Schema:
-    events = "`data: ` and a chat.completion.chunk, or [DONE]"
-    return _answering("createChatCompletion", "ChatRequest", "ChatCompletion", events)
-
-
-def _respond() -> Schema:
-    events = "`event: `, its type, `data: ` and the event"
-    return _answering("createResponse", "ResponsesRequest", "ResponseObject", events)
-
-
-def _decide() -> Schema:
-    operation = _operation(
-        "createDecision", "Answer questions with probabilities.", "Decision", *ANSWERING
-    )
-    operation["requestBody"] = {"required": True, "content": _json("DecisionRequest")}
-    return operation
 
 
 def _answering(name: str, request: str, response: str, events: str) -> Schema:

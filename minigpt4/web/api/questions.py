@@ -68,12 +68,11 @@ class Question(Object):
     @property
     def options(self) -> list[str]:
         """The choices' or levels' texts; none for a predicate."""
-        choices: Sequence[DecisionOption | Level] = (
-            (self.choices or ()) if self.type == "choice" else ()
-        )
-        levels = (self.levels or ()) if self.type == "score" else ()
-        texts = [(_text(c.value), c.description) for c in choices if isinstance(c, DecisionOption)]
-        texts += [(level.label, level.description) for level in levels]
+        texts: list[tuple[str, str | None]] = []
+        if self.type == "choice":
+            texts = [(_text(choice.value), choice.description) for choice in self.choices or ()]
+        elif self.type == "score":
+            texts = [(level.label, level.description) for level in self.levels or ()]
         return [f"{text}: {more}" if more else text for text, more in texts]
 
     @property

@@ -1,6 +1,5 @@
 """Answers of the engine -> OpenAI's objects, whole or streamed."""
 
-import asyncio
 import json
 import logging
 import math
@@ -8,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
-from minigpt4.conversation import Answer
+from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError
@@ -101,7 +100,7 @@ class CompletionReply:
         for choice in self._choices:
             yield self._chunk(choice.part({"role": "assistant", "content": ""}))
         try:
-            async for number, text in texts_of(self._answers):
+            async for number, text in texts_of(self._answers, HEARTBEAT_SECONDS):
                 if number is None:
                     yield HEARTBEAT
                     continue
@@ -146,30 +145,6 @@ def refusal(error: Exception) -> ApiError:
         log.error("An answer to a program failed.", exc_info=error)
         error = explain(error)
     return ApiError.of(error)
-
-
-async def texts_of(answers: Sequence[Answer]) -> AsyncIterator[tuple[int | None, str | None]]:
-    """(number of an answer, its next text, or None at its end) as they come.
-
-    (None, None) whenever nothing came for `HEARTBEAT_SECONDS`.
-    """
-    iterators = [aiter(answer) for answer in answers]
-    upcoming = {i: asyncio.ensure_future(anext(it, None)) for i, it in enumerate(iterators)}
-    try:
-        while upcoming:
-            done, _ = await asyncio.wait(
-                upcoming.values(), timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                yield None, None
-            for number in [n for n, task in upcoming.items() if task in done]:
-                text = upcoming.pop(number).result()
-                yield number, text
-                if text is not None:
-                    upcoming[number] = asyncio.ensure_future(anext(iterators[number], None))
-    finally:  # where the client has gone
-        for task in upcoming.values():
-            task.cancel()
 
 
 def event(content: dict) -> bytes:

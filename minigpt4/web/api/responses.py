@@ -11,12 +11,19 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import islice
 from typing import Any
 
-from minigpt4.conversation import Answer
+from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError, printable
 from minigpt4.web.api.mistakes import validated
-from minigpt4.web.api.reply import HEARTBEAT, ChoiceWriter, event, refusal, texts_of, used
+from minigpt4.web.api.reply import (
+    HEARTBEAT,
+    HEARTBEAT_SECONDS,
+    ChoiceWriter,
+    event,
+    refusal,
+    used,
+)
 from minigpt4.web.api.schemas import ChatRequest, Object
 
 # What is called otherwise here than in chat completions, as errors name it.
@@ -208,7 +215,7 @@ class ResponseReply:
         )
         yield self._event("content_part.added", **self._place, part=empty)
         try:
-            async for number, text in texts_of(self._answers):
+            async for number, text in texts_of(self._answers, HEARTBEAT_SECONDS):
                 if number is None:
                     yield HEARTBEAT
                 elif text is not None:

@@ -28,7 +28,7 @@ from minigpt4.conversation import Answer
 from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api import openapi
-from minigpt4.web.api.access import Keys, cors, read_body, read_rest
+from minigpt4.web.api.access import Keys, cors, read_body
 from minigpt4.web.api.body import read_chat, read_json
 from minigpt4.web.api.decisions import decide, read_decisions
 from minigpt4.web.api.elsewhere import nowhere, refuse
@@ -41,6 +41,7 @@ from minigpt4.web.api.responses import ResponseReply, read_response, renamed
 from minigpt4.web.api.schemas import ChatRequest
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.image_url import ImageUrls
+from minigpt4.web.guard.limits import read_rest, waits
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 # A JSON object -> (the request, fields that are ignored).
@@ -113,7 +114,8 @@ class Api:
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
             except UserError as error:
-                await read_rest(request)
+                if not waits(request.scope):
+                    await read_rest(request)
                 response = ApiError.of(error).response
             except Exception as error:
                 log.exception("A program's request failed.")

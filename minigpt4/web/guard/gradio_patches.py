@@ -1,8 +1,8 @@
 """Everything of Gradio's (and Uvicorn's) that this project replaces: what, where and why.
 
-Gradio has no option for any of these. What must be replaced while Gradio is imported is in
-`minigpt4.web` itself. `PATCHES` lists the others for an upgrade: a test checks that the
-installed Gradio still has each attribute, and others that each patch does what it is for.
+Gradio has no option for any of these. `apply` and the functions behind it replace them, each with
+its reason: a test checks that the installed Gradio still has each attribute, and others that each
+patch does what it is for. What must be replaced while Gradio is imported is in `minigpt4.web` itself.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -40,98 +39,6 @@ CLOSING_SECONDS = 0.2
 MAX_SESSIONS = 10_000  # whose last event's end is kept
 TOO_MANY = "This page has asked for too much without listening: load it again."
 TOO_DEEP = "The request is nested too deeply."
-
-
-@dataclass(frozen=True)
-class Patch:
-    """An attribute that is replaced, its owner as an import path, and why."""
-
-    owner: str
-    attribute: str
-    why: str
-
-
-PATCHES = (
-    Patch(
-        "gradio.queueing.Queue",
-        "push",
-        "Gradio keeps events without end for pages that do not listen, and fails on lone "
-        "surrogates and on deeply nested JSON. An event that joins just when the stream of the "
-        "ones before is closed is lost: the client closes that stream and opens no other.",
-    ),
-    Patch(
-        "gradio.queueing.Queue",
-        "send_message",
-        "When a session's last event has ended must be known for that.",
-    ),
-    Patch(
-        "gradio.queueing.Queue()",
-        "sleep_when_free",
-        "It looks for events every millisecond: 7 % of a core for nothing.",
-    ),
-    Patch(
-        "gradio.queueing",
-        "asyncio",
-        "A sleep of the queue's loop must end when an event is pushed, or polling less often "
-        "would delay every answer.",
-    ),
-    Patch(
-        "gradio.routes",
-        "CustomCORSMiddleware",
-        "It lets every web page use a server that is not localhost, and its API with it.",
-    ),
-    Patch(
-        "gradio.queueing.Queue()",
-        "progress_update_sleep_when_free",
-        "It looks for progress bars every 10 ms.",
-    ),
-    Patch(
-        "gradio.queueing.Queue()",
-        "ANALYTICS_MAX_EVENTS",
-        "After each event it makes a pandas table of the last 10,000.",
-    ),
-    Patch(
-        "gradio.processing_utils",
-        "async_ssrf_protected_get",
-        "It downloads whatever public address a client names as an uploaded file, of any size.",
-    ),
-    Patch(
-        "gradio.processing_utils",
-        "async_move_files_to_cache",
-        "It looks up all pictures of a conversation on the disk at every update, on the loop.",
-    ),
-    Patch(
-        "gradio.processing_utils",
-        "add_root_url",
-        "It walks through the whole conversation at every update.",
-    ),
-    Patch(
-        "gradio.Chatbot",
-        "postprocess",
-        "It builds every message again at every update.",
-    ),
-    Patch(
-        "gradio.Blocks",
-        "postprocess_data",
-        "For each output that is skipped it makes a new component and its JSON schema: 3 ms.",
-    ),
-    Patch(
-        "gradio.utils",
-        "MatplotlibBackendMananger",
-        "It imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its "
-        "backend at every update.",
-    ),
-    Patch(
-        "gradio.mcp.GradioMCPServer",
-        "get_tool_to_endpoint",
-        "It makes every endpoint a tool: /chat is for gradio_client.",
-    ),
-    Patch(
-        "uvicorn.Config",
-        "timeout_keep_alive",
-        "Blocks.launch does not pass Uvicorn's option on.",
-    ),
-)
 
 
 class Prepared(list):
@@ -163,16 +70,31 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
+    # Gradio keeps events without end for pages that do not listen, and fails on lone surrogates and
+    # on deeply nested JSON. An event that joins just when the stream of the ones before is closed
+    # is lost: the client closes that stream and opens no other.
     Queue.push = _push
+    # When a session's last event has ended must be known for that.
     Queue.send_message = _send_message
+    # A sleep of the queue's loop must end when an event is pushed, or polling less often would
+    # delay every answer.
     gradio.queueing.asyncio = _QueueAsyncio()
+    # It downloads whatever public address a client names as an uploaded file, of any size.
     processing_utils.async_ssrf_protected_get = _fetch_nothing
+    # It looks up all pictures of a conversation on the disk at every update, on the loop.
     processing_utils.async_move_files_to_cache = _move_files_to_cache
+    # It lets every web page use a server that is not localhost, and its API with it.
     gradio.routes.CustomCORSMiddleware = PageCORS
+    # It walks through the whole conversation at every update.
     processing_utils.add_root_url = _add_root_url
+    # It makes every endpoint a tool: /chat is for gradio_client.
     GradioMCPServer.get_tool_to_endpoint = _get_tool_to_endpoint
+    # It builds every message again at every update.
     gr.Chatbot.postprocess = _postprocess_chatbot
+    # For each output that is skipped it makes a new component and its JSON schema: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
+    # It imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its
+    # backend at every update.
     utils.MatplotlibBackendMananger = nullcontext
     logging.getLogger("uvicorn.error").addFilter(_is_no_upgrade)
 
@@ -180,15 +102,18 @@ def apply() -> None:
 def tune_queue(page: gr.Blocks) -> None:
     """Set what belongs to a page's queue, before the page is launched."""
     queue = page._queue
+    # It looks for events every millisecond: 7 % of a core for nothing.
     queue.sleep_when_free = IDLE_POLL_SECONDS
+    # It looks for progress bars every 10 ms.
     queue.progress_update_sleep_when_free = PROGRESS_POLL_SECONDS
+    # After each event it makes a pandas table of the last 10,000.
     queue.ANALYTICS_MAX_EVENTS = 1
 
 
 def tune_mcp(max_bytes: int) -> None:
     """Let requests to the MCP server be so large, where its package stops at 4 MiB.
 
-    Not among PATCHES: the attribute is there only with the package.
+    The attribute is there only with the package.
     """
     larger = partial(GradioMCPServer.StreamableHTTPSessionManager, max_request_body_size=max_bytes)
     GradioMCPServer.StreamableHTTPSessionManager = staticmethod(larger)
@@ -196,6 +121,7 @@ def tune_mcp(max_bytes: int) -> None:
 
 def tune_server(page: gr.Blocks) -> None:
     """Set what belongs to a launched page's server; connections read it when they are made."""
+    # Blocks.launch does not pass Uvicorn's option on.
     page.server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
 
 

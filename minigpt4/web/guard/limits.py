@@ -9,7 +9,7 @@ import contextlib
 import errno
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -96,6 +96,17 @@ def waits(scope: Scope) -> bool:
     return any(name == b"expect" for name, _ in scope["headers"])
 
 
+async def read_rest(request: Request, most: int = REST_BYTES) -> None:
+    """Read on before a refusal, up to about `most` bytes: see REST_SECONDS."""
+    # RuntimeError: all of it has been read.
+    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
+        async with asyncio.timeout(REST_SECONDS):
+            async for part in request.stream():
+                most -= len(part)
+                if most < 0:
+                    return
+
+
 class _BoundedRequest:
     """One request, whose body may have at most `limit` bytes and take so many seconds."""
 
@@ -141,8 +152,7 @@ class _BoundedRequest:
         if self._refusal is None:
             try:
                 async with asyncio.timeout_at(self._end):
-                    message = await self._receive()
-                self._count(message)
+                    message = await self._counted()
                 if self._read <= self._limit:
                     return message
                 self._refusal = self._too_large()
@@ -160,17 +170,15 @@ class _BoundedRequest:
             await self._send(message)
 
     async def _read_rest(self, most: int) -> None:
-        """Read on, up to `most` bytes in all."""
-        if waits(self._scope) and not self._read:  # it has not been asked to
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REST_SECONDS):
-                while not self._complete and self._read <= most:
-                    self._count(await self._receive())
+        """Read on, up to `most` bytes in all, unless the client has not been asked for any."""
+        if not self._complete and (self._read or not waits(self._scope)):
+            await read_rest(Request(self._scope, self._counted), most - self._read)
 
-    def _count(self, message: Message) -> None:
+    async def _counted(self) -> Message:
+        message = await self._receive()
         self._read += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
+        return message
 
     def _too_large(self) -> Response:
         sentence = f"The request is larger than {self._limit / 2**20:.0f} MB: send less.\n"

@@ -171,14 +171,7 @@ class Panel:
         if chose.get("kind") == "markdown":
             text = transcript.to_markdown(talk, model, entry.title)
             return {"name": f"{name}.md", "type": "text/markdown", "text": text}
-        data = transcript.to_data(
-            talk,
-            model=model,
-            stop=session.stop_reason,
-            forks=session.forks,
-            captions=session.captions,
-            statistics=session.statistics,
-        )
+        data = transcript.to_data(session, model)
         text = json.dumps({**data, "about": asdict(entry)}, ensure_ascii=False, indent=1)
         return {"name": f"{name}.json", "type": "application/json", "text": text}
 

@@ -19,16 +19,7 @@ def record(session: Session, model: str) -> dict:
     return {
         "name": session.name,
         "about": asdict(session.entry) if session.entry else None,
-        "data": transcript.to_data(
-            session.conversation,
-            None,
-            model,
-            stop,
-            session.forks,
-            session.captions,
-            session.statistics,
-            keys,
-        ),
+        "data": transcript.to_data(session, model, None, stop),
         "pictures": {
             keys.get(key, key): {"path": path, "name": Path(session.files.get(key, "")).name}
             for key in sorted(used)

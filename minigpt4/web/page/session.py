@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from minigpt4.conversation import Answer, Conversation, ask
+from minigpt4.conversation import Answer, Conversation, ask, texts_of
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.image import Picture
@@ -265,10 +265,12 @@ class Session:
         try:
             yield
             updated = 0.0
-            async with aclosing(_watched(answer)) as looks:
-                async for grown in looks:
-                    if grown:
+            async with aclosing(texts_of([answer], SECONDS_PER_LOOK)) as looks:
+                async for number, text in looks:
+                    if text is not None:
                         self._write(place, head + answer.text)
+                    elif number is not None:
+                        break  # its end
                     if time.monotonic() - updated >= SECONDS_PER_UPDATE:
                         yield
                         # After the yield: however long the page took, the loop then rests.
@@ -318,24 +320,3 @@ def _close_answer(asked: "asyncio.Future[Answer]") -> None:
 
 def _shrunk(conversation: Conversation) -> dict[str, Picture]:
     return {key: image.packed(p, KEPT_SIDE) for key, p in conversation.pictures.items()}
-
-
-async def _watched(answer: Answer) -> AsyncGenerator[bool, None]:
-    """True whenever the answer grew; False every SECONDS_PER_LOOK while nothing comes."""
-    pieces = aiter(answer)
-    coming = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(pieces, None))
-            done, _ = await asyncio.wait({coming}, timeout=SECONDS_PER_LOOK)
-            if not done:
-                yield False
-                continue
-            piece, coming = coming.result(), None
-            if piece is None:
-                return
-            yield True
-    finally:
-        if coming is not None:
-            answer.close()
-            coming.cancel()

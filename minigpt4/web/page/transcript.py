@@ -4,7 +4,6 @@ import base64
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minigpt4.conversation import Conversation
@@ -17,7 +16,7 @@ from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import looks
-from minigpt4.web.page.session import About
+from minigpt4.web.page.session import About, Session
 from minigpt4.web.page.titles import title
 from minigpt4.web.page.versions import Fork, Forks, Tail, hidden_messages
 
@@ -35,58 +34,30 @@ STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
 
 
-@dataclass
-class Transcript:
-    """A conversation that was written down.
-
-    stop: why its last answer ended; forks: its other versions; model: that answered last;
-    statistics: what each answer took, by its place. keys: a picture's key -> what the data calls
-    it; files, captions: a picture's key -> its uploaded file and its caption, where it has one.
-    """
-
-    conversation: Conversation
-    stop: str = ""
-    forks: Forks = field(default_factory=dict)
-    model: str = ""
-    about: About = field(default_factory=About)
-    statistics: dict[int, Stats] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    captions: dict[str, str] = field(default_factory=dict)
-
-
 def to_data(
-    conversation: Conversation,
-    side: int | None = FULL_SIDE,
-    model: str = "",
-    stop: str = "",
-    forks: Forks | None = None,
-    captions: Mapping[str, str] | None = None,
-    statistics: Mapping[int, Stats] | None = None,
-    keys: Mapping[str, str] | None = None,
+    session: Session, model: str = "", side: int | None = FULL_SIDE, stop: str | None = None
 ) -> dict:
     """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long.
 
-    side: None leaves the pictures out; captions: those that the conversation was opened with;
-    statistics: of each answer, by its place; keys: what the data is to call pictures otherwise than
-    by their keys.
+    side: None leaves the pictures out, for the browser, which has its own keys of them; stop: why
+    the last answer ended, by default the session's own reason.
     """
-    forks, captions, keys = forks or {}, captions or {}, keys or {}
-    used = used_pictures(conversation, forks)
+    conversation, keys = session.conversation, session.keys if side is None else {}
+    used = used_pictures(conversation, session.forks)
     data = {
         "format": FORMAT,
         "version": VERSION,
         "title": title(conversation),
         "model": model,
         "system": conversation.system,
-        "stop": stop,
+        "stop": session.stop_reason if stop is None else stop,
         "messages": _messages(conversation.messages, keys),
-        "forks": _forks(forks, keys),
-        "figures": _figures(statistics or {}),
+        "forks": _forks(session.forks, keys),
+        "figures": _figures(session.statistics),
         "captions": {
             keys.get(key, key): caption
             for key in sorted(used)
-            if (caption := looks.find(key).caption or captions.get(key, ""))
+            if (caption := looks.find(key).caption or session.captions.get(key, ""))
         },
     }
     if side is not None:
@@ -157,7 +128,7 @@ def _part(part: str | ImageRef, keys: Mapping[str, str]) -> dict:
 # --- reading: whatever a file or a browser sends is checked here ----------------------------------
 
 
-def from_file(path: str) -> Transcript:
+def from_file(path: str) -> Session:
     """What is in a downloaded JSON file. UserError where it is something else."""
     try:
         with open(path, "rb") as file:
@@ -169,7 +140,7 @@ def from_file(path: str) -> Transcript:
     return from_data(data)
 
 
-def from_record(record: object) -> Transcript:
+def from_record(record: object) -> Session:
     """What a browser kept: its pictures are files that it has uploaded. UserError where it is
     something else."""
     files: dict[str, str] = {}
@@ -180,8 +151,7 @@ def from_record(record: object) -> Transcript:
         return picture
 
     read = from_data(_typed(record, dict).get("data"), load)
-    read.about = read_about(_typed(record, dict).get("about"))
-    read.files = files
+    read.entry, read.files = read_about(_typed(record, dict).get("about")), files
     return read
 
 
@@ -198,9 +168,9 @@ def read_about(data: object) -> About:
     )
 
 
-def from_data(data: object, load: Callable[[object], Picture] | None = None) -> Transcript:
-    """What `to_data` wrote. UserError where the data is something else. load: opens a picture; by
-    default, that of a `data:` URL."""
+def from_data(data: object, load: Callable[[object], Picture] | None = None) -> Session:
+    """What `to_data` wrote. UserError where the data is something else. load: opens a picture that
+    the browser keeps; by default, pictures are `data:` URLs."""
     fields = _typed(data, dict)
     _require(fields.get("format") == FORMAT and fields.get("version") == VERSION)
     given = _typed(fields.get("pictures"), dict)
@@ -218,15 +188,15 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
     _require(len(messages) <= MAX_MESSAGES)
     texts = [p for m in messages for p in m.parts if isinstance(p, str)]
     _require(sum(map(len, texts)) + len(system or "") <= MAX_CHARACTERS)
-    return Transcript(
+    return Session(
         conversation,
-        tail.stop_reason,
-        tail.forks,
-        model if isinstance(model, str) else "",
-        read_about(fields.get("about")),
-        tail.statistics,
-        {picture.key: key for key, picture in pictures.items()},
+        keys={picture.key: key for key, picture in pictures.items()} if load else {},
         captions=_captions(fields.get("captions"), pictures),
+        entry=read_about(fields.get("about")),
+        stop_reason=tail.stop_reason,
+        model=model if isinstance(model, str) else "",
+        statistics=tail.statistics,
+        forks=tail.forks,
     )
 
 

@@ -126,11 +126,8 @@ class Turns:
 
     async def undo(self, session: Session, shown: str | None, request: gr.Request) -> tuple:
         """Put the last question back into the box, and remove its answer."""
-        if shown and not session.name:
-            return _forgotten(shown)
-        if session.busy:
-            warn(translate("busy", request))
-            return UNCHANGED
+        if hindered := _hindered(session, shown, request):
+            return hindered
         try:
             text, files = session.undo()
         except UserError as error:
@@ -144,11 +141,8 @@ class Turns:
         self, session: Session, shown: str | None, chosen: gr.SelectData, request: gr.Request
     ) -> tuple:
         """Show another version of the conversation from a place on."""
-        if shown and not session.name:
-            return _forgotten(shown)
-        if session.busy:
-            warn(translate("busy", request))
-            return UNCHANGED
+        if hindered := _hindered(session, shown, request):
+            return hindered
         value = chosen.value if isinstance(chosen.value, dict) else {}
         place, number = value.get("place"), value.get("number")
         try:
@@ -176,12 +170,8 @@ class Turns:
     ) -> AsyncGenerator[tuple, None]:
         """sent: what the box holds, if it is to be emptied."""
         *settings, shown = settings
-        if shown and not session.name:
-            yield _forgotten(str(shown))
-            return
-        if session.busy:  # a second Enter, for example
-            warn(translate("busy", request))
-            yield UNCHANGED
+        if hindered := _hindered(session, str(shown or ""), request):
+            yield hindered
             return
         accepted, status, failure, session.busy = False, "", "", True
         recorded = 0.0
@@ -271,8 +261,14 @@ class Turns:
         return sampling, str(system or "").strip() or None
 
 
-def _forgotten(shown: str) -> tuple:
-    return (*UNCHANGED[:3], records.forgotten(shown))
+def _hindered(session: Session, shown: str | None, request: gr.Request | None) -> tuple | None:
+    """What a handler returns where it can do nothing now; None where it can."""
+    if shown and not session.name:
+        return (*UNCHANGED[:3], records.forgotten(shown))
+    if session.busy:  # a second Enter, for example
+        warn(translate("busy", request))
+        return UNCHANGED
+    return None
 
 
 def _build(build: Callable[[], Conversation]) -> Conversation:

@@ -96,29 +96,20 @@ class Uploads:
 
     def _show(
         self,
-        read: Callable[[], transcript.Transcript],
+        read: Callable[[], Session],
         listed: bool,
         old: Session,
         request: gr.Request,
     ) -> tuple:
         """listed: whether the browser's list has the conversation; otherwise it gets it."""
         try:
-            kept = read()
+            opened = read()
         except UserError as error:
             warn(explain(error, request))
             return (gr.skip(),) * 5
-        opened = Session(
-            kept.conversation,
-            name=kept.about.id or secrets.token_hex(8),
-            entry=None if listed else kept.about,
-            forks=kept.forks,
-            stop_reason=kept.stop,
-            model=kept.model or old.model,
-            captions=kept.captions,
-            statistics=kept.statistics,
-        )
-        if listed:
-            opened.files, opened.keys = kept.files, kept.keys
+        opened.name = (opened.entry and opened.entry.id) or secrets.token_hex(8)
+        opened.entry = None if listed else opened.entry
+        opened.model = opened.model or old.model
         messages = opened.conversation.messages
         if messages and messages[-1].role == "assistant" and not opened.last_answer:
             messages.pop()  # it can be asked for again

@@ -3,17 +3,16 @@
 Gradio translates the page's fixed parts in the browser (`I18N`); what handlers say is translated
 here, into the first language of the browser's list that the page speaks. A new language is another
 JSON file with de.json's keys. Its keys "page_error_…" are the names of errors: a UserError's
-`message_id`, else its `kind`. English has only those that the page's scripts show. The English
-"page_step_…" are what is reported while a model is being loaded: it is recognised by them.
+`message_id`, else its `kind`; "page_step_…" those of steps of loading. Both hold their English
+themselves: en.json has only the errors that the page's scripts show.
 """
 
 import json
-import re
 from pathlib import Path
 
 import gradio as gr
 
-from minigpt4.errors import UserError
+from minigpt4.errors import Step, UserError
 
 TEXTS: dict[str, dict[str, str]] = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -22,8 +21,6 @@ TEXTS: dict[str, dict[str, str]] = {
 # Gradio's own locales name simplified Chinese by its region.
 I18N = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
 PREFIX = "page_"  # sets the page's keys apart from Gradio's
-FIGURES = ("size", "total", "share", "time")  # a step's parameters that are numbers
-FIGURE = r"[\d.:]+(?: [MG]B)?"
 
 
 def label(key: str) -> gr.i18n.I18nData:
@@ -55,27 +52,9 @@ def explain(error: UserError, request: gr.Request | None) -> str:
 
 
 def translate_step(line: str, request: gr.Request | None) -> str:
-    """A line about loading in the visitor's language; as it is where it is none of the steps.
-
-    Names and figures are kept; parameters that are clauses of their own are translated, too.
-    """
-    for key, pattern in STEPS.items():
-        if found := pattern.fullmatch(line):
-            values = {n: translate_step(text, request) for n, text in found.groupdict().items()}
-            return translate(key, request, **values)
-    return line
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    """Matches the text with any values in the places of its parameters."""
-    parts = re.split(r"\{(\w+)\}", text)  # every second one is a parameter's name
-    parts[::2] = map(re.escape, parts[::2])
-    parts[1::2] = [f"(?P<{n}>{FIGURE if n in FIGURES else '.+'})" for n in parts[1::2]]
-    return re.compile("".join(parts))
-
-
-STEPS = {
-    key.removeprefix(PREFIX): _pattern(text)
-    for key, text in TEXTS["en"].items()
-    if key.startswith(f"{PREFIX}step_")
-}
+    """A line about loading in the visitor's language; as it is where it is not translated."""
+    texts = TEXTS[language(request)]
+    if not isinstance(line, Step) or f"{PREFIX}step_{line.key}" not in texts:
+        return line
+    values = {name: translate_step(value, request) for name, value in line.values.items()}
+    return translate(f"step_{line.key}", request, **values)

@@ -1,0 +1,57 @@
+"""Results written to files, which must not overwrite what they were computed from."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from minigpt4.data.shards import expand
+from minigpt4.errors import UserError
+from minigpt4.model.image import has_picture_name
+
+# Files of a data folder that an output might hit, beside its pictures.
+_DATA = re.compile(r"(?i).*\.(tar|csv|tsv|parquet)|metadata\.jsonl|filter_cap\.json")
+
+
+def print_json(result: dict, path: str | None) -> None:
+    """Print figures as JSON, and write them if a path is given."""
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+    write_json(path, result)
+
+
+def write_json(path: str | None, result: dict) -> None:
+    """Write figures as JSON, if a path is given."""
+    if path:
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def write_lines(path: str | None, records: Sequence[dict]) -> None:
+    """Write JSON lines, if a path is given."""
+    if path:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:
+    """UserError if an output would overwrite an input or another output.
+
+    outputs: option -> its file. inputs: files, patterns of them, and folders, which stand for the
+    pictures, shards and tables in them.
+    """
+    taken = set()
+    for given in filter(None, inputs):
+        place = Path(given).expanduser()
+        with suppress(UserError):  # reading it says that it is missing
+            taken |= {file.resolve() for file in ([place] if place.exists() else expand(given))}
+    for option, path in outputs.items():
+        if path and (Path(path).is_file() or not Path(path).exists()):  # not a device or a pipe
+            file = Path(path).resolve()
+            data = has_picture_name(file.name) or _DATA.fullmatch(file.name)
+            if file in taken or (data and file.exists() and not taken.isdisjoint(file.parents)):
+                raise UserError(
+                    f"“--{option}” would overwrite {path}, which is read or written already: name "
+                    "another file."
+                )
+            taken.add(file)
