@@ -528,6 +528,12 @@ def test_options_of_other_models_are_refused(given, capsys, tmp_path):
     assert given[0] in said and "mini" in said and said.count("\n") == 1
 
 
+def test_the_projection_it_starts_from_is_not_overwritten(capsys, tmp_path):
+    run = ["--init", f"{tmp_path}/mini.safetensors", "--out", str(tmp_path)]
+    assert main(["train", "--model", "mini", "--data", str(tmp_path), *run]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [["--scored", "captions"], ["--adapters"], ["--refit"]])
 def test_its_options_are_refused_for_other_models(given, capsys, tmp_path):
     options = ["--model", "nano", "--stage", "1", "--data", str(tmp_path), *given]

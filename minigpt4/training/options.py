@@ -2,6 +2,7 @@
 
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
+from pathlib import Path
 
 from minigpt4.config import DEFAULT_MODEL
 from minigpt4.errors import UserError
@@ -146,6 +147,17 @@ def check_needs(options: Namespace, needs: Mapping[str, str]) -> None:
             raise UserError(
                 f"“--{option.name}” belongs to “--{needed}”: give that, too, or omit it."
             )
+
+
+def check_start(options: Namespace, name: str) -> None:
+    """UserError where the run of the model `name` would overwrite what it starts from."""
+    start = options.init or options.projection
+    written = (Path(options.out, f"{name}{end}.safetensors") for end in ("", "-best"))
+    if start and Path(start).resolve() in {path.resolve() for path in written}:
+        raise UserError(
+            f"{start}, from which the run starts, would be overwritten: choose another folder "
+            "with “--out”."
+        )
 
 
 def _weighted(text: str) -> tuple[str, float]:
