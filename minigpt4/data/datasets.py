@@ -94,13 +94,13 @@ def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
     path, shown = local_path(where), printable(where)
     if path.is_dir():
         return _read_folder(path, instructions)
+    if is_table(path):
+        return read_table(path, instructions)
     kind = next((k for ends, k in _OTHER_KINDS.items() if path.name.lower().endswith(ends)), None)
     if path.is_file() and kind:
         raise UserError(f"{shown} is {kind}.")
     if path.suffix.lower() == ".json":
         return _read_json(path, instructions)
-    if is_table(path):
-        return read_table(path, instructions)
     if path.is_file() and has_picture_name(path.name):
         raise UserError(f"{shown} is a single picture: name {_FORMATS}.")
     if not path.is_file() and has_picture_name(path.name):
