@@ -95,6 +95,27 @@ def test_invalid_values_are_refused_by_name(name, value, sentence, monkeypatch, 
         options.from_mapping(DECLARED, {})
 
 
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ("ask a.jpg b --llm-key k", "--llm-url"),
+        ("serve --llm-key k", "--llm-url"),
+        ("curate refine a --out b --refiner c", "--url"),
+        ("curate refine a --out b --max-cost 1", "--price-in” or “--price-out"),
+        ("evaluate a --experiment stages --seed 1", "--drawn"),
+        ("evaluate --experiment abilities --judge-blind", "--judge"),
+    ],
+)
+def test_an_option_that_needs_another_one(given, needed, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main(given.split())
+    assert f"belongs to “{needed}”: give that, too, or omit it" in capsys.readouterr().err
+    monkeypatch.setenv("MINIGPT4_LLM_KEY", "k")  # may be there for other commands
+    assert not _parser().parse_args(["ask", "a.jpg", "b"]).llm_url
+    with pytest.raises(UserError, match="belongs to “--llm-url”"):
+        options.from_mapping(options.LOADING, {"llm_key": "k"})
+
+
 def test_names_and_values_for_ray(monkeypatch):
     monkeypatch.setenv("MINIGPT4_SHARE", "on")
     chosen = options.from_mapping(DECLARED, {"max_queue": 3, "ratio": "0.25", "kind": None})

@@ -520,7 +520,14 @@ def test_padded_prompts_are_answered_as_alone(model):
 
 @pytest.mark.parametrize(
     "given",
-    [["--stage", "1"], ["--crop"], ["--mix", "x=1"], ["--validate", "x.tar"], ["--limit", "3"]],
+    [
+        ["--stage", "1"],
+        ["--crop"],
+        ["--mix", "x=1"],
+        ["--validate", "x.tar"],
+        ["--limit", "3"],
+        ["--no-words"],
+    ],
 )
 def test_options_of_other_models_are_refused(given, capsys, tmp_path):
     assert main(["train", "--model", "mini", "--data", str(tmp_path), *given]) == 2
