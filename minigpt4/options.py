@@ -148,6 +148,13 @@ class Option:
         return [] if self.many else self.default
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """--NAME and --no-NAME, also where the name itself begins with “no-”."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes what is not on the command line from the environment."""
 
@@ -167,7 +174,7 @@ class Parser(argparse.ArgumentParser):
             self._declared.append((option, prefix))
             settings: dict[str, Any] = {"help": _help(option, prefix)}
             if option.read is switch:
-                settings["action"] = argparse.BooleanOptionalAction
+                settings["action"] = _Switch
             else:
                 last_word = option.name.rpartition("-")[2].upper()
                 settings |= {"type": option.read, "metavar": option.metavar or last_word}

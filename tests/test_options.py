@@ -51,6 +51,9 @@ def test_defaults_and_the_command_line():
     assert (chosen.share, chosen.max_queue, chosen.beside) == (True, 4, ["a", "b"])
     assert parse("--key", "sk-abc\n").key == "sk-abc"
     assert chosen.kind == "none" and parse("--share", "--no-share").share is False
+    trained = ["train", "--data", "d", "--no-words"]
+    assert _parser().parse_args(trained).no_words is True
+    assert _parser().parse_args([*trained, "--no-no-words"]).no_words is False
 
 
 @pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
