@@ -67,8 +67,8 @@ def train(options: argparse.Namespace) -> None:
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
     if trainer.main:
-        write_settings(trainer.out / "options.yaml", given_options(options))
         watch(trainer, held_out, options.validate_every)
+        write_settings(trainer.out / "options.yaml", given_options(options))
     path = trainer.run()
     if trainer.main:
         start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
