@@ -352,7 +352,7 @@ def _open_remote(
     from minigpt4.remote.vllm import VllmServers
 
     urls = options.llm_url.split(",")
-    servers = VllmServers(model, urls, options.llm_key)
+    servers = VllmServers(model, urls, options.llm_key, _embedding_store(model))
     if "max_running" in limits:
         limits["max_running"] *= len(urls)
     engine = RemoteEngine(model, servers, **limits)

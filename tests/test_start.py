@@ -135,9 +135,11 @@ def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch
     options = argparse.Namespace(
         model="nano", quantize="auto", llm_url="http://127.0.0.1:9/v1", llm_key=""
     )
+    kept = []
+    monkeypatch.setattr(start, "_embedding_store", kept.append)
     with pytest.raises(UserError, match="do not answer"):
         start.open_engine(options)
-    assert len(closed) == 1 and options.quantize == "auto"
+    assert kept == [model] and len(closed) == 1 and options.quantize == "auto"
 
 
 def test_the_type_reaches_the_loader(monkeypatch):
