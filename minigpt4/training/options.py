@@ -4,19 +4,10 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+from minigpt4 import options as shared
 from minigpt4.config import DEFAULT_MODEL
 from minigpt4.errors import UserError
-from minigpt4.options import (
-    OFF,
-    Option,
-    Parser,
-    add_model_options,
-    check_needs,
-    integer,
-    number,
-    one_of,
-    switch,
-)
+from minigpt4.options import OFF, Option, Parser, add_model_options, integer, number, one_of, switch
 
 DATA = (
     Option(
@@ -149,10 +140,10 @@ NEEDS_OF_WORDS = {"reward-weight": "samples", "scored": "samples", "no-words": "
 NEEDS = {"replay-share": "replay", "reward-weight": "samples", "validate-every": "validate"}
 
 
-def check_run_needs(options: Namespace, needs: Mapping[str, str]) -> None:
+def check_needs(options: Namespace, needs: Mapping[str, str]) -> None:
     """UserError for an option without the one that it belongs to."""
     every = [option for group in GROUPS for option in group]
-    check_needs(options, {o: (needs[o.name],) for o in every if o.name in needs})
+    shared.check_needs(options, {o: (needs[o.name],) for o in every if o.name in needs})
 
 
 def check_start(options: Namespace, name: str) -> None:

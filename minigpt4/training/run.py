@@ -20,7 +20,7 @@ from minigpt4.errors import UserError
 from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
-from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_run_needs, check_start
+from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -130,7 +130,7 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
 
 def _check_needs(options: argparse.Namespace) -> None:
     """UserError for an option without the one that it belongs to."""
-    check_run_needs(options, NEEDS)
+    check_needs(options, NEEDS)
     if options.samples and options.stage == 2 and not options.replay:
         raise UserError(
             "“--samples” samples captions, which the second stage reads from “--replay”: give it, "

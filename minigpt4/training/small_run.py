@@ -27,7 +27,7 @@ from minigpt4.training.options import (
     OPTIMIZER,
     REWARD,
     WATCHING,
-    check_run_needs,
+    check_needs,
     check_start,
 )
 from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
@@ -162,7 +162,7 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
                 f"“--{option.name}” is not for {config.name}, whose training has one stage and a "
                 "mixture of its own (docs/mini.md): omit it."
             )
-    check_run_needs(options, NEEDS_OF_WORDS)
+    check_needs(options, NEEDS_OF_WORDS)
     if options.validate and options.validate != "on":
         raise UserError(
             f"“--validate” takes no file for {config.name}: it measures what the run has learned."
