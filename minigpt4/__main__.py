@@ -359,6 +359,8 @@ def _convert(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise UserError(f"{out} should end in .safetensors.")
+    if out.exists() and out.samefile(options.checkpoint):
+        raise UserError(f"{out} is {options.checkpoint} itself: name another file to write.")
     tensors = trained_tensors(options.checkpoint)
     save_projection(tensors, out)
     rows, columns = tensors["weight"].shape

@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -111,7 +111,8 @@ class Option:
     read: turns its text into its value; raises ArgumentTypeError. `switch` makes a flag without a
     value. many: may be given several times; the value is a list. bare: its text where it is given
     without a value. variable: its environment variable where that is not the derived name.
-    fallback: a second one, read after the first.
+    fallback: a second one, read after the first. needs: options of which one must have a value, or
+    this one does nothing: on the command line it is then refused.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Option:
     bare: str | None = None
     variable: str = ""
     fallback: str = ""
+    needs: tuple[str, ...] = ()
 
     @property
     def attribute(self) -> str:
@@ -146,6 +148,13 @@ class Option:
         return [] if self.many else self.default
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """--NAME and --no-NAME, also where the name itself begins with “no-”."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes what is not on the command line from the environment."""
 
@@ -165,7 +174,7 @@ class Parser(argparse.ArgumentParser):
             self._declared.append((option, prefix))
             settings: dict[str, Any] = {"help": _help(option, prefix)}
             if option.read is switch:
-                settings["action"] = argparse.BooleanOptionalAction
+                settings["action"] = _Switch
             else:
                 last_word = option.name.rpartition("-")[2].upper()
                 settings |= {"type": option.read, "metavar": option.metavar or last_word}
@@ -188,12 +197,14 @@ class Parser(argparse.ArgumentParser):
             except UserError as error:
                 self.error(str(error).removesuffix("."))
         found, rest = super().parse_known_args(args, namespace)
-        for option, prefix in self._declared:
-            if not hasattr(found, option.attribute):
-                try:
+        given = [option for option, _ in self._declared if hasattr(found, option.attribute)]
+        try:
+            for option, prefix in self._declared:
+                if option not in given:
                     setattr(found, option.attribute, option.from_environment(prefix))
-                except UserError as error:
-                    self.error(str(error).removesuffix("."))
+            check_needs(found, {option: option.needs for option in given})
+        except UserError as error:
+            self.error(str(error).removesuffix("."))
         return found, rest
 
     def _arguments_of_file(self, args: list[str]) -> list[str]:
@@ -242,6 +253,15 @@ def _help(option: Option, prefix: str) -> str:
     return f"{option.help} [{'; '.join(notes)}]".replace("%", "%%")
 
 
+def check_needs(values: Namespace, needs: Mapping[Option, Sequence[str]]) -> None:
+    """UserError for an option that has a value, and none of those that it needs."""
+    for option, names in needs.items():
+        met = not names or any(getattr(values, name.replace("-", "_"), None) for name in names)
+        if not met and getattr(values, option.attribute) != option.default:
+            others = " or ".join(f"“--{name}”" for name in names)
+            raise UserError(f"“--{option.name}” belongs to {others}: give that, too, or omit it.")
+
+
 def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespace:
     """Options given as NAME=VALUE, as Ray passes them, else from the environment.
 
@@ -259,7 +279,9 @@ def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespa
             values[name] = option.read(str(given[name]))
         except ArgumentTypeError as error:
             raise UserError(f"Option {name} {error}.") from None
-    return Namespace(**values)
+    found = Namespace(**values)
+    check_needs(found, {o: o.needs for n, o in known.items() if given.get(n) is not None})
+    return found
 
 
 # --- options that several commands share --------------------------------------------------------
@@ -306,6 +328,7 @@ REMOTE_LLM = (
         "",
         secret,
         metavar="KEY",
+        needs=("llm-url",),
     ),
 )
 LOADING = (MODEL, QUANTIZE, DTYPE, DEVICE, *PLACES, *REMOTE_LLM)  # what minigpt4.load takes

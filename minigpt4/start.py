@@ -129,16 +129,21 @@ def device_of(name: str) -> "torch.device":
     return device
 
 
-def quantize_of(name: Quantize, config: ModelConfig, device: "torch.device") -> Quantize:
-    """What “auto” means for this model here. UserError if int4 is requested but not available."""
+def quantize_of(
+    name: Quantize, config: ModelConfig, device: "torch.device", report: Report = say
+) -> Quantize:
+    """What “auto” means for this model here; for int4 the kernels are compiled where they are not
+    yet. UserError if int4 is requested but not available."""
     if name not in ("auto", "int4") or (name == "auto" and not config.has_4bit_blocks):
         return name
     if device.type != "cpu":
         if name == "auto":
             return name
         raise UserError("“--quantize int4” works on the CPU: choose int8, nf4 or none.")
-    from minigpt4.engine.native import library
+    from minigpt4.engine.kernels.build import library, must_compile
 
+    if must_compile():
+        report(Step("compiling", "Compiling the CPU kernels (once) …"))
     if library() is not None:
         return "int4"
     if name == "int4":
@@ -243,7 +248,7 @@ def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progr
     def load(config: ModelConfig, given: dict[str, str]) -> "tuple[MiniGPT4, Progress]":
         download_weights(config, report, given)
         files = find_weights(config, given=given)
-        quantize = quantize_of(options.quantize, config, device)
+        quantize = quantize_of(options.quantize, config, device, report)
         return _load(config, files, device, quantize, dtype, report)
 
     if options.model != "auto":
@@ -355,7 +360,7 @@ def _open_remote(
     from minigpt4.remote.vllm import VllmServers
 
     urls = options.llm_url.split(",")
-    servers = VllmServers(model, urls, options.llm_key)
+    servers = VllmServers(model, urls, options.llm_key, _embedding_store(model))
     if "max_running" in limits:
         limits["max_running"] *= len(urls)
     engine = RemoteEngine(model, servers, **limits)

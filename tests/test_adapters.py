@@ -118,6 +118,18 @@ def test_converting_keeps_them(llama, tmp_path):
     assert kept.keys() == tensors.keys() and all(torch.equal(kept[n], tensors[n]) for n in kept)
 
 
+def test_converting_does_not_overwrite_its_input(llama, tmp_path, capsys):
+    tensors, _ = trained(as_transformers(llama))
+    save_file(tensors | {"optimizer": torch.ones(3)}, path := tmp_path / "whole.safetensors")
+    before = path.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(path)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    for out in ("whole", "link", "folder/whole"):
+        assert main(["convert", str(path), f"{tmp_path}/{out}.safetensors"]) == 2
+        assert capsys.readouterr().err.endswith("itself: name another file to write.\n")
+        assert path.read_bytes() == before
+
+
 def test_a_projection_without_adapters_leaves_the_model_alone(llama, tmp_path):
     tensors, _ = trained(as_transformers(llama))
     save_file(

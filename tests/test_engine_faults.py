@@ -191,6 +191,27 @@ def test_keys_and_values_get_the_memory_that_there_is(model, monkeypatch):
         assert list(engine.submit(request(1, sampling=BRIEF)))
 
 
+@pytest.mark.parametrize(
+    ("megabytes", "said"),
+    [(100, "There is no memory for 100 MB"), (0, "A conversation takes"), (2, ""), (None, "")],
+)
+def test_other_memory_for_keys_and_values_is_one_sentence(
+    model, monkeypatch, capsys, megabytes, said
+):
+    real = TorchDecoder.__init__
+
+    def scarce(self, llm, blocks):
+        if blocks * TorchDecoder.block_bytes(llm) > 50 * 2**20:
+            raise MemoryError
+        real(self, llm, blocks)
+
+    monkeypatch.setattr(TorchDecoder, "__init__", scarce)
+    decoder.build_decoder(model, megabytes)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and all(line.startswith(said) for line in lines)
+    assert all(" used" in line and " 0 MB" not in line for line in lines)
+
+
 def test_no_memory_for_keys_and_values_is_one_sentence(model, monkeypatch):
     def none(self, llm, blocks):
         raise MemoryError

@@ -51,6 +51,9 @@ def test_defaults_and_the_command_line():
     assert (chosen.share, chosen.max_queue, chosen.beside) == (True, 4, ["a", "b"])
     assert parse("--key", "sk-abc\n").key == "sk-abc"
     assert chosen.kind == "none" and parse("--share", "--no-share").share is False
+    trained = ["train", "--data", "d", "--no-words"]
+    assert _parser().parse_args(trained).no_words is True
+    assert _parser().parse_args([*trained, "--no-no-words"]).no_words is False
 
 
 @pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
@@ -93,6 +96,27 @@ def test_invalid_values_are_refused_by_name(name, value, sentence, monkeypatch, 
     assert f"{variable} {sentence}" in refused(capsys)
     with pytest.raises(UserError, match=f"{variable} {sentence}"):
         options.from_mapping(DECLARED, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ("ask a.jpg b --llm-key k", "--llm-url"),
+        ("serve --llm-key k", "--llm-url"),
+        ("curate refine a --out b --refiner c", "--url"),
+        ("curate refine a --out b --max-cost 1", "--price-in” or “--price-out"),
+        ("evaluate a --experiment stages --seed 1", "--drawn"),
+        ("evaluate --experiment abilities --judge-blind", "--judge"),
+    ],
+)
+def test_an_option_that_needs_another_one(given, needed, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main(given.split())
+    assert f"belongs to “{needed}”: give that, too, or omit it" in capsys.readouterr().err
+    monkeypatch.setenv("MINIGPT4_LLM_KEY", "k")  # may be there for other commands
+    assert not _parser().parse_args(["ask", "a.jpg", "b"]).llm_url
+    with pytest.raises(UserError, match="belongs to “--llm-url”"):
+        options.from_mapping(options.LOADING, {"llm_key": "k"})
 
 
 def test_names_and_values_for_ray(monkeypatch):

@@ -737,7 +737,7 @@ def test_folders_without_captions_say_what_they_are(tmp_path):
     ("name", "content", "said"),
     [
         ("annotations/captions_val.json", "{}", "name annotations/captions_val.json itself"),
-        ("captions.txt", "image,caption\n1.jpg,A dog.", "name captions.txt itself"),
+        ("said/captions.txt", "image,caption\n1.jpg,A dog.", "name said/captions.txt itself"),
         ("validation/metadata.csv", "file_name,text", "Name validation/metadata.csv itself"),
         ("readme.txt", "Pictures of dogs.", ": put KEY.txt"),
     ],
@@ -748,6 +748,25 @@ def test_folders_name_the_file_of_their_captions(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=said):
         read_captioned(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "line"),
+    [
+        ("captions.txt", "image,caption\n", '{},"A dog, wet."\n'),  # Kaggle's Flickr8k
+        ("results.csv", "image_name| comment_number| comment\n", "{}| 0| A dog, wet.\n"),
+        ("Flickr8k.token.txt", "", "{}#0\tA dog, wet.\n"),
+        ("results_20130124.token", "", "{}#0\tA dog, wet.\n"),
+    ],
+)
+def test_flickrs_own_tables(tmp_path, name, header, line):
+    put(tmp_path, "Images/1.jpg", "Images/2.jpg")
+    (tmp_path / "readme.txt").write_text("Pictures, and captions.\nOf dogs.")
+    lines = [line.format(picture) for picture in ("1.jpg", "2.jpg", "2.jpg")]
+    (tmp_path / name).write_text(header + "".join(lines))
+    for where in (tmp_path, tmp_path / name):
+        found = answers(read_captioned(str(where)))
+        assert [*found.values()] == [["A dog, wet."], ["A dog, wet."] * 2]
 
 
 def test_kinds_that_are_no_captions_are_named(tmp_path):

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from minigpt4.__main__ import main
 from minigpt4.config import get_model
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Request, Sampling
+from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.prompt import Prompt
@@ -99,6 +103,16 @@ def until(condition, seconds: float = 10.0) -> None:
 
 
 # --- what is loaded and what is sent -------------------------------------------------------------
+
+
+def test_pictures_encoded_by_an_earlier_program_are_on_the_disk(model, served, tmp_path):
+    picture, found = next(iter(conversation().pictures.values())), []
+    for encode in (model.encode_pictures, None):  # the second one would fail to encode
+        part = SimpleNamespace(**vars(model), device=model.device, encode_pictures=encode)
+        store = EmbeddingStore(tmp_path, model)
+        with closing(RemoteEngine(model, VllmServers(part, [served.url], store=store))) as engine:
+            found.append(engine.encode(picture).embeds)
+    assert np.array_equal(*found)
 
 
 def test_only_the_embedding_is_loaded(model, computing_type):

@@ -529,12 +529,25 @@ def test_padded_prompts_are_answered_as_alone(model):
 
 @pytest.mark.parametrize(
     "given",
-    [["--stage", "1"], ["--crop"], ["--mix", "x=1"], ["--validate", "x.tar"], ["--limit", "3"]],
+    [
+        ["--stage", "1"],
+        ["--crop"],
+        ["--mix", "x=1"],
+        ["--validate", "x.tar"],
+        ["--limit", "3"],
+        ["--no-words"],
+    ],
 )
 def test_options_of_other_models_are_refused(given, capsys, tmp_path):
     assert main(["train", "--model", "mini", "--data", str(tmp_path), *given]) == 2
     said = capsys.readouterr().err
     assert given[0] in said and "mini" in said and said.count("\n") == 1
+
+
+def test_the_projection_it_starts_from_is_not_overwritten(capsys, tmp_path):
+    run = ["--init", f"{tmp_path}/mini.safetensors", "--out", str(tmp_path)]
+    assert main(["train", "--model", "mini", "--data", str(tmp_path), *run]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["--scored", "captions"], ["--adapters"], ["--refit"]])

@@ -13,7 +13,9 @@ import torch
 
 from minigpt4 import start
 from minigpt4.config import get_model
+from minigpt4.engine.kernels import build
 from minigpt4.errors import UserError
+from minigpt4.web.page.texts import translate_step
 from minigpt4.web.run import upload_folder
 from minigpt4.weights import load
 from minigpt4.weights.load import WeightFiles
@@ -116,6 +118,20 @@ def test_unknown_names():
         start.open_model(options)
 
 
+def test_compiling_the_kernels_is_a_step_of_loading(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_build_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "_compiler", lambda: ["cc"])
+    monkeypatch.setattr(build, "library", lambda: "compiled")
+    auto, lines = ("auto", get_model("nano"), torch.device("cpu")), []
+    assert start.quantize_of(*auto, lines.append) == "int4"
+    assert lines == ["Compiling the CPU kernels (once) …"]
+    german = SimpleNamespace(headers={"accept-language": "de"})
+    assert translate_step(lines[0], german).startswith("Die Rechenkerne")
+    build._place(["cc"], "native").touch()
+    start.quantize_of(*auto, lines.append)
+    assert len(lines) == 1
+
+
 def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch):
     """A server that takes connections and never answers; the probe's own limit does not help."""
     from minigpt4.remote import engine as remote
@@ -135,9 +151,11 @@ def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch
     options = argparse.Namespace(
         model="nano", quantize="auto", llm_url="http://127.0.0.1:9/v1", llm_key=""
     )
+    kept = []
+    monkeypatch.setattr(start, "_embedding_store", kept.append)
     with pytest.raises(UserError, match="do not answer"):
         start.open_engine(options)
-    assert len(closed) == 1 and options.quantize == "auto"
+    assert kept == [model] and len(closed) == 1 and options.quantize == "auto"
 
 
 def test_the_type_reaches_the_loader(monkeypatch):

@@ -6,11 +6,13 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from minigpt4.__main__ import main
 from minigpt4.config import MODELS
 from minigpt4.data import examples as data
 from minigpt4.data import files
+from minigpt4.data.datasets import read_captioned
 from minigpt4.errors import UserError
 from minigpt4.training import questions
 from minigpt4.training.batches import (
@@ -30,7 +33,7 @@ from minigpt4.training.batches import (
     random_resized_crop,
 )
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer
-from minigpt4.training.features import Features
+from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.run import schedule_of
 from minigpt4.training.trainer import Recipe, Trainer, learning_rate
 from minigpt4.weights.checkpoint import read_projection
@@ -297,11 +300,35 @@ def test_other_pictures_are_encoded_anew(tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_pictures_of_equal_names_sizes_and_times_are_told_apart(examples, tmp_path):
+def test_pictures_of_equal_names_sizes_and_samples_are_told_apart(examples, tmp_path):
     for part in (examples[:2], examples[2:4], examples[:2]):
-        alike = [replace(e, key=str(i), version="1 2") for i, e in enumerate(part)]
+        alike = [replace(e, key=str(i), sample=partial(str, "1 2")) for i, e in enumerate(part)]
         Features(tiny_model(), alike, cache=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_copy_is_the_same_data_and_a_changed_picture_is_not(tmp_path, packed):
+    original = tmp_path / "original"
+    if packed:
+        original.mkdir()
+        write_shard(original / "train-00000.tar", 3)
+        place = original / "train-00000.tar"
+    else:
+        write_captioned(original, 3)
+        place = next(original.rglob("*.jpg"))
+    shutil.copytree(original, copy := tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(place, (0, 0))
+
+    def mark(folder):
+        return fingerprint(read_captioned(str(folder)))
+
+    assert mark(original) == mark(copy)
+    content = bytearray(place.read_bytes())
+    at = content.index(b"\xff\xda") + 40  # in the first picture's pixels
+    content[at] ^= 1
+    place.write_bytes(content)
+    assert mark(original) != mark(copy)
 
 
 def test_another_encoder_encodes_anew(examples, tmp_path):

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import gradio as gr
@@ -30,6 +31,7 @@ from minigpt4.web.page import render, transcript
 from minigpt4.web.page import session as session_module
 from minigpt4.web.page.answers import waiting
 from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.page import ChatPage
 from minigpt4.web.page.render import literal, show, unescape, verbatim
 from minigpt4.web.page.session import Session, too_many_pictures
 from minigpt4.web.page.texts import PREFIX, TEXTS, explain, translate, translate_step
@@ -165,9 +167,15 @@ def test_loading_is_said(warnings):
     loading.wait()
     assert isinstance(loading.engine, FakeEngine) and loading.step == "Fetching everything …"
 
-    for error, said in (
-        (UserError("There is no model."), "There is no model"),
-        (OSError("I/O error"), "The model could not be loaded: the server's log says why"),
+    short = UserError("Too little memory is free.", "memory")  # not for an answer
+    for error, said, shown in (
+        (UserError("There is no model."), "There is no model", "模型无法加载。.*There is no model"),
+        (short, "memory is free", "模型无法加载。.*memory is free"),
+        (
+            OSError("I/O error"),
+            "The model could not be loaded: the server",
+            "服务器日志",
+        ),
     ):
 
         def fail(report, error=error):
@@ -179,6 +187,15 @@ def test_loading_is_said(warnings):
         with pytest.raises(UserError, match=said):
             loading.wait()
         assert not loading.engines and engine.closed  # all, or none
+        for request, pattern in ((chinese(), shown), (None, said)):
+            answered(
+                Turns(loading, []).ask({"text": "Hi", "files": []}, Session(), request, "", None)
+            )
+            assert re.search(pattern, warnings.pop())
+            progress = ChatPage.show_progress(
+                SimpleNamespace(_loading=loading), None, Session(), request
+            )
+            assert re.search(pattern, progress[0])
 
 
 @pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")

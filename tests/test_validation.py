@@ -87,6 +87,16 @@ def test_held_out_scores_and_the_best_projection(
     assert f"Step {SCHEDULE.steps}: held-out loss" in capsys.readouterr().err
 
 
+def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "CAPTION_TOKENS", 2)
+    trainer, _ = run(examples, held_out[:3], tmp_path / "run", steps=2)
+    with pytest.raises(UserError, match="best on other held-out pictures"):
+        run(examples, held_out[:2], tmp_path / "run")
+    trainer.best_path.unlink()
+    _, anew = run(examples, held_out[:2], tmp_path / "run", steps=4)
+    assert [row["step"] for row in anew.rows] == [4]
+
+
 def test_an_earlier_run_s_best_is_not_taken_for_this_one_s(examples, tmp_path):
     """That run had ended before its first checkpoint, or somebody deleted it."""
     first = make(tiny_model(), examples, PROMPTED, tmp_path / "run")

@@ -39,8 +39,15 @@ ENDPOINT = (
         "lines.",
         metavar="KEY",
         variable="OPENAI_API_KEY",
+        needs=("url",),
     ),
-    Option("refiner", "Model to use there.", metavar="NAME", variable="OPENAI_MODEL"),
+    Option(
+        "refiner",
+        "Model to use there.",
+        metavar="NAME",
+        variable="OPENAI_MODEL",
+        needs=("url",),
+    ),
     Option("together", "Maximum number of requests at once.", 4, integer(1), "N"),
     Option(
         "retries",
@@ -48,11 +55,21 @@ ENDPOINT = (
         6,
         integer(0),
         "N",
+        needs=("url",),
     ),
-    Option("timeout", "Time for an answer, in seconds.", 120.0, number(0), "SECONDS"),
+    Option(
+        "timeout", "Time for an answer, in seconds.", 120.0, number(0), "SECONDS", needs=("url",)
+    ),
     Option("price-in", "Price of a million input tokens.", 0.0, number(0), "PRICE"),
     Option("price-out", "Price of a million output tokens.", 0.0, number(0), "PRICE"),
-    Option("max-cost", "Do not start if the estimate is higher.", None, number(0), "PRICE"),
+    Option(
+        "max-cost",
+        "Do not start if the estimate is higher.",
+        None,
+        number(0),
+        "PRICE",
+        needs=("price-in", "price-out"),
+    ),
     Option("estimate", "Print the estimate and stop.", False, switch),
 )
 LOCAL = (

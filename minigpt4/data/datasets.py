@@ -29,8 +29,8 @@ from minigpt4.data.files import (
     printable,
     read_bytes,
     read_text,
+    sample_of,
     shortened,
-    version_of,
 )
 from minigpt4.data.names import is_file, is_hidden
 from minigpt4.data.table import (
@@ -94,13 +94,13 @@ def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
     path, shown = local_path(where), printable(where)
     if path.is_dir():
         return _read_folder(path, instructions)
+    if is_table(path):
+        return read_table(path, instructions)
     kind = next((k for ends, k in _OTHER_KINDS.items() if path.name.lower().endswith(ends)), None)
     if path.is_file() and kind:
         raise UserError(f"{shown} is {kind}.")
     if path.suffix.lower() == ".json":
         return _read_json(path, instructions)
-    if is_table(path):
-        return read_table(path, instructions)
     if path.is_file() and has_picture_name(path.name):
         raise UserError(f"{shown} is a single picture: name {_FORMATS}.")
     if not path.is_file() and has_picture_name(path.name):
@@ -164,8 +164,8 @@ def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
             reading.leave_out(name, captions.MISSING)
             continue
         texts = tuple(Text(caption, instructions) for caption in said)
-        read, version = partial(read_bytes, folder / name), version_of(folder / name)
-        found.append(Example(key, read, texts, said, version))
+        read, sample = partial(read_bytes, folder / name), partial(sample_of, folder / name)
+        found.append(Example(key, read, texts, said, sample))
     table = "" if found else _annotation_in(folder, names)
     named = f"name {table} itself, or " if table else ""
     return reading.finish(found, f"{named}put KEY.txt or KEY.json beside KEY.jpg")

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from PIL import Image
@@ -19,8 +19,8 @@ from minigpt4.data.files import (
     read_bytes,
     read_json,
     read_text,
+    sample_of,
     shortened,
-    version_of,
 )
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.data.shards import expand, members, names_of, read_at
@@ -52,7 +52,12 @@ class Example:
     read: Callable[[], bytes]
     texts: tuple[Text, ...]
     captions: tuple[str, ...] = ()
-    version: str = ""  # changes whenever the picture's file changes
+    sample: Callable[[], str] = str  # what `version` is; called when it is first asked for
+
+    @cached_property
+    def version(self) -> str:
+        """Changes with the picture's file, but not with the place or the time of a copy."""
+        return self.sample()
 
     def picture(self) -> Image.Image:
         """The decoded picture in RGB. UserError names it if it cannot be read."""
@@ -127,7 +132,6 @@ def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Exampl
 def _read_shard(
     shard: Path, shard_name: str, instructions: tuple[str, ...], reading: Reading
 ) -> Iterator[Example]:
-    version = version_of(shard)
     index = members(shard)
 
     def read(name: str) -> bytes:
@@ -135,9 +139,9 @@ def _read_shard(
 
     for key, name, found in captioned_files(index, read, reading):
         texts = tuple(Text(caption, instructions) for caption in found)
-        offset, size = index[name]
-        picture = partial(read_at, shard, offset, size)
-        yield Example(f"{shard_name}/{key}", picture, texts, found, f"{version} {offset}")
+        picture = partial(read_at, shard, *index[name])
+        sample = partial(sample_of, shard, *index[name])
+        yield Example(f"{shard_name}/{key}", picture, texts, found, sample)
 
 
 def captioned_files(
@@ -305,7 +309,7 @@ class Collected:
         else:
             key = _relative(path, self._root) if self._by_path else name.strip()
             read = partial(read_bytes, path)
-            self._found[path] = Example(key, read, texts, found, version_of(path))
+            self._found[path] = Example(key, read, texts, found, partial(sample_of, path))
 
     def finish(self, needs: str) -> list[Example]:
         """The examples, reported as by `Reading.finish`."""

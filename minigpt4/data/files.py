@@ -1,6 +1,7 @@
 """Text files that people write (UTF-8, JSON lines, `prompts/`); files replaced in one step."""
 
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from minigpt4 import _data
 from minigpt4.errors import UserError
 
 PROMPTS = _data.folder("prompts")
+_BLOCK = 4096  # bytes
 SHOWN = 80  # characters of a name that a message shows
 
 _ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|pipe:")
@@ -226,6 +228,22 @@ def version_of(path: Path) -> str:
     """A string that changes whenever the file changes: its size and modification time."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def sample_of(path: Path, offset: int = 0, size: int | None = None) -> str:
+    """The size of a file, or of the part of it at `offset`, and a hash of three blocks of it: the
+    first, the one in the middle and the last. "" if it cannot be read."""
+    found = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size if size is None else size
+            last = max(0, size - _BLOCK)
+            for start in sorted({0, last // 2, last}):
+                file.seek(offset + start)
+                found.update(file.read(min(_BLOCK, size - start)))
+    except OSError:
+        return ""
+    return f"{size} {found.hexdigest()[:16]}"
 
 
 def prompt_lines(name: str) -> tuple[str, ...]:

@@ -145,6 +145,7 @@ def _examples(
     found = []
     raw = dataset.select_columns(column).with_format("arrow")  # decodes nothing
     counts = _pictures_in_rows(raw, column)
+    sample = partial(str, dataset._fingerprint)
     for number, row in enumerate(dataset.remove_columns(pictures)):
         try:
             if counts[number] != 1:
@@ -155,8 +156,8 @@ def _examples(
         except NotUsable as error:
             reading.leave_out(f"row {number}", str(error))
             continue
-        read, version = partial(_read, raw, number, column, folder), dataset._fingerprint
-        found.append(Example(f"{name}/{number}", read, texts, said, version))
+        read = partial(_read, raw, number, column, folder)
+        found.append(Example(f"{name}/{number}", read, texts, said, sample))
     return reading.finish(found, "it needs a column of pictures and one of captions")
 
 

@@ -25,6 +25,7 @@ from minigpt4.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", *JSON_LINES)
+TEXTS = (".txt", ".token")  # which may be tables
 # Names that a column or a field may have; the first one with a value counts.
 PICTURE = (
     "file_name",
@@ -45,6 +46,10 @@ INSTRUCTION = ("instruction", "question", "prompt", "query")
 # Columns that are read, so that a second one of the name would hide the first.
 _READ = {*PICTURE, *captions.FIELDS, *INSTRUCTION, "input", "history"}
 _DELIMITERS = (",", ";", "\t", "|")
+_MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
+_FLICKR = re.compile(
+    r"\ufeff?[^\t\n]+\.\w+#\d+\t"
+)  # a line of Flickr8k.token.txt, without a header
 _NEEDS = "write a picture and its caption on each line"
 
 Row = dict[str, object]
@@ -53,13 +58,30 @@ Row = dict[str, object]
 def is_table(where: str | Path) -> bool:
     """Whether this is a table, or a folder with one or more of them."""
     path = local_path(where)
-    return bool(tables_in(path)) if path.is_dir() else path.suffix.lower() in SUFFIXES
+    if path.is_dir():
+        return bool(tables_in(path))
+    return path.suffix.lower() in SUFFIXES or _is_text_table(path)
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The tables of a folder, without hidden files."""
-    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    return sorted(p for p in files if not is_hidden(p.name))
+    """The tables of a folder, without hidden files; text files where there is no other."""
+    files = [p for p in folder.iterdir() if not is_hidden(p.name)]
+    tables = [p for p in files if p.suffix.lower() in SUFFIXES and p.is_file()]
+    texts = [p for p in files if p.suffix.lower() in TEXTS]
+    if not tables and len(texts) <= _MOST_TEXTS:
+        tables = [p for p in texts if _is_text_table(p)]
+    return sorted(tables)
+
+
+def _is_text_table(path: Path) -> bool:
+    """Whether a text file is a table: Kaggle's captions.txt with its header, Flickr's own lists."""
+    if path.suffix.lower() not in TEXTS or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first, _, second = file.read(1024).decode("utf-8", "replace").partition("\n")
+    names = {name.strip(' "\ufeff\r').casefold() for name in re.split(r"[,;|\t]", first)}
+    named = not names.isdisjoint(PICTURE) and not names.isdisjoint(captions.FIELDS)
+    return bool(second) and named or _FLICKR.match(first) is not None
 
 
 def read_table(where: str | Path, instructions: tuple[str, ...] = ()) -> list[Example]:
@@ -161,6 +183,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
     skipped = 0
     if named := re.match(r'(?i)"?sep=(.)"?[^\S\n]*\n', text):
         text, skipped = text[named.end() :], 1
+    elif _FLICKR.match(text):
+        text, skipped = f"{PICTURE[0]}\tcaption\n{text}", -1
     header = text.split("\n", 1)[0]
     mark = named[1] if named else max(_DELIMITERS, key=header.count)
     lines = _csv_lines(path, text, mark, skipped)

@@ -5,14 +5,13 @@ for int8 weights on a GPU (`gpu/`), or compiled for the CPU for a GGUF file's we
 
 import contextlib
 import ctypes
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from minigpt4.engine.kvcache import BLOCK_SIZE
-from minigpt4.errors import Count, UserError, ignore, out_of_memory
+from minigpt4.errors import Count, UserError, ignore, out_of_memory, say
 from minigpt4.weights.gguf import BlockLlama
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 CPU_MEGABYTES = 384
 GPU_SHARE = 0.3  # of the memory that is free once the model is loaded
-
-log = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
@@ -56,7 +53,8 @@ def build_decoder(
 
     megabytes: for keys and values; None: 30 % of a GPU's free memory or 384 MB on a CPU, at most
     what `max_running` full contexts need. It is always enough for one context. Where the memory is
-    not available, the decoder gets less; UserError where even one context does not fit.
+    not available, the decoder gets less, and a line says so; UserError where even one context does
+    not fit.
     eager: use no CUDA graphs. count: is told the bytes of weights that are read here.
     """
     context = model.config.context
@@ -85,6 +83,12 @@ def build_decoder(
     else:
         blocks = megabytes * 2**20 // block_bytes
     built = _build_within_memory(build, max(blocks, least), least)
+    used = -(-built[1] * block_bytes // 2**20)
+    if built[1] < blocks:
+        asked = blocks * block_bytes // 2**20
+        say(f"There is no memory for {asked} MB of keys and values: {used} MB are used instead.")
+    elif megabytes is not None and blocks < least:
+        say(f"A conversation takes {used} MB of keys and values, which are used, not {megabytes}.")
     if model.device.type == "cpu":
         _compact_heap()
     return built
@@ -124,7 +128,6 @@ def _build_within_memory(
                 "memory",
             )
         blocks = max(least, blocks // 2)
-        log.warning("out of memory: trying %d blocks of keys and values", blocks)
 
 
 def _compact_heap() -> None:

@@ -58,7 +58,7 @@ STAGES = (
         False,
         switch,
     ),
-    Option("seed", "Seed of sampled answers.", 42, integer(0)),
+    Option("seed", "Seed of sampled answers.", 42, integer(0), needs=("drawn",)),
 )
 POPE = (
     Option("objects", "List of objects, also of chair. By default COCO's 80.", metavar="FILE"),
@@ -71,14 +71,20 @@ ABILITIES = (
         "OpenAI-compatible API of the judge. Its key is read from $OPENAI_API_KEY.",
         metavar="URL",
     ),
-    Option("judge-model", "Model that judges.", metavar="NAME"),
+    Option("judge-model", "Model that judges.", metavar="NAME", needs=("judge",)),
     Option(
         "judge-blind",
         "Describe the picture to the judge instead of sending it, for models without vision.",
         False,
         switch,
+        needs=("judge",),
     ),
-    Option("verdicts", "Keep verdicts in this file and do not ask for them again.", metavar="FILE"),
+    Option(
+        "verdicts",
+        "Keep verdicts in this file and do not ask for them again.",
+        metavar="FILE",
+        needs=("judge",),
+    ),
     Option(
         "beside",
         "Another model's answers to the same suite, as --answers writes them. Repeatable.",

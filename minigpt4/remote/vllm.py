@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 
 from minigpt4.engine.decoder import use_device
+from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.engine.pictures import Pictures
 from minigpt4.engine.sampling import Sampling
 from minigpt4.engine.scheduler import Request
@@ -60,13 +61,19 @@ class Unreachable(Unavailable):
 class VllmServers:
     """Any number of servers with the same language model; the rest of the model runs here.
 
-    urls: of their APIs, "http://host:8000/v1"; key: their --api-key. The network between must be
-    trusted: vLLM warns that malicious embeddings can crash it.
+    urls: of their APIs, "http://host:8000/v1"; key: their --api-key; store: keeps image embeddings
+    on disk. The network between must be trusted: vLLM warns that malicious embeddings can crash it.
     """
 
     pause = 0.05
 
-    def __init__(self, model: "MiniGPT4", urls: Sequence[str], key: str = "") -> None:
+    def __init__(
+        self,
+        model: "MiniGPT4",
+        urls: Sequence[str],
+        key: str = "",
+        store: EmbeddingStore | None = None,
+    ) -> None:
         self._model = model
         self._servers = [_Server(_checked(url)) for url in urls]
         self.attempts = len(self._servers)
@@ -76,7 +83,7 @@ class VllmServers:
         self._client = httpx.AsyncClient(
             headers=headers, timeout=timeout, limits=limits, trust_env=False
         )
-        self._pictures = Pictures(model, explain)
+        self._pictures = Pictures(model, explain, store)
         self._encoder = ThreadPoolExecutor(1, "encoder", use_device, (model.device,))
 
     def check(self, request: Request) -> None:

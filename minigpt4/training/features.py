@@ -167,13 +167,13 @@ class Features:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of the examples' keys and file versions, in order."""
+    """A hash of the examples' keys, and of their files' sizes and samples, in order."""
     lines = "\n".join(f"{example.key} {example.version}" for example in examples)
     return hashlib.sha256(lines.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _fingerprint_of_some(examples: Sequence[Example]) -> str:
-    """A hash of some pictures' content: two data sets may agree in all names, sizes and times."""
+    """A hash of some pictures' whole content: not all that is read has samples."""
     found = hashlib.sha256()
     for example in examples[:: max(1, len(examples) // _SAMPLED)]:
         with suppress(UserError):

@@ -2,7 +2,9 @@
 
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
+from pathlib import Path
 
+from minigpt4 import options as shared
 from minigpt4.config import DEFAULT_MODEL
 from minigpt4.errors import UserError
 from minigpt4.options import OFF, Option, Parser, add_model_options, integer, number, one_of, switch
@@ -134,18 +136,25 @@ WORDS = (
 )
 GROUPS = (DATA, WATCHING, OPTIMIZER, REWARD, WORDS)
 # Options that do nothing without another one; mini's training needs no --validate to validate.
-NEEDS_OF_WORDS = {"reward-weight": "samples", "scored": "samples"}
+NEEDS_OF_WORDS = {"reward-weight": "samples", "scored": "samples", "no-words": "validate"}
 NEEDS = {"replay-share": "replay", "reward-weight": "samples", "validate-every": "validate"}
 
 
 def check_needs(options: Namespace, needs: Mapping[str, str]) -> None:
     """UserError for an option without the one that it belongs to."""
-    for option in (option for group in GROUPS for option in group if option.name in needs):
-        needed = needs[option.name]
-        if getattr(options, option.attribute) != option.default and not getattr(options, needed):
-            raise UserError(
-                f"“--{option.name}” belongs to “--{needed}”: give that, too, or omit it."
-            )
+    every = [option for group in GROUPS for option in group]
+    shared.check_needs(options, {o: (needs[o.name],) for o in every if o.name in needs})
+
+
+def check_start(options: Namespace, name: str) -> None:
+    """UserError where the run of the model `name` would overwrite what it starts from."""
+    start = options.init or options.projection
+    written = (Path(options.out, f"{name}{end}.safetensors") for end in ("", "-best"))
+    if start and Path(start).resolve() in {path.resolve() for path in written}:
+        raise UserError(
+            f"{start}, from which the run starts, would be overwritten: choose another folder "
+            "with “--out”."
+        )
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -20,7 +20,7 @@ from minigpt4.errors import UserError
 from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
-from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs
+from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -67,8 +67,8 @@ def train(options: argparse.Namespace) -> None:
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
     if trainer.main:
-        write_settings(trainer.out / "options.yaml", given_options(options))
         watch(trainer, held_out, options.validate_every)
+        write_settings(trainer.out / "options.yaml", given_options(options))
     path = trainer.run()
     if trainer.main:
         start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
@@ -140,17 +140,11 @@ def _check_start(options: argparse.Namespace, config: ModelConfig) -> None:
             "“--init” and “--projection” (or MINIGPT4_PROJECTION) both name the projection to "
             "start from: omit one."
         )
-    projection = options.init or options.projection
     if options.stage == 2 and not options.init:
         raise UserError(
             "The second stage starts from the projection of the first: name it with “--init”."
         )
-    written = (Path(options.out, f"{config.name}{end}.safetensors") for end in ("", "-best"))
-    if projection and Path(projection).resolve() in {path.resolve() for path in written}:
-        raise UserError(
-            f"{projection}, from which the run starts, would be overwritten: choose another folder "
-            "with “--out”."
-        )
+    check_start(options, config.name)
 
 
 def recipe_of(

@@ -28,6 +28,7 @@ from minigpt4.training.options import (
     REWARD,
     WATCHING,
     check_needs,
+    check_start,
 )
 from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
@@ -166,6 +167,8 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
         raise UserError(
             f"“--validate” takes no file for {config.name}: it measures what the run has learned."
         )
+    if not options.validate:
+        check_start(options, config.name)
     if options.limit and not options.validate:
         raise UserError(f"“--limit” is for measuring {config.name}: add “--validate”, or omit it.")
 

@@ -372,13 +372,14 @@ class Trainer:
             writer.writerows(self.rows)
         plot_losses(self.rows, self.out / "loss.png")
 
-    def save_weights(self, path: Path) -> None:
-        """Write the projection of this step."""
+    def save_weights(self, path: Path, **metadata: str) -> None:
+        """Write the projection of this step. metadata: what the file says beside the recipe's."""
         weights = self._weights_to_save()
         for name, start in self.start.items():  # weight averaging: WiSE-FT, Wortsman et al., 2022
             weights[name] = torch.lerp(start, weights[name].detach(), self.recipe.blend)
         weights = {k: v.half() for k, v in weights.items()}
-        save_projection(weights, path, self.recipe.metadata | {"step": str(self.step)})
+        metadata = self.recipe.metadata | {"step": str(self.step)} | metadata
+        save_projection(weights, path, metadata)
 
     def resume(self) -> bool:
         """Continue from the checkpoint of this folder; False if there is none.

@@ -6,16 +6,18 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minigpt4.data.examples import Example, usable
 from minigpt4.errors import UserError, say
 from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.extended import question_of
-from minigpt4.training.features import Features
+from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import GREEDY, CiderReward, sample
 from minigpt4.training.trainer import Trainer
@@ -29,7 +31,8 @@ class Validation:
     """Measures a trainer on held-out examples every `every` steps, and after the last one.
 
     The rows go into validation.csv. The projection with the lowest held-out loss is kept in
-    MODEL-best.safetensors, beside the last one. A resumed run continues both.
+    MODEL-best.safetensors, beside the last one. A resumed run continues both. UserError where it
+    would compare its losses with those on other held-out examples.
     """
 
     def __init__(self, trainer: Trainer, examples: Sequence[Example], every: int) -> None:
@@ -50,8 +53,22 @@ class Validation:
         self._features = torch.cat(parts)
         references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
         self._score = CiderReward(references)
-        self._path = trainer.out / "validation.csv"
-        self.rows = [row for row in self._read() if row["step"] <= trainer.step]
+        self._path = trainer.validation_path
+        best = trainer.best_path
+        rows = self._read() if best.exists() else []
+        self.rows = [row for row in rows if row["step"] <= trainer.step]
+        lines = [
+            fingerprint(self._examples),
+            *(repr((e.texts, e.captions)) for e in self._examples),
+        ]
+        mark = hashlib.sha256("\n".join(lines).encode("utf-8", "replace"))
+        self._mark = mark.hexdigest()
+        running = trainer.step < trainer.recipe.schedule.steps
+        if running and rows and _mark_of(best) not in ("", self._mark):
+            raise UserError(
+                f"{best} is the best on other held-out pictures: name these with “--validate”, or "
+                "delete it to compare anew."
+            )
 
     def __call__(self) -> None:
         """Measure, if it is time."""
@@ -62,7 +79,7 @@ class Validation:
         best = all(row["loss"] < other["loss"] for other in self.rows)
         self.rows.append(row)
         if best:
-            trainer.save_weights(trainer.best_path)
+            trainer.save_weights(trainer.best_path, held_out=self._mark)
         with self._path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
@@ -135,6 +152,15 @@ class Validation:
                 return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         except (ValueError, TypeError) as error:
             raise UserError(f"{self._path} is damaged: delete it.") from error
+
+
+def _mark_of(best: Path) -> str:
+    """The mark of the held-out examples on which a projection is the best; "" if it has none."""
+    try:
+        with safe_open(best, "pt") as file:
+            return (file.metadata() or {}).get("held_out", "")
+    except (SafetensorError, OSError):  # damaged: it will be replaced
+        return ""
 
 
 def _same(held_out: Example, trained: Example) -> bool:

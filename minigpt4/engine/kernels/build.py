@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_size_t, c_void_p
@@ -116,15 +115,24 @@ def library(variant: str = "native") -> ctypes.CDLL | None:
     return loaded
 
 
+def must_compile(variant: str = "native") -> bool:
+    """Whether `library` has to compile first, which takes seconds."""
+    compiler = _compiler()
+    return compiler is not None and not _place(compiler, variant).exists()
+
+
+def _place(compiler: Sequence[str] | None, variant: str) -> Path:
+    return _build_folder() / f"native-{_fingerprint(compiler, variant)}.so"
+
+
 def _find_or_build(variant: str) -> Path:
     """Where the build is. OSError without a compiler, or where it fails."""
     compiler = _compiler()
-    built = _build_folder() / f"native-{_fingerprint(compiler, variant)}.so"
+    built = _place(compiler, variant)
     if built.exists():
         return built
     if compiler is None:
         raise OSError("no C compiler was found")
-    print("Compiling the CPU kernels (once) …", file=sys.stderr, flush=True)
     try:
         _build(compiler, VARIANTS[variant], built)
     except OSError:

@@ -2,7 +2,7 @@
 
 Gradio has no option for any of these. `apply` and the functions behind it replace them, each with
 its reason: a test checks that the installed Gradio still has each attribute, and others that each
-patch does what it is for. What must be replaced while Gradio is imported is in `minigpt4.web` itself.
+patch does what it is for. What must be replaced while Gradio is imported is in `minigpt4.web`.
 """
 
 import asyncio

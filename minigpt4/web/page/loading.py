@@ -81,7 +81,8 @@ class Loading:
                 engine.close()
             if not isinstance(error, UserError):
                 log.exception("while loading")
-                error = UserError("The model could not be loaded: the server's log says why.")
+                sentence = "The model could not be loaded: the server's log says why."
+                error = UserError(sentence, message_id="not_loaded_see_log")
             self.error = error
         else:
             self.engines = engines

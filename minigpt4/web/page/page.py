@@ -18,7 +18,7 @@ from minigpt4.web.page.looks import FirstLook
 from minigpt4.web.page.panel import Panel
 from minigpt4.web.page.parts import ASSETS, PLAIN, fragment
 from minigpt4.web.page.session import Session
-from minigpt4.web.page.texts import label, translate, translate_step
+from minigpt4.web.page.texts import explain_loading, label, translate, translate_step
 from minigpt4.web.page.turns import Turns
 from minigpt4.web.page.uploads import Uploads
 from minigpt4.web.server import Server, start_server
@@ -251,7 +251,7 @@ class ChatPage:
             texts = panel.remembered_texts(remembered)
             return [ready, gr.Timer(active=False), *model, *texts]
         if loading.error is not None:
-            return [str(loading.error), gr.Timer(active=False), *unchanged]
+            return [explain_loading(loading.error, request), gr.Timer(active=False), *unchanged]
         step = translate_step(loading.step, request)
         line = translate("loading", request, step=step, seconds=loading.seconds)
         return [line, gr.skip(), *unchanged]

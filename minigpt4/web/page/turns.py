@@ -17,7 +17,7 @@ from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import answers, examples, records, render
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Remark, Session, no_version
-from minigpt4.web.page.texts import explain, translate
+from minigpt4.web.page.texts import explain, explain_loading, translate
 from minigpt4.web.server import warn
 
 if TYPE_CHECKING:
@@ -242,8 +242,10 @@ class Turns:
         """That of the session's model. UserError while it is being loaded."""
         engine = self._loading.find(session.model)
         if engine is None:
-            sentence = str(self._loading.error or translate("still_loading", request))
-            raise UserError(sentence)
+            error = self._loading.error
+            raise UserError(
+                explain_loading(error, request) if error else translate("still_loading", request)
+            )
         return engine
 
     def _sampling(

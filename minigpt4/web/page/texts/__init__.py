@@ -51,6 +51,14 @@ def explain(error: UserError, request: gr.Request | None) -> str:
     return text.format(**error.values) if text else str(error)
 
 
+def explain_loading(error: UserError, request: gr.Request | None) -> str:
+    """Why loading failed. Where that has no translation, a sentence in the visitor's language comes
+    before the English; a kind's text is about answers."""
+    if error.message_id == error.kind:
+        error = UserError(str(error), message_id="not_loaded", values={"error": error})
+    return explain(error, request)
+
+
 def translate_step(line: str, request: gr.Request | None) -> str:
     """A line about loading in the visitor's language; as it is where it is not translated."""
     texts = TEXTS[language(request)]
