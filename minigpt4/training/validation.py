@@ -53,7 +53,7 @@ class Validation:
         self._features = torch.cat(parts)
         references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
         self._score = CiderReward(references)
-        self._path = trainer.validation_path
+        self._path = trainer.out / "validation.csv"
         best = trainer.best_path
         rows = self._read() if best.exists() else []
         self.rows = [row for row in rows if row["step"] <= trainer.step]
