@@ -31,7 +31,7 @@ def conversation(tmp_path):
 
 @pytest.mark.parametrize("side", [256, transcript.FULL_SIDE])
 def test_what_is_written_can_be_read(conversation, tmp_path, side):
-    data = transcript.to_data(Session(conversation), "nano", side, "length")
+    data = transcript.to_data(Session(conversation, stop_reason="length"), "nano", side)
     path = tmp_path / "kept.json"
     path.write_text(json.dumps({**data, "about": {"id": "ab1", "title": "Two", "time": 7}}))
     read = transcript.from_file(str(path))
@@ -47,6 +47,11 @@ def test_what_is_written_can_be_read(conversation, tmp_path, side):
     sizes = [again.pictures[i.key].rgb.size for i in again.messages[0].images]
     assert sizes[1] == (30, 40) and max(sizes[0]) == min(side, 400)
     assert data["title"] == "What are <these>?"
+
+
+def test_what_is_written_in_mid_answer_can_be_continued(conversation):
+    read = transcript.from_data(transcript.to_data(Session(conversation, busy=True)))
+    assert read.stop_reason == "interrupted"
 
 
 def test_captions_are_kept(conversation):

@@ -9,17 +9,13 @@ from minigpt4.web.page.session import Session
 
 
 def record(session: Session, model: str) -> dict:
-    """The conversation as it is now, but for its pictures, which the browser fetches and keeps.
-
-    An answer that is running is written down as if it were interrupted here.
-    """
+    """The conversation as it is now, but for its pictures, which the browser fetches and keeps."""
     keys = session.keys
-    stop = "interrupted" if session.busy else session.stop_reason
     used = transcript.used_pictures(session.conversation, session.forks)
     return {
         "name": session.name,
         "about": asdict(session.entry) if session.entry else None,
-        "data": transcript.to_data(session, model, None, stop),
+        "data": transcript.to_data(session, model, None),
         "pictures": {
             keys.get(key, key): {"path": path, "name": Path(session.files.get(key, "")).name}
             for key in sorted(used)

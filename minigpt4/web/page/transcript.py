@@ -34,13 +34,11 @@ STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
 
 
-def to_data(
-    session: Session, model: str = "", side: int | None = FULL_SIDE, stop: str | None = None
-) -> dict:
+def to_data(session: Session, model: str = "", side: int | None = FULL_SIDE) -> dict:
     """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long.
 
-    side: None leaves the pictures out, for the browser, which has its own keys of them; stop: why
-    the last answer ended, by default the session's own reason.
+    side: None leaves the pictures out, for the browser, which has its own keys of them. An answer
+    that is running is written down as if it were interrupted here.
     """
     conversation, keys = session.conversation, session.keys if side is None else {}
     used = used_pictures(conversation, session.forks)
@@ -50,7 +48,7 @@ def to_data(
         "title": title(conversation),
         "model": model,
         "system": conversation.system,
-        "stop": session.stop_reason if stop is None else stop,
+        "stop": "interrupted" if session.busy else session.stop_reason,
         "messages": _messages(conversation.messages, keys),
         "forks": _forks(session.forks, keys),
         "figures": _figures(session.statistics),
