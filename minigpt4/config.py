@@ -17,6 +17,9 @@ class EvaViT:
     """EVA ViT-g/14 as BLIP-2 uses it: without its last block and its final norm."""
 
     image_size: int = 224
+    # Of the checkpoint's position embedding. Not read; the names of kept files hold it, as they are
+    # made of this class's repr: change that, and everybody encodes and converts anew.
+    pretrain_image_size: int = 224
     patch_size: int = 14
     hidden_size: int = 1408
     layers: int = 39

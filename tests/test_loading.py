@@ -17,7 +17,7 @@ import torch
 
 from minigpt4 import config as configs
 from minigpt4 import start
-from minigpt4.config import ModelConfig
+from minigpt4.config import EvaViT, ModelConfig
 from minigpt4.conversation import Conversation, ask, read_ahead
 from minigpt4.engine import Sampling
 from minigpt4.engine.kernels.build import library
@@ -388,3 +388,11 @@ def test_what_comes_before_the_question_is_read_ahead(converted):
     tokens = engine.model.tokenizer.encode("</Img> What is this?###Assistant:")
     assert left < len(tokens) + BLOCK_SIZE
     assert ours == answer()  # without a head start
+
+
+def test_names_of_kept_files_stay():
+    """They are made of the vision's repr: int8 encoders, stored embeddings, cached features."""
+    assert repr(EvaViT()) == (
+        "EvaViT(image_size=224, pretrain_image_size=224, patch_size=14, hidden_size=1408, "
+        "layers=39, heads=16, intermediate_size=6144, layer_norm_eps=1e-06, ln_vision_eps=1e-05)"
+    )
