@@ -544,10 +544,18 @@ def test_options_of_other_models_are_refused(given, capsys, tmp_path):
     assert given[0] in said and "mini" in said and said.count("\n") == 1
 
 
-def test_the_projection_it_starts_from_is_not_overwritten(capsys, tmp_path):
-    run = ["--init", f"{tmp_path}/mini.safetensors", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    "option, name, said",
+    [
+        ("init", "mini.safetensors", "would be overwritten"),
+        ("init", "mini-best.safetensors", "holds no data"),  # which mini does not write
+        ("projection", "mini.safetensors", "holds no data"),  # which mini does not start from
+    ],
+)
+def test_the_projection_it_starts_from_is_not_overwritten(option, name, said, capsys, tmp_path):
+    run = [f"--{option}", f"{tmp_path}/{name}", "--out", str(tmp_path)]
     assert main(["train", "--model", "mini", "--data", str(tmp_path), *run]) == 2
-    assert "would be overwritten" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["--scored", "captions"], ["--adapters"], ["--refit"]])

@@ -146,10 +146,8 @@ def check_needs(options: Namespace, needs: Mapping[str, str]) -> None:
     shared.check_needs(options, {o: (needs[o.name],) for o in every if o.name in needs})
 
 
-def check_start(options: Namespace, name: str) -> None:
-    """UserError where the run of the model `name` would overwrite what it starts from."""
-    start = options.init or options.projection
-    written = (Path(options.out, f"{name}{end}.safetensors") for end in ("", "-best"))
+def check_start(start: str | None, *written: Path) -> None:
+    """UserError where one of the files that a run writes is what it starts from."""
     if start and Path(start).resolve() in {path.resolve() for path in written}:
         raise UserError(
             f"{start}, from which the run starts, would be overwritten: choose another folder "

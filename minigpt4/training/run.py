@@ -144,7 +144,8 @@ def _check_start(options: argparse.Namespace, config: ModelConfig) -> None:
         raise UserError(
             "The second stage starts from the projection of the first: name it with “--init”."
         )
-    check_start(options, config.name)
+    written = (Path(options.out, f"{config.name}{end}.safetensors") for end in ("", "-best"))
+    check_start(options.init or options.projection, *written)
 
 
 def recipe_of(

@@ -168,7 +168,7 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
             f"“--validate” takes no file for {config.name}: it measures what the run has learned."
         )
     if not options.validate:
-        check_start(options, config.name)
+        check_start(options.init, Path(options.out, config.projection_file))
     if options.limit and not options.validate:
         raise UserError(f"“--limit” is for measuring {config.name}: add “--validate”, or omit it.")
 
