@@ -61,6 +61,15 @@ def test_samples_are_the_models(temperature):
     assert (counts - likely).abs().max() < 0.05
 
 
+def test_greedy_answers_do_not_depend_on_chance():
+    """The first of the likeliest: logits in 16 bit often tie."""
+    model = tiny_model("llama2_patch_concat")
+    model.torch_llm.get_output_embeddings().weight.data.zero_()
+    assert sample(model, torch.zeros(1, 2, model.config.llm_hidden_size), 2, 3, 0.0) == [
+        [[0] * 3] * 2
+    ]
+
+
 def trainer(tmp_path, **options) -> ExtendedTrainer:
     shard = write_shard(tmp_path / "train-00000.tar")
     described = read_descriptions(write_descriptions(tmp_path / "described"))

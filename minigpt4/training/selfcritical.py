@@ -16,7 +16,6 @@ from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 
-GREEDY = 1e-4  # a temperature at which the most likely token takes all
 _SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
 _LONGEST = 4  # words in an n-gram
 
@@ -91,13 +90,14 @@ def sample(
     count: int,
     limit: int,
     temperature: float,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     mask: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> list[list[list[int]]]:
     """`count` answers of at most `limit` token ids to each row of `inputs` [rows, length, hidden].
 
-    They are drawn from the whole distribution at `temperature`. An answer that ended has the end
+    They are drawn from the whole distribution at `temperature`; at 0, they are the likeliest
+    tokens. An answer that ended has the end
     token as its last id. The prompts are read once, and their keys and values repeated. mask
     [rows, length]: 0 for padding, on the left; attention is relative, so it may shift positions.
     tokens: the ids that may be drawn, the end token among them; all by default.
@@ -116,9 +116,12 @@ def sample(
     drawn = []
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     for _ in range(limit):
-        likely = (F.linear(hidden, weight).float() / temperature).softmax(-1)
-        # A race of exponential variables: what `multinomial` does, which is slow on a CPU.
-        token = (likely / torch.empty_like(likely).exponential_(generator=generator)).argmax(-1)
+        likely = F.linear(hidden, weight).float()
+        if temperature:
+            likely = (likely / temperature).softmax(-1)
+            # A race of exponential variables: what `multinomial` does, which is slow on a CPU.
+            likely /= torch.empty_like(likely).exponential_(generator=generator)
+        token = likely.argmax(-1)
         token = (token if tokens is None else tokens[token])[:, None]
         drawn.append(token)
         ended |= token[:, 0] == end

@@ -17,7 +17,7 @@ from minigpt4.evaluation.metrics import auc, caption_scores, is_repetitive, sent
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
 from minigpt4.training.packing import pack
-from minigpt4.training.selfcritical import GREEDY, sample
+from minigpt4.training.selfcritical import sample
 from minigpt4.training.small_reward import padded
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class SmallValidation:
 def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
     """The likeliest answers to prompts [length, hidden] of different lengths."""
     embeds, mask = padded(rows)
-    drawn = sample(model, embeds, 1, limit, GREEDY, torch.Generator().manual_seed(0), mask)
+    drawn = sample(model, embeds, 1, limit, 0.0, mask=mask)
     decode = model.tokenizer.decode
     return [decode(ids, skip_special_tokens=True).strip() for (ids,) in drawn]
 

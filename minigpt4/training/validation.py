@@ -19,7 +19,7 @@ from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.extended import question_of
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
-from minigpt4.training.selfcritical import GREEDY, CiderReward, sample
+from minigpt4.training.selfcritical import CiderReward, sample
 from minigpt4.training.trainer import Trainer
 
 PICTURES = 100  # of the held-out data, at most
@@ -132,8 +132,7 @@ class Validation:
             model.embed(questions[place], {questions[place].images[0][1].key: one})
             for place, one in zip(places, embeds, strict=True)
         ]
-        generator = torch.Generator(model.device).manual_seed(0)
-        drawn = sample(model, torch.cat(inputs), 1, CAPTION_TOKENS, GREEDY, generator)
+        drawn = sample(model, torch.cat(inputs), 1, CAPTION_TOKENS, 0.0)
         return [answers[0] for answers in drawn]
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:
