@@ -8,7 +8,7 @@ import signal
 import tarfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -102,6 +102,7 @@ def trainer(
     out,
     steps: int,
     rewards: Sequence[Reward] = (),
+    validate: Callable[[SmallTrainer], dict] | None = None,
 ) -> SmallTrainer:
     objects = Things()
     objects.count(pictures)
@@ -111,10 +112,18 @@ def trainer(
         model,
         sources(model, pictures),
         Mixture(objects),
-        SmallRecipe(steps=steps, peak_lr=1e-2, warmup_steps=2, cool_down=0.0, checkpoint_every=2),
+        SmallRecipe(
+            steps=steps,
+            peak_lr=1e-2,
+            warmup_steps=2,
+            cool_down=0.0,
+            checkpoint_every=2,
+            validate_every=1,
+        ),
         out,
         lambda: (torch.eye(3363), weight, torch.zeros(32)),
         torch.arange(49_152),
+        validate,
         rewards=rewards,
     )
 
@@ -238,11 +247,14 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, pictures, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_a_whole_step(model, pictures, tmp_path, number):
-    run = trainer(model, pictures, tmp_path, 4)
-    step = run.optimizer.step
+    run = trainer(model, pictures, tmp_path, 4, validate=lambda run: {"seen": run.step})
+    step, save = run.optimizer.step, run.save
     run.optimizer.step = lambda: (signal.raise_signal(number), step())
+    run.save = lambda: (signal.raise_signal(number), save())  # pressed again
     with pytest.raises(KeyboardInterrupt):
         run.run()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [record["step"] for record in log] == [1, 1] and log[1]["validation"] == {"seen": 1}
     again = trainer(model, pictures, tmp_path, 4)
     assert again.step == 1
     assert torch.equal(again.average["weight"], run.average["weight"])

@@ -21,7 +21,8 @@ def saved_when_stopped(save: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        save()
+        with uninterrupted():  # pressed twice
+            save()
         raise
     finally:
         if main:

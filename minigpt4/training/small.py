@@ -125,7 +125,8 @@ def occurring_tokens(tokenizer, answers: Iterator[str], end: int) -> Tensor:
 class SmallTrainer:
     """One run in the folder `out`: checkpoint.pt, log.jsonl, the projection.
 
-    A file “pause” in the folder lets the run wait; SIGTERM and Ctrl-C end it, saved.
+    A file “pause” in the folder lets the run wait. SIGTERM and Ctrl-C end it, saved; a validation
+    that has begun is finished first.
     """
 
     def __init__(
@@ -311,16 +312,14 @@ class SmallTrainer:
             while self.step < self.recipe.steps:
                 while (self.out / "pause").exists():
                     time.sleep(PAUSE_SECONDS)
-                self._log(self.one_step())
-                if self._validate and self.step % self.recipe.validate_every == 0:
-                    self.save()
-                    self._log({"step": self.step, "validation": self._validate(self)})
+                self.one_step()
                 if self.step % self.recipe.checkpoint_every == 0:
                     self.save()
         self.save()
 
     def one_step(self) -> dict:
-        """Learn from the next pictures; returns the figures for the log."""
+        """Learn from the next pictures; log the figures, which it returns, and validate if it is
+        time."""
         started, cpu = time.perf_counter(), time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(self.recipe, self.step)
@@ -338,24 +337,29 @@ class SmallTrainer:
             lengths.append(images.detach().norm(dim=-1).mean().item())
         norm = nn.utils.clip_grad_norm_(self.projection.parameters(), self.recipe.clip_norm)
         nn.utils.clip_grad_norm_(self.adapters.values(), self.recipe.clip_norm)
+        every = [loss for of_kind in by_kind.values() for loss in of_kind]
         with uninterrupted():
             self.optimizer.step()
             for name, value in self._trained().items():
                 decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
                 self.average[name].lerp_(value.detach(), 1 - decay)
             self.step += 1
-        every = [loss for of_kind in by_kind.values() for loss in of_kind]
-        return {
-            "step": self.step,
-            "loss": round(sum(every) / len(every), 4),
-            **{f"sampled {r.kind}": round(r.taken(), 3) for r in self.rewards if r.scores},
-            "kinds": {k: round(sum(v) / len(v), 3) for k, v in sorted(by_kind.items())},
-            "gradient": round(norm.item(), 4),
-            "length": round(sum(lengths) / len(lengths), 3),
-            "tokens": sum(batch.ids.numel() for _, batch, _ in groups),
-            "seconds": round(time.perf_counter() - started, 1),
-            "cpu_seconds": round(time.process_time() - cpu, 1),
-        }
+            record = {
+                "step": self.step,
+                "loss": round(sum(every) / len(every), 4),
+                **{f"sampled {r.kind}": round(r.taken(), 3) for r in self.rewards if r.scores},
+                "kinds": {k: round(sum(v) / len(v), 3) for k, v in sorted(by_kind.items())},
+                "gradient": round(norm.item(), 4),
+                "length": round(sum(lengths) / len(lengths), 3),
+                "tokens": sum(batch.ids.numel() for _, batch, _ in groups),
+                "seconds": round(time.perf_counter() - started, 1),
+                "cpu_seconds": round(time.process_time() - cpu, 1),
+            }
+            self._log(record)
+            if self._validate and self.step % self.recipe.validate_every == 0:
+                self.save()
+                self._log({"step": self.step, "validation": self._validate(self)})
+        return record
 
     def _log(self, record: dict) -> None:
         line = json.dumps(record)
