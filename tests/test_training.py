@@ -331,6 +331,13 @@ def test_a_copy_is_the_same_data_and_a_changed_picture_is_not(tmp_path, packed):
     assert mark(original) != mark(copy)
 
 
+def test_a_shard_is_sampled_once_for_all_of_its_pictures(tmp_path, monkeypatch):
+    sampled, shard = [], write_shard(tmp_path / "a.tar", 3)
+    monkeypatch.setattr(data, "sample_of", lambda *given: str(sampled.append(given)))
+    marks = [example.version for example in data.read_shards(str(shard))]
+    assert len({*marks}) == 3 and len(sampled) == 1
+
+
 def test_another_encoder_encodes_anew(examples, tmp_path):
     """The same model and pictures, and one number of the encoder's or the bridge's is another."""
     for change in ("", "encoder", "bridge", ""):

@@ -29,6 +29,7 @@ from minigpt4.model import image
 
 MOST_UNUSABLE = 0.5  # of the pictures: with more, a result would be about something else
 LONGEST_PATH = 4096  # characters; a longer "name" is a picture's content
+_SHARD_BLOCKS = 64  # of a shard, which are read to tell it from others
 NAMED = 10  # pictures that cannot be used; the others are only counted
 
 
@@ -133,6 +134,8 @@ def _read_shard(
     shard: Path, shard_name: str, instructions: tuple[str, ...], reading: Reading
 ) -> Iterator[Example]:
     index = members(shard)
+    # Once for all of its pictures: there may be millions of them.
+    whole = sample_of(shard, _SHARD_BLOCKS)
 
     def read(name: str) -> bytes:
         return read_at(shard, *index[name])
@@ -140,7 +143,7 @@ def _read_shard(
     for key, name, found in captioned_files(index, read, reading):
         texts = tuple(Text(caption, instructions) for caption in found)
         picture = partial(read_at, shard, *index[name])
-        sample = partial(sample_of, shard, *index[name])
+        sample = partial("{} {} {}".format, whole, *index[name])
         yield Example(f"{shard_name}/{key}", picture, texts, found, sample)
 
 

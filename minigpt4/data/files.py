@@ -230,17 +230,17 @@ def version_of(path: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def sample_of(path: Path, offset: int = 0, size: int | None = None) -> str:
-    """The size of a file, or of the part of it at `offset`, and a hash of three blocks of it: the
-    first, the one in the middle and the last. "" if it cannot be read."""
+def sample_of(path: Path, blocks: int = 3) -> str:
+    """The size of a file, and a hash of some blocks of it: the first, the last, and others at equal
+    distances between them. "" if it cannot be read."""
     found = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size if size is None else size
+            size = os.fstat(file.fileno()).st_size
             last = max(0, size - _BLOCK)
-            for start in sorted({0, last // 2, last}):
-                file.seek(offset + start)
-                found.update(file.read(min(_BLOCK, size - start)))
+            for start in sorted({last * i // (blocks - 1) for i in range(blocks)}):
+                file.seek(start)
+                found.update(file.read(_BLOCK))
     except OSError:
         return ""
     return f"{size} {found.hexdigest()[:16]}"
