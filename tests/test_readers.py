@@ -755,18 +755,24 @@ def test_folders_name_the_file_of_their_captions(tmp_path, name, content, said):
     [
         ("captions.txt", "image,caption\n", '{},"A dog, wet."\n'),  # Kaggle's Flickr8k
         ("results.csv", "image_name| comment_number| comment\n", "{}| 0| A dog, wet.\n"),
-        ("Flickr8k.token.txt", "", "{}#0\tA dog, wet.\n"),
-        ("results_20130124.token", "", "{}#0\tA dog, wet.\n"),
+        ("Flickr8k.token.txt", "", '{}#0\t" A dog, wet.\n'),
+        ("results_20130124.token", "", '{}#0\tA dog, "wet".\n'),
     ],
 )
 def test_flickrs_own_tables(tmp_path, name, header, line):
     put(tmp_path, "Images/1.jpg", "Images/2.jpg")
     (tmp_path / "readme.txt").write_text("Pictures, and captions.\nOf dogs.")
+    (tmp_path / "Flickr8k.lemma.token.txt").write_text("1.jpg#0\tA dog be wet.\n")
+    said = "A dog, wet." if header else line.strip().partition("\t")[2]
     lines = [line.format(picture) for picture in ("1.jpg", "2.jpg", "2.jpg")]
     (tmp_path / name).write_text(header + "".join(lines))
     for where in (tmp_path, tmp_path / name):
         found = answers(read_captioned(str(where)))
-        assert [*found.values()] == [["A dog, wet."], ["A dog, wet."] * 2]
+        assert [*found.values()] == [[said], [said] * 2]
+    (tmp_path / "more.csv").write_text("image,caption\n")
+    (tmp_path / "others.csv").write_text("image,caption\n")
+    with pytest.raises(UserError, match=r"tables \(.*: name one of them\."):
+        read_captioned(str(tmp_path))
 
 
 def test_kinds_that_are_no_captions_are_named(tmp_path):

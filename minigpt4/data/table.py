@@ -50,6 +50,7 @@ _MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
 _FLICKR = re.compile(
     r"\ufeff?[^\t\n]+\.\w+#\d+\t"
 )  # a line of Flickr8k.token.txt, without a header
+_LEMMAS = re.compile(r"(?i).*\.lemma\.token\.txt")  # Flickr8k's captions without inflections
 _NEEDS = "write a picture and its caption on each line"
 
 Row = dict[str, object]
@@ -67,7 +68,7 @@ def tables_in(folder: Path) -> list[Path]:
     """The tables of a folder, without hidden files; text files where there is no other."""
     files = [p for p in folder.iterdir() if not is_hidden(p.name)]
     tables = [p for p in files if p.suffix.lower() in SUFFIXES and p.is_file()]
-    texts = [p for p in files if p.suffix.lower() in TEXTS]
+    texts = [p for p in files if p.suffix.lower() in TEXTS and not _LEMMAS.fullmatch(p.name)]
     if not tables and len(texts) <= _MOST_TEXTS:
         tables = [p for p in texts if _is_text_table(p)]
     return sorted(tables)
@@ -140,10 +141,11 @@ def _find(path: Path) -> Path:
         return path
     tables = tables_in(path)
     if len(tables) != 1:
-        what = "no table" if not tables else f"{len(tables)} tables"
-        names = f" ({', '.join(shortened(p.name) for p in tables[:3])})" if tables else ""
+        names = ", ".join(shortened(p.name) for p in tables[:3])
+        what = f"{len(tables)} tables ({names}): name one of them"
         raise UserError(
-            f"{printable(path)} contains {what}{names}: name the CSV or JSON-lines file itself."
+            f"{printable(path)} contains "
+            f"{what if tables else 'no table: name the CSV or JSON-lines file itself'}."
         )
     return tables[0]
 
@@ -180,11 +182,15 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
 
     The delimiter is the one that Excel's line "sep=;" names, or the header's.
     """
+    if _FLICKR.match(text):  # no CSV: a caption's quotes are its own
+        for number, line in enumerate(text.split("\n"), 1):
+            name, _, caption = line.partition("\t")
+            if line.strip():
+                yield f"line {number}", {PICTURE[0]: name, "caption": caption}
+        return
     skipped = 0
     if named := re.match(r'(?i)"?sep=(.)"?[^\S\n]*\n', text):
         text, skipped = text[named.end() :], 1
-    elif _FLICKR.match(text):
-        text, skipped = f"{PICTURE[0]}\tcaption\n{text}", -1
     header = text.split("\n", 1)[0]
     mark = named[1] if named else max(_DELIMITERS, key=header.count)
     lines = _csv_lines(path, text, mark, skipped)
