@@ -94,7 +94,11 @@ def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path,
         run(examples, held_out[:2], tmp_path / "run")
     trainer.best_path.unlink()
     _, anew = run(examples, held_out[:2], tmp_path / "run", steps=4)
-    assert [row["step"] for row in anew.rows] == [4]
+    assert [row["step"] for row in anew.rows] == [2, 4]  # kept, but not compared
+    assert anew._since == 3
+    trainer.best_path.write_bytes(b"damaged")
+    _, last = run(examples, held_out[:3], tmp_path / "run", steps=5)
+    assert [row["step"] for row in last.rows] == [2, 4] and last._since == 5
 
 
 def test_an_earlier_run_s_best_is_not_taken_for_this_one_s(examples, tmp_path):

@@ -54,8 +54,7 @@ class Validation:
         references = {e.key: e.captions or [t.answer for t in e.texts] for e in self._examples}
         self._score = CiderReward(references)
         self._path = trainer.out / "validation.csv"
-        best = trainer.best_path
-        rows = self._read() if best.exists() else []
+        best, rows = trainer.best_path, self._read()
         self.rows = [row for row in rows if row["step"] <= trainer.step]
         lines = [
             fingerprint(self._examples),
@@ -64,10 +63,13 @@ class Validation:
         mark = hashlib.sha256("\n".join(lines).encode("utf-8", "replace"))
         self._mark = mark.hexdigest()
         running = trainer.step < trainer.recipe.schedule.steps
-        if running and rows and _mark_of(best) not in ("", self._mark):
+        found = _metadata_of(best)
+        # The first step whose loss the next ones are compared with.
+        self._since = trainer.step + 1 if found is None else int(found.get("compared_since", 0))
+        if running and rows and found and found.get("held_out", self._mark) != self._mark:
             raise UserError(
-                f"{best} is the best on other held-out pictures: name these with “--validate”, or "
-                "delete it to compare anew."
+                f"{best} is the best on other held-out pictures: give “--validate” the same ones "
+                "again, or delete that file to begin the comparison anew."
             )
 
     def __call__(self) -> None:
@@ -76,10 +78,12 @@ class Validation:
         if trainer.step % self._every and trainer.step != trainer.recipe.schedule.steps:
             return
         row = {"step": float(trainer.step)} | self.measure()
-        best = all(row["loss"] < other["loss"] for other in self.rows)
+        others = [other for other in self.rows if other["step"] >= self._since]
+        best = all(row["loss"] < other["loss"] for other in others)
         self.rows.append(row)
         if best:
-            trainer.save_weights(trainer.best_path, held_out=self._mark)
+            more = {"held_out": self._mark, "compared_since": str(self._since)}
+            trainer.save_weights(trainer.best_path, **more)
         with self._path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
@@ -153,13 +157,14 @@ class Validation:
             raise UserError(f"{self._path} is damaged: delete it.") from error
 
 
-def _mark_of(best: Path) -> str:
-    """The mark of the held-out examples on which a projection is the best; "" if it has none."""
+def _metadata_of(best: Path) -> dict[str, str] | None:
+    """What is written in the best projection's file: "held_out", the mark of the examples on which
+    it is the best, and "compared_since". None if there is no such file, or a damaged one."""
     try:
         with safe_open(best, "pt") as file:
-            return (file.metadata() or {}).get("held_out", "")
-    except (SafetensorError, OSError):  # damaged: it will be replaced
-        return ""
+            return file.metadata() or {}
+    except (SafetensorError, OSError):  # it will be replaced
+        return None
 
 
 def _same(held_out: Example, trained: Example) -> bool:
