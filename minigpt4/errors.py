@@ -64,6 +64,10 @@ class Step(str):
         step.key, step.values = key, values
         return step
 
+    def __getnewargs_ex__(self) -> tuple[tuple[str, str], dict[str, str]]:
+        """For `copy` and `pickle`, which restore the values by themselves."""
+        return (self.key, str(self).replace("{", "{{").replace("}", "}}")), {}
+
 
 Count = Callable[[int], None]  # is told how many more bytes are done
 

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import copy
 import gc
 import json
 import pickle
@@ -535,6 +536,8 @@ def test_steps_of_loading_come_in_the_visitors_language():
         assert not re.search("[A-Za-z]", re.sub(names, "", said)), said
         assert re.findall(r"[\d.:]*\d", line) == re.findall(r"[\d.:]*\d", said)
         assert translate_step(line, None) == line
+        for same in (copy.copy(line), pickle.loads(pickle.dumps(line))):
+            assert translate_step(same, chinese()) == said
     assert translate_step(lines[1], chinese()) == "正在下载 mini：1.0 GB / 4.0 GB，25 %，剩余 6:00"
     unknown = "No one knows this step: 3 of 4."
     assert translate_step(unknown, chinese()) == unknown
