@@ -52,6 +52,9 @@ def test_what_is_written_can_be_read(conversation, tmp_path, side):
 def test_what_is_written_in_mid_answer_can_be_continued(conversation):
     read = transcript.from_data(transcript.to_data(Session(conversation, busy=True)))
     assert read.stop_reason == "interrupted"
+    # Finished, and the next question not accepted yet.
+    asked = Session(conversation, busy=True, stop_reason="stop")
+    assert transcript.from_data(transcript.to_data(asked)).stop_reason == "stop"
 
 
 def test_captions_are_kept(conversation):

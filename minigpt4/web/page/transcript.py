@@ -48,7 +48,7 @@ def to_data(session: Session, model: str = "", side: int | None = FULL_SIDE) -> 
         "title": title(conversation),
         "model": model,
         "system": conversation.system,
-        "stop": "interrupted" if session.busy else session.stop_reason,
+        "stop": session.stop_reason or ("interrupted" if session.busy else ""),
         "messages": _messages(conversation.messages, keys),
         "forks": _forks(session.forks, keys),
         "figures": _figures(session.statistics),
