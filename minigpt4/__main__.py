@@ -359,7 +359,7 @@ def _convert(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise UserError(f"{out} should end in .safetensors.")
-    if out.exists() and out.samefile(options.checkpoint):
+    if out.exists() and out.resolve() == Path(options.checkpoint).resolve():
         raise UserError(f"{out} is {options.checkpoint} itself: name another file to write.")
     tensors = trained_tensors(options.checkpoint)
     save_projection(tensors, out)

@@ -147,6 +147,8 @@ def test_convert_keeps_what_loading_needs(case, capsys):
     after = load_model(case.config, files, llm_dtype=torch.float32).projection.weight
     torch.testing.assert_close(before, after)
     assert "64" in capsys.readouterr().out
+    assert main(["convert", "missing.pth", str(out)]) == 2
+    assert "There is no weight file" in capsys.readouterr().err
 
 
 def test_convert_of_the_llama2_file_keeps_ln_vision(tmp_path):
