@@ -6,6 +6,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from minigpt4.web.guard import lighter
 from minigpt4.web.guard.lighter import FRONTEND, UNUSED, Lighter
 from minigpt4.web.page.page import LOOK, build_page
 from tests.fake_engine import FakeEngine
@@ -17,7 +18,7 @@ def test_the_page_is_compressed_and_brings_nothing_unused():
     with client.stream("GET", "/", headers={"accept-encoding": "gzip"}) as response:
         assert response.headers["content-encoding"] == "gzip"
         assert len(b"".join(response.iter_raw())) < 60_000
-    plain = client.get("/", headers={"accept-encoding": "identity"})
+    plain = client.get("/", headers={"accept-encoding": "gzip;q=0.0, identity"})
     assert "content-encoding" not in plain.headers and "MiniGPT-4" in plain.text
 
     (unused,) = FRONTEND.glob("hls-*.js")
@@ -27,7 +28,10 @@ def test_the_page_is_compressed_and_brings_nothing_unused():
     names = {name for file in FRONTEND.glob("*.js") for name in _imported(file, unused.name)}
     assert names and all(f"as {name}" in stub.text for name in names)
     assert client.get("/assets/hls-none.js").status_code == 404
+    kept = lighter._compressed.cache_info().currsize
     assert client.get("/assets/none-12345678.js").status_code == 404
+    assert client.get(f"/elsewhere/assets/{unused.name}").status_code == 404
+    assert lighter._compressed.cache_info().currsize == kept  # nothing of names that there are not
 
 
 def test_assets_are_compressed_and_kept():

@@ -1,9 +1,10 @@
-"""What a visit to the page transfers: everything compressed, assets only once, and no library that
-the page never uses."""
+"""What a visit to the page transfers: the page and most of Gradio's assets, compressed; the assets
+on the first visit alone; and no library that the page never uses."""
 
+import asyncio
 import gzip
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import gradio
@@ -15,27 +16,30 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 FRONTEND = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
 # Plays video streams, which this page has none of: Gradio's chat loads it all the same, 156 KB.
 UNUSED = re.compile(r"hls-[\w-]+\.js")
-# A hash of the content is part of the name.
-_ASSET = re.compile(r"/assets/([\w-]+-[\w-]{8}\.(js|css))$")
+# A hash of the content is part of the name. Gradio serves what has other names.
+_ASSET = re.compile(r"/assets/([\w-]+-[\w-]{8}\.(js|css))")
+_GZIP = re.compile(r"(?i)\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 _EXPORTS = re.compile(r"export\s*\{([^}]*)\}")
 
 
 class Lighter:
-    """ASGI middleware. The page itself is compressed each time, Gradio's assets once; browsers may
-    keep these. UNUSED modules are replaced by modules that export nothing useful."""
+    """ASGI middleware. The page itself is compressed each time it is sent; Gradio's assets only
+    when they are first asked for, and browsers may keep them. UNUSED modules are replaced by
+    modules that export nothing useful."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app, self._compressed = app, GZipMiddleware(app, minimum_size=1000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the server's start and end have no path
+        if scope["type"] != "http" or not _takes_gzip(scope):
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
-        asset = _ASSET.search(path) if _takes_gzip(scope) else None
+        asset = _ASSET.fullmatch(path) if scope["method"] == "GET" else None
         if path in ("", "/"):
             await self._compressed(scope, receive, send)
-        elif asset and (body := _compressed(asset[1])):
+        elif asset and asset[1] in _names():
+            body = await asyncio.to_thread(_compressed, asset[1])
             headers = {
                 "content-encoding": "gzip",
                 "vary": "accept-encoding",
@@ -48,16 +52,18 @@ class Lighter:
 
 
 def _takes_gzip(scope: Scope) -> bool:
-    return scope["method"] == "GET" and "gzip" in Headers(scope=scope).get("accept-encoding", "")
+    return _GZIP.search(Headers(scope=scope).get("accept-encoding", "")) is not None
 
 
-@lru_cache(1000)  # there are some 200
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(file.name for file in FRONTEND.iterdir())
+
+
+@cache
 def _compressed(name: str) -> bytes:
-    """A file of Gradio's, or what is sent in its place; empty where there is no such file."""
-    try:
-        body = (FRONTEND / name).read_bytes()
-    except OSError:
-        return b""
+    """A file of Gradio's, or what is sent in its place."""
+    body = (FRONTEND / name).read_bytes()
     return gzip.compress(_stub(body.decode()).encode() if UNUSED.fullmatch(name) else body)
 
 
