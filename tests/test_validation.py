@@ -1,7 +1,9 @@
 """What researchers need of a run: held-out scores, the best projection, parts, mixtures, files."""
 
 import csv
+from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from minigpt4.data.examples import read_shards
 from minigpt4.data.files import write_settings
 from minigpt4.errors import UserError
 from minigpt4.options import Option, Parser, integer, number, switch
+from minigpt4.training import run as training
 from minigpt4.training import validation
 from minigpt4.training.batches import divide
 from minigpt4.training.run import watch
@@ -99,6 +102,13 @@ def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path,
     trainer.best_path.write_bytes(b"damaged")
     _, last = run(examples, held_out[:3], tmp_path / "run", steps=5)
     assert [row["step"] for row in last.rows] == [2, 4] and last._since == 5
+
+
+def test_all_processes_end_where_the_main_one_cannot_begin(monkeypatch):
+    wrong = UserError("The held-out pictures are others.")
+    monkeypatch.setattr(training, "broadcast_object_list", lambda found: [wrong])
+    with pytest.raises(UserError, match="are others"):
+        training.begin(SimpleNamespace(main=False), [], Namespace())
 
 
 def test_an_earlier_run_s_best_is_not_taken_for_this_one_s(examples, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from minigpt4 import start
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Quantize, Schedule, get_model
@@ -66,12 +67,24 @@ def train(options: argparse.Namespace) -> None:
         trainer = Trainer(model, examples, recipe, *others)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
-    if trainer.main:
-        watch(trainer, held_out, options.validate_every)
-        write_settings(trainer.out / "options.yaml", given_options(options))
+    begin(trainer, held_out, options)
     path = trainer.run()
     if trainer.main:
         start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
+
+
+def begin(trainer: Trainer, held_out: Sequence[Example], options: argparse.Namespace) -> None:
+    """What the main process does before the first step. If that is a UserError, all processes raise
+    it: they would wait for the main one."""
+    failed: list[UserError | None] = [None]
+    if trainer.main:
+        try:
+            watch(trainer, held_out, options.validate_every)
+            write_settings(trainer.out / "options.yaml", given_options(options))
+        except UserError as error:
+            failed = [error]
+    if error_of_main := broadcast_object_list(failed)[0]:
+        raise error_of_main
 
 
 def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
