@@ -111,8 +111,8 @@ class Option:
     read: turns its text into its value; raises ArgumentTypeError. `switch` makes a flag without a
     value. many: may be given several times; the value is a list. bare: its text where it is given
     without a value. variable: its environment variable where that is not the derived name.
-    fallback: a second one, read after the first. needs: options of which one must have a value, or
-    this one does nothing: on the command line it is then refused.
+    fallback: a second one, read after the first. needs: other options, without which this one does
+    nothing: it is refused on the command line unless one of these has a value.
     """
 
     name: str
@@ -259,7 +259,8 @@ def check_needs(values: Namespace, needs: Mapping[Option, Sequence[str]]) -> Non
         met = not names or any(getattr(values, name.replace("-", "_"), None) for name in names)
         if not met and getattr(values, option.attribute) != option.default:
             others = " or ".join(f"“--{name}”" for name in names)
-            raise UserError(f"“--{option.name}” belongs to {others}: give that, too, or omit it.")
+            that = "that" if len(names) == 1 else "one of them"
+            raise UserError(f"“--{option.name}” belongs to {others}: give {that}, too, or omit it.")
 
 
 def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespace:

@@ -193,7 +193,12 @@ def test_keys_and_values_get_the_memory_that_there_is(model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("megabytes", "said"),
-    [(100, "There is no memory for 100 MB"), (0, "A conversation takes"), (2, ""), (None, "")],
+    [
+        (100, "There is no memory for 100 MB"),
+        (0, "--kv-megabytes 0 is less than"),
+        (2, ""),
+        (None, ""),
+    ],
 )
 def test_other_memory_for_keys_and_values_is_one_sentence(
     model, monkeypatch, capsys, megabytes, said

@@ -112,7 +112,8 @@ def test_invalid_values_are_refused_by_name(name, value, sentence, monkeypatch, 
 def test_an_option_that_needs_another_one(given, needed, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(given.split())
-    assert f"belongs to “{needed}”: give that, too, or omit it" in capsys.readouterr().err
+    that = "one of them" if " or " in needed else "that"
+    assert f"belongs to “{needed}”: give {that}, too, or omit it" in capsys.readouterr().err
     monkeypatch.setenv("MINIGPT4_LLM_KEY", "k")  # may be there for other commands
     assert not _parser().parse_args(["ask", "a.jpg", "b"]).llm_url
     with pytest.raises(UserError, match="belongs to “--llm-url”"):

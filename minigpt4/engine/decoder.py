@@ -88,7 +88,8 @@ def build_decoder(
         asked = blocks * block_bytes // 2**20
         say(f"There is no memory for {asked} MB of keys and values: {used} MB are used instead.")
     elif megabytes is not None and blocks < least:
-        say(f"A conversation takes {used} MB of keys and values, which are used, not {megabytes}.")
+        needed = f"less than one conversation takes: {used} MB are used"
+        say(f"--kv-megabytes {megabytes} is {needed}.")
     if model.device.type == "cpu":
         _compact_heap()
     return built

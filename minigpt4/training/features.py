@@ -173,7 +173,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _fingerprint_of_some(examples: Sequence[Example]) -> str:
-    """A hash of some pictures' whole content: not all that is read has samples."""
+    """A hash of some pictures' whole content: Hugging Face's data sets have no samples of each."""
     found = hashlib.sha256()
     for example in examples[:: max(1, len(examples) // _SAMPLED)]:
         with suppress(UserError):

@@ -65,8 +65,9 @@ def read_run(path: Path, identity: str, device: str | torch.device = "cpu") -> d
         ) from error
     if found != identity:
         raise UserError(
-            f"{path} belongs to a run with other data, another model or other hyperparameters: "
-            "repeat its options, or choose another folder with “--out”."
+            f"{path} belongs to a run with other data, another model or other hyperparameters, or "
+            "of an earlier version of this program: repeat its options, or choose another folder "
+            "with “--out”."
         )
     return state
 
