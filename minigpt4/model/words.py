@@ -1,5 +1,7 @@
 """The word head: one linear layer from the encoders' features to words and phrases; and objects.
 
+The layer reads the whole picture, and each cell of the grid: there a term counts where it is
+likeliest (multiple-instance learning), so that small things are found.
 A detector's own classes are terms as well: it finds an object more surely than the layer does.
 
 What it finds stands in the prompt as text, after the picture's embeddings: small language models
@@ -7,6 +9,7 @@ read words more surely than embeddings.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,12 +43,17 @@ PEOPLE = {
 }
 
 
+SHARPNESS = 4.0  # of the soft maximum over a picture's cells
+
+
 class WordHead(nn.Module):
     """Features [batch, image_tokens, projection_in] -> probabilities [batch, terms].
 
-    learned: the layer's terms. objects: names of the classes whose heat maps' maxima the features
-    hold, as square roots, from `column` on. terms: the learned ones, then the other objects.
-    weight: int8 [learned, projection_in], a row's numbers times its `scale`.
+    learned: the layer's terms. channels: how many of the columns the cells fill, the first ones.
+    objects: names of the classes whose heat maps' maxima the features hold, as square roots, from
+    `column` on. terms: the learned ones, then the other objects. weight: int8
+    [learned, projection_in], a row's numbers times its `scale`; cell_weight: the same, of a cell,
+    [learned, channels].
     """
 
     def __init__(
@@ -53,26 +61,31 @@ class WordHead(nn.Module):
         learned: Sequence[str],
         width: int,
         grid: int,
+        channels: int,
         objects: Sequence[str] = (),
         column: int = 0,
     ) -> None:
         super().__init__()
-        self.grid, self.column = grid, column
+        self.grid, self.channels, self.column = grid, channels, column
         self.learned, self.objects = tuple(learned), tuple(objects)
         self.terms = joined_terms(learned, objects)
-        terms = self.learned
-        self.register_buffer("weight", torch.zeros(len(terms), width, dtype=torch.int8))
-        self.register_buffer("scale", torch.zeros(len(terms)))
-        self.register_buffer("bias", torch.zeros(len(terms)))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
+        for part, columns in (("", width), ("cell_", channels)):
+            weight = torch.zeros(len(self.learned), columns, dtype=torch.int8)
+            self.register_buffer(f"{part}weight", weight)
+            self.register_buffer(f"{part}scale", torch.zeros(len(self.learned)))
+            self.register_buffer(f"{part}mean", torch.zeros(columns))
+            self.register_buffer(f"{part}deviation", torch.ones(columns))
+        self.register_buffer("bias", torch.zeros(len(self.learned)))
 
     def forward(self, features: Tensor) -> Tensor:
         whole = whole_picture(features.float(), self.grid)
         inputs = (whole - self.mean) / self.deviation
-        learned = (inputs @ self.weight.float().T * self.scale + self.bias).sigmoid()
+        cells = cells_of(features.float(), self.grid, self.channels)
+        local = (cells - self.cell_mean) / self.cell_deviation
+        logits = inputs @ self.weight.float().T * self.scale + self.bias
+        logits += soft_maximum(local @ self.cell_weight.float().T * self.cell_scale)
         heat = whole[:, self.column : self.column + len(self.objects)] ** 2
-        return with_objects(learned, heat, self.terms, self.objects)
+        return with_objects(logits.sigmoid(), heat, self.terms, self.objects)
 
     def save(self, path: str | Path) -> None:
         """Write tensors and terms as one safetensors file."""
@@ -91,14 +104,26 @@ def load_words(path: str | Path) -> WordHead:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         terms, grid = json.loads(metadata["terms"]), int(metadata["grid"])
+        width, channels = tensors["weight"].shape[1], tensors["cell_weight"].shape[1]
         objects, column = json.loads(metadata["objects"]), int(metadata["column"])
-        head = WordHead(terms, tensors["weight"].shape[1], grid, objects, column)
+        head = WordHead(terms, width, grid, channels, objects, column)
         head.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path} holds no word head: fetch it again, or train one (“train-words”)."
+            f"{path} holds no word head: fetch it again, or train one (“train … --refit”)."
         ) from error
     return head.eval()
+
+
+def soft_maximum(logits: Tensor) -> Tensor:
+    """[batch, cells, terms] -> [batch, terms]: between the mean over the cells and the maximum."""
+    total = torch.logsumexp(SHARPNESS * logits, 1)
+    return (total - math.log(logits.shape[1])) / SHARPNESS
+
+
+def cells_of(features: Tensor, grid: int, channels: int) -> Tensor:
+    """[batch, image_tokens, width] -> [batch, cells, channels]."""
+    return features[:, : grid * grid, :channels]
 
 
 def whole_picture(features: Tensor, grid: int) -> Tensor:

@@ -35,6 +35,7 @@ from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Rew
 from minigpt4.training.small_validation import SmallValidation
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary
+from minigpt4.training.word_head import Inputs
 from minigpt4.weights.adapters import read_adapters
 from minigpt4.weights.load import find_weights, load_model
 
@@ -264,22 +265,24 @@ class Found:
         say("Fitting the word head …")
         flat = [pictures[name][i] for name, i in keys]
         kept = torch.tensor([is_kept(n, p) for (n, _), p in zip(keys, flat, strict=True)])
-        grid = config.bridge.grid
-        inputs = _whole(pictures, features, grid)
         seen = [p.texts for p, k in zip(flat, kept.tolist(), strict=True) if not k]
         vocabulary = Vocabulary.of(seen, *_TERMS)
         wanted = word_head.targets(vocabulary, [p.texts for p in flat])
-        _, mean, deviation = word_head.standardised(inputs[~kept])
-        inputs = ((inputs.float() - mean) / deviation).half()
+        learned, others = (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
+
+        def read(rows: Sequence[int]) -> Tensor:
+            return torch.cat([features[name]([i]) for name, i in (keys[row] for row in rows)])
+
+        channels = config.projection_in - config.vision.classifier.classes
+        inputs = Inputs(read, learned.tolist(), config.bridge.grid, channels)
         folds = torch.tensor([word_head.fold_of(p.key, _FOLDS) for p in flat])
         probabilities = torch.zeros(wanted.shape, dtype=torch.float16)
-        probabilities[~kept] = word_head.cross_fitted(inputs[~kept], wanted[~kept], folds[~kept])
-        layer = word_head.fit(inputs[~kept], wanted[~kept])
-        column = config.vision.objects_column
-        head = word_head.finished(layer, mean, deviation, vocabulary, grid, column)
+        probabilities[learned] = word_head.cross_fitted(inputs, learned, wanted, folds)
+        layer = word_head.fit(inputs, learned, wanted)
+        head = word_head.finished(layer, inputs, vocabulary, config.vision.objects_column)
         head.save(path.with_name(config.files["words"].member))
-        with torch.no_grad():
-            probabilities[kept] = layer(inputs[kept].float()).sigmoid().half()
+        if len(others):
+            probabilities[others] = word_head.probabilities(inputs, others, layer)
         self._say(wanted, probabilities, kept, keys)
         found = {"terms": list(vocabulary.terms), "probabilities": probabilities, "mark": mark}
         torch.save(found, path)

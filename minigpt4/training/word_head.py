@@ -1,23 +1,24 @@
-"""The word head's training: binary cross-entropy on the words of the captions, in minutes.
+"""The word head's training: binary cross-entropy on the words of the captions.
 
 A head is far too confident on the pictures it was trained on, so the projection is trained with
 words from heads that have not seen the picture (`cross_fitted`).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.model.objects import OBJECTS
-from minigpt4.model.words import WordHead
+from minigpt4.model.words import WordHead, cells_of, soft_maximum, whole_picture
 from minigpt4.training.vocabulary import Vocabulary
 from minigpt4.weights.int8 import quantize_rows
 
-_EPOCHS, _PEAK_LR, _WEIGHT_DECAY, _DROPOUT, _BATCH = 8, 4e-4, 0.5, 0.5, 128
+_EPOCHS, _PEAK_LR, _WEIGHT_DECAY, _DROPOUT, _BATCH = 5, 4e-4, 0.5, 0.5, 128
 _FLOOR = 0.02  # added to each input's deviation: rarely seen classes are not blown up
+_MEASURED = 2000  # pictures that say what mean and deviation are
 
 
 def targets(vocabulary: Vocabulary, texts: Sequence[Sequence[str]]) -> Tensor:
@@ -37,25 +38,74 @@ def fold_of(key: str, folds: int) -> int:
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % folds
 
 
-def fit(inputs: Tensor, wanted: Tensor, epochs: int = _EPOCHS, seed: int = 0) -> nn.Linear:
-    """A linear layer from standardised inputs [pictures, width] to the terms' logits."""
+class Layer(nn.Module):
+    """What is learned of a word head."""
+
+    def __init__(self, width: int, channels: int, terms: int) -> None:
+        super().__init__()
+        self.whole = nn.Linear(width, terms)
+        self.cells = nn.Linear(channels, terms, bias=False)
+
+    def forward(self, whole: Tensor, cells: Tensor) -> Tensor:
+        """[pictures, width] and [pictures, cells, channels], both standardised -> the terms' logits
+        [pictures, terms]."""
+        return self.whole(whole) + soft_maximum(self.cells(cells))
+
+
+class Inputs:
+    """The pictures' features, standardised as a word head does it.
+
+    read: numbers of pictures -> features [pictures, image_tokens, width]. learned: the pictures to
+    learn from, some of which say what mean and deviation are.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[int]], Tensor],
+        learned: Sequence[int],
+        grid: int,
+        channels: int,
+    ) -> None:
+        self._read, self.grid, self.channels = read, grid, channels
+        some = read(learned[:: max(1, len(learned) // _MEASURED)]).float()
+        whole = whole_picture(some, grid)
+        self.mean, self.deviation = whole.mean(0), whole.std(0) + _FLOOR
+        cells = cells_of(some, grid, channels).flatten(0, 1)
+        self.cell_mean, self.cell_deviation = cells.mean(0), cells.std(0) + _FLOOR
+
+    def __call__(self, pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[pictures, width] and [pictures, cells, channels]."""
+        features = self._read(pictures).float()
+        cells = cells_of(features, self.grid, self.channels)
+        return (
+            (whole_picture(features, self.grid) - self.mean) / self.deviation,
+            (cells - self.cell_mean) / self.cell_deviation,
+        )
+
+
+def fit(
+    inputs: Inputs, rows: Tensor, wanted: Tensor, epochs: int = _EPOCHS, seed: int = 0
+) -> Layer:
+    """The layer of a word head, fitted to `rows` of the pictures; wanted: [pictures, terms]."""
     torch.manual_seed(seed)
-    layer = nn.Linear(inputs.shape[1], wanted.shape[1])
-    nn.init.zeros_(layer.weight)
-    layer.bias.data = torch.logit(wanted.mean(0).clamp(1e-4, 0.99))
+    layer = Layer(len(inputs.mean), inputs.channels, wanted.shape[1])
+    nn.init.zeros_(layer.whole.weight)
+    nn.init.zeros_(layer.cells.weight)
+    layer.whole.bias.data = torch.logit(wanted[rows].mean(0).clamp(1e-4, 0.99))
     # Biases say how common a term is; pulled towards 0 they would make all terms likely.
     groups = [
-        {"params": [layer.weight], "weight_decay": _WEIGHT_DECAY},
-        {"params": [layer.bias], "weight_decay": 0.0},
+        {"params": [layer.whole.weight, layer.cells.weight], "weight_decay": _WEIGHT_DECAY},
+        {"params": [layer.whole.bias], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=_PEAK_LR)
-    steps = epochs * (len(inputs) // _BATCH)
+    steps = epochs * (len(rows) // _BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
     for _ in range(epochs):
-        for chosen in torch.randperm(len(inputs)).split(_BATCH):
+        for chosen in rows[torch.randperm(len(rows))].split(_BATCH):
             if len(chosen) < _BATCH:
                 continue
-            logits = layer(F.dropout(inputs[chosen].float(), _DROPOUT))
+            whole, cells = inputs(chosen.tolist())
+            logits = layer(F.dropout(whole, _DROPOUT), F.dropout(cells, _DROPOUT))
             loss = F.binary_cross_entropy_with_logits(logits, wanted[chosen], reduction="sum")
             optimizer.zero_grad()
             (loss / len(chosen)).backward()
@@ -64,43 +114,41 @@ def fit(inputs: Tensor, wanted: Tensor, epochs: int = _EPOCHS, seed: int = 0) ->
     return layer
 
 
-def standardised(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(inputs in 16 bit with mean 0 and deviation 1, mean, deviation)."""
-    mean, deviation = inputs.float().mean(0), inputs.float().std(0) + _FLOOR
-    return ((inputs.float() - mean) / deviation).half(), mean, deviation
-
-
 @torch.no_grad()
-def cross_fitted(inputs: Tensor, wanted: Tensor, folds: Tensor, epochs: int = _EPOCHS) -> Tensor:
-    """Probabilities [pictures, terms], each by a head fitted to the other folds' pictures.
+def probabilities(inputs: Inputs, rows: Tensor, layer: Layer) -> Tensor:
+    """[rows, terms], 16 bit."""
+    return torch.cat(
+        [layer(*inputs(some.tolist())).sigmoid().half() for some in rows.split(_BATCH)]
+    )
+
+
+def cross_fitted(
+    inputs: Inputs, rows: Tensor, wanted: Tensor, folds: Tensor, epochs: int = _EPOCHS
+) -> Tensor:
+    """Probabilities [rows, terms], each by a head fitted to the other folds' pictures.
 
     folds: [pictures], the number of each one's.
     """
-    probabilities = torch.zeros(wanted.shape, dtype=torch.float16)
-    for fold in folds.unique():
-        unseen = folds == fold
-        with torch.enable_grad():
-            layer = fit(inputs[~unseen], wanted[~unseen], epochs)
-        probabilities[unseen] = layer(inputs[unseen].float()).sigmoid().half()
-    return probabilities
+    found = torch.zeros(len(rows), wanted.shape[1], dtype=torch.float16)
+    for fold in folds[rows].unique():
+        unseen = folds[rows] == fold
+        layer = fit(inputs, rows[~unseen], wanted, epochs)
+        found[unseen] = probabilities(inputs, rows[unseen], layer)
+    return found
 
 
-def finished(
-    layer: nn.Linear,
-    mean: Tensor,
-    deviation: Tensor,
-    vocabulary: Vocabulary,
-    grid: int,
-    column: int,
-) -> WordHead:
+@torch.no_grad()
+def finished(layer: Layer, inputs: Inputs, vocabulary: Vocabulary, column: int) -> WordHead:
     """The fitted layer as a word head with 8-bit weights; `column`: where the objects begin."""
-    head = WordHead(vocabulary.terms, layer.in_features, grid, OBJECTS, column)
-    numbers, scale = quantize_rows(layer.weight.detach())
-    head.weight.copy_(numbers)
-    head.scale.copy_(scale)
-    head.bias.copy_(layer.bias.detach())
-    head.mean.copy_(mean)
-    head.deviation.copy_(deviation)
+    width = layer.whole.in_features
+    head = WordHead(vocabulary.terms, width, inputs.grid, inputs.channels, OBJECTS, column)
+    for part, linear in (("", layer.whole), ("cell_", layer.cells)):
+        numbers, scale = quantize_rows(linear.weight)
+        head.get_buffer(f"{part}weight").copy_(numbers)
+        head.get_buffer(f"{part}scale").copy_(scale)
+        head.get_buffer(f"{part}mean").copy_(getattr(inputs, f"{part}mean"))
+        head.get_buffer(f"{part}deviation").copy_(getattr(inputs, f"{part}deviation"))
+    head.bias.copy_(layer.whole.bias)
     return head.eval()
 
 
