@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from minigpt4.config import MODELS
+from minigpt4.errors import Step
 from minigpt4.web.page.loading import Loading
 from tests.fake_engine import FakeEngine
 from tests.page_case import (
@@ -395,7 +396,7 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
     go_on = tmp_path / "go-on"
 
     def load(report):
-        report("Loading nano …")
+        report(Step("opening", "Loading {name} …", name="nano"))
         while not go_on.exists():
             time.sleep(0.05)
         return FakeEngine()

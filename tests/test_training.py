@@ -417,10 +417,12 @@ def test_two_processes_are_one(tmp_path):
     results = {}
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1"]
-        launch += [f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no"]
-        # The flag means one process a device, CPUs among them.
-        launch += ["--multi_gpu", "--main_process_port=0"] if processes > 1 else ["--cpu"]
+        launch = [sys.executable]
+        if processes > 1:
+            launch += ["-m", "accelerate.commands.launch", "--num_machines=1"]
+            launch += [f"--num_processes={processes}", "--mixed_precision=no"]
+            # The flag means one process a device, CPUs among them.
+            launch += ["--dynamo_backend=no", "--multi_gpu", "--main_process_port=0"]
         launch += ["-m", "tests.training_case", str(shard), str(out)]
         root = Path(training_case.__file__).parent.parent
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
