@@ -165,12 +165,12 @@ def test_the_word_head_learns_and_is_kept(tmp_path):
     features = torch.randn(1024, 28, 40 + len(OBJECTS) + 20)
     features[:, :, 40:] = 0  # no object is found
     rows = torch.arange(1024)
-    features[rows, rows % 25, :20] += 3 * wanted[:, :1]
-    features[:, 26, -20:] += wanted[:, 1:]
+    features[rows, rows % 25, :20] += 9 * wanted[:, :1]
+    features[:, 26, -20:] += 3 * wanted[:, 1:]
     inputs = word_head.Inputs(lambda rows: features[rows], rows.tolist(), 5, 40 + len(OBJECTS))
-    unseen = word_head.cross_fitted(inputs, rows, wanted, rows % 2, epochs=30)
+    unseen = word_head.cross_fitted(inputs, rows, wanted, rows % 2, epochs=12)
     assert word_head.mean_average_precision(wanted, unseen) > 0.9  # chance: 0.5
-    layer = word_head.fit(inputs, rows, wanted, epochs=30)
+    layer = word_head.fit(inputs, rows, wanted, epochs=12)
     head = word_head.finished(layer, inputs, vocabulary, 40)
     head.save(tmp_path / "words.safetensors")
     loaded = load_words(tmp_path / "words.safetensors")
