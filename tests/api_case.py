@@ -54,11 +54,13 @@ def tiny_engine() -> Engine:
 
 
 @contextmanager
-def served(find_engine: Callable[[], Engine | None], page_of: Engine, *arguments) -> Iterator[str]:
+def served(
+    find_engine: Callable[[], Engine | None], page_of: Engine, *arguments, feedback=None
+) -> Iterator[str]:
     """The address of a server."""
     chosen = options(*arguments)
     server = Server(lambda: [engine] if (engine := find_engine()) else [], chosen)
-    page = build_page(page_of, server=server)
+    page = build_page(page_of, feedback, server)
     yield serve(page, chosen, server)
     page.close(verbose=False)
 

@@ -3,20 +3,17 @@
 import os
 import re
 import shutil
-import socket
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-import app
-from minigpt4.web.page.page import build_page, serve
-from minigpt4.web.server import Server
+from tests import api_case
 
 WIDE = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
@@ -24,22 +21,12 @@ SECONDS = 30_000  # how long the browser waits for anything, in ms: machines may
 expect.set_options(timeout=SECONDS)
 
 
-def options(**changes) -> Namespace:
-    """Those of app.py, and a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return Namespace(**{**vars(app.options(["--port", str(port)])), **changes})
-
-
 @contextmanager
 def served(source, feedback=None) -> Iterator[str]:
     """The address of a page, with all that stands before it in app.py."""
-    chosen = options()
-    server = Server(lambda: getattr(source, "engines", [source]), chosen)
-    page = build_page(source, feedback, server)
-    yield serve(page, chosen, server)
-    page.close(verbose=False)
+    find_engine = partial(getattr, source, "engine", source)  # of a Loading, or the engine itself
+    with api_case.served(find_engine, source, feedback=feedback) as address:
+        yield address
 
 
 @contextmanager

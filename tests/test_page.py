@@ -9,6 +9,7 @@ from playwright.sync_api import Page, expect
 
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.page.session import Session
+from tests import api_case
 from tests.page_case import (
     WIDE,
     Visitors,
@@ -19,7 +20,6 @@ from tests.page_case import (
     done,
     figures,
     open_settings,
-    options,
     picture,
     questions,
     say,
@@ -372,7 +372,7 @@ def test_a_conversation_left_in_the_middle_of_an_answer_is_kept(visit, engine):
 def test_a_conversation_is_not_kept_for_ever(engine, browser):
     """Gradio knows when to forget it from the first look at the page on."""
     page = build_page(engine)
-    visitors = Visitors(browser, serve(page, options()))
+    visitors = Visitors(browser, serve(page, api_case.options()))
     visitors(**WIDE)
     states = page.app.state_holder.session_data.values()
     wait_for(lambda: any(isinstance(v, Session) for s in states for _, v, _ in s.state_components))

@@ -13,6 +13,7 @@ from playwright.sync_api import Page, expect
 
 from minigpt4.model.image import jpeg
 from minigpt4.web.page.page import build_page, serve
+from tests import api_case
 from tests.fake_engine import FakeAnswer
 from tests.page_case import (
     PHONE,
@@ -25,7 +26,6 @@ from tests.page_case import (
     done,
     figures,
     open_settings,
-    options,
     picture,
     questions,
     say,
@@ -470,7 +470,7 @@ def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, 
     """As after a day, or once the connection of a sleeping computer was closed for an hour."""
     monkeypatch.setattr("minigpt4.web.page.session.ask", FakeAnswer)
     page_of_all = build_page(engine)
-    visit = Visitors(browser, serve(page_of_all, options()))
+    visit = Visitors(browser, serve(page_of_all, api_case.options()))
     page = visit(**WIDE)
     attach(page, photo)
     ask(page, "Count them.")

@@ -47,9 +47,8 @@ INSTRUCTION = ("instruction", "question", "prompt", "query")
 _READ = {*PICTURE, *captions.FIELDS, *INSTRUCTION, "input", "history"}
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
-_FLICKR = re.compile(
-    r"\ufeff?[^\t\n]+\.\w+#\d+\t"
-)  # a line of Flickr8k.token.txt, without a header
+# A line of Flickr8k.token.txt, which has no header.
+_FLICKR = re.compile(r"\ufeff?[^\t\n]+\.\w+#\d+\t")
 _LEMMAS = re.compile(r"(?i).*\.lemma\.token\.txt")  # Flickr8k's captions without inflections
 _NEEDS = "write a picture and its caption on each line"
 

@@ -1,8 +1,8 @@
-"""The word head: one linear layer from the encoders' features to words and phrases; and objects.
+"""The word head: two linear layers from the encoders' features to words and phrases; and objects.
 
-The layer reads the whole picture, and each cell of the grid: there a term counts where it is
-likeliest (multiple-instance learning), so that small things are found.
-A detector's own classes are terms as well: it finds an object more surely than the layer does.
+One layer reads the whole picture, the other each cell of the grid. In the cells, a term counts
+where it is likeliest (multiple-instance learning), so that small things are found. A detector's own
+classes are terms as well: it finds an object more surely than the layers do.
 
 What it finds stands in the prompt as text, after the picture's embeddings: small language models
 read words more surely than embeddings.
@@ -25,9 +25,8 @@ from minigpt4.errors import UserError
 # word head has not seen, a maximum above 0.12 (0.25 of probability) finds 69 % of the objects that
 # are spoken of and 5 % of those that are not; the learned terms find 30 % and 0.3 %.
 HEAT_ODDS = 0.36
-DRAWING = (
-    "drawing"  # the detector has seen photographs alone: in drawings it finds kites and clocks
-)
+# The detector has seen photographs alone: in drawings it finds kites and clocks.
+DRAWING = "drawing"
 PEOPLE = {
     "man",
     "woman",
@@ -49,7 +48,7 @@ SHARPNESS = 4.0  # of the soft maximum over a picture's cells
 class WordHead(nn.Module):
     """Features [batch, image_tokens, projection_in] -> probabilities [batch, terms].
 
-    learned: the layer's terms. channels: how many of the columns the cells fill, the first ones.
+    learned: the layers' terms. channels: how many of the columns the cells fill, the first ones.
     objects: names of the classes whose heat maps' maxima the features hold, as square roots, from
     `column` on. terms: the learned ones, then the other objects. weight: int8
     [learned, projection_in], a row's numbers times its `scale`; cell_weight: the same, of a cell,
@@ -78,9 +77,8 @@ class WordHead(nn.Module):
         self.register_buffer("bias", torch.zeros(len(self.learned)))
 
     def forward(self, features: Tensor) -> Tensor:
-        whole = whole_picture(features.float(), self.grid)
+        whole, cells = whole_and_cells(features, self.grid, self.channels)
         inputs = (whole - self.mean) / self.deviation
-        cells = cells_of(features.float(), self.grid, self.channels)
         local = (cells - self.cell_mean) / self.cell_deviation
         logits = inputs @ self.weight.float().T * self.scale + self.bias
         logits += soft_maximum(local @ self.cell_weight.float().T * self.cell_scale)
@@ -121,15 +119,16 @@ def soft_maximum(logits: Tensor) -> Tensor:
     return (total - math.log(logits.shape[1])) / SHARPNESS
 
 
-def cells_of(features: Tensor, grid: int, channels: int) -> Tensor:
-    """[batch, image_tokens, width] -> [batch, cells, channels]."""
-    return features[:, : grid * grid, :channels]
-
-
 def whole_picture(features: Tensor, grid: int) -> Tensor:
     """[batch, image_tokens, width] -> [batch, width]: the vector of the whole picture, and the
     classes', which fill other columns."""
     return features[:, grid * grid] + features[:, grid * grid + 1]
+
+
+def whole_and_cells(features: Tensor, grid: int, channels: int) -> tuple[Tensor, Tensor]:
+    """What the two layers read, [batch, width] and [batch, cells, channels], in float32."""
+    features = features.float()
+    return whole_picture(features, grid), features[:, : grid * grid, :channels]
 
 
 def joined_terms(learned: Sequence[str], objects: Sequence[str]) -> tuple[str, ...]:

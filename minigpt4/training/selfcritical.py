@@ -97,9 +97,9 @@ def sample(
     """`count` answers of at most `limit` token ids to each row of `inputs` [rows, length, hidden].
 
     They are drawn from the whole distribution at `temperature`; at 0, they are the likeliest
-    tokens. An answer that ended has the end
-    token as its last id. The prompts are read once, and their keys and values repeated. mask
-    [rows, length]: 0 for padding, on the left; attention is relative, so it may shift positions.
+    tokens. An answer that ended has the end token as its last id. The prompts are read once, and
+    their keys and values repeated. mask [rows, length]: 0 for padding, on the left; attention is
+    relative, so it may shift positions.
     tokens: the ids that may be drawn, the end token among them; all by default.
     """
     end = model.tokenizer.eos_token_id

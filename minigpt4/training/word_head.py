@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.model.objects import OBJECTS
-from minigpt4.model.words import WordHead, cells_of, soft_maximum, whole_picture
+from minigpt4.model.words import WordHead, soft_maximum, whole_and_cells
 from minigpt4.training.vocabulary import Vocabulary
 from minigpt4.weights.int8 import quantize_rows
 
@@ -67,18 +67,17 @@ class Inputs:
         channels: int,
     ) -> None:
         self._read, self.grid, self.channels = read, grid, channels
-        some = read(learned[:: max(1, len(learned) // _MEASURED)]).float()
-        whole = whole_picture(some, grid)
+        some = read(learned[:: max(1, len(learned) // _MEASURED)])
+        whole, cells = whole_and_cells(some, grid, channels)
         self.mean, self.deviation = whole.mean(0), whole.std(0) + _FLOOR
-        cells = cells_of(some, grid, channels).flatten(0, 1)
+        cells = cells.flatten(0, 1)
         self.cell_mean, self.cell_deviation = cells.mean(0), cells.std(0) + _FLOOR
 
     def __call__(self, pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
         """[pictures, width] and [pictures, cells, channels]."""
-        features = self._read(pictures).float()
-        cells = cells_of(features, self.grid, self.channels)
+        whole, cells = whole_and_cells(self._read(pictures), self.grid, self.channels)
         return (
-            (whole_picture(features, self.grid) - self.mean) / self.deviation,
+            (whole - self.mean) / self.deviation,
             (cells - self.cell_mean) / self.cell_deviation,
         )
 
