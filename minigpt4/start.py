@@ -194,6 +194,10 @@ def _load(
         progress = Progress(config.name, bytes_to_load(files, quantize), report, "Loading")
         try:
             options["progress"] = progress
+            if quantize == "int4":
+                from minigpt4.engine.native import quantize as quantizer
+
+                options["quantizer"] = quantizer
             return load_model(config, files, device, quantize, dtype, **options), progress
         except BaseException:
             progress.close()

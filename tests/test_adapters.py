@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from minigpt4.__main__ import main
 from minigpt4.config import LowRank, get_model
+from minigpt4.engine.native import quantize
 from minigpt4.errors import UserError
 from minigpt4.training.adapters import finished, insert, tensors_of
 from minigpt4.training.int8 import replace_linears
@@ -55,10 +56,11 @@ def test_what_is_loaded_computes_what_was_trained(llama, tmp_path):
     assert read_projection(path)["weight"].shape == (HIDDEN, 8)  # it is a projection's file, too
 
 
-def test_blocks_hold_the_sum_in_8_bit(llama, tmp_path):
+@pytest.mark.parametrize("quantizer", [None, quantize], ids=["gguf", "kernels"])
+def test_blocks_hold_the_sum_in_8_bit(llama, quantizer, tmp_path):
     tensors, training = trained(as_transformers(llama))
     save_file(tensors, path := tmp_path / "p.safetensors")
-    blocks = adapted(llama, path, CONFIG)
+    blocks = adapted(llama, path, CONFIG, quantizer)
     assert blocks.tensors["blk.0.attn_q.weight"].kind == "Q8_0"
     assert llama.tensors["blk.0.attn_q.weight"].kind == "F16"  # what was loaded stays
     wanted, found = logits(training), logits(as_transformers(blocks))

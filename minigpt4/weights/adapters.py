@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minigpt4.config import ModelConfig
 from minigpt4.errors import UserError
 from minigpt4.weights.checkpoint import read_checkpoint, read_projection
-from minigpt4.weights.gguf import LAYER_NAMES, BlockLlama, BlockTensor, neighbours
+from minigpt4.weights.gguf import LAYER_NAMES, BlockLlama, BlockTensor, Quantizer, neighbours
 from minigpt4.weights.llm import TokenEmbedding
 
 if TYPE_CHECKING:
@@ -66,10 +66,16 @@ def trained_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def adapted(
-    llm: Union["PreTrainedModel", BlockLlama], path: Path, config: ModelConfig
+    llm: Union["PreTrainedModel", BlockLlama],
+    path: Path,
+    config: ModelConfig,
+    quantize: Quantizer | None = None,
 ) -> Union["PreTrainedModel", BlockLlama]:
     """The language model with the adapters in a projection's file, if any. UserError where they do
-    not fit."""
+    not fit.
+
+    quantize: makes a BlockLlama's new blocks; by default the gguf library, which is slower.
+    """
     adapters = read_adapters(path)
     if not adapters:
         return llm
@@ -85,7 +91,7 @@ def adapted(
         )
     try:
         if isinstance(llm, BlockLlama):
-            return _adapted_blocks(llm, adapters)
+            return _adapted_blocks(llm, adapters, quantize or _quantize)
         for (layer, matrix), (a, b) in adapters.items():
             linear = getattr(llm.get_decoder().layers[layer].self_attn, matrix)
             if type(linear) is not nn.Linear:
@@ -104,11 +110,15 @@ def adapted(
         ) from error
 
 
-def _adapted_blocks(llm: BlockLlama, adapters: Adapters) -> BlockLlama:
-    """The sums in 8 bit: adapters change a weight by less than a step of 4 bits."""
+def _quantize(kind: str, numbers: np.ndarray) -> np.ndarray:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
+    return quantize(numbers, GGMLQuantizationType[kind])
+
+
+def _adapted_blocks(llm: BlockLlama, adapters: Adapters, quantize: Quantizer) -> BlockLlama:
+    """The sums in 8 bit: adapters change a weight by less than a step of 4 bits."""
     tensors = dict(llm.tensors)
     for (layer, matrix), (a, b) in adapters.items():
         name = f"blk.{layer}.{LAYER_NAMES[f'self_attn.{matrix}']}.weight"
@@ -116,6 +126,6 @@ def _adapted_blocks(llm: BlockLlama, adapters: Adapters) -> BlockLlama:
         if not llm.rope_halves and matrix in ("q_proj", "k_proj"):
             change = neighbours(change, llm.head_dim)
         weights = tensors[name].numbers() + change
-        blocks = quantize(weights.astype(np.float32), GGMLQuantizationType.Q8_0)
+        blocks = quantize("Q8_0", weights.astype(np.float32, copy=False))
         tensors[name] = BlockTensor("Q8_0", weights.shape, blocks)
     return replace(llm, tensors=tensors)

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from minigpt4.weights.gguf import (
     INT4,
     LAYER_NAMES,
     ROPE_HALVES,
+    Quantizer,
     check_sizes,
     neighbours,
     shapes_of,
@@ -50,9 +51,6 @@ from minigpt4.weights.transfer import Progress, in_words
 
 CHUNK = 2**20  # weights quantised at once by a thread
 _ALIGNMENT = 32  # of a tensor in a GGUF file
-
-# (kind, float32 [rows, columns]) -> the blocks, uint8 [rows, bytes]
-Quantizer = Callable[[str, np.ndarray], np.ndarray]
 
 _OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ BLOCKS = {
     "Q5_K": (256, 176),
     "Q6_K": (256, 210),
 }
+# (kind, float32 [rows, columns]) -> the blocks, uint8 [rows, bytes]
+Quantizer = Callable[[str, np.ndarray], np.ndarray]
 # Architecture -> does its rotary embedding turn the halves of a head (else neighbouring pairs)?
 ROPE_HALVES = {"llama": False, "qwen2": True}
 LAYER_NAMES = {  # a Hugging Face layer's -> a GGUF file's

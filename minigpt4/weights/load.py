@@ -35,7 +35,7 @@ from minigpt4.weights.checkpoint import (
 )
 from minigpt4.weights.encoder import INT8, load_int8_encoder
 from minigpt4.weights.folder import shards_of
-from minigpt4.weights.gguf import gguf_of
+from minigpt4.weights.gguf import Quantizer, gguf_of
 from minigpt4.weights.llm import load_llm
 from minigpt4.weights.sources import (
     ROLES,
@@ -151,6 +151,7 @@ def load_model(
     vision_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     adapters: bool = True,
+    quantizer: Quantizer | None = None,
 ) -> MiniGPT4:
     """Assemble the model from its files.
 
@@ -159,7 +160,8 @@ def load_model(
     where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
     projection; None is 16 bit on a GPU and 32 bit on the CPU. progress: counts `bytes_to_load`,
     those of 4-bit blocks excepted, which the engine reads. adapters: add those of the projection's
-    file to the language model, which their training does not want.
+    file to the language model, which their training does not want. quantizer: see
+    `adapters.adapted`.
 
     UserError where a file is missing or does not fit, or would leave any weight unloaded.
     """
@@ -175,7 +177,7 @@ def load_model(
     with _counted(progress, size) as count:
         llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype, count)
     if adapters and files.projection:
-        llm = adapted(llm, files.projection, config)
+        llm = adapted(llm, files.projection, config, quantizer)
     words = load_words(files.words).to(device) if files.words else None
     return MiniGPT4(config, encoder, bridge, projection, llm, tokenizer, quantize, words)
 
