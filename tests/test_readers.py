@@ -592,6 +592,10 @@ def test_json_lines_of_trainers(tmp_path, record, first):
         (["What?\n<|image|>", "a"], ["What?"]),
         (["See <image 1>", "a", "<image 1> again?", "b"], ["See", "again?"]),
         (["<img> What?", "a"], ["What?"]),
+        (["<|vision_start|><|image_pad|><|vision_end|>What?", "a"], ["What?"]),
+        (["[IMG]What?", "a"], ["What?"]),
+        (["<image_soft_token>\nIs <video> an HTML tag?", "a"], ["Is <video> an HTML tag?"]),
+        (["<|image_pad|><|image_pad|>What?", "a"], None),
         (["<image>\nWhat?", "a", "<image>\nWhere?", "b"], ["What?", "Where?"]),
         (["<image_1>What?", "a", "And <image_2>?", "b"], None),
         (["<image>\n<image>\nWhat?", "a"], None),
@@ -616,6 +620,77 @@ def test_marks_that_stand_for_the_picture(tmp_path, turns, read, capsys):
             assert last.answer == turns[-1]
         else:
             assert not learned
+
+
+def about(question: object, answer: object, **fields) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "images": ["a.jpg"], **fields}
+
+
+UNLEARNED = {"role": "assistant", "content": "a", "weight": 0}
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (about("q", "a", label=False), "1 marked as bad"),
+        ({"image": "a.jpg", "conversations": LLAVA, "kto_tag": False}, "1 marked as bad"),
+        (about("q", "a", rejected_response="b"), "1 with a chosen and a rejected answer"),
+        ({"image": "a.jpg", "chosen": "a", "rejected": "b"}, "1 with a chosen and a rejected"),
+        ({"messages": [UNLEARNED], "image": "a.jpg"}, "1 whose answers are marked as not to be"),
+        (about("<image><video>q", "a", videos=["b.mp4"]), "1 with a video or sound"),
+        (about("q", "a", audios=["b.mp3"]), "1 with a video or sound"),
+        (about("<image>\n<video>\nq", "a"), "1 with a video or sound"),
+        (about("<|vision_start|><|video_pad|><|vision_end|>q", "a"), "1 with a video or sound"),
+        (about([{"type": "video_url", "video_url": {"url": "b.mp4"}}], "a"), "1 with a video"),
+        ({"video": "b.mp4", "caption": "A dog."}, "1 with a video or sound"),
+        (about("<image>Find <ref-object>", "<bbox>", objects={}), "1 with boxes"),
+        (about("q", "<|box_start|>(1,2),(3,4)<|box_end|>"), "1 with boxes"),
+        ({"image": "a.jpg", "query": "q", "response": "<box>[[1, 2, 3, 4]]</box>"}, "1 with boxes"),
+    ],
+)
+def test_records_that_are_not_to_be_learned(tmp_path, record, why, capsys):
+    put(tmp_path, "a.jpg")
+    lines = map(json.dumps, (record, {"image": "a.jpg", "caption": "A dog.", "video": "of.mp4"}))
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"loss": True}, {"weight": 1}])
+def test_turns_that_are_not_to_be_learned(tmp_path, mark):
+    put(tmp_path, "a.jpg")
+    record = about("q", "a")
+    record["messages"][1] |= mark
+    record["messages"] += about("r", "b")["messages"]
+    (tmp_path / "t.jsonl").write_text(json.dumps(record))
+    (example,) = read_captioned(str(tmp_path))
+    learned = ["a", "b"] if any(mark.values()) else ["b"]
+    assert [t.answer for t in example.texts] == learned
+    assert example.texts[-1].earlier == (("q", "a"),)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        about("q", "a", system="Be brief."),
+        {"image": "a.jpg", "system": "Be brief.", "query": "q", "response": "a"},
+        {"image": "a.jpg", "system": "Be brief.", "instruction": "q", "output": "a"},
+        {
+            "image": "a.jpg",
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                *about("q", "a")["messages"],
+            ],
+        },
+    ],
+)
+def test_system_texts(tmp_path, record):
+    """Those of a record are part of the first question, as those of messages are."""
+    put(tmp_path, "a.jpg")
+    (tmp_path / "t.jsonl").write_text(json.dumps(record))
+    (example,) = read_captioned(str(tmp_path))
+    assert [(t.instructions, t.answer) for t in example.texts] == [(("Be brief.\nq",), "a")]
 
 
 @pytest.mark.parametrize("answer", ["None", "null", "N/A", "['a','b']"])

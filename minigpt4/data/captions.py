@@ -24,8 +24,13 @@ ON_WEB = "with a picture on the web"
 IN_TEXT = "with a picture named inside the text (<img>…</img>), which is not read"
 MARKS = "with more marks of pictures (<image>) than pictures"
 NO_ID = "without an “image_id”"
+BOXES = "with boxes, which are not read"
+VIDEO = "with a video or sound"
 TOOLS = "with calls of tools"
 UNKNOWN_ROLE = "with an unknown role"
+BAD = "marked as bad (“label” or “kto_tag” false)"
+PREFERENCES = "with a chosen and a rejected answer, which are not read"
+NOT_LEARNED = "whose answers are marked as not to be learned (“loss” or “weight”)"
 NO_HISTORY = "with a “history” that has neither pairs nor messages"
 
 MOST_MISSING = 0.1  # of the pictures that a table names: more are a mistake in the paths

@@ -12,10 +12,12 @@ from minigpt4.data import captions
 from minigpt4.data.captions import choose_captions
 from minigpt4.data.conversations import (
     NotUsable,
+    check_record,
     history_of,
     is_conversation,
     pictures_in,
     texts_of,
+    with_system,
     without_marks,
 )
 from minigpt4.data.examples import Collected, Example, Text, fields_of, picture_name
@@ -283,7 +285,8 @@ def picture_of(row: Row) -> str:
     try:
         return picture_name(found[0])
     except (IndexError, ValueError):
-        raise NotUsable(captions.NO_PICTURE) from None
+        other = any(row.get(name) for name in ("video", "audio", "sound"))
+        raise NotUsable(captions.VIDEO if other else captions.NO_PICTURE) from None
 
 
 def texts_of_row(
@@ -293,6 +296,7 @@ def texts_of_row(
 
     cells: as for `read_rows`. Elsewhere, a question may have the answer "None".
     """
+    check_record(row)
     if is_conversation(row):
         return texts_of(row), ()
     questions, _ = choose_captions((row.get(name) for name in INSTRUCTION), cells)
@@ -301,6 +305,7 @@ def texts_of_row(
     if not found:
         raise NotUsable(reason)
     question = "\n".join([*questions, *more]) if questions else ""
-    *earlier, (question, _) = without_marks([*history_of(row), (question, "")])
+    exchanges = [*history_of(row), (question, "\n".join(found))]
+    *earlier, (question, _) = without_marks(with_system(row, exchanges) if question else exchanges)
     asked = (question,) if question else instructions
     return tuple(Text(caption, asked, tuple(earlier)) for caption in found), found
