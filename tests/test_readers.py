@@ -226,6 +226,8 @@ def test_descriptions(tmp_path, encoding, capsys):
         {"image_id": 5.0, "caption": "A hen."},
         {"image_id": "6.jpg", "caption": "A cow."},
         {"image_id": "1", "caption": "Again."},
+        {"image_id": None, "caption": "A hen."},
+        "A hen.",
     ]
     found = read_descriptions(described(tmp_path, annotations, encoding))
     assert answers(found) == {
@@ -235,7 +237,8 @@ def test_descriptions(tmp_path, encoding, capsys):
         "6.jpg": ["A cow."],
     }
     line = capsys.readouterr().err
-    assert "4 pictures read; 2 left out: 1 without a caption (image/3.jpg)" in line
+    assert "4 pictures read; 4 left out: 1 without a caption (image/3.jpg)" in line
+    assert "2 without an “image_id” (annotation 8, annotation 9)" in line
     assert "1 with a caption that is not text (image/4.jpg)" in line
 
 
@@ -246,14 +249,19 @@ def test_instructions(tmp_path, capsys):
         {"instruction": " ", "answer": "Left out."},
         {"instruction": "How?", "answer": None},
         {"instruction": "What?", "answer": "None"},
+        {"instruction": "Who?"},
+        "Who?",
     ]
     lines = [{"image_id": 1, "pairs": pairs}, {"image_id": "2", "pairs": []}]
+    lines += [{"image_id": None, "pairs": pairs}, {"image_id": "2", "pairs": {"Why?": "So."}}]
     file = tmp_path / "asked.jsonl"
     file.write_bytes("\n".join(map(json.dumps, lines)).encode("utf-8-sig"))
     found = read_instructions(file, tmp_path)
     assert answers(found) == {"1": ["Because.", "So.", "None"]}
     assert found[0].texts[0].instructions == ("Why?",)
-    assert "1 picture read; 2 left out: 2 without a caption" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "1 picture read; 7 left out: 6 without a caption (1, line 1, " in line
+    assert "1 without an “image_id” (line 3)" in line
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -467,6 +475,20 @@ def test_coco_ids_of_any_type(tmp_path, ids, capsys):
     (tmp_path / "c.json").write_text(json.dumps(content))
     assert answers(read_captioned(str(tmp_path / "c.json"))) == {"a.jpg": ["A dog."]}
     assert "1 without an “image_id” (annotation 2)" in capsys.readouterr().err
+
+
+def test_images_of_coco_that_cannot_be_used(tmp_path, capsys):
+    put(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    ids = {"a.jpg": 1, "b.jpg": None, "c.jpg": 2, "d.jpg": 2}
+    images = [{"id": number, "file_name": name} for name, number in ids.items()]
+    images += [{"id": 1, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}]
+    annotations = [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": "A cat."}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert answers(read_captioned(str(tmp_path / "c.json"))) == {"a.jpg": ["A dog."]}
+    assert (
+        "3 left out: 1 without a usable “id” or “file_name” (image 2), 1 with an “image_id” that "
+        "several pictures have (annotation 2), 1 without a caption (b.jpg)"
+    ) in capsys.readouterr().err
 
 
 RECORDS = [{"image": "a.jpg", "caption": "A dog."}, {"image": "b.jpg", "caption": "A cat."}]

@@ -280,17 +280,9 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
         raise UserError(
             f"{printable(path)} contains COCO's {kind}, which are no captions: name its captions."
         )
-    try:
-        images = content.get("images", [])
-        ids = [picture_name(i["id"]).strip() for i in images]  # 7, 7.0 and "7" are the same
-        names = [picture_name(i.get("file_name") or i["id"]) for i in images]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"Each of the “images” in {printable(path)} needs an “id” and a “file_name”, as in "
-            "COCO."
-        ) from error
-    by_id = dict(zip(ids, names, strict=True))
     collected = Collected(path, _folders_of(path), by_path=True)
+    by_id = _names_by_id(content.get("images"), collected.reading)
+    described = set()
     for number, annotation in enumerate(annotations, 1):
         place = f"annotation {number}"
         try:
@@ -298,11 +290,31 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
         except ValueError:
             collected.reading.leave_out(place, captions.NO_ID)
             continue
+        described.add(image_id)
+        if (name := by_id.get(image_id, image_id)) is None:
+            collected.reading.leave_out(place, captions.SAME_ID)
+            continue
         found, reason = choose_captions(fields_of(annotation))
         texts = tuple(Text(caption, instructions) for caption in found)
-        name = by_id.get(image_id, image_id)
         collected.add(name, texts, reason, found, f"{name}, {place}")
+    for image_id in (i for i in by_id if i not in described):
+        collected.reading.leave_out(by_id[image_id] or image_id, captions.NO_CAPTION)
     return collected.finish("it needs captions of its “images”")
+
+
+def _names_by_id(images: object, reading: Reading) -> dict[str, str | None]:
+    """The id of each of COCO's images -> its name; None for an id of several."""
+    found: dict[str, str | None] = {}
+    for number, image in enumerate(images if isinstance(images, list) else [], 1):
+        record = image if isinstance(image, dict) else {}
+        try:
+            image_id = picture_name(record.get("id")).strip()  # 7, 7.0 and "7" are the same
+            name = picture_name(record.get("file_name") or image_id)
+        except ValueError:
+            reading.leave_out(f"image {number}", captions.NO_OWN_ID)
+        else:
+            found[image_id] = name if found.get(image_id, name) == name else None
+    return found
 
 
 def _halves(path: Path, what: str) -> UserError:

@@ -221,18 +221,23 @@ def fields_of(record: object) -> list[object]:
 def read_descriptions(folder: str | Path) -> list[Example]:
     """The published layout of the second stage: `filter_cap.json` and `image/ID.jpg`."""
     folder = Path(folder)
-    try:
-        annotations = read_json(folder / "filter_cap.json")["annotations"]
-        pairs = [(picture_name(a["image_id"]), a.get("caption")) for a in annotations]
-    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+    content = read_json(folder / "filter_cap.json")
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
         raise UserError(
             f"{printable(folder)} is not in the layout of the second stage: it needs "
             "filter_cap.json with “annotations” of “image_id” and “caption”, and the pictures as "
             "image/ID.jpg; or a table of captions (CSV or JSON lines) beside the pictures."
-        ) from error
+        )
     collected = Collected(folder / "filter_cap.json", [[folder / "image"]])
-    for key, value in pairs:
-        found, reason = choose_captions([value])
+    for number, annotation in enumerate(annotations, 1):
+        record = annotation if isinstance(annotation, dict) else {}
+        try:
+            key = picture_name(record.get("image_id"))
+        except ValueError:
+            collected.reading.leave_out(f"annotation {number}", captions.NO_ID)
+            continue
+        found, reason = choose_captions([record.get("caption")])
         shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
         collected.add(key, tuple(map(Text, found)), reason, shown=shown)
     return collected.finish("every annotation needs a caption and image/ID.jpg")
@@ -241,20 +246,21 @@ def read_descriptions(folder: str | Path) -> list[Example]:
 def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image."""
     collected = Collected(file, [[Path(folder) / "image"]])
-    try:
-        for _, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
+    for number, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
+        try:
             key = picture_name(record["image_id"])
-            for pair in record["pairs"]:
-                questions, reason = choose_captions([pair["instruction"]], cells=False)
-                answers, why = choose_captions([pair["answer"]], cells=False)
-                texts = tuple(Text(a, questions) for a in answers if questions)
-                collected.add(key, texts, why or reason)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{printable(file)} is not an instruction file: each line must be a JSON object with "
-            "“image_id” and “pairs” of “instruction” and “answer”."
-        ) from error
-    return collected.finish("every line needs pairs with an answer, and image/ID.jpg")
+        except ValueError:
+            collected.reading.leave_out(f"line {number}", captions.NO_ID)
+            continue
+        pairs = record["pairs"] if isinstance(record["pairs"], list) else []
+        for pair in (pair if isinstance(pair, dict) else {} for pair in pairs or [{}]):
+            questions, reason = choose_captions([pair.get("instruction")], cells=False)
+            answers, why = choose_captions([pair.get("answer")], cells=False)
+            texts = tuple(Text(a, questions) for a in answers if questions)
+            collected.add(key, texts, why or reason, shown=f"{key}, line {number}")
+    return collected.finish(
+        "every line needs an “image_id”, “pairs” of “instruction” and “answer”, and image/ID.jpg"
+    )
 
 
 def picture_name(value: object) -> str:
