@@ -59,6 +59,14 @@ def answers(examples) -> dict[str, list[str]]:
         ("['A dog.', \"A cat's.\"]", ["A dog.", "A cat's."]),
         ('["A dog.", "A \\"wet\\" cat."]', ["A dog.", 'A "wet" cat.']),
         ("['A dog.'\n 'A cat.']", ["A dog.", "A cat."]),
+        ("('A dog.', \"A cat's.\")", ["A dog.", "A cat's."]),
+        ("{'A dog.'}", ["A dog."]),
+        ("array(['A dog.', 'A cat.'], dtype='<U6')", ["A dog.", "A cat."]),
+        ("[np.str_('A dog.'), np.str_('A cat.')]", ["A dog.", "A cat."]),
+        ("[['A dog.'], ('A cat.', nan)]", ["A dog.", "A cat."]),
+        ('("Stop" is on the sign)', ['("Stop" is on the sign)']),
+        ("#NAME?", []),
+        ("#DIV/0!", []),
         ("[]", []),
         ("[A red box]", ["[A red box]"]),
         ("", []),
@@ -72,7 +80,13 @@ def test_captions_in_a_field(value, found):
     assert captions_in(value) == found
 
 
-@pytest.mark.parametrize("value", [7, 1.5, True, {"raw": "A dog."}, ["A dog.", 7], "['A dog.', 7]"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(7, 1.5, True, {"raw": "A dog."}, ["A dog.", 7], "['A dog.', 7]", "('A dog.', 7)"),
+        *("[{'raw': 'A dog.'}]", '{"raw": "A dog."}', "array(['A dog.', 7], dtype=object)"),
+    ],
+)
 def test_what_is_no_caption(value):
     with pytest.raises(ValueError):
         captions_in(value)
@@ -426,6 +440,20 @@ def test_lines_without_a_caption_are_left_out(tmp_path, capsys):
     assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
     line = capsys.readouterr().err
     assert "2 without a caption (line 3, line 4), 1 without a picture (line 5)" in line
+
+
+@pytest.mark.parametrize(
+    ("columns", "read"),
+    [
+        ("caption,caption_2", ["A dog.", "Wet."]),
+        ("caption1,Caption 2", ["A dog.", "Wet."]),
+        ("answer,answer_2", ["A dog."]),
+    ],
+)
+def test_numbered_columns_of_captions(tmp_path, columns, read):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "t.csv").write_text(f"image,{columns}\na.jpg,A dog.,Wet.\n")
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": read}
 
 
 def test_a_few_missing_pictures_are_left_out(tmp_path, capsys):

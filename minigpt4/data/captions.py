@@ -58,11 +58,24 @@ FIELDS = (
     "comment",
     "caption_str",
 )
-# What programs write into a cell that has no value.
-_EMPTY_CELLS = {"nan", "NaN", "null", "NULL", "None", "#N/A", "N/A", "<NA>"}
+# Further columns of captions, beside "caption" or without it.
+NUMBERED = re.compile(r"captions?[ _-]?\d+")
+# What programs write into a cell that has no value, and spreadsheets into one with an error.
+_EMPTY_CELLS = {
+    *("nan", "NaN", "null", "NULL", "None", "#N/A", "N/A", "<NA>", "#NAME?", "#REF!", "#VALUE!"),
+    *("#DIV/0!", "#NULL!", "#NUM!", "#SPILL!", "#CALC!", "#ERROR!"),
+}
 _STRING = r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"'
-# A list as Python, JSON or NumPy (without commas) write it into a table's cell.
-_LIST = re.compile(rf"\[[\s,]*(?:(?:{_STRING}|None|null|nan)[\s,]*)*\]", re.DOTALL)
+_GAP = r"[\s,\[\](){}]*"
+# A list, tuple or set as Python, JSON or NumPy (without commas) write it into a table's cell.
+_LIST = re.compile(
+    r"(?:(?:np\.)?array\(|(?:frozen)?set\()?"
+    rf"([\[({{]{_GAP}(?:(?:np\.str_\((?:{_STRING})\)|{_STRING}|None|null|nan){_GAP})*)"
+    r"(?<=[\])}])(?:,\s*dtype=[^)]*\))?",
+    re.DOTALL,
+)
+# What begins as such, or as an object, and is no text either.
+_VALUE = re.compile(r"""\[[{'"]|\('|\{['"]|\[?(?:np\.)?(?:array|str_)\(""")
 
 Read = TypeVar("Read")
 
@@ -82,10 +95,10 @@ def captions_in(value: object, cells: bool = True) -> list[str]:
             left += reversed(item)
         elif not isinstance(item, str):
             raise ValueError
-        elif cells and _LIST.fullmatch(text := item.strip()):
-            left += map(_unquoted, reversed(re.findall(_STRING, text, re.DOTALL)))
-        elif cells and text.startswith(("['", '["')) and text.endswith("]"):
-            raise ValueError  # a list with something other than strings
+        elif cells and (listed := _LIST.fullmatch(text := item.strip())):
+            left += map(_unquoted, reversed(re.findall(_STRING, listed[1], re.DOTALL)))
+        elif cells and _VALUE.match(text) and text.endswith(("]", ")", "}")):
+            raise ValueError  # a list with something other than strings, or an object
         elif (text := item.strip()) and not (cells and text in _EMPTY_CELLS):
             found.append(text)
     return found

@@ -211,10 +211,13 @@ def _captions_beside(
 
 def fields_of(record: object) -> list[object]:
     """The values of a record's caption fields in the order in which they are tried; a value that is
-    no record itself."""
+    no record itself. "caption_2" is a part of "caption"."""
     if not isinstance(record, dict):
         return [record]
     named = {str(name).strip().casefold(): value for name, value in record.items()}
+    more = [named[name] for name in named if captions.NUMBERED.fullmatch(name)]
+    if more := [value for value in more if isinstance(value, str | list)]:
+        named["caption"] = [named.get("caption"), *more]
     return [named[name] for name in captions.FIELDS if name in named]
 
 

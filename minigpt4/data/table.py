@@ -45,8 +45,8 @@ PICTURE = (
     "image_id",
 )
 INSTRUCTION = ("instruction", "question", "prompt", "query")
-# Columns that are read, so that a second one of the name would hide the first.
-_READ = {*PICTURE, *captions.FIELDS, *INSTRUCTION, "input", "history"}
+# Columns that are read, beside captions, so that a second one of the name would hide the first.
+_READ = {*PICTURE, *INSTRUCTION, "input", "history", "system"}
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
 # A line of Flickr8k.token.txt, which has no header.
@@ -82,7 +82,7 @@ def _is_text_table(path: Path) -> bool:
     with path.open("rb") as file:
         first, _, second = file.read(1024).decode("utf-8", "replace").partition("\n")
     names = {name.strip(' "\ufeff\r').casefold() for name in re.split(r"[,;|\t]", first)}
-    named = not names.isdisjoint(PICTURE) and not names.isdisjoint(captions.FIELDS)
+    named = not names.isdisjoint(PICTURE) and _has_captions(names)
     return bool(second) and named or _FLICKR.match(first) is not None
 
 
@@ -249,17 +249,21 @@ def _cells(record: list[str], mark: str, lenient: list[str], columns: int) -> li
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
-    if not {*PICTURE} & {*columns} or not {*captions.FIELDS} & {*columns}:
+    if not {*PICTURE} & {*columns} or not _has_captions(columns):
         raise UserError(
             f"The first line of {printable(path)} must name the columns: “{PICTURE[0]}” and "
             "“caption”."
         )
-    twice = [name for name in columns if name in _READ and columns.count(name) > 1]
-    if twice:
+    twice = [name for name in columns if name and columns.count(name) > 1]
+    if twice := [name for name in twice if name in _READ or _has_captions([name])]:
         raise UserError(
             f"The first line of {printable(path)} names the column “{twice[0]}” more than once: "
             "rename or remove one."
         )
+
+
+def _has_captions(columns: Iterable[str]) -> bool:
+    return bool(fields_of(dict.fromkeys(columns, "")))
 
 
 def names_picture(row: Row) -> bool:
