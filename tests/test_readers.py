@@ -17,6 +17,7 @@ from minigpt4.data.files import SHOWN, printable, shortened
 from minigpt4.data.huggingface import _pictures_in_rows
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.errors import UserError
+from minigpt4.model import image
 from tests.training_case import jpeg, picture
 
 
@@ -256,6 +257,16 @@ def test_descriptions(tmp_path, encoding, capsys):
     assert "1 with a caption that is not text (image/4.jpg)" in line
 
 
+@pytest.mark.parametrize(
+    ("image_id", "there"),
+    [("1", "images/1.jpg"), ("image/1.jpg", "image/1.jpg"), ("images/1", "images/1.png")],
+)
+def test_other_places_of_described_pictures(tmp_path, image_id, there):
+    put(tmp_path, there)
+    found = read_descriptions(described(tmp_path, [{"image_id": image_id, "caption": "A dog."}]))
+    assert answers(found) == {image_id: ["A dog."]}
+
+
 def test_instructions(tmp_path, capsys):
     put(tmp_path / "image", "1.png", "2.jpg")
     pairs = [
@@ -414,9 +425,59 @@ def test_links_that_lead_nowhere(tmp_path, capsys):
     assert "1 with a missing picture (x.jpg)" in line and "1 without a caption (9.jpg)" in line
 
 
+def test_texts_beside_pictures_in_another_case_or_form(tmp_path, capsys):
+    """Of several that fit, none is taken."""
+    put(tmp_path, "caf\u00e9.jpg", "B.JPG", "x.jpg", "X.jpg", "y.jpg")
+    for name in ("cafe\u0301.txt", "b.TXT", "x.txt", "Y.txt", "Y.json"):
+        (tmp_path / name).write_text(json.dumps(name))
+    (tmp_path / "z.txt").write_text("z")
+    assert answers(read_captioned(str(tmp_path))) == {
+        "caf\u00e9": ['"cafe\\u0301.txt"'],
+        "B": ['"b.TXT"'],
+        "x": ['"x.txt"'],
+        "y": ["Y.json"],
+    }
+    line = capsys.readouterr().err
+    assert "2 left out: 1 without a caption (X.jpg), 1 without a picture (z.txt)" in line
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+PAGE = b"\n<!DOCTYPE html><html>404</html>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [(f"c.{end}", POINTER, "run “git lfs pull”") for end in ("csv", "json", "tar", "parquet")]
+    + [(f"c.{end}", PAGE, "a web page, not the file itself: download") for end in ("csv", "json")],
+)
+def test_what_stands_in_place_of_a_file(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    for place in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=said):
+            read_captioned(str(place))
+
+
+def test_what_stands_in_place_of_a_picture(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(POINTER)
+    (tmp_path / "a.txt").write_text("A dog.")
+    (example,) = read_captioned(str(tmp_path))
+    with pytest.raises(UserError, match="Picture a of the data .*run “git lfs pull”"):
+        example.picture()
+    with pytest.raises(UserError, match="is a Git LFS pointer"):
+        image.load(POINTER)
+
+
 def test_hidden_names():
     assert all(map(is_hidden, ("._a.csv", "x/._a.jpg", ".git/a.jpg", "__MACOSX/a.jpg")))
     assert not any(map(is_hidden, ("./a.jpg", "../a.jpg", "a.b.jpg")))
+
+
+def test_text_tables_of_excel(tmp_path):
+    put(tmp_path, "a.jpg")
+    table = "file_name\tcaption\r\na.jpg\tEin Hund, grün.\r\n"
+    (tmp_path / "captions.txt").write_bytes(table.encode("utf-16"))
+    for place in (tmp_path, tmp_path / "captions.txt"):
+        assert answers(read_captioned(str(place))) == {"a.jpg": ["Ein Hund, grün."]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -929,6 +990,10 @@ def test_without_the_datasets_library(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(UserError, match="install its library first"):
         read_captioned(str(tmp_path))
+    (tmp_path / "state.json").rename(tmp_path / "00000_stats.json")  # img2dataset's Parquet files
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="install its library first"):
+        read_captioned(str(tmp_path))
 
 
 def test_a_saved_dataset(tmp_path, capsys):
@@ -959,6 +1024,7 @@ def test_kinds_of_columns_of_pictures(tmp_path, capsys):
     kinds = {
         "list": ({"images": [[coded], [coded] * 2, None]}, {"images": datasets.List(images)}),
         "bytes": ({"image": [first, None, None]}, {"image": datasets.Value("binary")}),
+        "img2dataset": ({"jpg": [first, None, None]}, {"jpg": datasets.Value("binary")}),
         "name": ({"file_name": ["a.jpg", None, None]}, {"file_name": datasets.Value("string")}),
         "two": (
             {"mask": [{"bytes": second, "path": None}] * 3, "image": [coded, None, None]},

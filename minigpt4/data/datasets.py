@@ -23,6 +23,7 @@ from minigpt4.data.examples import (
     read_shards,
 )
 from minigpt4.data.files import (
+    check_pointer,
     is_jsonl,
     local_path,
     parse_json,
@@ -32,7 +33,7 @@ from minigpt4.data.files import (
     sample_of,
     shortened,
 )
-from minigpt4.data.names import is_file, is_hidden
+from minigpt4.data.names import folded, is_file, is_hidden
 from minigpt4.data.table import (
     SUFFIXES,
     folders_in,
@@ -94,6 +95,8 @@ def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
     path, shown = local_path(where), printable(where)
     if path.is_dir():
         return _read_folder(path, instructions)
+    if path.is_file():
+        check_pointer(path)
     if is_table(path):
         return read_table(path, instructions)
     kind = next((k for ends, k in _OTHER_KINDS.items() if path.name.lower().endswith(ends)), None)
@@ -130,7 +133,9 @@ def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     for name in ("train", "data"):  # as in Hugging Face's imagefolder
         if (folder / name).is_dir() and tables_in(folder / name):
             return read_table(folder / name, instructions)
-    annotations = [p for p in sorted(folder.glob("*.json")) if _is_annotation(p)]
+    pictures = {folded(p.stem) for p in folder.iterdir() if has_picture_name(p.name)}
+    others = [p for p in sorted(folder.glob("*.json")) if folded(p.stem) not in pictures]
+    annotations = [p for p in others if _is_annotation(p)]
     if len(annotations) == 1:
         return _read_json(annotations[0], instructions)
     if len(annotations) > 1 and not any(p.with_suffix(".jpg").exists() for p in annotations):
@@ -142,10 +147,9 @@ def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
 
 
 def _is_annotation(path: Path) -> bool:
-    """Whether a JSON file may be a data set's, not one picture's or a program's own."""
-    beside = any(has_picture_name(p.name) for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    """Whether a JSON file beside no picture may be a data set's, not a program's own."""
     own = is_hidden(path.name) or not is_file(path)
-    return not (beside or own or path.stem.endswith(("_stats", "dataset_info")))
+    return not (own or path.stem.endswith(("_stats", "dataset_info")))
 
 
 def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:

@@ -22,7 +22,7 @@ from minigpt4.data.files import (
     sample_of,
     shortened,
 )
-from minigpt4.data.names import PictureFinder, is_hidden
+from minigpt4.data.names import PictureFinder, folded, is_hidden
 from minigpt4.data.shards import expand, members, names_of, read_at
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
@@ -172,6 +172,7 @@ def captioned_files(
             texts.setdefault(key, {})[suffix.lower()] = name
         else:
             others.setdefault(key, name)
+    _match_folded(pictures, texts)
     for key, name in pictures.items():
         found, reason = _captions_beside(texts.get(key, {}), read)
         if found:
@@ -184,6 +185,17 @@ def captioned_files(
     for key, beside in texts.items():
         if key not in pictures and key not in others:
             reading.leave_out(next(iter(beside.values())), captions.NO_PICTURE)
+
+
+def _match_folded(pictures: Iterable[str], texts: dict[str, dict[str, str]]) -> None:
+    """Give a picture without texts those of the one key that differs in case or Unicode form, if no
+    other such picture could have them."""
+    alike: dict[str, tuple[list[str], list[str]]] = {}
+    for key in texts.keys() ^ set(pictures):
+        alike.setdefault(folded(key), ([], []))[key in texts].append(key)
+    for lacking, spare in alike.values():
+        if len(lacking) == len(spare) == 1:
+            texts[lacking[0]] = texts.pop(spare[0])
 
 
 def _captions_beside(
@@ -222,7 +234,8 @@ def fields_of(record: object) -> list[object]:
 
 
 def read_descriptions(folder: str | Path) -> list[Example]:
-    """The published layout of the second stage: `filter_cap.json` and `image/ID.jpg`."""
+    """The published layout of the second stage: `filter_cap.json` and `image/ID.jpg`; the pictures
+    may also be in `images/` or beside the file."""
     folder = Path(folder)
     content = read_json(folder / "filter_cap.json")
     annotations = content.get("annotations") if isinstance(content, dict) else None
@@ -232,7 +245,7 @@ def read_descriptions(folder: str | Path) -> list[Example]:
             "filter_cap.json with “annotations” of “image_id” and “caption”, and the pictures as "
             "image/ID.jpg; or a table of captions (CSV or JSON lines) beside the pictures."
         )
-    collected = Collected(folder / "filter_cap.json", [[folder / "image"]])
+    collected = Collected(folder / "filter_cap.json", _described_in(folder))
     for number, annotation in enumerate(annotations, 1):
         record = annotation if isinstance(annotation, dict) else {}
         try:
@@ -247,8 +260,9 @@ def read_descriptions(folder: str | Path) -> list[Example]:
 
 
 def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
-    """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image."""
-    collected = Collected(file, [[Path(folder) / "image"]])
+    """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image, as
+    for `read_descriptions`."""
+    collected = Collected(file, _described_in(Path(folder)))
     for number, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
         try:
             key = picture_name(record["image_id"])
@@ -264,6 +278,10 @@ def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     return collected.finish(
         "every line needs an “image_id”, “pairs” of “instruction” and “answer”, and image/ID.jpg"
     )
+
+
+def _described_in(folder: Path) -> list[list[Path]]:
+    return [[folder], [folder / "image"], [folder / "images"]]
 
 
 def picture_name(value: object) -> str:

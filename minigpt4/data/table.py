@@ -21,7 +21,7 @@ from minigpt4.data.conversations import (
     without_marks,
 )
 from minigpt4.data.examples import Collected, Example, Text, fields_of, picture_name
-from minigpt4.data.files import local_path, parse_jsonl, printable, read_text, shortened
+from minigpt4.data.files import decode, local_path, parse_jsonl, printable, read_text, shortened
 from minigpt4.data.names import is_hidden
 from minigpt4.errors import UserError
 
@@ -80,7 +80,7 @@ def _is_text_table(path: Path) -> bool:
     if path.suffix.lower() not in TEXTS or not path.is_file():
         return False
     with path.open("rb") as file:
-        first, _, second = file.read(1024).decode("utf-8", "replace").partition("\n")
+        first, _, second = decode(file.read(1024), "replace").partition("\n")
     names = {name.strip(' "\ufeff\r').casefold() for name in re.split(r"[,;|\t]", first)}
     named = not names.isdisjoint(PICTURE) and _has_captions(names)
     return bool(second) and named or _FLICKR.match(first) is not None
