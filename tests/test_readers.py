@@ -17,6 +17,7 @@ from minigpt4.data.files import SHOWN, printable, shortened
 from minigpt4.data.huggingface import _pictures_in_rows
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.errors import UserError
+from minigpt4.model import image
 from tests.training_case import jpeg, picture
 
 
@@ -59,6 +60,14 @@ def answers(examples) -> dict[str, list[str]]:
         ("['A dog.', \"A cat's.\"]", ["A dog.", "A cat's."]),
         ('["A dog.", "A \\"wet\\" cat."]', ["A dog.", 'A "wet" cat.']),
         ("['A dog.'\n 'A cat.']", ["A dog.", "A cat."]),
+        ("('A dog.', \"A cat's.\")", ["A dog.", "A cat's."]),
+        ("{'A dog.'}", ["A dog."]),
+        ("array(['A dog.', 'A cat.'], dtype='<U6')", ["A dog.", "A cat."]),
+        ("[np.str_('A dog.'), np.str_('A cat.')]", ["A dog.", "A cat."]),
+        ("[['A dog.'], ('A cat.', nan)]", ["A dog.", "A cat."]),
+        ('("Stop" is on the sign)', ['("Stop" is on the sign)']),
+        ("#NAME?", []),
+        ("#DIV/0!", []),
         ("[]", []),
         ("[A red box]", ["[A red box]"]),
         ("", []),
@@ -72,7 +81,13 @@ def test_captions_in_a_field(value, found):
     assert captions_in(value) == found
 
 
-@pytest.mark.parametrize("value", [7, 1.5, True, {"raw": "A dog."}, ["A dog.", 7], "['A dog.', 7]"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(7, 1.5, True, {"raw": "A dog."}, ["A dog.", 7], "['A dog.', 7]", "('A dog.', 7)"),
+        *("[{'raw': 'A dog.'}]", '{"raw": "A dog."}', "array(['A dog.', 7], dtype=object)"),
+    ],
+)
 def test_what_is_no_caption(value):
     with pytest.raises(ValueError):
         captions_in(value)
@@ -226,6 +241,8 @@ def test_descriptions(tmp_path, encoding, capsys):
         {"image_id": 5.0, "caption": "A hen."},
         {"image_id": "6.jpg", "caption": "A cow."},
         {"image_id": "1", "caption": "Again."},
+        {"image_id": None, "caption": "A hen."},
+        "A hen.",
     ]
     found = read_descriptions(described(tmp_path, annotations, encoding))
     assert answers(found) == {
@@ -235,8 +252,19 @@ def test_descriptions(tmp_path, encoding, capsys):
         "6.jpg": ["A cow."],
     }
     line = capsys.readouterr().err
-    assert "4 pictures read; 2 left out: 1 without a caption (image/3.jpg)" in line
+    assert "4 pictures read; 4 left out: 1 without a caption (image/3.jpg)" in line
+    assert "2 without an “image_id” (annotation 8, annotation 9)" in line
     assert "1 with a caption that is not text (image/4.jpg)" in line
+
+
+@pytest.mark.parametrize(
+    ("image_id", "there"),
+    [("1", "images/1.jpg"), ("image/1.jpg", "image/1.jpg"), ("images/1", "images/1.png")],
+)
+def test_other_places_of_described_pictures(tmp_path, image_id, there):
+    put(tmp_path, there)
+    found = read_descriptions(described(tmp_path, [{"image_id": image_id, "caption": "A dog."}]))
+    assert answers(found) == {image_id: ["A dog."]}
 
 
 def test_instructions(tmp_path, capsys):
@@ -246,14 +274,19 @@ def test_instructions(tmp_path, capsys):
         {"instruction": " ", "answer": "Left out."},
         {"instruction": "How?", "answer": None},
         {"instruction": "What?", "answer": "None"},
+        {"instruction": "Who?"},
+        "Who?",
     ]
     lines = [{"image_id": 1, "pairs": pairs}, {"image_id": "2", "pairs": []}]
+    lines += [{"image_id": None, "pairs": pairs}, {"image_id": "2", "pairs": {"Why?": "So."}}]
     file = tmp_path / "asked.jsonl"
     file.write_bytes("\n".join(map(json.dumps, lines)).encode("utf-8-sig"))
     found = read_instructions(file, tmp_path)
     assert answers(found) == {"1": ["Because.", "So.", "None"]}
     assert found[0].texts[0].instructions == ("Why?",)
-    assert "1 picture read; 2 left out: 2 without a caption" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "1 picture read; 7 left out: 6 without a caption (1, line 1, " in line
+    assert "1 without an “image_id” (line 3)" in line
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -392,9 +425,59 @@ def test_links_that_lead_nowhere(tmp_path, capsys):
     assert "1 with a missing picture (x.jpg)" in line and "1 without a caption (9.jpg)" in line
 
 
+def test_texts_beside_pictures_in_another_case_or_form(tmp_path, capsys):
+    """Of several that fit, none is taken."""
+    put(tmp_path, "caf\u00e9.jpg", "B.JPG", "x.jpg", "X.jpg", "y.jpg")
+    for name in ("cafe\u0301.txt", "b.TXT", "x.txt", "Y.txt", "Y.json"):
+        (tmp_path / name).write_text(json.dumps(name))
+    (tmp_path / "z.txt").write_text("z")
+    assert answers(read_captioned(str(tmp_path))) == {
+        "caf\u00e9": ['"cafe\\u0301.txt"'],
+        "B": ['"b.TXT"'],
+        "x": ['"x.txt"'],
+        "y": ["Y.json"],
+    }
+    line = capsys.readouterr().err
+    assert "2 left out: 1 without a caption (X.jpg), 1 without a picture (z.txt)" in line
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+PAGE = b"\n<!DOCTYPE html><html>404</html>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [(f"c.{end}", POINTER, "run “git lfs pull”") for end in ("csv", "json", "tar", "parquet")]
+    + [(f"c.{end}", PAGE, "a web page, not the file itself: download") for end in ("csv", "json")],
+)
+def test_what_stands_in_place_of_a_file(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    for place in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=said):
+            read_captioned(str(place))
+
+
+def test_what_stands_in_place_of_a_picture(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(POINTER)
+    (tmp_path / "a.txt").write_text("A dog.")
+    (example,) = read_captioned(str(tmp_path))
+    with pytest.raises(UserError, match="Picture a of the data .*run “git lfs pull”"):
+        example.picture()
+    with pytest.raises(UserError, match="is a Git LFS pointer"):
+        image.load(POINTER)
+
+
 def test_hidden_names():
     assert all(map(is_hidden, ("._a.csv", "x/._a.jpg", ".git/a.jpg", "__MACOSX/a.jpg")))
     assert not any(map(is_hidden, ("./a.jpg", "../a.jpg", "a.b.jpg")))
+
+
+def test_text_tables_of_excel(tmp_path):
+    put(tmp_path, "a.jpg")
+    table = "file_name\tcaption\r\na.jpg\tEin Hund, grün.\r\n"
+    (tmp_path / "captions.txt").write_bytes(table.encode("utf-16"))
+    for place in (tmp_path, tmp_path / "captions.txt"):
+        assert answers(read_captioned(str(place))) == {"a.jpg": ["Ein Hund, grün."]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -418,6 +501,20 @@ def test_lines_without_a_caption_are_left_out(tmp_path, capsys):
     assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
     line = capsys.readouterr().err
     assert "2 without a caption (line 3, line 4), 1 without a picture (line 5)" in line
+
+
+@pytest.mark.parametrize(
+    ("columns", "read"),
+    [
+        ("caption,caption_2", ["A dog.", "Wet."]),
+        ("caption1,Caption 2", ["A dog.", "Wet."]),
+        ("answer,answer_2", ["A dog."]),
+    ],
+)
+def test_numbered_columns_of_captions(tmp_path, columns, read):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "t.csv").write_text(f"image,{columns}\na.jpg,A dog.,Wet.\n")
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": read}
 
 
 def test_a_few_missing_pictures_are_left_out(tmp_path, capsys):
@@ -467,6 +564,20 @@ def test_coco_ids_of_any_type(tmp_path, ids, capsys):
     (tmp_path / "c.json").write_text(json.dumps(content))
     assert answers(read_captioned(str(tmp_path / "c.json"))) == {"a.jpg": ["A dog."]}
     assert "1 without an “image_id” (annotation 2)" in capsys.readouterr().err
+
+
+def test_images_of_coco_that_cannot_be_used(tmp_path, capsys):
+    put(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    ids = {"a.jpg": 1, "b.jpg": None, "c.jpg": 2, "d.jpg": 2}
+    images = [{"id": number, "file_name": name} for name, number in ids.items()]
+    images += [{"id": 1, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}]
+    annotations = [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": "A cat."}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert answers(read_captioned(str(tmp_path / "c.json"))) == {"a.jpg": ["A dog."]}
+    assert (
+        "3 left out: 1 without a usable “id” or “file_name” (image 2), 1 with an “image_id” that "
+        "several pictures have (annotation 2), 1 without a caption (b.jpg)"
+    ) in capsys.readouterr().err
 
 
 RECORDS = [{"image": "a.jpg", "caption": "A dog."}, {"image": "b.jpg", "caption": "A cat."}]
@@ -592,6 +703,10 @@ def test_json_lines_of_trainers(tmp_path, record, first):
         (["What?\n<|image|>", "a"], ["What?"]),
         (["See <image 1>", "a", "<image 1> again?", "b"], ["See", "again?"]),
         (["<img> What?", "a"], ["What?"]),
+        (["<|vision_start|><|image_pad|><|vision_end|>What?", "a"], ["What?"]),
+        (["[IMG]What?", "a"], ["What?"]),
+        (["<image_soft_token>\nIs <video> an HTML tag?", "a"], ["Is <video> an HTML tag?"]),
+        (["<|image_pad|><|image_pad|>What?", "a"], None),
         (["<image>\nWhat?", "a", "<image>\nWhere?", "b"], ["What?", "Where?"]),
         (["<image_1>What?", "a", "And <image_2>?", "b"], None),
         (["<image>\n<image>\nWhat?", "a"], None),
@@ -616,6 +731,77 @@ def test_marks_that_stand_for_the_picture(tmp_path, turns, read, capsys):
             assert last.answer == turns[-1]
         else:
             assert not learned
+
+
+def about(question: object, answer: object, **fields) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "images": ["a.jpg"], **fields}
+
+
+UNLEARNED = {"role": "assistant", "content": "a", "weight": 0}
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (about("q", "a", label=False), "1 marked as bad"),
+        ({"image": "a.jpg", "conversations": LLAVA, "kto_tag": False}, "1 marked as bad"),
+        (about("q", "a", rejected_response="b"), "1 with a chosen and a rejected answer"),
+        ({"image": "a.jpg", "chosen": "a", "rejected": "b"}, "1 with a chosen and a rejected"),
+        ({"messages": [UNLEARNED], "image": "a.jpg"}, "1 whose answers are marked as not to be"),
+        (about("<image><video>q", "a", videos=["b.mp4"]), "1 with a video or sound"),
+        (about("q", "a", audios=["b.mp3"]), "1 with a video or sound"),
+        (about("<image>\n<video>\nq", "a"), "1 with a video or sound"),
+        (about("<|vision_start|><|video_pad|><|vision_end|>q", "a"), "1 with a video or sound"),
+        (about([{"type": "video_url", "video_url": {"url": "b.mp4"}}], "a"), "1 with a video"),
+        ({"video": "b.mp4", "caption": "A dog."}, "1 with a video or sound"),
+        (about("<image>Find <ref-object>", "<bbox>", objects={}), "1 with boxes"),
+        (about("q", "<|box_start|>(1,2),(3,4)<|box_end|>"), "1 with boxes"),
+        ({"image": "a.jpg", "query": "q", "response": "<box>[[1, 2, 3, 4]]</box>"}, "1 with boxes"),
+    ],
+)
+def test_records_that_are_not_to_be_learned(tmp_path, record, why, capsys):
+    put(tmp_path, "a.jpg")
+    lines = map(json.dumps, (record, {"image": "a.jpg", "caption": "A dog.", "video": "of.mp4"}))
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"loss": True}, {"weight": 1}])
+def test_turns_that_are_not_to_be_learned(tmp_path, mark):
+    put(tmp_path, "a.jpg")
+    record = about("q", "a")
+    record["messages"][1] |= mark
+    record["messages"] += about("r", "b")["messages"]
+    (tmp_path / "t.jsonl").write_text(json.dumps(record))
+    (example,) = read_captioned(str(tmp_path))
+    learned = ["a", "b"] if any(mark.values()) else ["b"]
+    assert [t.answer for t in example.texts] == learned
+    assert example.texts[-1].earlier == (("q", "a"),)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        about("q", "a", system="Be brief."),
+        {"image": "a.jpg", "system": "Be brief.", "query": "q", "response": "a"},
+        {"image": "a.jpg", "system": "Be brief.", "instruction": "q", "output": "a"},
+        {
+            "image": "a.jpg",
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                *about("q", "a")["messages"],
+            ],
+        },
+    ],
+)
+def test_system_texts(tmp_path, record):
+    """Those of a record are part of the first question, as those of messages are."""
+    put(tmp_path, "a.jpg")
+    (tmp_path / "t.jsonl").write_text(json.dumps(record))
+    (example,) = read_captioned(str(tmp_path))
+    assert [(t.instructions, t.answer) for t in example.texts] == [(("Be brief.\nq",), "a")]
 
 
 @pytest.mark.parametrize("answer", ["None", "null", "N/A", "['a','b']"])
@@ -804,6 +990,10 @@ def test_without_the_datasets_library(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(UserError, match="install its library first"):
         read_captioned(str(tmp_path))
+    (tmp_path / "state.json").rename(tmp_path / "00000_stats.json")  # img2dataset's Parquet files
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="install its library first"):
+        read_captioned(str(tmp_path))
 
 
 def test_a_saved_dataset(tmp_path, capsys):
@@ -834,6 +1024,7 @@ def test_kinds_of_columns_of_pictures(tmp_path, capsys):
     kinds = {
         "list": ({"images": [[coded], [coded] * 2, None]}, {"images": datasets.List(images)}),
         "bytes": ({"image": [first, None, None]}, {"image": datasets.Value("binary")}),
+        "img2dataset": ({"jpg": [first, None, None]}, {"jpg": datasets.Value("binary")}),
         "name": ({"file_name": ["a.jpg", None, None]}, {"file_name": datasets.Value("string")}),
         "two": (
             {"mask": [{"bytes": second, "path": None}] * 3, "image": [coded, None, None]},

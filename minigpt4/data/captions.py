@@ -24,8 +24,15 @@ ON_WEB = "with a picture on the web"
 IN_TEXT = "with a picture named inside the text (<img>…</img>), which is not read"
 MARKS = "with more marks of pictures (<image>) than pictures"
 NO_ID = "without an “image_id”"
+NO_OWN_ID = "without a usable “id” or “file_name”"
+SAME_ID = "with an “image_id” that several pictures have"
+BOXES = "with boxes, which are not read"
+VIDEO = "with a video or sound"
 TOOLS = "with calls of tools"
 UNKNOWN_ROLE = "with an unknown role"
+BAD = "marked as bad (“label” or “kto_tag” false)"
+PREFERENCES = "with a chosen and a rejected answer, which are not read"
+NOT_LEARNED = "whose answers are marked as not to be learned (“loss” or “weight”)"
 NO_HISTORY = "with a “history” that has neither pairs nor messages"
 
 MOST_MISSING = 0.1  # of the pictures that a table names: more are a mistake in the paths
@@ -51,11 +58,24 @@ FIELDS = (
     "comment",
     "caption_str",
 )
-# What programs write into a cell that has no value.
-_EMPTY_CELLS = {"nan", "NaN", "null", "NULL", "None", "#N/A", "N/A", "<NA>"}
+# Further columns of captions, beside "caption" or without it.
+NUMBERED = re.compile(r"captions?[ _-]?\d+")
+# What programs write into a cell that has no value, and spreadsheets into one with an error.
+_EMPTY_CELLS = {
+    *("nan", "NaN", "null", "NULL", "None", "#N/A", "N/A", "<NA>", "#NAME?", "#REF!", "#VALUE!"),
+    *("#DIV/0!", "#NULL!", "#NUM!", "#SPILL!", "#CALC!", "#ERROR!"),
+}
 _STRING = r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"'
-# A list as Python, JSON or NumPy (without commas) write it into a table's cell.
-_LIST = re.compile(rf"\[[\s,]*(?:(?:{_STRING}|None|null|nan)[\s,]*)*\]", re.DOTALL)
+_GAP = r"[\s,\[\](){}]*"
+# A list, tuple or set as Python, JSON or NumPy (without commas) write it into a table's cell.
+_LIST = re.compile(
+    r"(?:(?:np\.)?array\(|(?:frozen)?set\()?"
+    rf"([\[({{]{_GAP}(?:(?:np\.str_\((?:{_STRING})\)|{_STRING}|None|null|nan){_GAP})*)"
+    r"(?<=[\])}])(?:,\s*dtype=[^)]*\))?",
+    re.DOTALL,
+)
+# What begins as such, or as an object, and is no text either.
+_VALUE = re.compile(r"""\[[{'"]|\('|\{['"]|\[?(?:np\.)?(?:array|str_)\(""")
 
 Read = TypeVar("Read")
 
@@ -75,10 +95,10 @@ def captions_in(value: object, cells: bool = True) -> list[str]:
             left += reversed(item)
         elif not isinstance(item, str):
             raise ValueError
-        elif cells and _LIST.fullmatch(text := item.strip()):
-            left += map(_unquoted, reversed(re.findall(_STRING, text, re.DOTALL)))
-        elif cells and text.startswith(("['", '["')) and text.endswith("]"):
-            raise ValueError  # a list with something other than strings
+        elif cells and (listed := _LIST.fullmatch(text := item.strip())):
+            left += map(_unquoted, reversed(re.findall(_STRING, listed[1], re.DOTALL)))
+        elif cells and _VALUE.match(text) and text.endswith(("]", ")", "}")):
+            raise ValueError  # a list with something other than strings, or an object
         elif (text := item.strip()) and not (cells and text in _EMPTY_CELLS):
             found.append(text)
     return found

@@ -23,6 +23,7 @@ from minigpt4.data.examples import (
     read_shards,
 )
 from minigpt4.data.files import (
+    check_pointer,
     is_jsonl,
     local_path,
     parse_json,
@@ -32,7 +33,7 @@ from minigpt4.data.files import (
     sample_of,
     shortened,
 )
-from minigpt4.data.names import is_file, is_hidden
+from minigpt4.data.names import folded, is_file, is_hidden
 from minigpt4.data.table import (
     SUFFIXES,
     folders_in,
@@ -94,6 +95,8 @@ def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
     path, shown = local_path(where), printable(where)
     if path.is_dir():
         return _read_folder(path, instructions)
+    if path.is_file():
+        check_pointer(path)
     if is_table(path):
         return read_table(path, instructions)
     kind = next((k for ends, k in _OTHER_KINDS.items() if path.name.lower().endswith(ends)), None)
@@ -130,7 +133,9 @@ def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     for name in ("train", "data"):  # as in Hugging Face's imagefolder
         if (folder / name).is_dir() and tables_in(folder / name):
             return read_table(folder / name, instructions)
-    annotations = [p for p in sorted(folder.glob("*.json")) if _is_annotation(p)]
+    pictures = {folded(p.stem) for p in folder.iterdir() if has_picture_name(p.name)}
+    others = [p for p in sorted(folder.glob("*.json")) if folded(p.stem) not in pictures]
+    annotations = [p for p in others if _is_annotation(p)]
     if len(annotations) == 1:
         return _read_json(annotations[0], instructions)
     if len(annotations) > 1 and not any(p.with_suffix(".jpg").exists() for p in annotations):
@@ -142,10 +147,9 @@ def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
 
 
 def _is_annotation(path: Path) -> bool:
-    """Whether a JSON file may be a data set's, not one picture's or a program's own."""
-    beside = any(has_picture_name(p.name) for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    """Whether a JSON file beside no picture may be a data set's, not a program's own."""
     own = is_hidden(path.name) or not is_file(path)
-    return not (beside or own or path.stem.endswith(("_stats", "dataset_info")))
+    return not (own or path.stem.endswith(("_stats", "dataset_info")))
 
 
 def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
@@ -280,17 +284,9 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
         raise UserError(
             f"{printable(path)} contains COCO's {kind}, which are no captions: name its captions."
         )
-    try:
-        images = content.get("images", [])
-        ids = [picture_name(i["id"]).strip() for i in images]  # 7, 7.0 and "7" are the same
-        names = [picture_name(i.get("file_name") or i["id"]) for i in images]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"Each of the “images” in {printable(path)} needs an “id” and a “file_name”, as in "
-            "COCO."
-        ) from error
-    by_id = dict(zip(ids, names, strict=True))
     collected = Collected(path, _folders_of(path), by_path=True)
+    by_id = _names_by_id(content.get("images"), collected.reading)
+    described = set()
     for number, annotation in enumerate(annotations, 1):
         place = f"annotation {number}"
         try:
@@ -298,11 +294,31 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
         except ValueError:
             collected.reading.leave_out(place, captions.NO_ID)
             continue
+        described.add(image_id)
+        if (name := by_id.get(image_id, image_id)) is None:
+            collected.reading.leave_out(place, captions.SAME_ID)
+            continue
         found, reason = choose_captions(fields_of(annotation))
         texts = tuple(Text(caption, instructions) for caption in found)
-        name = by_id.get(image_id, image_id)
         collected.add(name, texts, reason, found, f"{name}, {place}")
+    for image_id in (i for i in by_id if i not in described):
+        collected.reading.leave_out(by_id[image_id] or image_id, captions.NO_CAPTION)
     return collected.finish("it needs captions of its “images”")
+
+
+def _names_by_id(images: object, reading: Reading) -> dict[str, str | None]:
+    """The id of each of COCO's images -> its name; None for an id of several."""
+    found: dict[str, str | None] = {}
+    for number, image in enumerate(images if isinstance(images, list) else [], 1):
+        record = image if isinstance(image, dict) else {}
+        try:
+            image_id = picture_name(record.get("id")).strip()  # 7, 7.0 and "7" are the same
+            name = picture_name(record.get("file_name") or image_id)
+        except ValueError:
+            reading.leave_out(f"image {number}", captions.NO_OWN_ID)
+        else:
+            found[image_id] = name if found.get(image_id, name) == name else None
+    return found
 
 
 def _halves(path: Path, what: str) -> UserError:

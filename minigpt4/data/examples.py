@@ -22,7 +22,7 @@ from minigpt4.data.files import (
     sample_of,
     shortened,
 )
-from minigpt4.data.names import PictureFinder, is_hidden
+from minigpt4.data.names import PictureFinder, folded, is_hidden
 from minigpt4.data.shards import expand, members, names_of, read_at
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
@@ -172,6 +172,7 @@ def captioned_files(
             texts.setdefault(key, {})[suffix.lower()] = name
         else:
             others.setdefault(key, name)
+    _match_folded(pictures, texts)
     for key, name in pictures.items():
         found, reason = _captions_beside(texts.get(key, {}), read)
         if found:
@@ -184,6 +185,17 @@ def captioned_files(
     for key, beside in texts.items():
         if key not in pictures and key not in others:
             reading.leave_out(next(iter(beside.values())), captions.NO_PICTURE)
+
+
+def _match_folded(pictures: Iterable[str], texts: dict[str, dict[str, str]]) -> None:
+    """Give a picture without texts those of the one key that differs in case or Unicode form, if no
+    other such picture could have them."""
+    alike: dict[str, tuple[list[str], list[str]]] = {}
+    for key in texts.keys() ^ set(pictures):
+        alike.setdefault(folded(key), ([], []))[key in texts].append(key)
+    for lacking, spare in alike.values():
+        if len(lacking) == len(spare) == 1:
+            texts[lacking[0]] = texts.pop(spare[0])
 
 
 def _captions_beside(
@@ -211,50 +223,65 @@ def _captions_beside(
 
 def fields_of(record: object) -> list[object]:
     """The values of a record's caption fields in the order in which they are tried; a value that is
-    no record itself."""
+    no record itself. "caption_2" is a part of "caption"."""
     if not isinstance(record, dict):
         return [record]
     named = {str(name).strip().casefold(): value for name, value in record.items()}
+    more = [named[name] for name in named if captions.NUMBERED.fullmatch(name)]
+    if more := [value for value in more if isinstance(value, str | list)]:
+        named["caption"] = [named.get("caption"), *more]
     return [named[name] for name in captions.FIELDS if name in named]
 
 
 def read_descriptions(folder: str | Path) -> list[Example]:
-    """The published layout of the second stage: `filter_cap.json` and `image/ID.jpg`."""
+    """The published layout of the second stage: `filter_cap.json` and `image/ID.jpg`; the pictures
+    may also be in `images/` or beside the file."""
     folder = Path(folder)
-    try:
-        annotations = read_json(folder / "filter_cap.json")["annotations"]
-        pairs = [(picture_name(a["image_id"]), a.get("caption")) for a in annotations]
-    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+    content = read_json(folder / "filter_cap.json")
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
         raise UserError(
             f"{printable(folder)} is not in the layout of the second stage: it needs "
             "filter_cap.json with “annotations” of “image_id” and “caption”, and the pictures as "
             "image/ID.jpg; or a table of captions (CSV or JSON lines) beside the pictures."
-        ) from error
-    collected = Collected(folder / "filter_cap.json", [[folder / "image"]])
-    for key, value in pairs:
-        found, reason = choose_captions([value])
+        )
+    collected = Collected(folder / "filter_cap.json", _described_in(folder))
+    for number, annotation in enumerate(annotations, 1):
+        record = annotation if isinstance(annotation, dict) else {}
+        try:
+            key = picture_name(record.get("image_id"))
+        except ValueError:
+            collected.reading.leave_out(f"annotation {number}", captions.NO_ID)
+            continue
+        found, reason = choose_captions([record.get("caption")])
         shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
         collected.add(key, tuple(map(Text, found)), reason, shown=shown)
     return collected.finish("every annotation needs a caption and image/ID.jpg")
 
 
 def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
-    """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image."""
-    collected = Collected(file, [[Path(folder) / "image"]])
-    try:
-        for _, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
+    """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image, as
+    for `read_descriptions`."""
+    collected = Collected(file, _described_in(Path(folder)))
+    for number, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
+        try:
             key = picture_name(record["image_id"])
-            for pair in record["pairs"]:
-                questions, reason = choose_captions([pair["instruction"]], cells=False)
-                answers, why = choose_captions([pair["answer"]], cells=False)
-                texts = tuple(Text(a, questions) for a in answers if questions)
-                collected.add(key, texts, why or reason)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{printable(file)} is not an instruction file: each line must be a JSON object with "
-            "“image_id” and “pairs” of “instruction” and “answer”."
-        ) from error
-    return collected.finish("every line needs pairs with an answer, and image/ID.jpg")
+        except ValueError:
+            collected.reading.leave_out(f"line {number}", captions.NO_ID)
+            continue
+        pairs = record["pairs"] if isinstance(record["pairs"], list) else []
+        for pair in (pair if isinstance(pair, dict) else {} for pair in pairs or [{}]):
+            questions, reason = choose_captions([pair.get("instruction")], cells=False)
+            answers, why = choose_captions([pair.get("answer")], cells=False)
+            texts = tuple(Text(a, questions) for a in answers if questions)
+            collected.add(key, texts, why or reason, shown=f"{key}, line {number}")
+    return collected.finish(
+        "every line needs an “image_id”, “pairs” of “instruction” and “answer”, and image/ID.jpg"
+    )
+
+
+def _described_in(folder: Path) -> list[list[Path]]:
+    return [[folder], [folder / "image"], [folder / "images"]]
 
 
 def picture_name(value: object) -> str:

@@ -17,6 +17,8 @@ PROMPTS = _data.folder("prompts")
 _BLOCK = 4096  # bytes
 SHOWN = 80  # characters of a name that a message shows
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_WEB_PAGE = re.compile(r"(?i)\s*<(!doctype\s+html|html)\b")
 _ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|pipe:")
 # Control characters, and those that turn the direction of what follows.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -60,22 +62,34 @@ def local_path(where: str | os.PathLike) -> Path:
     return path
 
 
-def decode(content: bytes) -> str:
+def decode(content: bytes, errors: str = "strict") -> str:
     """UTF-8 text, or another Unicode encoding that its byte-order mark names; without the mark.
 
-    UnicodeDecodeError if it is neither.
+    UnicodeDecodeError if it is neither, unless `errors` is another way to treat that.
     """
     encoding = next((e for mark, e in _ENCODINGS if content.startswith(mark)), "utf-8")
-    return content.decode(encoding).lstrip("\ufeff")
+    return content.decode(encoding, errors).lstrip("\ufeff")
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """The content of a file. UserError if it cannot be read."""
+def read_bytes(path: str | os.PathLike, size: int = -1) -> bytes:
+    """The content of a file, or its first bytes. UserError if it cannot be read, or if Git left a
+    pointer in its place."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(size)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a possible name"
         raise UserError(f"{printable(path)} cannot be read ({why}): check the path.") from error
+    if content.startswith(_POINTER):
+        raise UserError(
+            f"{printable(path)} is a Git LFS pointer, not the file itself: run “git lfs pull”."
+        )
+    return content
+
+
+def check_pointer(path: str | os.PathLike) -> None:
+    """As `read_bytes`, for a file that something else reads."""
+    read_bytes(path, len(_POINTER))
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -84,6 +98,10 @@ def read_text(path: str | os.PathLike) -> str:
         text = decode(read_bytes(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{printable(path)} is not in UTF-8: save it as UTF-8.") from error
+    if _WEB_PAGE.match(text):
+        raise UserError(
+            f"{printable(path)} is a web page, not the file itself: download the file anew."
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

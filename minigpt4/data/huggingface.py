@@ -12,7 +12,7 @@ from minigpt4.data import captions
 from minigpt4.data.captions import Reading
 from minigpt4.data.conversations import NotUsable
 from minigpt4.data.examples import Example
-from minigpt4.data.files import read_bytes, shortened
+from minigpt4.data.files import check_pointer, read_bytes, shortened
 from minigpt4.data.names import is_file
 from minigpt4.data.table import (
     PICTURE,
@@ -22,6 +22,7 @@ from minigpt4.data.table import (
     with_lower_names,
 )
 from minigpt4.errors import UserError
+from minigpt4.model.image import has_picture_name
 
 
 def is_saved(folder: Path) -> bool:
@@ -33,9 +34,12 @@ def is_saved(folder: Path) -> bool:
 
 def read_saved(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     """The training split of a folder that `is_saved`."""
+    files = _parquet(folder)
+    for file in [*files, *map(str, folder.rglob("*.arrow"))]:
+        check_pointer(file)
     datasets = _library(str(folder))
     with _loading(str(folder), "check that its files are complete and have the same columns"):
-        if files := _parquet(folder):
+        if files:
             opened = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
             opened = datasets.load_from_disk(str(folder))
@@ -91,8 +95,15 @@ def _first_rows(stream: Any, limit: int) -> Any:
 def _parquet(folder: Path) -> list[str]:
     found = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
     training = [p for p in found if p.name.startswith("train")]
-    beside = any(folder.glob("*.tar")) or any(folder.glob("*_stats.json"))  # img2dataset's
-    return [] if beside else sorted(map(str, training or found))
+    if any(folder.glob("*.tar")):
+        return []
+    return sorted(str(p) for p in training or found if not _is_list(p))
+
+
+def _is_list(path: Path) -> bool:
+    """Whether this is img2dataset's list of the pictures in the folder or file of the same name."""
+    has_figures = path.with_name(f"{path.stem}_stats.json").exists()
+    return has_figures and any(path.with_suffix(end).exists() for end in ("", ".tfrecord"))
 
 
 def _library(name: str) -> Any:
@@ -113,6 +124,8 @@ def _picture_columns(dataset: Any, name: str) -> tuple[list[str], str]:
     kinds = {n: getattr(f, "feature", None) or f for n, f in dataset.features.items()}
     named = {n: PICTURE.index(key) for n in kinds if (key := n.strip().casefold()) in PICTURE}
     pictures = [n for n, kind in kinds.items() if isinstance(kind, datasets.Image)] or [*named]
+    if not pictures:  # img2dataset calls its column "jpg"
+        pictures = [n for n in kinds if has_picture_name(f"a.{n}")]
     chosen = sorted((n for n in pictures if n in named), key=named.__getitem__) or pictures
     if not chosen or (len(chosen) > 1 and chosen[0] not in named):
         what = "several columns" if chosen else "no column"

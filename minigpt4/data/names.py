@@ -91,20 +91,20 @@ class _Listing:
         self._names: dict[str, list[str]] = {}
         self._stems: dict[str, list[str]] = {}  # of pictures, without their endings
         for name in _names_in(folder):
-            self._names.setdefault(_folded(name), []).append(name)
+            self._names.setdefault(folded(name), []).append(name)
             if has_picture_name(name):
-                self._stems.setdefault(_folded(_stem(name)), []).append(name)
+                self._stems.setdefault(folded(_stem(name)), []).append(name)
 
     def exact(self, name: str) -> list[str]:
         """The name itself, or else those that differ in normalization alone, or else in case."""
-        return _nearest(self._names.get(_folded(name), []), name, str)
+        return _nearest(self._names.get(folded(name), []), name, str)
 
     def with_other_ending(self, name: str) -> list[str]:
         """The pictures with this name before their endings."""
-        added = _nearest(self._stems.get(_folded(name), []), name, _stem)
+        added = _nearest(self._stems.get(folded(name), []), name, _stem)
         if added or not has_picture_name(name):
             return added
-        return _nearest(self._stems.get(_folded(_stem(name)), []), _stem(name), _stem)
+        return _nearest(self._stems.get(folded(_stem(name)), []), _stem(name), _stem)
 
 
 def _nearest(names: list[str], wanted: str, part: Callable[[str], str]) -> list[str]:
@@ -138,5 +138,6 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """A name without its case and Unicode form, which systems change."""
     return _normal(_normal(name).casefold())

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from minigpt4.data.files import local_path, printable, version_of
+from minigpt4.data.files import check_pointer, local_path, printable, version_of
 from minigpt4.errors import UserError
 
 MOST_SHARDS = 300_000  # that a pattern may name; LAION-5B has 230,000
@@ -75,6 +75,7 @@ def _index(shard: Path, version: str) -> dict[str, tuple[int, int]]:
         with tarfile.open(shard, "r:") as tar:
             return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
     except (tarfile.TarError, OSError) as error:
+        check_pointer(shard)
         raise UserError(
             f"{printable(shard)} is not a readable, uncompressed tar file: download it again, or "
             "unpack it."

@@ -12,14 +12,16 @@ from minigpt4.data import captions
 from minigpt4.data.captions import choose_captions
 from minigpt4.data.conversations import (
     NotUsable,
+    check_record,
     history_of,
     is_conversation,
     pictures_in,
     texts_of,
+    with_system,
     without_marks,
 )
 from minigpt4.data.examples import Collected, Example, Text, fields_of, picture_name
-from minigpt4.data.files import local_path, parse_jsonl, printable, read_text, shortened
+from minigpt4.data.files import decode, local_path, parse_jsonl, printable, read_text, shortened
 from minigpt4.data.names import is_hidden
 from minigpt4.errors import UserError
 
@@ -43,8 +45,8 @@ PICTURE = (
     "image_id",
 )
 INSTRUCTION = ("instruction", "question", "prompt", "query")
-# Columns that are read, so that a second one of the name would hide the first.
-_READ = {*PICTURE, *captions.FIELDS, *INSTRUCTION, "input", "history"}
+# Columns that are read, beside captions, so that a second one of the name would hide the first.
+_READ = {*PICTURE, *INSTRUCTION, "input", "history", "system"}
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
 # A line of Flickr8k.token.txt, which has no header.
@@ -78,9 +80,9 @@ def _is_text_table(path: Path) -> bool:
     if path.suffix.lower() not in TEXTS or not path.is_file():
         return False
     with path.open("rb") as file:
-        first, _, second = file.read(1024).decode("utf-8", "replace").partition("\n")
+        first, _, second = decode(file.read(1024), "replace").partition("\n")
     names = {name.strip(' "\ufeff\r').casefold() for name in re.split(r"[,;|\t]", first)}
-    named = not names.isdisjoint(PICTURE) and not names.isdisjoint(captions.FIELDS)
+    named = not names.isdisjoint(PICTURE) and _has_captions(names)
     return bool(second) and named or _FLICKR.match(first) is not None
 
 
@@ -247,17 +249,21 @@ def _cells(record: list[str], mark: str, lenient: list[str], columns: int) -> li
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
-    if not {*PICTURE} & {*columns} or not {*captions.FIELDS} & {*columns}:
+    if not {*PICTURE} & {*columns} or not _has_captions(columns):
         raise UserError(
             f"The first line of {printable(path)} must name the columns: “{PICTURE[0]}” and "
             "“caption”."
         )
-    twice = [name for name in columns if name in _READ and columns.count(name) > 1]
-    if twice:
+    twice = [name for name in columns if name and columns.count(name) > 1]
+    if twice := [name for name in twice if name in _READ or _has_captions([name])]:
         raise UserError(
             f"The first line of {printable(path)} names the column “{twice[0]}” more than once: "
             "rename or remove one."
         )
+
+
+def _has_captions(columns: Iterable[str]) -> bool:
+    return bool(fields_of(dict.fromkeys(columns, "")))
 
 
 def names_picture(row: Row) -> bool:
@@ -283,7 +289,8 @@ def picture_of(row: Row) -> str:
     try:
         return picture_name(found[0])
     except (IndexError, ValueError):
-        raise NotUsable(captions.NO_PICTURE) from None
+        other = any(row.get(name) for name in ("video", "audio", "sound"))
+        raise NotUsable(captions.VIDEO if other else captions.NO_PICTURE) from None
 
 
 def texts_of_row(
@@ -293,6 +300,7 @@ def texts_of_row(
 
     cells: as for `read_rows`. Elsewhere, a question may have the answer "None".
     """
+    check_record(row)
     if is_conversation(row):
         return texts_of(row), ()
     questions, _ = choose_captions((row.get(name) for name in INSTRUCTION), cells)
@@ -301,6 +309,7 @@ def texts_of_row(
     if not found:
         raise NotUsable(reason)
     question = "\n".join([*questions, *more]) if questions else ""
-    *earlier, (question, _) = without_marks([*history_of(row), (question, "")])
+    exchanges = [*history_of(row), (question, "\n".join(found))]
+    *earlier, (question, _) = without_marks(with_system(row, exchanges) if question else exchanges)
     asked = (question,) if question else instructions
     return tuple(Text(caption, asked, tuple(earlier)) for caption in found), found

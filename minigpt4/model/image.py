@@ -32,6 +32,7 @@ _SUFFIX = re.compile(r"(?i)\.(jpe?g|jpe|jfif|mpo|a?png|webp|avifs?|hei[cf]s?|hif
 _OTHER_KINDS = {
     rb"(?is).*(<!doctype html|<html)": "a web page",
     rb"(?is).*<svg": "an SVG drawing",
+    rb"version https://git-lfs": "a Git LFS pointer, not a picture (run “git lfs pull”)",
     rb"%PDF": "a PDF document",
     rb"%!PS|\xc5\xd0\xd3\xc6": "an EPS or PostScript document",
     rb"8BPS": "a Photoshop document",
