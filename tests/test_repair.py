@@ -103,14 +103,28 @@ def test_little_used_ranges_of_sixteen_bits_are_stretched(low, high, format):
     assert abs(int(found[24].mean()) - 128) < 12
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 4095), (20_000, 26_000)])
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_twelve_bit_colours_in_sixteen_bits_are_stretched(colour, channels):
-    values = np.linspace(0, 4095, 48 * 64 * channels).reshape(48, 64, channels)
+def test_twelve_bit_colours_in_sixteen_bits_are_stretched(colour, channels, low, high):
+    values = np.linspace(low, high, 48 * 64 * channels).reshape(48, 64, channels)
+    values[20, 20], values[21, 21] = 65_535, 0  # faulty pixels
     if channels in (2, 4):
         values[..., -1] = 65_535  # opaque
     rows = (b"\0" + row.tobytes() for row in values.astype(">u2"))
     found = pixels(load(png(64, 48, 16, colour, b"".join(rows))))
     assert found.min() == 0 and found.max() == 255
+    assert abs(int(found[24].mean()) - 128) < 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "faulty"),
+    [("<f4", 290, 310, -9999), ("<f4", 290, 310, np.inf), ("<i4", 0, 4000, 2**31 - 1)],
+)
+def test_faulty_pixels_of_wide_grey_do_not_flatten_it(kind, low, high, faulty):
+    values = np.linspace(low, high, 64 * 48).astype(kind).reshape(48, 64)
+    values[20, 20:22] = faulty
+    found = pixels(load(encoded(Image.fromarray(values), "TIFF")))[..., 0]
+    assert abs(int(found[24].mean()) - 128) < 12
 
 
 @pytest.mark.parametrize("value", [0, 30_000, 65_535])
