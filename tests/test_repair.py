@@ -29,6 +29,38 @@ def test_a_jpeg_of_which_much_is_missing_is_refused(options, share):
     assert "damaged" in refusal(data[: int(len(data) * share)])
 
 
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("GIF", {}),
+        ("GIF", {"transparency": 0}),
+        ("TIFF", {"compression": "raw", "strip_size": 4000}),
+    ],
+)
+def test_other_files_without_their_last_bytes(format, options):
+    image = noise(320, 240).convert("P" if format == "GIF" else "RGB")
+    data = encoded(image, format, **options)
+    whole = pixels(load(data)).astype(int)
+    for missing in (10, 100):
+        cut = pixels(load(data[:-missing])).astype(int)
+        assert (whole != cut).any(2).mean() < image_file.MOST_MISSING
+    for share in (0.9, 0.5):
+        assert "damaged" in refusal(data[: int(len(data) * share)])
+
+
+def test_a_dark_end_counts_as_what_it_is_and_interlaced_pictures_by_their_pixels():
+    image = noise(320, 240)
+    image.paste(0, (0, 120, 320, 240))
+    data = encoded(image, "BMP")
+    assert (pixels(load(data[:-100])) == pixels(load(data))).all(2).mean() > 0.99
+    data = encoded(noise(320, 240).convert("L"), "GIF", interlace=1)
+    assert load(data[:-50]).rgb.size == (320, 240)
+    assert "damaged" in refusal(data[: len(data) // 2])
+
+
 def test_a_thumbnail_in_the_exif_does_not_hide_that_scans_are_missing():
     thumbnail = encoded(quarters(), "JPEG")
     exif = b"Exif\0\0" + thumbnail

@@ -12,11 +12,14 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import IO, BinaryIO, Literal
 
 import numpy as np
 import pillow_heif
 from PIL import Image, ImageFile, TiffImagePlugin
+
+from minigpt4.model.colours import STRIPE
 
 MAX_PIXELS = 40_000_000  # after decoding
 MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then kept at half its size: phones have 48
@@ -32,11 +35,12 @@ MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
 MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
 MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
 MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
-MOST_MISSING = 0.05  # of a JPEG's pixels, that are shown in grey
+MOST_MISSING = 0.05  # of the pixels of a file without its last bytes
 
 # MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF comes before HEIF because
 # both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
 _FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
+_SHOWN_IN_PART = ("PNG", "GIF", "BMP", "TIFF")  # Pillow keeps what it could decode of these
 _TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
 _TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
 _TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
@@ -103,13 +107,15 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
 
 
 def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
-    """The decoded picture, a large HEIC one at half its size; of a JPEG file without its last
-    bytes, all but `MOST_MISSING`."""
+    """The decoded picture, a large HEIC one at half its size; of a file without its last bytes,
+    which most formats allow, all but `MOST_MISSING`."""
     try:
         image.load()
         large = image.format == "HEIF" and image.width * image.height > MAX_PIXELS
         return image.reduce(2) if large else image
     except OSError:
+        if image.format in _SHOWN_IN_PART:
+            return _beginning(image, file)
         if image.format not in ("JPEG", "MPO"):
             raise
     file.seek(0)
@@ -258,6 +264,31 @@ def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
         kept.append(data[place:start])
         place = end
     return io.BytesIO(b"".join([*kept, data[place:]]))
+
+
+def _beginning(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
+    """What could be decoded of a file without its last bytes; the rest is black or transparent.
+
+    ValueError where that is more than `MOST_MISSING`: it keeps what was there before, and so
+    differs from the same file decoded over white.
+    """
+    file.seek(0)
+    again = _open(file, file.read(len(_PNG)))
+    bands = len(again.getbands())
+    again.im = Image.new(again.mode, again.size, 255 if bands == 1 else (255,) * bands).im
+    if again.format == "GIF":
+        again._frame_transparency = None  # type: ignore[attr-defined] # it would be put first
+    with suppress(OSError):
+        again.load()
+    image.tile, again.tile = [], []  # they count as decoded
+    missing = 0
+    for top in range(0, image.height, STRIPE):
+        box = (0, top, image.width, min(top + STRIPE, image.height))
+        different = np.asarray(image.crop(box)) != np.asarray(again.crop(box))
+        missing += int((different.any(2) if different.ndim == 3 else different).sum())
+    if image.im.size != image.size or missing > MOST_MISSING * image.width * image.height:
+        raise ValueError
+    return image
 
 
 def _all_scans_begun(data: bytes) -> bool:
