@@ -204,10 +204,12 @@ class ChatMessage(Object):
 
     @model_validator(mode="before")
     @classmethod
-    def _refusal_alone(cls, message: Any) -> Any:
-        """A refusal needs no content."""
-        refused = isinstance(message, dict) and message.get("refusal") is not None
-        return {"content": None} | message if refused else message
+    def _without_content(cls, message: Any) -> Any:
+        """An assistant's message needs no content, such as one with a refusal or with calls."""
+        said = isinstance(message, dict) and (
+            message.get("role") == "assistant" or message.get("refusal") is not None
+        )
+        return {"content": None} | message if said else message
 
     @property
     def text(self) -> str:
