@@ -499,10 +499,46 @@ OLLAMA = {
     "max_tokens": 300,
 }
 
+LMMS_EVAL = {  # its model "openai"
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": URL}},
+                {"type": "text", "text": "Is there a box? Answer with yes or no."},
+            ],
+        }
+    ],
+    "model": MODEL,
+    "max_tokens": 16,
+    "temperature": 0,
+}
+VLMEVALKIT = {  # its GPT and LMDeploy wrappers; the latter sends no detail
+    "model": MODEL,
+    "messages": [
+        {"role": "system", "content": "Answer briefly."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Is there a box?"},
+                {"type": "image_url", "image_url": {"url": URL, "detail": "low"}},
+            ],
+        },
+    ],
+    "max_tokens": 64,
+    "n": 1,
+    "temperature": 0.0,
+}
+PROGRAMS = {
+    "Open WebUI": OPEN_WEBUI,
+    "LM Studio": LM_STUDIO,
+    "Ollama": OLLAMA,
+    "lmms-eval": LMMS_EVAL,
+    "VLMEvalKit": VLMEVALKIT,
+}
 
-@pytest.mark.parametrize(
-    "body", [OPEN_WEBUI, LM_STUDIO, OLLAMA], ids=["Open WebUI", "LM Studio", "Ollama"]
-)
+
+@pytest.mark.parametrize("body", PROGRAMS.values(), ids=PROGRAMS)
 def test_requests_as_other_programs_send_them(address, body):
     stop = {"max_tokens": 5} if body.get("max_tokens") != -1 else {"truncation": "auto"}
     content = json.dumps(body | stop)
