@@ -206,8 +206,8 @@ def _ask(options: argparse.Namespace) -> None:
                 print(text, end="", flush=True)
             print()
         else:
-            resumed = len(left) < len(paths)
-            ask_photos(engine, left, question, sampling, options.out, resumed)
+            kept = len(paths) - len(left)
+            ask_photos(engine, left, question, sampling, options.out, kept)
 
 
 def _photos(named: list[str]) -> list[Path]:

@@ -183,19 +183,13 @@ class Batch(Generic[BatchEngine]):
         bar = tqdm(outcomes, desc=progress, total=len(questions), unit="answer")
         for question, outcome in bar:
             if isinstance(outcome, UserError):
-                self.left_out += 1
-                if self.left_out <= NAMED:
-                    say(f"{question.key} is left out: {outcome}")
-                elif answered:
-                    self._check_share(answered)
+                self.leave_out(question, outcome)
+                if self.left_out > NAMED and answered:
+                    self._check_share(answered, "questions")
                 continue
             answered += 1
             yield question, outcome
-        if self.left_out:
-            say(f"{self.left_out} of {self.left_out + answered} questions were left out.")
-            if not answered:
-                raise UserError("No question was answered: see the reasons above.")
-            self._check_share(answered)
+        self.check_answered(answered, "questions")
 
     def ask_each(
         self,
@@ -208,10 +202,25 @@ class Batch(Generic[BatchEngine]):
         questions = [Question(e.key, instruction, e.read) for e in examples]
         return {q.key: found for q, found in self.answer(questions, sampling, progress=progress)}
 
-    def _check_share(self, answered: int) -> None:
+    def leave_out(self, question: Question, error: UserError) -> None:
+        """Count a question without an answer, and name the first `NAMED`."""
+        self.left_out += 1
+        if self.left_out <= NAMED:
+            say(f"{printable(question.key)} is left out: {error}")
+
+    def check_answered(self, answered: int, what: str) -> None:
+        """Say how many of `what` were left out. UserError if more than `MOST_LEFT_OUT` were, or if
+        none was answered."""
+        if self.left_out and not answered:
+            raise UserError(f"None of the {what} got an answer: see the reasons above.")
+        self._check_share(answered, what)
+        if self.left_out:
+            say(f"{self.left_out} of {self.left_out + answered} {what} were left out.")
+
+    def _check_share(self, answered: int, what: str) -> None:
         if self.left_out > MOST_LEFT_OUT * (self.left_out + answered):
             raise UserError(
-                f"{self.left_out} of {self.left_out + answered} questions got no answer, which is "
+                f"{self.left_out} of {self.left_out + answered} {what} got no answer, which is "
                 f"more than {MOST_LEFT_OUT:.0%}: see the reasons above."
             )
 
@@ -264,14 +273,14 @@ def ask_photos(
     question: str,
     sampling: Sampling,
     out: str | None,
-    resumed: bool = False,
+    kept: int = 0,
 ) -> None:
     """One question about many photos: JSON lines to the end of the file `out`, or text to standard
-    output.
+    output; photos without an answer are named on standard error.
 
-    resumed: the file has answers about other photos. UserError where no photo got an answer.
+    kept: how many answers about other photos the file has. UserError as of `check_answered`.
     """
-    answered = 0
+    answered = kept
 
     def about(path: Path) -> Question:
         return Question(_encodable(path), question, lambda: path)
@@ -284,21 +293,17 @@ def ask_photos(
         for asked, outcome in batch.completions(map(about, paths), sampling):
             record = {"photo": asked.key, "question": question}
             if isinstance(outcome, UserError):
-                record["error"] = line = str(outcome)
+                batch.leave_out(asked, outcome)
+                record["error"] = str(outcome)
             else:
-                line = outcome.text
-                record |= {"answer": outcome.text, "stop_reason": outcome.stop_reason}
                 answered += 1
-            shown = (
-                json.dumps(record, ensure_ascii=False) if out else f"{printable(asked.key)}: {line}"
-            )
-            print(shown, file=file, flush=True)
+                record |= {"answer": outcome.text, "stop_reason": outcome.stop_reason}
+            if out:
+                print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+            elif "answer" in record:
+                print(f"{printable(asked.key)}: {record['answer']}", flush=True)
             bar.update()
-    if not answered and not resumed:
-        where = f"in {out}" if out else "above"
-        raise UserError(f"No photo got an answer: see the reasons {where}.")
-    if answered < len(paths):
-        say(f"{len(paths) - answered} of {len(paths)} photos got no answer.")
+    batch.check_answered(answered, "photos")
 
 
 def _encodable(path: Path) -> str:

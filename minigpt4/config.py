@@ -4,7 +4,7 @@ To add a model, add an entry to `MODELS` (docs/models.md shows it). Nothing here
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from minigpt4.errors import UserError
 from minigpt4.model import prompt
@@ -443,6 +443,41 @@ _MINI = ModelConfig(
 
 MODELS = {m.name: m for m in (_VICUNA_7B, _VICUNA_13B, _LLAMA2_7B, _NANO, _MINI)}
 DEFAULT_MODEL = "nano"  # runs on any computer: what `auto` falls back to
+
+
+# How an answer is sampled (engine/sampling.py): setting -> (lowest, highest, may be the lowest)
+SAMPLING_RANGES = {
+    "temperature": (0.0, 10.0, True),
+    "top_p": (0.0, 1.0, False),
+    "top_k": (0, 1_000_000, True),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.1, 10.0, True),
+    "max_new_tokens": (1, 100_000, True),
+    "num_beams": (1, 16, True),
+    "seed": (0, 2**63 - 1, True),
+    "presence_penalty": (-2.0, 2.0, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+}
+LOWEST_TEMPERATURE = 0.01  # apart from 0
+
+
+def setting_range(name: str) -> str:
+    """What a setting of the sampling must be: the end of a sentence."""
+    low, high, inclusive = SAMPLING_RANGES[name]
+    kind = "an integer" if isinstance(low, int) else "a number"
+    return f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}"
+
+
+def wrong_setting(name: str, value: Any) -> str:
+    """What the value of a setting must be, if it is not; else nothing."""
+    low, high, inclusive = SAMPLING_RANGES[name]
+    kinds = int if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        return setting_range(name)
+    if name == "temperature" and 0 < value < LOWEST_TEMPERATURE:
+        return f"must be 0, or a number from {LOWEST_TEMPERATURE} up to {high}"
+    good = (low <= value if inclusive else low < value) and value <= high  # false for NaN
+    return "" if good else setting_range(name)
 
 
 def get_model(name: str) -> ModelConfig:

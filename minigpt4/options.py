@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from minigpt4.config import MODELS
+from minigpt4.config import MODELS, SAMPLING_RANGES, wrong_setting
 from minigpt4.data.files import read_settings
 from minigpt4.errors import UserError
 
@@ -59,6 +59,22 @@ def number(
         if value is not None and not abs(value) < float("inf"):
             value = None
         return _within("a number", text, value, least, most, below)
+
+    return read
+
+
+def setting(name: str) -> Callable[[str], Any]:
+    """A reader of a setting of the sampling, in its range."""
+    parse = integer() if isinstance(SAMPLING_RANGES[name][0], int) else number()
+
+    def read(text: str) -> Any:
+        try:
+            value = parse(text)
+        except ArgumentTypeError:
+            value = None
+        if wrong := wrong_setting(name, value):
+            raise ArgumentTypeError(f"{wrong}, not {_quoted(text)}")
+        return value
 
     return read
 
@@ -132,6 +148,10 @@ class Option:
         """Its name as an attribute of the parsed options."""
         return self.name.replace("-", "_")
 
+    def flag(self, value: Any) -> str:
+        """How the command line gives it this value."""
+        return f"--{'no-' if self.read is switch and value is False else ''}{self.name}"
+
     def environment(self, prefix: str = "") -> str:
         """The name of its environment variable."""
         return self.variable or f"MINIGPT4_{prefix}{self.attribute.upper()}"
@@ -146,13 +166,6 @@ class Option:
                     raise UserError(f"Environment variable {variable} {error}.") from None
                 return [value] if self.many else value
         return [] if self.many else self.default
-
-
-class _Switch(argparse.BooleanOptionalAction):
-    """--NAME and --no-NAME, also where the name itself begins with “no-”."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,7 +187,7 @@ class Parser(argparse.ArgumentParser):
             self._declared.append((option, prefix))
             settings: dict[str, Any] = {"help": _help(option, prefix)}
             if option.read is switch:
-                settings["action"] = _Switch
+                settings["action"] = argparse.BooleanOptionalAction
             else:
                 last_word = option.name.rpartition("-")[2].upper()
                 settings |= {"type": option.read, "metavar": option.metavar or last_word}
@@ -257,10 +270,13 @@ def check_needs(values: Namespace, needs: Mapping[Option, Sequence[str]]) -> Non
     """UserError for an option that has a value, and none of those that it needs."""
     for option, names in needs.items():
         met = not names or any(getattr(values, name.replace("-", "_"), None) for name in names)
-        if not met and getattr(values, option.attribute) != option.default:
+        value = getattr(values, option.attribute)
+        if not met and value != option.default:
             others = " or ".join(f"“--{name}”" for name in names)
             that = "that" if len(names) == 1 else "one of them"
-            raise UserError(f"“--{option.name}” belongs to {others}: give {that}, too, or omit it.")
+            raise UserError(
+                f"“{option.flag(value)}” belongs to {others}: give {that}, too, or omit it."
+            )
 
 
 def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespace:
@@ -333,32 +349,20 @@ REMOTE_LLM = (
     ),
 )
 LOADING = (MODEL, QUANTIZE, DTYPE, DEVICE, *PLACES, *REMOTE_LLM)  # what minigpt4.load takes
-SAMPLING = (
-    Option("temperature", "Randomness; 0 always takes the most likely token.", read=number()),
-    Option(
-        "top-p", "Sample from the most likely tokens up to this total probability.", None, number()
-    ),
-    Option("top-k", "Sample from this many most likely tokens; 0 for no limit.", read=integer()),
-    Option(
-        "min-p",
-        "Exclude tokens less likely than this share of the most likely one.",
-        None,
-        number(),
-    ),
-    Option("repetition-penalty", "Above 1, repeated tokens become less likely.", read=number()),
-    Option("max-new-tokens", "Maximum length of an answer, in tokens.", read=integer()),
-    Option("num-beams", "Beam width; above 1, beam search replaces sampling.", read=integer()),
-    Option("seed", "Random seed; the same seed gives the same answer.", read=integer()),
-    Option(
-        "presence-penalty",
-        "Subtracted from the scores of tokens that the answer already has.",
-        read=number(),
-    ),
-    Option(
-        "frequency-penalty",
-        "Subtracted once for each time that the answer already has the token.",
-        read=number(),
-    ),
+SAMPLING = tuple(
+    Option(name, help, None, setting(name.replace("-", "_")))
+    for name, help in {
+        "temperature": "Randomness; 0 always takes the most likely token.",
+        "top-p": "Sample from the most likely tokens up to this total probability.",
+        "top-k": "Sample from this many most likely tokens; 0 for no limit.",
+        "min-p": "Exclude tokens less likely than this share of the most likely one.",
+        "repetition-penalty": "Above 1, repeated tokens become less likely.",
+        "max-new-tokens": "Maximum length of an answer, in tokens.",
+        "num-beams": "Beam width; above 1, beam search replaces sampling.",
+        "seed": "Random seed; the same seed gives the same answer.",
+        "presence-penalty": "Subtracted from the scores of tokens that the answer already has.",
+        "frequency-penalty": "Subtracted once for each time that the answer already has the token.",
+    }.items()
 )
 MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1, 10_000), "N")
 MAX_RUNNING = Option(

@@ -267,6 +267,13 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "messages[0].content", "is missing", {"messages": [{"role": "user"}]}),
         (400, "messages[0].content", "a string or a list of parts", says(3)),
         (400, "messages[0].content[0]", "content[0] must be", says([{}])),
+        (
+            400,
+            "messages[0].content[0]",
+            "type “video_url”, which is",
+            says([{"type": "video_url"}]),
+        ),
+        (400, "guided_json", "must be an object", {"guided_json": "{}"}),
         (400, "messages[0].content[0].text", "must be a string", says([{**TEXT, "text": 1}])),
         (400, "messages[0].content[0].image_url", "must be an object", says([IMAGE])),
         (400, "messages[0].role", "tools are not supported", {"messages": [TOOL]}),

@@ -173,10 +173,9 @@ def test_a_refusal_that_is_sent_back_is_an_answer():
     request, ignored = read_chat({"messages": [*HELLO, apart, *HELLO]})
     assert request.messages[1].text == "I cannot." and not ignored
     alone = {"role": "assistant", "refusal": "I cannot."}
-    request, ignored = read_chat({"messages": [*HELLO, alone, *HELLO]})
-    assert request.messages[1].text == "I cannot." and not ignored
+    request, ignored = read_chat({"messages": [*HELLO, alone, {"role": "assistant"}, *HELLO]})
+    assert [m.text for m in request.messages[1:3]] == ["I cannot.", ""] and not ignored
     for message, path in (
-        ({"role": "assistant"}, "messages[0].content"),
         (HELLO[0] | {"refusal": "No."}, "messages[0].refusal"),
         (HELLO[0] | {"content": [part]}, "messages[0].content"),
         (SAID | {"content": [part | {"refusal": 1}]}, "messages[0].content[0].refusal"),
@@ -301,6 +300,27 @@ def test_openais_client_parses_an_answer(address):
         model=MODEL, messages=ABOUT, response_format=Seen, max_tokens=200, n=2, seed=1
     )
     assert all(isinstance(choice.message.parsed, Seen) for choice in answer.choices)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": {"type": "json_object", "schema": Seen.model_json_schema()}},
+        {"response_format": {"type": "json_schema", "schema": Seen.model_json_schema()}},
+        {"guided_json": Seen.model_json_schema()},
+    ],
+    ids=["llama.cpp", "flat", "vLLM"],
+)
+def test_schemas_as_other_servers_take_them(address, asked):
+    answer = post(address, max_tokens=200, **{"temperature": 2.0, "seed": 1} | asked)
+    Seen.model_validate_json(text(answer))
+    assert "x-ignored-fields" not in answer.headers
+
+
+def test_one_of_two_schemas_is_named_as_ignored():
+    both = {"response_format": {"type": "text"}, "guided_json": {"type": "object"}}
+    request, ignored = read_chat({"messages": HELLO} | both)
+    assert request.response_format.type == "text" and ignored == ["guided_json"]
 
 
 def test_an_answer_may_be_any_json_object(address):
@@ -479,10 +499,46 @@ OLLAMA = {
     "max_tokens": 300,
 }
 
+LMMS_EVAL = {  # its model "openai"
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": URL}},
+                {"type": "text", "text": "Is there a box? Answer with yes or no."},
+            ],
+        }
+    ],
+    "model": MODEL,
+    "max_tokens": 16,
+    "temperature": 0,
+}
+VLMEVALKIT = {  # its GPT and LMDeploy wrappers; the latter sends no detail
+    "model": MODEL,
+    "messages": [
+        {"role": "system", "content": "Answer briefly."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Is there a box?"},
+                {"type": "image_url", "image_url": {"url": URL, "detail": "low"}},
+            ],
+        },
+    ],
+    "max_tokens": 64,
+    "n": 1,
+    "temperature": 0.0,
+}
+PROGRAMS = {
+    "Open WebUI": OPEN_WEBUI,
+    "LM Studio": LM_STUDIO,
+    "Ollama": OLLAMA,
+    "lmms-eval": LMMS_EVAL,
+    "VLMEvalKit": VLMEVALKIT,
+}
 
-@pytest.mark.parametrize(
-    "body", [OPEN_WEBUI, LM_STUDIO, OLLAMA], ids=["Open WebUI", "LM Studio", "Ollama"]
-)
+
+@pytest.mark.parametrize("body", PROGRAMS.values(), ids=PROGRAMS)
 def test_requests_as_other_programs_send_them(address, body):
     stop = {"max_tokens": 5} if body.get("max_tokens") != -1 else {"truncation": "auto"}
     content = json.dumps(body | stop)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minigpt4.errors import UserError
-from minigpt4.model import image, image_file
+from minigpt4.model import colours, image
 from minigpt4.model.image import Picture, fitted, load, packed, smaller
 from tests.test_image import (
     FORMATS,
@@ -137,7 +137,7 @@ def test_pictures_of_history_are_packed():
 def test_two_are_decoded_at_a_time(monkeypatch):
     """However many people send one at the same moment."""
     now, most, lock = 0, 0, threading.Lock()
-    upright = image_file._upright
+    upright = colours._upright
 
     def slow(*arguments):
         nonlocal now, most
@@ -149,7 +149,7 @@ def test_two_are_decoded_at_a_time(monkeypatch):
             now -= 1
         return upright(*arguments)
 
-    monkeypatch.setattr(image_file, "_upright", slow)
+    monkeypatch.setattr(colours, "_upright", slow)
     data = encoded(quarters(), "PNG")
     threads = [threading.Thread(target=load, args=[data]) for _ in range(8)]
     for thread in threads:
@@ -426,7 +426,7 @@ def test_a_profile_of_endless_elements():
 def test_a_profile_larger_than_any(monkeypatch):
     data = encoded(Image.new("RGB", (2, 2), (255, 0, 0)), "PNG", icc_profile=swapped_profile())
     assert_colour(load(data), (0, 0, 255), tolerance=2)
-    monkeypatch.setattr(image_file, "MAX_PROFILE", 100)
+    monkeypatch.setattr(colours, "MAX_PROFILE", 100)
     assert_colour(load(data), (255, 0, 0))
 
 

@@ -157,7 +157,10 @@ def test_the_notebook(monkeypatch, tmp_path):
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
     sources = ["".join(cell["source"]) for cell in cells]
     installing = [source for source in sources if source.startswith("%pip install")]
-    assert len(installing) == 1
+    assert len(installing) == 1 and "{REPOSITORY}" in installing[0]
+    with pytest.raises(SystemExit, match="^Fill in REPOSITORY: "):
+        exec(sources[0], {})
+    sources[0] = sources[0].replace('""', '"https://example.org/minigpt4"', 1)
     script = tmp_path / "notebook.py"
     script.write_text("\n".join(s for s in sources if s not in installing), encoding="utf-8")
     done = subprocess.run(

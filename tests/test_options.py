@@ -10,8 +10,10 @@ import pytest
 
 from minigpt4 import options
 from minigpt4.__main__ import _parser, main
+from minigpt4.engine import Sampling
 from minigpt4.errors import UserError
-from minigpt4.options import Option, Parser, integer, number, one_of, secret, switch
+from minigpt4.options import SAMPLING, Option, Parser, integer, number, one_of, secret, switch
+from minigpt4.training.options import GROUPS
 
 ROOT = Path(__file__).parent.parent
 DECLARED = (
@@ -52,8 +54,10 @@ def test_defaults_and_the_command_line():
     assert parse("--key", "sk-abc\n").key == "sk-abc"
     assert chosen.kind == "none" and parse("--share", "--no-share").share is False
     trained = ["train", "--data", "d", "--no-words"]
-    assert _parser().parse_args(trained).no_words is True
-    assert _parser().parse_args([*trained, "--no-no-words"]).no_words is False
+    assert _parser().parse_args(trained).words is False
+    assert _parser().parse_args([*trained, "--words"]).words is True
+    switches = [o.name for group in GROUPS for o in group if o.read is switch]
+    assert not any(name.startswith("no-") for name in switches)
 
 
 @pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
@@ -194,3 +198,27 @@ def test_every_environment_variable_has_one_meaning():
 
     walk(_parser())
     assert len(found) > 80
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("max-new-tokens", "0", "must be an integer from 1 up to 100000"),
+        ("num-beams", "2.5", "must be an integer from 1 up to 16"),
+        ("top-p", "0", "must be a number above 0.0 up to 1.0"),
+        ("top-p", "nan", "must be a number above 0.0 up to 1.0"),
+        ("temperature", "0.001", "must be 0, or a number from 0.01 up to 10.0"),
+        ("seed", "x", "must be an integer from 0 up to"),
+    ],
+)
+def test_settings_of_the_sampling_have_one_sentence_everywhere(name, value, sentence, capsys):
+    with pytest.raises(SystemExit):
+        main(["ask", "a.jpg", "What?", f"--{name}", value])
+    said = capsys.readouterr().err
+    assert f"--{name}: {sentence}" in said and f"not “{value}”" in said
+    with pytest.raises(UserError, match=f"^{name.replace('-', '_')} {sentence}"):
+        Sampling(**{name.replace("-", "_"): 0.001 if name == "temperature" else -1})
+
+
+def test_the_sampling_has_an_option_for_each_setting():
+    assert [option.attribute for option in SAMPLING] == [*Sampling.RANGES]

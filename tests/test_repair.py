@@ -29,6 +29,38 @@ def test_a_jpeg_of_which_much_is_missing_is_refused(options, share):
     assert "damaged" in refusal(data[: int(len(data) * share)])
 
 
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("GIF", {}),
+        ("GIF", {"transparency": 0}),
+        ("TIFF", {"compression": "raw", "strip_size": 4000}),
+    ],
+)
+def test_other_files_without_their_last_bytes(format, options):
+    image = noise(320, 240).convert("P" if format == "GIF" else "RGB")
+    data = encoded(image, format, **options)
+    whole = pixels(load(data)).astype(int)
+    for missing in (10, 100):
+        cut = pixels(load(data[:-missing])).astype(int)
+        assert (whole != cut).any(2).mean() < image_file.MOST_MISSING
+    for share in (0.9, 0.5):
+        assert "damaged" in refusal(data[: int(len(data) * share)])
+
+
+def test_a_dark_end_counts_as_what_it_is_and_interlaced_pictures_by_their_pixels():
+    image = noise(320, 240)
+    image.paste(0, (0, 120, 320, 240))
+    data = encoded(image, "BMP")
+    assert (pixels(load(data[:-100])) == pixels(load(data))).all(2).mean() > 0.99
+    data = encoded(noise(320, 240).convert("L"), "GIF", interlace=1)
+    assert load(data[:-50]).rgb.size == (320, 240)
+    assert "damaged" in refusal(data[: len(data) // 2])
+
+
 def test_a_thumbnail_in_the_exif_does_not_hide_that_scans_are_missing():
     thumbnail = encoded(quarters(), "JPEG")
     exif = b"Exif\0\0" + thumbnail
@@ -103,14 +135,28 @@ def test_little_used_ranges_of_sixteen_bits_are_stretched(low, high, format):
     assert abs(int(found[24].mean()) - 128) < 12
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 4095), (20_000, 26_000)])
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_twelve_bit_colours_in_sixteen_bits_are_stretched(colour, channels):
-    values = np.linspace(0, 4095, 48 * 64 * channels).reshape(48, 64, channels)
+def test_twelve_bit_colours_in_sixteen_bits_are_stretched(colour, channels, low, high):
+    values = np.linspace(low, high, 48 * 64 * channels).reshape(48, 64, channels)
+    values[20, 20], values[21, 21] = 65_535, 0  # faulty pixels
     if channels in (2, 4):
         values[..., -1] = 65_535  # opaque
     rows = (b"\0" + row.tobytes() for row in values.astype(">u2"))
     found = pixels(load(png(64, 48, 16, colour, b"".join(rows))))
     assert found.min() == 0 and found.max() == 255
+    assert abs(int(found[24].mean()) - 128) < 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "faulty"),
+    [("<f4", 290, 310, -9999), ("<f4", 290, 310, np.inf), ("<i4", 0, 4000, 2**31 - 1)],
+)
+def test_faulty_pixels_of_wide_grey_do_not_flatten_it(kind, low, high, faulty):
+    values = np.linspace(low, high, 64 * 48).astype(kind).reshape(48, 64)
+    values[20, 20:22] = faulty
+    found = pixels(load(encoded(Image.fromarray(values), "TIFF")))[..., 0]
+    assert abs(int(found[24].mean()) - 128) < 12
 
 
 @pytest.mark.parametrize("value", [0, 30_000, 65_535])

@@ -95,12 +95,18 @@ def test_photos_that_are_missing_or_damaged(tmp_path, capsys, monkeypatch):
     (folder / "0.jpg").write_bytes(b"x")
     photos = [str(folder / name) for name in ("0.jpg", "1.jpg", "2.jpg")]
     out = tmp_path / "answers.jsonl"
-    assert main(["ask", *photos, "What?", "--out", str(out), "--max-new-tokens", "2"]) == 0
+    for options in (["--out", str(out)], []):
+        assert main(["ask", *photos, "What?", *options, "--max-new-tokens", "2"]) == 2
+        said, answers = capsys.readouterr()[::-1]
+        assert all(f"{photo} is left out: " in said for photo in (photos[0], photos[2]))
+        assert "2 of 3 photos got no answer, which is more than 50%" in said
+        assert answers.count("\n") == (not options)  # the errors are not among them
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert ["error" in r for r in records] == [True, False, True]
-    assert "2 of 3 photos got no answer." in capsys.readouterr().err
+    assert main(["ask", *photos[:2], "What?", "--max-new-tokens", "2"]) == 0
+    assert "1 of 2 photos were left out." in capsys.readouterr().err
     assert main(["ask", photos[0], photos[0], "What?", "--max-new-tokens", "2"]) == 2
-    assert "No photo got an answer: see the reasons above." in capsys.readouterr().err
+    assert "None of the photos got an answer: see the reasons above." in capsys.readouterr().err
     (folder / "notes\n.pdf").write_bytes(b"%PDF")
     (folder / "more.jpg").mkdir()
     assert main(["ask", str(folder), "What?", "--max-new-tokens", "2"]) == 0
@@ -163,9 +169,9 @@ def test_names_of_photos_on_a_terminal(tmp_path, capsys):
     engine = SimpleNamespace(max_waiting=1, close=lambda: None)  # no picture gets so far
     path, out = tmp_path / "a\n\x1b[31m.jpg", tmp_path / "answers.jsonl"
     for file in (None, str(out)):
-        with pytest.raises(UserError, match="No photo got an answer"):
+        with pytest.raises(UserError, match="None of the photos got an answer"):
             ask_photos(engine, [path], "What?", greedy(1), file)
-    assert capsys.readouterr().out.startswith(f"{tmp_path}/a\\n\\x1b[31m.jpg: ")
+        assert f"{tmp_path}/a\\n\\x1b[31m.jpg is left out: " in capsys.readouterr().err
     assert json.loads(out.read_text())["photo"] == str(path)
 
 

@@ -98,6 +98,10 @@ NAMED = "llama_proj."
         lambda p: {"module": prefixed("base_model.model." + NAMED, p)},
         lambda p: prefixed("module.", p),
         lambda p: {"model": p},
+        lambda p: {"net": prefixed(NAMED, p), "optimizer": {"state": {0: p}}},
+        lambda p: {"params": prefixed(NAMED, p), "params_ema": prefixed(NAMED, p)},
+        lambda p: {"checkpoint": {"model": prefixed(NAMED, p)}},
+        lambda p: {"llama_proj": p},
         lambda p: p | {"ln_vision.weight": torch.ones(3), "ln_vision.bias": torch.zeros(3)},
         lambda p: prefixed("module." + NAMED, p) | {"module.ln_vision.weight": torch.ones(3)},
         lambda p: prefixed("a." + NAMED, p) | prefixed("b." + NAMED, p),
@@ -119,6 +123,15 @@ def test_wrapped_projections(tmp_path, wrap):
             lambda p: prefixed("model." + NAMED, p) | prefixed("ema." + NAMED, projection()),
             "several tensors for “llama_proj.weight” .model.llama_proj.weight and ema.",
         ),
+        (
+            lambda p: {"model": prefixed(NAMED, p), "ema": prefixed(NAMED, projection())},
+            "several tensors for “llama_proj.weight” .llama_proj.weight and ema.llama",
+        ),
+        (
+            lambda p: prefixed(NAMED, projection()) | {"model": prefixed(NAMED, p)},
+            "several tensors for “llama_proj.weight”",
+        ),
+        (lambda p: {"epoch": 3}, "holds no named tensors"),
         (
             lambda p: prefixed("head.", p) | {"other.weight": torch.ones(2, 2)},
             "holds no projection",

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from minigpt4.config import SAMPLING_RANGES, wrong_setting
 from minigpt4.errors import UserError
 
 
@@ -34,40 +35,15 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
-    # field -> (lowest, highest, may be the lowest itself)
-    RANGES = {
-        "temperature": (0.0, 10.0, True),
-        "top_p": (0.0, 1.0, False),
-        "top_k": (0, 1_000_000, True),
-        "min_p": (0.0, 1.0, True),
-        "repetition_penalty": (0.1, 10.0, True),
-        "max_new_tokens": (1, 100_000, True),
-        "num_beams": (1, 16, True),
-        "seed": (0, 2**63 - 1, True),
-        "presence_penalty": (-2.0, 2.0, True),
-        "frequency_penalty": (-2.0, 2.0, True),
-    }
+    RANGES = SAMPLING_RANGES
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            low, high, inclusive = self.RANGES[name]
-            whole = isinstance(low, int)
-            number = isinstance(value, int if whole else (int, float))
-            good = (
-                number
-                and not isinstance(value, bool)
-                and (low <= value if inclusive else low < value)
-                and value <= high  # false for NaN; an int may be too long for a float
-            )
-            if name == "temperature" and good and 0 < value < 0.01:
-                raise UserError("temperature must be 0, or from 0.01 up to 10.0.")
-            if not good:
-                kind = "a whole number" if whole else "a number"
-                start = "from" if inclusive else "above"
-                raise UserError(f"{name} must be {kind} {start} {low} up to {high}.")
+            if wrong := wrong_setting(name, value):
+                raise UserError(f"{name} {wrong}.")
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from minigpt4.errors import UserError
-from minigpt4.model import image_file
-from minigpt4.model.image_file import STRIPE, TooLarge
+from minigpt4.model import colours, image_file
+from minigpt4.model.colours import STRIPE
+from minigpt4.model.image_file import TooLarge
 
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
 UNPACKED_PIXELS = 300_000  # of a picture in history that is not packed: about a megabyte
@@ -313,7 +314,7 @@ def _converted(
             raise TooLarge
         held.take(size - taken)
         taken = size
-        rgb = image_file.upright_rgb(image, original or image, deep)
+        rgb = colours.upright_rgb(image, original or image, deep)
         picture = hold(rgb, _key(rgb))
         taken = 0
         return picture

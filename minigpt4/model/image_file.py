@@ -1,8 +1,7 @@
-"""A picture file -> upright pixels in 8-bit sRGB. `image.load` is the way in.
+"""A picture file -> pixels, of any depth and in any colours. `image.load` is the way in.
 
-A hostile file may cost minutes or gigabytes, so there are bounds; slightly damaged JPEG and PNG
-files are mended, which other viewers would still show; any depth, profile and transparency is
-converted.
+A hostile file may cost minutes or gigabytes, so there are bounds; slightly damaged files are
+mended, which other viewers would still show.
 """
 
 import io
@@ -18,7 +17,9 @@ from typing import IO, BinaryIO, Literal
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
+
+from minigpt4.model.colours import STRIPE
 
 MAX_PIXELS = 40_000_000  # after decoding
 MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then kept at half its size: phones have 48
@@ -34,15 +35,12 @@ MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
 MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
 MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
 MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
-MOST_MISSING = 0.05  # of a JPEG's pixels, that are shown in grey
-LITTLE_USED = 0.25  # of the range of 16 bits: less is stretched
-OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which may be faulty
-MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
-STRIPE = 64  # rows processed together
+MOST_MISSING = 0.05  # of the pixels of a file without its last bytes
 
 # MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF comes before HEIF because
 # both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
 _FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
+_SHOWN_IN_PART = ("PNG", "GIF", "BMP", "TIFF")  # Pillow keeps what it could decode of these
 _TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
 _TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
 _TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
@@ -109,13 +107,15 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
 
 
 def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
-    """The decoded picture, a large HEIC one at half its size; of a JPEG file without its last
-    bytes, all but `MOST_MISSING`."""
+    """The decoded picture, a large HEIC one at half its size; of a file without its last bytes,
+    which most formats allow, all but `MOST_MISSING`."""
     try:
         image.load()
         large = image.format == "HEIF" and image.width * image.height > MAX_PIXELS
         return image.reduce(2) if large else image
     except OSError:
+        if image.format in _SHOWN_IN_PART:
+            return _beginning(image, file)
         if image.format not in ("JPEG", "MPO"):
             raise
     file.seek(0)
@@ -266,6 +266,31 @@ def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
     return io.BytesIO(b"".join([*kept, data[place:]]))
 
 
+def _beginning(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
+    """What could be decoded of a file without its last bytes; the rest is black or transparent.
+
+    ValueError where that is more than `MOST_MISSING`: it keeps what was there before, and so
+    differs from the same file decoded over white.
+    """
+    file.seek(0)
+    again = _open(file, file.read(len(_PNG)))
+    bands = len(again.getbands())
+    again.im = Image.new(again.mode, again.size, 255 if bands == 1 else (255,) * bands).im
+    if again.format == "GIF":
+        again._frame_transparency = None  # type: ignore[attr-defined] # it would be put first
+    with suppress(OSError):
+        again.load()
+    image.tile, again.tile = [], []  # they count as decoded
+    missing = 0
+    for top in range(0, image.height, STRIPE):
+        box = (0, top, image.width, min(top + STRIPE, image.height))
+        different = np.asarray(image.crop(box)) != np.asarray(again.crop(box))
+        missing += int((different.any(2) if different.ndim == 3 else different).sum())
+    if image.im.size != image.size or missing > MOST_MISSING * image.width * image.height:
+        raise ValueError
+    return image
+
+
 def _all_scans_begun(data: bytes) -> bool:
     """Whether a JPEG file has, at least in part, the last scan of each coefficient.
 
@@ -299,98 +324,3 @@ def _missing_share(image: Image.Image) -> float:
         if columns < image.width:
             break
     return missing / (image.width * image.height)
-
-
-# --- colours ------------------------------------------------------------------------------------
-
-
-def upright_rgb(image: Image.Image, original: Image.Image, deep: bool) -> Image.Image:
-    """A decoded picture of any depth, profile and transparency -> mode RGB, upright, on white.
-
-    original: has the EXIF data; deep: its file has 16 bits a channel.
-    """
-    eight = _eight_bit(_brightened(image) if deep else image)
-    return _upright(_on_white(eight), original)
-
-
-def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
-    with suppress(Exception):  # EXIF is often broken where the picture is sound
-        orientation = original.getexif().get(ExifTags.Base.Orientation, 1)
-        rgb.getexif()[ExifTags.Base.Orientation] = orientation
-    ImageOps.exif_transpose(rgb, in_place=True)
-    return rgb
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Deep grey scaled to 8 bits: 16 bits from their full range, or from the range that they use if
-    that is small, as with thermal cameras and 12-bit sensors; other depths from their own."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    stripes = [values[top : top + STRIPE] for top in range(0, len(values), STRIPE)]
-    low, high = _used_range(values)
-    if image.mode in ("I", "F"):
-        extremes = [(p.min(), p.max()) for s in stripes if (p := s[np.isfinite(s)]).size]
-        low, high = float(min(e[0] for e in extremes)), float(max(e[1] for e in extremes))
-        if low == high:  # a flat picture has no range: white is 1, or its own value above that
-            low, high = min(low, 0.0), max(high, 1.0)
-    eight = np.empty(values.shape, np.uint8)
-    for place, stripe in enumerate(stripes):  # numpy's copies are eight times as large
-        scaled = np.nan_to_num(np.interp(stripe, (low, high), (0, 255)))
-        eight[place * STRIPE : (place + 1) * STRIPE] = np.rint(scaled)
-    grey = Image.fromarray(eight)
-    grey.info["icc_profile"] = image.info.get("icc_profile")
-    return grey
-
-
-def _used_range(values: np.ndarray) -> tuple[float, float]:
-    """The range that 16-bit values use, without outliers; (0, 65535) if that is not small."""
-    step = max(1, round((values.size / 1e6) ** 0.5))
-    sample = values[::step, ::step]
-    low = float(np.percentile(sample, OUTLIERS, method="lower"))
-    high = float(np.percentile(sample, 100 - OUTLIERS, method="higher"))
-    return (low, high) if 0 < high - low < LITTLE_USED * 65535 else (0.0, 65535.0)
-
-
-def _brightened(image: Image.Image) -> Image.Image:
-    """A picture that was decoded from 16 bits a channel to 8, stretched if it uses little of them.
-
-    12-bit data in 16-bit files is dark; of their 4096 levels, 16 are left.
-    """
-    count = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode, 0)  # without alpha
-    bands = image.split()
-    high = max((int(np.asarray(band).max()) for band in bands[:count]), default=0)
-    if not 0 < high < LITTLE_USED * 256:
-        return image
-    table = [min(255, round(value * 255 / high)) for value in range(256)]
-    coloured = [band.point(table) for band in bands[:count]]
-    stretched = Image.merge(image.mode, [*coloured, *bands[count:]])
-    stretched.info.update(image.info)
-    return stretched
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    white = Image.new("RGB", image.size, "white")
-    white.paste(_srgb(image), mask=alpha)
-    return white
-
-
-def _srgb(image: Image.Image) -> Image.Image:
-    """RGB without alpha; an embedded profile is applied where it is sound and not sRGB.
-
-    Profiles with multi-process elements are ignored: any number of them may take minutes to read.
-    """
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return image.convert("RGB")
-    plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    with suppress(Exception):  # the profile may be broken, or for other channels
-        if len(profile) <= MAX_PROFILE and b"mpet" not in profile:
-            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(embedded):
-                target = ImageCms.createProfile("sRGB")
-                converted = ImageCms.profileToProfile(plain, embedded, target, outputMode="RGB")
-                if converted is not None:
-                    return converted
-    return plain.convert("RGB")

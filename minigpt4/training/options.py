@@ -56,7 +56,7 @@ WATCHING = (
         read=lambda text: "" if text.lower() in OFF else text,
     ),
     Option("validate-every", "Steps between these measurements.", 100, integer(1), "N"),
-    Option("no-words", "With --validate: list no words beside the embeddings.", False, switch),
+    Option("words", "With --validate: list words beside the embeddings.", True, switch),
 )
 OPTIMIZER = (
     Option("init", "Projection to start from; in stage 2 that of stage 1.", metavar="FILE"),
@@ -136,7 +136,7 @@ WORDS = (
 )
 GROUPS = (DATA, WATCHING, OPTIMIZER, REWARD, WORDS)
 # Options that do nothing without another one; mini's training needs no --validate to validate.
-NEEDS_OF_WORDS = {"reward-weight": "samples", "scored": "samples", "no-words": "validate"}
+NEEDS_OF_WORDS = {"reward-weight": "samples", "scored": "samples", "words": "validate"}
 NEEDS = {"replay-share": "replay", "reward-weight": "samples", "validate-every": "validate"}
 
 

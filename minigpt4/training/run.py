@@ -120,10 +120,11 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
     if options.mix and (options.questions or options.samples and not options.replay):
         raise UserError("“--mix” cannot be combined with “--questions”, or “--samples” alone.")
     for option in (option for group in GROUPS for option in group):
-        of_words = option in WORDS or option.name in ("no-words", "scored")
-        if of_words and getattr(options, option.attribute) != option.default:
+        of_words = option in WORDS or option.name in ("words", "scored")
+        value = getattr(options, option.attribute)
+        if of_words and value != option.default:
             raise UserError(
-                f"“--{option.name}” is for models with a word head, such as mini: omit it."
+                f"“{option.flag(value)}” is for models with a word head, such as mini: omit it."
             )
     if options.validate in ON:
         raise UserError("Name the held-out pictures: “--validate SHARD”.")

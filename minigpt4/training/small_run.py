@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     if options.validate:
         size = options.limit or 200
         sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": size // 5}
-        probe = SmallValidation(kept, objects, out, sizes, not options.no_words)
+        probe = SmallValidation(kept, objects, out, sizes, options.words)
         return say(json.dumps(probe(trainer), indent=1))
     return trainer.run()
 

@@ -26,6 +26,8 @@ LARGE = 2**20  # bytes of a tensor whose memory is worth a system call
 
 # Where training programs nest a model's tensors: the published code, Lightning, others.
 _NESTS = ("model", "state_dict", "model_state_dict", "module")
+_OPTIMIZER = "optim"  # how the names begin under which they keep an optimizer's tensors
+LONGEST_NAME = 1000  # of a tensor; nested dictionaries may be endless
 
 # --- reading ----------------------------------------------------------------------------------
 
@@ -33,9 +35,9 @@ _NESTS = ("model", "state_dict", "model_state_dict", "module")
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Name -> tensor of a .pth or .safetensors file; nothing in the file is executed.
 
-    A .pth file is mapped into memory, not read. The published files nest their tensors
-    in "model", others elsewhere. UserError where the file is missing, damaged or holds anything
-    other than tensors.
+    A .pth file is mapped into memory, not read. The published files nest their tensors in "model",
+    others elsewhere: these names are left out, and other nests become part of the tensors' names.
+    UserError where the file is missing, damaged or holds anything other than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,16 +60,32 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             f"{path} was not loaded, because it holds something other than tensors: fetch it again "
             "from its publisher."
         ) from error
-    while isinstance(state, dict):
-        inner = next((state[n] for n in _NESTS if isinstance(state.get(n), dict)), None)
-        if inner is None:
-            break
-        state = inner
-    found = state.items() if isinstance(state, dict) else ()
-    tensors = {k: v for k, v in found if isinstance(k, str) and _is_plain(v)}
+    tensors = _flattened(state) if isinstance(state, dict) else {}
     if not tensors:
-        raise UserError(f"{path} holds no tensors: give a weight file of this model.")
+        raise UserError(f"{path} holds no named tensors: give a weight file of this model.")
     return tensors
+
+
+def _flattened(state: dict) -> dict[str, Tensor]:
+    """The tensors of nested dictionaries under dotted names, without the first of `_NESTS`."""
+    tensors: dict[str, Tensor] = {}
+    waiting, seen = [("", state)], set()
+    for before, inner in waiting:
+        if id(inner) in seen or len(before) > LONGEST_NAME:
+            continue
+        seen.add(id(inner))
+        for name, value in inner.items():
+            if isinstance(value, dict) and not str(name).startswith(_OPTIMIZER):
+                waiting.append((f"{before}{name}.", value))
+            elif isinstance(name, str) and _is_plain(value):
+                tensors[before + name] = value
+    nest = ""
+    while len(nest) < LONGEST_NAME and (
+        found := next((n for n in _NESTS if isinstance(state.get(n), dict)), None)
+    ):
+        nest, state = f"{nest}{found}.", state[found]
+    short = {name.removeprefix(nest): tensor for name, tensor in tensors.items()}
+    return short if len(short) == len(tensors) else tensors  # else two have the same name
 
 
 def _is_plain(value: object) -> bool:

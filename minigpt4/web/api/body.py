@@ -24,6 +24,7 @@ from minigpt4.web.api.schemas import (
 
 NAMED = 20  # ignored fields that are named; a request may hold millions
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name
+JSON_TYPES = ("json_object", "json_schema")  # of `response_format`
 CALLS = {"tool_choice": "tools", "function_call": "functions"}  # by today's and the older name
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
@@ -44,7 +45,22 @@ def read_chat(body: dict) -> tuple[ChatRequest, list[str]]:
 def _renamed(body: dict) -> dict:
     """Fields under OpenAI's names; a field that is there under both keeps OpenAI's value."""
     renamed = {ALIASES.get(name, name): value for name, value in body.items()}
-    return renamed | {name: value for name, value in body.items() if name not in ALIASES}
+    renamed |= {name: value for name, value in body.items() if name not in ALIASES}
+    wanted = renamed.get("response_format")
+    if wanted is None and (guide := renamed.pop("guided_json", None)) is not None:  # vLLM's
+        if not isinstance(guide, dict):
+            raise ApiError("guided_json must be an object: a JSON schema.", param="guided_json")
+        renamed["response_format"] = _as_schema({}, guide)
+    elif isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
+        rest = {name: value for name, value in wanted.items() if name != "schema"}
+        schema = wanted.get("schema")  # llama.cpp's, Together's and Fireworks'
+        if schema is not None and "json_schema" not in wanted:
+            renamed["response_format"] = _as_schema(rest, schema)
+    return renamed
+
+
+def _as_schema(rest: dict, schema: Any) -> dict:
+    return rest | {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
 def _unknown(body: dict) -> Iterator[str]:

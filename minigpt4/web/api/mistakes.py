@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.api.errors import ApiError, json_path, printable
 
 T = TypeVar("T", bound=BaseModel)
 # pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
@@ -37,7 +37,7 @@ def validated(model: type[T], body: dict) -> T:
 
 def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
     """The first thing that pydantic refuses, in our words."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    first = error.errors(include_url=False)[0]
     kind, (location, sentence) = first["type"], _located(first["loc"], model)
     path = json_path(location)
     if sentence and kind != "empty":
@@ -45,9 +45,12 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
     if kind == "list_type" and location[-1] in ("content", "instructions"):
         return ApiError(f"{path} must be a string or a list of parts.", param=path)
     details = first.get("ctx", {})
+    sent = first["input"].get("type") if kind == "part" and isinstance(first["input"], dict) else ""
+    if isinstance(sent, str) and sent:
+        path = f"{path} is of type “{printable(sent)}”, which is not supported: it"
     items = "item" if details.get("min_length") == 1 else "items"
     end = SENTENCES.get(kind, "has a wrong value.").format(**details, items=items)
-    return ApiError(f"{path} {end}", param=path)
+    return ApiError(f"{path} {end}", param=json_path(location))
 
 
 def _located(

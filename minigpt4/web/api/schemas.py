@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from minigpt4.config import ModelConfig
+from minigpt4.config import LOWEST_TEMPERATURE, ModelConfig, setting_range
 from minigpt4.engine import Sampling
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
@@ -26,7 +26,6 @@ from minigpt4.web.guard.limits import FILES_AT_ONCE
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 200
 MAX_ANSWERS, MAX_TOP_LOGPROBS = 8, 20
-LOWEST_TEMPERATURE = 0.01  # below, clients mean 0
 LOWEST_TOP_P = 1e-6  # keeps the most likely token alone, which is what clients mean by 0
 # Other types of parts: of the Responses API, which some clients send here, too.
 PART_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
@@ -53,6 +52,7 @@ def _or_none(value: Any) -> Any:
 
 
 def _temperature(value: Any) -> Any:
+    """Below the lowest, clients mean 0."""
     return 0.0 if isinstance(value, float) and 0 < value < LOWEST_TEMPERATURE else value
 
 
@@ -139,8 +139,7 @@ def _number(name: str, unset: str = "") -> Any:
     """A field with the range of the setting `name`. unset: what the message adds where another
     value stands for "not set"."""
     low, high, inclusive = Sampling.RANGES[name]
-    kind = "an integer" if isinstance(low, int) else "a number"
-    sentence = f"must be {kind} from {low} up to {high}{unset}."
+    sentence = f"{setting_range(name).replace('above', 'from')}{unset}."  # clients may send it
     if inclusive:
         return Field(ge=low, le=high, description=sentence)
     return Field(gt=low, le=high, description=sentence)
@@ -204,10 +203,12 @@ class ChatMessage(Object):
 
     @model_validator(mode="before")
     @classmethod
-    def _refusal_alone(cls, message: Any) -> Any:
-        """A refusal needs no content."""
-        refused = isinstance(message, dict) and message.get("refusal") is not None
-        return {"content": None} | message if refused else message
+    def _without_content(cls, message: Any) -> Any:
+        """An assistant's message needs no content, such as one with a refusal or with calls."""
+        said = isinstance(message, dict) and (
+            message.get("role") == "assistant" or message.get("refusal") is not None
+        )
+        return {"content": None} | message if said else message
 
     @property
     def text(self) -> str:
