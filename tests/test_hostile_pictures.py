@@ -415,11 +415,11 @@ def endless_profile(elements: int) -> bytes:
 
 @pytest.mark.trust("Pictures", "colour profiles that are endless or too large")
 def test_a_profile_of_endless_elements():
-    """2 x 2 pixels that took 3 seconds, and 13 of 4000 elements; the picture itself is sound."""
-    data = encoded(Image.new("RGB", (2, 2), RED), "PNG", icc_profile=endless_profile(1000))
+    """2 x 2 pixels that took 13 seconds; the picture itself is sound."""
+    data = encoded(Image.new("RGB", (2, 2), RED), "PNG", icc_profile=endless_profile(4000))
     start = time.process_time()
     assert_colour(load(data), RED)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.trust("Pictures", "colour profiles that are endless or too large")
