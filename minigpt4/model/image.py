@@ -343,7 +343,7 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
             values={"name": name},
         ) from None
     except Exception:  # damaged files make the libraries raise nearly anything
-        advice = "save it anew as JPEG or PNG"
+        advice = "save it again as JPEG or PNG"
         raise UserError(
             f"{name} is damaged, cut short or too unusual: {advice}.",
             message_id="picture_damaged",
