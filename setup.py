@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: prompts and weights become data of the package minigpt4._data."""
+"""Package data that pyproject.toml cannot name: prompts and weights, as data of minigpt4._data."""
 
 from setuptools import find_packages, setup
 

@@ -1,7 +1,7 @@
 """Perplexity and next tokens of weights in 4 bit, against the same weights in float32.
 
 `python -m benchmarks.int4_quality FOLDER TEXT...` reads a Hugging Face folder and text files, and
-prints one line for each way to quantise. `--ggml libggml-base.so` adds llama.cpp's own quantiser
+prints one line for each way to quantize. `--ggml libggml-base.so` adds llama.cpp's own quantizer
 (the library is in the wheel of pywhispercpp, for example).
 
 The folders at hand were unpacked from 4- to 6-bit files, whose numbers lie on few steps. So each
@@ -35,7 +35,7 @@ LOWEST, HIGHEST = 0.7, 1.4  # of the factors
 
 
 def main() -> None:
-    """Quantise and measure in each way; print JSON lines."""
+    """Quantize and measure in each way; print JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
@@ -59,13 +59,13 @@ def main() -> None:
     if options.ggml:
         ways["llama.cpp's, blocks of 256"] = (ggml(options.ggml), True)
     loss, likeliest = measure(llm, windows)
-    report({"quantised": "float32", "tokens": windows.numel()}, loss)
+    report({"quantized": "float32", "tokens": windows.numel()}, loss)
     weights = {name: tensor.clone() for name, tensor in llm.named_parameters()}
     for name, (quantizer, wide) in ways.items():
         bits = put(llm, weights, quantizer, wide)
         loss, found = measure(llm, windows)
         same = (found == likeliest).float().mean().item()
-        report({"quantised": name, "bits": round(bits, 2), "same_likeliest": round(same, 4)}, loss)
+        report({"quantized": name, "bits": round(bits, 2), "same_likeliest": round(same, 4)}, loss)
 
 
 def report(line: dict, loss: float) -> None:
@@ -117,11 +117,11 @@ def rescale(llm) -> None:
         mlp.down_proj.weight *= f
 
 
-# --- ways to quantise -----------------------------------------------------------------------------
+# --- ways to quantize -----------------------------------------------------------------------------
 
 
 def put(llm, weights: dict[str, Tensor], quantizer: Quantizer, wide: bool) -> float:
-    """Give the model these weights, quantised as the product's converter does it; bits a weight of
+    """Give the model these weights, quantized as the product's converter does it; bits a weight of
     the layers' matrices. wide: rows are filled up for blocks of 256."""
     layers, sizes, counts = llm.config.num_hidden_layers, 0, 0
     for name, parameter in llm.named_parameters():

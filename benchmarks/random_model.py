@@ -23,7 +23,7 @@ SIZES: dict[str, dict[str, int]] = {
     "vicuna-13b": {"hidden": 5120, "layers": 40, "heads": 40, "inner": 13824, "vocabulary": 32001},
     "llama2-7b": {"hidden": 4096, "layers": 32, "heads": 32, "inner": 11008, "vocabulary": 32000},
 }
-POOL = 2**22  # numbers that are quantised; a tensor's blocks are drawn from them
+POOL = 2**22  # numbers that are quantized; a tensor's blocks are drawn from them
 DEVIATION = 0.02
 
 

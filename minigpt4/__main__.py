@@ -16,13 +16,14 @@ from minigpt4.curation import options as curation
 from minigpt4.errors import UserError
 from minigpt4.evaluation import options as evaluation
 from minigpt4.options import (
-    Option,
+    ASK,
+    EMBEDDINGS_MB,
+    PUSH,
     Parser,
     add_model_options,
     add_places,
     add_remote_llm_options,
     add_sampling_options,
-    switch,
 )
 from minigpt4.training import options as training
 from minigpt4.web import run as server
@@ -106,8 +107,7 @@ def _add_ask(commands) -> None:
     command.add_argument(
         "photos", nargs="+", metavar="photo", help="Picture files or folders, then the question."
     )
-    out = Option("out", "Write the answers as JSON lines, one for each photo.", metavar="FILE")
-    command.add([out], prefix="ASK_")
+    command.add(ASK, prefix="ASK_")
     _add_answering(command)
     command.set_defaults(run=_ask)
 
@@ -122,6 +122,7 @@ def _add_chat(commands) -> None:
 def _add_answering(command: Parser) -> None:
     add_model_options(command)
     add_remote_llm_options(command)
+    command.add([EMBEDDINGS_MB])
     add_sampling_options(command)
 
 
@@ -170,8 +171,7 @@ def _add_push(commands) -> None:
     command = commands.add_parser("push", help="send a trained projection to the Hugging Face hub")
     command.add_argument("projection", help="A file that “train” wrote, or the folder of its run.")
     command.add_argument("repository", metavar="USER/NAME")
-    private = Option("private", "Make a new repository private.", False, switch)
-    command.add([private], prefix="PUSH_")
+    command.add(PUSH, prefix="PUSH_")
     command.set_defaults(run=_push)
 
 

@@ -239,7 +239,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in read_settings(path).items():
             option = options.get(str(name).replace("-", "_"))
             if option is None or option is own[0]:
-                raise UserError(f"{path} has “{name}”, which is no option of {self.prog}.")
+                raise UserError(f"{path} has “{name}”, which is not an option of {self.prog}.")
             if option.many and any(a.partition("=")[0] == f"--{option.name}" for a in args):
                 continue
             if option.read is switch and value is not None:
@@ -348,7 +348,16 @@ REMOTE_LLM = (
         needs=("llm-url",),
     ),
 )
-LOADING = (MODEL, QUANTIZE, DTYPE, DEVICE, *PLACES, *REMOTE_LLM)  # what minigpt4.load takes
+EMBEDDINGS_MB = Option(
+    "embeddings-mb",
+    "Disk space for the embeddings of pictures that large models encode on a CPU, in MB; 0 keeps "
+    "none.",
+    200,
+    integer(0, 1_000_000),
+    "MB",
+)
+# What minigpt4.load takes, or reads from the environment.
+LOADING = (MODEL, QUANTIZE, DTYPE, DEVICE, *PLACES, *REMOTE_LLM, EMBEDDINGS_MB)
 SAMPLING = tuple(
     Option(name, help, None, setting(name.replace("-", "_")))
     for name, help in {
@@ -406,6 +415,7 @@ SERVER = (
         integer(1, 1_000_000),
         "MB",
     ),
+    EMBEDDINGS_MB,
     Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
     API_KEY,
     IMAGE_HOSTS,
@@ -432,6 +442,10 @@ SERVER = (
         metavar="FOLDER",
     ),
 )
+
+
+PUSH = (Option("private", "Make a new repository private.", False, switch),)
+ASK = (Option("out", "Write the answers as JSON lines, one for each photo.", metavar="FILE"),)
 
 
 def add_model_options(parser: Parser, default: str = "auto", several: bool = False) -> None:

@@ -1,7 +1,6 @@
 """Options -> a loaded model or engine: what the command line, the page and Python share."""
 
 import argparse
-import os
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -287,8 +286,8 @@ def _shared(options: argparse.Namespace) -> argparse.Namespace:
 
     if Path(options.model).exists():
         raise UserError(
-            f"“{options.model}” is on this machine and no model's name: name the file of its "
-            "projection with “--projection”, which selects the model."
+            f"“{options.model}” is a path on this machine, not the name of a model: give the file "
+            "of its projection with “--projection”, which selects the model."
         )
     found = resolve(options.model)
     if found and options.projection:
@@ -317,7 +316,7 @@ def open_engine(
     from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 
     try:
-        store = _embedding_store(model)
+        store = _embedding_store(model, options.embeddings_mb)
         with progress.file(progress.total - progress.done) as count:
             return Engine(
                 model,
@@ -337,16 +336,13 @@ def _hang_seconds(model: "MiniGPT4") -> float:
     return SLOW_HANG_SECONDS if slow else HANG_SECONDS
 
 
-def _embedding_store(model: "MiniGPT4") -> "EmbeddingStore | None":
-    """Where embeddings are kept that take seconds to compute; $MINIGPT4_EMBEDDINGS_MB limits it."""
+def _embedding_store(model: "MiniGPT4", megabytes: int) -> "EmbeddingStore | None":
+    """Where embeddings are kept that take seconds to compute, up to so many megabytes."""
     if model.device.type != "cpu" or not isinstance(model.config.vision, EvaViT):
         return None
-    from minigpt4.engine.embeddings import MEGABYTES, EmbeddingStore
+    from minigpt4.engine.embeddings import EmbeddingStore
 
-    limit = os.environ.get("MINIGPT4_EMBEDDINGS_MB") or str(MEGABYTES)
-    if not limit.isdecimal():
-        raise UserError(f"MINIGPT4_EMBEDDINGS_MB is “{limit}”: set it to a number of megabytes.")
-    return EmbeddingStore(cache_folder() / "embeddings", model, int(limit))
+    return EmbeddingStore(cache_folder() / "embeddings", model, megabytes)
 
 
 def _open_remote(
@@ -364,7 +360,8 @@ def _open_remote(
     from minigpt4.remote.vllm import VllmServers
 
     urls = options.llm_url.split(",")
-    servers = VllmServers(model, urls, options.llm_key, _embedding_store(model))
+    store = _embedding_store(model, options.embeddings_mb)
+    servers = VllmServers(model, urls, options.llm_key, store)
     if "max_running" in limits:
         limits["max_running"] *= len(urls)
     engine = RemoteEngine(model, servers, **limits)

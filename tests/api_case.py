@@ -1,4 +1,4 @@
-"""What the tests of the API share: a server with a tiny random model, and ways to ask it."""
+"""Helpers of the API's tests: a server with a tiny random model, and ways to ask it."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Settings and fixtures of several tests."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What the tests of `evaluate`'s experiments share: a tiny model, the command."""
+"""Helpers of the tests of `evaluate`'s experiments: a tiny model, the command."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the tests of the page share: a server, a browser, visitors."""
+"""Helpers of the page's tests: a server, a browser, visitors."""
 
 import os
 import re

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from minigpt4.__main__ import main
 from minigpt4.config import LowRank, get_model
+from minigpt4.engine.kernels.build import library
 from minigpt4.engine.native import quantize
 from minigpt4.errors import UserError
 from minigpt4.training.adapters import finished, insert, tensors_of
@@ -56,7 +57,17 @@ def test_what_is_loaded_computes_what_was_trained(llama, tmp_path):
     assert read_projection(path)["weight"].shape == (HIDDEN, 8)  # it is a projection's file, too
 
 
-@pytest.mark.parametrize("quantizer", [None, quantize], ids=["gguf", "kernels"])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        None,
+        pytest.param(
+            quantize,
+            marks=pytest.mark.skipif(library() is None, reason="no C compiler: install gcc"),
+        ),
+    ],
+    ids=["gguf", "kernels"],
+)
 def test_blocks_hold_the_sum_in_8_bit(llama, quantizer, tmp_path):
     tensors, training = trained(as_transformers(llama))
     save_file(tensors, path := tmp_path / "p.safetensors")

@@ -1,4 +1,4 @@
-"""What the clients there are send: read as it is meant, or named in a header or an error."""
+"""Requests of existing clients: read as they are meant, or named in a header or an error."""
 
 import base64
 import io

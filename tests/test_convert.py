@@ -74,7 +74,7 @@ def normal_numbers() -> np.ndarray:
     ("kind", "most"), [("Q4_1", 0.071), ("Q4_K", 0.0712), ("Q6_K", 0.0176), ("Q8_0", 0.0055)]
 )
 def test_errors_are_below_those_of_llama_cpp(kind, most):
-    """Normal numbers; llama.cpp's own quantiser: 0.078, 0.0714, 0.0178, 0.0054."""
+    """Normal numbers; llama.cpp's own quantizer: 0.078, 0.0714, 0.0178, 0.0054."""
     assert relative_error(kind, normal_numbers(), quantize(kind, normal_numbers())) < most
 
 

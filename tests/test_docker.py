@@ -1,4 +1,4 @@
-"""What can be said of the Dockerfile without Docker; scripts/try-dockerfile executes it."""
+"""The Dockerfile, checked without Docker; scripts/try-dockerfile executes it."""
 
 import importlib.machinery
 import importlib.util

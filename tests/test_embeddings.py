@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from minigpt4 import start
+from minigpt4.__main__ import main
 from minigpt4.config import EvaViT, get_model
 from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.engine.pictures import Pictures
@@ -129,11 +130,12 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     assert encode(opened(tmp_path / "file", Model()), picture(9)).mean() == 9
 
 
-def test_for_slow_encoders_alone(tmp_path, monkeypatch):
+def test_for_slow_encoders_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert start._embedding_store(Model()) is not None
+    assert start._embedding_store(Model(), 1) is not None
     nano = SimpleNamespace(config=get_model("nano"), device=torch.device("cpu"))
-    assert not isinstance(nano.config.vision, EvaViT) and start._embedding_store(nano) is None
+    assert not isinstance(nano.config.vision, EvaViT) and start._embedding_store(nano, 1) is None
     monkeypatch.setenv("MINIGPT4_EMBEDDINGS_MB", "lots")
-    with pytest.raises(UserError, match="a number of megabytes"):
-        start._embedding_store(Model())
+    with pytest.raises(SystemExit):
+        main(["chat"])
+    assert "MINIGPT4_EMBEDDINGS_MB must be an integer from 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What breaks around the engine: memory that runs out, a GPU that fails, threads that collide."""
+"""Faults around the engine: memory that runs out, a GPU that fails, threads that collide."""
 
 import importlib
 import sys

@@ -52,7 +52,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path, qwen):
     assert np.array_equal(found.head.numbers(), llama.head.numbers())
 
 
-def test_one_matrix_quantised_twice_is_kept_once(tmp_path):
+def test_one_matrix_quantized_twice_is_kept_once(tmp_path):
     llama = block_llama()
     numbers = llama.head.numbers().astype(np.float16)
     again = BlockTensor("F16", llama.head.shape, numbers.view(np.uint8))

@@ -1,4 +1,4 @@
-"""What is replaced of Gradio: the installed one still has it, and each patch does its work."""
+"""Patches of Gradio: the installed one has the patched parts, and each patch does its work."""
 
 import ast
 import asyncio

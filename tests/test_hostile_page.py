@@ -1,4 +1,4 @@
-"""What a browser might execute or fetch: in the model's text, in error messages, in downloads."""
+"""Code and addresses in the model's text, errors and downloads: no browser runs or fetches them."""
 
 import html
 import json

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minigpt4.errors import UserError
-from minigpt4.model import colours, image
+from minigpt4.model import image, image_file
 from minigpt4.model.image import Picture, fitted, load, packed, smaller
 from tests.test_image import (
     FORMATS,
@@ -137,7 +137,7 @@ def test_pictures_of_history_are_packed():
 def test_two_are_decoded_at_a_time(monkeypatch):
     """However many people send one at the same moment."""
     now, most, lock = 0, 0, threading.Lock()
-    upright = colours._upright
+    upright = image_file._upright
 
     def slow(*arguments):
         nonlocal now, most
@@ -149,7 +149,7 @@ def test_two_are_decoded_at_a_time(monkeypatch):
             now -= 1
         return upright(*arguments)
 
-    monkeypatch.setattr(colours, "_upright", slow)
+    monkeypatch.setattr(image_file, "_upright", slow)
     data = encoded(quarters(), "PNG")
     threads = [threading.Thread(target=load, args=[data]) for _ in range(8)]
     for thread in threads:
@@ -415,18 +415,18 @@ def endless_profile(elements: int) -> bytes:
 
 @pytest.mark.trust("Pictures", "colour profiles that are endless or too large")
 def test_a_profile_of_endless_elements():
-    """2 x 2 pixels that took 3 seconds, and 13 of 4000 elements; the picture itself is sound."""
-    data = encoded(Image.new("RGB", (2, 2), RED), "PNG", icc_profile=endless_profile(1000))
+    """2 x 2 pixels that took 13 seconds; the picture itself is sound."""
+    data = encoded(Image.new("RGB", (2, 2), RED), "PNG", icc_profile=endless_profile(4000))
     start = time.process_time()
     assert_colour(load(data), RED)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.trust("Pictures", "colour profiles that are endless or too large")
 def test_a_profile_larger_than_any(monkeypatch):
     data = encoded(Image.new("RGB", (2, 2), (255, 0, 0)), "PNG", icc_profile=swapped_profile())
     assert_colour(load(data), (0, 0, 255), tolerance=2)
-    monkeypatch.setattr(colours, "MAX_PROFILE", 100)
+    monkeypatch.setattr(image_file, "MAX_PROFILE", 100)
     assert_colour(load(data), (255, 0, 0))
 
 

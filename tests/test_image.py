@@ -5,7 +5,6 @@ import io
 import os
 import struct
 import threading
-import time
 import zlib
 from pathlib import Path
 
@@ -347,12 +346,11 @@ def test_first_frame_only(format):
 
 @pytest.mark.parametrize(("width", "height"), [(8000, 5001), (10_000, 10_000), (60_000, 60_000)])
 @pytest.mark.trust("Pictures", "headers that claim 20,000 × 20,000 pixels and more")
-def test_too_large_is_refused_before_decoding(width, height, tmp_path):
+def test_too_large_is_refused_before_decoding(width, height, tmp_path, monkeypatch):
     path = tmp_path / "huge.png"
     path.write_bytes(png(width, height))
-    start = time.process_time()
+    monkeypatch.delattr(image_file, "decoded")
     assert "huge.png has more than 40 megapixels" in refusal(path)
-    assert time.process_time() - start < 0.5
 
 
 def test_no_pixels():

@@ -118,7 +118,7 @@ def test_a_host_is_read_in_one_form(given, host):
     "host", ["https://a.org/path", "*", "*.a.org", "a.org/x", "a b", "a:b", "x@a"]
 )
 def test_hosts_that_no_address_has(host):
-    with pytest.raises(UserError, match="which is no host"):
+    with pytest.raises(UserError, match="which is not a host"):
         ImageUrls([host])
 
 

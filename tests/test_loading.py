@@ -60,13 +60,13 @@ def weights(tmp_path, monkeypatch) -> Path:
     (folder / "prerained_minigpt4_7b.pth").symlink_to(CASE / "pretrained_minigpt4.pth")
     shutil.copytree(CASE / "llm", folder / "vicuna-7b-llm")
     monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder))
-    monkeypatch.setenv("MINIGPT4_EMBEDDINGS_MB", "0")
     monkeypatch.setitem(configs.MODELS, "vicuna-7b", tiny_config())
     return folder
 
 
 def options(**changes) -> argparse.Namespace:
     values = {"model": "vicuna-7b", "quantize": "auto", "device": "cpu", "llm_url": None}
+    values |= {"embeddings_mb": 0}
     return argparse.Namespace(**values | changes)
 
 

@@ -1,4 +1,4 @@
-"""How the page looks and is operated: its order, its windows, keys and fingers."""
+"""The page's look and operation: its order, its windows, keys and fingers."""
 
 import re
 from importlib import resources

@@ -1,4 +1,4 @@
-"""What the model sees before anyone asks: captions, where objects are, what a chat is about."""
+"""First looks at a picture, before anyone asks: captions, objects; titles of conversations."""
 
 import asyncio
 

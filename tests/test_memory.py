@@ -1,4 +1,4 @@
-"""How much memory there is and is needed, and what a model that does not fit is answered."""
+"""Memory that is free and needed, and the answer where a model does not fit."""
 
 import re
 import subprocess

@@ -76,7 +76,7 @@ def test_a_conversation_goes_on(engine, photo):
 
 
 @pytest.mark.parametrize("quantize", ["none", "w8a16", "int8", "nf4"])
-def test_quantised(quantize, engine, photo):
+def test_quantized(quantize, engine, photo):
     """In PyTorch, int8 and nf4 by bitsandbytes, on the CPU: all see the picture and end in time."""
     config = get_model("nano")
     model = load_model(config, find_weights(config), quantize=quantize)

@@ -176,12 +176,12 @@ def test_help_imports_nothing_heavy():
         "except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'transformers', 'gradio', 'numpy', 'PIL'} & sys.modules.keys()))"
     )
-    seconds = []
-    for _ in range(3):  # the quickest counts: others use this machine as well
+    seconds: dict[str, list[float]] = {code: [], "pass": []}
+    for program in [*seconds] * 3:  # the quickest counts: others use this machine as well
         started = time.perf_counter()
-        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 2  # 0.3 s on an idle machine
+        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+        seconds[program].append(time.perf_counter() - started)
+    assert min(seconds[code]) < 30 * min(seconds["pass"])  # Python alone; 5 to 15 times here
 
 
 def test_every_environment_variable_has_one_meaning():

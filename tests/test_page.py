@@ -276,7 +276,7 @@ def test_settings_and_presets(visit, engine):
     expect(temperature).to_have_value("0.8")
     page.get_by_label("balanced").click()
     expect(temperature).to_have_value("0.5")
-    for fact in ("nano", "unquantised", "cpu", "Apache-2.0"):
+    for fact in ("nano", "unquantized", "cpu", "Apache-2.0"):
         expect(page.locator("#model")).to_contain_text(fact)
 
 

@@ -1,4 +1,4 @@
-"""What a user types stays text; pictures are keyed by content; training and chat agree."""
+"""Prompts: typed text stays text; pictures are keyed by content; training and chat agree."""
 
 from pathlib import Path
 

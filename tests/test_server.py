@@ -1,4 +1,4 @@
-"""What stands beside the page: keys, health, metrics, gradio's endpoint; and how it all ends."""
+"""Endpoints beside the page: keys, health, metrics, gradio's endpoint; and the shutdown."""
 
 import http.client
 import os
@@ -552,5 +552,5 @@ def test_web_pages_of_other_origins(engine):
     "origin", ["chat.example.org", "https://*.example.org", "https://a.org/x", "https://a.org?x"]
 )
 def test_origins_that_no_web_page_has(origin):
-    with pytest.raises(UserError, match="which is no origin"):
+    with pytest.raises(UserError, match="which is not an origin"):
         cors(origin)

@@ -1,4 +1,4 @@
-"""Which model `auto` chooses, and what happens where its weights are missing."""
+"""The model that `auto` chooses, and the start where its weights are missing."""
 
 import argparse
 import asyncio
@@ -148,14 +148,13 @@ def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch
     monkeypatch.setattr(start, "PROBE_MARGIN", 0.1)
     model = SimpleNamespace(config=get_model("nano"), tokenizer=None, device=torch.device("cpu"))
     monkeypatch.setattr(start, "open_model", lambda options, report: model)
-    options = argparse.Namespace(
-        model="nano", quantize="auto", llm_url="http://127.0.0.1:9/v1", llm_key=""
-    )
+    options = argparse.Namespace(model="nano", quantize="auto", embeddings_mb=7)
+    options.llm_url, options.llm_key = "http://127.0.0.1:9/v1", ""
     kept = []
-    monkeypatch.setattr(start, "_embedding_store", kept.append)
+    monkeypatch.setattr(start, "_embedding_store", lambda *given: kept.append(given))
     with pytest.raises(UserError, match="do not answer"):
         start.open_engine(options)
-    assert kept == [model] and len(closed) == 1 and options.quantize == "auto"
+    assert kept == [(model, 7)] and len(closed) == 1 and options.quantize == "auto"
 
 
 def test_the_type_reaches_the_loader(monkeypatch):

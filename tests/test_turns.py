@@ -1,4 +1,4 @@
-"""What a conversation does, without a browser: with a tiny random model, and with none."""
+"""Turns of a conversation without a browser: with a tiny random model, and with none."""
 
 import ast
 import asyncio

@@ -1,4 +1,4 @@
-"""What researchers need of a run: held-out scores, the best projection, parts, mixtures, files."""
+"""Researchers' runs: held-out scores, the best projection, parts, mixtures, files of options."""
 
 import csv
 from argparse import Namespace
@@ -253,7 +253,7 @@ def test_options_from_a_file(tmp_path, name, text, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: a\nbatchsize: 3", "“batchsize”, which is no option"),
+        ("data: a\nbatchsize: 3", "“batchsize”, which is not an option"),
         ("data: a\nbatch-size: [1, 2]", "must be a single value"),
         ("data: a\nbatch-size: x", "must be an integer"),
         ("data: a\ncrop: maybe", "“crop” in {path} must be on or off (or 1, 0, true"),

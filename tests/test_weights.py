@@ -245,8 +245,10 @@ def test_the_computing_type_is_forced(monkeypatch):
         assert choose_dtype() == choose_dtype("auto") == expected
     assert choose_dtype("auto", torch.device("cuda")) == torch.float16
     monkeypatch.setenv("MINIGPT4_DTYPE", "half")
-    with pytest.raises(UserError, match="no computing type “half”: choose auto, float32"):
+    with pytest.raises(UserError, match="DTYPE must be one of auto, float32, bfloat16, not “half”"):
         choose_dtype()
+    with pytest.raises(UserError, match="no computing type “half”: choose auto, float32"):
+        choose_dtype("half")
 
 
 def test_together_as_alone(case, computing_type):

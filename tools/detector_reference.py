@@ -1,4 +1,4 @@
-"""What CenterNet's TensorFlow.js graph itself answers for a drawn picture: the test's reference.
+"""The answer of CenterNet's TensorFlow.js graph for a drawn picture: the test's reference.
 
     python -m tools.detector_reference models/centernet.json tests/parity/detector.safetensors
 

@@ -1,4 +1,4 @@
-"""What strangers send that is no question: each gets an answer that says so, or a closed door."""
+"""Malformed and hostile requests: each gets an answer that says so, or a closed door."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Where the pictures of a set are: files in a folder, or members of WebDataset shards. No torch."""
+"""The pictures of a set: files in a folder, or members of WebDataset shards. No torch."""
 
 import os
 import re

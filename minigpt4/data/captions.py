@@ -1,4 +1,4 @@
-"""What counts as a caption, and the account of what a reader of data leaves out."""
+"""Checks of captions, and the account of the records that a reader of data leaves out."""
 
 import ast
 import re

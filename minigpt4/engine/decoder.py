@@ -1,4 +1,4 @@
-"""Which decoder runs, and how much memory it gets. A decoder turns rows into logits, and keeps keys
+"""The choice of the decoder, and its memory. A decoder turns rows into logits, and keeps keys
 and values in blocks: in PyTorch for any Llama on any device (`torch_decoder.py`), in CUDA graphs
 for int8 weights on a GPU (`gpu/`), or compiled for the CPU for a GGUF file's weights (`native.py`).
 """

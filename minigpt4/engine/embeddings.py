@@ -13,7 +13,6 @@ from minigpt4.data.files import replacing
 if TYPE_CHECKING:
     from minigpt4.model.minigpt4 import MiniGPT4
 
-MEGABYTES = 200  # of the folder: 0.5 MB a picture for a 7B
 _SAMPLE = 1024  # numbers of each weight that tell one model from another
 
 
@@ -25,7 +24,7 @@ class EmbeddingStore:
     folder that cannot be used, and a damaged file, count as empty.
     """
 
-    def __init__(self, folder: Path, model: "MiniGPT4", megabytes: int = MEGABYTES) -> None:
+    def __init__(self, folder: Path, model: "MiniGPT4", megabytes: int = 200) -> None:
         self._folder, self._limit = folder, megabytes * 10**6
         self._mark = fingerprint(model)
         self._shape = model.config.image_tokens, model.config.llm_hidden_size

@@ -1,4 +1,5 @@
-"""What every engine offers, wherever its model runs. `ask`, the page and the API use no more of it.
+"""AnyEngine: the interface of every engine, wherever its model runs. `ask`, the page and the API
+use no more of it.
 
 No torch.
 """

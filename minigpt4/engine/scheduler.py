@@ -1,4 +1,4 @@
-"""Who waits, who runs, and what one step computes. No torch.
+"""The scheduler: requests that wait, requests that run, and the rows of one step. No torch.
 
 `RequestQueue` is what every engine shares, wherever the language model runs. `Scheduler` plans the
 steps of the engine that runs it here: it reserves blocks for a request, lets it in, and divides a

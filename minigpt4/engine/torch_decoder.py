@@ -14,7 +14,7 @@ MAX_ROWS = 1024  # in one call of the model
 
 
 class TorchDecoder:
-    """Runs rows through a Hugging Face Llama, quantised or not.
+    """Runs rows through a Hugging Face Llama, quantized or not.
 
     Kernels for other shapes round differently, so the last bits of a row's numbers may depend on
     what is computed with it. keys_values: [layers, 2, slots, kv_heads, head_dim]; a block's slots
@@ -29,7 +29,7 @@ class TorchDecoder:
         config = llm.config
         self._kv_heads = config.num_key_value_heads
         self._head_dim = self._model.layers[0].self_attn.head_dim
-        norm = self._model.norm.weight  # unquantised
+        norm = self._model.norm.weight  # unquantized
         self.device, self._dtype = norm.device, norm.dtype
         # A GPU is faster with many rows; a CPU's answers would stall.
         self.chunk_rows = (1024, 512) if self.device.type == "cuda" else (256, 32)

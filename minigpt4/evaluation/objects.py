@@ -1,4 +1,4 @@
-"""Which of the objects in objects.txt captions name. No torch."""
+"""Objects that captions name, of those in objects.txt. No torch."""
 
 import re
 from collections.abc import Iterable

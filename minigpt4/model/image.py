@@ -18,9 +18,8 @@ import numpy as np
 from PIL import Image
 
 from minigpt4.errors import UserError
-from minigpt4.model import colours, image_file
-from minigpt4.model.colours import STRIPE
-from minigpt4.model.image_file import TooLarge
+from minigpt4.model import image_file
+from minigpt4.model.image_file import STRIPE, TooLarge
 
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
 UNPACKED_PIXELS = 300_000  # of a picture in history that is not packed: about a megabyte
@@ -314,7 +313,7 @@ def _converted(
             raise TooLarge
         held.take(size - taken)
         taken = size
-        rgb = colours.upright_rgb(image, original or image, deep)
+        rgb = image_file.upright_rgb(image, original or image, deep)
         picture = hold(rgb, _key(rgb))
         taken = 0
         return picture
@@ -345,7 +344,7 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
             values={"name": name},
         ) from None
     except Exception:  # damaged files make the libraries raise nearly anything
-        advice = "save it anew as JPEG or PNG"
+        advice = "save it again as JPEG or PNG"
         raise UserError(
             f"{name} is damaged, cut short or too unusual: {advice}.",
             message_id="picture_damaged",

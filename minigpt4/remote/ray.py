@@ -29,6 +29,7 @@ from minigpt4.model.prompt import Prompt
 from minigpt4.options import (
     API_KEY,
     DTYPE,
+    EMBEDDINGS_MB,
     IMAGE_HOSTS,
     MAX_QUEUE,
     MAX_RUNNING,
@@ -65,7 +66,7 @@ REPLICAS = (
 )
 OPTIONS = (
     replace(MODEL, default=DEFAULT_MODEL),
-    *(QUANTIZE, DTYPE, *PLACES),
+    *(QUANTIZE, DTYPE, *PLACES, EMBEDDINGS_MB),
     *REPLICAS,
     *(MAX_RUNNING, MAX_QUEUE, MAX_UPLOAD, IMAGE_HOSTS, API_KEY),
 )

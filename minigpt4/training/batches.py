@@ -1,4 +1,4 @@
-"""What a step shows, and how: order, crops, prompts, the published clean-up of captions."""
+"""Batches of a step: order, crops, prompts, the published clean-up of captions."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What the frozen encoder and bridge compute from pictures; cached on disk where asked for."""
+"""Features of the frozen encoder and bridge; cached on disk where asked for."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""What small models learn of a picture: captions, descriptions, questions, tasks, what is absent.
+"""The mixture that small models learn: captions, descriptions, questions, tasks, absent things.
 
 A picture's texts are drawn anew each time it is shown, several together, since they share the cost
 of reading its prompt.

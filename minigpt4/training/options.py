@@ -132,7 +132,7 @@ REWARD = (
 WORDS = (
     Option("threads", "Processor threads.", 2, integer(1), "N"),
     Option("adapters", "Train adapters (LoRA) of the language model as well.", False, switch),
-    Option("refit", "Fit the word head anew, even if the run has one.", False, switch),
+    Option("refit", "Train the word head again, even if the run has one.", False, switch),
 )
 GROUPS = (DATA, WATCHING, OPTIMIZER, REWARD, WORDS)
 # Options that do nothing without another one; mini's training needs no --validate to validate.

@@ -1,5 +1,5 @@
-"""What a run does beside its steps: whole steps despite signals, checkpoints read again, and the
-plot of its losses."""
+"""Interruptions and checkpoints of a run: whole steps despite signals, checkpoints read again;
+the plot of its losses."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Where the projection of a small model starts: at the embeddings of the words it should bring up.
+"""The start of a small model's projection: the embeddings of the words it should bring up.
 
 Classes and objects begin at the mean embedding of their names' words; the rest is a ridge
 regression from the features onto the mean embedding of the captions' words.

@@ -1,4 +1,4 @@
-"""What a small model has learned so far, on pictures kept apart: loss, captions, yes/no, obedience.
+"""Validation of small models on pictures kept apart: loss, captions, yes/no, obedience.
 
 Captions, yes/no questions and obedience pull in different directions, so they are measured
 together.

@@ -69,7 +69,7 @@ class Validation:
         if running and rows and found and found.get("held_out", self._mark) != self._mark:
             raise UserError(
                 f"{best} is the best on other held-out pictures: give “--validate” the same ones "
-                "again, or delete that file to begin the comparison anew."
+                "again, or delete that file to start the comparison again."
             )
 
     def __call__(self) -> None:

@@ -1,4 +1,4 @@
-"""How a page is served: start, endpoints for programs on the same port, graceful shutdown."""
+"""The page's server: start, endpoints for programs on the same port, graceful shutdown."""
 
 import argparse
 import html
@@ -23,13 +23,13 @@ from starlette.routing import BaseRoute, Route
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError, say
 from minigpt4.web.api.access import Keys
-from minigpt4.web.api.elsewhere import refuse
 from minigpt4.web.api.mcp import McpGate, check_package
+from minigpt4.web.api.not_found import refuse
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard import gradio_patches
+from minigpt4.web.guard.compression import Compression
 from minigpt4.web.guard.image_url import ImageUrls
-from minigpt4.web.guard.lighter import Lighter
 from minigpt4.web.guard.limits import Limits, mcp_bytes
 from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
@@ -118,7 +118,7 @@ class Server:
                 "lifespan": partial(sweeping, kept=in_folder),
                 "exception_handlers": {KeyError: _no_such_event, HTTPException: refuse},
                 "middleware": [
-                    Middleware(Lighter),
+                    Middleware(Compression),
                     Middleware(Limits, max_bytes=self._max_bytes),
                     *([Middleware(McpGate, keys=self._keys)] if self.offers_mcp else []),
                 ],

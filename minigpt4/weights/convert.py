@@ -1,6 +1,6 @@
 """A language model for the CPU: a Hugging Face folder -> a GGUF file of 4-bit blocks, once.
 
-Tensors are read one after the other, quantised and written to their places; the shards stay as they
+Tensors are read one after the other, quantized and written to their places; the shards stay as they
 are. Matrices get the kinds of llama.cpp's Q4_K_M: 6 bits for embedding and head, and for `attn_v`
 and `ffn_down` in half of the layers; 4 bits for the rest.
 """
@@ -49,7 +49,7 @@ from minigpt4.weights.sources import PARTS, mark_of, weights_folder
 from minigpt4.weights.tokenizer import load_tokenizer
 from minigpt4.weights.transfer import Progress, in_words
 
-CHUNK = 2**20  # weights quantised at once by a thread
+CHUNK = 2**20  # weights quantized at once by a thread
 _ALIGNMENT = 32  # of a tensor in a GGUF file
 
 _OUTER = {
@@ -143,7 +143,7 @@ def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
             raise
         raise UserError(
             f"{gguf} is not a GGUF file of a kind that can be read ({error}): give one of a Llama "
-            f"model in {', '.join(BLOCKS)} blocks, as llama.cpp quantises it."
+            f"model in {', '.join(BLOCKS)} blocks, as llama.cpp quantizes it."
         ) from error
 
 
@@ -333,7 +333,7 @@ def _write(
 def _write_tensor(
     file: BinaryIO, part: _Part, tensor: Tensor, quantize: Quantizer, pool: ThreadPoolExecutor
 ) -> str:
-    """Quantise and write it; the SHA-256 of what was written."""
+    """Quantize and write it; the SHA-256 of what was written."""
 
     def blocks(rows: Tensor) -> np.ndarray:
         numbers = np.ascontiguousarray(rows.float().numpy())

@@ -71,7 +71,7 @@ def make_int8(config: EvaViT, vision: Path, report: Report) -> Path:
 
 def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all that an encoder of `Int8EncoderLinear` layers holds, but for the norm;
-    what is not quantised is in 32 bit."""
+    what is not quantized is in 32 bit."""
     tensors = eva_tensors(read_checkpoint(vision), config)
     encoder = _on_meta(config)
     linears = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}

@@ -1,4 +1,4 @@
-"""A language model as a GGUF file holds it: blocks of quantised weights, mapped into memory. No
+"""A language model as a GGUF file holds it: blocks of quantized weights, mapped into memory. No
 torch.
 
 Reading a GGUF file's header takes seconds (its vocabulary is in there), so `write_index` notes once
@@ -255,7 +255,7 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
     """Note beside a GGUF file of a Llama or Qwen2 where its tensors lie; the note's own place.
 
     digests: SHA-256 of the tensors, which are checked whenever the model is opened.
-    Where `token_embd` and `output` are one matrix, quantised twice, only `output` is noted.
+    Where `token_embd` and `output` are one matrix, quantized twice, only `output` is noted.
     ValueError where the file holds another kind of model or of block.
     """
     from gguf import GGUFReader
@@ -335,7 +335,7 @@ def _read_sizes(fields: Mapping) -> dict[str, Any]:
 
 
 def _same(embedding: BlockTensor, head: BlockTensor, rows: int = 4096) -> bool:
-    """Are these two one matrix, up to what quantisation changes?"""
+    """Are these two one matrix, up to what quantization changes?"""
     if embedding.shape != head.shape:
         return False
     for start in range(0, embedding.shape[0], rows):

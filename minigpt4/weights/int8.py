@@ -1,6 +1,6 @@
-"""Language models with weight-only int8: one scale per output channel, activations unquantised.
+"""Language models with weight-only int8: one scale per output channel, activations unquantized.
 
-A Llama's linears, head and embedding are quantised while its files are read, one tensor at a time.
+A Llama's linears, head and embedding are quantized while its files are read, one tensor at a time.
 Layers that read the same input are stored together, for kernels that compute them together.
 """
 
@@ -56,7 +56,7 @@ class Int8Module(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Dequantised [out, in], computed at each call."""
+        """Dequantized [out, in], computed at each call."""
         return self.stored.numbers.to(self.dtype) * self.stored.scale.to(self.dtype)[:, None]
 
     def load(self, name: str, tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The language model and its tokenizer, from a folder.
 
-The folder is a Hugging Face Llama's. It is loaded in PyTorch, quantised or not; as the blocks of a
+The folder is a Hugging Face Llama's. It is loaded in PyTorch, quantized or not; as the blocks of a
 GGUF file beside it ("int4"); or as its token embedding alone ("remote"), where other machines run
 the model. The usual mistakes (no tokenizer, missing shards, delta weights, another Vicuna) each end
 in one sentence.
@@ -8,7 +8,6 @@ in one sentence.
 
 import functools
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from minigpt4.config import ModelConfig, Quantize
 from minigpt4.errors import Count, UserError, ignore, out_of_memory, say
 from minigpt4.model.text import JsonTokenizer
+from minigpt4.options import DTYPE
 from minigpt4.weights.folder import (
     check_folder,
     check_is_no_delta,
@@ -46,20 +46,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def choose_dtype(name: str | None = None, device: torch.device = CPU) -> torch.dtype:
     """The type that a language model computes in.
 
-    name: "float32", "bfloat16" or "auto"; None reads $MINIGPT4_DTYPE, and where that is unset means
+    name: "float32", "bfloat16" or "auto"; None: what $MINIGPT4_DTYPE says, else "auto".
     "auto": float16 on a GPU; on a CPU, bfloat16 where the processor multiplies it natively (twice
     as fast), else float32. UserError for any other name.
     """
-    name = name or os.environ.get("MINIGPT4_DTYPE") or "auto"
+    name = name or DTYPE.from_environment()
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
         return torch.bfloat16 if _has_native_bfloat16() else torch.float32
     if name not in DTYPES:
-        raise UserError(
-            f"There is no computing type “{name}”: choose auto, {' or '.join(DTYPES)} with "
-            "“--dtype” or in MINIGPT4_DTYPE."
-        )
+        raise UserError(f"There is no computing type “{name}”: choose auto, {' or '.join(DTYPES)}.")
     return DTYPES[name]
 
 
@@ -286,7 +283,7 @@ class TokenEmbedding(nn.Module):
     """Token ids [...] -> token embeddings [..., hidden_size].
 
     weight: [vocabulary, hidden_size], in the file's own precision; or a GGUF file's blocks: of
-    these, only the rows asked for are dequantised, to the float32 numbers that the engine's own
+    these, only the rows asked for are dequantized, to the float32 numbers that the engine's own
     decoder reads.
     """
 

@@ -1,4 +1,4 @@
-"""How much memory a model needs on the CPU, and how much there is: both known before loading."""
+"""The memory that a model needs on the CPU, and the memory that is free: known before loading."""
 
 import math
 from collections.abc import Iterator
@@ -102,7 +102,7 @@ def check_memory(
 ) -> None:
     """UserError where the CPU's memory is too small: how much is needed, is free, and would fit.
 
-    llm_dtype: of a language model that is not quantised; vision_dtype: of the encoder (None: 32
+    llm_dtype: of a language model that is not quantized; vision_dtype: of the encoder (None: 32
     bit). A language model's folder that cannot be read is left to the loader.
     """
     try:

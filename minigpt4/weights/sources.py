@@ -1,4 +1,4 @@
-"""Where a model's weight files are, or where they can be fetched. No torch."""
+"""Sources of a model's weight files: places on this machine, and downloads. No torch."""
 
 import hashlib
 import os

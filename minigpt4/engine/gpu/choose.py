@@ -1,4 +1,4 @@
-"""Which decoder a GPU gets: the one with CUDA graphs, where it is available and proves itself.
+"""The choice of a GPU's decoder: that with CUDA graphs, where it is available and proves itself.
 
 At the start, both decoders continue the same made-up conversations with the same weights. Where the
 new one raises, or its logits differ by more than rounding explains, one line says so, and the eager

@@ -1,4 +1,4 @@
-"""What a request must have before it is looked at: the key, and a body of bounded size and time."""
+"""Access to the API: the key, and the size and time of a request's body."""
 
 import asyncio
 import hmac
@@ -92,8 +92,8 @@ def _origin(text: str) -> str:
         address = httpx.URL(text.lower())
     except httpx.InvalidURL:
         raise UserError(
-            f"--cors-origins names “{text}”, which is no origin: name each in full, without a "
-            "path, as https://chat.example.org."
+            f"--cors-origins names “{text}”, which is not an origin: give each in full, without "
+            "a path, such as https://chat.example.org."
         ) from None
     return f"{address.scheme}://{address.netloc.decode('ascii')}"
 

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from minigpt4.web.api.errors import ApiError, json_path
-from minigpt4.web.api.mistakes import named_fields, validated
 from minigpt4.web.api.schemas import (
     PARTS,
     ChatMessage,
@@ -21,6 +20,7 @@ from minigpt4.web.api.schemas import (
     StreamOptions,
     part_type,
 )
+from minigpt4.web.api.validation_errors import named_fields, validated
 
 NAMED = 20  # ignored fields that are named; a request may hold millions
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name

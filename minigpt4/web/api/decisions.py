@@ -21,11 +21,11 @@ from minigpt4.errors import UserError
 from minigpt4.model.prompt import Tokenizer, encode_text
 from minigpt4.web.api.body import NAMED, unread
 from minigpt4.web.api.errors import ApiError, json_path
-from minigpt4.web.api.mistakes import validated
 from minigpt4.web.api.questions import DecisionRequest, Question, unread_in
 from minigpt4.web.api.reply import used
 from minigpt4.web.api.responses import read_response, usage
 from minigpt4.web.api.schemas import ChatRequest
+from minigpt4.web.api.validation_errors import validated
 
 TOGETHER = 4  # questions at once, so that other requests get their turn
 FIRST_TOKEN = Sampling(temperature=0.0, max_new_tokens=1, repetition_penalty=1.0)

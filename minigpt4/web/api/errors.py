@@ -1,4 +1,4 @@
-"""What goes wrong, as OpenAI's error object: status, one sentence, code and the field at fault."""
+"""Errors as OpenAI's error object: status, one sentence, code and the field at fault."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the API returns, and its own description in OpenAPI 3.1: GET /v1/openapi.json.
+"""The API's own description in OpenAPI 3.1, GET /v1/openapi.json, with the schemas of its answers.
 
 Only code can say what fits: a request may follow the description and still get a 400.
 """

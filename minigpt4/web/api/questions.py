@@ -1,4 +1,4 @@
-"""What POST /v1/decisions takes beside its input: the questions, and how the model is asked."""
+"""Questions of POST /v1/decisions: their schemas, and the prompts that ask the model."""
 
 from collections.abc import Iterator, Sequence
 from string import ascii_uppercase

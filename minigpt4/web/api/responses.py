@@ -15,7 +15,6 @@ from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError, printable
-from minigpt4.web.api.mistakes import validated
 from minigpt4.web.api.reply import (
     HEARTBEAT,
     HEARTBEAT_SECONDS,
@@ -25,6 +24,7 @@ from minigpt4.web.api.reply import (
     used,
 )
 from minigpt4.web.api.schemas import ChatRequest, Object
+from minigpt4.web.api.validation_errors import validated
 
 # What is called otherwise here than in chat completions, as errors name it.
 NAMES = {"messages": "input", "response_format": "text.format"}

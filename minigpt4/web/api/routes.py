@@ -31,10 +31,10 @@ from minigpt4.web.api import openapi
 from minigpt4.web.api.access import Keys, cors, read_body
 from minigpt4.web.api.body import read_chat, read_json
 from minigpt4.web.api.decisions import decide, read_decisions
-from minigpt4.web.api.elsewhere import nowhere, refuse
 from minigpt4.web.api.errors import ApiError, json_response
 from minigpt4.web.api.health import Health
 from minigpt4.web.api.metrics import Metrics
+from minigpt4.web.api.not_found import nowhere, refuse
 from minigpt4.web.api.openapi import DROPPED, IGNORED
 from minigpt4.web.api.reply import CompletionReply
 from minigpt4.web.api.responses import ResponseReply, read_response, renamed

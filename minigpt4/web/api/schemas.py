@@ -1,4 +1,4 @@
-"""What POST /v1/chat/completions takes: one source for parsing, error messages and OpenAPI.
+"""Schemas of POST /v1/chat/completions: one source for parsing, error messages and OpenAPI.
 
 What clients send in their own ways is read beside the field that it concerns.
 """

@@ -29,7 +29,7 @@ class ImageUrls:
     """Reads the pictures that messages name.
 
     hosts: where pictures may be fetched from, as "example.org" (any port) or "example.org:8443";
-    max_bytes: the largest picture file. UserError for what is no host.
+    max_bytes: the largest picture file. UserError for what is not a host.
     """
 
     def __init__(self, hosts: Collection[str] = (), max_bytes: int = 20 * MEGABYTE) -> None:
@@ -129,8 +129,8 @@ def _host(text: str) -> str:
             raise httpx.InvalidURL(text)
     except httpx.InvalidURL:
         raise UserError(
-            f"--image-hosts names “{text}”, which is no host: name each in full, as example.org or "
-            "example.org:8443."
+            f"--image-hosts names “{text}”, which is not a host: give each in full, such as "
+            "example.org or example.org:8443."
         ) from None
     name = address.host.lower()
     return name if address.port is None else f"{name}:{address.port}"

@@ -1,4 +1,4 @@
-"""What every request must keep to, the page's own included: its size, its time, its address.
+"""Limits of every request, the page's own included: its size, its time, its address.
 
 Gradio bounds uploaded files, but no other body, and has routes that this page does not need: one
 starts another program, one writes conversations to the disk.

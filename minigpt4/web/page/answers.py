@@ -1,4 +1,4 @@
-"""What the page says about an answer: while it is awaited, when it ends, and behind its ⓘ."""
+"""An answer's status lines and statistics: while it is awaited, when it ends, and behind its ⓘ."""
 
 import secrets
 from typing import TYPE_CHECKING

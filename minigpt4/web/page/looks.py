@@ -1,4 +1,4 @@
-"""What the model sees in a picture before anyone asks: a short caption, and where objects are.
+"""First looks at a picture, before anyone asks: a short caption, and the places of objects.
 
 Kept by the picture's content for the page's alternative texts, titles and marks.
 """

@@ -1,4 +1,4 @@
-"""What is beside the conversation: its list, the settings, the website in an answer."""
+"""The panel beside the conversation: the list of them, the settings, the website in an answer."""
 
 import html
 import json
@@ -284,7 +284,7 @@ def describe(engine: "AnyEngine | None", request: gr.Request | None) -> str:
     if engine is None:
         return ""
     model = engine.model
-    precision = model.quantize if model.quantize != "none" else translate("unquantised", request)
+    precision = model.quantize if model.quantize != "none" else translate("unquantized", request)
     return translate(
         "model",
         request,

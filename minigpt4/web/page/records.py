@@ -1,4 +1,4 @@
-"""What the visitor's browser keeps of a conversation; assets/chats.js writes it down there."""
+"""Records of conversations that the visitor's browser keeps; assets/chats.js writes them there."""
 
 import secrets
 from dataclasses import asdict

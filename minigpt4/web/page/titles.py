@@ -1,4 +1,4 @@
-"""What a conversation is about, in a few words."""
+"""Titles of conversations: their subject in a few words."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a visitor brings into a conversation: pictures, examples, saved conversations.
+"""Handlers of uploads: pictures, examples, saved conversations.
 
 All handlers here are plain functions: Gradio runs them in threads, where opening pictures may take
 its time.

@@ -1,4 +1,4 @@
-"""Versions: what Retry, Edit and Undo take away stays beside what takes its place."""
+"""Versions of a conversation: texts that Retry, Edit and Undo replaced stay beside the new ones."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

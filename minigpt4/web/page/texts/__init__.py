@@ -1,4 +1,4 @@
-"""What the page says, in each of its languages.
+"""The page's texts in each of its languages.
 
 Gradio translates the page's fixed parts in the browser (`I18N`); what handlers say is translated
 here, into the first language of the browser's list that the page speaks. A new language is another

@@ -1,4 +1,4 @@
-"""What the page's first visit transfers."""
+"""The page and its assets: compressed, cached, without unused libraries."""
 
 import re
 
@@ -6,15 +6,15 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from minigpt4.web.guard import lighter
-from minigpt4.web.guard.lighter import FRONTEND, UNUSED, Lighter
+from minigpt4.web.guard import compression
+from minigpt4.web.guard.compression import FRONTEND, UNUSED, Compression
 from minigpt4.web.page.page import LOOK, build_page
 from tests.fake_engine import FakeEngine
 
 
 def test_the_page_is_compressed_and_brings_nothing_unused():
     app = gr.mount_gradio_app(FastAPI(), build_page(FakeEngine()), "/", **LOOK)
-    client = TestClient(Lighter(app))
+    client = TestClient(Compression(app))
     with client.stream("GET", "/", headers={"accept-encoding": "gzip"}) as response:
         assert response.headers["content-encoding"] == "gzip"
         assert len(b"".join(response.iter_raw())) < 60_000
@@ -28,15 +28,17 @@ def test_the_page_is_compressed_and_brings_nothing_unused():
     names = {name for file in FRONTEND.glob("*.js") for name in _imported(file, unused.name)}
     assert names and all(f"as {name}" in stub.text for name in names)
     assert client.get("/assets/hls-none.js").status_code == 404
-    kept = lighter._compressed.cache_info().currsize
+    kept = compression._compressed.cache_info().currsize
     assert client.get("/assets/none-12345678.js").status_code == 404
     assert client.get(f"/elsewhere/assets/{unused.name}").status_code == 404
-    assert lighter._compressed.cache_info().currsize == kept  # nothing of names that there are not
+    assert (
+        compression._compressed.cache_info().currsize == kept
+    )  # nothing of names that there are not
 
 
 def test_assets_are_compressed_and_kept():
     app = gr.mount_gradio_app(FastAPI(), build_page(FakeEngine()), "/", **LOOK)
-    client = TestClient(Lighter(app))
+    client = TestClient(Compression(app))
     for path in re.findall(r"\./assets/[\w.-]+\.(?:js|css)", client.get("/").text):
         file = FRONTEND / path.rpartition("/")[2]
         kept = client.get(path)

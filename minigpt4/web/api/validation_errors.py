@@ -1,4 +1,4 @@
-"""What pydantic refuses in a request, in our words: one sentence that names the field."""
+"""Pydantic's validation errors as one sentence that names the field."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args

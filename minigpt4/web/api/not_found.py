@@ -1,4 +1,4 @@
-"""What is asked for at an address where there is nothing, or not with this method."""
+"""Answers to requests for unknown addresses (404) and with wrong methods (405)."""
 
 from fastapi.exception_handlers import http_exception_handler
 from starlette.exceptions import HTTPException

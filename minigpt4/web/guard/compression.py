@@ -1,5 +1,5 @@
-"""What a visit to the page transfers: the page and most of Gradio's assets, compressed; the assets
-on the first visit alone; and no library that the page never uses."""
+"""Compression and caching of the page and Gradio's assets, without libraries that the page never
+uses."""
 
 import asyncio
 import gzip
@@ -22,7 +22,7 @@ _GZIP = re.compile(r"(?i)\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 _EXPORTS = re.compile(r"export\s*\{([^}]*)\}")
 
 
-class Lighter:
+class Compression:
     """ASGI middleware. The page itself is compressed each time it is sent; Gradio's assets only
     when they are first asked for, and browsers may keep them. UNUSED modules are replaced by
     modules that export nothing useful."""
