@@ -213,7 +213,7 @@ def test_a_projections_shape_chooses_the_model(hub, tmp_path, monkeypatch):
     start.open_model(
         options(model="auto", projection=str(path)), lambda line, **_: said.append(line)
     )
-    assert "vicuna-7b, because the projection belongs to it" in said[0]
+    assert "vicuna-7b, because the weights that you gave fit it alone" in said[0]
 
 
 def test_gated(hub, monkeypatch):

@@ -140,7 +140,7 @@ def test_every_librarys_word_for_it(error, monkeypatch):
     config = get_model("nano")
     files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
     with pytest.raises(UserError, match="nano does not fit into memory, and .* are free: "):
-        start._load(config, files, torch.device("cpu"), "none", "auto", start.say)
+        start._load(config, files, torch.device("cpu"), "none", "auto", start.say, print)
 
 
 def test_other_errors_are_not_about_memory():

@@ -37,9 +37,11 @@ from minigpt4.weights.gguf import (
     INT4,
     LAYER_NAMES,
     ROPE_HALVES,
+    BlockLlama,
     Quantizer,
     check_sizes,
     neighbours,
+    read_width,
     shapes_of,
     size_of,
     write_index,
@@ -82,6 +84,20 @@ def blocks_folder(llm: Path) -> Path:
         made = [i.parent for i in weights.glob(f"{glob.escape(name)}-*-{INT4}/{INDEX}")]
         return max(made, key=lambda folder: folder.stat().st_mtime, default=weights / name)
     return weights / f"{name}-{mark_of(files)}-{INT4}"
+
+
+def width_of(llm: Path, report: Report) -> int | None:
+    """The hidden size of a language model (a folder or a GGUF file); None where it cannot be read,
+    which loading it explains."""
+    try:
+        if (made := blocks_folder(llm) / INDEX).exists():
+            return BlockLlama.open(made.parent).hidden_size
+        if llm.is_dir():
+            return int(read_config(llm)["hidden_size"])
+        report(Step("reading", "Reading {name} (once) …", name=llm.name))
+        return read_width(llm)
+    except Exception:  # of anything that a damaged file may hold
+        return None
 
 
 def make_blocks(
