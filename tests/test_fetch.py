@@ -239,6 +239,24 @@ def test_places_that_are_not_there(hub, place, said):
     assert said in complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": place})
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["v.Q8_0.gguf", "v.Q4_K_M.gguf"],
+            "“--llm me/vic:v.Q4_K_M.gguf” (there are also v.Q8_0.gg",
+        ),
+        (["config.json", "q4/v.gguf"], "of which you name one: “--llm me/vic:q4/v.gguf”."),
+        (["config.json", "tokenizer.json"], "me/vic holds no weights of a language model"),
+    ],
+)
+def test_repositories_without_weights_of_their_own(hub, names, said):
+    """Nothing is kept of them."""
+    hub.files |= {f"me/vic/{name}": b"{}" for name in ("README.md", *names)}
+    assert said in complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "me/vic"})
+    assert not [*hub.folder.glob("*llm*"), *hub.folder.glob(".parts")]
+
+
 def test_a_projection_in_a_repository_needs_its_name(hub):
     text = complaint(download_weights, hub.config, print, {"projection": VICUNA})
     assert f"--projection {VICUNA}:FILE" in text
