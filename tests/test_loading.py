@@ -47,6 +47,7 @@ def tiny_config() -> ModelConfig:
         vision=sizes.vision,
         bridge=sizes.bridge,
         llm_hidden_size=sizes.llm_hidden_size,
+        llm_vocabulary=0,
     )
 
 

@@ -18,7 +18,7 @@ from minigpt4.config import (
     QFormer,
     Quantize,
 )
-from minigpt4.errors import Count, Report, UserError, ignore, say
+from minigpt4.errors import Count, Report, Step, UserError, ignore, say
 from minigpt4.model.bridge import build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.vision import build_encoder
@@ -33,10 +33,10 @@ from minigpt4.weights.checkpoint import (
     read_checkpoint,
     read_projection,
 )
-from minigpt4.weights.convert import width_of
+from minigpt4.weights.convert import blocks_folder
 from minigpt4.weights.encoder import INT8, load_int8_encoder
-from minigpt4.weights.folder import shards_of
-from minigpt4.weights.gguf import Quantizer, gguf_of
+from minigpt4.weights.folder import read_config, shards_of
+from minigpt4.weights.gguf import INDEX, BlockLlama, Quantizer, gguf_of, read_width
 from minigpt4.weights.llm import load_llm
 from minigpt4.weights.sources import (
     ROLES,
@@ -75,7 +75,7 @@ def owner_of(given: Mapping[str, str], report: Report = say) -> str | None:
     if (place := given.get("projection")) and (path := local_path(place)) and path.is_file():
         shape = tuple(read_projection(path)["weight"].shape)
     if (place := given.get("llm")) and (path := local_path(place)):
-        width = width_of(path, report)
+        width = _width_of(path, report)
     fitting = [
         model.name
         for model in MODELS.values()
@@ -94,6 +94,20 @@ def owner_of(given: Mapping[str, str], report: Report = say) -> str | None:
         )
     names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
     raise UserError(f"{places} may be for {names}: name the model with “--model”.")
+
+
+def _width_of(llm: Path, report: Report) -> int | None:
+    """The hidden size of a language model (a folder or a GGUF file); None where it cannot be read,
+    which loading it explains."""
+    try:
+        if (made := blocks_folder(llm) / INDEX).exists():
+            return BlockLlama.open(made.parent).hidden_size
+        if llm.is_dir():
+            return int(read_config(llm)["hidden_size"])
+        report(Step("reading", "Reading {name} (once) …", name=llm.name))
+        return read_width(llm)
+    except Exception:  # of anything that a damaged file may hold
+        return None
 
 
 def download_weights(
