@@ -214,6 +214,7 @@ class ModelConfig:
     context: int  # tokens of prompt and answer together
     projection_file: str
     files: dict[str, Source] = field(default_factory=dict)  # role -> source
+    llm_vocabulary: int = 0  # tokens of the language model of its training; 0: any
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
     cpu_gigabytes: float = 0.0  # memory it needs without a GPU, in 4 bit; `auto` selects it by this
     converted_to_4bit: bool = False  # on the CPU: its 16-bit weights are, once
@@ -314,6 +315,7 @@ _VICUNA_7B = ModelConfig(
             "hub", "spaces/Vision-CAIR/minigpt4", "prerained_minigpt4_7b.pth", megabytes=38
         ),
     },
+    llm_vocabulary=32_001,
     gpu_gigabytes=12,
     cpu_gigabytes=6.3,
     converted_to_4bit=True,
@@ -359,6 +361,7 @@ _LLAMA2_7B = replace(
             megabytes=93,
         ),
     },
+    llm_vocabulary=32_000,
     gpu_gigabytes=0,
     cpu_gigabytes=6.1,
     licence="Llama 2 Community Licence; BSD-3-Clause (BLIP-2, MiniGPT-4)",
@@ -372,6 +375,7 @@ _NANO = ModelConfig(
     bridge=PooledMap(),
     template=prompt.CHATML,
     llm_hidden_size=576,
+    llm_vocabulary=49_152,
     context=2048,
     projection_file="nano.safetensors",
     files={
@@ -406,6 +410,7 @@ _MINI = ModelConfig(
     bridge=PooledMap(),
     template=prompt.CHATML,
     llm_hidden_size=896,
+    llm_vocabulary=151_936,
     context=4096,
     projection_file="mini.safetensors",
     files={

@@ -2,13 +2,16 @@
 
 import argparse
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from minigpt4._data import cache_folder
 from minigpt4.config import DEFAULT_MODEL, MODELS, EvaViT, ModelConfig, Quantize, get_model
 from minigpt4.errors import Report, Step, UserError, out_of_memory, say
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from minigpt4.weights.load import WeightFiles
     from minigpt4.weights.transfer import Progress
 
+    Finish = Callable[[MiniGPT4, Progress], T]
 
 HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0  # of a step: then the model hangs
 SELECTED = "Model: {name}, because {why}."
@@ -180,15 +184,13 @@ def _load(
     quantize: Quantize,
     dtype: str,
     report: Report,
-) -> "tuple[MiniGPT4, Progress]":
-    """Check the memory, convert, load. UserError where the memory is too small.
-
-    The progress goes on while an engine reads the rest; close it.
-    """
+    finish: "Finish[T]",
+) -> "T":
+    """Check the memory, convert, load, finish. UserError where the memory is too small."""
     from minigpt4.weights.load import bytes_to_load, load_model
     from minigpt4.weights.transfer import Progress
 
-    def assemble(files: "WeightFiles", **options: Any) -> "tuple[MiniGPT4, Progress]":
+    def assemble(files: "WeightFiles", **options: Any) -> "T":
         report(Step("opening", "Loading {name} …", name=config.name))
         progress = Progress(config.name, bytes_to_load(files, quantize), report, "Loading")
         try:
@@ -197,16 +199,15 @@ def _load(
                 from minigpt4.engine.native import quantize as quantizer
 
                 options["quantizer"] = quantizer
-            return load_model(config, files, device, quantize, dtype, **options), progress
-        except BaseException:
+            return finish(load_model(config, files, device, quantize, dtype, **options), progress)
+        finally:
             progress.close()
-            raise
 
     if device.type != "cpu":
         try:
             return assemble(files)
         except Exception as error:
-            if not out_of_memory(error):
+            if not _too_large(error):
                 raise
         raise UserError(
             f"The memory of {device} is too small for {config.name} with “--quantize {quantize}”: "
@@ -218,14 +219,19 @@ def _load(
 
     computing = choose_dtype(dtype)
     vision = computing if isinstance(config.vision, EvaViT) else None
+    check_memory(config, files.llm, quantize, computing, vision)
     try:
-        check_memory(config, files.llm, quantize, computing, vision)
         files = prepare(config, files, quantize, report)
         return assemble(files, vision_dtype=vision)
     except Exception as error:
-        if not out_of_memory(error):
+        if not _too_large(error):
             raise
     raise too_little(config, quantize)  # here the traceback, which holds tensors, is gone
+
+
+def _too_large(error: Exception) -> bool:
+    """Is there too little memory for the model, or for a conversation beside it?"""
+    return out_of_memory(error) or (isinstance(error, UserError) and error.kind == "memory")
 
 
 def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
@@ -234,13 +240,12 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
     If “auto” selects a model whose weights are not available or do not fit, the next smaller one
     that any computer can run is loaded instead. `report` receives one line for each step.
     """
-    model, progress = _open(options, report)
-    progress.close()
-    return model
+    return _open(options, report, lambda model, progress: model)
 
 
-def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progress]":
-    """The model, and the progress of loading it, which an engine completes."""
+def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "T":
+    """What `finish` makes of the model, and of the progress of loading it, which it may complete.
+    Where it finds too little memory, “auto” goes on with a smaller model."""
     from minigpt4.weights.load import download_weights, find_weights, owner_of
 
     if "/" in options.model:
@@ -248,18 +253,18 @@ def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progr
     device, given = device_of(options.device), given_places(options)
     dtype = getattr(options, "dtype", "auto")
 
-    def load(config: ModelConfig, given: dict[str, str]) -> "tuple[MiniGPT4, Progress]":
+    def load(config: ModelConfig) -> "T":
         download_weights(config, report, given)
         files = find_weights(config, given=given)
         quantize = quantize_of(options.quantize, config, device, report)
-        return _load(config, files, device, quantize, dtype, report)
+        return _load(config, files, device, quantize, dtype, report, finish)
 
     if options.model != "auto":
-        return load(get_model(options.model), given)
-    if owner := owner_of(given.get("projection")):
-        why = Step("projection", "the projection belongs to it")
+        return load(get_model(options.model))
+    if owner := owner_of(given, report):
+        why = Step("given", "the weights that you gave fit it alone")
         report(Step("model", SELECTED, name=owner, why=why))
-        return load(get_model(owner), given)
+        return load(get_model(owner))
     from minigpt4.weights.memory import free_memory
 
     free_gpu = free_gpu_memory(device)
@@ -273,11 +278,11 @@ def _open(options: argparse.Namespace, report: Report) -> "tuple[MiniGPT4, Progr
         if config.small and smaller.cpu_gigabytes >= config.cpu_gigabytes:
             continue
         try:
-            return load(config, given)
+            return load(config)
         except UserError as error:
             report(f"{error} Continuing with {smaller.name}.")
-        config, given = smaller, {}  # the given weights are for the larger model
-    return load(config, given)
+        config = smaller
+    return load(config)
 
 
 def _shared(options: argparse.Namespace) -> argparse.Namespace:
@@ -312,10 +317,10 @@ def open_engine(
     """
     if options.llm_url:
         return _open_remote(options, report, limits)
-    model, progress = _open(options, report)
-    from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 
-    try:
+    def build(model: "MiniGPT4", progress: "Progress") -> "AnyEngine":
+        from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
+
         store = _embedding_store(model, options.embeddings_mb)
         with progress.file(progress.total - progress.done) as count:
             return Engine(
@@ -326,8 +331,8 @@ def open_engine(
                 hang_seconds=_hang_seconds(model),
                 **limits,
             )
-    finally:
-        progress.close()
+
+    return _open(options, report, build)
 
 
 def _hang_seconds(model: "MiniGPT4") -> float:

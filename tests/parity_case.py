@@ -39,6 +39,7 @@ class ParityCase:
             bridge=bridge,
             template=template,
             llm_hidden_size=case["llm"]["hidden_size"],
+            llm_vocabulary=0,
         )
 
     @property

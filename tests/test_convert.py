@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from minigpt4.model.prompt import Prompt
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.weights import convert
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor
+from minigpt4.weights.llm import load_llm
 from minigpt4.weights.tokenizer import PROBES
 from tests.block_llama import as_transformers
 from tests.parity_case import ParityCase
@@ -33,6 +35,7 @@ from tests.test_gguf import write_gguf
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
 
 CASES = Path(__file__).parent / "parity"
+CONFIG = replace(get_model("vicuna-7b"), llm_hidden_size=64)
 
 
 def quiet(line: str, passing: bool = False) -> None:
@@ -152,7 +155,7 @@ def test_the_same_model(weights, monkeypatch, name, form):
     expected = expected_logits(folder, ids)
     if form != "safetensors":
         save_bins(folder, 1 if form == "bin" else 3)
-    target = convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 2, quiet)
+    target = convert.make_blocks(CONFIG, folder, quantize, 2, quiet)
     off = logits_of(target, ids) - expected
     assert np.linalg.norm(off) < 0.01 * np.linalg.norm(expected)
 
@@ -178,7 +181,7 @@ def test_in_4_bit(folder):
     """Every weight is near the original, the kernels' logits are PyTorch's with these weights, and
     the blocks are kept from then on."""
     said = []
-    config = get_model("vicuna-7b")
+    config = CONFIG
     target = convert.make_blocks(
         config, folder, quantize, 2, lambda s, passing=False: said.append(s)
     )
@@ -201,7 +204,7 @@ def test_in_4_bit(folder):
 def test_a_users_own_folder_stays_as_it_is(weights, tmp_path, case):
     folder = Path(shutil.copytree(case.folder / "llm", tmp_path / "mine"))
     before = sorted(path.name for path in folder.iterdir())
-    config = get_model("vicuna-7b")
+    config = CONFIG
     target = convert.make_blocks(config, folder, quantize, 1, quiet)
     assert target.parent == weights.resolve() and (target / INDEX).exists()
     assert sorted(path.name for path in folder.iterdir()) == before
@@ -209,8 +212,35 @@ def test_a_users_own_folder_stays_as_it_is(weights, tmp_path, case):
     assert convert.blocks_folder(folder) != target
 
 
+def test_links_into_the_hubs_cache(weights, tmp_path, case):
+    """The message names the files that take the space; without them the folder works on."""
+    folder = Path(shutil.copytree(case.folder / "llm", tmp_path / "snapshot"))
+    blob = tmp_path / "b 1"
+    (folder / "model.safetensors").rename(blob)
+    (folder / "model.safetensors").symlink_to(blob)
+    said: list[str] = []
+    target = convert.make_blocks(
+        CONFIG, folder, quantize, 1, lambda line, passing=False: said.append(line)
+    )
+    assert said[-1].endswith(f": rm '{blob}'")
+    blob.unlink()
+    assert convert.blocks_folder(folder) == target
+
+
+@pytest.mark.parametrize("quantize_to", ["int4", "none", "w8a16", "remote"])
+def test_another_vocabulary_is_told_at_every_start(folder, case, caplog, quantize_to):
+    config = replace(case.config, llm_vocabulary=32_001)
+    place = folder
+    if quantize_to == "int4":
+        place = convert.make_blocks(config, folder, quantize, 1, quiet)
+    for _ in range(2):
+        caplog.clear()
+        load_llm(config, place, torch.device("cpu"), quantize_to, "float32")
+        assert caplog.text.count("has a vocabulary of 1,000 tokens, but vicuna_qformer_a's") == 1
+
+
 def test_texts_become_the_same_tokens(folder):
-    target = convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 1, quiet)
+    target = convert.make_blocks(CONFIG, folder, quantize, 1, quiet)
     ours, theirs = JsonTokenizer(target), AutoTokenizer.from_pretrained(folder)
     for text in ("###Human: <Img>", "</Img> What is this?###Assistant: ", " a  b\n", "<s>é 猫", ""):
         expected = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -226,13 +256,13 @@ def test_tokenizers_of_2023_become_the_same_tokens(folder, given):
     if given is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(given))
     pieces = SentencePieceProcessor(str(folder / "tokenizer.model"))
-    target = convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 1, quiet)
+    target = convert.make_blocks(CONFIG, folder, quantize, 1, quiet)
     for text in (*PROBES, "###Human: Describe it.", "###Assistant: Ünïcode"):
         assert JsonTokenizer(target).encode(text) == pieces.encode(text), text
 
 
-@pytest.mark.parametrize("what", ["nan", "missing", "shape", "delta", "rope", "kind"])
-def test_what_cannot_be_converted(folder, what):
+@pytest.mark.parametrize("what", ["nan", "missing", "shape", "delta", "width", "rope", "kind"])
+def test_what_cannot_be_converted(folder, what, monkeypatch):
     state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     settings = json.loads((folder / "config.json").read_text())
     match what:
@@ -249,12 +279,15 @@ def test_what_cannot_be_converted(folder, what):
             settings["rope_scaling"] = {"type": "linear", "factor": 2.0}
         case "kind":
             settings["model_type"] = "mistral"
+    if what in ("delta", "width"):
+        monkeypatch.delattr(convert, "_write")  # it is refused minutes before that
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    words = "delta weights" if what == "delta" else "cannot be converted to 4 bit"
-    with pytest.raises(UserError, match=words):
-        convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 1, quiet)
+    words = {"delta": "delta weights", "width": "of width 64, but vicuna-7b needs 4096"}
+    config = get_model("vicuna-7b") if what == "width" else CONFIG
+    with pytest.raises(UserError, match=words.get(what, "cannot be converted to 4 bit")):
+        convert.make_blocks(config, folder, quantize, 1, quiet)
     assert not (folder / "int4").exists() and not (folder.parent / ".parts").exists()
 
 
@@ -262,11 +295,11 @@ def test_a_full_disk_is_known_before(folder, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="make room"):
-        convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 1, quiet)
+        convert.make_blocks(CONFIG, folder, quantize, 1, quiet)
 
 
 def test_a_damaged_file_is_never_used(folder):
-    target = convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 1, quiet)
+    target = convert.make_blocks(CONFIG, folder, quantize, 1, quiet)
     index = json.loads((target / INDEX).read_text())
     offset = index["tensors"]["blk.1.ffn_up.weight"][2]
     with (target / index["file"]).open("r+b") as file:
@@ -282,7 +315,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path / "file"))
     with pytest.raises(UserError, match="MINIGPT4_WEIGHTS"):
-        convert.make_blocks(get_model("vicuna-7b"), folder, quantize, 1, quiet)
+        convert.make_blocks(CONFIG, folder, quantize, 1, quiet)
 
 
 # --- a user's own GGUF file ---------------------------------------------------------------------
@@ -291,10 +324,10 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch, tmp_path):
 def test_an_unreadable_gguf_file(weights, tmp_path):
     (tmp_path / "own.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match="is not a GGUF file of a kind that can be read"):
-        convert.make_blocks(get_model("vicuna-7b"), tmp_path / "own.gguf", quantize, 1, quiet)
+        convert.make_blocks(CONFIG, tmp_path / "own.gguf", quantize, 1, quiet)
     write_gguf(tmp_path / "other.gguf", block_llama(), "mamba")
     with pytest.raises(UserError, match="mamba"):
-        convert.make_blocks(get_model("vicuna-7b"), tmp_path / "other.gguf", quantize, 1, quiet)
+        convert.make_blocks(CONFIG, tmp_path / "other.gguf", quantize, 1, quiet)
 
 
 def test_a_random_model_of_a_published_size_answers(monkeypatch, tmp_path):

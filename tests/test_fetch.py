@@ -24,7 +24,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.weights import download as fetch
 from minigpt4.weights import transfer
-from minigpt4.weights.folder import check_folder
+from minigpt4.weights.folder import check_shape
 from minigpt4.weights.load import download_weights, find_weights, load_model
 from tests.hub_case import COMMIT, PARITY, TOKEN, hub_server, publish, tiny_vicuna
 from tests.parity_case import ParityCase
@@ -213,7 +213,7 @@ def test_a_projections_shape_chooses_the_model(hub, tmp_path, monkeypatch):
     start.open_model(
         options(model="auto", projection=str(path)), lambda line, **_: said.append(line)
     )
-    assert "vicuna-7b, because the projection belongs to it" in said[0]
+    assert "vicuna-7b, because the weights that you gave fit it alone" in said[0]
 
 
 def test_gated(hub, monkeypatch):
@@ -237,6 +237,24 @@ def test_gated(hub, monkeypatch):
 )
 def test_places_that_are_not_there(hub, place, said):
     assert said in complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": place})
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["v.Q8_0.gguf", "v.Q4_K_M.gguf"],
+            "“--llm me/vic:v.Q4_K_M.gguf” (there are also v.Q8_0.gg",
+        ),
+        (["config.json", "q4/v.gguf"], "of which you name one: “--llm me/vic:q4/v.gguf”."),
+        (["config.json", "tokenizer.json"], "me/vic holds no weights of a language model"),
+    ],
+)
+def test_repositories_without_weights_of_their_own(hub, names, said):
+    """Nothing is kept of them."""
+    hub.files |= {f"me/vic/{name}": b"{}" for name in ("README.md", *names)}
+    assert said in complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "me/vic"})
+    assert not [*hub.folder.glob("*llm*"), *hub.folder.glob(".parts")]
 
 
 def test_a_projection_in_a_repository_needs_its_name(hub):
@@ -401,14 +419,15 @@ def test_a_missing_shard(llm):
 @pytest.mark.parametrize(
     ("words", "model", "said"),
     [
-        (32_000, "vicuna-7b", "trained with Vicuna v0 (32,001 tokens)"),
-        (32_001, "llama2-7b", "like Vicuna v0"),
+        (32_000, "vicuna-7b", "trained with 32,001 tokens (Vicuna v0)"),
+        (32_001, "llama2-7b", "a vocabulary of 32,001 tokens (Vicuna v0), but"),
+        (32_016, "vicuna-13b", "a vocabulary of 32,016 tokens, but"),
         (32_001, "vicuna-7b", ""),
         (32_000, "llama2-7b", ""),
+        (151_936, "mini", ""),
     ],
 )
 def test_another_vocabulary(llm, caplog, words, model, said):
-    path = llm / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": words}))
-    check_folder(llm, configs.MODELS[model])
+    config = configs.MODELS[model]
+    check_shape((words, config.llm_hidden_size), llm, config)
     assert said in caplog.text and bool(said) == bool(caplog.text)

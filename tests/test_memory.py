@@ -1,5 +1,6 @@
 """Memory that is free and needed, and the answer where a model does not fit."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.random_model import SIZES
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError, out_of_memory
@@ -79,11 +81,20 @@ def test_a_limit_on_the_address_space():
     assert 1 * GB < free < 20 * GB and abs(free - beside - GB) < 10**8
 
 
-def test_what_a_7b_needs(monkeypatch):
-    """Of the published sizes, without a file: 4.1 GB of blocks, and 2.2 GB for vision in 16 bit."""
+def test_what_a_7b_needs(tmp_path):
+    """Of the published sizes, without its files: 2.2 GB for vision in 16 bit, 13.5 GB for the
+    language model, and half of that in 8 bit, beside the matrix that is at work."""
     config = get_model("vicuna-7b")
     assert memory.vision_bytes(config, 2, 2) == pytest.approx(2.19 * GB, rel=0.02)
     assert memory.vision_bytes(get_model("nano"), 4, 4) < 0.1 * GB
+    sizes = SIZES["vicuna-7b"]
+    settings = {"model_type": "llama", "hidden_size": sizes["hidden"], "vocab_size": 32_001}
+    settings |= {"num_hidden_layers": sizes["layers"], "num_attention_heads": sizes["heads"]}
+    settings |= {"intermediate_size": sizes["inner"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for quantize, gigabytes in (("none", 13.5), ("int8", 13.5), ("w8a16", 6.74 + 1.05)):
+        found = memory.llm_bytes(tmp_path, quantize, 2)
+        assert found == pytest.approx(gigabytes * GB, rel=0.01), quantize
 
 
 @pytest.mark.parametrize(
@@ -140,7 +151,7 @@ def test_every_librarys_word_for_it(error, monkeypatch):
     config = get_model("nano")
     files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
     with pytest.raises(UserError, match="nano does not fit into memory, and .* are free: "):
-        start._load(config, files, torch.device("cpu"), "none", "auto", start.say)
+        start._load(config, files, torch.device("cpu"), "none", "auto", start.say, print)
 
 
 def test_other_errors_are_not_about_memory():

@@ -2,14 +2,17 @@
 
 import argparse
 import asyncio
+import json
 import os
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGUFWriter
 
 from minigpt4 import start
 from minigpt4.config import get_model
@@ -54,6 +57,95 @@ def test_auto_goes_on_with_nano_where_weights_are_missing(monkeypatch, capsys):
     assert said.index("Continuing with mini") < said.index("Continuing with nano")
 
 
+@pytest.mark.parametrize(
+    ("widths", "given", "said"),
+    [
+        ({"a.gguf": 5120}, {"llm": "a.gguf"}, "vicuna-13b"),
+        ({"a.gguf": 896}, {"llm": "a.gguf", "vision": "x.pth"}, "mini"),
+        ({"a": 4096}, {"llm": "a", "qformer": "q.pth"}, "vicuna-7b"),
+        ({"a": 4096}, {"llm": "a"}, "may be for vicuna-7b or llama2-7b: name"),
+        ({"a": 64}, {"llm": "a"}, r"No model has the shapes of “--llm .*a” .* of width 64\): give"),
+        (
+            {"a": 576},
+            {"llm": "a", "qformer": "q.pth"},
+            "No model has the shapes of “--qf.* and “--llm a”",
+        ),
+        ({}, {"vision": "x.pth"}, "may be for vicuna-7b, .* or mini: name"),
+        ({}, {"projection": "me/mine:p.pth"}, "may be for vicuna-7b, .* or mini: name"),
+        ({"a.gguf": 0}, {"llm": "a.gguf"}, "may be for vicuna-7b, .* or mini: name"),  # damaged
+    ],
+)
+def test_auto_keeps_what_is_given(monkeypatch, tmp_path, widths, given, said):
+    """It takes the one model that the given weights fit, or asks; it never leaves them out."""
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, width in widths.items():
+        if name.endswith(".gguf"):
+            writer = GGUFWriter(name, "llama")
+            writer.add_embedding_length(width)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            if not width:
+                Path(name).write_bytes(b"GGUF")
+        else:
+            Path(name).mkdir()
+            Path(name, "config.json").write_text(json.dumps({"hidden_size": width}))
+
+    def find(config, given=None):
+        raise UserError(f"{config.name} got {sorted(given)}.")
+
+    monkeypatch.setattr(load, "find_weights", find)
+    monkeypatch.setattr(load, "download_weights", lambda *_: None)
+    options = argparse.Namespace(model="auto", quantize="none", device="cpu", **given)
+    expected = said if " " in said else f"{said} got {sorted(given)}".replace("[", "\\[")
+    with pytest.raises(UserError, match=expected):
+        start.open_model(options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_memory_for_a_conversation(monkeypatch, capsys, device):
+    """“auto” goes on with a smaller model, once the larger one is gone; the last refusal says what
+    is free and what would fit."""
+    models = []
+
+    class Model(SimpleNamespace):
+        """One that can be referred to weakly."""
+
+    def load_model(config, *_, **__):
+        assert all(model() is None for model in models)
+        model = Model(config=config, device=torch.device(device))
+        models.append(weakref.ref(model))
+        return model
+
+    def engine(model, **_):
+        if model.config.name == small[0]:
+            return model.config.name
+        raise UserError("There is not enough memory for a conversation.", "memory")
+
+    files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
+    monkeypatch.setattr(start, "choose", lambda *_: (get_model("vicuna-13b"), "it is big"))
+    monkeypatch.setattr(start, "device_of", lambda _: torch.device(device))
+    monkeypatch.setattr(start, "free_gpu_memory", lambda device: None)
+    monkeypatch.setattr(start, "_embedding_store", lambda model: None)
+    monkeypatch.setattr("minigpt4.engine.Engine", engine)
+    monkeypatch.setattr(load, "find_weights", lambda config, given: files)
+    monkeypatch.setattr(load, "download_weights", lambda *_: None)
+    monkeypatch.setattr(load, "load_model", load_model)
+    options = argparse.Namespace(model="auto", quantize="none", device="auto", llm_url=None)
+    small = ["mini"]
+    assert start.open_engine(options) == "mini" and len(models) == 2
+    assert "Continuing with mini." in capsys.readouterr().err
+    small = [""]
+    refused = {
+        "cpu": "nano does not fit into memory, and .* free: ",
+        "cuda": "of cuda is too small",
+    }
+    with pytest.raises(UserError, match=refused[device]) as caught:
+        start.open_engine(options)
+    assert caught.value.kind == "memory"
+
+
 def test_a_gpu_that_is_too_small(monkeypatch):
     def load_model(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -61,7 +153,7 @@ def test_a_gpu_that_is_too_small(monkeypatch):
     monkeypatch.setattr("minigpt4.weights.load.load_model", load_model)
     monkeypatch.setattr("minigpt4.weights.load.bytes_to_load", lambda *_: 1)
     with pytest.raises(UserError, match="memory of cuda is too small for mini"):
-        start._load(get_model("mini"), None, torch.device("cuda"), "none", "auto", print)
+        start._load(get_model("mini"), None, torch.device("cuda"), "none", "auto", print, print)
 
 
 def test_a_driver_that_is_too_old(monkeypatch, capsys):

@@ -25,9 +25,13 @@ from torch import Tensor
 from minigpt4.config import ModelConfig
 from minigpt4.errors import Report, Step, UserError, out_of_memory
 from minigpt4.weights.folder import (
+    EMBEDDING,
+    NORM,
     check_folder,
     check_is_no_delta,
+    check_shape,
     read_config,
+    read_tensor,
     read_tensors,
     shards_of,
 )
@@ -53,8 +57,8 @@ CHUNK = 2**20  # weights quantized at once by a thread
 _ALIGNMENT = 32  # of a tensor in a GGUF file
 
 _OUTER = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
+    EMBEDDING: "token_embd.weight",
+    NORM: "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
 
@@ -121,13 +125,17 @@ def make_blocks(
 
 
 def _advice(llm: Path, target: Path) -> str:
-    """How to free the space of the 16-bit files."""
+    """How to free the space of the 16-bit files; of links, as in the hub's cache, that of the files
+    that they lead to."""
     shards = shards_of(llm)
     size = in_words(sum(shard.stat().st_size for shard in shards))
     names = f"{shards[0].name.split('-')[0].removesuffix(shards[0].suffix)}*{shards[0].suffix}"
+    places = f"{shlex.quote(str(llm))}/{names}"
+    if any(shard.is_symlink() for shard in shards):
+        places = shlex.join(str(shard.resolve()) for shard in shards)
     return (
         f"The 4-bit model is kept in {target}. It does not need the 16-bit files any more; to free "
-        f"{size}: rm {shlex.quote(str(llm))}/{names}"
+        f"{size}: rm {places}"
     )
 
 
@@ -178,6 +186,10 @@ def _convert_folder(
     try:
         sizes, tied = read_sizes(folder)
         parts = _plan(sizes, tied)
+        # A warning of another vocabulary comes when the blocks are loaded.
+        check_shape((config.llm_vocabulary, sizes["hidden_size"]), folder, config)
+        embedding = read_tensor(folder, EMBEDDING)[:1000].clone()
+        check_is_no_delta(embedding, read_tensor(folder, NORM), folder, config)
         total = sum(shard.stat().st_size for shard in shards_of(folder))
         _check_space(target, sum(part.size for part in parts.values()), total, report)
         progress = Progress(config.name, total, report, "Converting")
@@ -185,12 +197,11 @@ def _convert_folder(
         try:
             with progress.file(total) as count:
                 tensors = read_tensors(folder, count)
-                outer = _write(path, tensors, sizes, parts, quantize, threads)
+                _write(path, tensors, sizes, parts, quantize, threads)
         finally:
             progress.close()
-        check_is_no_delta(*outer, folder, config)
         load_tokenizer(folder).save_pretrained(target)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{folder} cannot be converted to 4 bit ({error}): fetch the folder again, or choose "
             "“--quantize none”."
@@ -303,11 +314,10 @@ def _write(
     parts: Mapping[str, _Part],
     quantize: Quantizer,
     threads: int,
-) -> tuple[Tensor, Tensor]:
-    """Write the file and its index; some rows of the embedding, and the last norm's weight."""
+) -> None:
+    """Write the file and its index."""
     start = _write_header(path, sizes, parts)
     digests: dict[str, str] = {}
-    outer: dict[str, Tensor] = {}
     with path.open("r+b") as file, ThreadPoolExecutor(threads) as pool:
         for old_name, tensor in tensors:
             name = new_name(old_name)
@@ -316,8 +326,6 @@ def _write(
                 continue
             if tuple(tensor.shape) != part.shape:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {part.shape}")
-            if name in ("token_embd.weight", "output_norm.weight"):
-                outer[name] = tensor[:1000].clone()
             if not sizes["rope_halves"] and re.search(r"attn_[qk]\.", name):
                 tensor = neighbours(tensor, sizes["head_dim"])
             file.seek(start + part.offset)
@@ -327,7 +335,6 @@ def _write(
     if lost := parts.keys() - digests.keys():
         raise ValueError(f"{min(lost)} is missing")
     write_index(path, digests)
-    return outer["token_embd.weight"], outer["output_norm.weight"]
 
 
 def _write_tensor(

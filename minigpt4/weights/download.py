@@ -156,7 +156,7 @@ def _hub_files(source: Source) -> Iterator[Remote]:
     elif source.tensors:
         wanted = _shards(source, info.sha, names)
     else:
-        wanted = _llm_files(names)
+        wanted = _llm_files(source, names)
     for name in wanted:
         url = hf_hub_url(repository, name, repo_type=kind, revision=info.sha)
         yield transfer.look_up(url, name, headers)
@@ -169,11 +169,27 @@ def _repository(source: Source) -> tuple[str, str]:
     return source.ref, "model"
 
 
-def _llm_files(names: list[str]) -> list[str]:
-    """A repository's files that a language model needs; its weights in one format only."""
+def _llm_files(source: Source, names: list[str]) -> list[str]:
+    """A repository's files that a language model needs; its weights in one format only.
+
+    UserError where it holds no weights, or GGUF files alone, of which one must be named.
+    """
     top = [name for name in names if "/" not in name]
     safe = any(name.endswith(".safetensors") for name in top)
     weights = ".safetensors" if safe else ".bin"
+    if not any(name.endswith(weights) for name in top):
+        own = [name for name in names if name.endswith(".gguf")]
+        own.sort(key=lambda name: "Q4_K_M" not in name.upper())  # as this program writes them
+        if own:
+            rest = f" (there are also {', '.join(own[1:])})" if own[1:] else ""
+            raise UserError(
+                f"{source.ref} holds GGUF files, of which you name one: “--llm "
+                f"{source.ref}:{own[0]}”{rest}."
+            )
+        raise UserError(
+            f"{source.ref} holds no weights of a language model (.safetensors, .bin or .gguf): "
+            "check the name."
+        )
     other = ("pytorch_model.bin.index.json",) if safe else ()
     endings = (weights, ".json", ".model")
     return [name for name in top if name.endswith(endings) and name not in other]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from minigpt4.config import ModelConfig
 from minigpt4.errors import Count, UserError, ignore
-from minigpt4.model import prompt
 from minigpt4.weights.checkpoint import forget, tensors_of
 from minigpt4.weights.gguf import INDEX, INT4, gguf_of
 
 # The name of a whole weight file. Where there are several, an index has it with “.index.json”.
 WHOLE = ("model.safetensors", "pytorch_model.bin")
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"  # a Llama's first and last
+LLAMA_VOCABULARY = 32_000
 # Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
-VICUNA_V0_VOCABULARY, LLAMA_VOCABULARY = 32_001, 32_000
+_KNOWN = {32_001: "Vicuna v0", LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1"}
 # A delta is what training changed: its embeddings are a hundred times smaller than a model's, and
 # its last norm lies around 0, not 1 and above.
 DELTA_EMBEDDING_STD, DELTA_NORM = 0.003, 0.1
@@ -69,19 +70,19 @@ def read_tensors(folder: Path, count: Count = ignore) -> Iterator[tuple[str, Ten
 
 
 def read_tensor(folder: Path, name: str) -> Tensor:
-    """One tensor; shards that do not hold it may be missing. KeyError where there is none."""
+    """One tensor; shards that do not hold it may be missing. ValueError where there is none."""
     for shard in filter(Path.is_file, shards_of(folder)):
         for found, tensor in tensors_of(shard, (name,)):
             if found == name:
                 return tensor.clone()
-    raise KeyError(name)
+    raise ValueError(f"{name} is missing")
 
 
 # --- is it whole, and the right one? --------------------------------------------------------------
 
 
 def check_folder(folder: Path, config: ModelConfig) -> None:
-    """UserError where files are missing; a warning where it looks like another model."""
+    """UserError where files are missing."""
     fetch = f"fetch the whole folder with “python -m minigpt4 download {config.name}”"
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -99,20 +100,25 @@ def check_folder(folder: Path, config: ModelConfig) -> None:
         )
     if missing:
         raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
-    try:
-        vocabulary = read_config(folder)["vocab_size"]
-    except (ValueError, KeyError, OSError):
-        return  # loading the folder reports it
-    names = {
-        VICUNA_V0_VOCABULARY: "Vicuna v0",
-        LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1",
-    }
-    wanted = VICUNA_V0_VOCABULARY if config.template is prompt.VICUNA else LLAMA_VOCABULARY
-    if vocabulary in names and vocabulary != wanted:
+
+
+def check_shape(shape: Sequence[int], folder: Path, config: ModelConfig) -> None:
+    """UserError where the token embedding's [vocabulary, hidden_size] has another width than the
+    model's; a warning where it has another vocabulary."""
+    vocabulary, width = shape[0], shape[-1]
+    if width != config.llm_hidden_size:
+        raise UserError(
+            f"{folder} holds a language model of width {width}, but {config.name} needs "
+            f"{config.llm_hidden_size}: give the right folder or another “--model”."
+        )
+    if config.llm_vocabulary not in (0, vocabulary):
+        found, trained = (
+            f"{number:,} tokens" + (f" ({_KNOWN[number]})" if number in _KNOWN else "")
+            for number in (vocabulary, config.llm_vocabulary)
+        )
         log.warning(
-            f"{folder} has a vocabulary of {vocabulary:,} tokens, like {names[vocabulary]}, but "
-            f"{config.name}'s projection was trained with {names[wanted]} ({wanted:,} tokens): "
-            "expect poor answers, or give the right folder with “--llm”."
+            f"{folder} has a vocabulary of {found}, but {config.name}'s projection was trained "
+            f"with {trained}: expect poor answers, or give the right one with “--llm”."
         )
 
 

@@ -282,6 +282,15 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
     return place
 
 
+def read_width(gguf: Path) -> int:
+    """The hidden size in a GGUF file's header. Any exception where it cannot be read."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(gguf)).fields
+    architecture = fields["general.architecture"].contents()
+    return int(fields[f"{architecture}.embedding_length"].contents())
+
+
 def gguf_of(folder: Path) -> Path:
     """The GGUF file that the folder's index names; one that does not exist where it is broken."""
     try:

@@ -23,8 +23,10 @@ from minigpt4.errors import Count, UserError, ignore, out_of_memory, say
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.options import DTYPE
 from minigpt4.weights.folder import (
+    EMBEDDING,
     check_folder,
     check_is_no_delta,
+    check_shape,
     missing_weights,
     read_tensor,
     shards_of,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBEDDING = "model.embed_tokens.weight"  # its name in a Hugging Face Llama's files
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -83,7 +84,7 @@ def load_llm(
         return _load_blocks(config, folder)
     if quantize == "remote":
         embedding, tokenizer = load_embedding(config, folder, device)
-        _check_width(folder, embedding.hidden_size, config)
+        check_shape(embedding.shape, folder, config)
         return embedding, tokenizer
     if folder.suffix == ".gguf" and folder.is_file():
         raise UserError(
@@ -117,7 +118,7 @@ def load_llm(
     _check_complete(report, folder)
     embedding = llm.get_input_embeddings().weight
     check_is_no_delta(embedding, llm.get_decoder().norm.weight, folder, config)
-    _check_width(folder, embedding.shape[1], config)
+    check_shape(embedding.shape, folder, config)
     return llm.eval(), tokenizer
 
 
@@ -192,14 +193,6 @@ def _check_complete(report: dict, folder: Path) -> None:
         )
 
 
-def _check_width(folder: Path, width: int, config: ModelConfig) -> None:
-    if width != config.llm_hidden_size:
-        raise UserError(
-            f"{folder} holds a language model of width {width}, but {config.name} needs "
-            f"{config.llm_hidden_size}: give the right folder or another “--model”."
-        )
-
-
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
@@ -214,7 +207,7 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
             f"{folder} holds no complete 4-bit model: delete the folder, then run "
             f"“python -m minigpt4 download {config.name}”, or choose “--quantize none”."
         ) from error
-    _check_width(folder, llm.hidden_size, config)
+    check_shape(llm.embedding.shape, folder, config)
     return llm, tokenizer
 
 
@@ -292,7 +285,7 @@ class TokenEmbedding(nn.Module):
         self._blocks = weight if isinstance(weight, BlockTensor) else None
         if isinstance(weight, Tensor):
             self.weight = nn.Parameter(weight, requires_grad=False)
-        self.hidden_size = weight.shape[1]
+        self.shape = tuple(weight.shape)
 
     def get_input_embeddings(self) -> nn.Module:
         """Itself: the same method as a whole language model's."""
@@ -302,9 +295,9 @@ class TokenEmbedding(nn.Module):
         if self._blocks is None:
             return self.weight[ids]
         rows = self._blocks.data[ids.flatten().cpu().numpy()]
-        shape = (len(rows), self.hidden_size)
+        shape = (len(rows), self.shape[1])
         numbers = torch.from_numpy(BlockTensor(self._blocks.kind, shape, rows).numbers())
-        return numbers.view(*ids.shape, self.hidden_size).to(ids.device)
+        return numbers.view(*ids.shape, self.shape[1]).to(ids.device)
 
 
 def load_embedding(config: ModelConfig, folder: Path, device: torch.device):

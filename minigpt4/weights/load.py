@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.config import (
+    MODELS,
     ClassesAndObjects,
     ConcatPatches,
     EfficientNetLite,
@@ -16,9 +17,8 @@ from minigpt4.config import (
     ModelConfig,
     QFormer,
     Quantize,
-    model_of_projection,
 )
-from minigpt4.errors import Count, Report, UserError, ignore, say
+from minigpt4.errors import Count, Report, Step, UserError, ignore, say
 from minigpt4.model.bridge import build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.vision import build_encoder
@@ -33,9 +33,10 @@ from minigpt4.weights.checkpoint import (
     read_checkpoint,
     read_projection,
 )
+from minigpt4.weights.convert import blocks_folder
 from minigpt4.weights.encoder import INT8, load_int8_encoder
-from minigpt4.weights.folder import shards_of
-from minigpt4.weights.gguf import Quantizer, gguf_of
+from minigpt4.weights.folder import read_config, shards_of
+from minigpt4.weights.gguf import INDEX, BlockLlama, Quantizer, gguf_of, read_width
 from minigpt4.weights.llm import load_llm
 from minigpt4.weights.sources import (
     ROLES,
@@ -65,12 +66,48 @@ class WeightFiles:
     words: Path | None = None  # None: they are to be trained, or the model has none
 
 
-def owner_of(projection: str | None) -> str | None:
-    """The model that a local projection file belongs to, by its shape; None without such a file."""
-    path = local_path(projection) if projection else None
-    if path is None or not path.is_file():
+def owner_of(given: Mapping[str, str], report: Report = say) -> str | None:
+    """The one model that the user's own weights (role -> place) fit, by the shapes of those that
+    are on this machine; None where nothing is given. UserError where it is not one."""
+    if not given:
         return None
-    return model_of_projection(*read_projection(path)["weight"].shape)
+    shape = width = None
+    if (place := given.get("projection")) and (path := local_path(place)) and path.is_file():
+        shape = tuple(read_projection(path)["weight"].shape)
+    if (place := given.get("llm")) and (path := local_path(place)):
+        width = _width_of(path, report)
+    fitting = [
+        model.name
+        for model in MODELS.values()
+        if shape in (None, (model.llm_hidden_size, model.projection_in))
+        and width in (None, model.llm_hidden_size)
+        and given.keys() <= {*model.files, "projection"}
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    places = " and ".join(f"“--{role} {place}”" for role, place in given.items())
+    if not fitting:
+        of_width = f" (a language model of width {width})" if width else ""
+        raise UserError(
+            f"No model has the shapes of {places}{of_width}: give others, or name the model that "
+            "they are for with “--model”."
+        )
+    names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+    raise UserError(f"{places} may be for {names}: name the model with “--model”.")
+
+
+def _width_of(llm: Path, report: Report) -> int | None:
+    """The hidden size of a language model (a folder or a GGUF file); None where it cannot be read,
+    which loading it explains."""
+    try:
+        if (made := blocks_folder(llm) / INDEX).exists():
+            return BlockLlama.open(made.parent).hidden_size
+        if llm.is_dir():
+            return int(read_config(llm)["hidden_size"])
+        report(Step("reading", "Reading {name} (once) …", name=llm.name))
+        return read_width(llm)
+    except Exception:  # of anything that a damaged file may hold
+        return None
 
 
 def download_weights(

@@ -102,20 +102,37 @@ def check_memory(
 ) -> None:
     """UserError where the CPU's memory is too small: how much is needed, is free, and would fit.
 
-    llm_dtype: of a language model that is not quantized; vision_dtype: of the encoder (None: 32
-    bit). A language model's folder that cannot be read is left to the loader.
+    For the types see `needed_bytes`. A language model's folder that cannot be read is left to the
+    loader.
     """
     try:
         mapped = llm_bytes(llm, quantize, llm_dtype.itemsize)
-        size = (vision_dtype or torch.float32).itemsize
-        eight_bit = quantize == "int4" and isinstance(config.vision, EvaViT)
-        vision = vision_bytes(config, size, 1 if eight_bit else size)
-        needed = mapped + vision + LIBRARIES + chat_bytes(llm, quantize)
+        needed = needed_bytes(config, llm, quantize, llm_dtype, vision_dtype)
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return
     free = free_memory(mapped if quantize == "int4" else 0)
     if free is not None and needed > free:
         raise too_little(config, quantize, needed, free)
+
+
+def needed_bytes(
+    config: ModelConfig,
+    llm: Path,
+    quantize: Quantize,
+    llm_dtype: torch.dtype,
+    vision_dtype: torch.dtype | None,
+) -> int:
+    """Bytes of the CPU's memory for the model, the libraries and a short conversation.
+
+    llm_dtype: of a language model that is not quantised; vision_dtype: of the encoder (None: 32
+    bit). OSError, ValueError, KeyError, TypeError or UserError where the language model's folder
+    cannot be read.
+    """
+    size = (vision_dtype or torch.float32).itemsize
+    eight_bit = quantize == "int4" and isinstance(config.vision, EvaViT)
+    vision = vision_bytes(config, size, 1 if eight_bit else size)
+    weights = llm_bytes(llm, quantize, llm_dtype.itemsize)
+    return weights + vision + LIBRARIES + chat_bytes(llm, quantize)
 
 
 def too_little(
@@ -141,7 +158,8 @@ def _advice(config: ModelConfig, quantize: Quantize, free: int | None) -> str:
 
 
 def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
-    """Bytes of the language model's weights; bitsandbytes holds them in 16 bit while it loads."""
+    """Bytes of the language model's weights, those that are not quantised in `size` bytes each;
+    bitsandbytes holds them in 16 bit while it loads."""
     if quantize == "int4":
         folder = blocks_folder(llm)
         if (folder / INDEX).exists():
@@ -152,8 +170,10 @@ def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
     optional, required = shapes_of(**sizes)
     for name in ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]:
         required[name] = optional[name]
-    count = sum(math.prod(shape) for shape in required.values())
-    return count * (size if quantize == "none" else 2)
+    counts = [math.prod(shape) for shape in required.values()]
+    if quantize == "w8a16":  # and while one matrix is quantised, and used, two copies in 32 bit
+        return sum(counts) + 8 * max(counts)
+    return sum(counts) * (size if quantize == "none" else 2)
 
 
 def chat_bytes(llm: Path, quantize: Quantize) -> int:
