@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from minigpt4.engine.kvcache import BLOCK_SIZE, BlockCache, hashes
 from minigpt4.engine.sampling import BeamSearch, Constraint, Draw, Sampler, Sampling
 from minigpt4.engine.stream import ENDING, FULL, Stream, Totals, failure
 from minigpt4.errors import UserError
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import IMAGE_ID, Prompt
 
 PROBE_BLOCKS = 1  # never reserved by requests, so that a health probe always gets in
@@ -100,6 +101,7 @@ class RequestState:
             self.search = BeamSearch(
                 sampling, request.stop_ids, request.stop_sequences, request.penalized
             )
+        self.pictures: dict[str, Future[Encoded]] = {}  # in the encoder, by key
         self.embeds: dict[str, np.ndarray] = {}  # by picture key
         self.sequences: list[Sequence] = []
         self.reserved = 0  # blocks that are not allocated yet
@@ -107,6 +109,16 @@ class RequestState:
     @property
     def picture_keys(self) -> set[str]:
         return {image.key for _, image in self.request.prompt.images}
+
+    @property
+    def has_pictures(self) -> bool:
+        """Has the encoder done with all of them, well or not?"""
+        return all(future.done() for future in self.pictures.values())
+
+    @property
+    def is_late(self) -> bool:
+        """Is its time over?"""
+        return self.stream._seconds() > self.request.max_seconds
 
     @property
     def in_prefill(self) -> bool:
