@@ -15,7 +15,7 @@ from minigpt4.weights.gguf import INDEX, BlockLlama, shapes_of
 from minigpt4.weights.transfer import in_words
 
 LIBRARIES = 600 * 10**6  # Python, PyTorch and transformers once they are loaded
-CHAT_POSITIONS = 512  # whose keys and values are counted: more conversations need more
+_BLOCK = 16  # positions; the engine's cache has at least a whole context of them, and one more
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -110,7 +110,8 @@ def check_memory(
         size = (vision_dtype or torch.float32).itemsize
         eight_bit = quantize == "int4" and isinstance(config.vision, EvaViT)
         vision = vision_bytes(config, size, 1 if eight_bit else size)
-        needed = mapped + vision + LIBRARIES + chat_bytes(llm, quantize)
+        needed = mapped + vision + LIBRARIES
+        needed += chat_bytes(config, llm, quantize, llm_dtype)
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return
     free = free_memory(mapped if quantize == "int4" else 0)
@@ -156,8 +157,9 @@ def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
     return count * (size if quantize == "none" else 2)
 
 
-def chat_bytes(llm: Path, quantize: Quantize) -> int:
-    """Keys and values of one short conversation."""
+def chat_bytes(config: ModelConfig, llm: Path, quantize: Quantize, llm_dtype: torch.dtype) -> int:
+    """Keys and values of the longest conversation: as many as the cache of a large model may grow
+    to. Many conversations with a small one need more."""
     if quantize == "int4" and (blocks_folder(llm) / INDEX).exists():
         sizes = vars(BlockLlama.open(blocks_folder(llm)))
     elif llm.is_dir():
@@ -165,7 +167,9 @@ def chat_bytes(llm: Path, quantize: Quantize) -> int:
     else:
         return 0
     width = sizes["kv_heads"] * sizes["head_dim"]
-    return CHAT_POSITIONS * sizes["layers"] * 2 * width * 2
+    size = 2 if quantize == "int4" else llm_dtype.itemsize
+    positions = (-(-config.context // _BLOCK) + 1) * _BLOCK
+    return positions * sizes["layers"] * 2 * width * size
 
 
 def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:
