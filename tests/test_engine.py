@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -149,6 +150,23 @@ def test_a_long_prompt_does_not_stall_a_short_answer(engine):
     next(long)
     assert running.stats.tokens - before > 5
     running.close()
+
+
+@pytest.mark.parametrize(("pace", "largest"), [(2**-10, 256), (2**-6, 128), (1.0, 32)])
+def test_a_step_of_a_prompt_takes_two_seconds_at_most(engine, monkeypatch, pace, largest):
+    """A row takes `pace` seconds by the engine's clock; 32 rows are the fewest."""
+    real, sizes, now = engine.decoder.forward, [], [0.0]
+
+    def forward(rows):
+        sizes.append(len(rows.tokens))
+        now[0] += pace * len(rows.tokens)
+        return real(rows)
+
+    monkeypatch.setattr(engine.decoder, "forward", forward)
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("minigpt4.engine.engine.time", clock)
+    assert list(engine.submit(request(1, 450, sampling=BRIEF)))
+    assert sizes[0] == 32 and max(sizes) == largest
 
 
 def test_answers_are_given_in_the_order_of_asking(model):

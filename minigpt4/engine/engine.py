@@ -9,6 +9,7 @@ gets its token. The engine knows no tokenizer and no template: it speaks token i
 import atexit
 import logging
 import threading
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -280,11 +281,12 @@ class Engine(RequestQueue):
         """
         for chunk in chunks:
             self._scheduler.allocate(chunk)
+        begun = time.monotonic()
         outputs, sentence = self._forward(chunks)
         if outputs is None:
             self._recover(chunks, sentence)
         else:
-            self._scheduler.note_success()
+            self._scheduler.note_success(chunks, time.monotonic() - begun)
             self._postprocess(chunks, outputs)
 
     def _forward(self, chunks: list[Chunk]) -> tuple[Outputs | None, str]:
