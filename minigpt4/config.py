@@ -317,7 +317,7 @@ _VICUNA_7B = ModelConfig(
     },
     llm_vocabulary=32_001,
     gpu_gigabytes=12,
-    cpu_gigabytes=6.3,
+    cpu_gigabytes=7.1,
     converted_to_4bit=True,
     stage1=_PUBLISHED_STAGE1,
     stage2=_PUBLISHED_STAGE2,
@@ -342,7 +342,7 @@ _VICUNA_13B = replace(
         ),
     },
     gpu_gigabytes=24,
-    cpu_gigabytes=10.5,
+    cpu_gigabytes=11.5,
 )
 
 _LLAMA2_7B = replace(
@@ -363,7 +363,7 @@ _LLAMA2_7B = replace(
     },
     llm_vocabulary=32_000,
     gpu_gigabytes=0,
-    cpu_gigabytes=6.1,
+    cpu_gigabytes=6.9,
     licence="Llama 2 Community Licence; BSD-3-Clause (BLIP-2, MiniGPT-4)",
 )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -149,6 +150,23 @@ def test_a_long_prompt_does_not_stall_a_short_answer(engine):
     next(long)
     assert running.stats.tokens - before > 5
     running.close()
+
+
+@pytest.mark.parametrize(("pace", "largest"), [(2**-10, 256), (2**-6, 128), (1.0, 32)])
+def test_a_step_of_a_prompt_takes_two_seconds_at_most(engine, monkeypatch, pace, largest):
+    """A row takes `pace` seconds by the engine's clock; 32 rows are the fewest."""
+    real, sizes, now = engine.decoder.forward, [], [0.0]
+
+    def forward(rows):
+        sizes.append(len(rows.tokens))
+        now[0] += pace * len(rows.tokens)
+        return real(rows)
+
+    monkeypatch.setattr(engine.decoder, "forward", forward)
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("minigpt4.engine.engine.time", clock)
+    assert list(engine.submit(request(1, 450, sampling=BRIEF)))
+    assert sizes[0] == 32 and max(sizes) == largest
 
 
 def test_answers_are_given_in_the_order_of_asking(model):
@@ -565,6 +583,40 @@ def test_a_picture_that_fails_while_it_is_asked_for(model, monkeypatch):
     engine.close()
 
 
+def test_an_encoder_at_work_stalls_nobody(model, monkeypatch):
+    """Others' answers begin and end meanwhile, and nothing runs in circles. Who gives up leaves."""
+    engine = Engine(model)
+    real, go_on = model.encode_pictures, threading.Event()
+    monkeypatch.setattr(
+        model, "encode_pictures", lambda pictures: go_on.wait(10) and real(pictures)
+    )
+    asked = request(1, 20, (picture(1),), sampling=BRIEF)
+    running = engine.submit(request(2))
+    next(running)
+    looking, closed = engine.submit(asked), engine.submit(asked)
+    assert len(list(running)) == 19 and list(engine.submit(request(3))) and engine.health()
+    closed.close()
+    assert until(lambda: len(engine._waiting) == 1) and looking.position == 1
+    with engine._lock:
+        assert not engine._has_work() and not go_on.is_set()
+    go_on.set()
+    assert list(looking) == alone(model, asked) and settled(engine)
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_encoder_thread_is_replaced(model, monkeypatch):
+    engine = Engine(model)
+    asked = request(1, 20, (picture(1),), sampling=BRIEF)
+    monkeypatch.setattr(model, "encode_pictures", Mock(side_effect=SystemExit))
+    with pytest.raises(UserError, match="try again"):
+        list(engine.submit(asked))
+    monkeypatch.undo()
+    assert until(engine._encoding.thread.is_alive)
+    assert len(list(engine.submit(asked))) == 4 and settled(engine)
+    engine.close()
+
+
 def no_memory(_embeds: np.ndarray) -> np.ndarray:
     raise MemoryError
 
@@ -694,10 +746,10 @@ def test_a_thread_that_was_ended_has_not_died(model, monkeypatch):
     engine = Engine(model, hang_seconds=0.4)
     stream = engine.submit(request(1, sampling=replace(GREEDY, max_new_tokens=400)))
     next(stream)
-    real, thread = engine._ended.set, engine._thread
+    real, thread = engine._ended.set, engine._answering.thread
     monkeypatch.setattr(engine._ended, "set", lambda: time.sleep(0.3) or real())
     engine.close()
-    assert engine._thread is thread
+    assert engine._answering.thread is thread
     with pytest.raises(UserError, match="ending"):
         list(stream)
 

@@ -52,6 +52,10 @@ def gpu_calls(monkeypatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(torch.cuda, "set_device", note("set_device"))
     monkeypatch.setattr(torch.cuda, "empty_cache", note("empty_cache"))
+    stream = SimpleNamespace(wait_stream=note("wait_stream"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", note("set_stream"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", note("mem_get_info", (139 * 2**30, 0)))
     return calls
 
@@ -95,7 +99,7 @@ def test_no_count_is_lost(hasty_switches):
 def test_a_queue_that_changes_while_it_is_looked_at(model, hasty_switches):
     """Requests come, are closed, and ask for their place, while the engine drops and admits."""
     with Engine(model, max_running=2, max_waiting=100) as engine:
-        thread = engine._thread
+        thread = engine._answering.thread
 
         def come_and_go(visitor: int) -> None:
             for number in range(25):
@@ -108,7 +112,7 @@ def test_a_queue_that_changes_while_it_is_looked_at(model, hasty_switches):
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(come_and_go, range(4)))
-        assert engine._thread is thread and thread.is_alive() and settled(engine)
+        assert engine._answering.thread is thread and thread.is_alive() and settled(engine)
         assert engine.totals.requests == 100 and not engine.totals.errors
 
 
@@ -124,13 +128,28 @@ def test_an_engine_ends_with_its_block(model):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_each_thread_uses_the_models_gpu(model, gpu_calls, monkeypatch):
-    """The first one, and the one that takes the place of a dead one."""
+    """The first one, and the one that takes the place of a dead one. The encoder has a stream of
+    its own."""
+    what = "set_device", "wait_stream", "set_stream"
+    expected = {("set_device", "engine"), *((one, "engine pictures") for one in what)}
     with Engine(on_gpu(model), kv_megabytes=1) as engine:
-        assert until(lambda: gpu_calls == [("set_device", "engine")])
+        assert until(lambda: len(gpu_calls) == 4) and set(gpu_calls) == expected
         monkeypatch.setattr(engine.decoder, "forward", lambda rows: sys.exit())
         with pytest.raises(UserError, match="try again"):
             list(engine.submit(request(1)))
-        assert until(lambda: gpu_calls == [("set_device", "engine")] * 2)
+        assert until(lambda: gpu_calls[4:] == [("set_device", "engine")])
+
+
+def test_each_thread_computes_with_the_usual_number_of_threads():
+    """Though another thread computes with one more when it starts."""
+    usual = torch.get_num_threads()
+    begin = decoder.thread_start(torch.device("cpu"))
+    torch.set_num_threads(usual + 1)
+    try:
+        with ThreadPoolExecutor(1, initializer=begin) as pool:
+            assert pool.submit(torch.get_num_threads).result() == usual
+    finally:
+        torch.set_num_threads(usual)
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -173,7 +192,7 @@ def test_a_failed_batch_of_pictures_is_forgotten_before_the_next_try(model, gpu_
             futures = [engine._pictures.request(picture(seed)) for seed in range(4)]
             engine._lock.notify_all()
         assert [future.result(5).embeds.shape for future in futures]
-    assert len(steps) == 5 and not leaked and ("empty_cache", "engine") in gpu_calls
+    assert len(steps) == 5 and not leaked and ("empty_cache", "engine pictures") in gpu_calls
 
 
 def test_keys_and_values_get_the_memory_that_there_is(model, monkeypatch):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ import torch
 from benchmarks.random_model import SIZES
 from minigpt4 import start
 from minigpt4.config import get_model
+from minigpt4.engine import decoder as decoder_module
+from minigpt4.engine.native import NativeDecoder
 from minigpt4.errors import UserError, out_of_memory
 from minigpt4.weights import memory
+from minigpt4.weights.gguf import BlockLlama
 from minigpt4.weights.load import WeightFiles
 
 CASES = Path(__file__).parent / "parity"
@@ -98,9 +102,44 @@ def test_what_a_7b_needs(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vicuna-7b", (4096, 32, 11008)),
+        ("llama2-7b", (4096, 32, 11008)),
+        ("vicuna-13b", (5120, 40, 13824)),
+    ],
+)
+def test_a_whole_cache_is_counted(name, sizes, tmp_path, monkeypatch):
+    """All blocks that the engine's cache may have; what the tables say is what is asked for."""
+    width, layers, inner = sizes
+    written = {"model_type": "llama", "hidden_size": width, "num_hidden_layers": layers}
+    written |= {"num_attention_heads": layers, "intermediate_size": inner, "vocab_size": 32001}
+    (tmp_path / "config.json").write_text(json.dumps(written | {"rms_norm_eps": 1e-6}))
+    llama = SimpleNamespace(layers=layers, kv_heads=layers, head_dim=128)
+    decoder = SimpleNamespace(block_bytes=lambda _: NativeDecoder.block_bytes(llama))
+    monkeypatch.setattr("minigpt4.engine.native.NativeDecoder", decoder)
+    monkeypatch.setattr(
+        decoder_module, "_build_within_memory", lambda _, blocks, least: (0, blocks)
+    )
+    config = get_model(name)
+    model = SimpleNamespace(
+        config=config, llm=object.__new__(BlockLlama), device=torch.device("cpu")
+    )
+    blocks = decoder_module.build_decoder(model)[1]
+    asked = config, tmp_path, "int4", torch.bfloat16
+    assert memory.chat_bytes(*asked) == blocks * NativeDecoder.block_bytes(llama)
+    free = int(config.cpu_gigabytes * GB)
+    monkeypatch.setattr(memory, "free_memory", lambda mapped=0: free)
+    memory.check_memory(*asked, torch.bfloat16)
+    free -= 2 * 10**8
+    with pytest.raises(UserError, match="of memory, and .* are free: choose “--model"):
+        memory.check_memory(*asked, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
     ("free", "quantize", "expected"),
     [
-        (7.5, "none", "“--quantize int4”, which needs 6.3 GB"),
+        (7.5, "none", "“--quantize int4”, which needs 7.1 GB"),
         (3.0, "int4", "“--model mini”"),
         (0.1, "int4", "close other programs"),
     ],

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from unittest.mock import Mock
@@ -31,6 +32,8 @@ from minigpt4.web.api.access import Keys, cors
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.image_url import ImageUrls
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.page import launch
 from minigpt4.web.server import Server
 from tests.api_case import (
     GREEDY,
@@ -45,6 +48,7 @@ from tests.api_case import (
     picture_file,
     question,
     served,
+    tiny_engine,
 )
 from tests.page_case import wait_for
 from tests.parity_case import ParityCase
@@ -451,6 +455,25 @@ def _request(max_new_tokens):
     prompt = Prompt()
     prompt.add_tokens([1, 2, 3])
     return Request(prompt, {}, Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
+
+
+def test_a_lost_gpu_ends_the_server(monkeypatch, capsys):
+    """Once who waits has been told, with an exit status that is not 0."""
+    page, chosen = Mock(is_running=True), options()
+    with tiny_engine() as engine:
+        broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+        monkeypatch.setattr(engine.decoder, "forward", Mock(side_effect=broken))
+        stream = engine.submit(Request(Prompt([1], [1], [], [False]), {}))
+        server = Server(lambda: [engine], chosen)
+        monkeypatch.setattr("minigpt4.web.server.FLUSH_SECONDS", 0)
+        for name in ("serve", "freeze_objects"):
+            monkeypatch.setattr(f"minigpt4.web.page.page.{name}", Mock())
+        launching = partial(launch, page, chosen, Loading.done(engine), server)
+        monkeypatch.setattr("minigpt4.web.run.serve", lambda _: launching())
+        assert app.main([]) == 2 and "must be restarted" in capsys.readouterr().err
+        page.close.assert_called_once()
+        with pytest.raises(UserError, match="must be restarted"):
+            list(stream)
 
 
 @pytest.mark.trust("Faults", "SIGTERM while streaming")

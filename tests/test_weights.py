@@ -290,6 +290,23 @@ def test_each_tensor_is_converted_once(case, monkeypatch):
     assert counter.weight.dtype == torch.half and counter.count.dtype == torch.int64
 
 
+def test_a_picture_that_overflows_in_16_bit_is_encoded_in_32(case):
+    half, whole = case.load(vision_dtype=torch.float16), case.load()
+    pictures = [image.load(path).rgb for path in case.image_paths[:2]]
+    half.encoder.vit.encoder.layers[0].mlp.fc2.weight.data.fill_(6e4)
+    for part in ("encoder", "bridge", "projection"):
+        getattr(whole, part).load_state_dict(getattr(half, part).state_dict())
+    weights = {name: one.dtype for name, one in half.named_parameters()}
+    both = half.encode_pictures(pictures)  # the engine then tries them one by one
+    assert not any(np.isfinite(one.embeds).all() for one in both)
+    for picture in pictures:
+        (found,), (expected,) = (model.encode_pictures([picture]) for model in (half, whole))
+        assert np.allclose(found.embeds, expected.embeds)
+    assert {name: one.dtype for name, one in half.named_parameters()} == weights
+    half.projection.weight.data.fill_(torch.nan)
+    assert np.isnan(half.encode_pictures(pictures[:1])[0].embeds).all()
+
+
 class Counting(torch.nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

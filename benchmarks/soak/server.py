@@ -113,7 +113,7 @@ def main() -> None:
     with server.until_terminated(page):
         print(f"Open {serve(page, chosen, server)}", flush=True)
         threading.Thread(target=obey, args=[faults], daemon=True).start()
-        page.block_thread()
+        server.wait(page)
 
 
 def obey(faults: Faults) -> None:

@@ -143,12 +143,27 @@ def _compact_heap() -> None:
         libc.malloc_trim(0)
 
 
-def use_device(device: "torch.device") -> None:
-    """Make a GPU the calling thread's current one: a new thread starts with the first GPU."""
-    if device.type == "cuda" and device.index is not None:
-        import torch
+def thread_start(device: "torch.device", own_stream: bool = False) -> Callable[[], None]:
+    """What a new thread that computes on `device` calls first. own_stream: a GPU computes for it
+    beside other threads, not after them.
 
-        torch.cuda.set_device(device)
+    A new thread uses the first GPU, and on the CPU as many threads as any thread has set last, as
+    `suitable_threads` does for a moment: it is set to the caller's number.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+
+    def begin() -> None:
+        torch.set_num_threads(threads)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        if device.type == "cuda" and own_stream:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.default_stream(device))  # which has loaded the weights
+            torch.cuda.set_stream(stream)
+
+    return begin
 
 
 def empty_cache(device: "torch.device") -> None:

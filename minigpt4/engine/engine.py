@@ -1,4 +1,5 @@
-"""One model, many conversations: one thread owns the model and answers all of them together.
+"""One model, many conversations: one thread owns the language model and answers all of them
+together; another one encodes pictures meanwhile.
 
 Each step schedules (lets waiting requests in, chooses rows), runs the model on a chunk of the
 prompts in prefill and one token of every running answer, and postprocesses the logits: each request
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, use_device
+from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, thread_start
 from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.engine.pictures import Pictures
 from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax, most_likely
@@ -40,14 +41,13 @@ from minigpt4.engine.stream import (
     failure,
     sentence_for,
 )
+from minigpt4.engine.worker import Worker
 from minigpt4.errors import Count, UserError, ignore
 from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import Prompt
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from minigpt4.model.minigpt4 import MiniGPT4
-
-ENCODED_ALONE, ENCODED_AMONG_OTHERS = 4, 1  # pictures in a step, so that no answer stalls
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,13 @@ class Engine(RequestQueue):
         self._scheduler = Scheduler(blocks, kept, self.decoder.chunk_rows)
         self._pictures = Pictures(model, self._explain, store)
         self._hang_seconds = hang_seconds
-        self._step_started: float | None = None
-        self._closing = self._hanging = self._lost = False
-        self._thread = self._start_thread()
+        self._hanging = self._lost = False
+        self._closing = threading.Event()
+        alone = self._lock, self._closing, thread_start(model.device)
+        self._answering = Worker("engine", *alone, self._has_work, self._step)
+        beside = self._lock, self._closing, thread_start(model.device, own_stream=True)
+        waiting = self._pictures.is_waiting
+        self._encoding = Worker("engine pictures", *beside, waiting, self._encode_pictures)
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="engine watch", daemon=True)
         self._watcher.start()
@@ -152,16 +156,17 @@ class Engine(RequestQueue):
     def close(self) -> None:
         """End the threads; requests that are not answered yet get an error.
 
-        It waits for both threads: one that returns from the model while the interpreter exits would
+        It waits for all threads: one that returns from the model while the interpreter exits would
         abort the program.
         """
         atexit.unregister(self.close)
         with self._lock:
-            self._closing = self._ending = True
+            self._ending = True
+            self._closing.set()
             self._lock.notify_all()
         self._ended.set()
-        self._thread.join(timeout=5)
-        self._watcher.join(timeout=5)
+        for thread in (self._answering.thread, self._encoding.thread, self._watcher):
+            thread.join(timeout=5)
         self._fail_all(ENDING)
 
     def _submit(self, request: Request, probe: bool = False) -> Stream:
@@ -182,7 +187,8 @@ class Engine(RequestQueue):
                 self._refuse_if_full()
                 self._waiting.append(state)
                 self.totals.add(requests=1)
-            self._request_pictures(state)
+            pictures = request.pictures
+            state.pictures = {k: self._pictures.request(pictures[k]) for k in state.picture_keys}
             self._lock.notify_all()
         return state.stream
 
@@ -191,60 +197,23 @@ class Engine(RequestQueue):
         if sentence := fault or (ENDING if self._ending else ""):
             raise failure(sentence)
 
-    def _request_pictures(self, state: RequestState) -> bool:
-        """Have its missing pictures encoded; True where some are missing. The lock is held.
+    # --- the threads ---------------------------------------------------------------------------
 
-        Once none is missing, the request needs only the embeddings: the pictures, which may be
-        large, are released long before the answer ends.
-        """
-        keys = state.picture_keys - state.embeds.keys()
-        found = {key: self._pictures.request(state.request.pictures[key]) for key in keys}
-        if any(not future.done() or future.exception() for future in found.values()):
-            return True  # `_encode_pictures` fails it where a picture has failed meanwhile
-        state.embeds |= {key: future.result().embeds for key, future in found.items()}
-        state.request = replace(state.request, pictures={})
-        return False
-
-    # --- the thread ----------------------------------------------------------------------------
-
-    def _start_thread(self) -> threading.Thread:
-        thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        thread.start()
-        return thread
-
-    def _loop(self) -> None:
-        use_device(self.model.device)
-        while True:
-            with self._lock:
-                while not (
-                    self._waiting or self._running or self._pictures.waiting or self._closing
-                ):
-                    self._lock.wait()
-                if self._closing:
-                    return
-            self._step_started = time.monotonic()  # by which `_watch` tells steps apart
-            self._step()
-            self._step_started = None
+    def _has_work(self) -> bool:
+        """Who only waits for a picture is no work. The lock is held."""
+        return bool(self._running) or any(
+            state.has_pictures or state.is_late or state.stream.stop_reason
+            for state in self._waiting
+        )
 
     def _step(self) -> None:
-        self._encode_pictures()
         if chunks := self._schedule():
             self._run(chunks)
 
     def _encode_pictures(self) -> None:
-        count = ENCODED_AMONG_OTHERS if self._running else ENCODED_ALONE
-        outcomes = self._pictures.encode_some(count)
-        if not outcomes:
-            return
+        self._pictures.encode_some()
         with self._lock:
-            for picture, outcome in outcomes:
-                if isinstance(outcome, UserError):
-                    for state in self._waiting:
-                        if picture.key in state.picture_keys:
-                            self._fail(state, outcome)
-            for state in self._waiting:
-                if not state.stream.stop_reason:
-                    self._request_pictures(state)
+            self._lock.notify_all()  # there is work for the other thread
 
     # --- schedule ------------------------------------------------------------------------------
 
@@ -258,7 +227,7 @@ class Engine(RequestQueue):
 
     def _remove_ended(self) -> None:
         for state in [*self._running, *self._waiting]:
-            if state.stream._seconds() > state.request.max_seconds:
+            if state.is_late:
                 state.stream._end("time")
         self._drop_closed()
         ended = [state for state in self._running if state.stream.stop_reason]
@@ -269,13 +238,13 @@ class Engine(RequestQueue):
                 self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
 
     def _admit(self) -> None:
-        """Let requests in, first come first served, while there are places and blocks."""
-        while self._waiting:
-            state = self._waiting[0]
+        """Let requests in, first come first served, while there are places and blocks. Who waits
+        for a picture holds nobody up."""
+        for state in [state for state in self._waiting if self._take_pictures(state)]:
             full = len(self._running) >= self.max_running and not state.probe
-            if full or self._request_pictures(state) or not self._scheduler.admit(state):
+            if full or not self._scheduler.admit(state):
                 return
-            self._waiting.popleft()
+            self._waiting.remove(state)
             self._running.append(state)
             stats = state.stream.stats
             stats.seconds_waiting = state.stream._seconds()
@@ -284,6 +253,23 @@ class Engine(RequestQueue):
                 self.totals.add(
                     prompt_tokens=stats.prompt_tokens, reused_tokens=stats.reused_tokens
                 )
+
+    def _take_pictures(self, state: RequestState) -> bool:
+        """Does it have its pictures' embeddings? Where a picture has failed, so does the request.
+
+        The pictures, which may be large, are released long before the answer ends.
+        """
+        if not state.has_pictures:
+            return False
+        for future in state.pictures.values():
+            error = future.exception()
+            if isinstance(error, UserError):
+                self._fail(state, error)
+                return False
+        if state.pictures:
+            state.embeds = {key: one.result().embeds for key, one in state.pictures.items()}
+            state.request, state.pictures = replace(state.request, pictures={}), {}
+        return True
 
     # --- run -----------------------------------------------------------------------------------
 
@@ -295,11 +281,12 @@ class Engine(RequestQueue):
         """
         for chunk in chunks:
             self._scheduler.allocate(chunk)
+        begun = time.monotonic()
         outputs, sentence = self._forward(chunks)
         if outputs is None:
             self._recover(chunks, sentence)
         else:
-            self._scheduler.note_success()
+            self._scheduler.note_success(chunks, time.monotonic() - begun)
             self._postprocess(chunks, outputs)
 
     def _forward(self, chunks: list[Chunk]) -> tuple[Outputs | None, str]:
@@ -441,26 +428,41 @@ class Engine(RequestQueue):
         for state in states:
             self._fail(state, failure(sentence))
 
+    def _fail_pictures(self, sentence: str) -> None:
+        """And with them the requests that wait for them."""
+        with self._lock:
+            self._pictures.fail_all(failure(sentence))
+            self._lock.notify_all()
+
     def _watch(self) -> None:
-        """Notice a thread that hangs or has died, and tell everyone who waits.
+        """Notice threads that hang or have died, and tell everyone who waits for them.
 
         Time is counted in this thread's own ticks: a program suspended as a whole does not hang.
         """
         tick = min(0.5, self._hang_seconds / 4)
-        watched, lasted = None, 0.0
+        answering, encoding = self._answering, self._encoding
         while not self._ended.wait(tick):
-            started = self._step_started
-            lasted = lasted + tick if started == watched else 0.0
-            watched = started
-            if not self._thread.is_alive() and not self._closing:
-                self._restart_thread()
-            elif started is None:  # idle, or back from a hang
-                self._hanging = False
-            elif lasted > self._hang_seconds:
-                self._hanging = True
+            for worker in (answering, encoding):
+                started = worker.started  # by which steps are told apart
+                same = started is not None and started == worker.watched
+                worker.lasted = worker.lasted + tick if same else 0.0
+                worker.watched = started
+            self._hanging = max(answering.lasted, encoding.lasted) > self._hang_seconds
+            if answering.lasted > self._hang_seconds:
                 self._fail_all(HANGING)
+            elif encoding.lasted > self._hang_seconds:
+                self._fail_pictures(HANGING)
+            if not answering.thread.is_alive() and not self._closing.is_set():
+                self._restart_answering()
+            if not encoding.thread.is_alive() and not self._closing.is_set():
+                log.error("the thread that encodes pictures died; starting it again")
+                self._fail_pictures(BROKEN)
+                encoding.start()
+            if self._waiting:
+                with self._lock:
+                    self._lock.notify_all()  # for those that were closed, or are late
 
-    def _restart_thread(self) -> None:
+    def _restart_answering(self) -> None:
         log.error("the engine's thread died; starting it again")
         with self._lock:  # a request that came in meanwhile would wait for ever
             self._fail_all(BROKEN)
@@ -468,8 +470,7 @@ class Engine(RequestQueue):
             self._running.clear()
             cache = self._scheduler.cache
             self._scheduler = Scheduler(cache.count, cache.kept, self.decoder.chunk_rows)
-            self._step_started = None
-            self._thread = self._start_thread()
+            self._answering.start()
 
 
 def _is_finite(output: np.ndarray | int) -> bool:

@@ -19,11 +19,13 @@ from minigpt4.model.image import Encoded, Picture
 if TYPE_CHECKING:
     from minigpt4.model.minigpt4 import MiniGPT4
 
+TOGETHER = 4  # encoded in one batch
 KEPT = 256  # most recently used: 60 KB each for nano
 
 
 class Pictures:
-    """Any thread may ask for a picture; the owner's own thread encodes.
+    """Any thread may ask for a picture; one thread of the owner's encodes (on a GPU, in a stream of
+    its own).
 
     explain: an exception of the encoder -> the error that a user sees. store: keeps embeddings on
     disk, too.
@@ -40,8 +42,7 @@ class Pictures:
         self._requested: OrderedDict[str, tuple[Picture, Future]] = OrderedDict()
         self._encoded: OrderedDict[str, Encoded] = OrderedDict()
 
-    @property
-    def waiting(self) -> bool:
+    def is_waiting(self) -> bool:
         """Is there anything to encode?"""
         return bool(self._requested)
 
@@ -69,12 +70,12 @@ class Pictures:
         known.set_result(encoded)
         return known
 
-    def encode_some(self, count: int) -> list[tuple[Picture, Encoded | UserError]]:
+    def encode_some(self, count: int = TOGETHER) -> None:
         """Encode up to `count` pictures that have waited longest, and tell everyone who waits."""
         with self._lock:
             pictures = [self._requested[key][0] for key in list(self._requested)[:count]]
         if not pictures:
-            return []
+            return
         # All in one batch; where that fails, one by one, so that a bad picture fails alone.
         outcomes = self._encode_together(pictures) or map(self._encode_alone, pictures)
         pairs = list(zip(pictures, outcomes, strict=True))
@@ -90,7 +91,6 @@ class Pictures:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
-        return pairs
 
     def _encode_together(self, pictures: list[Picture]) -> list[Encoded] | None:
         """None where it fails. The exception must not live on: its traceback holds tensors."""
@@ -109,7 +109,10 @@ class Pictures:
             return self._explain(error)
 
     def _finite(self, pictures: list[Picture]) -> list[Encoded]:
-        """ArithmeticError for embeddings that are not finite: they are never used for an answer."""
+        """ArithmeticError for embeddings that are not finite: they are never used for an answer.
+
+        They are on the host, so the stream that they were computed in is waited for.
+        """
         outcomes = list(self._model.encode_pictures([picture.rgb for picture in pictures]))
         if not all(np.isfinite(encoded.embeds).all() for encoded in outcomes):
             raise ArithmeticError("the encoder's embeddings are not finite")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -18,10 +19,11 @@ from minigpt4.engine.kvcache import BLOCK_SIZE, BlockCache, hashes
 from minigpt4.engine.sampling import BeamSearch, Constraint, Draw, Sampler, Sampling
 from minigpt4.engine.stream import ENDING, FULL, Stream, Totals, failure
 from minigpt4.errors import UserError
-from minigpt4.model.image import Picture
+from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import IMAGE_ID, Prompt
 
 PROBE_BLOCKS = 1  # never reserved by requests, so that a health probe always gets in
+STEP_SECONDS = 2.0  # that a step with prompts may take, so that words and probes keep flowing
 GOOD_STEPS = 200  # after which a step that was made smaller for want of memory doubles again
 
 
@@ -100,6 +102,7 @@ class RequestState:
             self.search = BeamSearch(
                 sampling, request.stop_ids, request.stop_sequences, request.penalized
             )
+        self.pictures: dict[str, Future[Encoded]] = {}  # in the encoder, by key
         self.embeds: dict[str, np.ndarray] = {}  # by picture key
         self.sequences: list[Sequence] = []
         self.reserved = 0  # blocks that are not allocated yet
@@ -107,6 +110,16 @@ class RequestState:
     @property
     def picture_keys(self) -> set[str]:
         return {image.key for _, image in self.request.prompt.images}
+
+    @property
+    def has_pictures(self) -> bool:
+        """Has the encoder done with all of them, well or not?"""
+        return all(future.done() for future in self.pictures.values())
+
+    @property
+    def is_late(self) -> bool:
+        """Is its time over?"""
+        return self.stream._seconds() > self.request.max_seconds
 
     @property
     def in_prefill(self) -> bool:
@@ -269,7 +282,8 @@ class Scheduler:
     """Blocks for requests, and rows for steps. Used by the engine's thread alone.
 
     blocks, kept: see `BlockCache`. chunk_rows: prompt rows in a step, without and with answers
-    beside them. row_limit: rows in a step, fewer after a shortage of memory.
+    beside them, which is also the fewest where the model is slow. row_limit: rows in a step, fewer
+    after a shortage of memory.
     """
 
     def __init__(
@@ -278,6 +292,7 @@ class Scheduler:
         self.cache = BlockCache(blocks, kept)
         self.chunk_rows = chunk_rows
         self.row_limit = chunk_rows[0]
+        self._prompt_rows = chunk_rows[1]  # as many as the last steps were fast enough for
         self._good_steps = 0
 
     def room(self, beams: int) -> int:
@@ -314,7 +329,7 @@ class Scheduler:
                 chunks += [Chunk(state, sequence, 1) for sequence in state.sequences]
                 room = max(0, room - beams)
         if prompts:
-            rows = min(room, self.chunk_rows[bool(chunks)])
+            rows = min(room, self.chunk_rows[1] if chunks else self._prompt_rows)
             share = max(1, rows // len(prompts))
             for state in prompts:
                 sequence = state.sequences[0]
@@ -382,8 +397,13 @@ class Scheduler:
         self.cache.unreserve(state.reserved)
         state.sequences, state.reserved = [], 0
 
-    def note_success(self) -> None:
-        """A step fitted into memory."""
+    def note_success(self, chunks: list[Chunk], seconds: float) -> None:
+        """These chunks fitted into memory, and took so long."""
+        most, least = self.chunk_rows
+        rows = sum(chunk.count for chunk in chunks)
+        if rows >= least:  # fewer take little less, since each step reads all weights
+            fitting = rows * STEP_SECONDS / max(seconds, 1e-9)
+            self._prompt_rows = int(max(least, min(most, fitting)))
         self._good_steps += 1
         if self._good_steps % GOOD_STEPS == 0:
             self.row_limit = min(self.chunk_rows[0], 2 * self.row_limit)

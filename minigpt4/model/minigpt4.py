@@ -1,9 +1,11 @@
 """MiniGPT-4: frozen visual encoder -> bridge -> one trained linear projection -> frozen LLM."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -124,16 +126,35 @@ class MiniGPT4(nn.Module):
 
     @torch.inference_mode()
     def encode_pictures(self, pictures: Sequence[Image.Image]) -> list[Encoded]:
-        """RGB pictures -> what the language model takes of each."""
+        """RGB pictures -> what the language model takes of each.
+
+        Activations may overflow in float16: a single picture is then encoded again in 32 bit.
+        """
         with suitable_threads(self.config.vision):
             maps = self.encoder(self.pixel_values(pictures))
             features = self.bridge(maps)
         embeds = self.project(features).float().cpu().numpy()
+        half = self.projection.weight.dtype == torch.float16
+        if half and len(pictures) == 1 and not np.isfinite(embeds).all():
+            return self._in_float32().encode_pictures(pictures)
         objects: list[tuple[Detection, ...]] = [()] * len(pictures)
         if self.config.detects:
             heat, edges = (one.float().cpu() for one in maps[-2:])
             objects = [*map(detections, heat, edges)]
         return [*map(Encoded, embeds, self.find_words(features), objects)]
+
+    def _in_float32(self) -> "MiniGPT4":
+        """Encoder, bridge and projection copied into 32 bit; the rest is shared."""
+        return MiniGPT4(
+            self.config,
+            deepcopy(self.encoder).float(),
+            deepcopy(self.bridge).float(),
+            deepcopy(self.projection).float(),
+            self.llm,
+            self.tokenizer,
+            self.quantize,
+            self.word_head,
+        )
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> token embeddings [..., llm_hidden_size]; IMAGE_ID reads as id 0."""

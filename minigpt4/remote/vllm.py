@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 
-from minigpt4.engine.decoder import use_device
+from minigpt4.engine.decoder import thread_start
 from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.engine.pictures import Pictures
 from minigpt4.engine.sampling import Sampling
@@ -41,7 +41,6 @@ DOWN_SECONDS = 10.0  # for which a failed server is skipped, unless there is no 
 BUSY_SECONDS = 1.0  # for which a full server is skipped
 SILENCE_SECONDS = 60.0  # without a byte, after which a server counts as dead
 SLACK = 4  # a conversation leaves its server if that one has more than so many answers extra
-PICTURES_TOGETHER = 4  # encoded in one batch
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class VllmServers:
             headers=headers, timeout=timeout, limits=limits, trust_env=False
         )
         self._pictures = Pictures(model, explain, store)
-        self._encoder = ThreadPoolExecutor(1, "encoder", use_device, (model.device,))
+        self._encoder = ThreadPoolExecutor(1, "encoder", thread_start(model.device))
 
     def check(self, request: Request) -> None:
         if request.sampling.num_beams > 1:
@@ -101,7 +100,7 @@ class VllmServers:
     def _request(self, picture: Picture) -> Future[Encoded]:
         future = self._pictures.request(picture)
         if not future.done():
-            self._encoder.submit(self._pictures.encode_some, PICTURES_TOGETHER)
+            self._encoder.submit(self._pictures.encode_some)
         return future
 
     async def _embeds(self, request: Request) -> dict[str, np.ndarray]:

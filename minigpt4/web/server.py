@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from minigpt4.engine import AnyEngine
+from minigpt4.engine.stream import LOST, failure
 from minigpt4.errors import UserError, say
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.mcp import McpGate, check_package
@@ -151,6 +152,15 @@ class Server:
         finally:
             for ending, handler in before.items():
                 signal.signal(ending, handler)
+
+    def wait(self, page: gr.Blocks) -> None:
+        """As long as the page is served. UserError once a GPU has failed and everybody has been
+        told: what started the program can start it again."""
+        while page.is_running:
+            if any(engine.fault == LOST for engine in self._find_engines()):
+                self._end(page, by_hand=False)
+                raise failure(LOST)
+            time.sleep(0.1)
 
     def _end(self, page: gr.Blocks, by_hand: bool) -> None:
         seconds = self._options.shutdown_seconds

@@ -15,7 +15,7 @@ from minigpt4.weights.gguf import INDEX, BlockLlama, shapes_of
 from minigpt4.weights.transfer import in_words
 
 LIBRARIES = 600 * 10**6  # Python, PyTorch and transformers once they are loaded
-CHAT_POSITIONS = 512  # whose keys and values are counted: more conversations need more
+_BLOCK = 16  # positions; the engine's cache has at least a whole context of them, and one more
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -124,7 +124,7 @@ def needed_bytes(
 ) -> int:
     """Bytes of the CPU's memory for the model, the libraries and a short conversation.
 
-    llm_dtype: of a language model that is not quantised; vision_dtype: of the encoder (None: 32
+    llm_dtype: of a language model that is not quantized; vision_dtype: of the encoder (None: 32
     bit). OSError, ValueError, KeyError, TypeError or UserError where the language model's folder
     cannot be read.
     """
@@ -132,7 +132,7 @@ def needed_bytes(
     eight_bit = quantize == "int4" and isinstance(config.vision, EvaViT)
     vision = vision_bytes(config, size, 1 if eight_bit else size)
     weights = llm_bytes(llm, quantize, llm_dtype.itemsize)
-    return weights + vision + LIBRARIES + chat_bytes(llm, quantize)
+    return weights + vision + LIBRARIES + chat_bytes(config, llm, quantize, llm_dtype)
 
 
 def too_little(
@@ -158,7 +158,7 @@ def _advice(config: ModelConfig, quantize: Quantize, free: int | None) -> str:
 
 
 def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
-    """Bytes of the language model's weights, those that are not quantised in `size` bytes each;
+    """Bytes of the language model's weights, those that are not quantized in `size` bytes each;
     bitsandbytes holds them in 16 bit while it loads."""
     if quantize == "int4":
         folder = blocks_folder(llm)
@@ -171,13 +171,14 @@ def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
     for name in ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]:
         required[name] = optional[name]
     counts = [math.prod(shape) for shape in required.values()]
-    if quantize == "w8a16":  # and while one matrix is quantised, and used, two copies in 32 bit
+    if quantize == "w8a16":  # and while one matrix is quantized, and used, two copies in 32 bit
         return sum(counts) + 8 * max(counts)
     return sum(counts) * (size if quantize == "none" else 2)
 
 
-def chat_bytes(llm: Path, quantize: Quantize) -> int:
-    """Keys and values of one short conversation."""
+def chat_bytes(config: ModelConfig, llm: Path, quantize: Quantize, llm_dtype: torch.dtype) -> int:
+    """Keys and values of the longest conversation: as many as the cache of a large model may grow
+    to. Many conversations with a small one need more."""
     if quantize == "int4" and (blocks_folder(llm) / INDEX).exists():
         sizes = vars(BlockLlama.open(blocks_folder(llm)))
     elif llm.is_dir():
@@ -185,7 +186,9 @@ def chat_bytes(llm: Path, quantize: Quantize) -> int:
     else:
         return 0
     width = sizes["kv_heads"] * sizes["head_dim"]
-    return CHAT_POSITIONS * sizes["layers"] * 2 * width * 2
+    size = 2 if quantize == "int4" else llm_dtype.itemsize
+    positions = (-(-config.context // _BLOCK) + 1) * _BLOCK
+    return positions * sizes["layers"] * 2 * width * size
 
 
 def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:

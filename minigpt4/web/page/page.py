@@ -310,13 +310,14 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
 
 
 def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, server: Server) -> None:
-    """Serve until the program is told to end. Raises the error that loading failed with."""
+    """Serve until the program is told to end. Raises the error that loading failed with, or that
+    a GPU failed."""
     with server.until_terminated(page):
         print(f"Open {serve(page, options, server)}", flush=True)
         loading.start()
         loading.wait()
         freeze_objects()
-        page.block_thread()
+        server.wait(page)
 
 
 def freeze_objects() -> None:
