@@ -127,12 +127,14 @@ def test_no_memory_for_a_conversation(monkeypatch, capsys, device):
     monkeypatch.setattr(start, "choose", lambda *_: (get_model("vicuna-13b"), "it is big"))
     monkeypatch.setattr(start, "device_of", lambda _: torch.device(device))
     monkeypatch.setattr(start, "free_gpu_memory", lambda device: None)
-    monkeypatch.setattr(start, "_embedding_store", lambda model: None)
+    monkeypatch.setattr(start, "_embedding_store", lambda *_: None)
     monkeypatch.setattr("minigpt4.engine.Engine", engine)
     monkeypatch.setattr(load, "find_weights", lambda config, given: files)
     monkeypatch.setattr(load, "download_weights", lambda *_: None)
     monkeypatch.setattr(load, "load_model", load_model)
-    options = argparse.Namespace(model="auto", quantize="none", device="auto", llm_url=None)
+    options = argparse.Namespace(
+        model="auto", quantize="none", device="auto", llm_url=None, embeddings_mb=0
+    )
     small = ["mini"]
     assert start.open_engine(options) == "mini" and len(models) == 2
     assert "Continuing with mini." in capsys.readouterr().err
