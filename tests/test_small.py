@@ -288,7 +288,7 @@ def test_a_run_can_start_from_given_weights(model):
     weight, bias = small_start.in_basis(model.projection, basis)
     features = torch.randn(4, model.config.projection_in)
     expected = model.projection(features)
-    assert torch.allclose(features @ basis @ weight.T + bias, expected, atol=1e-4)
+    assert torch.allclose(features @ basis @ weight.T + bias, expected, atol=1e-3)
 
 
 def test_a_follow_up_holds_the_first_answer_but_learns_the_last(model, pictures, tmp_path):
