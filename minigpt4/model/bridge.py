@@ -6,16 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import (
-    ClassesAndObjects,
-    ConcatPatches,
-    EfficientNetLite,
-    EvaViT,
-    ModelConfig,
-    PooledMap,
-    QFormer,
-)
-from minigpt4.model.objects import ObjectsBridge
+from minigpt4.config import ConcatPatches, Maps, ModelConfig, PooledMap, QFormer
+from minigpt4.model.objects import ObjectsBridge, means
 
 
 class QFormerBridge(nn.Module):
@@ -69,13 +61,13 @@ class PooledMapBridge(nn.Module):
     classes: zeros, and the probabilities by the encoder's own classifier.
     """
 
-    def __init__(self, config: PooledMap, vision: EfficientNetLite) -> None:
+    def __init__(self, config: PooledMap, maps: Maps) -> None:
         super().__init__()
         self.grid = config.grid
-        self.classifier = nn.Linear(vision.hidden_size, vision.classes)
+        self.classifier = nn.Linear(maps.channels[0], maps.classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        *features, colours = (self._pool(one) for one in maps)
+        *features, colours = (means(one, self.grid) for one in maps)
         whole = maps[0].mean((2, 3))
         vectors = torch.cat([*(F.layer_norm(f, f.shape[-1:]) for f in features), colours], dim=-1)
         classes = self.classifier(whole).softmax(-1)[:, None]
@@ -87,21 +79,15 @@ class PooledMapBridge(nn.Module):
             dim=1,
         )
 
-    def _pool(self, feature_map: Tensor) -> Tensor:
-        """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the mean last."""
-        cells = F.adaptive_avg_pool2d(feature_map, self.grid).flatten(2).transpose(1, 2)
-        return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
-
 
 def build_bridge(config: ModelConfig) -> nn.Module:
     """The bridge of `config`, its weights not yet loaded."""
-    match config.bridge, config.vision:
-        case QFormer() as bridge, (EvaViT() | EfficientNetLite() as vision):
-            return QFormerBridge(bridge, vision.hidden_size)
-        case ConcatPatches() as bridge, EvaViT():
+    features = config.features
+    match config.bridge:
+        case QFormer() as bridge:
+            return QFormerBridge(bridge, features.width)
+        case ConcatPatches() as bridge:
             return ConcatPatchesBridge(bridge)
-        case PooledMap() as bridge, ClassesAndObjects() as vision:
-            return ObjectsBridge(bridge, vision)
-        case PooledMap() as bridge, EfficientNetLite() as vision:
-            return PooledMapBridge(bridge, vision)
-    raise config.misfit()
+        case PooledMap() as bridge:
+            return (ObjectsBridge if config.detects else PooledMapBridge)(bridge, features)
+    raise TypeError(f"build_bridge has no case for a {type(config.bridge).__name__}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import ClassesAndObjects, PooledMap
+from minigpt4.config import Maps, PooledMap
 from minigpt4.model.image import Detection
 
 # COCO's classes, in the detector's order, as they are listed in a prompt.
@@ -42,17 +42,16 @@ class ObjectsBridge(nn.Module):
     and one that holds nothing but the heat map's maximum over the whole picture.
     """
 
-    def __init__(self, config: PooledMap, vision: ClassesAndObjects) -> None:
+    def __init__(self, config: PooledMap, maps: Maps) -> None:
         super().__init__()
         self.grid = config.grid
-        self.classifier = nn.Linear(vision.classifier.hidden_size, vision.classes)
+        self.classifier = nn.Linear(maps.channels[0], maps.classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         *seen, colours, features, heat, _ = maps
-        pooled = [_layer_norm(self._means(one)) for one in seen]
+        *pooled, found = (_layer_norm(means(one, self.grid)) for one in (*seen, features))
         vectors = torch.cat(
-            [*pooled, self._means(colours), _layer_norm(self._means(features)), self._maxima(heat)],
-            dim=-1,
+            [*pooled, means(colours, self.grid), found, self._maxima(heat)], dim=-1
         )  # [batch, grid * grid + 1, channels]
         classes = self.classifier(maps[0].mean((2, 3))).softmax(-1)[:, None]
         objects = vectors[:, -1:, -heat.shape[1] :]
@@ -66,15 +65,16 @@ class ObjectsBridge(nn.Module):
             dim=1,
         )
 
-    def _means(self, feature_map: Tensor) -> Tensor:
-        """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the whole last."""
-        cells = F.adaptive_avg_pool2d(feature_map, self.grid).flatten(2).transpose(1, 2)
-        return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
-
     def _maxima(self, heat: Tensor) -> Tensor:
-        """The same of maxima. A root, since a weak sign of an object is a sign all the same."""
+        """`means` of maxima. A root, since a weak sign of an object is a sign all the same."""
         cells = F.adaptive_max_pool2d(heat, self.grid).flatten(2).transpose(1, 2)
         return torch.cat([cells, heat.amax((2, 3))[:, None]], dim=1).sqrt()
+
+
+def means(feature_map: Tensor, grid: int) -> Tensor:
+    """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the whole last."""
+    cells = F.adaptive_avg_pool2d(feature_map, grid).flatten(2).transpose(1, 2)
+    return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
 
 
 def _layer_norm(vectors: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigpt4.config import ClassesAndObjects, ModelConfig, PooledMap, Words
+from minigpt4.config import ModelConfig, PooledMap, Words
 from minigpt4.data.files import local_path
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
@@ -234,12 +234,8 @@ class Found:
         out: Path,
         refit: bool,
     ) -> None:
-        vision, bridge = config.vision, config.bridge
-        if (
-            config.words is None
-            or not isinstance(vision, ClassesAndObjects)
-            or not isinstance(bridge, PooledMap)
-        ):
+        bridge = config.bridge
+        if config.words is None or not config.detects or not isinstance(bridge, PooledMap):
             raise UserError(f"{config.name} has no word head: train it with “--stage”.")
         self.words: Words = config.words
         keys = [(name, i) for name, of_one in pictures.items() for i in range(len(of_one))]
@@ -254,7 +250,7 @@ class Found:
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
         self.terms = joined_terms(stored["terms"], OBJECTS)
         self._supported = Supported(Vocabulary(self.terms))
-        column = vision.objects_column
+        column = config.features.objects_column
         heat = _whole(pictures, features, bridge.grid)[:, column : column + len(OBJECTS)]
         self._probabilities = with_objects(
             stored["probabilities"], heat.float() ** 2, self.terms, OBJECTS
@@ -273,13 +269,13 @@ class Found:
         def read(rows: Sequence[int]) -> Tensor:
             return torch.cat([features[name]([i]) for name, i in (keys[row] for row in rows)])
 
-        channels = config.projection_in - config.vision.classifier.classes
+        channels = config.projection_in - config.features.classes
         inputs = Inputs(read, learned.tolist(), config.bridge.grid, channels)
         folds = torch.tensor([word_head.fold_of(p.key, _FOLDS) for p in flat])
         probabilities = torch.zeros(wanted.shape, dtype=torch.float16)
         probabilities[learned] = word_head.cross_fitted(inputs, learned, wanted, folds)
         layer = word_head.fit(inputs, learned, wanted)
-        head = word_head.finished(layer, inputs, vocabulary, config.vision.objects_column)
+        head = word_head.finished(layer, inputs, vocabulary, config.features.objects_column)
         head.save(path.with_name(config.files["words"].member))
         if len(others):
             probabilities[others] = word_head.probabilities(inputs, others, layer)
