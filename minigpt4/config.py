@@ -286,11 +286,14 @@ class ModelConfig:
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
     cpu_gigabytes: float = 0.0  # memory it needs without a GPU, in 4 bit; `auto` selects it by this
     converted_to_4bit: bool = False  # on the CPU: its 16-bit weights are, once
-    small: bool = False  # downloads take moments: training may start one without asking
+    # Any computer downloads it, and answers with it, in moments: `auto` may select it before it is
+    # downloaded, and fall back to it; training may download it; the page may ask it for captions.
+    # Nothing is computed ahead for it, and an engine that takes a minute for a step hangs.
+    small: bool = False
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
     sampling: dict[str, float] = field(default_factory=dict)  # other than the published defaults
-    recipe: Literal["published", "extended"] = "published"  # of training (training/extended.py)
+    recipe: Literal["published", "extended", "small"] = "published"  # of training: its module
     stage1: Schedule | None = None
     stage2: Schedule | None = None
     embedding_length: float = 0.0  # what image embeddings are scaled to; 0: they stay as they are
@@ -493,6 +496,7 @@ _MINI = ModelConfig(
         ),
     },
     sampling={"temperature": 0.2, "repetition_penalty": 1.1},
+    recipe="small",
     embedding_length=0.6,
     words=Words(),
     adapters=LowRank(),

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt4.__main__ import main
 from minigpt4.batch import greedy
-from minigpt4.config import Words, get_model
+from minigpt4.config import MODELS, Words, get_model
 from minigpt4.conversation import Conversation, ask
 from minigpt4.data.examples import Example
 from minigpt4.engine import Engine
@@ -27,7 +27,7 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import WordHead, choose, load_words, with_objects
-from minigpt4.training import int8, small_run, small_start, word_head
+from minigpt4.training import int8, run, small_run, small_start, word_head
 from minigpt4.training.mixture import Answered, Mixture, Things, TrainingPicture, read_pictures
 from minigpt4.training.selfcritical import sample
 from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer, occurring_tokens
@@ -614,6 +614,12 @@ def test_in_a_drawing_the_detector_counts_less():
     )
     assert photo[0].tolist() == pytest.approx([0, 0.5, 0.1])
     assert drawn[0].tolist() == pytest.approx([0.9, 0.1, 0.01])
+
+
+def test_the_recipe_selects_the_trainer(monkeypatch):
+    monkeypatch.setattr(small_run, "train", lambda _, config: config.name)
+    monkeypatch.setitem(MODELS, "nano", replace(get_model("nano"), recipe="small"))
+    assert [run.train(Namespace(model=name)) for name in ("nano", "mini")] == ["nano", "mini"]
 
 
 def test_an_empty_folder_name_is_not_the_current_folder(capsys):
