@@ -231,6 +231,34 @@ def test_integers_multiply_nearly_as_floats(dtype):
         assert torch.nn.functional.cosine_similarity(wanted, found, 0) > bound
 
 
+@pytest.mark.parametrize(
+    ("option", "begun", "expected"),
+    [
+        ("float32", "8-bit integers and bfloat16", ("float32", torch.float32, False)),
+        ("bfloat16", "", ("bfloat16", torch.bfloat16, False)),
+        ("auto", "8-bit integers and float32", (None, torch.float32, True)),
+        ("auto", "bfloat16", (None, torch.bfloat16, False)),
+    ],
+)
+def test_nothing_is_measured_where_an_option_or_the_run_says_it(
+    option, begun, expected, monkeypatch
+):
+    monkeypatch.setattr(int8, "fastest", lambda calls: 1 / 0)
+    assert int8.arithmetic(option, begun) == (expected[0] or begun, *expected[1:])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_run_notes_the_arithmetic_that_was_fastest(place, model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "fastest", lambda calls: place)
+    assert int8.arithmetic_of(tmp_path / "log.jsonl") == ""
+    name, dtype, integers = int8.arithmetic("auto")
+    assert dtype == (torch.float32 if place else torch.bfloat16) and integers == (not place)
+    run = trainer(model, pictures, tmp_path, 1)
+    for noted in ("float32", name):
+        run.log({"step": 0, "arithmetic": noted})
+    assert int8.arithmetic_of(tmp_path / "log.jsonl") == name
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, pictures, tmp_path):
     whole = trainer(model, pictures, tmp_path / "whole", 4)
     whole.run()
@@ -548,6 +576,9 @@ def test_padded_prompts_are_answered_as_alone(model):
         ["--validate", "x.tar"],
         ["--limit", "3"],
         ["--no-words"],
+        ["--device", "cuda"],
+        ["--quantize", "int8"],
+        ["--projection", "mini.safetensors"],  # which it does not start from
     ],
 )
 def test_options_of_other_models_are_refused(given, capsys, tmp_path):
@@ -561,7 +592,6 @@ def test_options_of_other_models_are_refused(given, capsys, tmp_path):
     [
         ("init", "mini.safetensors", "would be overwritten"),
         ("init", "mini-best.safetensors", "holds no data"),  # which mini does not write
-        ("projection", "mini.safetensors", "holds no data"),  # which mini does not start from
     ],
 )
 def test_the_projection_it_starts_from_is_not_overwritten(option, name, said, capsys, tmp_path):

@@ -19,6 +19,7 @@ from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
+from minigpt4.start import given_places
 from minigpt4.training import adapters, int8, mixture, small, small_start, word_head
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.options import (
@@ -53,8 +54,9 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     check_options(options, config)
     pictures = read(local_path(options.data))
     torch.set_num_threads(options.threads)
-    model, adapted = opened(options, config)
     out = Path(options.out)
+    begun = int8.arithmetic_of(out / "log.jsonl") if (out / "checkpoint.pt").exists() else ""
+    model, adapted, arithmetic = opened(options, config, begun)
     cache = Path(options.cache or out / "features")
     features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
     pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
@@ -88,27 +90,33 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": size // 5}
         probe = SmallValidation(kept, objects, out, sizes, not options.no_words)
         return say(json.dumps(probe(trainer), indent=1))
+    if arithmetic != begun:
+        trainer.log({"step": trainer.step, "arithmetic": arithmetic})
     return trainer.run()
 
 
 def opened(
-    options: argparse.Namespace, config: ModelConfig
-) -> tuple[MiniGPT4, dict[str, adapters.Adapted]]:
-    """The model in the type in which this processor trains fastest, and its adapters, if any."""
-    given = {"llm": options.llm} if options.llm else {}
+    options: argparse.Namespace, config: ModelConfig, begun: str
+) -> tuple[MiniGPT4, dict[str, adapters.Adapted], str]:
+    """The model, its adapters, if any, and the name of the arithmetic in which it is trained.
+
+    begun: that in which the run began, or "".
+    """
+    given = given_places(options)
     files = find_weights(config, options.init, new_projection=options.init is None, given=given)
-    dtype = small.fastest_dtype()
+    arithmetic, dtype, integers = int8.arithmetic(options.dtype, begun)
     model = load_model(config, files, "cpu", "none", dtype, seed=options.seed, adapters=False)
     model.torch_llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
     layers = model.torch_llm.get_decoder().layers
-    integers = int8.is_faster(dtype)
     if integers:
         int8.replace_linears(layers)
-    say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
+    before = f" The run began in {begun}." if begun not in ("", arithmetic) else ""
+    say(f"The language model computes in {arithmetic}.{before}")
     if not options.adapters or not config.adapters:
-        return model, {}
+        return model, {}, arithmetic
     start = read_adapters(options.init) if options.init else {}
-    return model, adapters.insert(layers, config.adapters.rank, options.seed, start)
+    inserted = adapters.insert(layers, config.adapters.rank, options.seed, start)
+    return model, inserted, arithmetic
 
 
 def recipe_of(options: argparse.Namespace) -> SmallRecipe:
@@ -162,6 +170,13 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
             raise UserError(
                 f"“--{option.name}” is not for {config.name}, whose training has one stage and a "
                 "mixture of its own (docs/mini.md): omit it."
+            )
+    effect = {"quantize": ("auto", "none"), "device": ("auto", "cpu"), "projection": (None, "")}
+    for name, without in effect.items():
+        if (given := getattr(options, name)) not in without:
+            raise UserError(
+                f"“--{name} {given}” has no effect on the training of {config.name}, which runs on "
+                "the processor, with 16-bit weights, from “--init”: omit it."
             )
     check_needs(options, NEEDS_OF_WORDS)
     if options.validate and options.validate != "on":
