@@ -30,7 +30,7 @@ from minigpt4.model.words import WordHead, choose, load_words, with_objects
 from minigpt4.training import int8, run, small_run, small_start, word_head
 from minigpt4.training.mixture import Answered, Mixture, Things, TrainingPicture, read_pictures
 from minigpt4.training.selfcritical import sample
-from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer, occurring_tokens
+from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource, occurring_tokens
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward, padded
 from minigpt4.training.small_validation import SmallValidation, yes_no_scores
 from minigpt4.training.supported import Supported
@@ -83,14 +83,14 @@ def model() -> MiniGPT4:
     return MiniGPT4(config, torch.nn.Identity(), torch.nn.Identity(), projection, llm, tokenizer)
 
 
-def sources(model: MiniGPT4, pictures: list[TrainingPicture]) -> dict[str, PictureSource]:
+def sources(model: MiniGPT4, pictures: list[TrainingPicture]) -> dict[str, TrainingSource]:
     found = {}
     for kind in ("described", "captioned"):
         of_kind = [p for p in pictures if p.source == kind]
         generator = torch.Generator().manual_seed(len(kind))
         shape = (len(of_kind), model.config.image_tokens, 3363)
         features = torch.randn(shape, generator=generator).half()
-        found[kind] = PictureSource(
+        found[kind] = TrainingSource(
             of_kind, features.__getitem__, lambda number, draw: "brown dog, grass"
         )
     return found

@@ -91,7 +91,7 @@ SCORED: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class PictureSource:
+class TrainingSource:
     """Pictures of one source, their features, and the words found in them by a head that has not
     seen them."""
 
@@ -130,7 +130,7 @@ class SmallTrainer:
     def __init__(
         self,
         model: MiniGPT4,
-        sources: dict[str, PictureSource],
+        sources: dict[str, TrainingSource],
         mixture: Mixture,
         recipe: SmallRecipe,
         out: str | Path,

@@ -31,7 +31,7 @@ from minigpt4.training.options import (
     check_needs,
     check_start,
 )
-from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
+from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
 from minigpt4.training.small_validation import SmallValidation
 from minigpt4.training.supported import Supported
@@ -130,7 +130,7 @@ def recipe_of(options: argparse.Namespace) -> SmallRecipe:
 
 
 def rewards_of(
-    options: argparse.Namespace, trained: dict[str, PictureSource], words: "Found"
+    options: argparse.Namespace, trained: dict[str, TrainingSource], words: "Found"
 ) -> list[Reward]:
     """What texts are sampled and scored; the pictures still have all of their texts."""
     if not options.samples:
@@ -146,8 +146,8 @@ def rewards_of(
 
 def count(
     objects: mixture.Things,
-    trained: dict[str, PictureSource],
-    kept: dict[str, PictureSource],
+    trained: dict[str, TrainingSource],
+    kept: dict[str, TrainingSource],
     words: "Found",
 ) -> None:
     """Note what each picture's texts speak of; then reduce those to be learned to what is found."""
@@ -354,7 +354,7 @@ def _whole(pictures: dict, features: dict[str, Cached], grid: int) -> Tensor:
 
 def divided(
     pictures: dict[str, list[mixture.TrainingPicture]], features: dict[str, Cached], words: Found
-) -> tuple[dict[str, PictureSource], dict[str, PictureSource]]:
+) -> tuple[dict[str, TrainingSource], dict[str, TrainingSource]]:
     """(sources to learn from, sources for validation): name -> pictures joined over data sets."""
     parts: dict[tuple[bool, str], list[tuple[str, int]]] = {}
     for name, of_one in pictures.items():
@@ -367,7 +367,7 @@ def divided(
     return made
 
 
-def _joined(places, pictures, features, words) -> PictureSource:
+def _joined(places, pictures, features, words) -> TrainingSource:
     """One source out of (data set, picture) places."""
 
     def feature(numbers: Sequence[int]) -> Tensor:
@@ -376,11 +376,11 @@ def _joined(places, pictures, features, words) -> PictureSource:
     def found(number: int, draw: random.Random | None) -> str:
         return words.of(places[number], draw)
 
-    return PictureSource([pictures[name][i] for name, i in places], feature, found, places)
+    return TrainingSource([pictures[name][i] for name, i in places], feature, found, places)
 
 
 def beginning(
-    model: MiniGPT4, trained: dict[str, PictureSource], given: bool = False
+    model: MiniGPT4, trained: dict[str, TrainingSource], given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ridge's start, on a fixed draw of the pictures that have captions.
 
@@ -404,7 +404,7 @@ def beginning(
 
 
 def tokens_of(
-    model: MiniGPT4, trained: dict[str, PictureSource], objects: mixture.Things
+    model: MiniGPT4, trained: dict[str, TrainingSource], objects: mixture.Things
 ) -> Tensor:
     """The tokens that the loss runs over: those of all answers that can be drawn."""
 

@@ -39,7 +39,7 @@ from minigpt4.weights.llm import load_llm
 from minigpt4.weights.sources import (
     ROLES,
     file_name,
-    local_path,
+    local_place,
     locate,
     missing,
     sources,
@@ -66,7 +66,7 @@ class WeightFiles:
 
 def owner_of(projection: str | None) -> str | None:
     """The model that a local projection file belongs to, by its shape; None without such a file."""
-    path = local_path(projection) if projection else None
+    path = local_place(projection) if projection else None
     if path is None or not path.is_file():
         return None
     return model_of_projection(*read_projection(path)["weight"].shape)
