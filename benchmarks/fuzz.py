@@ -71,10 +71,10 @@ def pictures(data: bytes) -> None:
 def requests(data: bytes) -> None:
     """Read the bytes as the body of a request; its text must be fit to be written as JSON."""
     from minigpt4.errors import UserError
-    from minigpt4.web.api.body import read_chat, read_json
+    from minigpt4.web.api.body import parse_body, read_chat
 
     try:
-        asked, _ = read_chat(read_json(data))
+        asked, _ = read_chat(parse_body(data))
         assert any(message.role == "user" for message in asked.messages)
     except UserError as error:
         check(str(error))

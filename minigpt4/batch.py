@@ -44,7 +44,7 @@ ITEM_ERRORS = {"request", "too_long", "memory"}
 
 
 @dataclass(frozen=True)
-class Question:
+class PictureQuestion:
     """An instruction about a picture. `read` returns what `image.load` opens: bytes or a path."""
 
     key: str
@@ -142,17 +142,17 @@ class Batch(Generic[BatchEngine]):
 
     def completions(
         self,
-        questions: Iterable[Question],
+        questions: Iterable[PictureQuestion],
         sampling: Sampling,
         watched: Sequence[int] = (),
         next_seeds: bool = False,
-    ) -> Iterator[tuple[Question, Completion | UserError]]:
+    ) -> Iterator[tuple[PictureQuestion, Completion | UserError]]:
         """The answer to each question, in order, or why there is none.
 
         next_seeds: if `sampling` has a seed, sample each question with the next one.
         """
 
-        def dialogue(numbered: tuple[int, Question]) -> Dialogue:
+        def dialogue(numbered: tuple[int, PictureQuestion]) -> Dialogue:
             number, question = numbered
             conversation = Conversation()
             conversation.add_question(question.instruction, [image.load(question.read())])
@@ -167,11 +167,11 @@ class Batch(Generic[BatchEngine]):
 
     def answer(
         self,
-        questions: Sequence[Question],
+        questions: Sequence[PictureQuestion],
         sampling: Sampling,
         watched: Sequence[int] = (),
         progress: str = "answering",
-    ) -> Iterator[tuple[Question, Completion]]:
+    ) -> Iterator[tuple[PictureQuestion, Completion]]:
         """As `completions` with `next_seeds`, but with a progress bar of this name, and questions
         without an answer are reported and left out.
 
@@ -199,10 +199,10 @@ class Batch(Generic[BatchEngine]):
         progress: str = "answering",
     ) -> dict[str, Completion]:
         """An example's key -> what `answer` gives to one instruction about its picture."""
-        questions = [Question(e.key, instruction, e.read) for e in examples]
+        questions = [PictureQuestion(e.key, instruction, e.read) for e in examples]
         return {q.key: found for q, found in self.answer(questions, sampling, progress=progress)}
 
-    def leave_out(self, question: Question, error: UserError) -> None:
+    def leave_out(self, question: PictureQuestion, error: UserError) -> None:
         """Count a question without an answer, and name the first `NAMED`."""
         self.left_out += 1
         if self.left_out <= NAMED:
@@ -282,8 +282,8 @@ def ask_photos(
     """
     answered = kept
 
-    def about(path: Path) -> Question:
-        return Question(_encodable(path), question, lambda: path)
+    def about(path: Path) -> PictureQuestion:
+        return PictureQuestion(_encodable(path), question, lambda: path)
 
     with (
         Batch(engine) as batch,

@@ -4,12 +4,69 @@ To add a model, add an entry to `MODELS` (docs/models.md shows it). Nothing here
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from minigpt4.errors import UserError
 from minigpt4.model import prompt
 
 Quantize = Literal["auto", "none", "w8a16", "int8", "nf4", "int4", "remote"]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What an encoder gives: vectors [batch, 1 + count, width], the class token's first."""
+
+    count: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What an encoder gives: feature maps, each [batch, channels, side, side].
+
+    The first is the one that its `classes` are judged by. The last is the RGB picture; where the
+    encoder finds kinds of `objects`, the detector's features and heat map come after that.
+    """
+
+    channels: tuple[int, ...]
+    classes: int
+    objects: int = 0
+
+    @property
+    def objects_column(self) -> int:
+        """Where a vector of features holds the heat map's maxima, one for each kind of object."""
+        return sum(self.channels) - self.objects
+
+
+class Vision(Protocol):
+    """What every encoder's sizes tell: the side of its pixel values, and what it gives.
+
+    large: a picture takes seconds on a CPU, so there it computes in the language model's type, on
+    all threads, and embeddings are kept on the disk.
+    """
+
+    @property
+    def large(self) -> bool: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def features(self) -> Patches | Maps: ...
+
+
+class Bridge(Protocol):
+    """What every bridge's sizes tell: which kind of features it reads, and what it makes of them.
+
+    tokens: number of vectors of one picture; width: of each.
+    """
+
+    @property
+    def reads(self) -> type: ...
+
+    def tokens(self, features: Any) -> int: ...
+
+    def width(self, features: Any) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +84,11 @@ class EvaViT:
     intermediate_size: int = 6144
     layer_norm_eps: float = 1e-6
     ln_vision_eps: float = 1e-5
+    large: ClassVar = True
+
+    @property
+    def features(self) -> Patches:
+        return Patches((self.image_size // self.patch_size) ** 2, self.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -42,16 +104,13 @@ class EfficientNetLite:
     hidden_size: int = 1280
     blocks: tuple[tuple[int, int], ...] = ((6, 48), (14, 120), (20, 352))
     classes: int = 1000
+    large: ClassVar = False
 
     @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of the feature maps: the last one, those of the blocks, and the RGB picture."""
-        return (self.hidden_size, *(channels for _, channels in self.blocks), 3)
-
-    @property
-    def judgements(self) -> int:
-        """Vectors that hold nothing but what classes the whole picture shows."""
-        return 1
+    def features(self) -> Maps:
+        """The last feature map, those of the blocks, and the RGB picture."""
+        blocks = (channels for _, channels in self.blocks)
+        return Maps((self.hidden_size, *blocks, 3), self.classes)
 
 
 @dataclass(frozen=True)
@@ -70,6 +129,7 @@ class ClassesAndObjects:
 
     classifier: EfficientNetLite = field(default_factory=EfficientNetLite)
     detector: CenterNet = field(default_factory=CenterNet)
+    large: ClassVar = False
 
     @property
     def image_size(self) -> int:
@@ -77,24 +137,11 @@ class ClassesAndObjects:
         return self.detector.image_size
 
     @property
-    def channels(self) -> tuple[int, ...]:
-        """Of the feature maps: the classifier's, then the detector's features and heat map."""
-        return (*self.classifier.channels, self.detector.hidden_size, self.detector.classes)
-
-    @property
-    def objects_column(self) -> int:
-        """Where a vector of features holds the heat map's maxima, one for each object."""
-        return sum(self.channels) - self.detector.classes
-
-    @property
-    def classes(self) -> int:
-        """Those that the whole picture is judged by, ImageNet's; objects have a feature map."""
-        return self.classifier.classes
-
-    @property
-    def judgements(self) -> int:
-        """Vectors that hold nothing but what the whole picture shows: classes, then objects."""
-        return 2
+    def features(self) -> Maps:
+        """The classifier's maps, then the detector's features and heat map."""
+        seen, found = self.classifier.features, self.detector
+        channels = (*seen.channels, found.hidden_size, found.classes)
+        return Maps(channels, seen.classes, found.classes)
 
 
 @dataclass(frozen=True)
@@ -108,6 +155,13 @@ class QFormer:
     query_tokens: int = 32
     cross_attention_frequency: int = 2
     layer_norm_eps: float = 1e-12
+    reads: ClassVar = Patches
+
+    def tokens(self, features: Any) -> int:
+        return self.query_tokens
+
+    def width(self, features: Any) -> int:
+        return self.hidden_size
 
 
 @dataclass(frozen=True)
@@ -115,13 +169,28 @@ class ConcatPatches:
     """The Llama-2 variant: `group` neighbouring patch features are concatenated; no Q-Former."""
 
     group: int = 4
+    reads: ClassVar = Patches
+
+    def tokens(self, features: Patches) -> int:
+        return features.count // self.group
+
+    def width(self, features: Patches) -> int:
+        return features.width * self.group
 
 
 @dataclass(frozen=True)
 class PooledMap:
-    """Feature maps pooled to grid x grid, their mean, and the probabilities of the classes."""
+    """Feature maps pooled to grid x grid, their mean, and what the whole picture shows: the
+    classes' probabilities and, where there is a heat map, its maxima."""
 
     grid: int = 5
+    reads: ClassVar = Maps
+
+    def tokens(self, features: Maps) -> int:
+        return self.grid**2 + 2 + (features.objects > 0)
+
+    def width(self, features: Maps) -> int:
+        return sum(features.channels) + features.classes
 
 
 @dataclass(frozen=True)
@@ -207,8 +276,8 @@ class ModelConfig:
     """One model: parts, prompt template, weights and training defaults."""
 
     name: str
-    vision: EvaViT | EfficientNetLite | ClassesAndObjects
-    bridge: QFormer | ConcatPatches | PooledMap
+    vision: Vision
+    bridge: Bridge
     template: prompt.Template
     llm_hidden_size: int
     context: int  # tokens of prompt and answer together
@@ -218,11 +287,14 @@ class ModelConfig:
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
     cpu_gigabytes: float = 0.0  # memory it needs without a GPU, in 4 bit; `auto` selects it by this
     converted_to_4bit: bool = False  # on the CPU: its 16-bit weights are, once
-    small: bool = False  # downloads take moments: training may start one without asking
+    # Any computer downloads it, and answers with it, in moments: `auto` may select it before it is
+    # downloaded, and fall back to it; training may download it; the page may ask it for captions.
+    # Nothing is computed ahead for it, and an engine that takes a minute for a step hangs.
+    small: bool = False
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
     sampling: dict[str, float] = field(default_factory=dict)  # other than the published defaults
-    recipe: Literal["published", "extended"] = "published"  # of training (training/extended.py)
+    recipe: Literal["published", "extended", "small"] = "published"  # of training: its module
     stage1: Schedule | None = None
     stage2: Schedule | None = None
     embedding_length: float = 0.0  # what image embeddings are scaled to; 0: they stay as they are
@@ -241,36 +313,27 @@ class ModelConfig:
     @property
     def detects(self) -> bool:
         """Does its encoder find objects, the last of its feature maps being their heat map?"""
-        return isinstance(self.vision, ClassesAndObjects)
+        features = self.vision.features
+        return isinstance(features, Maps) and features.objects > 0
+
+    @property
+    def features(self) -> Any:
+        """What the encoder gives: `Patches` or `Maps`. TypeError where the bridge reads another."""
+        features = self.vision.features
+        if not isinstance(features, self.bridge.reads):
+            bridge, vision = type(self.bridge).__name__, type(self.vision).__name__
+            raise TypeError(f"{self.name}: a {bridge} cannot read what {vision} gives")
+        return features
 
     @property
     def image_tokens(self) -> int:
         """Number of embeddings of one picture in the prompt."""
-        match self.bridge, self.vision:
-            case QFormer(query_tokens=n), _:
-                return n
-            case ConcatPatches(group=g), EvaViT(image_size=side, patch_size=patch):
-                return (side // patch) ** 2 // g
-            case PooledMap(grid=g), (EfficientNetLite() | ClassesAndObjects() as vision):
-                return g * g + 1 + vision.judgements
-        raise self.misfit()
+        return self.bridge.tokens(self.features)
 
     @property
     def projection_in(self) -> int:
         """Width of the vectors that the projection maps."""
-        match self.bridge, self.vision:
-            case QFormer(hidden_size=h), _:
-                return h
-            case ConcatPatches(group=g), EvaViT(hidden_size=h):
-                return g * h
-            case PooledMap(), (EfficientNetLite() | ClassesAndObjects() as vision):
-                return sum(vision.channels) + vision.classes
-        raise self.misfit()
-
-    def misfit(self) -> TypeError:
-        """The error for a bridge that cannot read what the encoder gives."""
-        bridge, vision = type(self.bridge).__name__, type(self.vision).__name__
-        return TypeError(f"{self.name}: a {bridge} cannot read what {vision} gives")
+        return self.bridge.width(self.features)
 
 
 # MiniGPT-4's published hyperparameters (train_configs/ of the published code).
@@ -438,6 +501,7 @@ _MINI = ModelConfig(
         ),
     },
     sampling={"temperature": 0.2, "repetition_penalty": 1.1},
+    recipe="small",
     embedding_length=0.6,
     words=Words(),
     adapters=LowRank(),

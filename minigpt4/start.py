@@ -218,7 +218,7 @@ def _load(
     from minigpt4.weights.memory import check_memory, too_little
 
     computing = choose_dtype(dtype)
-    vision = computing if isinstance(config.vision, EvaViT) else None
+    vision = computing if config.vision.large else None
     check_memory(config, files.llm, quantize, computing, vision)
     try:
         files = prepare(config, files, quantize, report)
@@ -343,7 +343,7 @@ def _hang_seconds(model: "MiniGPT4") -> float:
 
 def _embedding_store(model: "MiniGPT4", megabytes: int) -> "EmbeddingStore | None":
     """Where embeddings are kept that take seconds to compute, up to so many megabytes."""
-    if model.device.type != "cpu" or not isinstance(model.config.vision, EvaViT):
+    if model.device.type != "cpu" or not model.config.vision.large:
         return None
     from minigpt4.engine.embeddings import EmbeddingStore
 

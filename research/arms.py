@@ -9,13 +9,14 @@ are those of training.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minigpt4.config import ConcatPatches, EfficientNetLite, ModelConfig, QFormer, Schedule
+from minigpt4.config import ConcatPatches, Maps, ModelConfig, QFormer, Schedule
 from minigpt4.data.examples import Example
 from minigpt4.model.bridge import QFormerBridge, build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
@@ -24,7 +25,22 @@ from minigpt4.training.batches import batches, training_prompt
 from minigpt4.training.packing import pack
 from minigpt4.training.trainer import learning_rate
 
-TINY_QFORMER = QFormer(hidden_size=256, layers=2, heads=4, intermediate_size=1024)
+
+@dataclass(frozen=True)
+class TinyQFormer(QFormer):
+    hidden_size: int = 256
+    layers: int = 2
+    heads: int = 4
+    intermediate_size: int = 1024
+
+
+@dataclass(frozen=True)
+class TinyMapQFormer(TinyQFormer):
+    """On the encoder's last feature map."""
+
+    reads: ClassVar = Maps
+
+
 ENCODED_AT_ONCE = 8  # pictures
 CLIP = 1.0  # norm of the gradient
 
@@ -62,7 +78,8 @@ def other_bridge(config: ModelConfig) -> tuple[str, ModelConfig]:
     has as many query tokens as the model's bridge has vectors."""
     if isinstance(config.bridge, QFormer):
         return "without Q-Former", replace(config, bridge=ConcatPatches())
-    tiny = replace(TINY_QFORMER, query_tokens=config.image_tokens)
+    kind = TinyMapQFormer if isinstance(config.features, Maps) else TinyQFormer
+    tiny = kind(query_tokens=config.image_tokens)
     return "tiny Q-Former, trained", replace(config, bridge=tiny)
 
 
@@ -76,8 +93,8 @@ def variant(model: MiniGPT4, name: str, seed: int) -> tuple[MiniGPT4, list[dict]
     config, bridge, groups = model.config, model.bridge, []
     if name == "bridge":
         _, config = other_bridge(config)
-        if isinstance(config.vision, EfficientNetLite):
-            bridge = MapQFormer(config.bridge, config.vision.hidden_size)
+        if isinstance(config.bridge, TinyMapQFormer):
+            bridge = MapQFormer(config.bridge, config.features.channels[0])
         else:
             bridge = build_bridge(config)
         bridge = bridge.to(model.device)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from minigpt4 import conversation
 from minigpt4.web.api import routes
-from minigpt4.web.api.body import read_chat, read_json
+from minigpt4.web.api.body import parse_body, read_chat
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.schemas import ChatRequest
 from minigpt4.web.guard import decoding
@@ -174,10 +174,10 @@ def test_nothing_slow_runs_on_the_event_loop(address, monkeypatch):
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(routes, "read_json"), watch(routes, "read_chat")
+    watch(routes, "parse_body"), watch(routes, "read_chat")
     watch(ImageUrls, "_decode"), watch(decoding, "load"), watch(conversation, "encode_chat")
     assert ask(address, question("What is this?", data_url(picture_file()))).choices
-    names = ("read_json", "read_chat", "_decode", "load", "encode_chat")
+    names = ("parse_body", "read_chat", "_decode", "load", "encode_chat")
     assert on_loop == dict.fromkeys(names, False)
 
 
@@ -421,7 +421,7 @@ def test_bodies_that_are_no_json_object(address, body):
 )
 def test_what_is_wrong_with_a_body_is_said(sentence, body):
     with pytest.raises(ApiError, match=re.escape(sentence)) as refused:
-        read_json(body)
+        parse_body(body)
     assert re.fullmatch(r"[^\n]+: [^\n]+\.|The body must be a JSON object\.", str(refused.value))
 
 

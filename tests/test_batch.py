@@ -2,7 +2,7 @@
 
 import pytest
 
-from minigpt4.batch import Batch, Question, greedy
+from minigpt4.batch import Batch, PictureQuestion, greedy
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
@@ -14,9 +14,9 @@ def model():
     return tiny_model()
 
 
-def questions(count: int, damaged: int | None = None) -> list[Question]:
+def questions(count: int, damaged: int | None = None) -> list[PictureQuestion]:
     contents = [b"no picture" if i == damaged else jpeg(picture(i)) for i in range(count)]
-    return [Question(f"{i}.jpg", "What?", lambda c=c: c) for i, c in enumerate(contents)]
+    return [PictureQuestion(f"{i}.jpg", "What?", lambda c=c: c) for i, c in enumerate(contents)]
 
 
 def test_a_bad_item_is_named_counted_and_left_out(model, capsys):

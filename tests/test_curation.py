@@ -11,7 +11,7 @@ from PIL import Image
 
 from minigpt4 import start
 from minigpt4.__main__ import main
-from minigpt4.batch import Batch, Question, greedy
+from minigpt4.batch import Batch, PictureQuestion, greedy
 from minigpt4.curation import filters
 from minigpt4.curation import merge as merging
 from minigpt4.curation.export import chosen, export
@@ -235,7 +235,7 @@ def test_an_answer_that_ran_out_of_time_is_cut(engine, folder, monkeypatch):
     [record] = Generator(Batch(engine), GREEDY, continues=0)(find_pictures(str(folder / "p0.jpg")))
     assert record["tokens"] < 6 and record["cut"]
     assert LocalRefiner(engine)("Correct this.", 100).truncated
-    asked = [Question("a", "What is this?", lambda: folder / "p0.jpg")]
+    asked = [PictureQuestion("a", "What is this?", lambda: folder / "p0.jpg")]
     found = Batch(engine).answer(asked, greedy(100))
     assert [completion.truncated for _, completion in found] == [True]
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt4.config import CenterNet, PooledMap, get_model
+from minigpt4.model.bridge import ObjectsBridge
 from minigpt4.model.detector import Detector
-from minigpt4.model.objects import ObjectsBridge
 from minigpt4.model.vision import build_encoder, suitable_threads
 from minigpt4.weights.checkpoint import load_strict, read_checkpoint
 from minigpt4.weights.sources import WEIGHTS
@@ -49,14 +49,14 @@ def test_the_bridge_gives_what_the_projection_reads():
     config = get_model("mini")
     torch.manual_seed(0)
     encoder = build_encoder(config.vision).eval()
-    bridge = ObjectsBridge(config.bridge, config.vision).eval()
+    bridge = ObjectsBridge(config.bridge, config.features).eval()
     pixels = torch.rand(1, 3, config.vision.image_size, config.vision.image_size) * 2 - 1
     maps = encoder(pixels)
-    assert tuple(one.shape[1] for one in maps) == (*config.vision.channels, 4)
+    assert tuple(one.shape[1] for one in maps) == (*config.features.channels, 4)
     vectors = bridge(maps)
     assert vectors.shape == (1, config.image_tokens, config.projection_in)
     classes, objects = vectors[0, -2], vectors[0, -1]
-    found = sum(config.vision.channels)
+    found = sum(config.features.channels)
     assert classes[found:].sum() == pytest.approx(1, abs=1e-4)
     assert not classes[:found].any() and not objects[found:].any()
     heat = maps[-2].amax((2, 3)).sqrt()[0]
@@ -66,8 +66,8 @@ def test_the_bridge_gives_what_the_projection_reads():
 
 def test_a_mirrored_picture_has_mirrored_cells():
     """The heat of a cell is the heat of its place, not of another."""
-    bridge = ObjectsBridge(PooledMap(), get_model("mini").vision)
-    maps = [torch.rand(1, c, 20, 20) for c in (*get_model("mini").vision.channels, 4)]
+    bridge = ObjectsBridge(PooledMap(), get_model("mini").features)
+    maps = [torch.rand(1, c, 20, 20) for c in (*get_model("mini").features.channels, 4)]
     here = bridge(maps)[0, :25].unflatten(0, (5, 5))
     mirrored = bridge([one.flip(-1) for one in maps])[0, :25].unflatten(0, (5, 5))
     assert torch.allclose(mirrored.flip(1), here, atol=1e-5)

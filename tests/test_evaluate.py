@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from minigpt4.__main__ import main
-from minigpt4.batch import Batch, Question, greedy
+from minigpt4.batch import Batch, PictureQuestion, greedy
 from minigpt4.data import outputs
 from minigpt4.data.examples import Example
 from minigpt4.data.files import read_jsonl
@@ -119,7 +119,7 @@ def test_where_all_pictures_are_damaged(tmp_path, capsys):
 def test_no_more_are_asked_at_once_than_the_engine_lets_wait():
     case = ParityCase(PARITY / "vicuna_qformer_a")
     examples = [Example(str(i), partial(jpeg, picture(i)), ()) for i in range(6)]
-    questions = [Question(e.key, "What is this?", e.read) for e in examples]
+    questions = [PictureQuestion(e.key, "What is this?", e.read) for e in examples]
     with Batch(Engine(case.load(), max_running=1, max_waiting=2), together=128) as batch:
         assert [q for q, _ in batch.answer(questions, greedy(2))] == questions
         asked = [(i, "a dog") for i in range(6)]

@@ -17,7 +17,7 @@ import torch
 
 from minigpt4 import config as configs
 from minigpt4 import start
-from minigpt4.config import EvaViT, ModelConfig
+from minigpt4.config import ModelConfig, get_model
 from minigpt4.conversation import Conversation, ask, read_ahead
 from minigpt4.engine import Sampling
 from minigpt4.engine.kernels.build import library
@@ -394,9 +394,33 @@ def test_what_comes_before_the_question_is_read_ahead(converted):
     assert ours == answer()  # without a head start
 
 
-def test_names_of_kept_files_stay():
-    """They are made of the vision's repr: int8 encoders, stored embeddings, cached features."""
-    assert repr(EvaViT()) == (
-        "EvaViT(image_size=224, pretrain_image_size=224, patch_size=14, hidden_size=1408, "
-        "layers=39, heads=16, intermediate_size=6144, layer_norm_eps=1e-06, ln_vision_eps=1e-05)"
-    )
+VIT = (
+    "EvaViT(image_size=224, pretrain_image_size=224, patch_size=14, hidden_size=1408, "
+    "layers=39, heads=16, intermediate_size=6144, layer_norm_eps=1e-06, ln_vision_eps=1e-05)"
+)
+LITE = (
+    "EfficientNetLite(name='efficientnet-lite2', image_size=260, hidden_size=1280, "
+    "blocks=((6, 48), (14, 120), (20, 352)), classes=1000)"
+)
+QFORMER = (
+    "QFormer(hidden_size=768, layers=12, heads=12, intermediate_size=3072, query_tokens=32, "
+    "cross_attention_frequency=2, layer_norm_eps=1e-12)"
+)
+BOTH = (
+    f"ClassesAndObjects(classifier={LITE}, "
+    "detector=CenterNet(image_size=320, hidden_size=480, classes=80))"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "bridge"),
+    [
+        ("vicuna-7b", VIT, QFORMER),
+        ("llama2-7b", VIT, "ConcatPatches(group=4)"),
+        ("nano", LITE, "PooledMap(grid=5)"),
+        ("mini", BOTH, "PooledMap(grid=5)"),
+    ],
+)
+def test_names_of_kept_files_stay(name, vision, bridge):
+    """They are made of the parts' reprs: int8 encoders, stored embeddings, cached features."""
+    assert repr(get_model(name).vision) == vision and repr(get_model(name).bridge) == bridge

@@ -389,6 +389,17 @@ def test_an_encoding_that_fails_leaves_nothing(examples, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.parametrize("native", [torch.float32, torch.bfloat16])
+def test_on_a_processor_the_encoder_computes_in_the_language_models_type(
+    native, examples, monkeypatch
+):
+    monkeypatch.setattr("minigpt4.training.features.choose_dtype", lambda _: native)
+    plain = Features(model := tiny_model(), examples[:1])([(0, 0)])
+    model.llm.to(torch.bfloat16)
+    rounded = Features(model, examples[:1])([(0, 0)])
+    assert torch.equal(plain, rounded) == (native == torch.float32)
+
+
 def test_what_a_killed_run_left_is_deleted(examples, tmp_path):
     cache = tmp_path / "cache"
     Features(tiny_model(), examples[:2], cache=cache)

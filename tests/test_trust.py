@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4.errors import UserError
-from minigpt4.web.api.body import read_chat, read_json
+from minigpt4.web.api.body import parse_body, read_chat
 from minigpt4.web.api.schemas import ChatRequest
 from minigpt4.web.page import render, transcript
 from tools import trust_table
@@ -115,6 +115,6 @@ def test_any_request_is_understood_or_refused_in_a_sentence(sound, changes):
 @given(st.binary(max_size=60) | st.sampled_from([text.encode() for text in CORPUS]))
 def test_any_bytes_are_an_object_or_refused(body):
     try:
-        assert isinstance(read_json(body), dict)
+        assert isinstance(parse_body(body), dict)
     except UserError as error:
         assert "JSON" in str(error)

@@ -120,6 +120,11 @@ def parse_json(path: str | os.PathLike, text: str) -> Any:
         ) from error
 
 
+def replace_surrogates(data: Any) -> Any:
+    """Plain data with "?" for each lone surrogate, which JSON can hold and UTF-8 cannot."""
+    return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def is_jsonl(text: str) -> bool:
     """Whether the first of several lines is a JSON object by itself."""
     first, _, more = text.strip().partition("\n")

@@ -26,7 +26,7 @@ class EmbeddingStore:
 
     def __init__(self, folder: Path, model: "MiniGPT4", megabytes: int = 200) -> None:
         self._folder, self._limit = folder, megabytes * 10**6
-        self._mark = fingerprint(model)
+        self._mark = fingerprint_of_weights(model)
         self._shape = model.config.image_tokens, model.config.llm_hidden_size
 
     def _place(self, key: str) -> Path:
@@ -69,7 +69,7 @@ class EmbeddingStore:
                 path.unlink(missing_ok=True)
 
 
-def fingerprint(model: "MiniGPT4") -> str:
+def fingerprint_of_weights(model: "MiniGPT4") -> str:
     """Of all weights that embeddings depend on, by some numbers of each, and of their precision."""
     found = hashlib.sha256(repr((model.config.name, model.config.vision)).encode())
     for part in (model.encoder, model.bridge, model.projection):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from minigpt4 import start
-from minigpt4.batch import Batch, Completion, Question, greedy
+from minigpt4.batch import Batch, Completion, PictureQuestion, greedy
 from minigpt4.config import get_model
 from minigpt4.data.files import read_jsonl
 from minigpt4.engine import Engine, Sampling
@@ -174,8 +174,8 @@ def answer_items(
             yield item.id, answer
 
 
-def _question(item: Item) -> Question:
-    return Question(item.id, item.instruction, lambda: item.picture)
+def _question(item: Item) -> PictureQuestion:
+    return PictureQuestion(item.id, item.instruction, lambda: item.picture)
 
 
 def task_scores(
@@ -261,7 +261,7 @@ def _first_answers(items: Sequence[Item], models: Mapping[str, Answers], judged:
             if item.id in answers:
                 verdict = judged.get((model, item.id))
                 fulfilled = None if verdict is None else "yes" if verdict.fulfilled else "no"
-                answer = report.shortened(answers[item.id].text, SHOWN)
+                answer = report.beginning(answers[item.id].text, SHOWN)
                 row = [item.about or item.id, item.instruction, model, answer]
                 rows.append([*row, fulfilled] if any_judged else row)
     header = ["picture", "request", "model", "answer"]

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from minigpt4 import start
-from minigpt4.batch import Batch, Question, greedy
+from minigpt4.batch import Batch, PictureQuestion, greedy
 from minigpt4.data.datasets import read_references
 from minigpt4.data.examples import Example, usable
 from minigpt4.data.outputs import write_lines
@@ -145,7 +145,7 @@ def ask_all(
     """(picture, object) and the answer to it, in order."""
     yes, no = beginnings(batch.engine.model.tokenizer)
     questions = {
-        Question(examples[i].key, question.replace("{}", name), examples[i].read): (i, name)
+        PictureQuestion(examples[i].key, question.replace("{}", name), examples[i].read): (i, name)
         for i, name in asked
     }
     for answered, found in batch.answer(list(questions), greedy(TOKENS), (*yes, *no), "asking"):

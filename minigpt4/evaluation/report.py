@@ -56,7 +56,7 @@ def with_interval(share: str | None, interval: Sequence[float]) -> str:
     return f"{share} ({100 * low:.0f}–{100 * high:.0f})"
 
 
-def shortened(text: str, characters: int = 400) -> str:
+def beginning(text: str, characters: int = 400) -> str:
     """The beginning of a long text."""
     return text if len(text) <= characters else text[:characters].rstrip() + " […]"
 

@@ -152,4 +152,4 @@ def as_text(result: dict, keys: Sequence[str], answers: Answers) -> str:
 def _marked(answer: Completion) -> str:
     """An answer, shortened, and its failures."""
     named = [name for name, fails in vars(failures(answer.text, answer.truncated)).items() if fails]
-    return report.shortened(answer.text, 300) + (f" ({', '.join(named)})" if named else "")
+    return report.beginning(answer.text, 300) + (f" ({', '.join(named)})" if named else "")

@@ -6,16 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import (
-    ClassesAndObjects,
-    ConcatPatches,
-    EfficientNetLite,
-    EvaViT,
-    ModelConfig,
-    PooledMap,
-    QFormer,
-)
-from minigpt4.model.objects import ObjectsBridge
+from minigpt4.config import ConcatPatches, Maps, ModelConfig, PooledMap, QFormer
 
 
 class QFormerBridge(nn.Module):
@@ -69,15 +60,15 @@ class PooledMapBridge(nn.Module):
     classes: zeros, and the probabilities by the encoder's own classifier.
     """
 
-    def __init__(self, config: PooledMap, vision: EfficientNetLite) -> None:
+    def __init__(self, config: PooledMap, maps: Maps) -> None:
         super().__init__()
         self.grid = config.grid
-        self.classifier = nn.Linear(vision.hidden_size, vision.classes)
+        self.classifier = nn.Linear(maps.channels[0], maps.classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        *features, colours = (self._pool(one) for one in maps)
+        *features, colours = (_means(one, self.grid) for one in maps)
         whole = maps[0].mean((2, 3))
-        vectors = torch.cat([*(F.layer_norm(f, f.shape[-1:]) for f in features), colours], dim=-1)
+        vectors = torch.cat([*map(_layer_norm, features), colours], dim=-1)
         classes = self.classifier(whole).softmax(-1)[:, None]
         return torch.cat(
             [
@@ -87,21 +78,65 @@ class PooledMapBridge(nn.Module):
             dim=1,
         )
 
-    def _pool(self, feature_map: Tensor) -> Tensor:
-        """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the mean last."""
-        cells = F.adaptive_avg_pool2d(feature_map, self.grid).flatten(2).transpose(1, 2)
-        return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
+
+class ObjectsBridge(nn.Module):
+    """Feature maps of `TwoEncoders` -> [batch, grid * grid + 3, sum of their channels + classes].
+
+    The distances to objects' edges are not read.
+
+    A vector for each cell of the grid and one for the whole picture: every map's mean there,
+    layer-normed (the colours as they are), the square root of the heat map's maximum, and zeros
+    for the classes. Then one that holds nothing but the probabilities of the classifier's classes,
+    and one that holds nothing but the heat map's maximum over the whole picture.
+    """
+
+    def __init__(self, config: PooledMap, maps: Maps) -> None:
+        super().__init__()
+        self.grid = config.grid
+        self.classifier = nn.Linear(maps.channels[0], maps.classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *seen, colours, features, heat, _ = maps
+        *pooled, found = (_layer_norm(_means(one, self.grid)) for one in (*seen, features))
+        vectors = torch.cat(
+            [*pooled, _means(colours, self.grid), found, self._maxima(heat)], dim=-1
+        )  # [batch, grid * grid + 1, channels]
+        classes = self.classifier(maps[0].mean((2, 3))).softmax(-1)[:, None]
+        objects = vectors[:, -1:, -heat.shape[1] :]
+        before, after = vectors.shape[-1], classes.shape[-1]
+        return torch.cat(
+            [
+                F.pad(vectors, (0, after)),
+                F.pad(classes, (before, 0)),
+                F.pad(objects, (before - heat.shape[1], after)),
+            ],
+            dim=1,
+        )
+
+    def _maxima(self, heat: Tensor) -> Tensor:
+        """`_means` of maxima. A root, since a weak sign of an object is a sign all the same."""
+        cells = F.adaptive_max_pool2d(heat, self.grid).flatten(2).transpose(1, 2)
+        return torch.cat([cells, heat.amax((2, 3))[:, None]], dim=1).sqrt()
 
 
 def build_bridge(config: ModelConfig) -> nn.Module:
     """The bridge of `config`, its weights not yet loaded."""
-    match config.bridge, config.vision:
-        case QFormer() as bridge, (EvaViT() | EfficientNetLite() as vision):
-            return QFormerBridge(bridge, vision.hidden_size)
-        case ConcatPatches() as bridge, EvaViT():
+    features = config.features
+    match config.bridge:
+        case QFormer() as bridge:
+            return QFormerBridge(bridge, features.width)
+        case ConcatPatches() as bridge:
             return ConcatPatchesBridge(bridge)
-        case PooledMap() as bridge, ClassesAndObjects() as vision:
-            return ObjectsBridge(bridge, vision)
-        case PooledMap() as bridge, EfficientNetLite() as vision:
-            return PooledMapBridge(bridge, vision)
-    raise config.misfit()
+        case PooledMap() as bridge:
+            return (ObjectsBridge if config.detects else PooledMapBridge)(bridge, features)
+    raise TypeError(f"build_bridge has no case for a {type(config.bridge).__name__}")
+
+
+def _means(feature_map: Tensor, grid: int) -> Tensor:
+    """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the whole last."""
+    cells = F.adaptive_avg_pool2d(feature_map, grid).flatten(2).transpose(1, 2)
+    return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
+
+
+def _layer_norm(vectors: Tensor) -> Tensor:
+    return F.layer_norm(vectors, vectors.shape[-1:])

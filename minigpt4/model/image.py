@@ -19,7 +19,7 @@ from PIL import Image
 
 from minigpt4.errors import UserError
 from minigpt4.model import image_file
-from minigpt4.model.image_file import STRIPE, TooLarge
+from minigpt4.model.image_file import STRIPE, TooManyPixels
 
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
 UNPACKED_PIXELS = 300_000  # of a picture in history that is not packed: about a megabyte
@@ -293,7 +293,7 @@ def convert(opened: Image.Image) -> Picture:
         if 0 in opened.size:
             raise ValueError
         if opened.width * opened.height > image_file.MAX_PIXELS:
-            raise TooLarge
+            raise TooManyPixels
         return _converted(opened, copied, opened)
 
 
@@ -310,7 +310,7 @@ def _converted(
         image = decode()
         size = image.width * image.height  # a HEIC file may declare another one
         if size > image_file.MAX_PIXELS:
-            raise TooLarge
+            raise TooManyPixels
         held.take(size - taken)
         taken = size
         rgb = image_file.upright_rgb(image, original or image, deep)
@@ -328,7 +328,7 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (TooManyPixels, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{getattr(error, 'limit', image_file.MAX_PIXELS) / 1e6:g}"
         raise UserError(
             f"{name} has more than {limit} megapixels: scale it down and try again.",

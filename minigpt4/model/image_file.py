@@ -60,7 +60,7 @@ warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-class TooLarge(Exception):
+class TooManyPixels(Exception):
     """A picture of more than `limit` pixels."""
 
     def __init__(self, limit: int = MAX_PIXELS) -> None:
@@ -74,8 +74,8 @@ class TooLarge(Exception):
 def opened(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     """The picture, not decoded yet. head: the file's first bytes.
 
-    TooLarge where it would have too many pixels, ValueError where decoding it would take too long,
-    and anything that the libraries raise for a damaged file.
+    TooManyPixels, ValueError where decoding it would take too long, and anything that the libraries
+    raise for a damaged file.
     """
     _check_parts(file, head)
     image = _open(file, head)
@@ -93,18 +93,18 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     if image.format == "HEIF":
         if pixels <= MAX_HEIC_PIXELS:
             return image
-        raise TooLarge(MAX_HEIC_PIXELS)
+        raise TooManyPixels(MAX_HEIC_PIXELS)
     if image.format not in ("JPEG", "MPO"):
-        raise TooLarge
+        raise TooManyPixels
     file.seek(0)
     scans = list(_jpeg_kinds(file)).count(0xDA)
     limit = MAX_JPEG_PIXELS if scans == 1 else MAX_PROGRESSIVE_PIXELS
     if pixels > limit or scans * pixels > MAX_SCANS * MAX_PIXELS:
-        raise TooLarge(limit if pixels > limit else MAX_PIXELS)
+        raise TooManyPixels(limit if pixels > limit else MAX_PIXELS)
     scale = next(s for s in (2, 4, 8) if -(-image.width // s) * -(-image.height // s) <= MAX_PIXELS)
     image.draft(None, (image.width // scale, image.height // scale))
     if image.width * image.height > MAX_PIXELS:
-        raise TooLarge
+        raise TooManyPixels
     return image
 
 

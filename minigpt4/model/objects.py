@@ -1,12 +1,8 @@
-"""The bridge for two encoders: what a classifier and a detector see, pooled to the same grid."""
+"""The objects that a detector finds: their names, and their places in a picture."""
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from minigpt4.config import ClassesAndObjects, PooledMap
 from minigpt4.model.image import Detection
 
 # COCO's classes, in the detector's order, as they are listed in a prompt.
@@ -29,56 +25,6 @@ MOST_DETECTIONS = 20
 # Of two boxes of one class that overlap by more (intersection over union), the surer one counts.
 MOST_OVERLAP = 0.5
 STRIDE = 4  # pixels between two places of the heat map
-
-
-class ObjectsBridge(nn.Module):
-    """Feature maps of `TwoEncoders` -> [batch, grid * grid + 3, sum of their channels + classes].
-
-    The distances to objects' edges are not read.
-
-    A vector for each cell of the grid and one for the whole picture: every map's mean there,
-    layer-normed (the colours as they are), the square root of the heat map's maximum, and zeros
-    for the classes. Then one that holds nothing but the probabilities of the classifier's classes,
-    and one that holds nothing but the heat map's maximum over the whole picture.
-    """
-
-    def __init__(self, config: PooledMap, vision: ClassesAndObjects) -> None:
-        super().__init__()
-        self.grid = config.grid
-        self.classifier = nn.Linear(vision.classifier.hidden_size, vision.classes)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        *seen, colours, features, heat, _ = maps
-        pooled = [_layer_norm(self._means(one)) for one in seen]
-        vectors = torch.cat(
-            [*pooled, self._means(colours), _layer_norm(self._means(features)), self._maxima(heat)],
-            dim=-1,
-        )  # [batch, grid * grid + 1, channels]
-        classes = self.classifier(maps[0].mean((2, 3))).softmax(-1)[:, None]
-        objects = vectors[:, -1:, -heat.shape[1] :]
-        before, after = vectors.shape[-1], classes.shape[-1]
-        return torch.cat(
-            [
-                F.pad(vectors, (0, after)),
-                F.pad(classes, (before, 0)),
-                F.pad(objects, (before - heat.shape[1], after)),
-            ],
-            dim=1,
-        )
-
-    def _means(self, feature_map: Tensor) -> Tensor:
-        """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the whole last."""
-        cells = F.adaptive_avg_pool2d(feature_map, self.grid).flatten(2).transpose(1, 2)
-        return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
-
-    def _maxima(self, heat: Tensor) -> Tensor:
-        """The same of maxima. A root, since a weak sign of an object is a sign all the same."""
-        cells = F.adaptive_max_pool2d(heat, self.grid).flatten(2).transpose(1, 2)
-        return torch.cat([cells, heat.amax((2, 3))[:, None]], dim=1).sqrt()
-
-
-def _layer_norm(vectors: Tensor) -> Tensor:
-    return F.layer_norm(vectors, vectors.shape[-1:])
 
 
 def detections(heat: Tensor, edges: Tensor) -> tuple[Detection, ...]:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import ClassesAndObjects, EfficientNetLite, EvaViT
+from minigpt4.config import ClassesAndObjects, EfficientNetLite, EvaViT, Vision
 from minigpt4.model.detector import Detector
 
 # The published BLIP-2 image processor's statistics (CLIP's), per RGB channel.
@@ -17,7 +17,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite | ClassesAndObjects) -> Tensor:
+def preprocess(rgb: Image.Image, config: Vision) -> Tensor:
     """RGB picture -> pixel values [3, image_size, image_size]: squashed, not cropped; bicubic."""
     pixels = np.asarray(squash(rgb, config.image_size), dtype=np.float32)
     match config:
@@ -25,6 +25,8 @@ def preprocess(rgb: Image.Image, config: EvaViT | EfficientNetLite | ClassesAndO
             pixels = (pixels / 255.0 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
         case EfficientNetLite() | ClassesAndObjects():
             pixels = (pixels - 127.0) / 128.0
+        case _:
+            raise TypeError(f"preprocess has no case for a {type(config).__name__}")
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -100,7 +102,7 @@ class EfficientNetEncoder(nn.Module):
 class TwoEncoders(nn.Module):
     """Pixel values [batch, 3, 320, 320] -> feature maps of a classifier and of a detector.
 
-    In the order of `ClassesAndObjects.channels`; then the distances to objects' edges.
+    In the order of `ClassesAndObjects.features`; then the distances to objects' edges.
     """
 
     def __init__(self, config: ClassesAndObjects) -> None:
@@ -117,7 +119,7 @@ class TwoEncoders(nn.Module):
         return [*self.classifier(smaller), *self.detector(pixel_values * 128.0 + 127.0)]
 
 
-def build_encoder(config: EvaViT | EfficientNetLite | ClassesAndObjects) -> nn.Module:
+def build_encoder(config: Vision) -> nn.Module:
     """The visual encoder of `config`, its weights not yet loaded."""
     match config:
         case EvaViT():
@@ -126,17 +128,18 @@ def build_encoder(config: EvaViT | EfficientNetLite | ClassesAndObjects) -> nn.M
             return EfficientNetEncoder(config)
         case ClassesAndObjects():
             return TwoEncoders(config)
+    raise TypeError(f"build_encoder has no case for a {type(config).__name__}")
 
 
 @contextmanager
-def suitable_threads(config: EvaViT | EfficientNetLite | ClassesAndObjects) -> Iterator[None]:
+def suitable_threads(config: Vision) -> Iterator[None]:
     """Compute small encoders on one thread of the CPU.
 
     A layer takes less than a millisecond. Two threads save a seventh of the time where nothing else
     runs. Beside other programs, they wait for each other in every layer (docs/log.md, 2026-11-29).
     """
     threads = torch.get_num_threads()
-    if isinstance(config, EvaViT) or threads == 1:
+    if config.large or threads == 1:
         yield
         return
     torch.set_num_threads(1)

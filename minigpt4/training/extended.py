@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from minigpt4.config import EvaViT, PooledMap
+from minigpt4.config import PooledMap
 from minigpt4.data.examples import Example, Text
 from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
@@ -91,8 +91,8 @@ class ExtendedTrainer(Trainer):
         """
         config, recipe = self.model.config, self.recipe
         width = config.projection_in
-        if isinstance(config.bridge, PooledMap) and not isinstance(config.vision, EvaViT):
-            width -= config.vision.classes
+        if isinstance(config.bridge, PooledMap):
+            width -= config.features.classes
         draw = random.Random(recipe.seed)
         chosen = draw.sample(range(len(self.examples)), min(_MEASURED, len(self.examples)))
         covariance, noise = torch.zeros(2, width, width, device=self.model.device)
@@ -241,6 +241,8 @@ def name_classes(model: MiniGPT4) -> None:
     """Initialize a new projection: each class that the encoder recognizes is projected to the mean
     embedding of the words in its name."""
     names = prompt_lines("imagenet-classes.txt")
+    if model.config.features.classes != len(names):
+        return  # not ImageNet's
     first = model.config.projection_in - len(names)
     for place, name in enumerate(names):
         ids = torch.tensor(model.tokenizer.encode(f" {name}", add_special_tokens=False))

@@ -4,13 +4,18 @@ Weights have a scale for each output, activations and gradients one for each tok
 that multiply 8-bit integers natively this is up to three times as fast as floats.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from minigpt4.weights.llm import DTYPES, choose_dtype
+
+_INTEGERS = "8-bit integers and "
 _ROWS = 256  # tokens multiplied at a time
 
 
@@ -67,6 +72,35 @@ class TrainableInt8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         product = _Product.apply(inputs, self.forwards, self.backwards, self.scale)
         return product if self.bias is None else product + self.bias
+
+
+def arithmetic(option: str, begun: str = "") -> tuple[str, torch.dtype, bool]:
+    """What a language model is trained in: (its name, floating type, are products of integers?).
+
+    option: that of --dtype. With “auto” it is what the run has `begun` in, by its name; a new run's
+    is what this processor is fastest in.
+    """
+    if option != "auto":
+        return option, choose_dtype(option), False
+    name = begun
+    if not name:
+        dtype = fastest_dtype()
+        name = f"{_INTEGERS if is_faster(dtype) else ''}{str(dtype).removeprefix('torch.')}"
+    return name, choose_dtype(name.removeprefix(_INTEGERS)), name.startswith(_INTEGERS)
+
+
+def arithmetic_of(log: Path) -> str:
+    """The name that a run's log has last; "" if it has none."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    names = f"(?:{_INTEGERS})?(?:{'|'.join(DTYPES)})"
+    return next(reversed(re.findall(f'"arithmetic": "({names})"', text)), "")
+
+
+def fastest_dtype() -> torch.dtype:
+    """The type in which this processor multiplies matrices fastest, as measured here."""
+    candidates = torch.bfloat16, torch.float32
+    pairs = [(torch.ones(256, 896).to(d), torch.ones(896, 4864).to(d)) for d in candidates]
+    return candidates[fastest([partial(torch.mm, *pair) for pair in pairs])]
 
 
 def is_faster(dtype: torch.dtype = torch.float32) -> bool:

@@ -29,7 +29,7 @@ from minigpt4.weights.load import download_weights, find_weights, load_model
 def train(options: argparse.Namespace) -> None:
     """Run one stage and report where the projection is."""
     config = get_model(DEFAULT_MODEL if options.model == "auto" else options.model)
-    if config.words:
+    if config.recipe == "small":
         from minigpt4.training import small_run
 
         return small_run.train(options, config)

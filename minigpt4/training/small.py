@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from minigpt4.model.prompt import ImageRef, Message, Prompt, encode_chat, encode
 from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
 from minigpt4.training.features import fingerprint
-from minigpt4.training.int8 import fastest
 from minigpt4.training.mixture import Answered, Mixture, TrainingPicture
 from minigpt4.training.packing import pack
 from minigpt4.training.saving import read_run, saved_when_stopped, uninterrupted
@@ -93,7 +91,7 @@ SCORED: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class PictureSource:
+class TrainingSource:
     """Pictures of one source, their features, and the words found in them by a head that has not
     seen them."""
 
@@ -132,7 +130,7 @@ class SmallTrainer:
     def __init__(
         self,
         model: MiniGPT4,
-        sources: dict[str, PictureSource],
+        sources: dict[str, TrainingSource],
         mixture: Mixture,
         recipe: SmallRecipe,
         out: str | Path,
@@ -355,13 +353,14 @@ class SmallTrainer:
                 "seconds": round(time.perf_counter() - started, 1),
                 "cpu_seconds": round(time.process_time() - cpu, 1),
             }
-            self._log(record)
+            self.log(record)
             if self._validate and self.step % self.recipe.validate_every == 0:
                 self.save()
-                self._log({"step": self.step, "validation": self._validate(self)})
+                self.log({"step": self.step, "validation": self._validate(self)})
         return record
 
-    def _log(self, record: dict) -> None:
+    def log(self, record: dict) -> None:
+        """Say it, and add it to the run's log."""
         line = json.dumps(record)
         say(line)
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -412,10 +411,3 @@ class SmallTrainer:
 def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:
     projection = stored["projection"]
     return stored["basis"], projection["weight"], projection["bias"]
-
-
-def fastest_dtype() -> torch.dtype:
-    """The type in which this processor multiplies matrices fastest, as measured here."""
-    candidates = torch.bfloat16, torch.float32
-    pairs = [(torch.ones(256, 896).to(d), torch.ones(896, 4864).to(d)) for d in candidates]
-    return candidates[fastest([partial(torch.mm, *pair) for pair in pairs])]

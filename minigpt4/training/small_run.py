@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigpt4.config import ClassesAndObjects, ModelConfig, PooledMap, Words
+from minigpt4.config import ModelConfig, PooledMap, Words
 from minigpt4.data.files import local_path
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
+from minigpt4.start import given_places
 from minigpt4.training import adapters, int8, mixture, small, small_start, word_head
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.options import (
@@ -30,7 +31,7 @@ from minigpt4.training.options import (
     check_needs,
     check_start,
 )
-from minigpt4.training.small import PictureSource, SmallRecipe, SmallTrainer
+from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
 from minigpt4.training.small_validation import SmallValidation
 from minigpt4.training.supported import Supported
@@ -53,8 +54,9 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     check_options(options, config)
     pictures = read(local_path(options.data))
     torch.set_num_threads(options.threads)
-    model, adapted = opened(options, config)
     out = Path(options.out)
+    begun = int8.arithmetic_of(out / "log.jsonl") if (out / "checkpoint.pt").exists() else ""
+    model, adapted, arithmetic = opened(options, config, begun)
     cache = Path(options.cache or out / "features")
     features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
     pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
@@ -88,27 +90,33 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
         sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": size // 5}
         probe = SmallValidation(kept, objects, out, sizes, options.words)
         return say(json.dumps(probe(trainer), indent=1))
+    if arithmetic != begun:
+        trainer.log({"step": trainer.step, "arithmetic": arithmetic})
     return trainer.run()
 
 
 def opened(
-    options: argparse.Namespace, config: ModelConfig
-) -> tuple[MiniGPT4, dict[str, adapters.Adapted]]:
-    """The model in the type in which this processor trains fastest, and its adapters, if any."""
-    given = {"llm": options.llm} if options.llm else {}
+    options: argparse.Namespace, config: ModelConfig, begun: str
+) -> tuple[MiniGPT4, dict[str, adapters.Adapted], str]:
+    """The model, its adapters, if any, and the name of the arithmetic in which it is trained.
+
+    begun: that in which the run began, or "".
+    """
+    given = given_places(options)
     files = find_weights(config, options.init, new_projection=options.init is None, given=given)
-    dtype = small.fastest_dtype()
+    arithmetic, dtype, integers = int8.arithmetic(options.dtype, begun)
     model = load_model(config, files, "cpu", "none", dtype, seed=options.seed, adapters=False)
     model.torch_llm.set_attn_implementation("eager")  # fused attention's backward is slow on a CPU
     layers = model.torch_llm.get_decoder().layers
-    integers = int8.is_faster(dtype)
     if integers:
         int8.replace_linears(layers)
-    say(f"The language model computes in {'8-bit integers and ' if integers else ''}{dtype}.")
+    before = f" The run began in {begun}." if begun not in ("", arithmetic) else ""
+    say(f"The language model computes in {arithmetic}.{before}")
     if not options.adapters or not config.adapters:
-        return model, {}
+        return model, {}, arithmetic
     start = read_adapters(options.init) if options.init else {}
-    return model, adapters.insert(layers, config.adapters.rank, options.seed, start)
+    inserted = adapters.insert(layers, config.adapters.rank, options.seed, start)
+    return model, inserted, arithmetic
 
 
 def recipe_of(options: argparse.Namespace) -> SmallRecipe:
@@ -122,7 +130,7 @@ def recipe_of(options: argparse.Namespace) -> SmallRecipe:
 
 
 def rewards_of(
-    options: argparse.Namespace, trained: dict[str, PictureSource], words: "Found"
+    options: argparse.Namespace, trained: dict[str, TrainingSource], words: "Found"
 ) -> list[Reward]:
     """What texts are sampled and scored; the pictures still have all of their texts."""
     if not options.samples:
@@ -138,8 +146,8 @@ def rewards_of(
 
 def count(
     objects: mixture.Things,
-    trained: dict[str, PictureSource],
-    kept: dict[str, PictureSource],
+    trained: dict[str, TrainingSource],
+    kept: dict[str, TrainingSource],
     words: "Found",
 ) -> None:
     """Note what each picture's texts speak of; then reduce those to be learned to what is found."""
@@ -162,6 +170,13 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
             raise UserError(
                 f"“--{option.name}” is not for {config.name}, whose training has one stage and a "
                 "mixture of its own (docs/mini.md): omit it."
+            )
+    effect = {"quantize": ("auto", "none"), "device": ("auto", "cpu"), "projection": (None, "")}
+    for name, without in effect.items():
+        if (given := getattr(options, name)) not in without:
+            raise UserError(
+                f"“--{name} {given}” has no effect on the training of {config.name}, which runs on "
+                "the processor, with 16-bit weights, from “--init”: omit it."
             )
     check_needs(options, NEEDS_OF_WORDS)
     if options.validate and options.validate != "on":
@@ -234,12 +249,8 @@ class Found:
         out: Path,
         refit: bool,
     ) -> None:
-        vision, bridge = config.vision, config.bridge
-        if (
-            config.words is None
-            or not isinstance(vision, ClassesAndObjects)
-            or not isinstance(bridge, PooledMap)
-        ):
+        bridge = config.bridge
+        if config.words is None or not config.detects or not isinstance(bridge, PooledMap):
             raise UserError(f"{config.name} has no word head: train it with “--stage”.")
         self.words: Words = config.words
         keys = [(name, i) for name, of_one in pictures.items() for i in range(len(of_one))]
@@ -254,7 +265,7 @@ class Found:
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
         self.terms = joined_terms(stored["terms"], OBJECTS)
         self._supported = Supported(Vocabulary(self.terms))
-        column = vision.objects_column
+        column = config.features.objects_column
         heat = _whole(pictures, features, bridge.grid)[:, column : column + len(OBJECTS)]
         self._probabilities = with_objects(
             stored["probabilities"], heat.float() ** 2, self.terms, OBJECTS
@@ -273,13 +284,13 @@ class Found:
         def read(rows: Sequence[int]) -> Tensor:
             return torch.cat([features[name]([i]) for name, i in (keys[row] for row in rows)])
 
-        channels = config.projection_in - config.vision.classifier.classes
+        channels = config.projection_in - config.features.classes
         inputs = Inputs(read, learned.tolist(), config.bridge.grid, channels)
         folds = torch.tensor([word_head.fold_of(p.key, _FOLDS) for p in flat])
         probabilities = torch.zeros(wanted.shape, dtype=torch.float16)
         probabilities[learned] = word_head.cross_fitted(inputs, learned, wanted, folds)
         layer = word_head.fit(inputs, learned, wanted)
-        head = word_head.finished(layer, inputs, vocabulary, config.vision.objects_column)
+        head = word_head.finished(layer, inputs, vocabulary, config.features.objects_column)
         head.save(path.with_name(config.files["words"].member))
         if len(others):
             probabilities[others] = word_head.probabilities(inputs, others, layer)
@@ -343,7 +354,7 @@ def _whole(pictures: dict, features: dict[str, Cached], grid: int) -> Tensor:
 
 def divided(
     pictures: dict[str, list[mixture.TrainingPicture]], features: dict[str, Cached], words: Found
-) -> tuple[dict[str, PictureSource], dict[str, PictureSource]]:
+) -> tuple[dict[str, TrainingSource], dict[str, TrainingSource]]:
     """(sources to learn from, sources for validation): name -> pictures joined over data sets."""
     parts: dict[tuple[bool, str], list[tuple[str, int]]] = {}
     for name, of_one in pictures.items():
@@ -356,7 +367,7 @@ def divided(
     return made
 
 
-def _joined(places, pictures, features, words) -> PictureSource:
+def _joined(places, pictures, features, words) -> TrainingSource:
     """One source out of (data set, picture) places."""
 
     def feature(numbers: Sequence[int]) -> Tensor:
@@ -365,11 +376,11 @@ def _joined(places, pictures, features, words) -> PictureSource:
     def found(number: int, draw: random.Random | None) -> str:
         return words.of(places[number], draw)
 
-    return PictureSource([pictures[name][i] for name, i in places], feature, found, places)
+    return TrainingSource([pictures[name][i] for name, i in places], feature, found, places)
 
 
 def beginning(
-    model: MiniGPT4, trained: dict[str, PictureSource], given: bool = False
+    model: MiniGPT4, trained: dict[str, TrainingSource], given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ridge's start, on a fixed draw of the pictures that have captions.
 
@@ -393,7 +404,7 @@ def beginning(
 
 
 def tokens_of(
-    model: MiniGPT4, trained: dict[str, PictureSource], objects: mixture.Things
+    model: MiniGPT4, trained: dict[str, TrainingSource], objects: mixture.Things
 ) -> Tensor:
     """The tokens that the loss runs over: those of all answers that can be drawn."""
 

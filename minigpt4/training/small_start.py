@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minigpt4.config import ClassesAndObjects, PooledMap
+from minigpt4.config import Maps, PooledMap
 from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
@@ -21,19 +21,19 @@ _LENGTH = 0.5  # of a word's embedding, about
 _EMPTY = frozenset(prompt_lines("empty-words.txt"))  # nothing of them is to be seen
 
 
-def eigenbasis(vectors: Tensor, vision: ClassesAndObjects) -> Tensor:
+def eigenbasis(vectors: Tensor, maps: Maps) -> Tensor:
     """[projection_in] * 2: the eigenvectors of each encoder's features [n, projection_in].
 
     Heat and classes are left as they are, apart from the heat's scale.
     """
     width = vectors.shape[-1]
     basis = torch.eye(width)
-    seen = sum(vision.classifier.channels)
-    found = seen + vision.detector.hidden_size
+    found = maps.objects_column
+    seen = found - maps.channels[-2]  # the detector's
     for first, last in ((0, seen), (seen, found)):
         part = vectors[:, first:last].float()
         basis[first:last, first:last] = torch.linalg.eigh(part.T @ part / len(part)).eigenvectors
-    heat = range(found, found + vision.detector.classes)
+    heat = range(found, found + maps.objects)
     basis[heat, heat] = _HEAT_SCALE
     return basis
 
@@ -45,21 +45,21 @@ def start(
 
     features: [pictures, image_tokens, projection_in], 16 bit; texts: the pictures'.
     """
-    vision, bridge = model.config.vision, model.config.bridge
-    if not (isinstance(vision, ClassesAndObjects) and isinstance(bridge, PooledMap)):
-        raise TypeError(f"{model.config.name} does not pool the maps of two encoders")
+    maps, bridge = model.config.features, model.config.bridge
+    if not (model.config.detects and isinstance(bridge, PooledMap)):
+        raise TypeError(f"{model.config.name} does not pool a detector's maps")
     grid = bridge.grid
     cells = features[:512, : grid * grid + 1].flatten(0, 1)
-    basis = eigenbasis(cells, vision)
+    basis = eigenbasis(cells, maps)
     wanted = torch.stack([_mean_embedding(model, " ".join(of_one)) for of_one in texts])
     inputs = whole_picture(features.float(), grid) @ basis
-    learned = sum(vision.channels) - vision.detector.classes  # columns before heat and classes
+    learned = maps.objects_column  # columns before heat and classes
     weight, bias = _ridge(inputs[:, :learned], wanted)
     whole = torch.zeros(wanted.shape[1], inputs.shape[1])
     whole[:, :learned] = weight
-    names = torch.stack([_mean_embedding(model, name) for name in _names(vision)])
+    names = torch.stack([_mean_embedding(model, name) for name in _names(maps)])
     whole[:, learned:] = names.T / names.norm(dim=1)
-    whole[:, learned : learned + vision.detector.classes] /= _HEAT_SCALE
+    whole[:, learned : learned + maps.objects] /= _HEAT_SCALE
     return basis, whole, bias
 
 
@@ -80,10 +80,10 @@ def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return weight, centre - weight @ mean
 
 
-def _names(vision: ClassesAndObjects) -> list[str]:
+def _names(maps: Maps) -> list[str]:
     """The detector's classes, then the classifier's: in the columns' order."""
     names = [*prompt_lines("coco-classes.txt"), *prompt_lines("imagenet-classes.txt")]
-    if len(names) != vision.detector.classes + vision.classes:
+    if len(names) != maps.objects + maps.classes:
         raise UserError("prompts/coco-classes.txt or imagenet-classes.txt lacks or repeats lines.")
     return names
 

@@ -21,7 +21,7 @@ from minigpt4.training.selfcritical import sample
 from minigpt4.training.small_reward import padded
 
 if TYPE_CHECKING:
-    from minigpt4.training.small import PictureSource, SmallTrainer
+    from minigpt4.training.small import SmallTrainer, TrainingSource
 
 _TOGETHER = 20  # pictures answered in one batch
 CAPTION = "Describe this image briefly."
@@ -34,7 +34,7 @@ class SmallValidation:
 
     def __init__(
         self,
-        kept: dict[str, "PictureSource"],
+        kept: dict[str, "TrainingSource"],
         objects: Things,
         out: Path,
         sizes: dict[str, int] | None = None,
@@ -65,7 +65,7 @@ class SmallValidation:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return figures
 
-    def _ref(self, source: "PictureSource", number: int, place: int) -> ImageRef:
+    def _ref(self, source: "TrainingSource", number: int, place: int) -> ImageRef:
         return ImageRef(f"{place:x}", source.words(number, None) if self.words else "")
 
     def loss(self, trainer: "SmallTrainer", projection: nn.Linear) -> dict[str, float]:
@@ -157,7 +157,7 @@ class SmallValidation:
         self,
         trainer: "SmallTrainer",
         projection: nn.Linear,
-        source: "PictureSource",
+        source: "TrainingSource",
         numbers: Sequence[int],
         asked: str,
         limit: int,

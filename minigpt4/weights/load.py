@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from minigpt4.config import (
     MODELS,
     ClassesAndObjects,
-    ConcatPatches,
     EfficientNetLite,
     EvaViT,
     ModelConfig,
@@ -41,7 +40,7 @@ from minigpt4.weights.llm import load_llm
 from minigpt4.weights.sources import (
     ROLES,
     file_name,
-    local_path,
+    local_place,
     locate,
     missing,
     sources,
@@ -72,9 +71,9 @@ def owner_of(given: Mapping[str, str], report: Report = say) -> str | None:
     if not given:
         return None
     shape = width = None
-    if (place := given.get("projection")) and (path := local_path(place)) and path.is_file():
+    if (place := given.get("projection")) and (path := local_place(place)) and path.is_file():
         shape = tuple(read_projection(path)["weight"].shape)
-    if (place := given.get("llm")) and (path := local_path(place)):
+    if (place := given.get("llm")) and (path := local_place(place)):
         width = _width_of(path, report)
     fitting = [
         model.name
@@ -172,7 +171,7 @@ def projection_tensors(model: MiniGPT4) -> dict[str, Tensor]:
     """The content of a model's projection file: the projection, and `ln_vision` where no Q-Former's
     file brings it."""
     tensors = dict(model.projection.state_dict())
-    if isinstance(model.config.bridge, ConcatPatches):
+    if _brings_norm(model.config):
         norm = model.encoder.vit.post_layernorm
         tensors |= {"ln_vision.weight": norm.weight, "ln_vision.bias": norm.bias}
     return tensors
@@ -279,6 +278,27 @@ def _load_vision(
         norm = {k: v for k, v in state.items() if k.startswith("ln_vision.")} | norm
         with _counted(progress, _size(files.qformer)) as count:
             load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former", dtype, count)
+    encoder = _load_encoder(config, files, encoder, bridge, norm, dtype, progress)
+    place = files.projection or Path(config.projection_file)
+    load_strict(projection, projected, place, "projection", dtype)
+    for part in (encoder, bridge, projection):
+        refuse_unloaded(part)
+    return encoder, bridge, projection
+
+
+def _load_encoder(
+    config: ModelConfig,
+    files: WeightFiles,
+    encoder: nn.Module,
+    bridge: nn.Module,
+    norm: dict[str, Tensor],
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> nn.Module:
+    """The encoder with its weights; the bridge gets those that are in the encoder's file.
+
+    norm: the ViT's final norm, from another file.
+    """
     eight_bit = files.vision.name.endswith(INT8)
     state = {} if eight_bit else read_checkpoint(files.vision)
     match config.vision:
@@ -303,11 +323,9 @@ def _load_vision(
                 )
             objects = read_checkpoint(files.detector)
             load_strict(encoder.detector, objects, files.detector, "detector", dtype)
-    place = files.projection or Path(config.projection_file)
-    load_strict(projection, projected, place, "projection", dtype)
-    for part in (encoder, bridge, projection):
-        refuse_unloaded(part)
-    return encoder, bridge, projection
+        case _:
+            raise TypeError(f"_load_encoder has no case for a {type(config.vision).__name__}")
+    return encoder
 
 
 def refuse_unloaded(part: nn.Module) -> None:
@@ -326,7 +344,12 @@ def _new_projection(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     weight = torch.randn(config.llm_hidden_size, config.projection_in, generator=generator)
     weight *= 0.06 / config.projection_in**0.5
     tensors = {"weight": weight, "bias": torch.zeros(config.llm_hidden_size)}
-    if isinstance(config.bridge, ConcatPatches):  # no Q-Former's file brings the final norm
-        hidden = config.projection_in // config.bridge.group
+    if _brings_norm(config):
+        hidden = config.features.width
         tensors |= {"ln_vision.weight": torch.ones(hidden), "ln_vision.bias": torch.zeros(hidden)}
     return tensors
+
+
+def _brings_norm(config: ModelConfig) -> bool:
+    """Does the projection's file bring the ViT's final norm, as no Q-Former's file does?"""
+    return isinstance(config.vision, EvaViT) and not isinstance(config.bridge, QFormer)

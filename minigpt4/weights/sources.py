@@ -42,7 +42,7 @@ def locate(config: ModelConfig, role: str, place: str | None = None) -> Path | N
     place: the user's own instead of the model's: a path, the name of a projection that comes with
     this package, or where it was fetched from.
     """
-    if place and (path := local_path(place)):
+    if place and (path := local_place(place)):
         return path
     for name in _names(config, role, place):
         for folder in (weights_folder(), WEIGHTS):
@@ -51,7 +51,7 @@ def locate(config: ModelConfig, role: str, place: str | None = None) -> Path | N
     return None
 
 
-def local_path(place: str) -> Path | None:
+def local_place(place: str) -> Path | None:
     """The local file or folder that the user's `place` names."""
     candidates = Path(place).expanduser(), WEIGHTS / place
     return next((path for path in candidates if path.exists()), None)

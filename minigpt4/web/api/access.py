@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from minigpt4.errors import UserError
-from minigpt4.web.api.errors import ApiError, printable
+from minigpt4.web.api.errors import ApiError, quotable
 from minigpt4.web.guard.limits import request_bytes
 
 BODY_SECONDS = 120  # to send a request
@@ -58,7 +58,7 @@ class Cors(CORSMiddleware):
         origin = request_headers["origin"]
         sentence = "Web pages may only send GET and POST: use these.\n"
         if not self.is_allowed_origin(origin):
-            sentence = f"Web pages of {printable(origin, 200)} may not use this server: its "
+            sentence = f"Web pages of {quotable(origin, 200)} may not use this server: its "
             sentence += "operator can allow them with --cors-origins.\n"
         headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
         return PlainTextResponse(sentence, response.status_code, headers)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
+from minigpt4.data.files import replace_surrogates
 from minigpt4.web.api.errors import ApiError, json_path
 from minigpt4.web.api.schemas import (
     PARTS,
@@ -91,7 +92,7 @@ def unread(data: Any, model: type[BaseModel], location: tuple[int | str, ...]) -
 # --- JSON ----------------------------------------------------------------------------------------
 
 
-def read_json(body: bytes | bytearray) -> dict:
+def parse_body(body: bytes | bytearray) -> dict:
     """The body's JSON object, with "?" for each lone surrogate. ApiError that says why not."""
     overflows: list[str] = []
 
@@ -108,7 +109,7 @@ def read_json(body: bytes | bytearray) -> dict:
             sentence = f"{path} is a number that is too large: send a smaller one."
             raise ApiError(sentence, param=path)
         if SURROGATE.search(text):  # pydantic and UTF-8 cannot hold lone ones
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+            value = replace_surrogates(value)
     except RecursionError:
         raise ApiError("The body's JSON is nested too deeply: make it flatter.") from None
     except ValueError as error:

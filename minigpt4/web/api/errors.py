@@ -72,11 +72,11 @@ def json_path(location: tuple[int | str, ...]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         elif not (path.endswith("]") and step.startswith("<")):  # not the tag of a union's member
-            path += ("." if path else "") + printable(step)
+            path += ("." if path else "") + quotable(step)
     return path
 
 
-def printable(name: str, most: int = 40) -> str:
+def quotable(name: str, most: int = 40) -> str:
     """A name from a request, cut and made fit for one line."""
     return "".join(c if c.isprintable() and c not in "<>“”" else "?" for c in name[:most])
 

@@ -11,7 +11,7 @@ import numpy as np
 from minigpt4.engine import AnyEngine
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import stop_ids
-from minigpt4.web.api.errors import ApiError, printable
+from minigpt4.web.api.errors import ApiError, quotable
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -155,7 +155,7 @@ def _reason(error: str) -> str:
     """Why a schema is refused, in our words."""
     first = error.strip()
     if found := re.match(r"Unimplemented keys: \[(.*)\]", first):
-        names = [f"“{printable(name)}”" for name in re.findall(r'"([^"]*)"', found[1])[:5]]
+        names = [f"“{quotable(name)}”" for name in re.findall(r'"([^"]*)"', found[1])[:5]]
         are, them = ("is", "it") if len(names) == 1 else ("are", "them")
         return f"{' and '.join(names)} {are} not supported; leave {them} out"
     return next((ours for theirs, ours in REASONS.items() if theirs in first), OTHER_REASON)

@@ -5,7 +5,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from minigpt4.web.api.errors import ApiError, printable
+from minigpt4.web.api.errors import ApiError, quotable
 
 # The endpoints, without /v1/, and their methods.
 ENDPOINTS = {
@@ -34,7 +34,7 @@ PAGES_OWN = ("/gradio_api", "/static", "/assets", "/svelte", "/theme.css", "/cus
 
 def nowhere(path: str, method: str) -> ApiError:
     """The refusal of an address that nothing answers, or not with this method."""
-    path = printable(path, 100)
+    path = quotable(path, 100)
     parts = [part for part in path.split("/") if part]
     while [part.lower() for part in parts[:2]] == ["v1", "v1"]:
         del parts[0]

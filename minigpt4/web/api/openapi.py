@@ -104,7 +104,7 @@ class Architecture(Response):
     output_modalities: list[Literal["text"]]
 
 
-class Model(Response):
+class ModelInfo(Response):
     id: str
     object: Literal["model"]
     created: Count
@@ -116,7 +116,7 @@ class Model(Response):
 
 class Models(Response):
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelInfo]
 
 
 class ErrorMessage(Response):
@@ -137,7 +137,7 @@ class Error(Response):
 def description() -> Schema:
     """The whole document."""
     models = _operation("listModels", "List the model that is served.", "Models", 401, 503)
-    model = _operation("getModel", "Describe one model.", "Model", 401, 404, 503)
+    model = _operation("getModel", "Describe one model.", "ModelInfo", 401, 404, 503)
     name = {"name": "name", "in": "path", "required": True, **TEXT}
     events = "`data: ` and a chat.completion.chunk, or [DONE]"
     complete = _answering("createChatCompletion", "ChatRequest", "ChatCompletion", events)
@@ -210,7 +210,7 @@ def _schemas() -> Schema:
         ChatCompletion,
         ResponseObject,
         Decision,
-        Model,
+        ModelInfo,
         Models,
         Error,
     )

@@ -14,7 +14,7 @@ from typing import Any
 from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.body import NAMED, read_chat
-from minigpt4.web.api.errors import ApiError, printable
+from minigpt4.web.api.errors import ApiError, quotable
 from minigpt4.web.api.reply import (
     HEARTBEAT,
     HEARTBEAT_SECONDS,
@@ -80,7 +80,7 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
     if own.text is not None:
         chat["response_format"] = _format(own.text.get("format"))
         rest = (name for name, value in own.text.items() if name != "format" and value is not None)
-        ignored += [f"text.{printable(name)}" for name in islice(rest, NAMED)]
+        ignored += [f"text.{quotable(name)}" for name in islice(rest, NAMED)]
     included = own.include or []
     if LOGPROBS in included:
         chat["logprobs"] = True
@@ -134,7 +134,7 @@ def _message(item: Any, place: int) -> Any:
         sentence += "send the message itself (clients do so with store: false)."
         raise ApiError(sentence, param=f"input[{place}]")
     if kind != "message":
-        name = printable(kind) if isinstance(kind, str) else "unknown"
+        name = quotable(kind) if isinstance(kind, str) else "unknown"
         sentence = f"input[{place}] is of type “{name}”: only messages are supported."
         raise ApiError(sentence, param=f"input[{place}].type")
     message = {name: value for name, value in item.items() if name not in ECHOED}

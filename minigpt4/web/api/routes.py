@@ -29,7 +29,7 @@ from minigpt4.engine import AnyEngine, explain
 from minigpt4.errors import UserError
 from minigpt4.web.api import openapi
 from minigpt4.web.api.access import Keys, cors, read_body
-from minigpt4.web.api.body import read_chat, read_json
+from minigpt4.web.api.body import parse_body, read_chat
 from minigpt4.web.api.decisions import decide, read_decisions
 from minigpt4.web.api.errors import ApiError, json_response
 from minigpt4.web.api.health import Health
@@ -243,7 +243,7 @@ class _Events(StreamingResponse):
 
 
 def _read(read: Callable[[dict], T], body: bytearray) -> T:
-    return read(read_json(body))
+    return read(parse_body(body))
 
 
 def _headers(ignored: Sequence[str], dropped_turns: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from minigpt4.web.api.errors import ApiError, json_path, printable
+from minigpt4.web.api.errors import ApiError, json_path, quotable
 
 T = TypeVar("T", bound=BaseModel)
 # pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
@@ -47,7 +47,7 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
     details = first.get("ctx", {})
     sent = first["input"].get("type") if kind == "part" and isinstance(first["input"], dict) else ""
     if isinstance(sent, str) and sent:
-        path = f"{path} is of type “{printable(sent)}”, which is not supported: it"
+        path = f"{path} is of type “{quotable(sent)}”, which is not supported: it"
     items = "item" if details.get("min_length") == 1 else "items"
     end = SENTENCES.get(kind, "has a wrong value.").format(**details, items=items)
     return ApiError(f"{path} {end}", param=json_path(location))

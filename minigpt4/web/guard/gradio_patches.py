@@ -7,7 +7,6 @@ patch does what it is for. What must be replaced while Gradio is imported is in 
 
 import asyncio
 import copy
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from gradio.server_messages import ProcessCompletedMessage
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from minigpt4.data.files import replace_surrogates
 from minigpt4.web.guard.limits import parts_of
 
 IDLE_POLL_SECONDS = 0.05  # between two looks at an empty queue; a pushed event ends the wait
@@ -226,11 +226,6 @@ def _send_message(self: Queue, event: Any, event_message: Any) -> None:
             for session in [s for s, then in _ended.items() if then < now - CLOSING_SECONDS]:
                 del _ended[session]
         _ended[event.session_hash] = now
-
-
-def replace_surrogates(data: Any) -> Any:
-    """Plain data with "?" for each lone surrogate, which JSON can hold and UTF-8 cannot."""
-    return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _get_tool_to_endpoint(self: GradioMCPServer) -> dict[str, str]:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from minigpt4.conversation import Conversation
+from minigpt4.data.files import replace_surrogates
 from minigpt4.engine import Stats
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture, data_url
 from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.web.guard import decoding
-from minigpt4.web.guard.gradio_patches import replace_surrogates
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import looks
