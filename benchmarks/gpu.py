@@ -20,13 +20,14 @@ from statistics import median
 import numpy as np
 import torch
 
-from minigpt4.config import EvaViT, QFormer, get_model
+from minigpt4.config import get_model
 from minigpt4.engine import Engine
 from minigpt4.engine.sampling import Sampling
 from minigpt4.engine.scheduler import Request, Rows
 from minigpt4.errors import UserError
 from minigpt4.model.bridge import build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.parts import EvaViT, QFormer
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import build_encoder
 from minigpt4.weights.int8 import build_int8

@@ -4,193 +4,23 @@ To add a model, add an entry to `MODELS` (docs/models.md shows it). Nothing here
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal
 
 from minigpt4.errors import UserError
 from minigpt4.model import prompt
+from minigpt4.model.parts import (
+    Bridge,
+    ClassesAndObjects,
+    ConcatPatches,
+    EfficientNetLite,
+    EvaViT,
+    Maps,
+    PooledMap,
+    QFormer,
+    Vision,
+)
 
 Quantize = Literal["auto", "none", "w8a16", "int8", "nf4", "int4", "remote"]
-
-
-@dataclass(frozen=True)
-class Patches:
-    """What an encoder gives: vectors [batch, 1 + count, width], the class token's first."""
-
-    count: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Maps:
-    """What an encoder gives: feature maps, each [batch, channels, side, side].
-
-    The first is the one that its `classes` are judged by. The last is the RGB picture; where the
-    encoder finds kinds of `objects`, the detector's features and heat map come after that.
-    """
-
-    channels: tuple[int, ...]
-    classes: int
-    objects: int = 0
-
-    @property
-    def objects_column(self) -> int:
-        """Where a vector of features holds the heat map's maxima, one for each kind of object."""
-        return sum(self.channels) - self.objects
-
-
-class Vision(Protocol):
-    """What every encoder's sizes tell: the side of its pixel values, and what it gives.
-
-    large: a picture takes seconds on a CPU, so there it computes in the language model's type, on
-    all threads, and embeddings are kept on the disk.
-    """
-
-    @property
-    def large(self) -> bool: ...
-
-    @property
-    def image_size(self) -> int: ...
-
-    @property
-    def features(self) -> Patches | Maps: ...
-
-
-class Bridge(Protocol):
-    """What every bridge's sizes tell: which kind of features it reads, and what it makes of them.
-
-    tokens: number of vectors of one picture; width: of each.
-    """
-
-    @property
-    def reads(self) -> type: ...
-
-    def tokens(self, features: Any) -> int: ...
-
-    def width(self, features: Any) -> int: ...
-
-
-@dataclass(frozen=True)
-class EvaViT:
-    """EVA ViT-g/14 as BLIP-2 uses it: without its last block and its final norm."""
-
-    image_size: int = 224
-    # Of the checkpoint's position embedding. Not read; the names of kept files hold it, as they are
-    # made of this class's repr: change that, and everybody encodes and converts anew.
-    pretrain_image_size: int = 224
-    patch_size: int = 14
-    hidden_size: int = 1408
-    layers: int = 39
-    heads: int = 16
-    intermediate_size: int = 6144
-    layer_norm_eps: float = 1e-6
-    ln_vision_eps: float = 1e-5
-    large: ClassVar = True
-
-    @property
-    def features(self) -> Patches:
-        return Patches((self.image_size // self.patch_size) ** 2, self.hidden_size)
-
-
-@dataclass(frozen=True)
-class EfficientNetLite:
-    """EfficientNet-Lite: its last feature map [hidden_size, 9, 9] at 260 px, and earlier ones.
-
-    blocks: (number, channels) of each block whose output is also used as a feature map.
-    classes: number of classes of its classifier (ImageNet's).
-    """
-
-    name: str = "efficientnet-lite2"
-    image_size: int = 260
-    hidden_size: int = 1280
-    blocks: tuple[tuple[int, int], ...] = ((6, 48), (14, 120), (20, 352))
-    classes: int = 1000
-    large: ClassVar = False
-
-    @property
-    def features(self) -> Maps:
-        """The last feature map, those of the blocks, and the RGB picture."""
-        blocks = (channels for _, channels in self.blocks)
-        return Maps((self.hidden_size, *blocks, 3), self.classes)
-
-
-@dataclass(frozen=True)
-class CenterNet:
-    """A detector of COCO's classes: features [hidden_size, side / 32, side / 32], and a heat map
-    [classes, side / 4, side / 4] of where the objects' centres are."""
-
-    image_size: int = 320
-    hidden_size: int = 480
-    classes: int = 80
-
-
-@dataclass(frozen=True)
-class ClassesAndObjects:
-    """Two encoders of one picture: a classifier, and a detector of objects."""
-
-    classifier: EfficientNetLite = field(default_factory=EfficientNetLite)
-    detector: CenterNet = field(default_factory=CenterNet)
-    large: ClassVar = False
-
-    @property
-    def image_size(self) -> int:
-        """Side of the pixel values that both are given."""
-        return self.detector.image_size
-
-    @property
-    def features(self) -> Maps:
-        """The classifier's maps, then the detector's features and heat map."""
-        seen, found = self.classifier.features, self.detector
-        channels = (*seen.channels, found.hidden_size, found.classes)
-        return Maps(channels, seen.classes, found.classes)
-
-
-@dataclass(frozen=True)
-class QFormer:
-    """BLIP-2's Querying Transformer: `query_tokens` vectors attend to the image features."""
-
-    hidden_size: int = 768
-    layers: int = 12
-    heads: int = 12
-    intermediate_size: int = 3072
-    query_tokens: int = 32
-    cross_attention_frequency: int = 2
-    layer_norm_eps: float = 1e-12
-    reads: ClassVar = Patches
-
-    def tokens(self, features: Any) -> int:
-        return self.query_tokens
-
-    def width(self, features: Any) -> int:
-        return self.hidden_size
-
-
-@dataclass(frozen=True)
-class ConcatPatches:
-    """The Llama-2 variant: `group` neighbouring patch features are concatenated; no Q-Former."""
-
-    group: int = 4
-    reads: ClassVar = Patches
-
-    def tokens(self, features: Patches) -> int:
-        return features.count // self.group
-
-    def width(self, features: Patches) -> int:
-        return features.width * self.group
-
-
-@dataclass(frozen=True)
-class PooledMap:
-    """Feature maps pooled to grid x grid, their mean, and what the whole picture shows: the
-    classes' probabilities and, where there is a heat map, its maxima."""
-
-    grid: int = 5
-    reads: ClassVar = Maps
-
-    def tokens(self, features: Maps) -> int:
-        return self.grid**2 + 2 + (features.objects > 0)
-
-    def width(self, features: Maps) -> int:
-        return sum(features.channels) + features.classes
 
 
 @dataclass(frozen=True)

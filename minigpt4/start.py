@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from minigpt4._data import cache_folder
-from minigpt4.config import DEFAULT_MODEL, MODELS, EvaViT, ModelConfig, Quantize, get_model
+from minigpt4.config import DEFAULT_MODEL, MODELS, ModelConfig, Quantize, get_model
 from minigpt4.errors import Report, Step, UserError, out_of_memory, say
+from minigpt4.model.parts import EvaViT
 
 T = TypeVar("T")
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minigpt4.config import ConcatPatches, Maps, ModelConfig, QFormer, Schedule
+from minigpt4.config import ModelConfig, Schedule
 from minigpt4.data.examples import Example
 from minigpt4.model.bridge import QFormerBridge, build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.parts import ConcatPatches, Maps, QFormer
 from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.batches import batches, training_prompt
 from minigpt4.training.packing import pack

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from minigpt4.config import MODELS, ConcatPatches, EvaViT, ModelConfig, QFormer
+from minigpt4.config import MODELS, ModelConfig
 from minigpt4.model import prompt
+from minigpt4.model.parts import ConcatPatches, EvaViT, QFormer
 from minigpt4.model.prompt import ImageRef, Message
 from minigpt4.weights.load import WeightFiles, load_model
 

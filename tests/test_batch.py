@@ -32,7 +32,7 @@ def test_a_bad_item_is_named_counted_and_left_out(model, capsys):
 
 
 def test_where_no_item_is_good_one_sentence_says_so(model):
-    with Batch(Engine(model)) as batch, pytest.raises(UserError, match="No question"):
+    with Batch(Engine(model)) as batch, pytest.raises(UserError, match="None of the questions"):
         list(batch.answer(questions(1, damaged=0), greedy(5)))
 
 

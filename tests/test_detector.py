@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt4.config import CenterNet, PooledMap, get_model
+from minigpt4.config import get_model
 from minigpt4.model.bridge import ObjectsBridge
 from minigpt4.model.detector import Detector
+from minigpt4.model.parts import CenterNet, PooledMap
 from minigpt4.model.vision import build_encoder, suitable_threads
 from minigpt4.weights.checkpoint import load_strict, read_checkpoint
 from minigpt4.weights.sources import WEIGHTS

@@ -62,7 +62,7 @@ def test_no_torch(module):
 # From the ground up; a module's rank is that of its longest name listed here.
 FLOORS = [
     {"errors", "_data"},
-    {"model.prompt", "model.text", "model.image", "model.image_file"},
+    {"model.prompt", "model.text", "model.parts", "model.image", "model.image_file"},
     {"config", "data"},
     {"options"},
     {"weights.gguf"},

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt4 import config
-from minigpt4.config import ConcatPatches, Maps, Patches, PooledMap
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.model import image, minigpt4, vision
+from minigpt4.model.parts import ConcatPatches, Maps, Patches, PooledMap
 from minigpt4.weights import load
 from minigpt4.weights.load import find_weights, load_model
 from tests.parity_case import ParityCase

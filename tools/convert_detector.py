@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from minigpt4.config import CenterNet
 from minigpt4.model.detector import Detector
+from minigpt4.model.parts import CenterNet
 
 SHA256 = {
     ".json": "bfb942eaacc5becf738d536663bc4580a0ae9e560722306e6d4dd7fe4a09de05",

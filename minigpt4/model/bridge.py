@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import ConcatPatches, Maps, ModelConfig, PooledMap, QFormer
+from minigpt4.config import ModelConfig
+from minigpt4.model.parts import ConcatPatches, Maps, PooledMap, QFormer
 
 
 class QFormerBridge(nn.Module):

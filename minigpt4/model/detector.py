@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import CenterNet
+from minigpt4.model.parts import CenterNet
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import ClassesAndObjects, EfficientNetLite, EvaViT, Vision
 from minigpt4.model.detector import Detector
+from minigpt4.model.parts import ClassesAndObjects, EfficientNetLite, EvaViT, Vision
 
 # The published BLIP-2 image processor's statistics (CLIP's), per RGB channel.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

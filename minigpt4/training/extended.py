@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from minigpt4.config import PooledMap
 from minigpt4.data.examples import Example, Text
 from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.parts import PooledMap
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample
 from minigpt4.training.trainer import Recipe, Trainer

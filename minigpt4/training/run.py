@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from minigpt4 import start
-from minigpt4.config import DEFAULT_MODEL, ModelConfig, PooledMap, Quantize, Schedule, get_model
+from minigpt4.config import DEFAULT_MODEL, ModelConfig, Quantize, Schedule, get_model
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import Example, merge, read_instructions
 from minigpt4.data.files import prompt_lines, write_settings
 from minigpt4.data.table import is_table, read_table
 from minigpt4.errors import UserError
+from minigpt4.model.parts import PooledMap
 from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes

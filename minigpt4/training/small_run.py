@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigpt4.config import ModelConfig, PooledMap, Words
+from minigpt4.config import ModelConfig, Words
 from minigpt4.data.files import local_path
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
+from minigpt4.model.parts import PooledMap
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
 from minigpt4.start import given_places
 from minigpt4.training import adapters, int8, mixture, small, small_start, word_head

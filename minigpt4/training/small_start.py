@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minigpt4.config import Maps, PooledMap
 from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.parts import Maps, PooledMap
 from minigpt4.model.words import whole_picture
 
 _HEAT_SCALE = 3.0  # AdamW's steps are equal for all weights: few columns of heat count for more

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import EvaViT, ModelConfig, model_of_projection
+from minigpt4.config import ModelConfig, model_of_projection
 from minigpt4.data.files import replacing
 from minigpt4.errors import Count, UserError, ignore, out_of_memory
+from minigpt4.model.parts import EvaViT
 
 LARGE = 2**20  # bytes of a tensor whose memory is worth a system call
 

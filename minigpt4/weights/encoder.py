@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.config import EvaViT
 from minigpt4.data.files import replacing
 from minigpt4.errors import Report, Step, UserError
+from minigpt4.model.parts import EvaViT
 from minigpt4.model.vision import build_encoder
 from minigpt4.weights.checkpoint import check_tensors, eva_tensors, forget, read_checkpoint
 from minigpt4.weights.int8 import quantize_rows

@@ -8,18 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minigpt4.config import (
-    MODELS,
-    ClassesAndObjects,
-    EfficientNetLite,
-    EvaViT,
-    ModelConfig,
-    QFormer,
-    Quantize,
-)
+from minigpt4.config import MODELS, ModelConfig, Quantize
 from minigpt4.errors import Count, Report, Step, UserError, ignore, say
 from minigpt4.model.bridge import build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
+from minigpt4.model.parts import ClassesAndObjects, EfficientNetLite, EvaViT, QFormer
 from minigpt4.model.vision import build_encoder
 from minigpt4.model.words import load_words
 from minigpt4.weights.adapters import adapted

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from minigpt4.config import MODELS, EvaViT, ModelConfig, Quantize
+from minigpt4.config import MODELS, ModelConfig, Quantize
 from minigpt4.errors import UserError
 from minigpt4.model.bridge import build_bridge
+from minigpt4.model.parts import EvaViT
 from minigpt4.model.vision import build_encoder
 from minigpt4.weights.convert import blocks_folder, planned_bytes, read_sizes
 from minigpt4.weights.gguf import INDEX, BlockLlama, shapes_of
