@@ -40,7 +40,7 @@ def test_the_readme_shows_this_trace():
     ("title", "most", "first", "inside"),
     [
         ("upload, nano", 7, "model/image.py", "model/bridge.py"),
-        ("upload, mini", 9, "model/image.py", "model/words.py"),
+        ("upload, mini", 10, "model/image.py", "model/words.py"),
         ("question, nano", 10, "conversation.py", "model/prompt.py"),
         ("question, mini", 10, "conversation.py", "engine/native.py"),
     ],
