@@ -3,6 +3,7 @@
     python -m benchmarks.page --clients 16        # answers streamed to so many visitors at once
     python -m benchmarks.page --idle 30           # CPU of a server with one open tab
     python -m benchmarks.page --visits 7          # until a new visitor sees the page and can use it
+    python -m benchmarks.page --visits 7 --slow   # the same over a line of 1.6 Mbit/s
 
 The model is replaced by words that come at a fixed pace, so that only the page is measured: one
 server process, clients in another that speak the page's own protocol. Prints one line of JSON.
@@ -33,6 +34,13 @@ WORDS = 300  # of an answer
 # The page's controls, in their order, and the conversation that is shown.
 SETTINGS = [0.5, 0.9, 1.05, 300, 1, "", "", None]
 BLOCKED = 0.05  # seconds
+# Chromium's own emulation: latency in ms, bytes per second.
+SLOW = {
+    "offline": False,
+    "latency": 150,
+    "downloadThroughput": 1.6e6 / 8,
+    "uploadThroughput": 0.75e6 / 8,
+}
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 TRANSFERRED = "performance.getEntries().reduce((sum, entry) => sum + (entry.transferSize ?? 0), 0)"
 
@@ -276,7 +284,7 @@ def idle(seconds: float) -> dict:
         server.close()
 
 
-def first_visits(count: int) -> dict:
+def first_visits(count: int, slow: bool) -> dict:
     """Medians in ms, each visit in a browser that has loaded nothing before.
 
     painted: first contentful paint. usable: the message box is there and takes text.
@@ -291,6 +299,10 @@ def first_visits(count: int) -> dict:
             browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
             for _ in range(count + 1):
                 page = browser.new_page()
+                if slow:
+                    network = page.context.new_cdp_session(page)
+                    network.send("Network.enable")
+                    network.send("Network.emulateNetworkConditions", SLOW)
                 page.goto(server.address, wait_until="commit")
                 page.wait_for_selector("#box textarea:enabled")
                 usable.append(page.evaluate("performance.now()"))
@@ -312,13 +324,14 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.02, help="seconds between two words")
     parser.add_argument("--idle", type=float, metavar="SECONDS")
     parser.add_argument("--visits", type=int)
+    parser.add_argument("--slow", action="store_true", help="visits at 1.6 Mbit/s, 150 ms latency")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
         serve_page(free_port(), chosen.pace, chosen.timed)
     elif chosen.visits:
-        print(json.dumps(first_visits(chosen.visits)))
+        print(json.dumps(first_visits(chosen.visits, chosen.slow)))
     elif chosen.idle:
         print(json.dumps(idle(chosen.idle)))
     else:

@@ -194,7 +194,11 @@ def test_no_picture(visit, photo, tmp_path):
     expect(page.get_by_text("holiday.png is damaged, or not a picture")).to_be_visible()
     expect(page.get_by_label("Added picture", exact=True)).to_have_count(0)
     expect(box(page)).to_have_value("What is this?")
+    page.reload()
+    expect(box(page)).to_have_value("What is this?")
+    expect(page.get_by_label("Added picture", exact=True)).to_have_count(0)
     attach(page, photo)
+    visit.expected("AbortError|Connection errored out")
 
 
 def test_the_place_in_the_queue(visit, engine):
@@ -263,6 +267,12 @@ def test_settings_and_presets(visit, engine):
     temperature.press("Tab")
     expect(page.get_by_label("precise")).to_be_checked()
     expect(page.get_by_label("custom")).to_be_hidden()
+    penalty = page.get_by_label("Repetition penalty, number")
+    penalty.fill("1.5")
+    penalty.press("Tab")
+    expect(page.get_by_label("custom")).to_be_checked()
+    page.get_by_label("precise").click()
+    expect(penalty).to_have_value("1.1")
     page.get_by_label("Seed").fill("lucky")
     say(page, "Hello?")
     expect(page.get_by_text("The seed must be a whole number")).to_be_visible()

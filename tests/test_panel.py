@@ -62,6 +62,12 @@ def test_a_website_is_previewed_in_a_closed_frame(visit):
     inner = page.frames[1]
     assert inner.evaluate("document.title") == "kept out"
     assert inner.evaluate("typeof RTCPeerConnection") == "undefined"
+    assert inner.evaluate("""() => {
+      const dataTransfer = new DataTransfer();
+      dataTransfer.items.add(new File([""], "a.png"));
+      const made = new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true });
+      return !document.body.dispatchEvent(made);
+    }""")  # a file that is dropped on it does not take the page's place
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the website").click()
     assert download.value.suggested_filename == "website.html"
@@ -271,12 +277,15 @@ def test_phone_in_the_dark(visit, photo):
     page = visit(color_scheme="dark", **PHONE)
     expect(page.get_by_label("Seed")).to_be_hidden()
     assert page.evaluate("document.body.classList.contains('dark')")
+    frame_colour = page.locator("meta[name=theme-color]")
+    expect(frame_colour).to_have_attribute("content", "#191917")
     attach(page, photo)
     ask(page, "Make a website of this.")
     open_settings(page)
     # Light, if one likes it better; it stays so.
     page.get_by_role("button", name="Light or dark").click()
     assert not page.evaluate("document.body.classList.contains('dark')")
+    expect(frame_colour).to_have_attribute("content", "#faf9f7")
     page.locator("#settings").get_by_role("button", name="Close").click()
     expect(page.get_by_label("Seed")).to_be_hidden()  # for the keyboard too
     page.get_by_role("button", name="Preview the website").click()
@@ -313,6 +322,9 @@ def test_accessibility(visit, photo, scheme, language, size):
     _assert_accessible(page, "settings")
     page.keyboard.press("Escape")
     if size == PHONE:  # the other states differ in their words alone
+        page.get_by_role("button", name=said["page_conversations"]).click()
+        page.evaluate("minigpt4.notice('Deleted.', 'Undo', () => {})")
+        _assert_accessible(page, "list")
         return
     page.get_by_role("button", name=said["page_preview"]).click()
     expect(page.frame_locator("iframe.website").get_by_text("My Joke")).to_be_visible()

@@ -184,7 +184,14 @@ async def _manifest(_: Request) -> Response:
         {"src": f"pwa_icon/{size}", "sizes": f"{size}x{size}", "type": "image/png"}
         for size in (192, 512)
     ]
-    about = {"name": "MiniGPT-4", "icons": icons, "start_url": "./", "display": "standalone"}
+    about = {
+        "name": "MiniGPT-4",
+        "icons": icons,
+        "start_url": "./",
+        "display": "standalone",
+        "theme_color": "#faf9f7",  # --page in assets/theme.css
+        "background_color": "#faf9f7",
+    }
     return JSONResponse(about, media_type="application/manifest+json")
 
 

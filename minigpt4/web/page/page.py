@@ -46,10 +46,10 @@ LOOK = {  # for Blocks.launch, or gr.mount_gradio_app
 }
 # Screen readers read this line out when it changes.
 LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
-# The box without the files that were refused.
+# The box without the files that were refused; a reload does not bring them back either.
 WITHOUT_REFUSED = (
-    "(refused, box) => refused?.length ? {...box, files: box.files.filter((file) => "
-    "!refused.includes(file.path))} : {__type__: 'update'}"
+    "(refused, box) => refused?.length ? minigpt4.draft.keep({...box, files: box.files.filter("
+    "(file) => !refused.includes(file.path))}) : {__type__: 'update'}"
 )
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 # A conversation that is opened before would be lost: `renew` would put the first session back.
@@ -71,7 +71,9 @@ def build_page(
     With a server for programs, the page has the endpoint /chat as well, and the tool of --mcp.
     """
     loading = source if isinstance(source, Loading) else Loading.done(source)
-    with gr.Blocks(title="MiniGPT-4", fill_height=True, analytics_enabled=False) as page:
+    # Otherwise the page has the width that Gradio likes until it has the styles of its own.
+    wide: dict[str, bool] = {"fill_height": True, "fill_width": True}
+    with gr.Blocks(title="MiniGPT-4", analytics_enabled=False, **wide) as page:
         ChatPage(page, loading, feedback)
         if server is not None:
             add_chat_endpoint(server.chat_service)
@@ -89,6 +91,7 @@ class ChatPage:
         self._known_when_built = loading.engine is not None
         self._session = gr.State(Session(), time_to_live=KEPT_SECONDS)
         self._panel = side = Panel(loading)
+        gr.HTML('<h1 class="heard">MiniGPT-4</h1>', **PLAIN)  # no drawer of a phone covers it
         with gr.Column(elem_id="rail", min_width=0):
             self._new_chat = side.build_rail()
         with gr.Column(elem_id="main", min_width=0):
@@ -176,7 +179,7 @@ class ChatPage:
             box,
             uploads.attach,
             [box, session],
-            [self._refused, self._status],
+            [self._refused, self._status, self._captions],
             trigger_mode="always_last",
             **EVENT,
         )
@@ -209,7 +212,7 @@ class ChatPage:
         model = [*self._model_parts, *texts]
         known = [self._remembered, self._session]
         page.load(None, None, self._box, js="() => minigpt4.draft.load()")
-        self._box.change(None, self._box, None, js="(box) => minigpt4.draft.keep(box)")
+        self._box.change(None, self._box, None, js="(box) => { minigpt4.draft.keep(box); }")
         renewed = page.load(renew, self._session, self._session, **EVENT)
         greeting: dict[str, Any] = {**EVENT, "fn": self.greet, "inputs": known, "js": SETTINGS_JS}
         greeting["outputs"] = [self._status, *model]
@@ -269,7 +272,7 @@ class ChatPage:
         engine = self._loading.find(session.model)
         values = panel.remembered_values(remembered, engine)
         sliders: list[Any] = [gr.update(value=value, interactive=True) for value in values.values()]
-        preset: Any = panel.preset_of([values[name] for name in panel.PRESET_FIELDS], engine)
+        preset: Any = panel.preset_of([*values.values()], engine)
         first = self._known_when_built and not self._loading.several
         if first and not remembered:  # all of it is shown already
             sliders, preset = [gr.skip()] * len(sliders), gr.skip()

@@ -43,7 +43,6 @@ SLIDERS = {
     "num_beams": (1, 8, 1, 1),
 }
 PRESETS = ("precise", "balanced", "creative")
-PRESET_FIELDS = ("temperature", "top_p", "num_beams")
 
 
 class Panel:
@@ -107,9 +106,9 @@ class Panel:
 
     def wire(self, head: gr.HTML, chatbot: gr.Chatbot, session: gr.State, event: dict) -> None:
         """Connect the parts to their handlers."""
-        changed = [self.settings[name] for name in PRESET_FIELDS]
-        self.preset.select(self.choose_preset, session, changed, **event)
+        changed = [self.settings[name] for name in SLIDERS]
         self.preset.select(None, self.preset, None, js=KEEP_SETTING_JS.format(name="preset"))
+        self.preset.select(self.choose_preset, session, changed, **event)
         for name in SLIDERS:
             control = self.settings[name]
             control.input(None, control, None, js=KEEP_SETTING_JS.format(name=name))
@@ -241,14 +240,14 @@ def sampling_values(engine: "AnyEngine | None") -> dict[str, float]:
 
 
 def preset_values(name: str, engine: "AnyEngine | None") -> dict[str, float]:
-    """PRESET_FIELDS -> values. "balanced" is the model's default, "precise" always takes the
+    """Slider -> value. "balanced" is the model's default, "precise" always takes the
     likeliest token, "creative" samples from more tokens at a higher temperature."""
     values = sampling_values(engine)
     if name == "precise":
         values |= {"temperature": 0, "top_p": 1}
     elif name == "creative":
         values |= {"temperature": min(2, round(values["temperature"] + 0.3, 2)), "top_p": 0.95}
-    return {field: values[field] for field in PRESET_FIELDS}
+    return values
 
 
 def remembered_texts(remembered: object) -> list:
@@ -259,7 +258,7 @@ def remembered_texts(remembered: object) -> list:
 
 
 def preset_of(values: Sequence[float], engine: "AnyEngine | None") -> str:
-    """The preset whose PRESET_FIELDS have these values, "custom" where none has."""
+    """The preset whose sliders have these values, "custom" where none has."""
     for name in PRESETS:
         if [*preset_values(name, engine).values()] == [*values]:
             return name
@@ -270,8 +269,7 @@ def remembered_values(remembered: object, engine: "AnyEngine | None") -> dict[st
     """Slider -> the value that the visitor's browser remembers, or else the model's default."""
     given = remembered if isinstance(remembered, dict) else {}
     preset = given.get("preset")
-    values = sampling_values(engine)
-    values |= preset_values(preset if preset in PRESETS else "balanced", engine)
+    values = preset_values(preset if preset in PRESETS else "balanced", engine)
     for name, (low, high, *_) in SLIDERS.items():
         value = given.get(name)
         if isinstance(value, int | float) and low <= value <= high:

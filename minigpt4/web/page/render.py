@@ -179,7 +179,7 @@ def thumbnail(key: str) -> str:
         return _thumbnails.get(key, "")
 
 
-def _make_thumbnail(picture: Picture) -> None:
+def make_thumbnail(picture: Picture) -> None:
     """Write the file unless it exists: old ones are deleted. Takes tens of milliseconds."""
     path = thumbnail(picture.key)
     if path and Path(path).exists():
@@ -201,7 +201,7 @@ def make_thumbnails(conversation: Conversation) -> None:
     """Write the small pictures that `show` refers to. Not for the event loop: it may take long."""
     for message in conversation.messages:
         for reference in message.images:
-            _make_thumbnail(conversation.pictures[reference.key])
+            make_thumbnail(conversation.pictures[reference.key])
 
 
 # --- the website in an answer ---------------------------------------------------------------------

@@ -35,13 +35,15 @@ class Uploads:
     def attach(self, value: dict, session: Session, request: gr.Request) -> Iterator[tuple]:
         """Look at pictures as soon as they are in the box.
 
-        Yields (paths that must leave the box, status): not the box itself, in which the visitor may
-        be typing.
+        Yields (paths that must leave the box, status, small copies of the others, for browsers that
+        cannot show the files): not the box itself, in which the visitor may be typing.
         """
-        yield gr.skip(), translate("looking", request)
+        yield gr.skip(), translate("looking", request), gr.skip()
         good, status = self._look_at(value["files"], session, request)
-        yield [path for path in value["files"] if path not in good], status
-        pictures = [picture for path in good if (picture := session.uploads.get(path))]
+        seen = {path: picture for path in good if (picture := session.uploads.get(path))}
+        small = {"small": {path: render.thumbnail(picture.key) for path, picture in seen.items()}}
+        yield [path for path in value["files"] if path not in good], status, small
+        pictures = [*seen.values()]
         if pictures and not session.busy and (engine := self._loading.find(session.model)):
             with suppress(UserError):  # only a head start
                 read_ahead(engine, session.conversation, pictures)
@@ -72,6 +74,7 @@ class Uploads:
                 if engine := self._loading.find(session.model):
                     looks.note_objects(picture, engine.encode(picture))
                     uploads[path] = image.smaller(picture, KEPT_SIDE)
+                    render.make_thumbnail(uploads[path])
             except Exception:  # only a head start: the answer will tell
                 log.exception("while encoding a picture")
         if session.busy or session.uploads is not uploads:  # a question has been sent

@@ -27,14 +27,16 @@
     .flatMap(({ tails }) => tails.filter(Boolean).flatMap(tailsOf))];
   const partsOf = (talk) => tailsOf(talk).flatMap(({ messages }) => messages).flatMap(({ parts }) => parts);
   const textOf = (talk) => partsOf(talk).map((part) => part.text ?? "").join("\n");
-  // Conversations with these words in their title or text, and the place where they are.
+  // Conversations with all of these words in their title or text, and the place of the first.
   const search = async (words) => {
-    const wanted = words.trim().toLowerCase();
+    const wanted = words.trim().toLowerCase().split(/\s+/);
     const texts = new Map((await (await store).all("talks")).map((talk) => [talk.id, textOf(talk)]));
     return all().flatMap((chat) => {
       const text = (texts.get(chat.id) ?? "").replace(/\s+/g, " ");
-      const at = text.toLowerCase().indexOf(wanted);
-      if (at < 0) return (chat.title ?? "").toLowerCase().includes(wanted) ? [{ ...chat }] : [];
+      const [low, title] = [text.toLowerCase(), (chat.title ?? "").toLowerCase()];
+      if (!wanted.every((word) => low.includes(word) || title.includes(word))) return [];
+      const at = Math.min(...wanted.map((word) => low.indexOf(word)).filter((place) => place >= 0));
+      if (at === Infinity) return [{ ...chat }];
       return [{ ...chat, found: (at > 20 ? "…" : "") + text.slice(Math.max(0, at - 20), at + 80) }];
     });
   };
@@ -141,20 +143,25 @@
     await (await store).sweep();
     coming.clear();
   };
-  // The conversations leave the list at once, and the browser when that can no longer be undone.
+  // The conversations leave the list at once, and the browser when that can no longer be undone:
+  // together with those deleted just before.
+  let undo = null, gone = [], left; // the notice; what it brings back; which of them was shown
   const remove = async (ids) => {
+    if (!undo?.isConnected) [gone, left] = [[], null];
+    const all = gone = [...gone, ...ids];
     const shown = ids.includes(current);
-    const before = current;
-    await Promise.all(ids.map((id) => edit(id, { deleted: Date.now() })));
+    if (shown) left = current;
+    const before = left;
+    const text = all.length === 1 ? say("deleted") : say("deleted_many").replace("{count}", all.length);
+    undo = notice(text, say("undo_delete"), async () => {
+      await Promise.all(all.map((id) => edit(id, { deleted: undefined })));
+      if (before) open(before);
+    }, UNDO);
+    await Promise.all(all.map((id) => edit(id, { deleted: Date.now() })));
     if (shown) {
       address(null);
       want(null);
     }
-    const text = ids.length === 1 ? say("deleted") : say("deleted_many").replace("{count}", ids.length);
-    notice(text, say("undo_delete"), async () => {
-      await Promise.all(ids.map((id) => edit(id, { deleted: undefined })));
-      if (shown) open(before);
-    }, UNDO);
     setTimeout(() => inTurn(() => sweep(UNDO)), UNDO + 1000);
   };
 
@@ -315,7 +322,7 @@
     await session;
     open(id, true);
   };
-  if (addressed()) document.documentElement.toggleAttribute("data-opening", true);
+  if (addressed()) document.documentElement.dataset.opening = "first";
   Object.assign(window.minigpt4, {
     chats: { all, search, edit, remove, told, about, open, start, loaded, get current() { return current; } },
   });

@@ -7,6 +7,7 @@
       else sessionStorage.removeItem(KEY);
     } catch { /* there is no room */ }
     if (!box?.text) setTimeout(window.minigpt4.emptied);
+    return box;
   };
   const load = () => {
     try { return JSON.parse(sessionStorage.getItem(KEY)) ?? { __type__: "update" }; }

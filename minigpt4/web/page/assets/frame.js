@@ -5,6 +5,13 @@ addEventListener("click", (event) => {
   if (link && !link.getAttribute("href").startsWith("#")) event.preventDefault();
 });
 addEventListener("submit", (event) => event.preventDefault());
+// A file that is dropped here would take the page's place.
+for (const type of ["dragover", "drop"]) {
+  addEventListener(type, (event) => {
+    const taken = event.target.matches?.("[type=file]") || !event.dataTransfer?.types.includes("Files");
+    if (!taken) event.preventDefault();
+  });
+}
 
 // The first script in a website's frame. No policy covers WebRTC, which could send data to another
 // host, so it is removed. A frame inside this one would have it again, so such frames are removed as

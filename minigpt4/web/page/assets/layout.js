@@ -49,7 +49,7 @@
     const name = document.documentElement.dataset.drawer;
     if (toggle) drawer(name === toggle.dataset.drawer ? "" : toggle.dataset.drawer);
     else if (target.closest("[data-close]")) drawer("");
-    else if (target.closest("#new-chat") || (name === "rail" && !target.closest("#rail"))) drawer("");
+    else if (target.closest("#new-chat") || (name === "rail" && !target.closest("#rail, .notice"))) drawer("");
   });
 
   document.addEventListener("keydown", (event) => {

@@ -1,20 +1,23 @@
-// A short notice near the composer, with a button for what can be done about it.
+// Short notices above the message box, each with a button for what can be done about it.
 (() => {
   const { make } = window.minigpt4;
-  let shown = null, ending;
+  const area = make("div", { className: "notices" });
+  const shown = {}; // the latest with a button, and the latest without: neither replaces the other
   const notice = (text, label, act, time = 8000) => {
-    shown?.remove();
-    clearTimeout(ending);
-    const box = shown = make("div", { className: "notice", role: "status" },
-      make("span", { textContent: text }));
+    const box = make("div", { className: "notice", role: "status" }, make("span", { textContent: text }));
     const end = () => box.remove();
     if (label) {
       const button = make("button", { type: "button", textContent: label });
       button.addEventListener("click", () => { end(); act(); });
       box.append(button);
     }
-    (document.getElementById("composer") ?? document.body).append(box);
-    ending = setTimeout(end, time);
+    shown[Boolean(label)]?.remove();
+    shown[Boolean(label)] = box;
+    area.append(box);
+    // What a drawer on a phone or a window covers is out of reach.
+    (document.querySelector("dialog[open]") ?? document.body).append(area);
+    setTimeout(end, time);
+    return box;
   };
   Object.assign(window.minigpt4, { notice });
 })();

@@ -70,6 +70,7 @@
     const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
     const dark = (chosen ?? system) === "dark";
     document.documentElement.classList.toggle("dark", dark);
+    for (const meta of document.querySelectorAll("meta[name=theme-color]")) meta.content = dark ? "#191917" : "#faf9f7";
   };
   const theme = () => {
     const dark = document.documentElement.classList.contains("dark");

@@ -17,13 +17,27 @@
     picture.alt = text;
     set(picture.closest("button"), { ariaLabel: `${say("enlarge")}: ${text}` });
   };
-  // The captions of the pictures in the message box, by their files' paths on the server.
-  let known = {};
+  // The captions of the pictures in the message box, and their small copies, by their files' paths on
+  // the server. A copy is shown where the browser cannot show the file; until then, a blank tile.
+  let small = {};
+  const inBox = () => [...document.querySelectorAll("#box .thumbnail-image")];
+  const shows = (picture, path) => path && decodeURI(picture.src).endsWith(path);
+  const of = (known, picture) => known[Object.keys(known).find((path) => shows(picture, path) || shows(picture, small[path]))];
+  const mend = (picture) => {
+    picture.classList.add("blank");
+    const path = of(small, picture);
+    if (path && !shows(picture, path)) picture.src = `${window.gradio_config.root}/gradio_api/file=${encodeURI(path)}`;
+  };
+  for (const type of ["error", "load"]) document.addEventListener(type, ({ target }) => {
+    if (!target.matches?.("#box .thumbnail-image")) return;
+    if (type === "error") mend(target); else target.classList.remove("blank");
+  }, true);
   const captions = (told) => {
-    known = told ?? {};
-    for (const picture of document.querySelectorAll("#box .thumbnail-image")) {
-      const path = Object.keys(known).find((one) => decodeURI(picture.src).endsWith(one));
-      const text = path && known[path];
+    if (told?.small) {
+      small = told.small;
+      inBox().filter(({ className }) => className.includes("blank")).forEach(mend);
+    } else for (const picture of inBox()) {
+      const text = of(told ?? {}, picture);
       if (text) picture.alt = picture.closest(".thumbnail-wrapper").title = text;
     }
   };

@@ -1,19 +1,23 @@
 // The visitor's settings, kept in this browser: the preset, and what was changed by hand.
 (() => {
   const KEY = "minigpt4:settings";
-  const OF_A_PRESET = ["temperature", "top_p", "num_beams"];
   const load = () => {
     try { return JSON.parse(localStorage.getItem(KEY)) ?? {}; } catch { return {}; }
   };
   const keep = (name, value) => {
-    const values = { ...load(), [name]: value };
-    if (name === "preset") for (const other of OF_A_PRESET) delete values[other];
+    const { seed, system, model, ...sampling } = load();
+    const values = { seed, system, model, ...(name === "preset" ? {} : sampling), [name]: value };
     try { localStorage.setItem(KEY, JSON.stringify(values)); } catch { /* there is no room */ }
   };
   // Gradio tells of a text when it has been left; the page may be left before that.
   document.addEventListener("input", ({ target }) => {
     const name = target.closest("#set-seed, #set-system")?.id.slice("set-".length);
     if (name) keep(name, target.value);
+  });
+  // Gradio does not tell that a slider has been reset.
+  document.addEventListener("click", ({ target }) => {
+    const field = target.closest("#settings .reset-button")?.parentElement.querySelector("input");
+    if (field) setTimeout(() => field.dispatchEvent(new Event("input", { bubbles: true })));
   });
   // At the start: a conversation that is being opened has a system prompt of its own.
   const begin = () => {

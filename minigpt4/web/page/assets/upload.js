@@ -105,12 +105,13 @@
   }, true);
 
   const overlay = make("div", { className: "dropping" });
-  const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files") && !find("dialog[open]");
+  const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
   document.addEventListener("dragenter", (event) => {
-    if (!hasFiles(event)) return;
+    if (!hasFiles(event) || find("dialog[open]")) return;
     overlay.textContent = say("drop_anywhere");
     document.body.append(overlay);
   }, true);
+  // Wherever a file is dropped, the browser does not leave the page for it.
   document.addEventListener("dragover", (event) => {
     if (hasFiles(event)) event.preventDefault();
   }, true);
@@ -122,7 +123,7 @@
     if (!hasFiles(event)) return;
     event.preventDefault();
     event.stopImmediatePropagation();
-    window.minigpt4.attach(event.dataTransfer.files);
+    if (!find("dialog[open]")) window.minigpt4.attach(event.dataTransfer.files);
   }, true);
   document.addEventListener("paste", (event) => {
     const { files, types } = event.clipboardData;

@@ -112,7 +112,21 @@
     const seen = target.closest?.(".seen");
     if (seen) show(seen.dataset.name, seen.textContent);
   };
-  for (const type of ["pointerover", "focusin", "click"]) document.addEventListener(type, over);
+  for (const type of ["pointerover", "focusin"]) document.addEventListener(type, over);
+  // Touched, a word also brings its picture back that has been scrolled away.
+  document.addEventListener("click", (event) => {
+    const seen = event.target.closest(".seen");
+    if (!seen) return;
+    const named = images().filter((_, place) => pictures[place]?.some(({ name }) => name === seen.dataset.name));
+    const { top, bottom } = document.querySelector("#chat").getBoundingClientRect();
+    const inView = (image) => {
+      const box = image.getBoundingClientRect();
+      return box.bottom > top && box.top < bottom;
+    };
+    if (!named.length || named.some(inView)) return over(event);
+    named.at(-1).scrollIntoView({ block: "center", behavior: "instant" });
+    requestAnimationFrame(() => requestAnimationFrame(() => over(event))); // scrolling hides outlines
+  });
   for (const type of ["pointerout", "focusout"]) {
     document.addEventListener(type, ({ target }) => { if (target.closest?.(".seen")) hide(); });
   }
