@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from tests.api_case import free_port
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "minigpt4" / "web" / "page" / "examples" / "describe.jpg"
+EXAMPLE = ROOT / "minigpt4" / "web" / "page" / "examples" / "tower.jpg"
 
 
 def tracked(*folders: str) -> list[str]:
