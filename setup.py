@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 DATA = {
     "prompts": ["*.txt"],
-    "weights": ["README.md", "nano*.safetensors", "mini*.safetensors", "centernet-*.safetensors"],
+    "weights": ["README.md", "nano*.safetensors", "mini*.safetensors", "centernet-*"],
 }
 
 setup(

@@ -1,7 +1,7 @@
 """MiniGPT-4: a frozen visual encoder, one trained linear projection, a frozen language model.
 
     model = minigpt4.load("nano")
-    print(model.ask("photo.jpg", "What is this?"))
+    print(model.ask("photo.jpg", "What is in this picture?"))
 
 Importing this package imports no torch; `load` does.
 """

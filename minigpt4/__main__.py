@@ -185,7 +185,7 @@ def _ask(options: argparse.Namespace) -> None:
 
     *photos, question = options.photos
     if not photos:
-        raise UserError('Give a photo and a question: ask PHOTO "What is this?".')
+        raise UserError('Give a photo and a question: ask PHOTO "What is in this picture?".')
     given = start.given_sampling(options)
     if options.out and image.has_picture_name(options.out):  # writing would destroy a photo
         raise UserError(
@@ -378,11 +378,15 @@ def _push(options: argparse.Namespace) -> None:
 
 def _download(options: argparse.Namespace) -> None:
     from minigpt4.weights.load import download_weights, find_weights
+    from minigpt4.weights.sources import missing
 
     config = get_model(options.model)
     given = start.given_places(options)
+    lacked = missing(config, given)
     download_weights(config, start.say, given)
     files = find_weights(config, given=given)
+    if not lacked:
+        start.say(f"The weights of {config.name} are there: nothing had to be fetched.")
     device = start.device_of("auto")
     start.prepare(config, files, start.quantize_of("auto", config, device))
 

@@ -6,7 +6,7 @@ return a result:
 
     def describe(path):
         conversation = Conversation()
-        conversation.add_question("What is this?", [image.load(path)])
+        conversation.add_question("What is in this picture?", [image.load(path)])
         completion = yield ask(engine, conversation, sampling)
         return completion.text
 

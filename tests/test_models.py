@@ -61,7 +61,7 @@ def test_an_entry_is_all_that_a_model_needs(small, folder):
     assert config.model_of_projection(*model.projection.weight.shape) == "small"
     engine = Engine(model)
     conversation = Conversation()
-    picture = image.load(ROOT / "minigpt4" / "web" / "page" / "examples" / "describe.jpg")
+    picture = image.load(ROOT / "minigpt4" / "web" / "page" / "examples" / "tower.jpg")
     conversation.add_question("What is this?", [picture])
     answer = ask(engine, conversation, Sampling(temperature=0, max_new_tokens=4))
     "".join(answer)

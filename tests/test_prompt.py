@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from minigpt4.config import get_model
 from minigpt4.model.prompt import (
     CHATML,
     IMAGE_ID,
@@ -174,6 +175,23 @@ def test_training_asks_as_chat_does():
     trained = encode_training(parts, "A cat.", CHATML, tokenizer, IMAGE_TOKENS, 100)
     asked = encode_chat([Message("user", parts)], CHATML, tokenizer, IMAGE_TOKENS)
     assert trained.ids[: len(asked)] == asked.ids
+
+
+def test_without_a_picture_mini_has_a_system_text():
+    """With one, the prompt is as in training; a system text of one's own stays alone, "" too."""
+    tokenizer, template = byte_level_tokenizer(), get_model("mini").template
+
+    def text(*parts, system=None) -> str:
+        messages = [Message("user", parts)]
+        prompt = encode_chat(messages, template, tokenizer, IMAGE_TOKENS, system)
+        plain_prompt = encode_chat(messages, CHATML, tokenizer, IMAGE_TOKENS, system)
+        assert (prompt == plain_prompt) == (system is not None or any(prompt.images))
+        return tokenizer.decode([i for i in prompt.ids if i >= 0])
+
+    assert text("hello").startswith("<|im_start|>system\nYou are MiniGPT-4")
+    assert text("hello", system="").startswith("<|im_start|>user")
+    assert "MiniGPT-4" not in text("hello", system="Be brief.")
+    assert text(ImageRef("ab"), "hello").startswith("<|im_start|>user")
 
 
 def test_training_has_the_turns_before_the_answer():

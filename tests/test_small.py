@@ -155,6 +155,7 @@ def test_a_phrase_takes_the_place_of_its_words():
     assert choose([0.9, 0.8], ["person", "umbrella"], words) == ["person", "umbrella"]
     assert choose([0.4, 0.9, 0.2, 0.35], terms, words) == ["brown dog", "cat"]
     assert choose([0.9, 0.1, 0.8, 0.7], terms, Words(threshold=0.3, most=2)) == ["dog", "grass"]
+    assert choose([0.9, 0.8, 0.4], ["man", "tree", "two men"], words) == ["two men", "tree"]
 
 
 def test_the_word_head_learns_and_is_kept(tmp_path):
@@ -632,6 +633,12 @@ def test_one_kind_of_text_alone_is_scored(scored, source, model, pictures, tmp_p
     run._rewarded(showing, features[:1], random.Random(0))
     kinds_left = [text.kind for text in showing[0][2]]
     assert kinds_left.count(reward.kind) == 1 and len(kinds_left) <= 3
+
+
+def test_weak_signs_of_a_person_do_not_count():
+    names, learned = ("person", "dog"), torch.tensor([[0.1, 0.1], [0.1, 0.1]])
+    found = with_objects(learned, torch.tensor([[0.2, 0.2], [0.3, 0.2]]), names, names)
+    assert found[:, 0].tolist() == pytest.approx([0.1, 0.3 / 0.66]) and found[0, 1] > 0.3
 
 
 def test_in_a_drawing_the_detector_counts_less():

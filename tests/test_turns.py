@@ -28,9 +28,10 @@ from minigpt4.errors import Kind, Step, UserError
 from minigpt4.model import image
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import render, transcript
+from minigpt4.web.page import looks, render, transcript
 from minigpt4.web.page import session as session_module
 from minigpt4.web.page.answers import waiting
+from minigpt4.web.page.examples import EXAMPLES
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.page import ChatPage
 from minigpt4.web.page.render import literal, show, unescape, verbatim
@@ -90,6 +91,20 @@ def answered(steps) -> list:
         return [step async for step in steps]
 
     return asyncio.run(collect())
+
+
+def test_an_example_has_its_seed_and_caption(monkeypatch, tmp_path):
+    """Unless the visitor has chosen a seed; trying again draws anew."""
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    engine, clicked = FakeEngine(0.0), SimpleNamespace(index=0)
+    first, *_ = EXAMPLES.values()
+    turns, session = Turns(Loading.done(engine), ["seed"]), Session()
+    answered(turns.example(session, clicked, None, "", "", None))
+    answered(turns.retry(session, None, "", "", None))
+    answered(turns.example(Session(), clicked, None, "7", "", None))
+    assert [sampling.seed for sampling in engine.samplings] == [first.seed, None, 7]
+    key = session.conversation.messages[0].images[0].key
+    assert looks.find(key).caption == first.caption
 
 
 def test_an_error_while_answering_is_one_sentence(engine, caplog, warnings, monkeypatch):

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from tests.api_case import free_port
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "minigpt4" / "web" / "page" / "examples" / "describe.jpg"
+EXAMPLE = ROOT / "minigpt4" / "web" / "page" / "examples" / "tower.jpg"
 
 
 def tracked(*folders: str) -> list[str]:
@@ -66,6 +66,7 @@ def test_the_wheel_holds_all_that_is_committed(wheel):
     data = tracked("prompts") + [n for n in tracked("weights") if n.count("/") == 1]
     expected = {*tracked("minigpt4"), *(f"minigpt4/_data/{name}" for name in data)}
     assert held == expected
+    assert "minigpt4/_data/weights/centernet-LICENSE" in held  # MIT: a copy has the notice
 
 
 def test_ask(installed, environment, tmp_path):

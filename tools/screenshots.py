@@ -10,12 +10,11 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from minigpt4.web.page.examples import QUESTIONS
+from minigpt4.web.page.examples import EXAMPLES
 
 ROOT = Path(__file__).parent.parent
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
-EXAMPLES = [*QUESTIONS]
 SECONDS = 120_000  # for an answer, in ms
 
 
@@ -78,7 +77,7 @@ def take(browser: Browser, address: str, out: Path) -> None:
 
 def answer_example(page: Page, name: str) -> None:
     """Click on an example's card, and wait for the answer."""
-    page.locator("#hello .cards button").nth(EXAMPLES.index(name)).click()
+    page.locator("#hello .cards button").nth([*EXAMPLES].index(name)).click()
     answered(page)
 
 

@@ -8,7 +8,7 @@ code does, so an ordinary conversation gives the published token ids exactly.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 IMAGE_ID = -1  # in `Prompt.ids`, at the position of an image embedding
@@ -59,6 +59,7 @@ class Template:
     bos: bool = True  # the tokenizer's beginning-of-sequence token comes first
     training_user: str = ""  # `user` in stage 2's training, where it differs
     training_user_end: str = ""
+    system_without_images: str = ""  # instead of `system` while a conversation has no picture
 
 
 # Texts of the published Conversation class and train configs; the trailing spaces are theirs.
@@ -107,6 +108,17 @@ CHATML = Template(
     controls=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     markers=("<Img>", "</Img>"),
     bos=False,
+)
+
+# A language model for code, greeted without a system text, writes about Python. With a picture
+# there is none, as in training.
+CHATML_GREETED = replace(
+    CHATML,
+    system_without_images=(
+        "You are MiniGPT-4, a helpful research assistant that chats about pictures. You can "
+        "describe pictures, answer questions about them and write poems about them. There is no "
+        "picture yet. When asked to describe a picture, say that you see no picture."
+    ),
 )
 
 
@@ -268,10 +280,15 @@ def encode_chat(
     """The prompt for an answer to the last of `messages`.
 
     Where that is the assistant's, the prompt ends inside it, and the answer is continued. system:
-    None is the template's default; image_tokens: positions per picture.
+    None is the template's default for a conversation with pictures, or for one without;
+    image_tokens: positions per picture.
     """
     writer = _Writer(tokenizer, template, image_tokens)
-    system = template.system if system is None else plain(system, template)
+    if system is None:
+        shown = any(message.images for message in messages)
+        system = template.system if shown else template.system_without_images or template.system
+    else:
+        system = plain(system, template)
     if system:
         before, after = template.system_wrap.split("{}")
         writer.template(before)

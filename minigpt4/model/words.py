@@ -19,12 +19,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from minigpt4.config import Words
+from minigpt4.data.word_lists import singular
 from minigpt4.errors import UserError
 
 # A heat map's maximum h counts as the probability h / (h + HEAT_ODDS). On COCO photographs that the
 # word head has not seen, a maximum above 0.12 (0.25 of probability) finds 69 % of the objects that
 # are spoken of and 5 % of those that are not; the learned terms find 30 % and 0.3 %.
 HEAT_ODDS = 0.36
+# Below such a maximum an object is not found: weak signs of people are in many pictures without.
+LEAST_HEAT = {"person": 0.25}
 # The detector has seen photographs alone: in drawings it finds kites and clocks.
 DRAWING = "drawing"
 PEOPLE = {
@@ -144,7 +147,8 @@ def with_objects(
     likely a drawing, the heat maps count less."""
     found = nn.functional.pad(learned, (0, len(terms) - learned.shape[1]))
     places = [terms.index(name) for name in objects]
-    seen = (heat / (heat + HEAT_ODDS)).to(found.dtype)
+    least = torch.tensor([LEAST_HEAT.get(name, 0.0) for name in objects], device=heat.device)
+    seen = (heat / (heat + HEAT_ODDS) * (heat >= least)).to(found.dtype)
     if DRAWING in terms:
         seen = seen * (1 - found[:, [terms.index(DRAWING)]])
     found[:, places] = torch.maximum(found[:, places], seen)
@@ -154,17 +158,22 @@ def with_objects(
 def choose(probabilities: Sequence[float], terms: Sequence[str], words: Words) -> list[str]:
     """The likely terms, the likeliest first, at most `words.most`.
 
-    A phrase takes the place of its own words ("brown dog" of "dog"), and a man that of a person.
+    A phrase takes the place of its own words ("brown dog" of "dog", "two dogs", too), and a man
+    that of a person.
     """
     order = sorted(range(len(terms)), key=lambda i: -probabilities[i])
     chosen: list[str] = []
+
+    def words_of(term: str) -> set[str]:
+        return {singular(word) for word in term.split()}
+
     for number in order:
         if probabilities[number] < words.threshold or len(chosen) == words.most:
             break
         term = terms[number]
-        if any(term in other.split() for other in chosen):
+        if any(singular(term) in words_of(other) for other in chosen):
             continue
-        covered = [i for i, other in enumerate(chosen) if other in term.split()]
+        covered = [i for i, other in enumerate(chosen) if singular(other) in words_of(term)]
         for i in covered[:1]:
             chosen[i] = term
         if not covered:

@@ -5,45 +5,15 @@ lot", "two dogs"): a loose colour in a list binds to whatever stands beside it. 
 fit any picture are left out (`prompts/word-lists.txt`).
 """
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from minigpt4.data.files import prompt_lines
+from minigpt4.data.word_lists import WORD_LISTS, singular, tokens
 
-
-def _word_lists() -> dict[str, set[str]]:
-    found: dict[str, set[str]] = defaultdict(set)
-    for line in prompt_lines("word-lists.txt"):
-        name, _, words = line.partition(":")
-        found[name] |= set(words.split())
-    return found
-
-
-WORD_LISTS = _word_lists()
 _DETERMINERS, _NUMBERS, _QUALITIES = (
     WORD_LISTS[n] for n in ("determiners", "numbers", "qualities")
 )
 _FUNCTION, _VAGUE, _ENDS_IN_ING = (WORD_LISTS[n] for n in ("function", "vague", "ing"))
-_SINGULAR = dict(word.split("=") for word in WORD_LISTS["singular"])
-
-
-def tokens(text: str) -> list[str]:
-    """A caption's words, lower case, sentences set apart by "."."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)?|\.", text.lower().replace("-", " "))
-
-
-def singular(word: str) -> str:
-    """ "dogs" -> "dog", "buses" -> "bus", "babies" -> "baby"; people keep their odd forms."""
-    if word in _SINGULAR:
-        return _SINGULAR[word]
-    if len(word) < 4 or word.endswith(("ss", "us", "is")) or not word.endswith("s"):
-        return word
-    if word.endswith("ies"):
-        return word[:-3] + "y"
-    if re.search(r"(ch|sh|x|ss|zz|us)es$", word):
-        return word[:-2]
-    return word[:-1]
 
 
 class Vocabulary:

@@ -34,7 +34,7 @@ class Plan:
     """One part of a model: what to fetch for it, and from where.
 
     files: what the source's server lists; cached: where the hub's own cache already has it; rest:
-    the sources to try where this one fails.
+    the sources to try where this one fails; why: what those before it failed with, "" if none.
     """
 
     role: str
@@ -43,6 +43,7 @@ class Plan:
     files: list[Remote] = field(default_factory=list)
     cached: Path | None = None
     rest: tuple[Source, ...] = ()
+    why: str = ""
 
     @property
     def size(self) -> int:
@@ -80,7 +81,10 @@ def _download(
     total = sum(plan.size for plan in plans)
     for plan in plans:
         size = "in the hub's cache" if plan.cached else in_words(plan.size)
-        report(f"  {plan.role}: {plan.source.ref} → {plan.target.name}, {size}")
+        if plan.why:
+            checked = ", whose content must have the publisher's SHA-256"
+            report(f"  {plan.why}: now a mirror{checked if plan.source.sha256 else ''}.")
+        report(f"  {plan.role}: {plan.source.shown} → {plan.target.name}, {size}")
     free = shutil.disk_usage(folder).free
     if total > free:
         raise UserError(
@@ -104,7 +108,7 @@ def _download(
 
 def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: str | None) -> Plan:
     """A plan for the first source that answers. UserError: why the first choice did not."""
-    reasons = []
+    reasons: list[tuple[str, Exception]] = []
     for i, source in enumerate(choices):
         target = weights_folder() / file_name(config, role, source, place)
         plan = Plan(role, source, target, rest=choices[i + 1 :])
@@ -112,6 +116,7 @@ def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: st
             plan.cached = _cached(source)
             if not plan.cached:
                 plan.files = list(_files(source))
+            plan.why = _cause(reasons[0][0]) if reasons else ""
             return plan
         except Exception as error:
             reasons.append((_explain(error, source, plan), error))
@@ -124,8 +129,9 @@ def _next(
 ) -> Plan:
     """The plan for the same part's next source."""
     text = "{source} failed; trying {other}."
-    report(Step("trying", text, source=plan.source.ref, other=plan.rest[0].ref))
+    report(Step("trying", text, source=plan.source.shown, other=plan.rest[0].shown))
     after = _plan(config, plan.role, plan.rest, place)
+    after.why = plan.why
     progress.grow(after.size)
     return after
 
@@ -249,8 +255,11 @@ def _carry_out(plan: Plan, parts: Path, progress: Progress) -> bool:
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError | ConnectionError):
             raise  # the disk
+        said = _explain(error, plan.source, plan)
         if not plan.rest:
-            raise UserError(_explain(error, plan.source, plan)) from error
+            said = f"{plan.why}, and from the mirror: {said}" if plan.why else said
+            raise UserError(said) from error
+        plan.why = plan.why or _cause(said)
     progress.grow(progress.done - done - plan.size)
     return False
 
@@ -295,6 +304,11 @@ def _unpack(gguf: Path, target: Path, cached: bool) -> None:
         if target.is_dir():
             shutil.rmtree(target)  # an incomplete one
         file.parent.rename(target)
+
+
+def _cause(sentence: str) -> str:
+    """What went wrong, without what to do."""
+    return sentence.partition(": ")[0]
 
 
 def _explain(error: Exception, source: Source, plan: Plan) -> str:

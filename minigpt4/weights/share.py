@@ -105,7 +105,7 @@ and the language model are frozen and are not part of this repository; their lic
 import minigpt4
 
 model = minigpt4.load("{repository}")
-print(model.ask("photo.jpg", "What is this?"))
+print(model.ask("photo.jpg", "What is in this picture?"))
 ```
 
 ## Training

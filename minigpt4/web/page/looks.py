@@ -111,6 +111,14 @@ class FirstLook:
             captions[path] = find(picture.key).caption
         return captions
 
+    async def at_conversation(self, session: Session) -> bool:
+        """Whether a picture of the conversation has got its caption now."""
+        pictures = session.conversation.pictures.values()
+        new = [p for p in pictures if not (find(p.key).caption or p.key in session.captions)]
+        for picture in new:
+            await self._look_at(picture, session)
+        return any(find(picture.key).caption for picture in new)
+
     async def _look_at(self, picture: Picture, session: Session) -> None:
         engine = self._loading.find(session.model)
         if engine is None or not engine.model.config.small or session.busy:

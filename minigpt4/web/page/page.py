@@ -172,6 +172,7 @@ class ChatPage:
         for event in events:
             event.then(side.record, session, [side.keeper, side.facts], **EVENT)
             event.then(renew, session, session, **EVENT)
+        events[0].then(turns.look, session, [chatbot, side.keeper], **EVENT)
 
     def _wire_pictures(self, uploads: Uploads) -> None:
         box, session = self._box, self._session

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from minigpt4.web.page.examples import QUESTIONS, thumbnail
+from minigpt4.web.page.examples import EXAMPLES
 
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("theme", "layout", "chat", "composer", "panels", "store")
@@ -40,8 +40,8 @@ def fragment(name: str, value: Any = None, **settings: Any) -> gr.HTML:
 def hello() -> gr.HTML:
     """The empty page: where a photo can be dropped, and a card for each example."""
     cards = "".join(
-        CARD.format(index=index, path=thumbnail(name), name=name)
-        for index, name in enumerate(QUESTIONS)
+        CARD.format(index=index, path=example.thumbnail, name=name)
+        for index, (name, example) in enumerate(EXAMPLES.items())
     )
     template = asset("hello.html").replace("<!-- cards -->", cards)
     return gr.HTML(html_template=template, js_on_load=asset("hello.js"), elem_id="hello", **PLAIN)

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -14,7 +15,7 @@ from gradio.utils import get_upload_folder
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import answers, examples, records, render
+from minigpt4.web.page import answers, examples, looks, records, render
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Remark, Session, no_version
 from minigpt4.web.page.texts import explain, explain_loading, translate
@@ -46,6 +47,7 @@ class Turns:
     def __init__(self, loading: Loading, names: Sequence[str]) -> None:
         self._loading = loading
         self._names = names
+        self._first_look = looks.FirstLook(loading)
 
     async def ask(
         self, value: dict, session: Session, request: gr.Request, *settings: float | str | None
@@ -73,16 +75,27 @@ class Turns:
         request: gr.Request,
         *settings: float | str | None,
     ) -> AsyncGenerator[tuple, None]:
-        """Ask an example's question about its picture. The box keeps what is in it."""
+        """Ask an example's question about its picture, with its seed unless the visitor has chosen
+        one. The box keeps what is in it."""
+        example = [*examples.EXAMPLES.values()][clicked.index]
 
         def conversation() -> Conversation:
-            question, path = examples.chosen(clicked.index)
-            copy = save_file_to_cache(path, get_upload_folder())
-            return session.with_question(question, [copy])
+            copy = save_file_to_cache(example.file, get_upload_folder())
+            asked = session.with_question(example.question, [copy])
+            looks.note(asked.messages[-1].images[0].key, caption=example.caption)
+            return asked
 
-        async with aclosing(self._answer(session, conversation, request, settings)) as steps:
+        steps = self._answer(session, conversation, request, settings, seed=example.seed)
+        async with aclosing(steps):
             async for step in steps:
                 yield step
+
+    async def look(self, session: Session, request: gr.Request) -> tuple:
+        """Have captioned what was sent at once, after its answer: (messages, what is kept)."""
+        if not await self._first_look.at_conversation(session) or session.busy or session.successor:
+            return gr.skip(), gr.skip()
+        session.rendered.clear()
+        return render.messages(session, request), self._told(session)
 
     async def retry(
         self, session: Session, request: gr.Request, *settings: float | str | None
@@ -167,8 +180,9 @@ class Turns:
         request: gr.Request | None,
         settings: Sequence[float | str | None],
         sent: dict | None = None,
+        seed: int | None = None,
     ) -> AsyncGenerator[tuple, None]:
-        """sent: what the box holds, if it is to be emptied."""
+        """sent: what the box holds, if it is to be emptied; seed: where the settings have none."""
         *settings, shown = settings
         if hindered := _hindered(session, str(shown or ""), request):
             yield hindered
@@ -176,7 +190,7 @@ class Turns:
         accepted, status, failure, session.busy = False, "", "", True
         recorded = 0.0
         try:
-            steps = self._run(session, build, request, settings)
+            steps = self._run(session, build, request, settings, seed)
             async with aclosing(steps):
                 async for now in steps:
                     line, status = gr.skip() if now == status else now, now
@@ -215,10 +229,13 @@ class Turns:
         build: Callable[[], Conversation],
         request: gr.Request | None,
         settings: Sequence[float | str | None],
+        seed: int | None,
     ) -> AsyncGenerator[str, None]:
         """Answer what `build` returns; the status line at each step that has something to show."""
         engine = self._engine(session, request)
         sampling, system = self._sampling(settings, request)
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=seed)
         conversation = await asyncio.to_thread(_build, build)
         conversation.system = system
         accepted = False

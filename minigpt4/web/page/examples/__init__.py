@@ -1,6 +1,7 @@
 """The examples on the empty page. Their pictures: see README.md."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from gradio.processing_utils import save_file_to_cache
@@ -8,33 +9,50 @@ from gradio.processing_utils import save_file_to_cache
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-# Name of the label and of the picture -> question. The models were trained on English.
-QUESTIONS = {
-    "describe": "Describe this image in detail.",
-    "story": "Tell a short story about what happens in this image.",
-    "poem": "Write a short poem about this image.",
-    "advertisement": "Write an advertisement for this product.",
+
+
+@dataclass(frozen=True)
+class Example:
+    """picture: its file's name. seed: of the answer that a click shows, which was read with mini's
+    weights of 2026-11-30. caption: what the picture shows."""
+
+    picture: str
+    question: str
+    seed: int
+    caption: str
+
+    @property
+    def file(self) -> str:
+        return str(FOLDER / f"{self.picture}.jpg")
+
+    @property
+    def thumbnail(self) -> str:
+        return str(FOLDER / "small" / f"{self.picture}.jpg")
+
+
+# Name of the label -> example. The models were trained on English.
+EXAMPLES = {
+    "poem": Example(
+        "tower",
+        "Write a short poem about this image.",
+        1,
+        "A tower of the Summer Palace in Beijing",
+    ),
+    "story": Example("cat", "Tell a short story about this cat.", 1, "The cat Chelsea"),
+    "entitle": Example("dahlia", "Suggest a title for this picture.", 4, "A dahlia"),
+    "advertisement": Example(
+        "coffee", "Write an advertisement for this product.", 1, "A cup of coffee"
+    ),
 }
-
-
-def thumbnail(name: str) -> str:
-    """The file of an example's small picture."""
-    return str(FOLDER / "small" / f"{name}.jpg")
-
-
-def chosen(index: int) -> tuple[str, str]:
-    """An example's question and its picture's file. IndexError where there is none."""
-    name, question = [*QUESTIONS.items()][index]
-    return question, _picture(name)
 
 
 def in_folder(folder: Path) -> set[str]:
     """The paths of Gradio's copies of the pictures, which are made where they are missing and the
     disk has room."""
     found, failed = set(), None
-    for name in QUESTIONS:
+    for example in EXAMPLES.values():
         try:
-            found.add(save_file_to_cache(_picture(name), str(folder)))
+            found.add(save_file_to_cache(example.file, str(folder)))
         except OSError as error:
             failed = error
     if failed:
@@ -42,7 +60,3 @@ def in_folder(folder: Path) -> set[str]:
             "The examples' pictures could not be copied to %s: %s.", folder, failed.strerror
         )
     return found
-
-
-def _picture(name: str) -> str:
-    return str(FOLDER / f"{name}.jpg")
