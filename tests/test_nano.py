@@ -125,7 +125,6 @@ def test_mistakes_are_one_sentence(photo, capsys, monkeypatch, tmp_path):
         ["ask", "nowhere.jpg", "What?"],
         ["ask", str(photo)],
         ["ask", str(photo), "What?", "--model", "gpt-5"],
-        ["ask", str(photo), "What?", "--temperature", "-3"],
         ["ask", "https://example.org/a.jpg", "What?"],
         ["ask", str(photo), "What?", "--out", str(photo)],
         ["ask", str(photo), "What?", "--device", "cuda:77"],

@@ -496,6 +496,16 @@ def test_a_picture_may_show_nothing_unusual(pictures):
             assert answer.removeprefix("I see nothing unusual in this picture. ") in one.captions
 
 
+def test_what_a_picture_does_not_tell_is_said_to_be_unknown(pictures):
+    mixture = Mixture(Things())
+    drawn = [t for n in range(300) for t in mixture.draw(pictures[0], random.Random(n))]
+    found = {text.turns[0] for text in drawn if text.kind == "not told"}
+    assert ("What time is it?", "I cannot read clocks in pictures.") in found
+    assert len({answer for _, answer in found}) == 3 and found <= {*mixture.not_told}
+    stop = replace(pictures[0], captions=("A stop sign.",))
+    assert not any(mixture._not_told(stop, random.Random(n)) for n in range(50))
+
+
 def test_questions_are_also_answered_in_a_word(pictures):
     mixture = Mixture(Things())
     drawn = [t for n in range(200) for t in mixture.draw(pictures[0], random.Random(n))]
@@ -624,9 +634,9 @@ def test_one_kind_of_text_alone_is_scored(scored, source, model, pictures, tmp_p
         "descriptions": DescriptionReward(pictures, ["dog"], 2),
     }[scored]
     run = trainer(model, pictures, tmp_path, 1, [reward])
-    run.recipe = replace(recipe, sizes=((("described", 6), ("captioned", 6)),))
+    run.recipe = replace(recipe, sizes=((("described", 3), ("captioned", 3)),))
     features, _, kinds = run.batch(run.chosen(0)[0], random.Random(0))
-    assert len(features) == 12
+    assert len(features) == 6
     assert f"sampled {reward.kind}" in kinds
     of_one = run.sources[source].pictures[0]
     showing = [(of_one, ImageRef("0"), run.mixture.draw(of_one, random.Random(1)))]

@@ -61,6 +61,9 @@ _PREMISES = (  # questions about what is not there
     "What is the {} like?",
 )
 
+_NOT_TOLD = 0.15  # how often it is learned what a picture does not tell
+_WHAT = 0.15  # how often “What is this?” asks for a caption
+
 
 @dataclass(frozen=True)
 class TrainingPicture:
@@ -224,6 +227,12 @@ def ordinary(caption: str) -> str:
     return f"I see nothing unusual in this picture. {caption[:1].upper()}{caption[1:]}"
 
 
+def not_told() -> list[Turn]:
+    """Questions that pictures do not answer, or not to small encoders, and honest answers."""
+    pairs = (line.partition(" | ") for line in prompt_lines("not-told.txt"))
+    return [(asked, answer) for asked, _, answer in pairs]
+
+
 class Mixture:
     """Draws what is learned of a picture at one showing."""
 
@@ -231,6 +240,7 @@ class Mixture:
         self.objects = objects
         self.short = prompt_lines("caption.txt")
         self.detailed = prompt_lines("alignment.txt")
+        self.not_told = not_told()
 
     def draw(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         """The conversations of one showing: one to eleven."""
@@ -242,11 +252,21 @@ class Mixture:
             "instructed": self._instructed,
             "drawn": self._drawn,
         }
-        return [*parts[picture.source](picture, draw), *self.presence(picture, draw)]
+        texts = parts[picture.source](picture, draw)
+        return [*texts, *self.presence(picture, draw), *self._not_told(picture, draw)]
+
+    def _not_told(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
+        """Sometimes a question that the picture does not answer; a stop sign can be read."""
+        if draw.random() >= _NOT_TOLD or any("stop sign" in text for text in picture.texts):
+            return []
+        answer = draw.choice(sorted({answer for _, answer in self.not_told}))
+        turn = draw.choice([turn for turn in self.not_told if turn[1] == answer])
+        return [Answered((turn,), kind="not told")]
 
     def _captioned(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))
-        asked = draw.choice(self.short)  # the same: the captions then share their prompt
+        # The same: the captions then share their prompt.
+        asked = "What is this?" if draw.random() < _WHAT else draw.choice(self.short)
         found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
         return found + self._ordinary(picture, draw) + self._known(picture, draw)
 
@@ -303,7 +323,7 @@ class Mixture:
         return [Answered((turn,), kind="ordinary")]
 
     def _named(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
-        asked = draw.choice(("What is this?", "What does this picture show? Answer in one word."))
+        asked = "What does this picture show? Answer in one word."
         return [Answered(((asked, name_of(picture)),), kind="name")]
 
     def _instructed(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:

@@ -35,7 +35,7 @@ from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
 PAUSE_SECONDS = 5.0
-_TOGETHER = 12  # pictures of a group, at most; a step's memory grows with them
+_TOGETHER = 6  # pictures of a group, at most; a step's memory grows with them
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,15 @@ class SmallRecipe:
 # Where one kind of text alone is scored: many pictures that have it, and a few other texts, so that
 # nothing else is forgotten. Beside captions, drawings were new to the model.
 SCORED: dict[str, dict[str, Any]] = {
-    "both": {},
+    "both": {
+        "sampled": 0.75,
+        "others": 4,
+        "sizes": (
+            (("described", 3), ("instructed", 1)),
+            (("flickr", 8), ("captioned", 3)),
+            (("drawn", 3),),
+        ),
+    },
     "captions": {
         "sampled": 1.0,
         "others": 2,
