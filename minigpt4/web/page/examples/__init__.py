@@ -35,11 +35,11 @@ EXAMPLES = {
     "poem": Example(
         "tower",
         "Write a short poem about this image.",
-        1,
+        4,
         "A tower of the Summer Palace in Beijing",
     ),
-    "story": Example("cat", "Tell a short story about this cat.", 1, "The cat Chelsea"),
-    "entitle": Example("dahlia", "Suggest a title for this picture.", 4, "A dahlia"),
+    "story": Example("cat", "Tell a short story about this cat.", 4, "The cat Chelsea"),
+    "entitle": Example("dahlia", "Suggest a title for this picture.", 3, "A dahlia"),
     "advertisement": Example(
         "coffee", "Write an advertisement for this product.", 1, "A cup of coffee"
     ),
