@@ -493,6 +493,7 @@ def test_every_state_fits_every_screen(visit, photo, width, height):
 
     def fits() -> None:
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+        assert page.evaluate("document.scrollingElement.scrollHeight <= innerHeight")
         edge = page.locator("#composer").bounding_box()
         assert edge["x"] >= 0 and edge["x"] + edge["width"] <= width
         assert edge["y"] + edge["height"] <= height
