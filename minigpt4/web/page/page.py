@@ -91,7 +91,8 @@ class ChatPage:
         self._known_when_built = loading.engine is not None
         self._session = gr.State(Session(), time_to_live=KEPT_SECONDS)
         self._panel = side = Panel(loading)
-        gr.HTML('<h1 class="heard">MiniGPT-4</h1>', elem_id="name", **PLAIN)  # no drawer of a phone covers it
+        # No drawer of a phone covers it.
+        gr.HTML('<h1 class="heard">MiniGPT-4</h1>', elem_id="name", **PLAIN)
         with gr.Column(elem_id="rail", min_width=0):
             self._new_chat = side.build_rail()
         with gr.Column(elem_id="main", min_width=0):
