@@ -43,6 +43,20 @@ def test_a_picture_is_encoded_while_its_question_is_typed(visit, engine, photo):
     expect(figures(page)).to_contain_text("Prompt tokens64of these, reused40")
 
 
+def test_an_answer_without_a_picture_says_so(visit, photo):
+    page = visit()
+    say(page, "What is this?")
+    expect(status(page)).to_have_text("There is no picture in this chat. Add one with +.")
+    say(page, "And what is that?")  # once is enough
+    done(page)
+    expect(status(page)).to_have_text("")
+    page.reload()
+    attach(page, photo)
+    say(page, "What is this?")
+    done(page)
+    expect(status(page)).to_have_text("")
+
+
 def test_words_appear_one_after_another(visit, engine):
     engine.word_seconds = 0.03
     page = visit()

@@ -31,10 +31,16 @@ ENDINGS = {
 
 
 def ending(session: Session, request: gr.Request | None) -> str:
-    """Why the last answer was cut off; "" if it was not."""
-    if not session.last_answer or session.stop_reason not in ENDINGS:
+    """Why the last answer was cut off; "" if it was not. Of a conversation's first answer, also
+    that there was no picture: models answer questions about one all the same."""
+    messages = session.conversation.messages
+    if not session.last_answer:
         return ""
-    return translate(ENDINGS[session.stop_reason], request)
+    if session.stop_reason in ENDINGS:
+        return translate(ENDINGS[session.stop_reason], request)
+    if len(messages) == 2 and not messages[0].images:
+        return translate("no_picture", request)
+    return ""
 
 
 def facts(session: Session, request: gr.Request | None) -> dict:
