@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALL := -m pip install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ray setup weights lint types lock claims clean
+.PHONY: demo test test-ray setup weights mini-weights lint types lock claims clean
 demo: setup
 	$(BIN)/python app.py
 
@@ -14,7 +14,7 @@ demo: setup
 # their number, files with few and long tests would come last, alone.
 test: setup
 	@$(MAKE) --no-print-directory --jobs --output-sync=target \
-		weights node_modules/installed lint types
+		mini-weights node_modules/installed lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A Ray cluster on this machine. Its environment is separate, as Ray changes the server's packages.
@@ -36,6 +36,10 @@ setup: .venv/installed
 
 weights: setup
 	@$(BIN)/python -m minigpt4 download nano
+
+# Tests that need them are skipped where they cannot be had.
+mini-weights: weights
+	@-$(BIN)/python -m minigpt4 download mini
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

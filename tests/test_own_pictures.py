@@ -24,7 +24,7 @@ from tests.docs_case import commands
 ROOT = Path(__file__).parent.parent
 DRAWN = ROOT / "minigpt4" / "evaluation" / "suite"
 SMALL = ["--steps", "8", "--batch-size", "2", "--peak-lr", "0.02", "--device", "cpu"]
-SHORT = ["--temperature", "0", "--max-new-tokens", "20"]
+SHORT = ["--temperature", "0", "--max-new-tokens", "12"]
 STYLE = "In this little picture, painted in water colours, we see this:"
 
 
@@ -59,10 +59,10 @@ def said(capsys, arguments: list[str]) -> str:
     return capsys.readouterr().out.strip()
 
 
-def test_from_twenty_pictures_to_another_answer(place, capsys):
+def test_from_twelve_pictures_to_another_answer(place, capsys):
     """docs/curation.md: generate, refine at our own endpoint, filter, review, merge, export,
     train, ask. The review stands in for two people at the page, which has tests of its own."""
-    make_pictures(place / "photos", 20)
+    make_pictures(place / "photos", 12)
     steps = commands("curation.md")
     names = [c[1] if c[0] == "curate" else c[0] for c in steps]
     expected = ["generate", "refine", "filter", "review", "review", "merge", "export"]
@@ -70,7 +70,7 @@ def test_from_twenty_pictures_to_another_answer(place, capsys):
     generate, refine, sieve, ann, bob, merge, export, train, ask = steps
 
     assert main([*generate, *SHORT, "--continues", "0"]) == 0
-    assert len(read_records("set/generated.jsonl")) == 20
+    assert len(read_records("set/generated.jsonl")) == 12
     config = get_model("nano")
     quantize = start.quantize_of("auto", config, start.device_of("cpu"))
     engine = Engine(load_model(config, find_weights(config), quantize=quantize))
@@ -81,7 +81,7 @@ def test_from_twenty_pictures_to_another_answer(place, capsys):
     loose = ["--min-words", "3", "--max-repeated", "0.5", "--max-similarity", "1"]
     assert main([*sieve, *loose]) == 0
     kept = chosen(read_records("set/filtered.jsonl").values())
-    assert 2 < len(kept) <= 20
+    assert 2 < len(kept) <= 12
 
     for command, reviewer in ((ann, "ann"), (bob, "bob")):
         with Records(command[command.index("--out") + 1]) as records:
