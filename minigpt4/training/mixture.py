@@ -240,7 +240,8 @@ class Mixture:
         self.objects = objects
         self.short = prompt_lines("caption.txt")
         self.detailed = prompt_lines("alignment.txt")
-        self.not_told = not_told()
+        turns = not_told()
+        self.not_told = {a: [t for t in turns if t[1] == a] for a in sorted({a for _, a in turns})}
 
     def draw(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         """The conversations of one showing: one to eleven."""
@@ -259,9 +260,8 @@ class Mixture:
         """Sometimes a question that the picture does not answer; a stop sign can be read."""
         if draw.random() >= _NOT_TOLD or any("stop sign" in text for text in picture.texts):
             return []
-        answer = draw.choice(sorted({answer for _, answer in self.not_told}))
-        turn = draw.choice([turn for turn in self.not_told if turn[1] == answer])
-        return [Answered((turn,), kind="not told")]
+        turns = draw.choice([*self.not_told.values()])  # each answer as often as the others
+        return [Answered((draw.choice(turns),), kind="not told")]
 
     def _captioned(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))
