@@ -84,6 +84,26 @@ def test_a_reload_in_mid_answer_brings_everything_back(visit, engine, photo, siz
     visit.expected(LEFT)
 
 
+def test_a_reload_before_the_picture_was_kept(visit, engine, photo):
+    engine.ahead = 1
+    page = visit(**WIDE)
+    attach(page, photo)
+    fetching = re.compile("/file=")
+
+    def hold(route):  # what the page itself fetches, not what an element shows
+        route.abort() if route.request.resource_type == "fetch" else route.continue_()
+
+    page.route(fetching, hold)
+    say(page, "What is this?")
+    page.wait_for_function("location.hash.startsWith('#/c/')")
+    page.unroute(fetching)
+    page.reload()
+    page.wait_for_function("document.querySelector('#chat .image-frame img')?.naturalWidth === 320")
+    expect(questions(page).last).to_have_text("What is this?")
+    engine.ahead = 0
+    visit.expected(LEFT + "|ERR_FAILED")
+
+
 def test_a_reload_before_the_first_word(visit, engine):
     engine.ahead = 1
     page = visit(**WIDE)

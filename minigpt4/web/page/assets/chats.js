@@ -119,7 +119,7 @@
       if (about) delete entry.deleted;
       entry.title = chat?.named ? chat.title : (about?.title || title);
       const time = about?.time || Math.max(Date.now(), (chat?.time ?? 0) + 1);
-      return { chat: { ...entry, id, time }, talk: { ...said, id, keys } };
+      return { chat: { ...entry, id, time }, talk: { ...said, id, keys, files: pictures } };
     });
     let place = places.get(name) ?? { id: name };
     let now = await write(place.id, place);
@@ -132,6 +132,14 @@
     const { id } = place;
     Promise.all(Object.entries(pictures).map(([key, file]) => keepPicture(key, file.name, fileOf(file))))
       .then(() => list.get(id)?.thumb || inTurn(() => thumbnail(id, keys)));
+  };
+
+  // A picture that is kept. A page that was left a moment after sending has not fetched it yet: the
+  // server may still have it.
+  const keptPicture = async ({ files }, key) => {
+    const base = await store;
+    if (!await base.get("pictures", key) && files?.[key]) await keepPicture(key, files[key].name, fileOf(files[key]));
+    return base.get("pictures", key);
   };
 
   // --- deleting ---------------------------------------------------------------------------------
@@ -203,7 +211,7 @@
     const base = await store;
     const [chat, talk] = [await base.get("chats", id), await base.get("talks", id)];
     try {
-      const found = (await Promise.all(talk.keys.map((key) => base.get("pictures", key)))).filter(Boolean);
+      const found = (await Promise.all(talk.keys.map((key) => keptPicture(talk, key)))).filter(Boolean);
       const files = found.map(({ blob, name, key }) => new File([blob], name || `${key.slice(0, 8)}.jpg`));
       const paths = await upload(files);
       const pictures = Object.fromEntries(found.map(({ key }, place) => [key, paths[place]]));
