@@ -274,6 +274,12 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
             says([{"type": "video_url"}]),
         ),
         (400, "guided_json", "must be an object", {"guided_json": "{}"}),
+        (
+            400,
+            "structured_outputs.json",
+            "must be an object",
+            {"structured_outputs": {"json": "{}"}},
+        ),
         (400, "messages[0].content[0].text", "must be a string", says([{**TEXT, "text": 1}])),
         (400, "messages[0].content[0].image_url", "must be an object", says([IMAGE])),
         (400, "messages[0].role", "tools are not supported", {"messages": [TOOL]}),

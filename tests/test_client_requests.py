@@ -308,8 +308,9 @@ def test_openais_client_parses_an_answer(address):
         {"response_format": {"type": "json_object", "schema": Seen.model_json_schema()}},
         {"response_format": {"type": "json_schema", "schema": Seen.model_json_schema()}},
         {"guided_json": Seen.model_json_schema()},
+        {"structured_outputs": {"json": Seen.model_json_schema()}},
     ],
-    ids=["llama.cpp", "flat", "vLLM"],
+    ids=["llama.cpp", "flat", "vLLM, older", "vLLM"],
 )
 def test_schemas_as_other_servers_take_them(address, asked):
     answer = post(address, max_tokens=200, **{"temperature": 2.0, "seed": 1} | asked)
@@ -321,6 +322,9 @@ def test_one_of_two_schemas_is_named_as_ignored():
     both = {"response_format": {"type": "text"}, "guided_json": {"type": "object"}}
     request, ignored = read_chat({"messages": HELLO} | both)
     assert request.response_format.type == "text" and ignored == ["guided_json"]
+    outputs = {"structured_outputs": {"json": {"type": "object"}, "regex": "a+"}}
+    request, ignored = read_chat({"messages": HELLO} | outputs)
+    assert request.response_format.type == "json_schema" and ignored == ["structured_outputs"]
 
 
 def test_an_answer_may_be_any_json_object(address):

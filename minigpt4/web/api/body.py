@@ -48,16 +48,27 @@ def _renamed(body: dict) -> dict:
     renamed = {ALIASES.get(name, name): value for name, value in body.items()}
     renamed |= {name: value for name, value in body.items() if name not in ALIASES}
     wanted = renamed.get("response_format")
-    if wanted is None and (guide := renamed.pop("guided_json", None)) is not None:  # vLLM's
-        if not isinstance(guide, dict):
-            raise ApiError("guided_json must be an object: a JSON schema.", param="guided_json")
-        renamed["response_format"] = _as_schema({}, guide)
+    if wanted is None:
+        name, schema = _taken_guide(renamed)
+        if schema is not None and not isinstance(schema, dict):
+            raise ApiError(f"{name} must be an object: a JSON schema.", param=name)
+        if schema is not None:
+            renamed["response_format"] = _as_schema({}, schema)
     elif isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
         rest = {name: value for name, value in wanted.items() if name != "schema"}
         schema = wanted.get("schema")  # llama.cpp's, Together's and Fireworks'
         if schema is not None and "json_schema" not in wanted:
             renamed["response_format"] = _as_schema(rest, schema)
     return renamed
+
+
+def _taken_guide(body: dict) -> tuple[str, Any]:
+    """(name of vLLM's field with a schema, today's or the older, its value), out of the body."""
+    outputs = body.get("structured_outputs")
+    if isinstance(outputs, dict) and outputs.get("json") is not None:
+        body["structured_outputs"] = {n: v for n, v in outputs.items() if n != "json"} or None
+        return "structured_outputs.json", outputs["json"]
+    return "guided_json", body.pop("guided_json", None)
 
 
 def _as_schema(rest: dict, schema: Any) -> dict:
