@@ -36,6 +36,7 @@ from minigpt4.training.mixture import (
     not_told,
     read_pictures,
 )
+from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import sample
 from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource, occurring_tokens
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward, padded
@@ -337,6 +338,25 @@ def test_a_follow_up_holds_the_first_answer_but_learns_the_last(model, pictures,
     text = decode([i for i in prompt.ids if i >= 0])
     assert "<Img> brown dog</Img> What is it?" in text
     assert "It is a dog.<|im_end|>" in text
+
+
+def test_questions_without_the_picture_are_learned_beside_it(model, pictures, tmp_path):
+    run = trainer(model, pictures, tmp_path, 1)
+    drawn = [t for n in range(300) for t in run.mixture.draw(pictures[0], random.Random(n))]
+    blind = [text for text in drawn if not text.pictured]
+    assert {text.kind for text in blind} == {"no picture"} and 15 < len(blind) < 50
+    asked = {text.turns[0][0] for text in blind}
+    assert asked & {*run.mixture.short, *run.mixture.detailed}
+    text = Answered((("What is this?", "I see no picture yet."),), pictured=False)
+    prompt = run.learned(ImageRef("1", "brown dog"), text)
+    system = model.config.template.system_without_images
+    assert not prompt.images and system in model.tokenizer.decode(prompt.ids)
+    # Packed with one that shows the picture, it is learned as if alone.
+    shown = run.learned(ImageRef("1", ""), Answered((("What is it?", "A dog."),)))
+    features = run.sources["captioned"].features([0])
+    together = run.losses(run.embeddings(features), pack([[shown, prompt]]))
+    alone = run.losses(run.embeddings(features)[:0], pack([[prompt]]))
+    assert torch.allclose(together[-len(alone) :], alone, atol=1e-4)
 
 
 def test_only_tokens_that_occur_are_scored(model):

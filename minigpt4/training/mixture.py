@@ -62,6 +62,7 @@ _PREMISES = (  # questions about what is not there
 )
 
 _NOT_TOLD = 0.15  # how often it is learned what a picture does not tell
+_NO_PICTURE = 0.1  # how often a question is asked without the picture
 _WHAT = 0.15  # how often “What is this?” asks for a caption
 
 
@@ -100,11 +101,15 @@ class TrainingPicture:
 
 @dataclass(frozen=True)
 class Answered:
-    """A conversation about a picture; its last answer is learned, `weight` times a token."""
+    """A conversation about a picture; its last answer is learned, `weight` times a token.
+
+    pictured: whether the picture is shown.
+    """
 
     turns: tuple[Turn, ...]
     weight: float = 1.0
     kind: str = ""
+    pictured: bool = True
 
 
 class Things:
@@ -229,7 +234,16 @@ def ordinary(caption: str) -> str:
 
 def not_told() -> list[Turn]:
     """Questions that pictures do not answer, or not to small encoders, and honest answers."""
-    pairs = (line.partition(" | ") for line in prompt_lines("not-told.txt"))
+    return _turns("not-told.txt")
+
+
+def no_picture() -> list[Turn]:
+    """What is asked in chats without a picture, and answers; the first fits requests, too."""
+    return _turns("no-picture.txt")
+
+
+def _turns(name: str) -> list[Turn]:
+    pairs = (line.partition(" | ") for line in prompt_lines(name))
     return [(asked, answer) for asked, _, answer in pairs]
 
 
@@ -242,9 +256,10 @@ class Mixture:
         self.detailed = prompt_lines("alignment.txt")
         turns = not_told()
         self.not_told = {a: [t for t in turns if t[1] == a] for a in sorted({a for _, a in turns})}
+        self.no_picture = no_picture()
 
     def draw(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
-        """The conversations of one showing: one to eleven."""
+        """The conversations of one showing: one to twelve."""
         parts: dict[str, Callable] = {
             "captioned": self._captioned,
             "flickr": self._captioned,
@@ -254,7 +269,8 @@ class Mixture:
             "drawn": self._drawn,
         }
         texts = parts[picture.source](picture, draw)
-        return [*texts, *self.presence(picture, draw), *self._not_told(picture, draw)]
+        unknown = self._not_told(picture, draw) + self._no_picture(draw)
+        return [*texts, *self.presence(picture, draw), *unknown]
 
     def _not_told(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         """Sometimes a question that the picture does not answer; a stop sign can be read."""
@@ -262,6 +278,16 @@ class Mixture:
             return []
         turns = draw.choice([*self.not_told.values()])  # each answer as often as the others
         return [Answered((draw.choice(turns),), kind="not told")]
+
+    def _no_picture(self, draw: random.Random) -> list[Answered]:
+        """Sometimes a question that is asked without a picture."""
+        if draw.random() >= _NO_PICTURE:
+            return []
+        asked, answer = draw.choice(self.no_picture)
+        if draw.random() < 0.25:
+            asked = draw.choice([*self.short, *self.detailed])
+            answer = self.no_picture[0][1]
+        return [Answered(((asked, answer),), kind="no picture", pictured=False)]
 
     def _captioned(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))

@@ -38,7 +38,7 @@ def pack(
         targets += [target for _, target in tree.learned]
     return TrainingBatch(
         ids=ids,
-        image_rows=torch.tensor(image_rows).view(-1, 2),
+        image_rows=torch.tensor(image_rows, dtype=torch.long).view(-1, 2),
         attention_mask=_ancestors([tree.parent for tree in trees], length)[:, None],
         position_ids=positions,
         sources=torch.tensor(sources, dtype=torch.long),

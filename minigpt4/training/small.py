@@ -200,11 +200,12 @@ class SmallTrainer:
 
     # --- prompts --------------------------------------------------------------------------------
 
-    def conversation(self, ref: ImageRef, turns: Sequence[tuple[str, str]]) -> Prompt:
-        """The prompt of a conversation about a picture, up to the answer to its last question."""
+    def conversation(self, ref: ImageRef | None, turns: Sequence[tuple[str, str]]) -> Prompt:
+        """The prompt of a conversation about a picture, or about none, up to the answer to its last
+        question."""
         messages = []
         for number, (asked, answer) in enumerate(turns):
-            messages.append(Message("user", (ref, asked) if not number else (asked,)))
+            messages.append(Message("user", (ref, asked) if ref and not number else (asked,)))
             if number < len(turns) - 1:
                 messages.append(Message("assistant", (answer,)))
         config = self.model.config
@@ -212,7 +213,7 @@ class SmallTrainer:
 
     def learned(self, ref: ImageRef, answered: Answered) -> Prompt:
         """The same with the answer, to be learned."""
-        prompt = self.conversation(ref, answered.turns)
+        prompt = self.conversation(ref if answered.pictured else None, answered.turns)
         ids = encode_text(self.model.tokenizer, answered.turns[-1][1])
         limit = self.recipe.max_answer_tokens
         prompt.add_tokens(ids if len(ids) > limit else [*ids, self._end], learn=True)
