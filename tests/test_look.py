@@ -161,6 +161,7 @@ def test_a_part_of_a_picture_is_asked_about(visit, photo):
     # By keyboard, from the large view, which is smaller than the file.
     page.get_by_role("button", name="Enlarge: Picture 1 of 2").click()
     page.get_by_role("dialog", name="Picture 1 of 2").get_by_role("button", name="Crop").click()
+    expect(frame).to_be_focused()  # not before the large picture has been loaded
     for key in ("Shift+ArrowLeft", "Shift+ArrowUp", "ArrowDown"):
         page.keyboard.press(key)
     place = "25 % from the left, 27 % from the top, 48 % wide, 48 % high"
