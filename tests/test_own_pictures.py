@@ -23,7 +23,7 @@ from tests.docs_case import commands
 
 ROOT = Path(__file__).parent.parent
 DRAWN = ROOT / "minigpt4" / "evaluation" / "suite"
-SMALL = ["--steps", "8", "--batch-size", "2", "--peak-lr", "0.02", "--device", "cpu"]
+SMALL = ["--steps", "4", "--batch-size", "2", "--peak-lr", "0.02", "--device", "cpu"]
 SHORT = ["--temperature", "0", "--max-new-tokens", "12"]
 STYLE = "In this little picture, painted in water colours, we see this:"
 
