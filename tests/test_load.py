@@ -147,7 +147,7 @@ def test_a_closed_model_refuses(tmp_path):
 
 
 def test_the_notebook(monkeypatch, tmp_path):
-    """All of its code, in order, in an empty folder, but for the installation; trained shortly."""
+    """All of its code, in order, in an empty folder, but for the installation; less is trained."""
     if not (ROOT / "weights" / "nano-llm").exists():
         pytest.skip("nano's weights are missing: python -m minigpt4 download nano")
     path = ROOT / "notebooks" / "minigpt4.ipynb"

@@ -50,10 +50,10 @@ def _renamed(body: dict) -> dict:
     wanted = renamed.get("response_format")
     if wanted is None:
         name, schema = _taken_guide(renamed)
-        if schema is not None and not isinstance(schema, dict):
-            raise ApiError(f"{name} must be an object: a JSON schema.", param=name)
-        if schema is not None:
+        if isinstance(schema, dict):
             renamed["response_format"] = _as_schema({}, schema)
+        elif schema is not None:
+            raise ApiError(f"{name} must be an object: a JSON schema.", param=name)
     elif isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
         rest = {name: value for name, value in wanted.items() if name != "schema"}
         schema = wanted.get("schema")  # llama.cpp's, Together's and Fireworks'
@@ -63,7 +63,7 @@ def _renamed(body: dict) -> dict:
 
 
 def _taken_guide(body: dict) -> tuple[str, Any]:
-    """(name of vLLM's field with a schema, today's or the older, its value), out of the body."""
+    """Take vLLM's schema out of the body: (the name of its field, new or old, the schema)."""
     outputs = body.get("structured_outputs")
     if isinstance(outputs, dict) and outputs.get("json") is not None:
         body["structured_outputs"] = {n: v for n, v in outputs.items() if n != "json"} or None

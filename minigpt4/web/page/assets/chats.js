@@ -137,9 +137,8 @@
   // A picture that is kept. A page that was left a moment after sending has not fetched it yet: the
   // server may still have it.
   const keptPicture = async ({ files }, key) => {
-    const base = await store;
-    if (!await base.get("pictures", key) && files?.[key]) await keepPicture(key, files[key].name, fileOf(files[key]));
-    return base.get("pictures", key);
+    if (files?.[key]) await keepPicture(key, files[key].name, fileOf(files[key]));
+    return (await store).get("pictures", key);
   };
 
   // --- deleting ---------------------------------------------------------------------------------
