@@ -167,6 +167,9 @@ def test_conversations_stay_in_the_browser(visit, photo):
     page.evaluate("minigpt4.chats.edit(minigpt4.chats.all()[0].id, { title: 'Other' })")
     field.press("Enter")
     expect(kept).to_contain_text("My meadow")
+    # The key named the conversation; it sent no message, and the keyboard is still in the list.
+    expect(kept.locator("button.title")).to_be_focused()
+    assert page.get_by_text("The message is empty").count() == 0
     page.get_by_role("button", name="New chat").click()
     expect(answers(page)).to_have_count(0)
     ask(page, "Hello?")

@@ -47,18 +47,20 @@ const row = (chat) => {
   const rename = button(`${say("rename")}: ${title}`, "rename", () => {
     const input = make("input", { value: title, ariaLabel: say("rename") });
     let done = false;
-    const finish = (keep) => {
+    const finish = (keep, byKey) => {
       if (done) return;
       done = true;
       input.replaceWith(open);
+      if (byKey) open.focus();
       const name = input.value.trim();
       if (keep && name && name !== title) chats.edit(chat.id, { title: name, named: true });
       else draw();
     };
     input.addEventListener("keydown", (event) => {
       event.stopPropagation();
-      if (event.key === "Enter") finish(true);
-      if (event.key === "Escape") finish(false);
+      if (!["Enter", "Escape"].includes(event.key) || event.isComposing) return;
+      event.preventDefault(); // what has the focus afterwards must not get the key, too
+      finish(event.key === "Enter", true);
     });
     input.addEventListener("blur", () => finish(true));
     open.replaceWith(input);
