@@ -122,6 +122,7 @@ class ModelConfig:
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
     cpu_gigabytes: float = 0.0  # memory it needs without a GPU, in 4 bit; `auto` selects it by this
     converted_to_4bit: bool = False  # on the CPU: its 16-bit weights are, once
+    kv_bits: int = 8  # of keys and values, where the CPU kernels compute: 16, or 8 in half the room
     # Any computer downloads it, and answers with it, in moments: `auto` may select it before it is
     # downloaded, and fall back to it; training may download it; the page may ask it for captions.
     # Nothing is computed ahead for it, and an engine that takes a minute for a step hangs.
@@ -215,7 +216,7 @@ _VICUNA_7B = ModelConfig(
     },
     llm_vocabulary=32_001,
     gpu_gigabytes=12,
-    cpu_gigabytes=7.1,
+    cpu_gigabytes=6.5,
     converted_to_4bit=True,
     stage1=_PUBLISHED_STAGE1,
     stage2=_PUBLISHED_STAGE2,
@@ -240,7 +241,7 @@ _VICUNA_13B = replace(
         ),
     },
     gpu_gigabytes=24,
-    cpu_gigabytes=11.5,
+    cpu_gigabytes=10.6,
 )
 
 _LLAMA2_7B = replace(
@@ -261,13 +262,14 @@ _LLAMA2_7B = replace(
     },
     llm_vocabulary=32_000,
     gpu_gigabytes=0,
-    cpu_gigabytes=6.9,
+    cpu_gigabytes=6.4,
     licence="Llama 2 Community Licence; BSD-3-Clause (BLIP-2, MiniGPT-4)",
 )
 
 _NANO = ModelConfig(
     name="nano",
     small=True,
+    kv_bits=16,
     cpu_gigabytes=0.8,
     vision=EfficientNetLite(),
     bridge=PooledMap(),
@@ -303,6 +305,7 @@ _NANO = ModelConfig(
 _MINI = ModelConfig(
     name="mini",
     small=True,
+    kv_bits=16,
     cpu_gigabytes=2.0,
     vision=ClassesAndObjects(),
     bridge=PooledMap(),

@@ -44,9 +44,9 @@ def write_blocks(variant: str) -> None:
         quantize(kind, numbers, variant)
 
 
-def decode(variant: str, shape: dict) -> None:
+def decode(variant: str, shape: dict, kv_bits: int) -> None:
     llama = block_llama(**shape)
-    decoder = NativeDecoder(llama, 64, 8, 2, variant)
+    decoder = NativeDecoder(llama, 64, 8, 2, variant, kv_bits=kv_bits)
     draw = np.random.default_rng(0)
     tables = np.array([[0, 1, 2], [3, 4, 5]], np.int32)
     for count in (1, 16, 40):  # of two conversations; the first row is a picture's
@@ -70,7 +70,8 @@ def main() -> None:
         multiply(variant, kind)
     write_blocks(variant)
     for shape in SHAPES:
-        decode(variant, shape)
+        for kv_bits in (16, 8):
+            decode(variant, shape, kv_bits)
     print("done")
 
 

@@ -116,7 +116,8 @@ def test_a_whole_cache_is_counted(name, sizes, tmp_path, monkeypatch):
     written |= {"num_attention_heads": layers, "intermediate_size": inner, "vocab_size": 32001}
     (tmp_path / "config.json").write_text(json.dumps(written | {"rms_norm_eps": 1e-6}))
     llama = SimpleNamespace(layers=layers, kv_heads=layers, head_dim=128)
-    decoder = SimpleNamespace(block_bytes=lambda _: NativeDecoder.block_bytes(llama))
+    block_bytes = NativeDecoder.block_bytes(llama, 8)
+    decoder = SimpleNamespace(block_bytes=lambda _, kv_bits: block_bytes if kv_bits == 8 else 0)
     monkeypatch.setattr("minigpt4.engine.native.NativeDecoder", decoder)
     monkeypatch.setattr(
         decoder_module, "_build_within_memory", lambda _, blocks, least: (0, blocks)
@@ -127,7 +128,7 @@ def test_a_whole_cache_is_counted(name, sizes, tmp_path, monkeypatch):
     )
     blocks = decoder_module.build_decoder(model)[1]
     asked = config, tmp_path, "int4", torch.bfloat16
-    assert memory.chat_bytes(*asked) == blocks * NativeDecoder.block_bytes(llama)
+    assert memory.chat_bytes(*asked) == blocks * block_bytes
     free = int(config.cpu_gigabytes * GB)
     monkeypatch.setattr(memory, "free_memory", lambda mapped=0: free)
     memory.check_memory(*asked, torch.bfloat16)
@@ -139,7 +140,7 @@ def test_a_whole_cache_is_counted(name, sizes, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("free", "quantize", "expected"),
     [
-        (7.5, "none", "“--quantize int4”, which needs 7.1 GB"),
+        (7.5, "none", "“--quantize int4”, which needs 6.5 GB"),
         (3.0, "int4", "“--model mini”"),
         (0.1, "int4", "close other programs"),
     ],

@@ -61,10 +61,13 @@ def build_decoder(
     if isinstance(model.llm, BlockLlama):
         from minigpt4.engine.native import NativeDecoder
 
-        def build(blocks: int) -> Decoder:
-            return NativeDecoder(model.llm, context, blocks, threads(), count=count)
+        kv_bits = model.config.kv_bits
 
-        block_bytes = NativeDecoder.block_bytes(model.llm)
+        def build(blocks: int) -> Decoder:
+            limits = context, blocks, threads()
+            return NativeDecoder(model.llm, *limits, count=count, kv_bits=kv_bits)
+
+        block_bytes = NativeDecoder.block_bytes(model.llm, kv_bits)
     else:
         from minigpt4.engine.gpu.choose import faster
         from minigpt4.engine.torch_decoder import TorchDecoder

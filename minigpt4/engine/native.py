@@ -115,11 +115,12 @@ class PackedMatrices:
 
 
 class NativeDecoder:
-    """Runs rows through a `BlockLlama`; keys and values lie in blocks of 16-bit floats.
+    """Runs rows through a `BlockLlama`.
 
     A row's numbers are the same bits whatever else is computed beside it.
-    blocks: [count, layers, key or value, kv_heads, BLOCK_SIZE * head width]; memory that no
-    conversation has used yet is not taken from the system.
+    kv_bits: 16 keeps keys and values as floats, 8 as integers with a scale for every 32 of them.
+    blocks: uint8 [count, layers, key or value, kv_heads, bytes]; memory that no conversation has
+    used yet is not taken from the system.
     """
 
     name = "compiled"
@@ -133,29 +134,31 @@ class NativeDecoder:
         threads: int,
         variant: str = "native",
         count: Count = ignore,
+        kv_bits: int = 16,
     ) -> None:
         self._library = _kernels(variant)
         self.vocabulary = llama.vocabulary
         self.hidden_size = llama.hidden_size
+        self.kv_bits = kv_bits
         self._kept: list = []  # arrays that the library points into
         self._matrices = PackedMatrices(self._library)
-        self._model = self._describe(llama, context, threads, count)
+        self._model = self._describe(llama, context, threads, count, kv_bits)
         llama.release()
-        width = whole_blocks(llama.head_dim)
-        self.blocks: np.ndarray = np.zeros(
-            (blocks, llama.layers, 2, llama.kv_heads, BLOCK_SIZE * width), np.float16
-        )
+        heads = (blocks, llama.layers, 2, llama.kv_heads)
+        self.blocks: np.ndarray = np.zeros((*heads, _head_bytes(llama, kv_bits)), np.uint8)
         opened = self._library.minigpt4_open(ctypes.byref(self._model), threads, MAX_ROWS)
         if not opened:
             raise MemoryError("no memory for the decoder's buffers or threads")
         self._pool: c_void_p | None = c_void_p(opened)
 
     @staticmethod
-    def block_bytes(llama: BlockLlama) -> int:
+    def block_bytes(llama: BlockLlama, kv_bits: int = 16) -> int:
         """Memory of one block."""
-        return 2 * llama.layers * 2 * llama.kv_heads * BLOCK_SIZE * whole_blocks(llama.head_dim)
+        return llama.layers * 2 * llama.kv_heads * _head_bytes(llama, kv_bits)
 
-    def _describe(self, llama: BlockLlama, context: int, threads: int, count: Count) -> CModel:
+    def _describe(
+        self, llama: BlockLlama, context: int, threads: int, count: Count, kv_bits: int
+    ) -> CModel:
         self._matrices.add("head", llama.head)
         if llama.embedding is not llama.head:
             self._matrices.add("embedding", llama.embedding)
@@ -187,6 +190,7 @@ class NativeDecoder:
             llama.vocabulary,
             context,
             llama.rope_halves,
+            kv_bits,
             llama.norm_eps,
             self._floats(llama.tensors["output_norm.weight"].data),
             self._keep(cosines),
@@ -257,6 +261,12 @@ class NativeDecoder:
     def __del__(self) -> None:
         if getattr(self, "_pool", None):
             self.close()
+
+
+def _head_bytes(llama: BlockLlama, kv_bits: int) -> int:
+    """Of a block's keys, or values, of one head in one layer."""
+    numbers = BLOCK_SIZE * whole_blocks(llama.head_dim)
+    return numbers + numbers // BLOCK * 2 if kv_bits == 8 else numbers * 2
 
 
 def _rotations(llama: BlockLlama, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -187,9 +187,11 @@ def chat_bytes(config: ModelConfig, llm: Path, quantize: Quantize, llm_dtype: to
     else:
         return 0
     width = sizes["kv_heads"] * sizes["head_dim"]
-    size = 2 if quantize == "int4" else llm_dtype.itemsize
+    # Of 8 bits, 32 numbers have a scale of 16.
+    bits = config.kv_bits * (17 / 16 if config.kv_bits == 8 else 1)
+    size = bits / 8 if quantize == "int4" else llm_dtype.itemsize
     positions = (-(-config.context // _BLOCK) + 1) * _BLOCK
-    return positions * sizes["layers"] * 2 * width * size
+    return int(positions * sizes["layers"] * 2 * width * size)
 
 
 def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:

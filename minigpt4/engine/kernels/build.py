@@ -70,7 +70,7 @@ class CModel(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("hidden", "hidden_width", "layers", "heads", "kv_heads")),
         *((name, c_int32) for name in ("head_dim", "head_width", "inner_width")),
-        *((name, c_int32) for name in ("vocabulary", "context", "rope_halves")),
+        *((name, c_int32) for name in ("vocabulary", "context", "rope_halves", "kv_bits")),
         ("norm_eps", c_float),
         *((name, c_void_p) for name in ("final_norm", "cosines", "sines")),
         ("embedding", CMatrix),

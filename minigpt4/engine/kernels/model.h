@@ -14,7 +14,7 @@ typedef struct {
 // Widths are sizes rounded up to whole blocks; what lies beyond a size is 0.
 typedef struct {
     int32_t hidden, hidden_width, layers, heads, kv_heads, head_dim, head_width, inner_width;
-    int32_t vocabulary, context, rope_halves;
+    int32_t vocabulary, context, rope_halves, kv_bits;
     float norm_eps;
     const float *final_norm, *cosines, *sines;  // [hidden_width]; [context, head_dim / 2]
     Matrix embedding, head;
@@ -29,7 +29,7 @@ typedef struct {
     const int32_t *table_rows;  // [rows] which row of `tables`
     const int32_t *tables;      // [conversations, table_width] pages of a conversation, in order
     const int32_t *wanted;      // [logit_rows] rows whose logits are asked for
-    half *pages;                // [page_count, layers, key or value, kv_heads, PAGE * head_width]
+    uint8_t *pages;             // [page_count, layers, key or value, kv_heads, page_bytes]
     float *logits;              // [logit_rows, vocabulary]
 } Batch;
 
