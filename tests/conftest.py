@@ -107,7 +107,7 @@ def visit(browser, address, engine):
     """Opens the page as a new visitor; afterwards nothing may have gone wrong in the browser."""
     from tests.page_case import Visitors
 
-    engine.word_seconds, engine.full, engine.ahead = 0.01, False, 0
+    engine.word_seconds, engine.full, engine.ahead = 0.003, False, 0
     visitors = Visitors(browser, address)
     yield visitors
     visitors.check()

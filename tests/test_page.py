@@ -250,9 +250,7 @@ def test_failures_and_notices_are_said_in_the_conversation(visit, engine):
     expect(answers(page)).to_contain_text("The model ran out of memory: ask something shorter.")
     page.get_by_role("button", name="Retry").click()
     wait_for(lambda: len(engine.asked) == asked + 2)
-    expect(
-        page.get_by_label("Send", exact=True)
-    ).to_be_visible()  # the second failure has been shown
+    done(page)  # the second failure has been shown
     expect(answers(page)).to_have_count(1)
     say(page, "Forget the first.")
     expect(page.get_by_text("and were left out")).to_be_visible()

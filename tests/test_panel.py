@@ -443,7 +443,7 @@ def test_the_page_is_there_before_the_model(browser, tmp_path, monkeypatch):
         assert page.get_by_role("button", name="Dislike").count() == 0  # nobody stores them
         # The page was built without the model's own values: what is sent at once waits for them.
         quick = visitors(**WIDE)
-        quick.route("**/queue/join*", lambda route: (time.sleep(0.7), route.continue_()))
+        quick.route("**/queue/join*", lambda route: (time.sleep(0.3), route.continue_()))
         quick.reload()
         say(quick, "Hello?")
         expect(quick.locator("#chat .bot-row .md")).to_be_visible()
