@@ -212,6 +212,7 @@ def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
             label=label(name),
             info=label(f"{name}_info"),
             interactive=loading.engine is not None,  # the model's own values come with it
+            buttons=[],  # Gradio's reset knows one model's value; a preset resets to each one's
         )
     controls["seed"] = gr.Textbox(
         label=label("seed"),

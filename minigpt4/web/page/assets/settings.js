@@ -14,11 +14,6 @@
     const name = target.closest("#set-seed, #set-system")?.id.slice("set-".length);
     if (name) keep(name, target.value);
   });
-  // Gradio does not tell that a slider has been reset.
-  document.addEventListener("click", ({ target }) => {
-    const field = target.closest("#settings .reset-button")?.parentElement.querySelector("input");
-    if (field) setTimeout(() => field.dispatchEvent(new Event("input", { bubbles: true })));
-  });
   // At the start: a conversation that is being opened has a system prompt of its own.
   const begin = () => {
     const { system, ...others } = load();
