@@ -274,6 +274,10 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
             says([{"type": "video_url"}]),
         ),
         (400, "guided_json", "must be an object", {"guided_json": "{}"}),
+        (400, "guided_regex", "must be a string", {"guided_regex": {}}),
+        (400, "guided_choice", "must be a list of texts", {"guided_choice": []}),
+        (400, "guided_choice", "must be a list of texts", {"guided_choice": ["yes", 1]}),
+        (400, "response_format.value", "is missing", {"response_format": {"type": "regex"}}),
         (
             400,
             "structured_outputs.json",

@@ -16,7 +16,7 @@ from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.grammar import json_constraint
+from minigpt4.web.api.grammar import json_constraint, regex_constraint
 from tests.api_case import (
     MODEL,
     address_fixture,
@@ -318,6 +318,43 @@ def test_schemas_as_other_servers_take_them(address, asked):
     assert "x-ignored-fields" not in answer.headers
 
 
+CHOICES = ["yes", "no, a/b", "more (é?)"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "answers"),
+    [
+        ({"structured_outputs": {"choice": CHOICES}}, "|".join(map(re.escape, CHOICES))),
+        ({"guided_choice": CHOICES}, "|".join(map(re.escape, CHOICES))),
+        ({"structured_outputs": {"regex": "[a-c]{3}/[0-9]"}}, "[a-c]{3}/[0-9]"),
+        ({"guided_regex": "^(one|two) cats?$"}, "(one|two) cats?"),
+        ({"response_format": {"type": "regex", "value": "[0-9]{2}"}}, "[0-9]{2}"),
+    ],
+    ids=["vLLM, choice", "vLLM, older, choice", "vLLM", "vLLM, older", "TGI"],
+)
+def test_choices_and_regular_expressions_as_other_servers_take_them(address, asked, answers):
+    answer = post(address, max_tokens=40, **{"temperature": 2.0, "seed": 1} | asked)
+    assert re.fullmatch(answers, text(answer))
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    assert "x-ignored-fields" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("reason", "expression"),
+    [
+        ("a regular expression, length or number is damaged", "["),
+        ("look-around", "(?=a)b"),
+        ("back reference", r"(a)\1"),
+        ("without an end", "[^\\x00-\\x{10FFFF}]"),
+        ("100000 characters", "a" * 100_001),
+    ],
+)
+def test_an_expression_that_cannot_be_followed_is_refused(engine, reason, expression):
+    with pytest.raises(ApiError, match=re.escape(reason)) as refused:
+        regex_constraint(engine, expression)
+    assert re.fullmatch(r"This format cannot be followed: [^\n:]+\.", str(refused.value))
+
+
 def test_one_of_two_schemas_is_named_as_ignored():
     both = {"response_format": {"type": "text"}, "guided_json": {"type": "object"}}
     request, ignored = read_chat({"messages": HELLO} | both)
@@ -384,7 +421,7 @@ def nested(depth: int) -> dict:
 def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason, schema):
     with pytest.raises(ApiError, match=re.escape(reason)) as refused:
         json_constraint(engine, schema)
-    assert re.fullmatch(r"This schema cannot be followed: [^\n:]+\.", str(refused.value))
+    assert re.fullmatch(r"This format cannot be followed: [^\n:]+\.", str(refused.value))
     assert (refused.value.status, refused.value.param) == (400, "response_format")
 
 

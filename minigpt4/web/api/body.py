@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -26,6 +26,12 @@ from minigpt4.web.api.validation_errors import named_fields, validated
 NAMED = 20  # ignored fields that are named; a request may hold millions
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name
 JSON_TYPES = ("json_object", "json_schema")  # of `response_format`
+# What vLLM lets an answer be held to: is the value one, and what it must be.
+GUIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "json": (lambda value: isinstance(value, dict), "an object: a JSON schema"),
+    "regex": (lambda value: isinstance(value, str), "a string: a regular expression"),
+    "choice": (lambda value: _are_texts(value), "a list of texts, one of which is the answer"),
+}
 CALLS = {"tool_choice": "tools", "function_call": "functions"}  # by today's and the older name
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
@@ -49,11 +55,7 @@ def _renamed(body: dict) -> dict:
     renamed |= {name: value for name, value in body.items() if name not in ALIASES}
     wanted = renamed.get("response_format")
     if wanted is None:
-        name, schema = _taken_guide(renamed)
-        if isinstance(schema, dict):
-            renamed["response_format"] = _as_schema({}, schema)
-        elif schema is not None:
-            raise ApiError(f"{name} must be an object: a JSON schema.", param=name)
+        renamed["response_format"] = _taken_guide(renamed)
     elif isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
         rest = {name: value for name, value in wanted.items() if name != "schema"}
         schema = wanted.get("schema")  # llama.cpp's, Together's and Fireworks'
@@ -62,13 +64,30 @@ def _renamed(body: dict) -> dict:
     return renamed
 
 
-def _taken_guide(body: dict) -> tuple[str, Any]:
-    """Take vLLM's schema out of the body: (the name of its field, new or old, the schema)."""
-    outputs = body.get("structured_outputs")
-    if isinstance(outputs, dict) and outputs.get("json") is not None:
-        body["structured_outputs"] = {n: v for n, v in outputs.items() if n != "json"} or None
-        return "structured_outputs.json", outputs["json"]
-    return "guided_json", body.pop("guided_json", None)
+def _taken_guide(body: dict) -> dict | None:
+    """What vLLM's `structured_outputs`, or a field of its older name, wants as `response_format`;
+    it is taken out of the body."""
+    given = body.get("structured_outputs")
+    outputs = given if isinstance(given, dict) else {}
+    for kind, (right, sentence) in GUIDES.items():
+        name, value = f"structured_outputs.{kind}", outputs.get(kind)
+        if value is None:
+            name, value = f"guided_{kind}", body.pop(f"guided_{kind}", None)
+        else:
+            body["structured_outputs"] = {n: v for n, v in outputs.items() if n != kind} or None
+        if value is None:
+            continue
+        if not right(value):
+            raise ApiError(f"{name} must be {sentence}.", param=name)
+        if kind == "json":
+            return _as_schema({}, value)
+        expression = value if kind == "regex" else "|".join(map(re.escape, value))
+        return {"type": "regex", "value": expression}
+    return None
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value)
 
 
 def _as_schema(rest: dict, schema: Any) -> dict:

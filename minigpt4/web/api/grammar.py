@@ -1,4 +1,5 @@
-"""A JSON schema -> what an answer's tokens must keep to, by the library llguidance."""
+"""A JSON schema or a regular expression -> what an answer's tokens must keep to, by the library
+llguidance."""
 
 import functools
 import json
@@ -16,7 +17,7 @@ from minigpt4.web.api.errors import ApiError, quotable
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_CHARACTERS = 100_000  # of a schema
+MAX_CHARACTERS = 100_000  # of a schema, or of a regular expression
 PARAM = "response_format"
 MISSING = (
     "response_format needs the package llguidance: the operator must install it. Leave it out."
@@ -57,10 +58,10 @@ OTHER_REASON = "it has something that is not supported; simplify it"
 log = logging.getLogger(__name__)
 
 
-class JsonConstraint:
-    """A `Constraint`: the answer is JSON that follows a schema, and then ends.
+class FormatConstraint:
+    """A `Constraint`: the answer follows a schema or an expression, and then ends.
 
-    ApiError, which ends the answer, where the schema turns out to be too much.
+    ApiError, which ends the answer, where that turns out to be too much.
     """
 
     def __init__(self, matcher: "LLMatcher") -> None:
@@ -81,13 +82,29 @@ class JsonConstraint:
 
     def _check(self, followed: bool) -> None:
         if error := self._matcher.get_error():
-            log.warning("An answer's schema could not be followed on: %s", _line(error))
+            log.warning("An answer's format could not be followed on: %s", _line(error))
         if error or not followed:
             raise _unfollowed(TOO_LARGE)
 
 
-def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> JsonConstraint:
-    """For one answer. ApiError where the schema cannot be followed."""
+def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> FormatConstraint:
+    """For one answer in JSON. ApiError where the schema cannot be followed."""
+    if "x-guidance" in schema:  # the library's own settings, which lift what we promise
+        raise _unfollowed("x-guidance is not supported; leave it out")
+    try:
+        _check_numbers(schema)
+        content = json.dumps(_without_any_names(schema))
+    except (ValueError, RecursionError):
+        raise _unfollowed(TOO_LARGE) from None
+    return _constraint(engine, "grammar_from_json_schema", content, overrides=COMPACT)
+
+
+def regex_constraint(engine: AnyEngine, expression: str) -> FormatConstraint:
+    """For one answer that a regular expression matches as a whole. ApiError where it cannot."""
+    return _constraint(engine, "grammar_from_regex", expression)
+
+
+def _constraint(engine: AnyEngine, read: str, content: str, **options: Any) -> FormatConstraint:
     try:
         from llguidance import LLMatcher
     except ImportError:
@@ -95,14 +112,10 @@ def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> JsonConstraint
     tokenizer = engine.model.tokenizer
     ends = tuple(sorted(stop_ids(engine.model.config.template, tokenizer)))
     vocabulary = _vocabulary(tokenizer, ends)
-    if "x-guidance" in schema:  # the library's own settings, which lift what we promise
-        raise _unfollowed("x-guidance is not supported; leave it out")
+    if len(content) > MAX_CHARACTERS:
+        raise _unfollowed(f"it has more than {MAX_CHARACTERS} characters; shorten it")
     try:
-        _check_numbers(schema)
-        content = json.dumps(_without_any_names(schema))
-        if len(content) > MAX_CHARACTERS:
-            raise _unfollowed(f"it has more than {MAX_CHARACTERS} characters; shorten it")
-        grammar = LLMatcher.grammar_from_json_schema(content, overrides=COMPACT)
+        grammar = getattr(LLMatcher, read)(content, **options)
     except (ValueError, RecursionError):
         raise _unfollowed(TOO_LARGE) from None
     matcher = LLMatcher(vocabulary, grammar, log_level=0)
@@ -110,7 +123,7 @@ def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> JsonConstraint
     if error := matcher.get_error():
         raise _unfollowed(_reason(error))
     _try_beginning(matcher.deep_copy(), vocabulary)
-    return JsonConstraint(matcher)
+    return FormatConstraint(matcher)
 
 
 def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer") -> None:
@@ -148,7 +161,7 @@ def _check_numbers(schema: Any) -> None:
 
 
 def _unfollowed(reason: str) -> ApiError:
-    return ApiError(f"This schema cannot be followed: {reason}.", param=PARAM)
+    return ApiError(f"This format cannot be followed: {reason}.", param=PARAM)
 
 
 def _reason(error: str) -> str:

@@ -241,8 +241,11 @@ class JsonSchema(Object):
 
 
 class ResponseFormat(Object):
-    type: Literal["text", "json_object", "json_schema"]
+    """`regex` is TGI's: the answer as a whole matches the regular expression `value`."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchema | None = None
+    value: str | None = None
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
@@ -304,8 +307,8 @@ class ChatRequest(Object):
     response_format: Annotated[
         ResponseFormat | None,
         _only(
-            'must be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", '
-            '"json_schema": {"schema": …}}.'
+            'must be {"type": "text"}, {"type": "json_object"}, {"type": "json_schema", '
+            '"json_schema": {"schema": …}} or {"type": "regex", "value": …}.'
         ),
     ] = None
     # Accepted while they ask for nothing.
@@ -346,10 +349,14 @@ class ChatRequest(Object):
         if wanted.type == "json_schema" and wanted.json_schema is None:
             where = "response_format.json_schema"
             _refuse(f"{where} is missing: add the schema.", where)
+        if wanted.type == "regex" and wanted.value is None:
+            where = "response_format.value"
+            _refuse(f"{where} is missing: add the regular expression.", where)
         if (self.num_beams or 1) > 1:
-            _refuse("JSON is not available with beam search: set num_beams to 1.", "num_beams")
+            sentence = "A response_format is not available with beam search: set num_beams to 1."
+            _refuse(sentence, "num_beams")
         if self.messages[-1].role == "assistant":
-            sentence = "An answer in JSON cannot be continued: end with a user's message."
+            sentence = "An answer in a given format cannot be continued: end with a user's message."
             _refuse(sentence, "response_format")
 
     @property

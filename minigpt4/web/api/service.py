@@ -15,8 +15,8 @@ from minigpt4.model.prompt import Message
 from minigpt4.model.vision import squash
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.grammar import json_constraint
-from minigpt4.web.api.schemas import ChatMessage, ChatRequest
+from minigpt4.web.api.grammar import FormatConstraint, json_constraint, regex_constraint
+from minigpt4.web.api.schemas import ChatMessage, ChatRequest, ResponseFormat
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.image_url import ImageUrls
 
@@ -123,7 +123,6 @@ class ChatService:
 def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest) -> list[Answer]:
     """Where the seed is given, each answer has the next one. All are asked, or none."""
     config = engine.model.config
-    schema = request.response_format.schema_of_answer if request.response_format else None
     sampling = request.sampling(config)
     answers: list[Answer] = []
     try:
@@ -139,7 +138,7 @@ def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest)
                     logprobs=bool(request.logprobs),
                     top_logprobs=request.top_logprobs or 0,
                     reserve=default_sampling(config).max_new_tokens,
-                    constraint=None if schema is None else json_constraint(engine, schema),
+                    constraint=_constraint(engine, request.response_format),
                 )
             )
     except UserError as error:
@@ -147,3 +146,13 @@ def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest)
             answer.close()
         raise ApiError.of(error, "messages" if error.kind == "too_long" else None) from None
     return answers
+
+
+def _constraint(engine: AnyEngine, wanted: ResponseFormat | None) -> FormatConstraint | None:
+    """For one answer; None where it is plain text. ApiError where it cannot be kept to."""
+    if wanted is None:
+        return None
+    if wanted.type == "regex":
+        return regex_constraint(engine, wanted.value or "")
+    schema = wanted.schema_of_answer
+    return None if schema is None else json_constraint(engine, schema)
