@@ -198,6 +198,22 @@ def test_a_picture_that_is_still_loading_is_cropped_once(visit, photo):
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
+def test_a_picture_that_is_turned_away_while_it_loads_is_not_cropped(visit):
+    page = visit(**WIDE)
+    page.route("**/slow.png", lambda route: route.abort())
+    page.evaluate(
+        """async () => {
+            const canvas = document.createElement("canvas"), shown = new Image();
+            shown.src = "/slow.png";
+            const cropped = minigpt4.crop(shown);
+            shown.src = canvas.toDataURL();
+            await Promise.all([cropped, shown.decode()]);
+        }"""
+    )
+    expect(page.locator("#crop, .notice")).to_have_count(0)
+    visit.expected("ERR_FAILED")
+
+
 def test_shortcuts_and_their_list(visit):
     page = visit(**WIDE)
     ask(page, "Say it again.")

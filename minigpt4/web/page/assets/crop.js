@@ -45,8 +45,10 @@
   // shown: the picture's <img>; address: that of the whole one at its full size, if it is known;
   // name: of its file; taken: what to do once there is a crop.
   const crop = async (shown, { address = shown.src, name = "", taken = () => {} } = {}) => {
+    const { src } = shown;
     if (!shown.complete) await shown.decode().catch(() => {}); // it is still being loaded
-    if (document.getElementById("crop")) return; // a second click while it was
+    // Meanwhile, there was a second click, or another picture is shown.
+    if (document.getElementById("crop") || shown.src !== src) return;
     if (!shown.naturalWidth) { // a format that this browser does not show
       window.minigpt4.notice(say("no_crop"));
       return;
