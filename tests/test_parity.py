@@ -1,15 +1,23 @@
 """The published code's numbers are reproduced: `pytest tests/test_parity.py --parity-dir DIR`."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from minigpt4.conversation import penalized
 from minigpt4.engine import Engine, Request, Sampling
+from minigpt4.engine.kernels.build import library
+from minigpt4.engine.native import NativeDecoder, quantize
+from minigpt4.engine.scheduler import Rows
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_chat, encode_training, stop_ids
 from minigpt4.training.packing import pack
+from minigpt4.weights.convert import make_blocks
+from minigpt4.weights.gguf import BlockLlama
+from tests.block_llama import as_transformers
 from tests.parity_case import ParityCase
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -78,6 +86,32 @@ def test_dialogs(loaded):
             )
             stream = engine.submit(request)
             assert [1, *stream] == turn["generated_ids"]
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
+@pytest.mark.parametrize(("kv_bits", "most"), [(16, 0.02), (8, 0.3)])
+def test_dialogs_in_4_bit(loaded, kv_bits, most, tmp_path, monkeypatch):
+    """The kernels compute what the 4-bit weights say: root mean square of the logits' difference to
+    the same weights in float32, in standard deviations. Random weights exaggerate what is rounded,
+    so the published logits are only correlated."""
+    case, _, _ = loaded
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))
+    llm = shutil.copytree(case.folder / "llm", tmp_path / "llm")
+    llama = BlockLlama.open(make_blocks(case.config, llm, quantize, 2, lambda *_, **__: None))
+    decoder, exact = NativeDecoder(llama, 2048, 128, 2, kv_bits=kv_bits), as_transformers(llama)
+    for name, context in case.expected.items():
+        if not name.endswith("_context_embeds"):
+            continue
+        published = case.expected[name.replace("context_embeds", "last_logits")].numpy()
+        places = np.arange(context.shape[1], dtype=np.int32)
+        table = np.arange(128, dtype=np.int32)[None]
+        rows = Rows(-1 - places, context[0].numpy(), places, 0 * places, table, places[-1:])
+        found = decoder.forward(rows)[0]
+        with torch.inference_mode():
+            expected = exact(inputs_embeds=context).logits[0, -1].numpy()
+        assert ((found - expected) ** 2).mean() ** 0.5 < most * expected.std()
+        assert np.corrcoef(found, published)[0, 1] > 0.4
+    decoder.close()
 
 
 def segments(prompt, image_tokens: int) -> list[list[int]]:
