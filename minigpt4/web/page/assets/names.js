@@ -36,10 +36,11 @@
   // What a request that fails is answered with: see web/guard and Gradio's client.
   const ERRORS = {
     "error_connection": /connection to the server was lost|connection errored out|failed to fetch/i,
-    "error_too_large": /the request is larger than|file size exceeds/i,
+    "error_too_large": /the request is larger than|file size exceeds|^HTTP 413/i,
     "error_no_picture": /invalid file type/i,
-    "error_too_slow": /took too long to arrive/i,
+    "error_too_slow": /took too long to arrive|^HTTP (408|504)/i,
     "error_disk_full": /disk is full/i,
+    "error_upload": /^HTTP \d/, // what a proxy answers an upload with
     "error_too_many_requests": /asked for too much without listening|queue is full/i,
   };
   const explain = (toast) => {
