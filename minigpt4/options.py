@@ -415,6 +415,14 @@ SERVER = (
         integer(1, 1_000_000),
         "MB",
     ),
+    Option(
+        "kv-bits",
+        "Bits of the keys and values in that cache: 16 (the type that the model computes in), or 8 "
+        "in about half the memory. auto: 8 for large models in 4 bits on a CPU, otherwise 16.",
+        "auto",
+        one_of("auto", "16", "8"),
+        metavar="{auto,16,8}",
+    ),
     EMBEDDINGS_MB,
     Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
     API_KEY,

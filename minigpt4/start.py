@@ -252,9 +252,11 @@ def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "
     if "/" in options.model:
         options = _shared(options)
     device, given = device_of(options.device), given_places(options)
-    dtype = getattr(options, "dtype", "auto")
+    dtype, kv_bits = getattr(options, "dtype", "auto"), getattr(options, "kv_bits", "auto")
 
     def load(config: ModelConfig) -> "T":
+        if kv_bits != "auto":
+            config = replace(config, kv_bits=int(kv_bits))
         download_weights(config, report, given)
         files = find_weights(config, given=given)
         quantize = quantize_of(options.quantize, config, device, report)

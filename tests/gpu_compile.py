@@ -21,7 +21,8 @@ TYPES = {
     "x": "*fp16", "norm": "*fp16", "weight": "*i8", "scale": "*fp32", "bias": "*fp16",
     "residual": "*fp16", "out": "*fp16", "rows": "i32", "eps": "fp32", "qkv": "*fp16",
     "inputs": "*i32", "stride": "i32", "cosines": "*fp32", "sines": "*fp32", "keys": "*fp16",
-    "values": "*fp16", "partial": "*fp32", "lse": "*fp32", "factor": "fp32",
+    "values": "*fp16", "key_scales": "*fp32", "value_scales": "*fp32", "partial": "*fp32",
+    "lse": "*fp32", "factor": "fp32",
 }  # fmt: skip
 HEAD = dict(D=128, BLOCK_D=128, SPLITS=kernels.SPLITS)
 HEADS = dict(HEADS=32, KV_HEADS=32, PAGE=16)
@@ -42,9 +43,11 @@ def cases(dot: bool):
         differ = {"out": "*fp32"} if name == "head" else {}
         yield name, kernels.linear_kernel, constants, 4, differ
     rotation = dict(HALF=64, BLOCK_D=64)
-    yield "rotate", kernels.rotate_and_store_kernel, HEADS | rotation, 1, {}
     tiles = dict(TILE=kernels.TILE, STEPS=2048 // kernels.TILE // kernels.SPLITS)
-    yield "attend", kernels.attend_kernel, HEADS | HEAD | tiles, 4, {}
+    floats, eight = dict(key_scales=None, value_scales=None), dict(keys="*i8", values="*i8")
+    for bits, none, differ in ((16, floats, {}), (8, {}, eight)):
+        yield f"rotate{bits}", kernels.rotate_and_store_kernel, HEADS | rotation | none, 1, differ
+        yield f"attend{bits}", kernels.attend_kernel, HEADS | HEAD | tiles | none, 4, differ
     yield "combine", kernels.combine_kernel, HEAD, 1, {}
     yield "embed", kernels.embed_kernel, dict(K=4096, BLOCK_K=1024), 4, {}
 

@@ -33,13 +33,13 @@ def reference(llama):
     return as_transformers(llama)
 
 
-@pytest.fixture(params=["native", "native, 8-bit cache", "torch"])
+@pytest.fixture(params=["native", "native, 8-bit cache", "torch", "torch, 8-bit cache"])
 def decoder(request, llama, reference):
-    if request.param == "torch":
-        return TorchDecoder(reference, BLOCKS)
+    kv_bits = 8 if "8-bit" in request.param else 16
+    if request.param.startswith("torch"):
+        return TorchDecoder(reference, BLOCKS, kv_bits)
     if library() is None:
         pytest.skip("no C compiler: install gcc")
-    kv_bits = 8 if "8-bit" in request.param else 16
     return NativeDecoder(llama, CONTEXT, BLOCKS, threads=2, kv_bits=kv_bits)
 
 
@@ -70,12 +70,12 @@ def test_logits_are_transformers(decoder, reference):
         inputs[0, 10:15] = torch.from_numpy(embeds)
         expected = reference(inputs_embeds=inputs).logits[0].numpy()
     found = whole(decoder, shown, [3, 1, 2], embeds)
-    if isinstance(decoder, TorchDecoder):
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-    elif decoder.kv_bits == 16:
-        assert np.abs(found - expected).max() < 0.03 * expected.std()
-    else:  # 8-bit scores of random keys: few are as exact as most
+    if decoder.kv_bits == 8:  # of random keys: a few scores are far less exact than most
         assert ((found - expected) ** 2).mean() ** 0.5 < 0.05 * expected.std()
+    elif isinstance(decoder, TorchDecoder):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    else:
+        assert np.abs(found - expected).max() < 0.03 * expected.std()
 
 
 @needs_compiler
@@ -158,6 +158,8 @@ def test_chunks_and_company_change_nothing(decoder):
     for found in (single, np.array(among), np.concatenate(chunks)):
         if isinstance(decoder, NativeDecoder):
             assert np.array_equal(found, at_once)
+        elif decoder.kv_bits == 8:
+            assert ((found - at_once) ** 2).mean() ** 0.5 < 0.02 * at_once.std()
         else:
             np.testing.assert_allclose(found, at_once, atol=1e-4)
 
@@ -167,7 +169,7 @@ def test_a_copied_block_serves_as_the_first(decoder):
     expected = whole(decoder, ids, [0, 1])
     decoder.copy_block(0, 50)
     last = decoder.forward(rows(ids[16:], range(16, 20), [0] * 4, [[50, 51]], [3]))
-    np.testing.assert_allclose(last[0], expected[-1], atol=1e-5)
+    np.testing.assert_allclose(last[0], expected[-1], atol=1e-4)
 
 
 @needs_compiler

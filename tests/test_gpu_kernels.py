@@ -91,8 +91,15 @@ def test_embedding():
 HEADS = [(2, 2, 64), (3, 1, 80), (4, 2, 128)]
 
 
+def in_8_bits(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[2, slots, kv_heads, head_dim] -> int8 numbers, and a scale for each slot and head."""
+    numbers, scales = quantize_rows(cache.flatten(0, 2))
+    return numbers.view_as(cache), scales.view(cache.shape[:3])
+
+
+@pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_rotation_and_the_write_of_keys_and_values(heads, kv_heads, head_dim):
+def test_rotation_and_the_write_of_keys_and_values(heads, kv_heads, head_dim, kv_bits):
     """Positions at both sides of a block's edge; a row of padding changes nothing."""
     torch.manual_seed(2)
     lengths, width, context = [1, BLOCK_SIZE, BLOCK_SIZE + 1, 37], 3, 48
@@ -102,7 +109,10 @@ def test_rotation_and_the_write_of_keys_and_values(heads, kv_heads, head_dim):
     cache = torch.zeros(2, len(lengths) * width * BLOCK_SIZE, kv_heads, head_dim).half()
     expected = cache.float()
     angles = torch.outer(torch.arange(context), 1e4 ** -torch.linspace(0, 1, head_dim // 2))
-    kernels.rotate_and_store(qkv, inputs, (angles.cos(), angles.sin()), *cache)
+    scales = None
+    if kv_bits == 8:
+        cache, scales = in_8_bits(cache)
+    kernels.rotate_and_store(qkv, inputs, (angles.cos(), angles.sin()), cache, scales)
     for row, length in enumerate(lengths):
         p = length - 1
         cosine, sine = (torch.cat([f(angles[p])] * 2) for f in (torch.cos, torch.sin))
@@ -112,12 +122,19 @@ def test_rotation_and_the_write_of_keys_and_values(heads, kv_heads, head_dim):
         slot = inputs[row, 2 + p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
         expected[0, slot] = turned[heads : heads + kv_heads]
         expected[1, slot] = before[row, heads + kv_heads :]
-    close(cache, expected)
+    if scales is None:
+        close(cache, expected)
+    else:
+        error = (cache.float() * scales[..., None] - expected).abs()
+        assert (error <= 0.51 * scales[..., None] + 4e-3).all()
+        written = expected.abs().amax(-1) > 0
+        assert (cache[written].abs().amax(-1) == 127).all() and not cache[~written].any()
     assert torch.equal(qkv[4].float(), before[4])
 
 
+@pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_attention(heads, kv_heads, head_dim):
+def test_attention(heads, kv_heads, head_dim, kv_bits):
     """Lengths around the edges of blocks, tiles and splits; a row of padding gives zeros."""
     torch.manual_seed(3)
     edge = kernels.TILE * kernels.SPLITS
@@ -127,7 +144,10 @@ def test_attention(heads, kv_heads, head_dim):
     cache = torch.randn(2, len(lengths) * width * BLOCK_SIZE, kv_heads, head_dim).half()
     out = torch.full((6, heads, head_dim), float("nan"), dtype=torch.float16)
     partial = torch.empty(6 * heads * kernels.SPLITS * (head_dim + 1))
-    kernels.attend(qkv, inputs, *cache, out, partial)
+    stored, scales = in_8_bits(cache) if kv_bits == 8 else (cache, None)
+    if scales is not None:
+        cache = stored * scales[..., None]
+    kernels.attend(qkv, inputs, stored, scales, out, partial)
     for row, length in enumerate(lengths):
         t = torch.arange(length)
         slots = inputs[row, 2 + t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE

@@ -61,7 +61,7 @@ def build_decoder(
     if isinstance(model.llm, BlockLlama):
         from minigpt4.engine.native import NativeDecoder
 
-        kv_bits = model.config.kv_bits
+        kv_bits = model.config.kv_bits or 8
 
         def build(blocks: int) -> Decoder:
             limits = context, blocks, threads()
@@ -72,13 +72,14 @@ def build_decoder(
         from minigpt4.engine.gpu.choose import faster
         from minigpt4.engine.torch_decoder import TorchDecoder
 
+        kv_bits = model.config.kv_bits or 16
         graphs = model.device.type == "cuda" and model.quantize == "w8a16" and not eager
 
         def build(blocks: int) -> Decoder:
-            decoder = TorchDecoder(model.llm, blocks)
+            decoder = TorchDecoder(model.llm, blocks, kv_bits)
             return faster(decoder, model.llm, context) if graphs else decoder
 
-        block_bytes = TorchDecoder.block_bytes(model.llm)
+        block_bytes = TorchDecoder.block_bytes(model.llm, kv_bits)
     least = _blocks_of(context) + 1  # and one for `Engine.health`
     if megabytes is None:
         blocks = _usual_bytes(model.device) // block_bytes

@@ -187,9 +187,10 @@ def chat_bytes(config: ModelConfig, llm: Path, quantize: Quantize, llm_dtype: to
     else:
         return 0
     width = sizes["kv_heads"] * sizes["head_dim"]
-    # Of 8 bits, 32 numbers have a scale of 16.
-    bits = config.kv_bits * (17 / 16 if config.kv_bits == 8 else 1)
-    size = bits / 8 if quantize == "int4" else llm_dtype.itemsize
+    if quantize == "int4":  # of 8 bits, 32 numbers have a scale of 16
+        size = 2.0 if config.kv_bits == 16 else 17 / 16
+    else:  # of 8 bits, a head's numbers have a scale of 32
+        size = 1 + 4 / sizes["head_dim"] if config.kv_bits == 8 else llm_dtype.itemsize
     positions = (-(-config.context // _BLOCK) + 1) * _BLOCK
     return int(positions * sizes["layers"] * 2 * width * size)
 

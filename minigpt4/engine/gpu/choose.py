@@ -97,7 +97,7 @@ def _logits_of(
     decoder: "GpuDecoder | TorchDecoder", eager: "TorchDecoder", count: int
 ) -> np.ndarray:
     """The logits of `count` made-up conversations, one more of which joins in the last step."""
-    eager.keys_values.zero_()
+    eager.clear()
     draw = np.random.default_rng(0)
     lengths = draw.integers(BLOCK_SIZE - STEPS, BLOCK_SIZE + 1, count)
     _forward(decoder, [(0, int(length)) for length in lengths], draw)
@@ -107,7 +107,7 @@ def _logits_of(
         if step == STEPS - 1:
             parts.append((0, 2 * BLOCK_SIZE + 1))
         logits.append(_forward(decoder, parts, draw))
-    eager.keys_values.zero_()
+    eager.clear()
     return np.concatenate(logits)
 
 

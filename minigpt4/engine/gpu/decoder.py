@@ -122,11 +122,11 @@ class GpuDecoder:
         attended, gated = buffers.attended[:rows], buffers.gated[:rows]
         linear = partial(kernels.linear, eps=self._eps, dot=self._dot)
         kernels.embed(inputs, self._embedding, x)
-        for layer, (keys, values) in zip(self._layers, self._eager.keys_values, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
+        for number, layer in enumerate(self._layers):
+            attention, mlp, cache = layer.self_attn, layer.mlp, self._eager.layer_cache(number)
             linear(x, attention.qkv, qkv.flatten(1), norm=layer.input_layernorm.weight)
-            kernels.rotate_and_store(qkv, inputs, self._rotation, keys, values)
-            kernels.attend(qkv, inputs, keys, values, attended, buffers.partial)
+            kernels.rotate_and_store(qkv, inputs, self._rotation, *cache)
+            kernels.attend(qkv, inputs, *cache, attended, buffers.partial)
             linear(attended.flatten(1), attention.output, x, residual=x)
             linear(x, mlp.gate_up, gated, norm=layer.post_attention_layernorm.weight, silu=True)
             linear(gated, mlp.down, x, residual=x)
@@ -154,7 +154,7 @@ class _Buffers:
     """Fixed memory of a step with at most `rows` rows."""
 
     def __init__(self, llm: PreTrainedModel, context: int, eager: TorchDecoder, rows: int) -> None:
-        config, device, dtype = llm.config, eager.device, eager.keys_values.dtype
+        config, device, dtype = llm.config, eager.device, eager.dtype
         kv_heads, head_dim = eager.keys_values.shape[-2:]
         heads = config.num_attention_heads
         self.x = torch.zeros(rows, config.hidden_size, dtype=dtype, device=device)

@@ -3,7 +3,8 @@
 A step's `inputs` are int32 [rows, 2 + width]: token, position, then the sequence's blocks. A row
 with position -1 is padding: it reads and writes no keys or values. The weights are int8 with one
 float32 scale per output channel; sums are float32. Loop bounds are compile-time constants, which
-Triton's interpreter needs.
+Triton's interpreter needs. Keys and values are floats, or int8 with a float32 scale for each slot
+and head: `scales` is None, or has those of the keys, then those of the values.
 """
 
 import triton
@@ -15,6 +16,7 @@ from minigpt4.weights.int8 import Int8Weight
 
 TILE = 32  # positions that one step of attention's loop reads
 SPLITS = 8  # programs that share one head's positions
+NONE = (None, None)  # the scales of a cache that needs none
 
 
 @triton.jit
@@ -90,8 +92,26 @@ def linear_kernel(
 
 
 @triton.jit
+def store_head(cache, scales, place, first, second, d, HALF: tl.constexpr):
+    """A head's two halves -> the cache, as int8 where it has scales."""
+    inside = d < HALF
+    if scales is not None:
+        largest = tl.maximum(
+            tl.max(tl.where(inside, tl.abs(first), 0.0), 0),
+            tl.max(tl.where(inside, tl.abs(second), 0.0), 0),
+        )
+        scale = tl.maximum(largest, 1e-12) / 127
+        tl.store(scales + place, scale)
+        first = tl.floor(first / scale + 0.5)
+        second = tl.floor(second / scale + 0.5)
+    target = cache + place * 2 * HALF + d
+    tl.store(target, first.to(cache.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, second.to(cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rotate_and_store_kernel(
-    qkv, inputs, stride, cosines, sines, keys, values,
+    qkv, inputs, stride, cosines, sines, keys, values, key_scales, value_scales,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -112,18 +132,18 @@ def rotate_and_store_kernel(
             first = turned
         block = tl.load(inputs + row * stride + 2 + position // PAGE).to(tl.int64)
         slot = (block * PAGE + position % PAGE) * KV_HEADS
-        target = source
-        if head >= HEADS + KV_HEADS:
-            target = values + (slot + head - HEADS - KV_HEADS) * 2 * HALF + d
-        elif head >= HEADS:
-            target = keys + (slot + head - HEADS) * 2 * HALF + d
-        tl.store(target, first.to(qkv.dtype.element_ty), mask=inside)
-        tl.store(target + HALF, second.to(qkv.dtype.element_ty), mask=inside)
+        if head < HEADS:
+            tl.store(source, first.to(qkv.dtype.element_ty), mask=inside)
+            tl.store(source + HALF, second.to(qkv.dtype.element_ty), mask=inside)
+        elif head < HEADS + KV_HEADS:
+            store_head(keys, key_scales, slot + head - HEADS, first, second, d, HALF)
+        else:
+            store_head(values, value_scales, slot + head - HEADS - KV_HEADS, first, second, d, HALF)
 
 
 @triton.jit
 def attend_kernel(
-    qkv, inputs, stride, keys, values, partial, lse, factor,
+    qkv, inputs, stride, keys, values, key_scales, value_scales, partial, lse, factor,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -148,13 +168,18 @@ def attend_kernel(
             at = slot[:, None] * D + d[None, :]
             inside = valid[:, None] & in_d[None, :]
             key = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
-            score = tl.where(valid, tl.sum(key * query[None, :], 1), -float("inf"))
+            score = tl.sum(key * query[None, :], 1)
+            if key_scales is not None:
+                score *= tl.load(key_scales + slot, mask=valid, other=0.0)
+            score = tl.where(valid, score, -float("inf"))
             new = tl.maximum(largest, tl.max(score, 0))
             weight = tl.exp(score - new)
             value = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
             decay = tl.exp(largest - new)
-            sums = sums * decay + tl.sum(value * weight[:, None], 0)
             total = total * decay + tl.sum(weight, 0)
+            if value_scales is not None:
+                weight *= tl.load(value_scales + slot, mask=valid, other=0.0)
+            sums = sums * decay + tl.sum(value * weight[:, None], 0)
             largest = new
     place = (row * HEADS + head) * SPLITS + split
     tl.store(partial + place * D + d, sums / tl.maximum(total, 1e-30), mask=in_d)
@@ -227,38 +252,43 @@ def linear_blocks(rows: int, n: int, k: int, dot: bool) -> dict[str, int]:
 
 
 def rotate_and_store(
-    qkv: Tensor, inputs: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
+    qkv: Tensor,
+    inputs: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    cache: Tensor,
+    scales: Tensor | None,
 ) -> None:
     """Rotary embedding of qkv [rows, heads + 2 kv_heads, head_dim], and the write to the cache.
 
-    rotation: cosines and sines, float32 [context, head_dim / 2]. keys, values: [slots, kv_heads,
-    head_dim].
+    rotation: cosines and sines, float32 [context, head_dim / 2]. cache: keys and values, [2, slots,
+    kv_heads, head_dim]; scales: of an int8 cache, [2, slots, kv_heads].
     """
     rows, heads, head_dim = qkv.shape
-    kv_heads = keys.shape[1]
+    kv_heads = cache.shape[2]
     rotate_and_store_kernel[(rows, heads)](
-        qkv, inputs, inputs.stride(0), *rotation, keys, values,
+        qkv, inputs, inputs.stride(0), *rotation, *cache, *(scales if scales is not None else NONE),
         HEADS=heads - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
         BLOCK_D=triton.next_power_of_2(head_dim // 2), PAGE=BLOCK_SIZE, num_warps=1,
     )  # fmt: skip
 
 
 def attend(
-    qkv: Tensor, inputs: Tensor, keys: Tensor, values: Tensor, out: Tensor, partial: Tensor
+    qkv: Tensor, inputs: Tensor, cache: Tensor, scales: Tensor | None, out: Tensor, partial: Tensor
 ) -> None:
     """Attention of each row's queries over its keys and values -> out [rows, heads, head_dim].
 
-    partial: float32 [rows * heads * SPLITS * (head_dim + 1)] or more, for what lies between the two
-    kernels.
+    cache, scales: see `rotate_and_store`. partial: float32 [rows * heads * SPLITS * (head_dim + 1)]
+    or more, for what lies between the two kernels.
     """
     rows, heads, head_dim = out.shape
-    kv_heads = keys.shape[1]
+    kv_heads = cache.shape[2]
     count = rows * heads * SPLITS
     partial, lse = partial[: count * head_dim], partial[count * head_dim :]
     block_d = triton.next_power_of_2(head_dim)
     context = (inputs.shape[1] - 2) * BLOCK_SIZE
     attend_kernel[(rows, heads, SPLITS)](
-        qkv, inputs, inputs.stride(0), keys, values, partial, lse, head_dim**-0.5,
+        qkv, inputs, inputs.stride(0), *cache, *(scales if scales is not None else NONE),
+        partial, lse, head_dim**-0.5,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, BLOCK_D=block_d, PAGE=BLOCK_SIZE,
         TILE=TILE, STEPS=triton.cdiv(context, TILE * SPLITS), SPLITS=SPLITS,
     )  # fmt: skip
