@@ -107,6 +107,7 @@ def _add_ask(commands) -> None:
     command.add_argument(
         "photos", nargs="+", metavar="photo", help="Picture files or folders, then the question."
     )
+    command.gathers = "photos"
     command.add(ASK, prefix="ASK_")
     _add_answering(command)
     command.set_defaults(run=_ask)
@@ -186,6 +187,8 @@ def _ask(options: argparse.Namespace) -> None:
     *photos, question = options.photos
     if not photos:
         raise UserError('Give a photo and a question: ask PHOTO "What is in this picture?".')
+    if image.has_picture_name(question) and Path(question).is_file():
+        raise UserError(f"{question} is a picture: give the question after the pictures.")
     given = start.given_sampling(options)
     if options.out and image.has_picture_name(options.out):  # writing would destroy a photo
         raise UserError(

@@ -78,13 +78,13 @@ class Answer:
         text_stream: TextStream,
         stop_ids: frozenset[int],
         dropped_turns: int = 0,
-        continues: bool = False,
+        keeps_spaces: bool = False,
     ) -> None:
         self.text = ""
         self.tokens: list[int] = []
         self.dropped_turns = dropped_turns
         self._stream, self._text_stream, self._stop_ids = stream, text_stream, stop_ids
-        self._continues = continues  # an unfinished answer, whose spaces matter
+        self._keeps_spaces = keeps_spaces  # at its beginning
         self._stopped = False  # at a stop string, which the engine does not know
         # An answer that nobody refers to any more must not be generated to its end.
         weakref.finalize(self, stream.close).atexit = False
@@ -123,8 +123,8 @@ class Answer:
         return "" if self._stopped else self._shown(self._text_stream.finish())
 
     def _shown(self, piece: str) -> str:
-        """Add to `text`; only an answer that continues may start with spaces."""
-        if not self.text and not self._continues:
+        """Add to `text`; only an answer whose spaces matter may start with some."""
+        if not self.text and not self._keeps_spaces:
             piece = piece.lstrip()
         self.text += piece
         return piece
@@ -248,9 +248,9 @@ def ask(
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, longest))
     ends = stop_ids(template, tokenizer)
     # An answer that continues may start in the middle of a word or with a space, which decoding
-    # from the token before it shows.
+    # from the token before it shows; so may one that is bound to a form.
     continues = conversation.messages[-1].role == "assistant"
-    before = prompt.ids[-1:] if continues else []
+    before = prompt.ids[-1:] if continues or constraint is not None else []
     skipped = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
 
     def decode(ids: list[int]) -> str:
@@ -272,7 +272,8 @@ def ask(
             session=conversation.session,
         )
     )
-    return Answer(stream, text_stream, ends, dropped_turns, continues and not spaced)
+    keeps_spaces = constraint is not None or (continues and not spaced)
+    return Answer(stream, text_stream, ends, dropped_turns, keeps_spaces)
 
 
 def _without_last_spaces(conversation: Conversation) -> tuple[Conversation, bool]:

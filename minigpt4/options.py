@@ -175,6 +175,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.reads_file = ""  # the option that names a file of options, such as "--options"
+        self.gathers = ""  # the positional argument that may go on after options
         self._declared: list[tuple[Option, str]] = []
 
     def add(self, options: Iterable[Option], title: str = "", prefix: str = "") -> None:
@@ -210,6 +211,9 @@ class Parser(argparse.ArgumentParser):
             except UserError as error:
                 self.error(str(error).removesuffix("."))
         found, rest = super().parse_known_args(args, namespace)
+        if self.gathers:
+            getattr(found, self.gathers).extend(text for text in rest if not text.startswith("-"))
+            rest = [text for text in rest if text.startswith("-")]
         given = [option for option, _ in self._declared if hasattr(found, option.attribute)]
         try:
             for option, prefix in self._declared:

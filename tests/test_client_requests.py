@@ -16,7 +16,7 @@ from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.grammar import json_constraint, regex_constraint
+from minigpt4.web.api.grammar import MAX_EXPRESSION, Format, constraints
 from tests.api_case import (
     MODEL,
     address_fixture,
@@ -342,26 +342,47 @@ def test_choices_and_regular_expressions_as_other_servers_take_them(address, ask
 @pytest.mark.parametrize(
     ("reason", "expression"),
     [
-        ("a regular expression, length or number is damaged", "["),
+        ("it is damaged, or has what Rust", "["),
         ("look-around", "(?=a)b"),
-        ("back reference", r"(a)\1"),
-        ("without an end", "[^\\x00-\\x{10FFFF}]"),
-        ("100000 characters", "a" * 100_001),
+        ("back references", r"(a)\1"),
+        ("in the middle", "a$b"),
+        ("ends in a backslash", "a" + "\\"),
+        ("no text matches it", r"[^\s\S]"),
+        (f"{MAX_EXPRESSION} characters", "a" * (MAX_EXPRESSION + 1)),
     ],
 )
 def test_an_expression_that_cannot_be_followed_is_refused(engine, reason, expression):
     with pytest.raises(ApiError, match=re.escape(reason)) as refused:
-        regex_constraint(engine, expression)
-    assert re.fullmatch(r"This format cannot be followed: [^\n:]+\.", str(refused.value))
+        constraints(engine, Format(expression=expression, param="guided_regex"), 1)
+    words = r"This regular expression cannot be followed: [^\n:]+\."
+    assert re.fullmatch(words, str(refused.value)) and refused.value.param == "guided_regex"
 
 
-def test_one_of_two_schemas_is_named_as_ignored():
-    both = {"response_format": {"type": "text"}, "guided_json": {"type": "object"}}
+def test_spaces_of_a_choice_are_kept(address):
+    for choice in (" yes", "\nno"):
+        assert text(post(address, structured_outputs={"choice": [choice]})) == choice
+
+
+def test_what_binds_an_answer_is_followed_or_refused(address):
+    both = {"response_format": {"type": "text"}, "guided_json": '{"type": "object"}'}
     request, ignored = read_chat({"messages": HELLO} | both)
-    assert request.response_format.type == "text" and ignored == ["guided_json"]
-    outputs = {"structured_outputs": {"json": {"type": "object"}, "regex": "a+"}}
-    request, ignored = read_chat({"messages": HELLO} | outputs)
-    assert request.response_format.type == "json_schema" and ignored == ["structured_outputs"]
+    assert request.response_format.type == "json_schema" and not ignored
+    tgis = {"response_format": {"type": "json", "value": {"type": "object"}}}
+    assert read_chat({"messages": HELLO} | tgis)[0].response_format.type == "json_schema"
+    asked = {"structured_outputs": {"json_object": True, "whitespace_pattern": "x"}}
+    request, ignored = read_chat({"messages": HELLO} | asked)
+    assert request.response_format.type == "json_object"
+    assert ignored == ["structured_outputs.whitespace_pattern"]
+    for param, wrong in (
+        ("structured_outputs", {"structured_outputs": ["yes"]}),
+        ("structured_outputs.grammar", {"structured_outputs": {"grammar": "root ::= x"}}),
+        ("grammar", {"grammar": "root ::= x"}),
+        ("guided_regex", {"guided_json": {"type": "object"}, "guided_regex": "a"}),
+        ("response_format.value", {"response_format": {"type": "regex", "value": 5}}),
+        ("structured_outputs.choice", {"structured_outputs": {"choice": ["x" * 10_001]}}),
+        ("guided_json", {"guided_json": {"type": "colour"}}),
+    ):
+        assert post(address, status=400, **wrong).json()["error"]["param"] == param
 
 
 def test_an_answer_may_be_any_json_object(address):
@@ -420,7 +441,7 @@ def nested(depth: int) -> dict:
 )
 def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason, schema):
     with pytest.raises(ApiError, match=re.escape(reason)) as refused:
-        json_constraint(engine, schema)
+        constraints(engine, Format(schema), 1)
     assert re.fullmatch(r"This format cannot be followed: [^\n:]+\.", str(refused.value))
     assert (refused.value.status, refused.value.param) == (400, "response_format")
 
@@ -436,13 +457,14 @@ def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason
     ],
 )
 def test_a_schema_that_is_only_large_or_says_nothing_is_not_refused(engine, schema):
-    assert json_constraint(engine, schema)
+    assert constraints(engine, Format(schema), 1)
 
 
 def test_a_property_may_be_called_as_a_keyword(engine):
     schema = {"properties": {"propertyNames": STRING}, "required": ["propertyNames"]}
     schema |= {"type": "object", "additionalProperties": False}
-    matcher = json_constraint(engine, schema)._matcher
+    (constraint,) = constraints(engine, Format(schema), 1)
+    matcher = constraint._matcher
     assert b"propertyNames" in matcher.compute_ff_bytes()
 
 

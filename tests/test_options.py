@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from minigpt4 import options
 from minigpt4.__main__ import _parser, main
@@ -222,3 +223,15 @@ def test_settings_of_the_sampling_have_one_sentence_everywhere(name, value, sent
 
 def test_the_sampling_has_an_option_for_each_setting():
     assert [option.attribute for option in SAMPLING] == [*Sampling.RANGES]
+
+
+def test_a_question_may_come_after_the_options(capsys, tmp_path):
+    asked = _parser().parse_args(["ask", "a.jpg", "--model", "nano", "What is it?"])
+    assert asked.photos == ["a.jpg", "What is it?"] and asked.model == "nano"
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["ask", "a.jpg", "--max-tokens", "6", "What is it?"])
+    assert "unrecognized arguments: --max-tokens (see" in capsys.readouterr().err
+    picture = tmp_path / "b.jpg"
+    Image.new("RGB", (8, 8)).save(picture)
+    assert main(["ask", "a.jpg", str(picture)]) == 2
+    assert "give the question after the pictures" in capsys.readouterr().err

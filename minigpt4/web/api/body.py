@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -31,7 +32,10 @@ GUIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "json": (lambda value: isinstance(value, dict), "an object: a JSON schema"),
     "regex": (lambda value: isinstance(value, str), "a string: a regular expression"),
     "choice": (lambda value: _are_texts(value), "a list of texts, one of which is the answer"),
+    "json_object": (lambda value: value is True, "true"),
 }
+# What would bind an answer, too: an answer that is not bound would be worse than none.
+UNBOUND = ("grammar", "structural_tag", "guided_grammar")
 CALLS = {"tool_choice": "tools", "function_call": "functions"}  # by today's and the older name
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
@@ -40,50 +44,77 @@ COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
 
 def read_chat(body: dict) -> tuple[ChatRequest, list[str]]:
     """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake."""
-    body = _renamed(body)
+    body, guide = _renamed(body)
     dropped = []
     for choice, tools in CALLS.items():
         if body.get(choice) == "none" and body.pop(tools, None):
             dropped.append(tools)
     request = validated(ChatRequest, body)
+    if guide and request.response_format:
+        request.response_format.comes_from(guide)
     return request, [*dropped, *islice(_unknown(body), NAMED)]
 
 
-def _renamed(body: dict) -> dict:
-    """Fields under OpenAI's names; a field that is there under both keeps OpenAI's value."""
+def _renamed(body: dict) -> tuple[dict, str]:
+    """(the fields under OpenAI's names, which of vLLM's `response_format` comes from, or ""). A
+    field that is there under both names keeps OpenAI's value."""
     renamed = {ALIASES.get(name, name): value for name, value in body.items()}
     renamed |= {name: value for name, value in body.items() if name not in ALIASES}
     wanted = renamed.get("response_format")
-    if wanted is None:
-        renamed["response_format"] = _taken_guide(renamed)
-    elif isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
+    if wanted is None or wanted == {"type": "text"}:
+        guide, taken = _taken_guide(renamed)
+        renamed["response_format"] = taken or wanted
+        return renamed, guide
+    if isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
         rest = {name: value for name, value in wanted.items() if name != "schema"}
         schema = wanted.get("schema")  # llama.cpp's, Together's and Fireworks'
         if schema is not None and "json_schema" not in wanted:
             renamed["response_format"] = _as_schema(rest, schema)
-    return renamed
+    elif isinstance(wanted, dict) and wanted.get("type") == "json":  # TGI's
+        renamed["response_format"] = _as_schema({}, wanted.get("value"))
+    return renamed, ""
 
 
-def _taken_guide(body: dict) -> dict | None:
-    """What vLLM's `structured_outputs`, or a field of its older name, wants as `response_format`;
-    it is taken out of the body."""
-    given = body.get("structured_outputs")
-    outputs = given if isinstance(given, dict) else {}
-    for kind, (right, sentence) in GUIDES.items():
-        name, value = f"structured_outputs.{kind}", outputs.get(kind)
-        if value is None:
-            name, value = f"guided_{kind}", body.pop(f"guided_{kind}", None)
+def _taken_guide(body: dict) -> tuple[str, dict | None]:
+    """(the field that binds the answer, it as `response_format`): vLLM's `structured_outputs`, or a
+    field of its older name, which are taken out of the body."""
+    outputs = body.pop("structured_outputs", None) or {}
+    if not isinstance(outputs, dict):
+        raise ApiError("structured_outputs must be an object.", param="structured_outputs")
+    given = {f"structured_outputs.{kind}": value for kind, value in outputs.items()}
+    given |= {name: body.pop(name, None) for name in (*(f"guided_{kind}" for kind in GUIDES),)}
+    given |= {name: body.pop(name, None) for name in UNBOUND}
+    bound = {n: v for n, v in given.items() if v is not None and v != "" and v is not False}
+    found: list[tuple[str, dict]] = []
+    for name, value in bound.items():
+        kind = name.removeprefix("structured_outputs.").removeprefix("guided_")
+        if kind in GUIDES:
+            found.append((name, _of_guide(name, kind, value)))
+        elif kind in UNBOUND:
+            sentence = f"{name} is not supported: send a JSON schema, a regex or choices."
+            raise ApiError(sentence, param=name)
         else:
-            body["structured_outputs"] = {n: v for n, v in outputs.items() if n != kind} or None
-        if value is None:
-            continue
-        if not right(value):
-            raise ApiError(f"{name} must be {sentence}.", param=name)
-        if kind == "json":
-            return _as_schema({}, value)
-        expression = value if kind == "regex" else "|".join(map(re.escape, value))
-        return {"type": "regex", "value": expression}
-    return None
+            body[name] = value  # named as ignored
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise ApiError(f"{names} both bind the answer: send one of them.", param=found[1][0])
+    return found[0] if found else ("", None)
+
+
+def _of_guide(name: str, kind: str, value: Any) -> dict:
+    """A field of `GUIDES` as `response_format`."""
+    right, sentence = GUIDES[kind]
+    if kind == "json" and isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not right(value):
+        raise ApiError(f"{name} must be {sentence}.", param=name)
+    if kind == "json":
+        return _as_schema({}, value)
+    if kind == "json_object":
+        return {"type": "json_object"}
+    expression = value if kind == "regex" else "|".join(map(re.escape, value))
+    return {"type": "regex", "value": expression}
 
 
 def _are_texts(value: Any) -> bool:

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from minigpt4.web.api.errors import ApiError, quotable
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_CHARACTERS = 100_000  # of a schema, or of a regular expression
+MAX_CHARACTERS = 100_000  # of a schema
+# Of a regular expression, whose optional parts cost time and memory by their square; of choices.
+MAX_EXPRESSION, MAX_CHOICES = 2_000, 10_000
 PARAM = "response_format"
 MISSING = (
     "response_format needs the package llguidance: the operator must install it. Leave it out."
@@ -29,6 +32,7 @@ FIRST_BYTES = 200  # of what every answer begins with: followed before an answer
 TOO_LARGE = "it is too large or too deep; simplify it"
 # What the library says -> what we say. The first that is found counts.
 REASONS = {
+    "lexer precomputation": TOO_LARGE,
     "look-around, including": "it has a regular expression with look-around; write it without",
     "lookarounds not supported": "it has a regular expression with look-around or \\b; write it "
     "without",
@@ -50,6 +54,19 @@ REASONS = {
         ("oo many", "Current row", "too large", "too big", "Unable to determine"), TOO_LARGE
     ),
 }
+# The same for a regular expression.
+DAMAGED = (
+    "it is damaged, or has what Rust's regular expressions lack, such as (?>…); correct it or "
+    "write it without"
+)
+OF_EXPRESSIONS = {
+    "lexer precomputation": TOO_LARGE,
+    "look-around, including": "look-around is not supported; write it without",
+    "lookarounds not supported": "\\b, and ^ or $ in the middle, are not supported; leave them out",
+    "backreferences are": "back references are not supported; write it without",
+    "NoExtension": "no text matches it; correct it",
+    **dict.fromkeys(("oo many", "too large", "too big", "Unable to determine"), TOO_LARGE),
+}
 # Keywords whose keys are names, not keywords, and those whose values are no schemas.
 NAMING = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 VALUES = ("const", "enum", "default", "examples")
@@ -64,8 +81,8 @@ class FormatConstraint:
     ApiError, which ends the answer, where that turns out to be too much.
     """
 
-    def __init__(self, matcher: "LLMatcher") -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: "LLMatcher", param: str) -> None:
+        self._matcher, self._param = matcher, param
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """The logits [vocabulary], -inf for tokens that may not come next."""
@@ -84,55 +101,90 @@ class FormatConstraint:
         if error := self._matcher.get_error():
             log.warning("An answer's format could not be followed on: %s", _line(error))
         if error or not followed:
-            raise _unfollowed(TOO_LARGE)
+            raise ApiError(f"This format cannot be followed: {TOO_LARGE}.", param=self._param)
 
 
-def json_constraint(engine: AnyEngine, schema: dict[str, Any]) -> FormatConstraint:
-    """For one answer in JSON. ApiError where the schema cannot be followed."""
+@dataclass(frozen=True)
+class Format:
+    """What an answer must be: JSON that follows `schema`, or a text that `expression` matches as a
+    whole. param: the field that asks for it."""
+
+    schema: dict[str, Any] | None = None
+    expression: str | None = None
+    most: int = MAX_EXPRESSION  # characters of the expression
+    param: str = PARAM
+
+
+def constraints(engine: AnyEngine, wanted: Format, count: int) -> list[FormatConstraint]:
+    """For `count` answers. ApiError where the format cannot be followed."""
+    try:
+        matcher = _matcher(engine, wanted)
+    except _Unfollowed as error:
+        what = "format" if wanted.expression is None else "regular expression"
+        raise ApiError(f"This {what} cannot be followed: {error}.", param=wanted.param) from None
+    return [FormatConstraint(matcher.deep_copy(), wanted.param) for _ in range(count)]
+
+
+class _Unfollowed(Exception):
+    """Why a format cannot be followed."""
+
+
+def _matcher(engine: AnyEngine, wanted: Format) -> "LLMatcher":
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise ApiError(MISSING, param=wanted.param) from None
+    tokenizer = engine.model.tokenizer
+    ends = tuple(sorted(stop_ids(engine.model.config.template, tokenizer)))
+    vocabulary = _vocabulary(tokenizer, ends)
+    if wanted.expression is not None:
+        grammar = LLMatcher.grammar_from_regex(_checked_expression(wanted))
+    else:
+        content = _checked_schema(wanted.schema or {})
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(content, overrides=COMPACT)
+        except (ValueError, RecursionError):
+            raise _Unfollowed(TOO_LARGE) from None
+    matcher = LLMatcher(vocabulary, grammar, log_level=0)
+    matcher.compute_bitmask()  # some mistakes show only here, such as endless recursion
+    if error := matcher.get_error():
+        raise _Unfollowed(_reason(error, wanted))
+    _try_beginning(matcher.deep_copy(), vocabulary, wanted)
+    return matcher
+
+
+def _checked_expression(wanted: Format) -> str:
+    expression = wanted.expression or ""
+    if len(expression) > wanted.most:
+        raise _Unfollowed(f"it has more than {wanted.most} characters; shorten it")
+    if (len(expression) - len(expression.rstrip("\\"))) % 2:  # the library drops it
+        raise _Unfollowed("it ends in a backslash; complete it")
+    return expression
+
+
+def _checked_schema(schema: dict[str, Any]) -> str:
     if "x-guidance" in schema:  # the library's own settings, which lift what we promise
-        raise _unfollowed("x-guidance is not supported; leave it out")
+        raise _Unfollowed("x-guidance is not supported; leave it out")
     try:
         _check_numbers(schema)
         content = json.dumps(_without_any_names(schema))
     except (ValueError, RecursionError):
-        raise _unfollowed(TOO_LARGE) from None
-    return _constraint(engine, "grammar_from_json_schema", content, overrides=COMPACT)
-
-
-def regex_constraint(engine: AnyEngine, expression: str) -> FormatConstraint:
-    """For one answer that a regular expression matches as a whole. ApiError where it cannot."""
-    return _constraint(engine, "grammar_from_regex", expression)
-
-
-def _constraint(engine: AnyEngine, read: str, content: str, **options: Any) -> FormatConstraint:
-    try:
-        from llguidance import LLMatcher
-    except ImportError:
-        raise ApiError(MISSING, param=PARAM) from None
-    tokenizer = engine.model.tokenizer
-    ends = tuple(sorted(stop_ids(engine.model.config.template, tokenizer)))
-    vocabulary = _vocabulary(tokenizer, ends)
+        raise _Unfollowed(TOO_LARGE) from None
     if len(content) > MAX_CHARACTERS:
-        raise _unfollowed(f"it has more than {MAX_CHARACTERS} characters; shorten it")
-    try:
-        grammar = getattr(LLMatcher, read)(content, **options)
-    except (ValueError, RecursionError):
-        raise _unfollowed(TOO_LARGE) from None
-    matcher = LLMatcher(vocabulary, grammar, log_level=0)
-    matcher.compute_bitmask()  # some mistakes show only here, such as endless recursion
-    if error := matcher.get_error():
-        raise _unfollowed(_reason(error))
-    _try_beginning(matcher.deep_copy(), vocabulary)
-    return FormatConstraint(matcher)
+        raise _Unfollowed(f"it has more than {MAX_CHARACTERS} characters; shorten it")
+    return content
 
 
-def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer") -> None:
-    """ApiError where the schema already fails in what every answer begins with."""
+def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer", wanted: Format) -> None:
+    """_Unfollowed where the format already fails in what every answer begins with."""
     begun = matcher.compute_ff_bytes()[:FIRST_BYTES].decode("utf-8", "ignore")
     matcher.consume_tokens(vocabulary.tokenize_bytes(begun.encode()))
     matcher.compute_bitmask()
-    if _reason(matcher.get_error()) == TOO_LARGE:
-        raise _unfollowed(TOO_LARGE)
+    error = matcher.get_error()
+    if "doesn't satisfy the grammar" in error:
+        raise _Unfollowed("it asks for one of the model's control tokens; leave it out")
+    if error and _reason(error, wanted) == TOO_LARGE:
+        raise _Unfollowed(TOO_LARGE)
 
 
 def _without_any_names(schema: Any, names: bool = False) -> Any:
@@ -152,21 +204,19 @@ def _without_any_names(schema: Any, names: bool = False) -> Any:
 
 
 def _check_numbers(schema: Any) -> None:
-    """ApiError where a number, wherever it stands, is more than the library can keep to."""
+    """_Unfollowed where a number, wherever it stands, is more than the library can keep to."""
     if isinstance(schema, dict | list):
         for value in schema.values() if isinstance(schema, dict) else schema:
             _check_numbers(value)
     elif isinstance(schema, int | float) and abs(schema) > MAX_NUMBER:
-        raise _unfollowed(f"it has a number beyond ±{MAX_NUMBER}; leave such numbers out")
+        raise _Unfollowed(f"it has a number beyond ±{MAX_NUMBER}; leave such numbers out")
 
 
-def _unfollowed(reason: str) -> ApiError:
-    return ApiError(f"This format cannot be followed: {reason}.", param=PARAM)
-
-
-def _reason(error: str) -> str:
-    """Why a schema is refused, in our words."""
+def _reason(error: str, wanted: Format) -> str:
+    """Why a format is refused, in our words."""
     first = error.strip()
+    if wanted.expression is not None:
+        return next((ours for theirs, ours in OF_EXPRESSIONS.items() if theirs in first), DAMAGED)
     if found := re.match(r"Unimplemented keys: \[(.*)\]", first):
         names = [f"“{quotable(name)}”" for name in re.findall(r'"([^"]*)"', found[1])[:5]]
         are, them = ("is", "it") if len(names) == 1 else ("are", "them")

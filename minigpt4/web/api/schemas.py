@@ -13,6 +13,7 @@ from pydantic import (
     Discriminator,
     FailFast,
     Field,
+    PrivateAttr,
     Tag,
     model_validator,
 )
@@ -21,6 +22,7 @@ from minigpt4.config import LOWEST_TEMPERATURE, ModelConfig, setting_range
 from minigpt4.engine import Sampling
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.grammar import MAX_CHOICES, MAX_EXPRESSION, Format
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
@@ -245,14 +247,24 @@ class ResponseFormat(Object):
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchema | None = None
-    value: str | None = None
+    value: Any = None
+    _sent_as: str = PrivateAttr("response_format")
+
+    def comes_from(self, name: str) -> None:
+        """The client sent it as this field of vLLM's."""
+        self._sent_as = name
 
     @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must follow, None where it is plain text."""
+    def of_answer(self) -> Format | None:
+        """What the answer must be, None where it is plain text."""
+        if self.type == "regex":
+            most = MAX_CHOICES if self._sent_as.endswith("choice") else MAX_EXPRESSION
+            return Format(expression=self.value, most=most, param=self._sent_as)
         if self.json_schema is not None and self.type == "json_schema":
-            return self.json_schema.content
-        return {"type": "object"} if self.type == "json_object" else None
+            return Format(self.json_schema.content, param=self._sent_as)
+        return (
+            Format({"type": "object"}, param=self._sent_as) if self.type == "json_object" else None
+        )
 
 
 Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
@@ -349,9 +361,10 @@ class ChatRequest(Object):
         if wanted.type == "json_schema" and wanted.json_schema is None:
             where = "response_format.json_schema"
             _refuse(f"{where} is missing: add the schema.", where)
-        if wanted.type == "regex" and wanted.value is None:
+        if wanted.type == "regex" and not isinstance(wanted.value, str):
             where = "response_format.value"
-            _refuse(f"{where} is missing: add the regular expression.", where)
+            wrong = "is missing: add" if wanted.value is None else "must be a string:"
+            _refuse(f"{where} {wrong} the regular expression.", where)
         if (self.num_beams or 1) > 1:
             sentence = "A response_format is not available with beam search: set num_beams to 1."
             _refuse(sentence, "num_beams")

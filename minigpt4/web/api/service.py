@@ -15,13 +15,14 @@ from minigpt4.model.prompt import Message
 from minigpt4.model.vision import squash
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
-from minigpt4.web.api.grammar import FormatConstraint, json_constraint, regex_constraint
-from minigpt4.web.api.schemas import ChatMessage, ChatRequest, ResponseFormat
+from minigpt4.web.api.grammar import FormatConstraint, constraints
+from minigpt4.web.api.schemas import ChatMessage, ChatRequest
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.image_url import ImageUrls
 
 OPENED_AT_ONCE = 2  # decoding one picture may take hundreds of megabytes
 MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
+MAX_PREPARING = 16  # requests whose format is being prepared, or waits for that
 LOADING = "The model is still loading: try again in a minute."
 
 
@@ -37,6 +38,7 @@ class ChatService:
         self.find_engines = find_engines
         self.image_urls = image_urls
         self._opening = asyncio.Semaphore(OPENED_AT_ONCE)
+        self._one_prepares, self._preparing = asyncio.Semaphore(1), 0
 
     @property
     def engines(self) -> Sequence[AnyEngine]:
@@ -67,7 +69,26 @@ class ChatService:
         engine = self.engine(request.model)
         engine.refuse_if_full()  # before the work of opening pictures
         conversation = await self.conversation(request, pictures)
-        return await run_in_threadpool(_submit, engine, conversation, request)
+        bound = await self._constraints(engine, request)
+        return await run_in_threadpool(_submit, engine, conversation, request, bound)
+
+    async def _constraints(
+        self, engine: AnyEngine, request: ChatRequest
+    ) -> Sequence[FormatConstraint | None]:
+        """For each of the answers, None where they are free. ApiError where they cannot be kept to,
+        or many wait for theirs: one at a time is prepared."""
+        count, wanted = request.n or 1, request.response_format
+        format_ = wanted.of_answer if wanted else None
+        if format_ is None:
+            return [None] * count
+        if self._preparing >= MAX_PREPARING:
+            raise UserError("Too many people are waiting: try again in a minute.", "queue_full")
+        self._preparing += 1
+        try:
+            async with self._one_prepares:
+                return await run_in_threadpool(constraints, engine, format_, count)
+        finally:
+            self._preparing -= 1
 
     async def conversation(self, request: ChatRequest, files: Sequence[bytes] = ()) -> Conversation:
         """The messages and their opened pictures. ApiError for one that cannot be opened."""
@@ -120,13 +141,18 @@ class ChatService:
             return Picture(await run_in_threadpool(squash, picture.rgb, size), picture.key)
 
 
-def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest) -> list[Answer]:
+def _submit(
+    engine: AnyEngine,
+    conversation: Conversation,
+    request: ChatRequest,
+    bound: Sequence[FormatConstraint | None],
+) -> list[Answer]:
     """Where the seed is given, each answer has the next one. All are asked, or none."""
     config = engine.model.config
     sampling = request.sampling(config)
     answers: list[Answer] = []
     try:
-        for number in range(request.n or 1):
+        for number, constraint in enumerate(bound):
             seed = None if sampling.seed is None else (sampling.seed + number) % 2**63
             answers.append(
                 ask(
@@ -138,7 +164,7 @@ def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest)
                     logprobs=bool(request.logprobs),
                     top_logprobs=request.top_logprobs or 0,
                     reserve=default_sampling(config).max_new_tokens,
-                    constraint=_constraint(engine, request.response_format),
+                    constraint=constraint,
                 )
             )
     except UserError as error:
@@ -146,13 +172,3 @@ def _submit(engine: AnyEngine, conversation: Conversation, request: ChatRequest)
             answer.close()
         raise ApiError.of(error, "messages" if error.kind == "too_long" else None) from None
     return answers
-
-
-def _constraint(engine: AnyEngine, wanted: ResponseFormat | None) -> FormatConstraint | None:
-    """For one answer; None where it is plain text. ApiError where it cannot be kept to."""
-    if wanted is None:
-        return None
-    if wanted.type == "regex":
-        return regex_constraint(engine, wanted.value or "")
-    schema = wanted.schema_of_answer
-    return None if schema is None else json_constraint(engine, schema)
