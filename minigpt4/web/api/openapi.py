@@ -168,6 +168,14 @@ def description() -> Schema:
     }
 
 
+# vLLM's, which body.py turns into `response_format`.
+STRUCTURED_OUTPUTS = {
+    "type": "object",
+    "description": "What the answer must be: {json: a schema}, {regex: a regular expression}, "
+    "{choice: a list of texts} or {json_object: true}.",
+}
+
+
 def _answering(name: str, request: str, response: str, events: str) -> Schema:
     operation = _operation(
         name,
@@ -218,6 +226,7 @@ def _schemas() -> Schema:
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
     schemas = _untitled(found["$defs"])
+    schemas["ChatRequest"]["properties"]["structured_outputs"] = STRUCTURED_OUTPUTS
     response = _responses_request(schemas["ChatRequest"])
     decision = schemas["DecisionRequest"]
     decision["properties"]["input"] = response["properties"]["input"]
