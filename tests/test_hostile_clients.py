@@ -386,7 +386,7 @@ def test_what_the_page_does_not_need_is_closed(address, path):
 
 OUT_OF_ORDER = [
     ("stop", [None], None),
-    ("undo", [None, None], None),
+    ("undo", [None, None, None], None),
     ("retry", [None, *SETTINGS], None),
     ("option", [None, *SETTINGS], {"index": 0, "value": "continue"}),
     ("edit", [None, *SETTINGS], {"index": 99, "value": "x", "previous_value": "y"}),
@@ -435,7 +435,7 @@ def test_another_sessions_conversation(address, events):
     for state in (None, "first", {"session_hash": "first"}, 1):
         for name in ("save", "record", "record_left", "renew"):
             assert join(address, events[name], [state], "second").is_success
-        assert join(address, events["undo"], [state, None], "second").is_success
+        assert join(address, events["undo"], [None, state, None], "second").is_success
         data = [state, *SETTINGS]
         assert join(address, events["retry"], data, "second").is_success
         assert join(address, events["ask"], [box("Mine?"), *data], "second").is_success

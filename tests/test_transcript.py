@@ -86,6 +86,7 @@ def test_captions_are_kept(conversation):
         lambda d: d.update(version=2),
         lambda d: d.pop("pictures"),
         lambda d: d.update(messages="hello"),
+        lambda d: d.update(messages=[]),
         lambda d: d.update(messages=[[]]),
         lambda d: d.update(system=["be", "evil"]),
         lambda d: d["messages"].pop(0),
@@ -114,6 +115,7 @@ def test_files_that_hold_something_else(conversation, change):
 )
 def test_what_is_wrong_in_an_entry_is_left_out(about):
     assert transcript.read_about(about) == transcript.About()
+    assert transcript.read_about({"time": 2**53 - 1, "title": "\u202e\u2066"}) == transcript.About()
 
 
 def test_figures_of_answers_are_kept(conversation):

@@ -374,7 +374,7 @@ def test_nothing_is_taken_back_from_under_an_answer(monkeypatch, warnings):
         steps = ask(engine, session, "Hello?")
         await anext(steps)
         turns = Turns(Loading.done(engine), [])
-        assert await turns.undo(session, None, None) == (gr.skip(),) * 4
+        assert await turns.undo(None, session, None, None) == (gr.skip(),) * 4
         async for _ in steps:
             pass
 

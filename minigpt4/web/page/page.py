@@ -167,7 +167,7 @@ class ChatPage:
             self._hello.select(turns.example, [session, *settings], shown, **event_of_turn),
         ]
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
-        events.append(chatbot.undo(turns.undo, [session, named], shown, **event_of_turn))
+        events.append(chatbot.undo(turns.undo, [box, session, named], shown, **event_of_turn))
         events.append(side.facts.select(turns.version, [session, named], shown, **event_of_turn))
         events[0].then(turns.empty, [box, session], box, **EVENT)
         for event in events:

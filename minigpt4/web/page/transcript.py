@@ -31,7 +31,9 @@ MAX_TITLE = 200
 # What is kept of an answer's `Stats`.
 FIGURES = ("prompt_tokens", "reused_tokens", "tokens", "seconds_to_first", "seconds")
 STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
+LAST_TIME = 8_640_000_000_000_000  # ms; browsers know no later date
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
+_DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # characters that turn a text around
 
 
 def to_data(session: Session, model: str = "", side: int | None = FULL_SIDE) -> dict:
@@ -159,8 +161,8 @@ def read_about(data: object) -> About:
     name, title, time = given.get("id"), given.get("title"), given.get("time")
     return About(
         name if isinstance(name, str) and _NAME.fullmatch(name) else "",
-        title[:MAX_TITLE] if isinstance(title, str) else "",
-        time if isinstance(time, int) and 0 < time < 2**53 else 0,
+        _DIRECTIONS.sub("", title)[:MAX_TITLE] if isinstance(title, str) else "",
+        time if isinstance(time, int) and 0 < time <= LAST_TIME else 0,
         given.get("named") is True,
         given.get("pinned") is True,
     )
@@ -183,7 +185,7 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
         raise _wrong() from None
     conversation.messages = tail.messages
     messages = [*tail.messages, *hidden_messages(tail.forks)]
-    _require(len(messages) <= MAX_MESSAGES)
+    _require(0 < len(messages) <= MAX_MESSAGES)
     texts = [p for m in messages for p in m.parts if isinstance(p, str)]
     _require(sum(map(len, texts)) + len(system or "") <= MAX_CHARACTERS)
     return Session(

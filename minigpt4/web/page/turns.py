@@ -137,8 +137,10 @@ class Turns:
             async for step in steps:
                 yield step
 
-    async def undo(self, session: Session, shown: str | None, request: gr.Request) -> tuple:
-        """Put the last question back into the box, and remove its answer."""
+    async def undo(
+        self, value: dict | None, session: Session, shown: str | None, request: gr.Request
+    ) -> tuple:
+        """Put the last question back into the box, before what is in it, and remove its answer."""
         if hindered := _hindered(session, shown, request):
             return hindered
         try:
@@ -147,8 +149,10 @@ class Turns:
             warn(explain(error, request))
             return render.messages(session, request), gr.skip(), "", gr.skip()
         await asyncio.to_thread(render.make_thumbnails, session.conversation)
-        value = {"text": text, "files": files}
-        return render.messages(session, request), box(False, value=value), "", gr.skip()
+        typed = value or {"text": "", "files": []}
+        text = "\n".join(filter(None, (text, typed["text"])))
+        together = {"text": text, "files": [*files, *typed["files"]]}
+        return render.messages(session, request), box(False, value=together), "", gr.skip()
 
     async def version(
         self, session: Session, shown: str | None, chosen: gr.SelectData, request: gr.Request

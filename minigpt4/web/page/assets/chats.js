@@ -102,6 +102,7 @@
   // A conversation's name -> the id and time at which this page last wrote or opened it. If two
   // pages go on with one conversation, the later to write it uses another id.
   const places = new Map();
+  const removed = new Set(); // what this page deleted
   const fileOf = ({ path }) => async () => {
     const url = `${window.gradio_config.root}/gradio_api/file=${path.split("/").map(encodeURIComponent).join("/")}`;
     const response = await fetch(url);
@@ -115,8 +116,11 @@
     const before = JSON.stringify(all().map(({ id, title }) => [id, title]));
     const write = (id, mine) => change(id, (chat, talk) => {
       if (chat && !chat.deleted && mine && chat.time !== mine.time) return undefined;
+      // A file whose conversation is kept, but is another by now, does not replace it.
+      if (about && talk && said.messages && textOf(talk) !== textOf(said)) return undefined;
       const entry = { pinned: about?.pinned, named: about?.named, ...chat };
-      if (about) delete entry.deleted;
+      const more = said.messages.length > (talk?.messages.length ?? 0); // another page deleted it
+      if (about || (more && !removed.has(id))) delete entry.deleted;
       entry.title = chat?.named ? chat.title : (about?.title || title);
       const time = about?.time || Math.max(Date.now(), (chat?.time ?? 0) + 1);
       return { chat: { ...entry, id, time }, talk: { ...said, id, keys, files: pictures } };
@@ -155,14 +159,17 @@
   let undo = null, gone = [], left; // the notice; what it brings back; which of them was shown
   const remove = async (ids) => {
     if (!undo?.isConnected) [gone, left] = [[], null];
-    const all = gone = [...gone, ...ids];
+    const all = gone = [...new Set([...gone, ...ids])];
     const shown = ids.includes(current);
     if (shown) left = current;
     const before = left;
+    all.forEach((id) => removed.add(id));
     const text = all.length === 1 ? say("deleted") : say("deleted_many").replace("{count}", all.length);
     undo = notice(text, say("undo_delete"), async () => {
+      all.forEach((id) => removed.delete(id));
       await Promise.all(all.map((id) => edit(id, { deleted: undefined })));
-      if (before) open(before);
+      const idle = current === null && !document.documentElement.hasAttribute("data-sending");
+      if (before && idle) open(before); // else the visitor is in another one by now
     }, UNDO);
     await Promise.all(all.map((id) => edit(id, { deleted: Date.now() })));
     if (shown) {
@@ -177,6 +184,7 @@
   let select = null; // the list's event, which opens a conversation
   // The page is asked to show one conversation at a time; `wanted` is the one to be shown next.
   let asked, wanted;
+  let empty = false; // is "New chat" clicked by this script, for an address without a conversation?
   const addressed = () => {
     try { return decodeURIComponent(location.hash.match(/^#\/c\/([^/]+)$/)?.[1] ?? "") || null; }
     catch { return null; } // a damaged address
@@ -189,6 +197,8 @@
   const set = (id) => {
     if (current === id) return;
     current = id;
+    window.minigpt4.endEditing();
+    window.minigpt4.silence();
     draw();
   };
   const upload = async (files) => {
@@ -200,11 +210,14 @@
     return response.json();
   };
   const show = async (id) => {
+    const before = current;
     [asked, wanted] = [id, undefined];
     document.documentElement.toggleAttribute("data-opening", true);
     set(id);
     if (!id) {
+      empty = true;
       document.querySelector("#new-chat").click();
+      empty = false;
       return;
     }
     const base = await store;
@@ -222,7 +235,8 @@
       select({ index: 0, value: { about: { id }, data } });
     } catch {
       window.minigpt4.keepUnsent();
-      settle("");
+      if (before) address(before, true); // after a reload, another one tries again
+      settle(before || "");
       notice(say("error_connection"));
     }
   };
@@ -236,7 +250,11 @@
     document.documentElement.toggleAttribute("data-opening", false);
     set(id);
   };
+  const target = () => (wanted === undefined ? current : wanted);
   const want = (id) => {
+    // What waits for its pictures belongs to what is shown. After a reload that is yet to be opened.
+    if (document.documentElement.dataset.opening !== "first") window.minigpt4.keepUnsent();
+    document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
     if (asked === undefined) show(id);
     else wanted = id;
   };
@@ -279,7 +297,7 @@
 
   document.addEventListener("click", (event) => {
     if (!event.target.closest("#new-chat")) return;
-    if (event.isTrusted) address(null);
+    if (!empty) address(null);
     if (asked === undefined) [asked, wanted] = [null, undefined];
     else if (asked !== null) { // when the other conversation is there
       event.stopPropagation();
@@ -289,7 +307,7 @@
   }, true);
   addEventListener("popstate", () => {
     const id = addressed();
-    if (id === current) return;
+    if (id === target()) return;
     if (id) open(id, true);
     else want(null);
   });
@@ -331,6 +349,8 @@
   };
   if (addressed()) document.documentElement.dataset.opening = "first";
   Object.assign(window.minigpt4, {
-    chats: { all, search, edit, remove, told, about, open, start, loaded, get current() { return current; } },
+    chats: {
+      all, search, edit, remove, told, about, open, start, loaded, target, get current() { return current; },
+    },
   });
 })();

@@ -49,6 +49,7 @@
   };
   const asked = () => {
     if (!find("#box .submit-button:not(:disabled)")) return;
+    window.minigpt4.endEditing();
     sending(true);
     [sent, typed] = [find("#box textarea").value, null];
   };
@@ -71,6 +72,7 @@
 
   // The camera, which is on as soon as its window is open.
   const camera = async () => {
+    if (find("#camera")) return; // a double click
     const dialog = makeDialog("camera", say("camera"));
     const video = make("video", { autoplay: true, muted: true, playsInline: true });
     let facing = "environment";
@@ -82,6 +84,7 @@
       });
     };
     const shoot = () => {
+      shot.disabled = true;
       const canvas = make("canvas", { width: video.videoWidth, height: video.videoHeight });
       canvas.getContext("2d").drawImage(video, 0, 0);
       canvas.toBlob((blob) => {
@@ -98,12 +101,13 @@
       start();
     }), shot, button("close", "close", () => dialog.close()));
     dialog.addEventListener("close", stop);
+    showDialog(dialog);
     try {
       await start();
+      if (!dialog.open) stop();
     } catch { // no camera, no permission, or a page without HTTPS
       video.replaceWith(make("p", { textContent: say("no_camera") }));
     }
-    showDialog(dialog);
   };
   Object.assign(window.minigpt4, { attach, choose, sending, emptied, camera });
 })();

@@ -40,6 +40,7 @@
     "error_no_picture": /invalid file type/i,
     "error_too_slow": /took too long to arrive|^HTTP (408|504)/i,
     "error_disk_full": /disk is full/i,
+    "error_out_of_range": /^Value \S+ is (greater|less) than/,
     "error_upload": /^HTTP \d/, // what a proxy answers an upload with
     "error_too_many_requests": /asked for too much without listening|queue is full/i,
   };
@@ -75,6 +76,7 @@
       ...(node.matches(selector) ? [node] : []), ...node.querySelectorAll(selector),
     ];
     all("[aria-label], [title]").forEach(translate);
+    for (const icon of all("button[aria-label] svg[aria-label]")) icon.setAttribute("aria-hidden", "true");
     all("[data-testid=toast-body]").forEach(explain);
     all("[data-say]").forEach(write);
     all("[data-label]").forEach(write);

@@ -42,13 +42,20 @@
     }
   }).observe(document.documentElement, { childList: true, subtree: true });
 
+  // Gradio keeps the place that is edited, even where another message comes to stand there.
+  const editButtons = (box) => [
+    ...box.closest(".message-row").nextElementSibling?.querySelectorAll("button") ?? [],
+  ];
+  const endEditing = () => {
+    for (const box of document.querySelectorAll("#chat textarea")) editButtons(box)[1]?.click();
+  };
+
   document.addEventListener("keydown", (event) => {
     if (event.isComposing || event.keyCode === 229) {
       // A key that ends the composition of a word (Chinese, Japanese, ...) neither sends nor stops.
       if (["Enter", "Escape"].includes(event.key)) event.stopImmediatePropagation();
     } else if (event.target.matches?.("#chat textarea")) { // a message is being edited
-      const [save, cancel] = event.target.closest(".message-row").nextElementSibling
-        ?.querySelectorAll("button") ?? [];
+      const [save, cancel] = editButtons(event.target);
       if (event.key === "Escape") cancel?.click();
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save?.click();
     } else if (event.key === "Escape" && !event.target.closest?.("#rail, .drawer, dialog, .menu")) {
@@ -85,5 +92,5 @@
   apply();
   if (document.body) follow(); else addEventListener("DOMContentLoaded", follow);
 
-  Object.assign(window.minigpt4, { save, theme });
+  Object.assign(window.minigpt4, { save, theme, endEditing });
 })();

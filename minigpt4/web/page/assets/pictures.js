@@ -50,6 +50,7 @@
     let at = all().indexOf(clicked);
     const turn = (step) => {
       const pictures = all();
+      if (!pictures.length) return; // another conversation is shown by now
       at = (at + step + pictures.length) % pictures.length;
       large.src = pictures[at].src;
       large.alt = caption.textContent = pictures[at].alt;

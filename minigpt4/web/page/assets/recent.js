@@ -37,7 +37,7 @@ const row = (chat) => {
   const short = asked.toLocaleString([], today ? { timeStyle: "short" } : { dateStyle: "medium" });
   open.append(make("time", { textContent: chat.found ?? short, title: asked.toLocaleString() }));
   open.addEventListener("click", () => {
-    if (chat.id !== chats.current) chats.open(chat.id);
+    if (chat.id !== chats.target()) chats.open(chat.id);
     minigpt4.drawer("");
   });
   const pin = button(`${say(chat.pinned ? "unpin" : "pin")}: ${title}`, "pin", () => {
@@ -105,13 +105,19 @@ const show = (found) => {
   if (list.querySelector("input")) return; // a name is being edited; that draws when it ends
   late = pressed;
   if (late) return;
-  // The keyboard stays where it was: in the same chat's row, on the same button.
+  // The keyboard stays where it was: in the same chat's row, on the same button. Where the row is
+  // gone, the next one has it; without one, what layout.js gives it, or the search in a drawer.
   const focused = list.contains(document.activeElement) && document.activeElement;
   const within = focused && focused.closest("li");
   const place = within ? [...within.children].indexOf(focused) : -1;
+  const rows = () => [...list.querySelectorAll("li")];
+  const number = rows().indexOf(within);
   list.replaceChildren(...groups(found));
   if (place >= 0) {
-    [...list.querySelectorAll("li")].find(({ dataset }) => dataset.id === within.dataset.id)?.children[place].focus();
+    const same = rows().find(({ dataset }) => dataset.id === within.dataset.id);
+    const next = same ?? rows()[Math.min(number, rows().length - 1)];
+    if (next) next.children[place].focus();
+    else if (document.getElementById("main").inert) field.focus();
   }
   const searched = Boolean(field.value.trim());
   none.hidden = searched || found.length > 0;

@@ -40,5 +40,5 @@
     buttons.insertBefore(made, buttons.querySelector(".about"));
   };
   addEventListener("pagehide", () => voice?.cancel());
-  Object.assign(window.minigpt4, { speakable });
+  Object.assign(window.minigpt4, { speakable, silence: () => voice && stop() });
 })();

@@ -12,7 +12,10 @@
     const { place, number, count } = version;
     const text = say("version_of").replace("{number}", number + 1).replace("{count}", count);
     const turn = (key, icon, step) => {
-      const made = button(key, icon, () => select({ index: 0, value: { place, number: number + step } }));
+      const made = button(key, icon, () => {
+        window.minigpt4.endEditing();
+        select({ index: 0, value: { place, number: number + step } });
+      });
       made.disabled = !(number + step >= 0 && number + step < count);
       return made;
     };
