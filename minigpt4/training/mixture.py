@@ -62,7 +62,7 @@ _PREMISES = (  # questions about what is not there
 )
 
 _NOT_TOLD = 0.15  # how often it is learned what a picture does not tell
-_NO_PICTURE = 0.1  # how often a question is asked without the picture
+_NO_PICTURE = 0.2  # how often a question is asked without the picture
 _WHAT = 0.15  # how often “What is this?” asks for a caption
 
 

@@ -78,9 +78,9 @@ class SmallRecipe:
 SCORED: dict[str, dict[str, Any]] = {
     "both": {
         "sampled": 0.75,
-        "others": 4,
+        "others": 6,
         "sizes": (
-            (("described", 3), ("instructed", 1)),
+            (("described", 3), ("instructed", 2)),
             (("flickr", 8), ("captioned", 3)),
             (("drawn", 3),),
         ),

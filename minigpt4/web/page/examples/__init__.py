@@ -35,7 +35,7 @@ EXAMPLES = {
     "poem": Example(
         "tower",
         "Write a short poem about this image.",
-        4,
+        3,
         "A tower of the Summer Palace in Beijing",
     ),
     "story": Example("cat", "Tell a short story about this cat.", 4, "The cat Chelsea"),
