@@ -198,11 +198,11 @@ def test_a_failed_batch_of_pictures_is_forgotten_before_the_next_try(model, gpu_
 def test_keys_and_values_get_the_memory_that_there_is(model, monkeypatch):
     real, tried = TorchDecoder.__init__, []
 
-    def scarce(self, llm, blocks):
+    def scarce(self, llm, blocks, kv_bits):
         tried.append(blocks)
         if blocks > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        real(self, llm, blocks)
+        real(self, llm, blocks, kv_bits)
 
     monkeypatch.setattr(TorchDecoder, "__init__", scarce)
     with Engine(model) as engine:
@@ -224,10 +224,10 @@ def test_other_memory_for_keys_and_values_is_one_sentence(
 ):
     real = TorchDecoder.__init__
 
-    def scarce(self, llm, blocks):
-        if blocks * TorchDecoder.block_bytes(llm) > 50 * 2**20:
+    def scarce(self, llm, blocks, kv_bits):
+        if blocks * TorchDecoder.block_bytes(llm, kv_bits) > 50 * 2**20:
             raise MemoryError
-        real(self, llm, blocks)
+        real(self, llm, blocks, kv_bits)
 
     monkeypatch.setattr(TorchDecoder, "__init__", scarce)
     decoder.build_decoder(model, megabytes)
@@ -237,7 +237,7 @@ def test_other_memory_for_keys_and_values_is_one_sentence(
 
 
 def test_no_memory_for_keys_and_values_is_one_sentence(model, monkeypatch):
-    def none(self, llm, blocks):
+    def none(self, llm, blocks, kv_bits):
         raise MemoryError
 
     monkeypatch.setattr(TorchDecoder, "__init__", none)

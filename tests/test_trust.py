@@ -45,7 +45,8 @@ def test_a_conversation_file_is_checked_without_asserts():
     optimised = ModuleType(transcript.__name__)
     exec(compile(source.read_text(encoding="utf-8"), source, "exec", optimize=1), vars(optimised))
     sound = {"format": transcript.FORMAT, "version": transcript.VERSION}
-    sound |= {"pictures": {}, "messages": []}
+    asked = [{"role": "user", "parts": [{"type": "text", "text": "x"}]}]
+    sound |= {"pictures": {}, "messages": asked}
     optimised.from_data(sound)
     said = [{"role": "assistant", "parts": [{"type": "text", "text": "x"}]}]
     for wrong in (
