@@ -122,9 +122,7 @@ class ModelConfig:
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
     cpu_gigabytes: float = 0.0  # memory it needs without a GPU, in 4 bit; `auto` selects it by this
     converted_to_4bit: bool = False  # on the CPU: its 16-bit weights are, once
-    kv_bits: int = (
-        0  # of keys and values: 16, or 8 in half the memory; 0: 8 in the CPU kernels alone
-    )
+    kv_bits: int = 0  # of keys and values: 16, or 8 in half the memory; 0: 8 in the CPU kernels
     # Any computer downloads it, and answers with it, in moments: `auto` may select it before it is
     # downloaded, and fall back to it; training may download it; the page may ask it for captions.
     # Nothing is computed ahead for it, and an engine that takes a minute for a step hangs.

@@ -82,8 +82,8 @@ def _taken_guide(body: dict) -> tuple[str, dict | None]:
     if not isinstance(outputs, dict):
         raise ApiError("structured_outputs must be an object.", param="structured_outputs")
     given = {f"structured_outputs.{kind}": value for kind, value in outputs.items()}
-    given |= {name: body.pop(name, None) for name in (*(f"guided_{kind}" for kind in GUIDES),)}
-    given |= {name: body.pop(name, None) for name in UNBOUND}
+    for name in (*(f"guided_{kind}" for kind in GUIDES), *UNBOUND):
+        given[name] = body.pop(name, None)
     bound = {n: v for n, v in given.items() if v is not None and v != "" and v is not False}
     found: list[tuple[str, dict]] = []
     for name, value in bound.items():

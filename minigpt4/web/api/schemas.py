@@ -260,11 +260,10 @@ class ResponseFormat(Object):
         if self.type == "regex":
             most = MAX_CHOICES if self._sent_as.endswith("choice") else MAX_EXPRESSION
             return Format(expression=self.value, most=most, param=self._sent_as)
+        schema = {"type": "object"} if self.type == "json_object" else None
         if self.json_schema is not None and self.type == "json_schema":
-            return Format(self.json_schema.content, param=self._sent_as)
-        return (
-            Format({"type": "object"}, param=self._sent_as) if self.type == "json_object" else None
-        )
+            schema = self.json_schema.content
+        return None if schema is None else Format(schema, param=self._sent_as)
 
 
 Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]

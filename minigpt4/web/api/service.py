@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.engine import AnyEngine
+from minigpt4.engine.stream import FULL, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 from minigpt4.model.image_file import MAX_PIXELS
@@ -82,7 +83,7 @@ class ChatService:
         if format_ is None:
             return [None] * count
         if self._preparing >= MAX_PREPARING:
-            raise UserError("Too many people are waiting: try again in a minute.", "queue_full")
+            raise failure(FULL)
         self._preparing += 1
         try:
             async with self._one_prepares:

@@ -117,7 +117,7 @@
     const write = (id, mine) => change(id, (chat, talk) => {
       if (chat && !chat.deleted && mine && chat.time !== mine.time) return undefined;
       // A file whose conversation is kept, but is another by now, does not replace it.
-      if (about && talk && said.messages && textOf(talk) !== textOf(said)) return undefined;
+      if (about && talk && textOf(talk) !== textOf(said)) return undefined;
       const entry = { pinned: about?.pinned, named: about?.named, ...chat };
       const more = said.messages.length > (talk?.messages.length ?? 0); // another page deleted it
       if (about || (more && !removed.has(id))) delete entry.deleted;
