@@ -110,19 +110,21 @@
     return response.blob();
   };
   const keep = async ({ name, about, data, pictures }) => {
-    if (about) places.set(name, { id: name, time: about.time || undefined });
+    if (about) places.set(name, { id: name });
     const { format, version, title, ...said } = data;
     const keys = [...new Set(partsOf(data).filter(({ type }) => type === "image").map(({ key }) => key))];
     const before = JSON.stringify(all().map(({ id, title }) => [id, title]));
     const write = (id, mine) => change(id, (chat, talk) => {
-      if (chat && !chat.deleted && mine && chat.time !== mine.time) return undefined;
       // A file whose conversation is kept, but is another by now, does not replace it.
-      if (about && talk && textOf(talk) !== textOf(said)) return undefined;
+      const differs = about ? talk && textOf(talk) !== textOf(said)
+        : chat && !chat.deleted && mine && chat.time !== mine.time;
+      if (differs) return undefined;
       const entry = { pinned: about?.pinned, named: about?.named, ...chat };
       const more = said.messages.length > (talk?.messages.length ?? 0); // another page deleted it
       if (about || (more && !removed.has(id))) delete entry.deleted;
       entry.title = chat?.named ? chat.title : (about?.title || title);
-      const time = about?.time || Math.max(Date.now(), (chat?.time ?? 0) + 1);
+      const time = about ? chat?.time || about.time || Date.now()
+        : Math.max(Date.now(), (chat?.time ?? 0) + 1);
       return { chat: { ...entry, id, time }, talk: { ...said, id, keys, files: pictures } };
     });
     let place = places.get(name) ?? { id: name };
