@@ -253,6 +253,25 @@ def test_an_answer_is_read_aloud(visit):
     expect(read).to_have_attribute("aria-pressed", "false")
 
 
+def test_the_rail_is_drawn_before_any_script_is_loaded(browser, address):
+    """In the colours that the visitor chose, and not beneath the rail itself."""
+    page = browser.new_context(**WIDE, color_scheme="light").new_page()
+    page.add_init_script("localStorage.setItem('minigpt4:theme', 'dark')")
+    drawn = "getComputedStyle(document.body, '::before')"
+    held = []
+    page.route("**/assets/index-*.js", lambda route: held.append(route))
+    page.goto(address, wait_until="commit")
+    page.wait_for_function("performance.getEntriesByName('first-contentful-paint')[0]")
+    assert page.evaluate(f"{drawn}.content") == '"MiniGPT-4"'
+    assert page.evaluate(f"{drawn}.backgroundColor") == "rgb(20, 20, 18)"
+    assert held and not page.locator("#rail").count()
+    for route in held:
+        route.continue_()
+    expect(box(page)).to_be_visible()
+    assert page.evaluate(f"{drawn}.display") == "none"
+    page.context.close()
+
+
 def test_it_can_be_installed(visit):
     page = visit()
     link = page.locator("link[rel=manifest]")

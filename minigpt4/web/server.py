@@ -41,13 +41,16 @@ FLUSH_SECONDS = 0.5  # for the last of the answers to reach the page
 log = logging.getLogger(__name__)
 
 
-def start_server(page: gr.Blocks, options: argparse.Namespace, **settings: Any) -> str:
+def start_server(
+    page: gr.Blocks, options: argparse.Namespace, first: str = "", **settings: Any
+) -> str:
     """Serve the page in the background and return its address.
 
-    settings: further ones of `Blocks.launch`. UserError where options.host and options.port cannot
-    be used.
+    first: HTML for its <head> that is drawn before its scripts are loaded. settings: further ones
+    of `Blocks.launch`. UserError where options.host and options.port cannot be used.
     """
     gradio_patches.apply()
+    gradio_patches.draw_first(first)
     gradio_patches.tune_queue(page)
     host = options.host.strip().removeprefix("[").removesuffix("]")
     try:

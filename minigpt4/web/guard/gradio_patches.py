@@ -22,6 +22,7 @@ from gradio.mcp import GradioMCPServer
 from gradio.queueing import Queue
 from gradio.route_utils import CustomCORSMiddleware
 from gradio.server_messages import ProcessCompletedMessage
+from jinja2 import FunctionLoader
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -99,6 +100,17 @@ def apply() -> None:
     logging.getLogger("uvicorn.error").addFilter(_is_no_upgrade)
 
 
+def draw_first(html: str) -> None:
+    """Put this into the page's <head>, for what is drawn before Gradio's scripts are loaded."""
+
+    # Gradio's own setting, `head`, comes with its scripts: until then the page is empty.
+    def read(name: str) -> str:
+        text, _, _ = _original_loader.get_source(gradio.routes.templates.env, name)
+        return text.replace("</head>", f"{{% raw %}}{html}{{% endraw %}}</head>", 1)
+
+    gradio.routes.templates.env.loader = FunctionLoader(read)
+
+
 def tune_queue(page: gr.Blocks) -> None:
     """Set what belongs to a page's queue, before the page is launched."""
     queue = page._queue
@@ -126,6 +138,7 @@ def tune_server(page: gr.Blocks) -> None:
 
 
 _applied = False
+_original_loader = gradio.routes.templates.env.loader
 _original_push = Queue.push
 _original_send_message = Queue.send_message
 _ended: dict[str, float] = {}  # session -> when its last event ended

@@ -302,6 +302,7 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
     return start_server(
         page,
         options,
+        first=parts.asset("first.html"),
         share=options.share,
         max_threads=answers + OTHER_EVENTS,
         pwa=True,
