@@ -494,12 +494,21 @@ def test_programs_find_the_apis_description_at_the_root(address):
 
 @pytest.mark.usefixtures("slow")
 def test_a_full_queue(address, engine, monkeypatch):
+    monkeypatch.setattr(engine, "max_running", 0)
     monkeypatch.setattr(engine, "max_waiting", 0)
     before = engine.totals.errors["queue_full"]
     with pytest.raises(openai.RateLimitError, match="waiting") as caught:
         ask(address, question("Hello?"))
     assert int(caught.value.response.headers["retry-after"]) > 0
     assert engine.totals.errors["queue_full"] == before + 1
+
+
+def test_more_answers_than_there_are_places(address, engine, monkeypatch):
+    monkeypatch.setattr(engine, "max_running", 1)
+    monkeypatch.setattr(engine, "max_waiting", 1)
+    assert len(ask(address, question("Hello?"), n=2).choices) == 2
+    with pytest.raises(openai.BadRequestError, match="ask for 2"):
+        ask(address, question("Hello?"), n=3)
 
 
 def test_a_fault_is_one_sentence(address, engine, monkeypatch, caplog):

@@ -200,6 +200,16 @@ def test_the_queue_has_places_and_an_end(model):
     engine.close()
 
 
+def test_a_burst_fills_all_places(model):
+    """Before the first of it runs, all of it waits."""
+    with Engine(model, max_running=2, max_waiting=1) as engine:
+        with engine._lock:
+            streams = [engine.submit(request(seed)) for seed in range(3)]
+            with pytest.raises(UserError, match="waiting"):
+                engine.submit(request(3))
+        assert all(list(stream) for stream in streams)
+
+
 def test_a_request_that_is_admitted_is_not_overlooked(engine):
     """Though it has left the queue, and is not among the running ones yet."""
 

@@ -661,7 +661,7 @@ def test_a_storm_of_connections(address):
     "Load and interruptions", "storms of connections, a full queue, probes meanwhile"
 )
 def test_probes_while_the_queue_is_full(address, engine, monkeypatch):
-    monkeypatch.setattr(engine, "max_waiting", 0)
+    monkeypatch.setattr(Engine, "most", 0)
     engine.pace = 0.02
     assert ask(address, "Hello?").status_code == 429
     assert web.get(address + "/healthz", timeout=60).status_code == 200

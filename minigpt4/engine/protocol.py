@@ -60,6 +60,10 @@ class AnyEngine(Protocol):
         """Requests that may wait."""
 
     @property
+    def most(self) -> int:
+        """Requests that may run and wait together."""
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue."""
 

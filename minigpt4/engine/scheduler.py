@@ -205,6 +205,11 @@ class RequestQueue:
         return None
 
     @property
+    def most(self) -> int:
+        """Requests that may run and wait together."""
+        return self.max_running + self.max_waiting
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._waiting)
@@ -235,7 +240,8 @@ class RequestQueue:
         """The lock is held."""
         self._refuse_if_ending()
         self._drop_closed()
-        if len(self._waiting) >= self.max_waiting:
+        # Who has just come is in the queue, although there may be a place to run.
+        if len(self._waiting) + len(self._running) >= self.most:
             raise failure(FULL)
 
     def _drop_closed(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from minigpt4 import start
 from minigpt4.engine import Engine, Request, Stream
 from minigpt4.engine.scheduler import RequestQueue, refuse_beyond_tokens
-from minigpt4.engine.stream import ENDING, FULL, StopReason, failure
+from minigpt4.engine.stream import ENDING, StopReason, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
 
@@ -85,7 +85,7 @@ class ZeroEngine(RequestQueue):
     def __init__(
         self, model: "MiniGPT4", lend: Callable[[Request], Events], max_waiting: int
     ) -> None:
-        super().__init__(max_waiting, max_waiting)
+        super().__init__(0, max_waiting)
         self.model, self._lend = model, lend
         self._running: list[Stream] = []
 
@@ -121,11 +121,6 @@ class ZeroEngine(RequestQueue):
         work = copy_context().run
         threading.Thread(target=work, args=(self._follow, request, stream), daemon=True).start()
         return stream
-
-    def _refuse_if_full(self) -> None:
-        self._refuse_if_ending()
-        if len(self._running) >= self.max_waiting:
-            raise failure(FULL)
 
     def _follow(self, request: Request, stream: Stream) -> None:
         events = None

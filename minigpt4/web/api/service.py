@@ -68,6 +68,9 @@ class ChatService:
         UserError where it cannot be asked.
         """
         engine = self.engine(request.model)
+        if (request.n or 1) > engine.most:
+            sentence = f"n is more answers than this server gives at once: ask for {engine.most}."
+            raise ApiError(sentence, param="n")
         engine.refuse_if_full()  # before the work of opening pictures
         conversation = await self.conversation(request, pictures)
         bound = await self._constraints(engine, request)
