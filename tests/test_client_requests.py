@@ -363,6 +363,16 @@ def test_spaces_of_a_choice_are_kept(address):
         assert text(post(address, structured_outputs={"choice": [choice]})) == choice
 
 
+UNBOUND = {
+    "json_schema": {"type": "object"},
+    "ebnf": "root ::= x",
+    "format": "json",
+    "response_schema": {"type": "object"},
+    "allowed_token_ids": [1],
+    "guided_choices": ["a"],
+}
+
+
 def test_what_binds_an_answer_is_followed_or_refused(address):
     both = {"response_format": {"type": "text"}, "guided_json": '{"type": "object"}'}
     request, ignored = read_chat({"messages": HELLO} | both)
@@ -370,6 +380,7 @@ def test_what_binds_an_answer_is_followed_or_refused(address):
     tgis = {"response_format": {"type": "json", "value": {"type": "object"}}}
     assert read_chat({"messages": HELLO} | tgis)[0].response_format.type == "json_schema"
     asked = {"structured_outputs": {"json_object": True, "whitespace_pattern": "x"}}
+    assert read_chat({"messages": HELLO, "regex": "a+"})[0].response_format.value == "a+"
     request, ignored = read_chat({"messages": HELLO} | asked)
     assert request.response_format.type == "json_object"
     assert ignored == ["structured_outputs.whitespace_pattern"]
@@ -381,6 +392,10 @@ def test_what_binds_an_answer_is_followed_or_refused(address):
         ("response_format.value", {"response_format": {"type": "regex", "value": 5}}),
         ("structured_outputs.choice", {"structured_outputs": {"choice": ["x" * 10_001]}}),
         ("guided_json", {"guided_json": {"type": "colour"}}),
+        *((name, {name: value}) for name, value in UNBOUND.items()),
+        ("structured_outputs.choices", {"structured_outputs": {"choices": ["yes"]}}),
+        ("guided_choice", {"response_format": {"type": "json_object"}, "guided_choice": ["a"]}),
+        ("grammar", {"response_format": {"type": "regex", "value": "a"}, "grammar": "root ::= x"}),
     ):
         assert post(address, status=400, **wrong).json()["error"]["param"] == param
 

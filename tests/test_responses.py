@@ -213,6 +213,23 @@ def test_a_number_that_no_float_holds_is_not_echoed(address):
     assert response.status_code == 400 and response.json()["error"]["param"] == "metadata.a"
 
 
+@pytest.mark.parametrize(
+    ("sentence", "param", "body"),
+    [
+        (
+            "text.format and guided_choice both bind the answer: send one of them.",
+            "guided_choice",
+            {"text": {"format": {"type": "json_object"}}, "guided_choice": ["a"]},
+        ),
+        ("ebnf is not supported: use text.format, or leave it out.", "ebnf", {"ebnf": "x"}),
+    ],
+)
+def test_what_a_body_may_not_hold(address, sentence, param, body):
+    response = post(address, input="Hello?", max_output_tokens=2, **body)
+    error = response.json()["error"]
+    assert (response.status_code, error["message"], error["param"]) == (400, sentence, param)
+
+
 def test_a_fault_ends_the_stream(address, engine, monkeypatch, caplog):
     def fail(_):
         raise RuntimeError("CUDA out of cheese")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from minigpt4.data.files import replace_surrogates
-from minigpt4.web.api.errors import ApiError, json_path
+from minigpt4.web.api.errors import ApiError, json_path, quotable
 from minigpt4.web.api.schemas import (
     PARTS,
     ChatMessage,
@@ -34,8 +34,19 @@ GUIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "choice": (lambda value: _are_texts(value), "a list of texts, one of which is the answer"),
     "json_object": (lambda value: value is True, "true"),
 }
-# What would bind an answer, too: an answer that is not bound would be worse than none.
-UNBOUND = ("grammar", "structural_tag", "guided_grammar")
+# What would bind an answer, too: an answer that is not bound would be worse than none. llama.cpp's,
+# SGLang's, Ollama's, Gemini's and vLLM's names.
+UNBOUND = (
+    "grammar",
+    "json_schema",
+    "ebnf",
+    "format",
+    "response_schema",
+    "structural_tag",
+    "allowed_token_ids",
+)
+# How the names of fields begin that say how an answer is bound, not to what.
+MANNER = ("disable_", "whitespace_", "decoding_", "_")
 CALLS = {"tool_choice": "tools", "function_call": "functions"}  # by today's and the older name
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
@@ -61,10 +72,12 @@ def _renamed(body: dict) -> tuple[dict, str]:
     renamed = {ALIASES.get(name, name): value for name, value in body.items()}
     renamed |= {name: value for name, value in body.items() if name not in ALIASES}
     wanted = renamed.get("response_format")
+    guide, taken = _taken_guide(renamed)
     if wanted is None or wanted == {"type": "text"}:
-        guide, taken = _taken_guide(renamed)
         renamed["response_format"] = taken or wanted
         return renamed, guide
+    if guide:
+        raise _both("response_format", guide)
     if isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
         rest = {name: value for name, value in wanted.items() if name != "schema"}
         schema = wanted.get("schema")  # llama.cpp's, Together's and Fireworks'
@@ -77,12 +90,12 @@ def _renamed(body: dict) -> tuple[dict, str]:
 
 def _taken_guide(body: dict) -> tuple[str, dict | None]:
     """(the field that binds the answer, it as `response_format`): vLLM's `structured_outputs`, or a
-    field of its older name, which are taken out of the body."""
+    field of its older name, which are taken out of the body. SGLang's `regex` is one, too."""
     outputs = body.pop("structured_outputs", None) or {}
     if not isinstance(outputs, dict):
         raise ApiError("structured_outputs must be an object.", param="structured_outputs")
     given = {f"structured_outputs.{kind}": value for kind, value in outputs.items()}
-    for name in (*(f"guided_{kind}" for kind in GUIDES), *UNBOUND):
+    for name in [name for name in body if name.startswith("guided_")] + ["regex", *UNBOUND]:
         given[name] = body.pop(name, None)
     bound = {n: v for n, v in given.items() if v is not None and v != "" and v is not False}
     found: list[tuple[str, dict]] = []
@@ -90,15 +103,20 @@ def _taken_guide(body: dict) -> tuple[str, dict | None]:
         kind = name.removeprefix("structured_outputs.").removeprefix("guided_")
         if kind in GUIDES:
             found.append((name, _of_guide(name, kind, value)))
-        elif kind in UNBOUND:
-            sentence = f"{name} is not supported: send a JSON schema, a regex or choices."
-            raise ApiError(sentence, param=name)
-        else:
+        elif kind.startswith(MANNER):
             body[name] = value  # named as ignored
+        else:
+            name = quotable(name)
+            sentence = f"{name} is not supported: use response_format, or leave it out."
+            raise ApiError(sentence, param=name)
     if len(found) > 1:
-        names = " and ".join(name for name, _ in found)
-        raise ApiError(f"{names} both bind the answer: send one of them.", param=found[1][0])
+        raise _both(*(name for name, _ in found[:2]))
     return found[0] if found else ("", None)
+
+
+def _both(first: str, second: str) -> ApiError:
+    sentence = f"{first} and {second} both bind the answer: send one of them."
+    return ApiError(sentence, param=second)
 
 
 def _of_guide(name: str, kind: str, value: Any) -> dict:

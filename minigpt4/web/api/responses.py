@@ -28,7 +28,7 @@ from minigpt4.web.api.validation_errors import validated
 
 # What is called otherwise here than in chat completions, as errors name it.
 NAMES = {"messages": "input", "response_format": "text.format"}
-FIELDS = r"^(?:messages|response_format)\b|\bmessages(?=\[)"
+FIELDS = r"^messages\b|\bmessages(?=\[)|(?<![.\w])response_format\b"
 # What looks otherwise here, in sentences and paths.
 FORMS = {
     '{"type": "text", "text": …}': '{"type": "input_text", "text": …}',
