@@ -221,6 +221,8 @@ def test_a_number_that_no_float_holds_is_not_echoed(address):
             "guided_choice",
             {"text": {"format": {"type": "json_object"}}, "guided_choice": ["a"]},
         ),
+        ("metadata must be an object of strings.", "metadata", {"metadata": {"a": {"b": "c"}}}),
+        ("metadata must be an object of strings.", "metadata", {"metadata": ["a"]}),
         ("ebnf is not supported: use text.format, or leave it out.", "ebnf", {"ebnf": "x"}),
     ],
 )

@@ -9,7 +9,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine
@@ -52,6 +54,10 @@ class ResponsesBody(Object):
 
     text: dict[str, Any] | None = None
     include: list[Any] | None = None
+    # It is given back, and could be nested as deeply as no answer may be.
+    metadata: Annotated[
+        dict[str, str] | None, Field(description="must be an object of strings.")
+    ] = None
 
 
 def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
@@ -175,7 +181,7 @@ class ResponseReply:
         self._number = -1  # of the last event
         self._logprobs: list[dict] = []
         sampling = request.sampling(engine.model.config)
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
             "created_at": int(time.time()),
@@ -183,7 +189,7 @@ class ResponseReply:
             "error": None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_tokens,
-            "metadata": request.metadata if isinstance(request.metadata, dict) else {},
+            "metadata": request.metadata or {},
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "temperature": sampling.temperature,
