@@ -572,6 +572,13 @@ def test_web_pages_of_other_origins(engine):
 
 
 @pytest.mark.parametrize(
+    "origin", ["app://obsidian.md", "tauri://localhost", "chrome-extension://abc", "null"]
+)
+def test_origins_of_applications(origin):
+    assert cors(origin.upper() if origin != "null" else origin).kwargs["allow_origins"] == [origin]
+
+
+@pytest.mark.parametrize(
     "origin", ["chat.example.org", "https://*.example.org", "https://a.org/x", "https://a.org?x"]
 )
 def test_origins_that_no_web_page_has(origin):

@@ -83,11 +83,12 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
 
 
 def _origin(text: str) -> str:
-    """An origin as browsers send it: in lower case, without the usual port."""
-    if text == "*":
+    """An origin as browsers send it: in lower case, without the usual port. Those of applications
+    have schemes of their own, such as app://obsidian.md, and files have the origin null."""
+    if text in ("*", "null"):
         return text
     try:
-        if not re.fullmatch(r"https?://[^/\s?#@*]+/?", text.lower()):
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+/?", text.lower()):
             raise httpx.InvalidURL(text)
         address = httpx.URL(text.lower())
     except httpx.InvalidURL:
