@@ -559,6 +559,15 @@ def test_web_pages_of_other_origins(engine):
         refused = httpx.options(address + "/v1/models", headers=asks)
         assert refused.status_code == 400 and "--cors-origins" in refused.text
         assert chat in refused.text
+
+        def status(origin: str, kind: str = "text/plain") -> int:
+            sent = {"content-type": kind, **({"origin": origin} if origin else {})}
+            return httpx.post(address + "/v1/responses", content="{}", headers=sent).status_code
+
+        # Without a preflight, only what has asked for nothing is refused as a mistake (400).
+        assert status(chat) == status("null", "") == status(chat, "multipart/form-data") == 403
+        assert {status("", ""), status("http://localhost:1"), status(address)} == {400}
+        assert status(chat, "application/json; charset=utf-8") == 400
     with served(
         lambda: engine, engine, "--cors-origins", "HTTPS://Chat.example.org:443/, http://[::1]:8080"
     ) as address:

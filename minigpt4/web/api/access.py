@@ -11,10 +11,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError, quotable
-from minigpt4.web.guard.limits import request_bytes
+from minigpt4.web.guard.limits import read_rest, request_bytes
 
 BODY_SECONDS = 120  # to send a request
 THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -49,7 +50,21 @@ class Keys:
 
 
 class Cors(CORSMiddleware):
-    """Says who can allow what it refuses."""
+    """Says who can allow what it refuses, and refuses what browsers send without asking before: a
+    foreign page could not read the answer, but have it generated."""
+
+    async def simple_response(
+        self, scope: Scope, receive: Receive, send: Send, request_headers: Headers
+    ) -> None:
+        origin = request_headers.get("origin")
+        own = origin and origin.partition("://")[2] == request_headers.get("host")
+        kind = request_headers.get("content-type", "").partition(";")[0].strip().lower()
+        asked = scope["method"] != "POST" or kind == "application/json"
+        if not origin or own or asked or self.is_allowed_origin(origin):
+            await super().simple_response(scope, receive, send, request_headers)
+        else:
+            await read_rest(Request(scope, receive))
+            await ApiError(_foreign(origin), 403).response(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
@@ -58,10 +73,16 @@ class Cors(CORSMiddleware):
         origin = request_headers["origin"]
         sentence = "Web pages may only send GET and POST: use these.\n"
         if not self.is_allowed_origin(origin):
-            sentence = f"Web pages of {quotable(origin, 200)} may not use this server: its "
-            sentence += "operator can allow them with --cors-origins.\n"
+            sentence = _foreign(origin) + "\n"
         headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
         return PlainTextResponse(sentence, response.status_code, headers)
+
+
+def _foreign(origin: str) -> str:
+    return (
+        f"Web pages of {quotable(origin, 200)} may not use this server: its operator can allow "
+        "them with --cors-origins."
+    )
 
 
 def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
