@@ -26,6 +26,7 @@ import app
 from minigpt4 import conversation as chat
 from minigpt4.conversation import Conversation
 from minigpt4.engine import Engine, Request, Sampling
+from minigpt4.engine.stream import ENDING
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Prompt
 from minigpt4.web.api.access import Keys, cors
@@ -173,10 +174,14 @@ def test_health(address, engine, monkeypatch):
         response = httpx.get(address + "/readyz")
         assert (response.status_code, response.text) == (503, "The model generates no tokens.\n")
         assert httpx.get(address + "/healthz").status_code == 200
-    for error in (RuntimeError("the loop is closed"), OSError("no such socket")):
+    for sentence, name, value in (
+        ("The model generates no tokens.\n", "health", Mock(side_effect=RuntimeError("closed"))),
+        ("The model generates no tokens.\n", "health", Mock(side_effect=OSError("no socket"))),
+        (f"{ENDING}\n", "_ending", True),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "health", Mock(side_effect=error))
-            assert httpx.get(address + "/readyz").text == "The model generates no tokens.\n"
+            patch.setattr(engine, name, value)
+            assert httpx.get(address + "/readyz").text == sentence
         time.sleep(1.1)  # a younger result is given again
     assert httpx.get(address + "/readyz").status_code == 200
 

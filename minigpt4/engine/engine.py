@@ -99,7 +99,8 @@ class Engine(RequestQueue):
     @property
     def fault(self) -> str:
         """A sentence while the engine cannot answer, else "". A lost GPU does not come back."""
-        return LOST if self._lost else HANGING if self._hanging else ""
+        running = HANGING if self._hanging else super().fault
+        return LOST if self._lost else running
 
     @property
     def decoder_name(self) -> str:
@@ -193,8 +194,7 @@ class Engine(RequestQueue):
         return state.stream
 
     def _refuse_if_ending(self) -> None:
-        fault = self.fault  # read once: `_watch` may clear it at any time
-        if sentence := fault or (ENDING if self._ending else ""):
+        if sentence := self.fault:  # read once: `_watch` may clear it at any time
             raise failure(sentence)
 
     # --- the threads ---------------------------------------------------------------------------

@@ -188,7 +188,7 @@ class RequestQueue:
     @property
     def fault(self) -> str:
         """A sentence while the engine cannot answer, else ""."""
-        return self._fault
+        return self._fault or (ENDING if self._ending else "")
 
     def refuse_if_full(self) -> None:
         """Raise the error that `submit` would raise now, before any work goes into a request."""
