@@ -17,7 +17,7 @@ PICTURE = picture_file()
 
 
 class Host(BaseHTTPRequestHandler):
-    """/picture.png, /large, /slow, /missing; /to?URL redirects."""
+    """/picture.png, /large, /slow, /missing, /gzip; /to?URL redirects."""
 
     def do_GET(self):  # noqa: N802 - the library's name
         self.server.asked.append(self.path)
@@ -28,6 +28,8 @@ class Host(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(404 if path == "/missing" else 200)
+        if path == "/gzip":
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         with suppress(OSError):
             if path == "/slow":
@@ -60,6 +62,8 @@ def test_data_urls():
     assert read(ImageUrls(), data_url(PICTURE)) == PICTURE
     spaced = data_url(PICTURE).replace("data:image/png", "DATA:image/png;name=a.png")
     assert read(ImageUrls(), spaced[:50] + "\n" + spaced[50:]) == PICTURE
+    spaced = data_url(PICTURE).replace(";base64", "; base64 ")
+    assert read(ImageUrls(), f" {spaced}\n") == PICTURE
     with pytest.raises(TooLarge):
         read(ImageUrls(max_bytes=10), data_url(PICTURE))
 
@@ -95,7 +99,9 @@ def test_damaged_base64(data):
 
 def test_a_named_host(host):
     assert read(ImageUrls([host.name]), host.url + "/picture.png") == PICTURE
-    assert read(ImageUrls(["127.0.0.1"]), host.url + "/picture.png") == PICTURE
+    assert read(ImageUrls(["127.0.0.1"]), f" {host.url}/picture.png\n") == PICTURE
+    with pytest.raises(UserError, match="host compresses it"):
+        read(ImageUrls([host.name]), host.url + "/gzip")
     assert read(ImageUrls([host.name]), f"{host.url}/to?/picture.png") == PICTURE
 
 

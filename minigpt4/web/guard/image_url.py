@@ -38,13 +38,14 @@ class ImageUrls:
 
     async def read(self, url: str) -> bytes:
         """The picture file's bytes. UserError where it is refused or not available."""
-        if url[:20].lstrip()[:5].lower() == "data:":
-            return await run_in_threadpool(self._decode, url.lstrip())
+        url = url.strip()
+        if url[:5].lower() == "data:":
+            return await run_in_threadpool(self._decode, url)
         return await self._fetch(url)
 
     def _decode(self, url: str) -> bytes:
         head, comma, data = url[5:].partition(",")
-        if not comma or not head.lower().rstrip().endswith(";base64"):
+        if not comma or not "".join(head[-20:].lower().split()).endswith(";base64"):
             raise UserError("A data: URL must read data:image/…;base64,… to be a picture.")
         if len(data) > self.max_bytes * 11 // 8 + 4096:  # line breaks included
             raise self._too_large()
@@ -92,6 +93,8 @@ class ImageUrls:
                 "The picture could not be fetched: check its address, for which the host answered "
                 f"{response.status_code}."
             )
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise UserError("The picture's host compresses it unasked: send a data: URL.")
         content = bytearray()
         async for chunk in response.aiter_raw(65536):
             content += chunk
