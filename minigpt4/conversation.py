@@ -234,16 +234,19 @@ def ask(
 
     stop: strings that end the answer, besides the template's; trim: leave out old turns where the
     conversation is too long, instead of refusing it; logprobs: note each token's log-probability;
-    top_logprobs: with it, those of so many of the most likely tokens;
-    watched: token ids whose log-probability as the first token is noted; reserve: see `fit`;
-    constraint: what the answer must keep to, for this answer alone.
+    top_logprobs: with it, those of so many of the most likely tokens; watched: token ids whose
+    log-probability as the first token is noted; reserve: see `fit`; constraint: this answer's own.
     """
     from minigpt4.engine import Request
 
     config, tokenizer = engine.model.config, engine.model.tokenizer
     template = conversation.template or config.template
     conversation, spaced = _without_last_spaces(_with_words(conversation, engine))
-    prompt, dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim, reserve)
+    try:
+        prompt, dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim, reserve)
+    except UserError as error:  # the engine counts those that it refuses itself
+        engine.totals.add_error(error.kind)
+        raise
     longest = max(1, config.context - len(prompt))
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, longest))
     ends = stop_ids(template, tokenizer)
@@ -359,12 +362,15 @@ def fit(
     if len(prompt) <= config.context - needed:
         return prompt, dropped
     what = "question" if trim else "conversation"
-    raise UserError(
-        f"The {what} is too long: {'with its pictures ' if prompt.images else ''}it takes "
-        f"{len(prompt)} tokens, and {max(0, config.context - needed)} fit beside an answer of "
-        f"{needed}; shorten it" + (" or allow a shorter answer." if needed > 1 else "."),
-        "too_long",
-    )
+    beside = "with its pictures " if prompt.images else ""
+    if system > _characters(conversation.messages[asked[dropped] if trim else 0 :]):
+        what, beside = "system prompt", f"with the {what} "
+    fitting = max(0, config.context - needed)
+    allowed = f"at most {fitting} fit; shorten it."
+    if needed > 1:
+        allowed = f"{fitting} fit beside an answer of {needed}; shorten it or the answer."
+    sentence = f"The {what} is too long: {beside}it takes {len(prompt)} tokens, and {allowed}"
+    raise UserError(sentence, "too_long")
 
 
 def _characters(messages: Sequence[Message]) -> int:

@@ -138,6 +138,15 @@ def test_a_question_too_long_alone_is_refused(engine, pictures):
         ask(engine, conversation, GREEDY)
 
 
+def test_a_system_prompt_that_is_too_long_is_named(engine):
+    conversation = Conversation(system="word " * 2000)
+    conversation.add_question("Hi")
+    before = engine.totals.errors["too_long"]
+    with pytest.raises(UserError, match=r"system prompt is too long: with the question it .* fit"):
+        ask(engine, conversation, GREEDY)
+    assert engine.totals.errors["too_long"] == before + 1
+
+
 def test_an_empty_question_is_refused():
     with pytest.raises(UserError, match="empty"):
         Conversation().add_question("  \n")

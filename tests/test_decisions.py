@@ -173,6 +173,11 @@ LEVELS = [{"label": "low"}, {"label": "low"}]
     ("param", "sentence", "body"),
     [
         ("questions", "is missing", {"input": "A dog."}),
+        (
+            "previous_response_id",
+            "keeps nothing",
+            asked(predicate("?"), previous_response_id="resp_1"),
+        ),
         ("questions", "must be a list", {"input": "A dog.", "questions": {}}),
         ("questions", "at least 1 item.", asked()),
         ("questions", "at most 400 items.", asked(*[predicate("It barks.")] * 401)),

@@ -129,6 +129,8 @@ WRONG = {"type": "string", "pattern": "("}
         ("input[0].images", "input_image", {"input": [{**HELLO, "images": ["AAAA"]}]}),
         ("max_output_tokens", "max_output_tokens must be", {"max_output_tokens": 0}),
         ("previous_response_id", "keeps nothing", {"previous_response_id": "resp_1"}),
+        ("prompt", "no stored prompts", {"prompt": {"id": "pmpt_1"}}),
+        ("input[0].role", "is missing: add it", {"input": [{"content": "a"}]}),
         ("conversation", "keeps nothing", {"conversation": "conv_1"}),
         ("tools", "calls no functions", {"tools": [{"type": "web_search"}]}),
         ("text.format.type", "text.format must be", {"text": {"format": {"type": "xml"}}}),
@@ -223,11 +225,17 @@ def test_a_number_that_no_float_holds_is_not_echoed(address):
         ),
         ("metadata must be an object of strings.", "metadata", {"metadata": {"a": {"b": "c"}}}),
         ("metadata must be an object of strings.", "metadata", {"metadata": ["a"]}),
+        ("input is empty: write a question.", "input", {"input": " "}),
+        (
+            "background is not supported: leave it out, and wait for the answer or stream it.",
+            "background",
+            {"background": True},
+        ),
         ("ebnf is not supported: use text.format, or leave it out.", "ebnf", {"ebnf": "x"}),
     ],
 )
 def test_what_a_body_may_not_hold(address, sentence, param, body):
-    response = post(address, input="Hello?", max_output_tokens=2, **body)
+    response = post(address, **{"input": "Hello?", "max_output_tokens": 2, **body})
     error = response.json()["error"]
     assert (response.status_code, error["message"], error["param"]) == (400, sentence, param)
 

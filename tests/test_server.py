@@ -340,6 +340,7 @@ def test_chat(gradio, tmp_path):
         (r"^history\[0\] must be an object", {"message": "Hello?", "history": [["a", "b"]]}),
         (r"^history\[0\].role must", {"message": "?", "history": [{"role": 1}], "system": "a"}),
         ("^system must be a string", {"message": "Hello?", "system": 5}),
+        ("^system must be a string", {"message": "Hello?", "system": ["a"]}),
         ("temperature must be", {"message": "Hello?", "temperature": "hot"}),
         ("history must be", {"message": "Hello?", "history": "Hello?"}),
         ("^message must be", {"message": 3}),

@@ -129,7 +129,7 @@ async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError("The body is compressed: send plain JSON, without Content-Encoding.")
     limit = request_bytes(max_picture_bytes)
-    sentence = f"The request is larger than {limit / 2**20:.0f} MB: scale pictures down."
+    sentence = f"The request is larger than {limit / 2**20:.1f} MB: scale pictures down."
     too_large = ApiError(sentence, 413, "request_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit:

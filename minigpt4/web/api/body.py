@@ -55,12 +55,18 @@ COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
 
 def read_chat(body: dict) -> tuple[ChatRequest, list[str]]:
     """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake."""
+    sent = body
     body, guide = _renamed(body)
     dropped = []
     for choice, tools in CALLS.items():
         if body.get(choice) == "none" and body.pop(tools, None):
             dropped.append(tools)
-    request = validated(ChatRequest, body)
+    try:
+        request = validated(ChatRequest, body)
+    except ApiError as error:
+        for alias, name in ALIASES.items():
+            error = error if name in sent else error.sent_as(name, alias)
+        raise error from None
     if guide and request.response_format:
         request.response_format.comes_from(guide)
     return request, [*dropped, *islice(_unknown(body), NAMED)]

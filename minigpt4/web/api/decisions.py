@@ -23,7 +23,7 @@ from minigpt4.web.api.body import NAMED, unread
 from minigpt4.web.api.errors import ApiError, json_path
 from minigpt4.web.api.questions import DecisionRequest, Question, unread_in
 from minigpt4.web.api.reply import used
-from minigpt4.web.api.responses import read_response, usage
+from minigpt4.web.api.responses import KEPT_STATE, read_response, usage
 from minigpt4.web.api.schemas import ChatRequest
 from minigpt4.web.api.validation_errors import validated
 
@@ -48,7 +48,8 @@ def read_decisions(body: dict) -> Decisions:
     """ApiError about the first mistake."""
     request = validated(DecisionRequest, body)
     request.check()
-    about, ignored = read_response({"input": body.get("input"), "model": request.model})
+    kept = {name: body.get(name) for name in KEPT_STATE}
+    about, ignored = read_response({"input": body.get("input"), "model": request.model, **kept})
     rest = {name: value for name, value in body.items() if name != "input"}
     others = chain(unread(rest, DecisionRequest, ()), unread_in(body["questions"]))
     return Decisions(about, request.questions, [*ignored, *islice(others, NAMED)][:NAMED])

@@ -51,6 +51,12 @@ class ApiError(UserError):
         retry = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
         return cls(str(error), status, code, param, retry)
 
+    def sent_as(self, name: str, sent: str) -> "ApiError":
+        """The same, where the field at fault is `name` and the client sent it as `sent`."""
+        if self.param != name:
+            return self
+        return ApiError(str(self).replace(name, sent), self.status, self.code, sent, self.headers)
+
     @property
     def body(self) -> dict:
         """OpenAI's error object."""
@@ -76,7 +82,7 @@ def json_path(location: tuple[int | str, ...]) -> str:
     return path
 
 
-def quotable(name: str, most: int = 40) -> str:
+def quotable(name: str, most: int = 60) -> str:
     """A name from a request, cut and made fit for one line."""
     return "".join(c if c.isprintable() and c not in "<>“”" else "?" for c in name[:most])
 

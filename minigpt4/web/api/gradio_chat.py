@@ -71,6 +71,8 @@ def _messages(message: Any, history: Any, system: Any) -> list:
     """In the form of OpenAI's API, which `read_chat` checks."""
     if not isinstance(history or [], list):
         raise UserError("history must be a list of messages.")
+    if not isinstance(system or "", str):
+        raise UserError("system must be a string.")
     first = [{"role": "system", "content": system}] if system else []
     return [*first, *(history or []), {"role": "user", "content": message}]
 

@@ -39,7 +39,7 @@ REASONS = {
     "backreferences are": "it has a regular expression with a back reference; write it without",
     "regex parse error": "a regular expression, length or number is damaged or too large; "
     "correct it",
-    "oneOf constraints": "oneOf is not supported where its options overlap; use anyOf",
+    "oneOf constraints": "oneOf is not supported where its options may overlap; use anyOf",
     "nsatisfiable": "its conditions contradict each other; correct them",
     "NoExtension": "it refers to itself without an end; give it one",
     "circular references": "it refers to itself without an end; give it one",
@@ -220,7 +220,8 @@ def _reason(error: str, wanted: Format) -> str:
     if found := re.match(r"Unimplemented keys: \[(.*)\]", first):
         names = [f"“{quotable(name)}”" for name in re.findall(r'"([^"]*)"', found[1])[:5]]
         are, them = ("is", "it") if len(names) == 1 else ("are", "them")
-        return f"{' and '.join(names)} {are} not supported; leave {them} out"
+        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        return f"{listed} {are} not supported; leave {them} out"
     return next((ours for theirs, ours in REASONS.items() if theirs in first), OTHER_REASON)
 
 

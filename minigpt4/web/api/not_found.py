@@ -26,6 +26,8 @@ MEANT = {
     "v1/completions": "/v1/chat/completions",
     "completions": "/v1/chat/completions",
     "completion": "/v1/chat/completions",
+    "chat/completion": "/v1/chat/completions",
+    "chat": "/v1/chat/completions",
 }
 UNSAID = ((404, "Not Found"), (405, "Method Not Allowed"))  # as the library refuses
 # What Gradio's page asks for reads Gradio's own errors.
@@ -36,7 +38,7 @@ def nowhere(path: str, method: str) -> ApiError:
     """The refusal of an address that nothing answers, or not with this method."""
     path = quotable(path, 100)
     parts = [part for part in path.split("/") if part]
-    while [part.lower() for part in parts[:2]] == ["v1", "v1"]:
+    while [part.lower() for part in parts[:2]] in (["v1", "v1"], ["api", "v1"], ["openai", "v1"]):
         del parts[0]
     whole = "/".join(parts)
     inner = "/".join(parts[1:]) if whole.lower().startswith("v1/") else whole
@@ -46,6 +48,9 @@ def nowhere(path: str, method: str) -> ApiError:
     if allowed and path == f"/v1/{inner}":
         sentence = f"This endpoint takes {allowed} only: use that method."
         return ApiError(sentence, 405, "wrong_method", headers={"Allow": allowed})
+    if inner.startswith("responses/"):
+        sentence = "This server keeps no responses: read each as it is answered, or as events."
+        return ApiError(sentence, 404, "unknown_endpoint")
     meant = f"/v1/{inner}" if allowed else MEANT.get(whole.lower(), MEANT.get(inner, ""))
     if meant:
         base = meant.startswith("/v1/") and not path.startswith("/v1/")

@@ -39,7 +39,12 @@ FORMS = {
     "text.format.json_schema": "text.format",
     ".image_url.url": ".image_url",
 }
-KEPT_STATE = ("previous_response_id", "conversation", "background", "prompt")
+KEPT_STATE = {
+    "previous_response_id": "this server keeps nothing. Send all of the input.",
+    "conversation": "this server keeps nothing. Send all of the input.",
+    "background": "leave it out, and wait for the answer or stream it.",
+    "prompt": "this server has no stored prompts. Send the text as instructions and input.",
+}
 # What this API gives a message and its text, and clients send back.
 ECHOED, ECHOED_IN_TEXT = ("type", "id", "status"), ("annotations", "logprobs")
 LOGPROBS = "message.output_text.logprobs"  # in `include`
@@ -62,10 +67,9 @@ class ResponsesBody(Object):
 
 def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
     """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake."""
-    for name in KEPT_STATE:
+    for name, reason in KEPT_STATE.items():
         if body.get(name):
-            sentence = f"{name} is not supported: this server keeps nothing. Send all of the input."
-            raise ApiError(sentence, param=name)
+            raise ApiError(f"{name} is not supported: {reason}", param=name)
     if body.get("response_format") is not None:
         sentence = "response_format is called text.format here: send that."
         raise AsSent(sentence, param="response_format")
@@ -74,6 +78,8 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
         raise ApiError("input is missing: add it.", param="input")
     if not isinstance(body["input"], str | list):
         raise ApiError("input must be a string or a list of messages.", param="input")
+    if isinstance(body["input"], str) and not body["input"].strip():
+        raise ApiError("input is empty: write a question.", param="input")
     apart = ("input", "text", "include", "max_output_tokens", "n", "messages")
     chat = {name: value for name, value in body.items() if name not in apart}
     ignored = [name for name in ("n", "messages") if body.get(name) is not None]
@@ -96,15 +102,8 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
     try:
         request, others = read_chat(chat)
     except ApiError as error:
-        raise _with_limit(error, limit) from None
+        raise error.sent_as("max_tokens", limit) from None
     return request, [*ignored, *map(_rename, others)][:NAMED]
-
-
-def _with_limit(error: ApiError, sent: str) -> ApiError:
-    """An error about `max_tokens`, by the name under which that was sent."""
-    if error.param != "max_tokens":
-        return error
-    return ApiError(str(error).replace("max_tokens", sent), error.status, error.code, sent)
 
 
 def renamed(error: ApiError) -> ApiError:

@@ -140,9 +140,9 @@ class Api:
         return json_response({"object": "list", "data": described})
 
     async def _model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if not name.strip("/"):
-            raise nowhere(f"/v1/models/{name}", request.method)
+        name = request.path_params["name"].strip("/")
+        if not name:
+            raise nowhere("/v1/models/", request.method)
         engine = self._service.engine(name)
         return json_response(self._describe(engine))
 

@@ -9,6 +9,12 @@ from pydantic.fields import FieldInfo
 from minigpt4.web.api.errors import ApiError, json_path, quotable
 
 T = TypeVar("T", bound=BaseModel)
+# Fields that may come in two forms.
+EITHER: dict[int | str, str] = {
+    "content": "a string or a list of parts",
+    "instructions": "a string or a list of parts",
+    "image_url": "a URL or an object with one",
+}
 # pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
 # field has a description, that is the end.
 SENTENCES = {
@@ -40,10 +46,11 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
     first = error.errors(include_url=False)[0]
     kind, (location, sentence) = first["type"], _located(first["loc"], model)
     path = json_path(location)
-    if sentence and kind != "empty":
+    missing = kind == "missing" and (sentence or "").startswith(f"{path} ")  # not a part of it
+    if sentence and kind != "empty" and not missing:
         return ApiError(sentence, param=path)
-    if kind == "list_type" and location[-1] in ("content", "instructions"):
-        return ApiError(f"{path} must be a string or a list of parts.", param=path)
+    if kind in ("list_type", "model_type") and location[-1] in EITHER:
+        return ApiError(f"{path} must be {EITHER[location[-1]]}.", param=path)
     details = first.get("ctx", {})
     sent = first["input"].get("type") if kind == "part" and isinstance(first["input"], dict) else ""
     if isinstance(sent, str) and sent:
