@@ -513,6 +513,10 @@ def test_a_full_queue(address, engine, monkeypatch):
     assert engine.totals.errors["queue_full"] == before + 1
 
 
+def test_a_slash_after_a_models_name(address):
+    assert httpx.get(f"{address}/v1/models/{MODEL}/").json()["id"] == MODEL
+
+
 def test_more_answers_than_there_are_places(address, engine, monkeypatch):
     monkeypatch.setattr(engine, "max_running", 1)
     monkeypatch.setattr(engine, "max_waiting", 1)
