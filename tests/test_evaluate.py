@@ -74,7 +74,9 @@ def test_a_folder_with_a_table_of_captions_and_a_damaged_picture(
     result, _ = run(folder, "--experiment", "pope", out=tmp_path)
     assert result["n"] == 3
     assert main(["evaluate", str(folder), "--json", str(tmp_path / "scores.json")]) == 0
-    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 3
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["n"], scores["left_out"], scores["projection"]) == (3, 1, None)
+    assert scores["date"] and scores["command"] and scores["machine"]
     said = capsys.readouterr().err
     assert said.count("Picture 1.jpg of the data cannot be used") == 3
     assert said.count("1 of 4 pictures cannot be used and are left out.") == 3
@@ -107,6 +109,15 @@ def test_chair(tiny, shard, tmp_path, monkeypatch):
         shard, "--experiment", "chair", "--objects", tmp_path / "objects.txt", out=tmp_path
     )
     assert result["n"] == 3 and result["chair_s"] > 0 and result["chair_i"] == 1
+
+
+@pytest.mark.parametrize("experiment", ["chair", "pope"])
+def test_captions_that_name_no_object(experiment, tmp_path, capsys):
+    """As those in another language: every object would count as invented."""
+    folder = write_captioned(tmp_path / "pictures", 2)
+    (folder / "captions.csv").write_text("file_name,caption\n0.jpg,Ein Hund.\n1.jpg,Er schläft.\n")
+    assert main(["evaluate", str(folder), "--experiment", experiment]) == 2
+    assert "captions name no object of the list" in capsys.readouterr().err
 
 
 def test_where_all_pictures_are_damaged(tmp_path, capsys):

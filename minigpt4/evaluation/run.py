@@ -31,6 +31,7 @@ def evaluate(options: argparse.Namespace) -> None:
         Path(path).touch()  # fail now, not after the work, if a file cannot be written
     if options.experiment is None:
         scores, records = answer_and_score(options)
+        scores |= report.circumstances(scores["model"], scores["seconds"])
         write_lines(options.answers, records)
         print_json(scores, options.json)
     else:
