@@ -36,13 +36,14 @@ from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.run import schedule_of
 from minigpt4.training.trainer import Recipe, Trainer, learning_rate
-from minigpt4.weights.checkpoint import read_projection
+from minigpt4.weights.checkpoint import read_projection, save_projection
 from minigpt4.weights.load import load_model
 from tests import training_case
 from tests.parity_case import ParityCase
 from tests.training_case import (
     PARITY,
     SCHEDULE,
+    room_for,
     tiny_model,
     write_captioned,
     write_descriptions,
@@ -136,7 +137,28 @@ def test_blending_writes_a_point_between_start_and_end(examples, tmp_path):
     torch.testing.assert_close(part.float(), expected, atol=1e-2, rtol=1e-2)
 
 
-def test_an_interrupted_run_is_saved(examples, tmp_path):
+def test_a_run_interrupted_in_its_first_step_leaves_nothing(examples, tmp_path):
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    trainer.loss_and_gradient = lambda *_: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.trust("Faults", "a full disk")
+def test_a_disk_that_refuses_a_file_is_said_alike_by_all_libraries(tmp_path):
+    for write in (torch.save, lambda tensors, path: save_projection(tensors, path)):
+        path = tmp_path / "run"
+        with (
+            pytest.raises(OSError, match="run"),
+            room_for(1 << 16),
+            files.replacing(path) as partial,
+        ):
+            write({"weight": torch.zeros(1 << 16)}, partial)
+        assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_is_saved(examples, tmp_path, capsys):
     """Ctrl-C: the steps so far are in the checkpoint."""
     trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     gradient = trainer.loss_and_gradient
@@ -149,6 +171,7 @@ def test_an_interrupted_run_is_saved(examples, tmp_path):
     trainer.loss_and_gradient = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
+    assert "Stopped after step 2: the same command goes on" in capsys.readouterr().err
     again = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     assert again.resume() and again.step == 2
 

@@ -3,18 +3,27 @@ the plot of its losses."""
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
+
+
+class Run(Protocol):
+    """A trainer; `save` says whether it wrote the run's files."""
+
+    step: int
+
+    def save(self) -> bool: ...
 
 
 @contextmanager
-def saved_when_stopped(save: Callable[[], None]) -> Iterator[None]:
+def saved_when_stopped(run: Run) -> Iterator[None]:
     """SIGTERM acts as Ctrl-C in the block; either ends it with KeyboardInterrupt, after `save`."""
     main = threading.current_thread() is threading.main_thread()  # it alone receives signals
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
@@ -22,7 +31,8 @@ def saved_when_stopped(save: Callable[[], None]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with uninterrupted():  # pressed twice
-            save()
+            if run.save():
+                say(f"Stopped after step {run.step}: the same command goes on from there.")
         raise
     finally:
         if main:

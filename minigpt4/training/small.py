@@ -315,7 +315,7 @@ class SmallTrainer:
 
     def run(self) -> None:
         """Train to the recipe's last step."""
-        with saved_when_stopped(self.save):
+        with saved_when_stopped(self):
             while self.step < self.recipe.steps:
                 while (self.out / "pause").exists():
                     time.sleep(PAUSE_SECONDS)
@@ -395,7 +395,7 @@ class SmallTrainer:
             for name, parameter in self.adapters.items():
                 parameter.data = latest[name]
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Checkpoint and projection, each whole or not at all."""
         state = {
             "identity": self.identity,
@@ -415,6 +415,7 @@ class SmallTrainer:
         }
         path = self.out / self.model.config.projection_file
         save_projection(weights, path, self._metadata | {"steps": str(self.step)})
+        return True
 
 
 def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:

@@ -309,7 +309,7 @@ class Trainer:
         order = mixed_batches(counts, sizes, self.recipe.seed, self.step)
         bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
         try:
-            with saved_when_stopped(self.save):
+            with saved_when_stopped(self):
                 while self.step < schedule.steps:
                     self._train_step(next(order), bar)
         finally:
@@ -359,10 +359,10 @@ class Trainer:
         """Where validation writes the best projection so far."""
         return self.out / f"{self.model.config.name}-best.safetensors"
 
-    def save(self) -> None:
-        """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""
-        if not self.main:
-            return
+    def save(self) -> bool:
+        """Write checkpoint, projection, loss.csv and loss.png: the main process, after a step."""
+        if not self.main or not self.rows:
+            return False
         with replacing(self.out / "checkpoint.pt") as partial:
             torch.save(self._state(), partial)
         self.save_weights(self.projection_path)
@@ -371,6 +371,7 @@ class Trainer:
             writer.writeheader()
             writer.writerows(self.rows)
         plot_losses(self.rows, self.out / "loss.png")
+        return True
 
     def save_weights(self, path: Path, **metadata: str) -> None:
         """Write the projection of this step. metadata: what the file says beside the recipe's."""
