@@ -298,6 +298,15 @@ def test_a_signal_ends_a_run_after_a_whole_step(model, pictures, tmp_path, numbe
     assert torch.equal(again.average["weight"], run.average["weight"])
 
 
+def test_a_run_that_diverges_ends(model, pictures, tmp_path):
+    run = trainer(model, pictures, tmp_path, 4)
+    run.losses = lambda images, batch: batch.weights * images.sum() * float("nan")
+    before = run.projection.weight.clone()
+    with pytest.raises(UserError, match="diverged in step 1"):
+        run.run()
+    assert torch.equal(run.projection.weight, before)
+
+
 def test_another_runs_checkpoint_is_not_resumed(model, pictures, tmp_path):
     trainer(model, pictures, tmp_path, 2).run()
     assert trainer(model, pictures, tmp_path, 9).step == 2  # a run may be made longer

@@ -4,6 +4,7 @@ import argparse
 import gzip
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -482,6 +483,32 @@ def test_published_schedules():
     assert learning_rate(stage2, 1000) == pytest.approx(1e-5)
     rates = [learning_rate(stage2, s) for s in range(200, 1001)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_no_rate_is_above_the_highest():
+    given = argparse.Namespace(stage=1, steps=None, batch_size=None, peak_lr=1e-7)
+    schedule = schedule_of(given, MODELS["vicuna-7b"])
+    assert max(learning_rate(schedule, step) for step in range(0, 9999, 99)) <= 1e-7
+
+
+@pytest.mark.parametrize(("share", "name"), [(0.1, "replay"), (0.9, "data")])
+def test_data_without_a_place_in_a_batch_is_refused(examples, tmp_path, share, name):
+    recipe = replace(PROMPTED, replay_share=share)
+    trainer = make(tiny_model(), examples[:4], recipe, tmp_path / "run", replay=examples[4:])
+    with pytest.raises(UserError, match=f"no place for “--{name}”"):
+        trainer.run()
+
+
+def test_a_run_that_diverges_ends(examples, tmp_path):
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    with torch.no_grad():
+        trainer.model.projection.bias += 1e30  # more than the file's 16 bits hold
+    with pytest.raises(UserError, match="lower “--peak-lr”"):
+        trainer.save_weights(trainer.projection_path)
+    trainer.loss_and_gradient = lambda *_: math.nan
+    with pytest.raises(UserError, match="diverged in step 1"):
+        trainer.run()
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_fewer_steps_warm_up_shorter():

@@ -1,6 +1,7 @@
 """Researchers' runs: held-out scores, the best projection, parts, mixtures, files of options."""
 
 import csv
+import math
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
@@ -88,6 +89,17 @@ def test_held_out_scores_and_the_best_projection(
     capsys.readouterr()
     watch(trainer, held_out[:2], 2)  # of a run that has ended
     assert f"Step {SCHEDULE.steps}: held-out loss" in capsys.readouterr().err
+
+
+def test_no_number_is_never_the_best(examples, held_out, tmp_path, monkeypatch):
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    watching, kept = Validation(trainer, held_out[:1], 1), []
+    monkeypatch.setattr(trainer, "save_weights", lambda *_, **more: kept.append(trainer.step))
+    for loss in (math.nan, 2.0, math.inf, math.nan, 1.0):
+        trainer.step += 1
+        monkeypatch.setattr(watching, "measure", lambda loss=loss: {"loss": loss, "cider": 0.0})
+        watching()
+    assert kept == [2, 5]
 
 
 def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path, monkeypatch):

@@ -198,7 +198,8 @@ def recipe_of(
 
 
 def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
-    """The schedule of the stage, changed by the options. Fewer steps have a shorter warm-up."""
+    """The schedule of the stage, changed by the options. Fewer steps have a shorter warm-up;
+    no rate is above the highest."""
     schedule = config.stage1 if options.stage == 1 else config.stage2
     if schedule is None:
         raise UserError(f"{config.name} is not trained in stages: omit “--stage”.")
@@ -209,7 +210,10 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
     }
     if options.steps is not None and options.steps < schedule.steps:
         overrides["warmup_steps"] = schedule.warmup_steps * options.steps // schedule.steps
-    return replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
+    schedule = replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
+    highest = schedule.peak_lr
+    floor, warmup = min(schedule.floor_lr, highest), min(schedule.warmup_lr, highest)
+    return replace(schedule, floor_lr=floor, warmup_lr=warmup)
 
 
 def read_examples(options: argparse.Namespace) -> list[Example]:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minigpt4.errors import UserError, say
 
@@ -57,6 +58,15 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     if pressed:
         handlers[pressed[0][0]](*pressed[0])
+
+
+def check_finite(values: Tensor, step: int) -> None:
+    """UserError where a run has diverged."""
+    if not values.isfinite().all():
+        raise UserError(
+            f"The run has diverged in step {step}, as its loss or weights are no finite numbers: "
+            "start again with a lower “--peak-lr”, in another folder (“--out”)."
+        )
 
 
 def read_run(path: Path, identity: str, device: str | torch.device = "cpu") -> dict | None:

@@ -29,7 +29,7 @@ from minigpt4.training.batches import batches
 from minigpt4.training.features import fingerprint
 from minigpt4.training.mixture import Answered, Mixture, TrainingPicture
 from minigpt4.training.packing import pack
-from minigpt4.training.saving import read_run, saved_when_stopped, uninterrupted
+from minigpt4.training.saving import check_finite, read_run, saved_when_stopped, uninterrupted
 from minigpt4.training.small_reward import Reward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
@@ -345,6 +345,7 @@ class SmallTrainer:
         norm = nn.utils.clip_grad_norm_(self.projection.parameters(), self.recipe.clip_norm)
         nn.utils.clip_grad_norm_(self.adapters.values(), self.recipe.clip_norm)
         every = [loss for of_kind in by_kind.values() for loss in of_kind]
+        check_finite(torch.tensor(every), self.step + 1)
         with uninterrupted():
             self.optimizer.step()
             for name, value in self._trained().items():
