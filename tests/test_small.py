@@ -196,6 +196,23 @@ def test_the_word_head_learns_and_is_kept(tmp_path):
         load_words(tmp_path / "other.safetensors")
 
 
+def test_pictures_of_few_captions(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_start, "start", lambda model, features, texts: (texts, 0, 0))
+    single = [replace(picture, captions=picture.captions[:1]) for picture in pictures]
+    begun, _, _ = small_run.beginning(model, sources(model, single))
+    assert sorted(begun) == sorted(picture.captions for picture in single)
+    bare = [replace(picture, captions=()) for picture in pictures]
+    with pytest.raises(UserError, match="have no captions"):
+        small_run.beginning(model, sources(model, bare))
+    of_set = {"train": pictures[:7]}
+    with pytest.raises(UserError, match="6 pictures to learn from, no 8"):
+        small_run.Found(model.config, of_set, {}, tmp_path, False)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "words.pt").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        small_run.Found(model.config, of_set, {}, tmp_path, False)
+
+
 def test_questions_ask_for_what_is_there_and_what_is_not(pictures):
     objects = Things()
     objects.count(pictures)
