@@ -119,8 +119,24 @@ def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path,
 def test_all_processes_end_where_the_main_one_cannot_begin(monkeypatch):
     wrong = UserError("The held-out pictures are others.")
     monkeypatch.setattr(training, "broadcast_object_list", lambda found: [wrong])
-    with pytest.raises(UserError, match="are others"):
-        training.begin(SimpleNamespace(main=False), [], Namespace())
+    begun = training.begun(SimpleNamespace(main=False), [], Namespace())
+    with pytest.raises(UserError, match="are others"), begun:
+        raise AssertionError("began")
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "broadcast_object_list", lambda found: found)
+    monkeypatch.setattr(training, "watch", lambda *_: None)
+    monkeypatch.setattr(training, "given_options", lambda _: {})
+    run = SimpleNamespace(main=True, out=tmp_path / "run")
+    given = Namespace(validate_every=1)
+    for _ in range(2):  # one after the other may
+        with (
+            training.begun(run, [], given),
+            pytest.raises(UserError, match="Another run is writing"),
+            training.begun(run, [], given),
+        ):
+            raise AssertionError("began")
 
 
 def test_an_earlier_run_s_best_is_not_taken_for_this_one_s(examples, tmp_path):

@@ -2,6 +2,7 @@
 the plot of its losses."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from minigpt4.errors import UserError, say
+
+if sys.platform != "win32":  # there two runs may write the same folder
+    import fcntl
 
 
 class Run(Protocol):
@@ -58,6 +62,27 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     if pressed:
         handlers[pressed[0][0]](*pressed[0])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder in the block. UserError if one is in it.
+
+    Nothing is checked on disks that cannot lock, and on Windows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"Another run is writing {folder}: wait for it, or choose another folder with "
+                    "“--out”."
+                ) from error
+            except OSError:  # a disk that cannot lock
+                pass
+        yield
 
 
 def check_finite(values: Tensor, step: int) -> None:

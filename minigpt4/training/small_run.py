@@ -7,6 +7,7 @@ import random
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from minigpt4.training.options import (
     check_needs,
     check_start,
 )
+from minigpt4.training.saving import locked
 from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
 from minigpt4.training.small_validation import SmallValidation
@@ -54,6 +56,15 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     """Train, or go on where the run in `options.out` ended."""
     check_options(options, config)
     pictures = read(local_path(options.data))
+    with nullcontext() if options.validate else locked(Path(options.out)):
+        _train(options, config, pictures)
+
+
+def _train(
+    options: argparse.Namespace,
+    config: ModelConfig,
+    pictures: dict[str, list[mixture.TrainingPicture]],
+) -> None:
     torch.set_num_threads(options.threads)
     out = Path(options.out)
     begun = int8.arithmetic_of(out / "log.jsonl") if (out / "checkpoint.pt").exists() else ""
