@@ -518,6 +518,19 @@ def test_the_published_layout_comes_out(folder, tmp_path):
         export([], target)
 
 
+def test_a_set_of_another_program_is_not_replaced(folder, tmp_path):
+    found = [vars(s) | {"text": "A \ud83d text."} for s in find_pictures(str(folder))[:2]]
+    for name in ("filter_cap.json", "image/7.jpg"):
+        (own := tmp_path / name / "set" / name).parent.mkdir(parents=True)
+        own.write_text('{"annotations": [{"image_id": "7", "caption": "Own."}]}')
+        with pytest.raises(UserError, match="did not write"):
+            export(found, tmp_path / name / "set")
+        assert "Own." in own.read_text() and not (own.parent / "image").exists()
+    for _ in range(2):  # its own may be replaced; what UTF-8 cannot hold becomes a “?”
+        assert export(found, tmp_path / "out") == 2
+    assert read_descriptions(tmp_path / "out")[0].texts[0].answer == "A ? text."
+
+
 @pytest.mark.parametrize("lacking", ["picture", "text", "image_id"])
 def test_a_record_that_lacks_a_field_is_named(tmp_path, capsys, lacking):
     """As one written by hand may."""

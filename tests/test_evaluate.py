@@ -74,7 +74,9 @@ def test_a_folder_with_a_table_of_captions_and_a_damaged_picture(
     result, _ = run(folder, "--experiment", "pope", out=tmp_path)
     assert result["n"] == 3
     assert main(["evaluate", str(folder), "--json", str(tmp_path / "scores.json")]) == 0
-    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 3
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["n"], scores["left_out"], scores["projection"]) == (3, 1, None)
+    assert scores["date"] and scores["command"] and scores["machine"]
     said = capsys.readouterr().err
     assert said.count("Picture 1.jpg of the data cannot be used") == 3
     assert said.count("1 of 4 pictures cannot be used and are left out.") == 3
@@ -107,6 +109,15 @@ def test_chair(tiny, shard, tmp_path, monkeypatch):
         shard, "--experiment", "chair", "--objects", tmp_path / "objects.txt", out=tmp_path
     )
     assert result["n"] == 3 and result["chair_s"] > 0 and result["chair_i"] == 1
+
+
+@pytest.mark.parametrize("experiment", ["chair", "pope"])
+def test_captions_that_name_no_object(experiment, tmp_path, capsys):
+    """As those in another language: every object would count as invented."""
+    folder = write_captioned(tmp_path / "pictures", 2)
+    (folder / "captions.csv").write_text("file_name,caption\n0.jpg,Ein Hund.\n1.jpg,Er schläft.\n")
+    assert main(["evaluate", str(folder), "--experiment", experiment]) == 2
+    assert "captions name no object of the list" in capsys.readouterr().err
 
 
 def test_where_all_pictures_are_damaged(tmp_path, capsys):
@@ -177,13 +188,19 @@ def test_mistakes(shard, tmp_path, capsys):
         "train-00000.tar --answers {0}/train-00000.tar",
         "more/captions.csv --json {0}/more/../more/captions.csv",
         "more --answers {0}/more/captions.csv",
+        "more --answers {0}/more/captions.jsonl",
+        "more --json {0}/more/instances.json",
+        "more --json {0}/more/0.txt",
+        "more/captions.csv --json {0}/more/0.jpg",
         "train-00000.tar --json {0}/s.json --answers {0}/s.json",
         "train-00000.tar --experiment chair --objects {0}/other.csv --json {0}/other.csv",
     ],
 )
 def test_an_output_is_no_input_and_no_other_output(shard, tmp_path, written, capsys):
     files = [shard, write_captioned(tmp_path / "more") / "captions.csv", tmp_path / "other.csv"]
-    files[-1].write_text("dog: dog\n")
+    files += [tmp_path / "more" / name for name in ("captions.jsonl", "instances.json", "0.txt")]
+    for file in files[2:]:
+        file.write_text("dog: dog\n")
     before = [file.read_bytes() for file in files]
     assert main(["evaluate", *f"{{0}}/{written}".format(tmp_path).split()]) == 2
     said = capsys.readouterr().err
@@ -194,11 +211,15 @@ def test_an_output_is_no_input_and_no_other_output(shard, tmp_path, written, cap
 def test_outputs_may_go_to_a_device_or_beside_the_data(tmp_path):
     data = write_captioned(tmp_path / "more")
     null = {"json": "/dev/null", "answers": "/dev/null"}
-    (data / "scores.json").write_text("{}")  # of the same command before
+    (data / "scores.json").touch()  # of the same command before, which failed
+    (data / "page.md").write_text("A page.")
     for given in (str(data), str(data / "captions.*")):
-        outputs.check_outputs(null | {"review": str(data / "scores.json")}, [given, None])
+        written = {"review": str(data / "scores.json"), "markdown": str(data / "page.md")}
+        outputs.check_outputs(null | written, [given, None])
         with pytest.raises(UserError, match="would overwrite"):
             outputs.check_outputs({"json": str(data / "captions.csv")}, [given])
+    with pytest.raises(UserError, match="is a folder"):
+        outputs.check_outputs({"answers": str(data)}, [])
 
 
 def test_tables():
@@ -218,6 +239,8 @@ def test_answers_may_hold_any_line_end(tmp_path):
     written = [{"id": "1", "answer": "a\u2028b\u0085c\r\nd\x0be"}, {"id": "2", "answer": ""}]
     outputs.write_lines(path, written)
     assert read_jsonl(path, "id", "answer") == written
+    outputs.write_lines(path, [{"answer": "half a pair: \ud83d"}])
+    assert read_jsonl(path) == [{"answer": "half a pair: ?"}]
 
 
 def test_a_report_goes_into_the_page_that_has_a_place_for_it(tmp_path):

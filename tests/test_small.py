@@ -196,6 +196,23 @@ def test_the_word_head_learns_and_is_kept(tmp_path):
         load_words(tmp_path / "other.safetensors")
 
 
+def test_pictures_of_few_captions(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_start, "start", lambda model, features, texts: (texts, 0, 0))
+    single = [replace(picture, captions=picture.captions[:1]) for picture in pictures]
+    begun, _, _ = small_run.beginning(model, sources(model, single))
+    assert sorted(begun) == sorted(picture.captions for picture in single)
+    bare = [replace(picture, captions=()) for picture in pictures]
+    with pytest.raises(UserError, match="have no captions"):
+        small_run.beginning(model, sources(model, bare))
+    of_set = {"train": pictures[:7]}
+    with pytest.raises(UserError, match="6 pictures to learn from, no 8"):
+        small_run.Found(model.config, of_set, {}, tmp_path, False)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "words.pt").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        small_run.Found(model.config, of_set, {}, tmp_path, False)
+
+
 def test_questions_ask_for_what_is_there_and_what_is_not(pictures):
     objects = Things()
     objects.count(pictures)
@@ -296,6 +313,15 @@ def test_a_signal_ends_a_run_after_a_whole_step(model, pictures, tmp_path, numbe
     again = trainer(model, pictures, tmp_path, 4)
     assert again.step == 1
     assert torch.equal(again.average["weight"], run.average["weight"])
+
+
+def test_a_run_that_diverges_ends(model, pictures, tmp_path):
+    run = trainer(model, pictures, tmp_path, 4)
+    run.losses = lambda images, batch: batch.weights * images.sum() * float("nan")
+    before = run.projection.weight.clone()
+    with pytest.raises(UserError, match="diverged in step 1"):
+        run.run()
+    assert torch.equal(run.projection.weight, before)
 
 
 def test_another_runs_checkpoint_is_not_resumed(model, pictures, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import gzip
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -36,13 +37,14 @@ from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.run import schedule_of
 from minigpt4.training.trainer import Recipe, Trainer, learning_rate
-from minigpt4.weights.checkpoint import read_projection
+from minigpt4.weights.checkpoint import read_projection, save_projection
 from minigpt4.weights.load import load_model
 from tests import training_case
 from tests.parity_case import ParityCase
 from tests.training_case import (
     PARITY,
     SCHEDULE,
+    room_for,
     tiny_model,
     write_captioned,
     write_descriptions,
@@ -136,7 +138,28 @@ def test_blending_writes_a_point_between_start_and_end(examples, tmp_path):
     torch.testing.assert_close(part.float(), expected, atol=1e-2, rtol=1e-2)
 
 
-def test_an_interrupted_run_is_saved(examples, tmp_path):
+def test_a_run_interrupted_in_its_first_step_leaves_nothing(examples, tmp_path):
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    trainer.loss_and_gradient = lambda *_: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.trust("Faults", "a full disk")
+def test_a_disk_that_refuses_a_file_is_said_alike_by_all_libraries(tmp_path):
+    for write in (torch.save, lambda tensors, path: save_projection(tensors, path)):
+        path = tmp_path / "run"
+        with (
+            pytest.raises(OSError, match="run"),
+            room_for(1 << 16),
+            files.replacing(path) as partial,
+        ):
+            write({"weight": torch.zeros(1 << 16)}, partial)
+        assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_is_saved(examples, tmp_path, capsys):
     """Ctrl-C: the steps so far are in the checkpoint."""
     trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     gradient = trainer.loss_and_gradient
@@ -149,6 +172,7 @@ def test_an_interrupted_run_is_saved(examples, tmp_path):
     trainer.loss_and_gradient = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
+    assert "Stopped after step 2: the same command goes on" in capsys.readouterr().err
     again = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
     assert again.resume() and again.step == 2
 
@@ -459,6 +483,32 @@ def test_published_schedules():
     assert learning_rate(stage2, 1000) == pytest.approx(1e-5)
     rates = [learning_rate(stage2, s) for s in range(200, 1001)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_no_rate_is_above_the_highest():
+    given = argparse.Namespace(stage=1, steps=None, batch_size=None, peak_lr=1e-7)
+    schedule = schedule_of(given, MODELS["vicuna-7b"])
+    assert max(learning_rate(schedule, step) for step in range(0, 9999, 99)) <= 1e-7
+
+
+@pytest.mark.parametrize(("share", "name"), [(0.1, "replay"), (0.9, "data")])
+def test_data_without_a_place_in_a_batch_is_refused(examples, tmp_path, share, name):
+    recipe = replace(PROMPTED, replay_share=share)
+    trainer = make(tiny_model(), examples[:4], recipe, tmp_path / "run", replay=examples[4:])
+    with pytest.raises(UserError, match=f"no place for “--{name}”"):
+        trainer.run()
+
+
+def test_a_run_that_diverges_ends(examples, tmp_path):
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    with torch.no_grad():
+        trainer.model.projection.bias += 1e30  # more than the file's 16 bits hold
+    with pytest.raises(UserError, match="lower “--peak-lr”"):
+        trainer.save_weights(trainer.projection_path)
+    trainer.loss_and_gradient = lambda *_: math.nan
+    with pytest.raises(UserError, match="diverged in step 1"):
+        trainer.run()
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_fewer_steps_warm_up_shorter():

@@ -1,6 +1,7 @@
 """Researchers' runs: held-out scores, the best projection, parts, mixtures, files of options."""
 
 import csv
+import math
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
@@ -90,6 +91,17 @@ def test_held_out_scores_and_the_best_projection(
     assert f"Step {SCHEDULE.steps}: held-out loss" in capsys.readouterr().err
 
 
+def test_no_number_is_never_the_best(examples, held_out, tmp_path, monkeypatch):
+    trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
+    watching, kept = Validation(trainer, held_out[:1], 1), []
+    monkeypatch.setattr(trainer, "save_weights", lambda *_, **more: kept.append(trainer.step))
+    for loss in (math.nan, 2.0, math.inf, math.nan, 1.0):
+        trainer.step += 1
+        monkeypatch.setattr(watching, "measure", lambda loss=loss: {"loss": loss, "cider": 0.0})
+        watching()
+    assert kept == [2, 5]
+
+
 def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "CAPTION_TOKENS", 2)
     trainer, _ = run(examples, held_out[:3], tmp_path / "run", steps=2)
@@ -107,8 +119,24 @@ def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path,
 def test_all_processes_end_where_the_main_one_cannot_begin(monkeypatch):
     wrong = UserError("The held-out pictures are others.")
     monkeypatch.setattr(training, "broadcast_object_list", lambda found: [wrong])
-    with pytest.raises(UserError, match="are others"):
-        training.begin(SimpleNamespace(main=False), [], Namespace())
+    begun = training.begun(SimpleNamespace(main=False), [], Namespace())
+    with pytest.raises(UserError, match="are others"), begun:
+        raise AssertionError("began")
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "broadcast_object_list", lambda found: found)
+    monkeypatch.setattr(training, "watch", lambda *_: None)
+    monkeypatch.setattr(training, "given_options", lambda _: {})
+    run = SimpleNamespace(main=True, out=tmp_path / "run")
+    given = Namespace(validate_every=1)
+    for _ in range(2):  # one after the other may
+        with (
+            training.begun(run, [], given),
+            pytest.raises(UserError, match="Another run is writing"),
+            training.begun(run, [], given),
+        ):
+            raise AssertionError("began")
 
 
 def test_an_earlier_run_s_best_is_not_taken_for_this_one_s(examples, tmp_path):

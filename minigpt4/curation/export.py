@@ -11,6 +11,7 @@ from minigpt4.data.files import replacing
 from minigpt4.errors import UserError, say
 
 JPEG_QUALITY = 95
+_MARK = ".exported"  # in folders that `export` writes
 
 
 def chosen(records: Iterable[dict]) -> list[dict]:
@@ -47,7 +48,8 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
     Returns the number of pictures. JPEG files are copied, others are converted to JPEG.
     filter_cap.json is written last and at once: a folder that has it is complete. pictures: the
     folder in which the pictures are now. Pictures that cannot be read are reported and left out.
-    UserError if these are too many, or if the pictures' folder is the image/ to write.
+    UserError if these are too many, if the pictures' folder is the image/ to write, or if the
+    folder holds a set that `export` did not write.
     """
     folder, records = Path(folder), list(records)
     named = [r["picture"] for r in records if isinstance(r.get("picture"), str)]
@@ -57,7 +59,7 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
             f"{folder / 'image'} contains the set's own pictures, which would be overwritten or "
             "deleted: choose another folder with “--out”."
         )
-    make_folder(folder / "image")
+    _take(folder)
     annotations, unusable = [], 0
     for record in chosen(records):
         image_id = record["image_id"]
@@ -85,8 +87,21 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
     _remove_others(folder, {a["image_id"] for a in annotations})
     layout = json.dumps({"annotations": annotations}, ensure_ascii=False, indent=1)
     with replacing(folder / "filter_cap.json") as partial:
-        partial.write_text(layout + "\n", encoding="utf-8")
+        partial.write_text(layout + "\n", encoding="utf-8", errors="replace")
     return len(annotations)
+
+
+def _take(folder: Path) -> None:
+    """Mark a folder as one that `export` writes. UserError if another program's set is in it."""
+    layout, images = folder / "filter_cap.json", folder / "image"
+    others = layout.exists() or (images.is_dir() and any(images.iterdir()))
+    if others and not (folder / _MARK).exists():
+        raise UserError(
+            f"{folder} has a filter_cap.json or pictures in image/ that this version of “export” "
+            "did not write: choose another folder with “--out”, or delete them."
+        )
+    make_folder(images)
+    (folder / _MARK).touch()
 
 
 def _remove_others(folder: Path, kept: set[str]) -> None:

@@ -1,6 +1,7 @@
 """Text files that people write (UTF-8, JSON lines, `prompts/`); files replaced in one step."""
 
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ SHOWN = 80  # characters of a name that a message shows
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _WEB_PAGE = re.compile(r"(?i)\s*<(!doctype\s+html|html)\b")
 _ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|pipe:")
+# How torch.save, which gives no reason, and safetensors say that the disk refuses a file.
+_REFUSED = re.compile(r"inline_container\.cc|\(os error (\d+)\)")
 # Control characters, and those that turn the direction of what follows.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -191,7 +194,8 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Write a file whole or not at all: yields the path to write to, which replaces `path` at the
     end of the block. After an error it is deleted, and `path` is as it was.
 
-    shared: other processes may write the same file at the same time.
+    shared: other processes may write the same file at the same time. OSError if the disk refuses
+    it, whichever library writes.
     """
     mark = f".{os.getpid()}" if shared else ""
     partial = path.with_name(f"{path.name}{mark}.part")
@@ -203,6 +207,12 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             partial.chmod(partial.stat().st_mode | mode)
         partial.replace(path)
+    except Exception as error:
+        refused = None if isinstance(error, (OSError, UserError)) else _REFUSED.search(str(error))
+        if not refused:
+            raise
+        reason = int(refused[1] or errno.ENOSPC)
+        raise OSError(reason, os.strerror(reason), str(path)) from error
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -1,7 +1,6 @@
 """Results written to files, which must not overwrite what they were computed from."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +9,7 @@ from minigpt4.data.shards import expand
 from minigpt4.errors import UserError
 from minigpt4.model.image import has_picture_name
 
-# Files of a data folder that an output might hit, beside its pictures.
-_DATA = re.compile(r"(?i).*\.(tar|csv|tsv|parquet)|metadata\.jsonl|filter_cap\.json")
+_PAGES = (".md", ".html")  # no data; a report has its place in a page
 
 
 def print_json(result: dict, path: str | None) -> None:
@@ -24,21 +22,21 @@ def write_json(path: str | None, result: dict) -> None:
     """Write figures as JSON, if a path is given."""
     if path:
         text = json.dumps(result, indent=1, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        Path(path).write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def write_lines(path: str | None, records: Sequence[dict]) -> None:
     """Write JSON lines, if a path is given."""
     if path:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        Path(path).write_text("".join(lines), encoding="utf-8")
+        Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:
-    """UserError if an output would overwrite an input or another output.
+    """UserError if an output is a folder, or would overwrite an input or another output.
 
-    outputs: option -> its file. inputs: files, patterns of them, and folders, which stand for the
-    pictures, shards and tables in them.
+    outputs: option -> its file. inputs: files, patterns of them, and folders, which stand for all
+    files in them but pages.
     """
     taken = set()
     for given in filter(None, inputs):
@@ -46,12 +44,16 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None
         with suppress(UserError):  # reading it says that it is missing
             taken |= {file.resolve() for file in ([place] if place.exists() else expand(given))}
     for option, path in outputs.items():
+        if path and Path(path).is_dir():
+            raise UserError(f"“--{option} {path}” is a folder: name a file in it.")
         if path and (Path(path).is_file() or not Path(path).exists()):  # not a device or a pipe
             file = Path(path).resolve()
-            data = has_picture_name(file.name) or _DATA.fullmatch(file.name)
-            if file in taken or (data and file.exists() and not taken.isdisjoint(file.parents)):
+            # An empty file is what a command leaves that ended before it wrote.
+            filled = file.suffix not in _PAGES and file.exists() and file.stat().st_size
+            among = has_picture_name(file.name) or not taken.isdisjoint(file.parents)
+            if file in taken or (filled and among):
                 raise UserError(
-                    f"“--{option}” would overwrite {path}, which is read or written already: name "
-                    "another file."
+                    f"“--{option}” would overwrite {path}, which is read or written already, or "
+                    "lies among the data: name another file."
                 )
             taken.add(file)

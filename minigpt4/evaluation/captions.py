@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
 
 def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     """(scores of short captions, or of descriptions with `--detail`; every answer)."""
-    examples = usable(read_references(options.shard, options.limit))
+    read = read_references(options.shard, options.limit)
+    examples = usable(read)
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config
         instruction = config.detail_instruction if options.detail else config.short_instruction
@@ -42,12 +43,14 @@ def answer_and_score(options: argparse.Namespace) -> tuple[dict, list[dict]]:
         seconds = time.perf_counter() - started
     answers = {key: completion.text for key, completion in completions.items()}
     references = {e.key: list(e.captions) for e in examples if e.key in answers}
-    scores: dict[str, float | str] = {**caption_scores(answers, references)}
+    scores: dict = {**caption_scores(answers, references)}
     if len(answers) == 1:
         start.say("CIDEr is 0 for a single picture: it compares the words of several.")
     scores |= failure_rates(answers.values(), (c.truncated for c in completions.values()))
     scores |= {
         "model": config.name,
+        "projection": options.projection,
+        "left_out": len(read) - len(answers),
         "instruction": instruction,
         "words": sum(len(a.split()) for a in answers.values()) / len(answers),
         "seconds": round(seconds, 1),

@@ -25,7 +25,7 @@ from minigpt4.data.outputs import write_lines
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
-from minigpt4.evaluation.objects import Mentions, ObjectList
+from minigpt4.evaluation.objects import NONE_NAMED, Mentions, ObjectList
 
 TOKENS = 200  # longest description
 SHOWN = 10  # objects in the table
@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates, their table)."""
     objects = ObjectList(options.objects)
     examples = usable(read_references(options.shard, options.limit))
+    if not any(objects.mentioned(e.captions).present for e in examples):  # all would be invented
+        raise UserError(NONE_NAMED)
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config
         sampling = greedy(TOKENS)

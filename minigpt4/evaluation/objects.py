@@ -9,6 +9,7 @@ from minigpt4.data.files import read_text
 from minigpt4.errors import UserError
 
 LIST = Path(__file__).parent / "objects.txt"
+NONE_NAMED = "The captions name no object of the list: use another with “--objects”."
 NEGATIONS = {"no", "without"}
 
 

@@ -34,7 +34,7 @@ from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
 from minigpt4.evaluation.metrics import auc
-from minigpt4.evaluation.objects import Mentions, ObjectList
+from minigpt4.evaluation.objects import NONE_NAMED, Mentions, ObjectList
 from minigpt4.model.prompt import Tokenizer, encode_text
 
 TOKENS = 24  # longest answer
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     asked = [i for i, e in enumerate(examples) if e in pictures]
     questions = make_questions(objects.names, mentions, asked, options.per_picture)
     if not questions:
-        raise UserError("The captions name no object of the list: use another with “--objects”.")
+        raise UserError(NONE_NAMED)
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         model = batch.engine.model.config.name
         pairs = sorted({(p.picture, p.object) for p in questions})  # one may occur in several ways

@@ -149,7 +149,7 @@ def write_markdown(path: str | None, name: str, text: str) -> None:
         before, after = find_place(path, name)
         begin, end = _marks(name)
         page = f"{before}{begin}{text.strip()}\n{end}{after}"
-        Path(path).write_text(page.rstrip() + "\n", encoding="utf-8")
+        Path(path).write_text(page.rstrip() + "\n", encoding="utf-8", errors="replace")
 
 
 def _marks(name: str) -> tuple[str, str]:

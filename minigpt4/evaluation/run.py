@@ -31,8 +31,9 @@ def evaluate(options: argparse.Namespace) -> None:
         Path(path).touch()  # fail now, not after the work, if a file cannot be written
     if options.experiment is None:
         scores, records = answer_and_score(options)
-        print_json(scores, options.json)
+        scores |= report.circumstances(scores["model"], scores["seconds"])
         write_lines(options.answers, records)
+        print_json(scores, options.json)
     else:
         _run_experiment(options)
 

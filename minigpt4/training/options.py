@@ -30,7 +30,9 @@ DATA = (
         read=lambda text: _weighted(text),
     ),
     Option("instructions", "Stage 2: JSON lines of questions and answers.", metavar="FILE"),
-    Option("replay", "Stage 2: captions, as stage 1 reads them, to mix in.", metavar="DATA"),
+    Option(
+        "replay", "Captions, as stage 1 reads them, to mix in, mostly in stage 2.", metavar="DATA"
+    ),
     Option("replay-share", "Share of each batch that --replay fills.", 0.33, number(0, below=1)),
     Option(
         "questions", "Ask about N captioned pictures what is and is not there.", 0, integer(0), "N"

@@ -3,7 +3,8 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
 from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start
+from minigpt4.training.saving import locked
 from minigpt4.training.trainer import Recipe, Trainer
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -68,24 +70,30 @@ def train(options: argparse.Namespace) -> None:
         trainer = Trainer(model, examples, recipe, *others)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
-    begin(trainer, held_out, options)
-    path = trainer.run()
+    with begun(trainer, held_out, options):
+        path = trainer.run()
     if trainer.main:
         start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
 
 
-def begin(trainer: Trainer, held_out: Sequence[Example], options: argparse.Namespace) -> None:
-    """What the main process does before the first step. If that is a UserError, all processes raise
-    it: they would wait for the main one."""
+@contextmanager
+def begun(
+    trainer: Trainer, held_out: Sequence[Example], options: argparse.Namespace
+) -> Iterator[None]:
+    """What the main process does before the first step; it keeps other runs out of the folder in
+    the block. If that is a UserError, all processes raise it: they would wait for the main one."""
     failed: list[UserError | None] = [None]
-    if trainer.main:
-        try:
-            watch(trainer, held_out, options.validate_every)
-            write_settings(trainer.out / "options.yaml", given_options(options))
-        except UserError as error:
-            failed = [error]
-    if error_of_main := broadcast_object_list(failed)[0]:
-        raise error_of_main
+    with ExitStack() as held:
+        if trainer.main:
+            try:
+                held.enter_context(locked(trainer.out))
+                watch(trainer, held_out, options.validate_every)
+                write_settings(trainer.out / "options.yaml", given_options(options))
+            except UserError as error:
+                failed = [error]
+        if error_of_main := broadcast_object_list(failed)[0]:
+            raise error_of_main
+        yield
 
 
 def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
@@ -198,7 +206,8 @@ def recipe_of(
 
 
 def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
-    """The schedule of the stage, changed by the options. Fewer steps have a shorter warm-up."""
+    """The schedule of the stage, changed by the options. Fewer steps have a shorter warm-up;
+    no rate is above the highest."""
     schedule = config.stage1 if options.stage == 1 else config.stage2
     if schedule is None:
         raise UserError(f"{config.name} is not trained in stages: omit “--stage”.")
@@ -209,7 +218,10 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
     }
     if options.steps is not None and options.steps < schedule.steps:
         overrides["warmup_steps"] = schedule.warmup_steps * options.steps // schedule.steps
-    return replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
+    schedule = replace(schedule, **{k: v for k, v in overrides.items() if v is not None})
+    highest = schedule.peak_lr
+    floor, warmup = min(schedule.floor_lr, highest), min(schedule.warmup_lr, highest)
+    return replace(schedule, floor_lr=floor, warmup_lr=warmup)
 
 
 def read_examples(options: argparse.Namespace) -> list[Example]:

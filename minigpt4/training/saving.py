@@ -2,19 +2,33 @@
 the plot of its losses."""
 
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
+
+if sys.platform != "win32":  # there two runs may write the same folder
+    import fcntl
+
+
+class Run(Protocol):
+    """A trainer; `save` says whether it wrote the run's files."""
+
+    step: int
+
+    def save(self) -> bool: ...
 
 
 @contextmanager
-def saved_when_stopped(save: Callable[[], None]) -> Iterator[None]:
+def saved_when_stopped(run: Run) -> Iterator[None]:
     """SIGTERM acts as Ctrl-C in the block; either ends it with KeyboardInterrupt, after `save`."""
     main = threading.current_thread() is threading.main_thread()  # it alone receives signals
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
@@ -22,7 +36,8 @@ def saved_when_stopped(save: Callable[[], None]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with uninterrupted():  # pressed twice
-            save()
+            if run.save():
+                say(f"Stopped after step {run.step}: the same command goes on from there.")
         raise
     finally:
         if main:
@@ -47,6 +62,36 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     if pressed:
         handlers[pressed[0][0]](*pressed[0])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder in the block. UserError if one is in it.
+
+    Nothing is checked on disks that cannot lock, and on Windows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"Another run is writing {folder}: wait for it, or choose another folder with "
+                    "“--out”."
+                ) from error
+            except OSError:  # a disk that cannot lock
+                pass
+        yield
+
+
+def check_finite(values: Tensor, step: int) -> None:
+    """UserError where a run has diverged."""
+    if not values.isfinite().all():
+        raise UserError(
+            f"The run has diverged in step {step}, as its loss or weights are no finite numbers: "
+            "start again with a lower “--peak-lr”, in another folder (“--out”)."
+        )
 
 
 def read_run(path: Path, identity: str, device: str | torch.device = "cpu") -> dict | None:

@@ -29,7 +29,7 @@ from minigpt4.training.batches import batches
 from minigpt4.training.features import fingerprint
 from minigpt4.training.mixture import Answered, Mixture, TrainingPicture
 from minigpt4.training.packing import pack
-from minigpt4.training.saving import read_run, saved_when_stopped, uninterrupted
+from minigpt4.training.saving import check_finite, read_run, saved_when_stopped, uninterrupted
 from minigpt4.training.small_reward import Reward
 from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
@@ -315,7 +315,7 @@ class SmallTrainer:
 
     def run(self) -> None:
         """Train to the recipe's last step."""
-        with saved_when_stopped(self.save):
+        with saved_when_stopped(self):
             while self.step < self.recipe.steps:
                 while (self.out / "pause").exists():
                     time.sleep(PAUSE_SECONDS)
@@ -345,6 +345,7 @@ class SmallTrainer:
         norm = nn.utils.clip_grad_norm_(self.projection.parameters(), self.recipe.clip_norm)
         nn.utils.clip_grad_norm_(self.adapters.values(), self.recipe.clip_norm)
         every = [loss for of_kind in by_kind.values() for loss in of_kind]
+        check_finite(torch.tensor(every), self.step + 1)
         with uninterrupted():
             self.optimizer.step()
             for name, value in self._trained().items():
@@ -395,7 +396,7 @@ class SmallTrainer:
             for name, parameter in self.adapters.items():
                 parameter.data = latest[name]
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Checkpoint and projection, each whole or not at all."""
         state = {
             "identity": self.identity,
@@ -415,6 +416,7 @@ class SmallTrainer:
         }
         path = self.out / self.model.config.projection_file
         save_projection(weights, path, self._metadata | {"steps": str(self.step)})
+        return True
 
 
 def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:

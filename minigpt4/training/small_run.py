@@ -7,6 +7,7 @@ import random
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt4.config import ModelConfig, Words
-from minigpt4.data.files import local_path
+from minigpt4.data.files import local_path, replacing
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.objects import OBJECTS
@@ -32,6 +33,7 @@ from minigpt4.training.options import (
     check_needs,
     check_start,
 )
+from minigpt4.training.saving import locked
 from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource
 from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
 from minigpt4.training.small_validation import SmallValidation
@@ -54,6 +56,15 @@ def train(options: argparse.Namespace, config: ModelConfig) -> None:
     """Train, or go on where the run in `options.out` ended."""
     check_options(options, config)
     pictures = read(local_path(options.data))
+    with nullcontext() if options.validate else locked(Path(options.out)):
+        _train(options, config, pictures)
+
+
+def _train(
+    options: argparse.Namespace,
+    config: ModelConfig,
+    pictures: dict[str, list[mixture.TrainingPicture]],
+) -> None:
     torch.set_num_threads(options.threads)
     out = Path(options.out)
     begun = int8.arithmetic_of(out / "log.jsonl") if (out / "checkpoint.pt").exists() else ""
@@ -261,8 +272,12 @@ class Found:
         if refit or not path.exists():
             out.mkdir(parents=True, exist_ok=True)
             self._fit(config, pictures, features, keys, path, mark)
-        stored = torch.load(path, weights_only=True)
-        if stored.get("mark") != mark:
+        try:
+            stored = torch.load(path, weights_only=True)
+            found = stored["mark"]
+        except Exception as error:
+            raise UserError(f"{path} is damaged: delete it, or give “--refit”.") from error
+        if found != mark:
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
         self.terms = joined_terms(stored["terms"], OBJECTS)
         self._supported = Supported(Vocabulary(self.terms))
@@ -279,6 +294,11 @@ class Found:
         kept = torch.tensor([is_kept(n, p) for (n, _), p in zip(keys, flat, strict=True)])
         seen = [p.texts for p, k in zip(flat, kept.tolist(), strict=True) if not k]
         vocabulary = Vocabulary.of(seen, *_TERMS)
+        if not vocabulary.terms:
+            raise UserError(
+                f"Of {len(seen)} pictures to learn from, no {_TERMS[2]} have texts that name the "
+                "same thing, so the word head has no words: add pictures."
+            )
         wanted = word_head.targets(vocabulary, [p.texts for p in flat])
         learned, others = (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
 
@@ -297,7 +317,8 @@ class Found:
             probabilities[others] = word_head.probabilities(inputs, others, layer)
         self._say(wanted, probabilities, kept, keys)
         found = {"terms": list(vocabulary.terms), "probabilities": probabilities, "mark": mark}
-        torch.save(found, path)
+        with replacing(path) as partial:
+            torch.save(found, partial)
 
     def _say(self, wanted: Tensor, probabilities: Tensor, kept: Tensor, keys: list) -> None:
         flickr = torch.tensor([name.startswith("val") for name, _ in keys])
@@ -383,17 +404,21 @@ def _joined(places, pictures, features, words) -> TrainingSource:
 def beginning(
     model: MiniGPT4, trained: dict[str, TrainingSource], given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ridge's start, on a fixed draw of the pictures that have captions.
+    """The ridge's start, on a fixed draw of the pictures that have several captions, or of those
+    that have one where none has more.
 
-    given: the weights are the model's own, those of `--init`.
+    given: the weights are the model's own, those of `--init`. UserError without captions.
     """
     draw = random.Random("start")
-    places = [
-        (name, i)
+    counts = {
+        (name, i): len(picture.captions)
         for name, source in trained.items()
         for i, picture in enumerate(source.pictures)
-        if len(picture.captions) > 1
-    ]
+    }
+    least = min(2, max(counts.values(), default=0))
+    if not least:
+        raise UserError("The pictures to learn from have no captions: add some.")
+    places = [place for place, count in counts.items() if count >= least]
     places = draw.sample(places, min(_FITTED, len(places)))
     features = torch.cat([trained[name].features([i]) for name, i in places])
     basis, weight, bias = small_start.start(

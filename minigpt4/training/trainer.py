@@ -27,7 +27,13 @@ from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.batches import divide, mixed_batches, training_prompt
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.packing import pack
-from minigpt4.training.saving import plot_losses, read_run, saved_when_stopped, uninterrupted
+from minigpt4.training.saving import (
+    check_finite,
+    plot_losses,
+    read_run,
+    saved_when_stopped,
+    uninterrupted,
+)
 from minigpt4.weights.checkpoint import save_projection
 from minigpt4.weights.load import projection_tensors
 
@@ -302,6 +308,12 @@ class Trainer:
         schedule = self.recipe.schedule
         replayed = round(schedule.batch_size * self.recipe.replay_share)
         sizes, counts = [schedule.batch_size - replayed, replayed], self.counts
+        for count, size, name in zip(counts, sizes, ("data", "replay"), strict=True):
+            if count and not size:
+                raise UserError(
+                    f"A batch of {schedule.batch_size} pictures has no place for “--{name}”: raise "
+                    "“--batch-size”, or change “--replay-share”."
+                )
         if self.recipe.mixture:
             counts = [*(count for count, _ in self.recipe.mixture), self.counts[1]]
             weights = [weight for _, weight in self.recipe.mixture]
@@ -309,7 +321,7 @@ class Trainer:
         order = mixed_batches(counts, sizes, self.recipe.seed, self.step)
         bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
         try:
-            with saved_when_stopped(self.save):
+            with saved_when_stopped(self):
                 while self.step < schedule.steps:
                     self._train_step(next(order), bar)
         finally:
@@ -330,6 +342,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss = self.loss_and_gradient(self.step, indices)
+        check_finite(torch.tensor(loss), self.step + 1)
         if schedule.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.projection.parameters(), schedule.clip_norm)
         with uninterrupted():
@@ -359,10 +372,10 @@ class Trainer:
         """Where validation writes the best projection so far."""
         return self.out / f"{self.model.config.name}-best.safetensors"
 
-    def save(self) -> None:
-        """Write checkpoint, projection, loss.csv and loss.png; only the main process does."""
-        if not self.main:
-            return
+    def save(self) -> bool:
+        """Write checkpoint, projection, loss.csv and loss.png: the main process, after a step."""
+        if not self.main or not self.rows:
+            return False
         with replacing(self.out / "checkpoint.pt") as partial:
             torch.save(self._state(), partial)
         self.save_weights(self.projection_path)
@@ -371,6 +384,7 @@ class Trainer:
             writer.writeheader()
             writer.writerows(self.rows)
         plot_losses(self.rows, self.out / "loss.png")
+        return True
 
     def save_weights(self, path: Path, **metadata: str) -> None:
         """Write the projection of this step. metadata: what the file says beside the recipe's."""
@@ -378,6 +392,8 @@ class Trainer:
         for name, start in self.start.items():  # weight averaging: WiSE-FT, Wortsman et al., 2022
             weights[name] = torch.lerp(start, weights[name].detach(), self.recipe.blend)
         weights = {k: v.half() for k, v in weights.items()}
+        for tensor in weights.values():
+            check_finite(tensor, self.step)
         metadata = self.recipe.metadata | {"step": str(self.step)} | metadata
         save_projection(weights, path, metadata)
 

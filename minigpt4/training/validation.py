@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ class Validation:
             return
         row = {"step": float(trainer.step)} | self.measure()
         others = [other for other in self.rows if other["step"] >= self._since]
-        best = all(row["loss"] < other["loss"] for other in others)
+        # Not a number is no loss.
+        best = math.isfinite(row["loss"]) and not any(o["loss"] <= row["loss"] for o in others)
         self.rows.append(row)
         if best:
             more = {"held_out": self._mark, "compared_since": str(self._since)}
