@@ -163,6 +163,34 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, capsys):
         assert part in line
 
 
+def test_links_in_shards(tmp_path, capsys):
+    """They lead to files there, before them or after; the others are empty files."""
+    links = {"in/b.jpg": "../a.jpg", "in/c.jpg": "no.jpg"}
+    with tarfile.open(shard(tmp_path / "a.tar", {"./a.jpg": jpeg(picture(0))}), "a") as tar:
+        for name, target in (links | {"d.jpg": "./a.jpg"}).items():
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.SYMTYPE if name in links else tarfile.LNKTYPE
+            member.linkname = target
+            tar.addfile(member)
+        for name in ("a", "in/b", "in/c", "d"):
+            member = tarfile.TarInfo(f"{name}.txt")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"A"))
+    found = {e.key: e.read() for e in read_captioned(str(tmp_path / "a.tar"))}
+    assert found.pop("a/in/c") == b"" and len(found) == 3
+    assert {*found.values()} == {jpeg(picture(0))}
+    assert "cut short" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rest", [b"", b"x" * 512])
+def test_a_shard_that_ends_between_two_files(tmp_path, rest, capsys):
+    path = Path(shard(tmp_path / "a.tar", {"0.jpg": jpeg(picture(0)), "0.txt": b"A dog."}))
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"A dog.") + 512] + rest)
+    assert answers(read_captioned(str(path))) == {"a/0": ["A dog."]}
+    assert "a.tar is damaged or cut short after 2 files" in capsys.readouterr().err
+
+
 def test_nothing_to_read_says_why(tmp_path):
     path = shard(tmp_path / "a.tar", {"0.jpg": jpeg(picture(0)), "0.json": b'{"caption": 3}'})
     with pytest.raises(UserError, match="1 with a caption that is not text .0.jpg"):
@@ -211,6 +239,7 @@ def test_deep_json_in_shards(tmp_path, capsys):
         ("~no-such-user/x", "cannot be read .no home folder"),
         ("x" * 5000, "cannot be read .File name too long"),
         ("https://example.org/s-{0..1}.tar", "is an address"),
+        ("no-such-folder", "There is no file or folder no-such-folder"),
         ("nothing\x1b.csv", r"nothing\\x1b.csv cannot be read"),
     ],
 )
