@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 import unicodedata
@@ -1034,6 +1035,9 @@ def test_a_saved_dataset(tmp_path, capsys):
     (example,) = read_captioned(str(tmp_path / "saved"))
     assert example.captions == ("A dog.",) and example.picture().size == (60, 44)
     assert "1 without a caption (row 1)" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+    (copied,) = read_captioned(str(tmp_path / "copy"))
+    assert (copied.key, copied.version) == (example.key, example.version) and copied.version
     (tmp_path / "hub" / "data").mkdir(parents=True)
     table.to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
     (example,) = read_captioned(str(tmp_path / "hub"))
@@ -1073,6 +1077,10 @@ def test_kinds_of_columns_of_pictures(tmp_path, capsys):
         (example,) = read_captioned(str(folder))
         assert example.read() == first and "2 left out" in capsys.readouterr().err
     assert example.captions == ("A dog.",)
+    addresses = datasets.Dataset.from_dict({"URL": ["http://a/b.jpg"], "TEXT": ["A dog."]})
+    addresses.to_parquet(tmp_path / "laion.parquet")
+    with pytest.raises(UserError, match="only names addresses of pictures: download them with"):
+        read_captioned(str(tmp_path))
     with pytest.raises(UserError, match="pictures of .*name are texts .*file_name: save them as"):
         read_captioned(f"hf:{tmp_path / 'name'}")  # not those of the current folder
     row = {"image": [{"bytes": None, "path": "a.jpg"}], "text": ["A dog."]}
