@@ -155,7 +155,7 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, capsys):
     line = capsys.readouterr().err
     assert "a.tar: 1 picture read; 9 left out: " in line and line.count("\n") == 1
     for part in (
-        "5 without a caption (none-0.jpg, none-1.jpg, none-2.jpg, …)",
+        "5 without a caption (none-0.jpg; none-1.jpg; none-2.jpg; …)",
         "1 of a kind that is not read (x.svg)",
         "1 with a caption that is not in UTF-8 (latin.jpg)",
         "1 without a picture (alone.txt)",
@@ -283,7 +283,7 @@ def test_descriptions(tmp_path, encoding, capsys):
     }
     line = capsys.readouterr().err
     assert "4 pictures read; 4 left out: 1 without a caption (image/3.jpg)" in line
-    assert "2 without an “image_id” (annotation 8, annotation 9)" in line
+    assert "2 without an “image_id” (annotation 8; annotation 9)" in line
     assert "1 with a caption that is not text (image/4.jpg)" in line
 
 
@@ -315,7 +315,7 @@ def test_instructions(tmp_path, capsys):
     assert answers(found) == {"1": ["Because.", "So.", "None"]}
     assert found[0].texts[0].instructions == ("Why?",)
     line = capsys.readouterr().err
-    assert "1 picture read; 7 left out: 6 without a caption (1, line 1, " in line
+    assert "1 picture read; 7 left out: 6 without a caption (line 1: 1; " in line
     assert "1 without an “image_id” (line 3)" in line
 
 
@@ -382,7 +382,7 @@ def test_splits_that_use_the_same_names(tmp_path):
         file.write_text(json.dumps(content))
         assert answers(read_captioned(str(file))) == {key: ["A dog."]}
     file = file.rename(tmp_path / "annotations" / "captions.json")
-    said = "0.jpg, annotation 1, which is ../test/0.jpg or ../train/0.jpg. Write folders"
+    said = "annotation 1: 0.jpg, which is ../test/0.jpg or ../train/0.jpg. Write folders"
     with pytest.raises(UserError, match=f"names have the names of several files: {said}"):
         read_captioned(str(file))
     file.write_text(json.dumps(content).replace("0.jpg", "1.jpg"))
@@ -403,7 +403,9 @@ def test_tables_beside_a_folder_of_pictures(tmp_path, inner):
     table.write_text("image_name| comment_number| comment\na.jpg#0| 0| A dog.\na.jpg| 1| A cat.\n")
     assert answers(read_captioned(str(tmp_path))) == {f"{inner}/a.jpg": ["A dog.", "A cat."]}
     table.write_text("image,caption\nb.jpg,A dog.\n")
-    with pytest.raises(UserError, match=f"missing: b.jpg.* looked for in .* and in {inner}"):
+    with pytest.raises(
+        UserError, match=f"missing: line 2: b.jpg.* looked for in .* and in {inner}"
+    ):
         read_captioned(str(tmp_path))
 
 
@@ -431,7 +433,7 @@ def test_long_names_keep_their_ends():
         ({"image": "A" * 200_000}, "inside the file .*save them as files"),
         ({"image": {"bytes": "AAAA", "path": None}}, "inside the file .*save them as files"),
         ({"image": "https://example.org/a.jpg"}, "on the web .*not fetched"),
-        ({"image": "zz\n\x1b[31m" + "x" * 1000 + ".jpg"}, r"missing: zz\\n\\x1b.*x.jpg, line 1"),
+        ({"image": "zz\n\x1b[31m" + "x" * 1000 + ".jpg"}, r"missing: line 1: zz\\n\\x1b.*x.jpg"),
     ],
 )
 def test_pictures_that_are_no_files(tmp_path, record, said):
@@ -530,7 +532,7 @@ def test_lines_without_a_caption_are_left_out(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("file_name,caption\na.jpg,A dog.\nb.jpg,\nc.jpg,nan\n,A cat.\n")
     assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
     line = capsys.readouterr().err
-    assert "2 without a caption (line 3, line 4), 1 without a picture (line 5)" in line
+    assert "2 without a caption (line 3; line 4), 1 without a picture (line 5)" in line
 
 
 @pytest.mark.parametrize(
@@ -553,9 +555,9 @@ def test_a_few_missing_pictures_are_left_out(tmp_path, capsys):
     table = tmp_path / "t.csv"
     table.write_text("\n".join(["file_name,caption", *lines]))
     assert len(read_captioned(str(tmp_path))) == 10
-    assert "1 with a missing picture (10.jpg, line 12)" in capsys.readouterr().err
+    assert "1 with a missing picture (line 12: 10.jpg)" in capsys.readouterr().err
     table.write_text("\n".join(["file_name,caption", *lines, "11.jpg,A cat."]))
-    with pytest.raises(UserError, match="2 of 12 pictures .* are missing: 10.jpg, line 12"):
+    with pytest.raises(UserError, match="2 of 12 pictures .* are missing: line 12: 10.jpg"):
         read_captioned(str(tmp_path))
 
 
@@ -602,11 +604,15 @@ def test_images_of_coco_that_cannot_be_used(tmp_path, capsys):
     images = [{"id": number, "file_name": name} for name, number in ids.items()]
     images += [{"id": 1, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}]
     annotations = [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": "A cat."}]
+    annotations += [{"image_id": 9, "caption": "A hen."}]
+    annotations += [{"image_id": 1, "caption": "Blurred.", "is_rejected": True}]
     (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     assert answers(read_captioned(str(tmp_path / "c.json"))) == {"a.jpg": ["A dog."]}
     assert (
-        "3 left out: 1 without a usable “id” or “file_name” (image 2), 1 with an “image_id” that "
-        "several pictures have (annotation 2), 1 without a caption (b.jpg)"
+        "5 left out: 1 without a usable “id” or “file_name” (image 2), 1 with an “image_id” that "
+        "several pictures have (annotation 2), 1 with an “image_id” that is not in “images” "
+        "(annotation 3), 1 marked as rejected (“is_rejected”) (annotation 4), 1 without a caption "
+        "(b.jpg)"
     ) in capsys.readouterr().err
 
 
@@ -776,6 +782,8 @@ UNLEARNED = {"role": "assistant", "content": "a", "weight": 0}
     [
         (about("q", "a", label=False), "1 marked as bad"),
         ({"image": "a.jpg", "conversations": LLAVA, "kto_tag": False}, "1 marked as bad"),
+        ({"image": "a.jpg", "caption": "b", "is_rejected": True}, "1 marked as rejected"),
+        ({"image": "a.jpg", "question": "q", "answers": ["a", "b"]}, "1 with several “answers”"),
         (about("q", "a", rejected_response="b"), "1 with a chosen and a rejected answer"),
         ({"image": "a.jpg", "chosen": "a", "rejected": "b"}, "1 with a chosen and a rejected"),
         ({"messages": [UNLEARNED], "image": "a.jpg"}, "1 whose answers are marked as not to be"),
@@ -955,6 +963,7 @@ def test_folders_without_captions_say_what_they_are(tmp_path):
         ("annotations/captions_val.json", "{}", "name annotations/captions_val.json itself"),
         ("said/captions.txt", "image,caption\n1.jpg,A dog.", "name said/captions.txt itself"),
         ("validation/metadata.csv", "file_name,text", "Name validation/metadata.csv itself"),
+        ("dataset_info.json", "{}", "a.arrow in it is an Arrow file: .*save_to_disk"),
         ("readme.txt", "Pictures of dogs.", ": put KEY.txt"),
     ],
 )
@@ -962,6 +971,7 @@ def test_folders_name_the_file_of_their_captions(tmp_path, name, content, said):
     put(tmp_path / "val", "1.jpg")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
+    (tmp_path / "a.arrow").touch()
     with pytest.raises(UserError, match=said):
         read_captioned(str(tmp_path))
 
