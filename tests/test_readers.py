@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import sys
 import tarfile
@@ -1034,6 +1035,23 @@ def test_without_the_datasets_library(tmp_path, monkeypatch):
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="install its library first"):
         read_captioned(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch, capsys):
+    """The library's own warnings of each try are not shown."""
+
+    def load_dataset(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("Refused.")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("minigpt4.data.huggingface.find_spec", lambda name: True)
+    shown = logging.StreamHandler(sys.stderr)
+    logging.getLogger("huggingface_hub").addHandler(shown)
+    with pytest.raises(UserError, match="cannot be loaded .Refused.: check its name .*connection"):
+        read_captioned("hf:user/name")
+    logging.getLogger("huggingface_hub").removeHandler(shown)
+    assert capsys.readouterr().err == "Looking for user/name on the Hugging Face hub …\n"
 
 
 def test_a_saved_dataset(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Captioned pictures in Hugging Face's own format, read by the `datasets` library if it is
 installed."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -21,7 +22,7 @@ from minigpt4.data.table import (
     texts_of_row,
     with_lower_names,
 )
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
 from minigpt4.model.image import has_picture_name
 
 _BLOCKS = 64  # of each file, which are read to tell it from others
@@ -65,7 +66,10 @@ def read_dataset(
     repository, _, split = name.partition(":")
     if not repository:
         raise UserError("Name the data set of the hub: hf:USER/NAME.")
-    with _loading(name, "check its name and split"):
+    # Each try to reach the hub would be two lines, for half a minute.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    say(f"Looking for {name} on the Hugging Face hub …")
+    with _loading(name, "check its name and split, and the connection"):
         opened = datasets.load_dataset(
             repository, split=split or "train", streaming=limit is not None
         )
