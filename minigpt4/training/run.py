@@ -23,7 +23,7 @@ from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
 from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start
-from minigpt4.training.trainer import Recipe, Trainer
+from minigpt4.training.trainer import Recipe, Trainer, recompute_activations
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
@@ -257,7 +257,7 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
         dtype = torch.bfloat16
     model = load_model(config, files, accelerator.device, quantize, dtype, seed=options.seed)
     if options.recompute:
-        model.torch_llm.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model.torch_llm)
     if projection is None and isinstance(config.bridge, PooledMap):
         name_classes(model)
     return model
