@@ -22,7 +22,7 @@ from minigpt4.model.parts import PooledMap
 from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
-from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start
+from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start, naming_init
 from minigpt4.training.trainer import Recipe, Trainer, recompute_activations
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
@@ -50,7 +50,8 @@ def train(options: argparse.Namespace) -> None:
     if options.questions:
         examples += questions.ask_about(replay or examples, options.questions, options.seed)
     accelerator = Accelerator(cpu=start.device_of(options.device).type == "cpu")
-    model = _open(options, config, accelerator)
+    with naming_init(options):
+        model = _open(options, config, accelerator)
     metadata = {
         "model": config.name,
         "stage": str(options.stage),
