@@ -79,6 +79,13 @@ def setting(name: str) -> Callable[[str], Any]:
     return read
 
 
+def a_name(text: str) -> str:
+    """The name of a file or folder to write; an empty one would be the current folder."""
+    if not text.strip():
+        raise ArgumentTypeError("must be a name, not empty: check the variable that it comes from")
+    return text
+
+
 def secret(text: str) -> str:
     """A key as a header can hold it, without the line break that files of secrets end in."""
     key = text.strip()
@@ -457,7 +464,7 @@ SERVER = (
 
 
 PUSH = (Option("private", "Make a new repository private.", False, switch),)
-ASK = (Option("out", "Write the answers as JSON lines, one for each photo.", metavar="FILE"),)
+ASK = (Option("out", "Write the answers as JSON lines, one for each photo.", None, a_name, "FILE"),)
 
 
 def add_model_options(parser: Parser, default: str = "auto", several: bool = False) -> None:

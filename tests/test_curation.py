@@ -142,9 +142,13 @@ def test_two_programs_do_not_write_one_file(tmp_path):
 # --- generate ----------------------------------------------------------------------------------
 
 
-def test_pictures_of_folders_and_shards(folder, tmp_path):
+def test_pictures_of_folders_and_shards(folder, tmp_path, capsys):
+    for inner in ("more", ".hidden"):
+        (folder / inner).mkdir()
+        shutil.copy(folder / "p0.jpg", folder / inner)
     found = find_pictures(str(folder))
     assert [s.image_id for s in found] == ["p0", "p1", "p1-2", "p2", "wrong"]
+    assert f"Pictures in folders of {folder} are left out (1)" in capsys.readouterr().err
     assert load_picture(found[0].picture).rgb.size == (60, 44)
     with pytest.raises(UserError, match=r"wrong\.jpg"):
         load_picture(found[4].picture)
@@ -285,7 +289,9 @@ def test_generate_resumes(model, folder, tmp_path, monkeypatch, capsys):
     before = read_records(halves)
     assert 0 < len(before) < 5
     assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 0
-    assert "1 could not be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 could not be read" in said
+    assert f"of 5 are described in {halves} and stay as they are" in said
     assert read_records(halves) == read_records(whole)
     assert halves.read_text().count("\n") >= 5
     lines = len(halves.read_text().splitlines())

@@ -180,6 +180,11 @@ def test_mistakes(shard, tmp_path, capsys):
         assert main(["evaluate", *map(str, arguments)]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith("minigpt4: "), said
+    assert main(["evaluate", str(shard), "--markdown", "page.md"]) == 2
+    assert "chair or pope or stages”: give that, too, or leave it out." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(shard), "--batch-size", "65"])
+    assert "from 1 to 64, not “65”" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import shutil
 import sys
 import tarfile
 import unicodedata
@@ -154,13 +156,41 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, capsys):
     line = capsys.readouterr().err
     assert "a.tar: 1 picture read; 9 left out: " in line and line.count("\n") == 1
     for part in (
-        "5 without a caption (none-0.jpg, none-1.jpg, none-2.jpg, …)",
+        "5 without a caption (none-0.jpg; none-1.jpg; none-2.jpg; …)",
         "1 of a kind that is not read (x.svg)",
         "1 with a caption that is not in UTF-8 (latin.jpg)",
         "1 without a picture (alone.txt)",
         "1 with the name of another picture (0.png)",
     ):
         assert part in line
+
+
+def test_links_in_shards(tmp_path, capsys):
+    """They lead to files there, before them or after; the others are empty files."""
+    links = {"in/b.jpg": "../a.jpg", "in/c.jpg": "no.jpg"}
+    with tarfile.open(shard(tmp_path / "a.tar", {"./a.jpg": jpeg(picture(0))}), "a") as tar:
+        for name, target in (links | {"d.jpg": "./a.jpg"}).items():
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.SYMTYPE if name in links else tarfile.LNKTYPE
+            member.linkname = target
+            tar.addfile(member)
+        for name in ("a", "in/b", "in/c", "d"):
+            member = tarfile.TarInfo(f"{name}.txt")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"A"))
+    found = {e.key: e.read() for e in read_captioned(str(tmp_path / "a.tar"))}
+    assert found.pop("a/in/c") == b"" and len(found) == 3
+    assert {*found.values()} == {jpeg(picture(0))}
+    assert "cut short" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rest", [b"", b"x" * 512])
+def test_a_shard_that_ends_between_two_files(tmp_path, rest, capsys):
+    path = Path(shard(tmp_path / "a.tar", {"0.jpg": jpeg(picture(0)), "0.txt": b"A dog."}))
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"A dog.") + 512] + rest)
+    assert answers(read_captioned(str(path))) == {"a/0": ["A dog."]}
+    assert "a.tar is damaged or cut short after 2 files" in capsys.readouterr().err
 
 
 def test_nothing_to_read_says_why(tmp_path):
@@ -211,6 +241,7 @@ def test_deep_json_in_shards(tmp_path, capsys):
         ("~no-such-user/x", "cannot be read .no home folder"),
         ("x" * 5000, "cannot be read .File name too long"),
         ("https://example.org/s-{0..1}.tar", "is an address"),
+        ("no-such-folder", "There is no file or folder no-such-folder"),
         ("nothing\x1b.csv", r"nothing\\x1b.csv cannot be read"),
     ],
 )
@@ -253,7 +284,7 @@ def test_descriptions(tmp_path, encoding, capsys):
     }
     line = capsys.readouterr().err
     assert "4 pictures read; 4 left out: 1 without a caption (image/3.jpg)" in line
-    assert "2 without an “image_id” (annotation 8, annotation 9)" in line
+    assert "2 without an “image_id” (annotation 8; annotation 9)" in line
     assert "1 with a caption that is not text (image/4.jpg)" in line
 
 
@@ -285,7 +316,7 @@ def test_instructions(tmp_path, capsys):
     assert answers(found) == {"1": ["Because.", "So.", "None"]}
     assert found[0].texts[0].instructions == ("Why?",)
     line = capsys.readouterr().err
-    assert "1 picture read; 7 left out: 6 without a caption (1, line 1, " in line
+    assert "1 picture read; 7 left out: 6 without a caption (line 1: 1; " in line
     assert "1 without an “image_id” (line 3)" in line
 
 
@@ -352,7 +383,7 @@ def test_splits_that_use_the_same_names(tmp_path):
         file.write_text(json.dumps(content))
         assert answers(read_captioned(str(file))) == {key: ["A dog."]}
     file = file.rename(tmp_path / "annotations" / "captions.json")
-    said = "0.jpg, annotation 1, which is ../test/0.jpg or ../train/0.jpg. Write folders"
+    said = "annotation 1: 0.jpg, which is ../test/0.jpg or ../train/0.jpg. Write folders"
     with pytest.raises(UserError, match=f"names have the names of several files: {said}"):
         read_captioned(str(file))
     file.write_text(json.dumps(content).replace("0.jpg", "1.jpg"))
@@ -373,7 +404,9 @@ def test_tables_beside_a_folder_of_pictures(tmp_path, inner):
     table.write_text("image_name| comment_number| comment\na.jpg#0| 0| A dog.\na.jpg| 1| A cat.\n")
     assert answers(read_captioned(str(tmp_path))) == {f"{inner}/a.jpg": ["A dog.", "A cat."]}
     table.write_text("image,caption\nb.jpg,A dog.\n")
-    with pytest.raises(UserError, match=f"missing: b.jpg.* looked for in .* and in {inner}"):
+    with pytest.raises(
+        UserError, match=f"missing: line 2: b.jpg.* looked for in .* and in {inner}"
+    ):
         read_captioned(str(tmp_path))
 
 
@@ -401,7 +434,7 @@ def test_long_names_keep_their_ends():
         ({"image": "A" * 200_000}, "inside the file .*save them as files"),
         ({"image": {"bytes": "AAAA", "path": None}}, "inside the file .*save them as files"),
         ({"image": "https://example.org/a.jpg"}, "on the web .*not fetched"),
-        ({"image": "zz\n\x1b[31m" + "x" * 1000 + ".jpg"}, r"missing: zz\\n\\x1b.*x.jpg, line 1"),
+        ({"image": "zz\n\x1b[31m" + "x" * 1000 + ".jpg"}, r"missing: line 1: zz\\n\\x1b.*x.jpg"),
     ],
 )
 def test_pictures_that_are_no_files(tmp_path, record, said):
@@ -500,7 +533,7 @@ def test_lines_without_a_caption_are_left_out(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("file_name,caption\na.jpg,A dog.\nb.jpg,\nc.jpg,nan\n,A cat.\n")
     assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["A dog."]}
     line = capsys.readouterr().err
-    assert "2 without a caption (line 3, line 4), 1 without a picture (line 5)" in line
+    assert "2 without a caption (line 3; line 4), 1 without a picture (line 5)" in line
 
 
 @pytest.mark.parametrize(
@@ -523,9 +556,9 @@ def test_a_few_missing_pictures_are_left_out(tmp_path, capsys):
     table = tmp_path / "t.csv"
     table.write_text("\n".join(["file_name,caption", *lines]))
     assert len(read_captioned(str(tmp_path))) == 10
-    assert "1 with a missing picture (10.jpg, line 12)" in capsys.readouterr().err
+    assert "1 with a missing picture (line 12: 10.jpg)" in capsys.readouterr().err
     table.write_text("\n".join(["file_name,caption", *lines, "11.jpg,A cat."]))
-    with pytest.raises(UserError, match="2 of 12 pictures .* are missing: 10.jpg, line 12"):
+    with pytest.raises(UserError, match="2 of 12 pictures .* are missing: line 12: 10.jpg"):
         read_captioned(str(tmp_path))
 
 
@@ -572,11 +605,15 @@ def test_images_of_coco_that_cannot_be_used(tmp_path, capsys):
     images = [{"id": number, "file_name": name} for name, number in ids.items()]
     images += [{"id": 1, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}]
     annotations = [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": "A cat."}]
+    annotations += [{"image_id": 9, "caption": "A hen."}]
+    annotations += [{"image_id": 1, "caption": "Blurred.", "is_rejected": True}]
     (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     assert answers(read_captioned(str(tmp_path / "c.json"))) == {"a.jpg": ["A dog."]}
     assert (
-        "3 left out: 1 without a usable “id” or “file_name” (image 2), 1 with an “image_id” that "
-        "several pictures have (annotation 2), 1 without a caption (b.jpg)"
+        "5 left out: 1 without a usable “id” or “file_name” (image 2), 1 with an “image_id” that "
+        "several pictures have (annotation 2), 1 with an “image_id” that is not in “images” "
+        "(annotation 3), 1 marked as rejected (“is_rejected”) (annotation 4), 1 without a caption "
+        "(b.jpg)"
     ) in capsys.readouterr().err
 
 
@@ -746,6 +783,8 @@ UNLEARNED = {"role": "assistant", "content": "a", "weight": 0}
     [
         (about("q", "a", label=False), "1 marked as bad"),
         ({"image": "a.jpg", "conversations": LLAVA, "kto_tag": False}, "1 marked as bad"),
+        ({"image": "a.jpg", "caption": "b", "is_rejected": True}, "1 marked as rejected"),
+        ({"image": "a.jpg", "question": "q", "answers": ["a", "b"]}, "1 with several “answers”"),
         (about("q", "a", rejected_response="b"), "1 with a chosen and a rejected answer"),
         ({"image": "a.jpg", "chosen": "a", "rejected": "b"}, "1 with a chosen and a rejected"),
         ({"messages": [UNLEARNED], "image": "a.jpg"}, "1 whose answers are marked as not to be"),
@@ -925,6 +964,7 @@ def test_folders_without_captions_say_what_they_are(tmp_path):
         ("annotations/captions_val.json", "{}", "name annotations/captions_val.json itself"),
         ("said/captions.txt", "image,caption\n1.jpg,A dog.", "name said/captions.txt itself"),
         ("validation/metadata.csv", "file_name,text", "Name validation/metadata.csv itself"),
+        ("dataset_info.json", "{}", "a.arrow in it is an Arrow file: .*save_to_disk"),
         ("readme.txt", "Pictures of dogs.", ": put KEY.txt"),
     ],
 )
@@ -932,6 +972,7 @@ def test_folders_name_the_file_of_their_captions(tmp_path, name, content, said):
     put(tmp_path / "val", "1.jpg")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
+    (tmp_path / "a.arrow").touch()
     with pytest.raises(UserError, match=said):
         read_captioned(str(tmp_path))
 
@@ -996,6 +1037,23 @@ def test_without_the_datasets_library(tmp_path, monkeypatch):
         read_captioned(str(tmp_path))
 
 
+def test_a_hub_that_cannot_be_reached(monkeypatch, capsys):
+    """The library's own warnings of each try are not shown."""
+
+    def load_dataset(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("Refused.")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("minigpt4.data.huggingface.find_spec", lambda name: True)
+    shown = logging.StreamHandler(sys.stderr)
+    logging.getLogger("huggingface_hub").addHandler(shown)
+    with pytest.raises(UserError, match="cannot be loaded .Refused.: check its name .*connection"):
+        read_captioned("hf:user/name")
+    logging.getLogger("huggingface_hub").removeHandler(shown)
+    assert capsys.readouterr().err == "Looking for user/name on the Hugging Face hub …\n"
+
+
 def test_a_saved_dataset(tmp_path, capsys):
     datasets = pytest.importorskip("datasets")
     put(tmp_path, "a.jpg", "b.jpg")
@@ -1005,6 +1063,9 @@ def test_a_saved_dataset(tmp_path, capsys):
     (example,) = read_captioned(str(tmp_path / "saved"))
     assert example.captions == ("A dog.",) and example.picture().size == (60, 44)
     assert "1 without a caption (row 1)" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+    (copied,) = read_captioned(str(tmp_path / "copy"))
+    assert (copied.key, copied.version) == (example.key, example.version) and copied.version
     (tmp_path / "hub" / "data").mkdir(parents=True)
     table.to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
     (example,) = read_captioned(str(tmp_path / "hub"))
@@ -1044,6 +1105,10 @@ def test_kinds_of_columns_of_pictures(tmp_path, capsys):
         (example,) = read_captioned(str(folder))
         assert example.read() == first and "2 left out" in capsys.readouterr().err
     assert example.captions == ("A dog.",)
+    addresses = datasets.Dataset.from_dict({"URL": ["http://a/b.jpg"], "TEXT": ["A dog."]})
+    addresses.to_parquet(tmp_path / "laion.parquet")
+    with pytest.raises(UserError, match="only names addresses of pictures: download them with"):
+        read_captioned(str(tmp_path))
     with pytest.raises(UserError, match="pictures of .*name are texts .*file_name: save them as"):
         read_captioned(f"hf:{tmp_path / 'name'}")  # not those of the current folder
     row = {"image": [{"bytes": None, "path": "a.jpg"}], "text": ["A dog."]}

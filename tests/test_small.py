@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -720,6 +721,18 @@ def test_the_recipe_selects_the_trainer(monkeypatch):
     monkeypatch.setattr(small_run, "train", lambda _, config: config.name)
     monkeypatch.setitem(MODELS, "nano", replace(get_model("nano"), recipe="small"))
     assert [run.train(Namespace(model=name)) for name in ("nano", "mini")] == ["nano", "mini"]
+
+
+def test_a_run_says_where_its_projection_is_or_that_nothing_is_kept(tmp_path, monkeypatch, capsys):
+    whole = {"read": {}, "opened": (None, {}, ""), "Found": None, "divided": ({}, {})}
+    for name, value in (whole | {"tokens_of": None, "SmallTrainer": Mock(step=0)}).items():
+        monkeypatch.setattr(small_run, name, lambda *_, value=value: value)
+    command = ["train", "--model", "mini", "--data", "d", "--out", str(tmp_path)]
+    command += ["--threads", str(torch.get_num_threads())]
+    assert main(command) == 0
+    assert f"The projection is in {tmp_path}/mini.safetensors" in capsys.readouterr().err
+    assert main([*command, "--validate"]) == 2
+    assert "d has none: add some as" in capsys.readouterr().err
 
 
 def test_an_empty_folder_name_is_not_the_current_folder(capsys):

@@ -66,7 +66,7 @@ def test_json_lines(folder):
         (
             "c.csv",
             "file_name,caption\na.jpg,One.\nz.jpg,Two.\n",
-            "1 of 2 pictures .* z.jpg, line 3",
+            "1 of 2 pictures .* line 3: z.jpg",
         ),
         ("c.csv", "file_name,caption\na.jpg,\n", "without a caption .line 2"),
         ("c.csv", "file_name,caption\n,One.\n", "without a picture .line 2"),

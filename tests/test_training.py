@@ -628,17 +628,26 @@ def test_questions_beside_samples_would_not_be_asked(examples, tmp_path, capsys)
         ("--validate-every 5", "belongs to “--validate”"),
         ("--stage 2 --init a --samples 2", "reads from “--replay”"),
         ("--vision {0}/none.safetensors", "none.safetensors"),
+        ("--init {0}", "is a folder: name the file in it, {0}/nano.safetensors."),
+        ("--init runs/none.safetensors", "“--init runs/none.safetensors:FILE”"),
+        ("--init {0}/stage2.safetensors", "right file with “--init”"),
+        ("--out=", "--out: must be a name, not empty"),
+        ("--mix a=0", "needs a weight above 0, not “0”"),
+        ("--mix a=-1", "needs a weight above 0, not “-1”"),
         ("--blend 3", "from 0 to 1, not “3”"),
     ],
 )
 def test_options_without_an_effect_are_refused(tmp_path, given, said, capsys):
     write_captioned(tmp_path / "data", 1)
     options = ["--stage", "1", "--data", f"{tmp_path}/data", *given.format(tmp_path).split()]
+    for name in ("nano-best", "nano", "stage2"):
+        tensors = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+        save_projection(tensors, tmp_path / f"{name}.safetensors")
     try:
         status = main(["train", *options])
     except SystemExit as ended:  # a value that cannot be
         status = ended.code
-    assert status == 2 and said in capsys.readouterr().err
+    assert status == 2 and said.format(tmp_path) in capsys.readouterr().err
 
 
 def test_a_comparison_with_mirror_images_does_not_show_them(examples, tmp_path):

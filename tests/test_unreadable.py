@@ -185,7 +185,7 @@ def test_export_leaves_out_what_cannot_be_read(tmp_path, capsys):
     annotations = json.loads((tmp_path / "out" / "filter_cap.json").read_text())["annotations"]
     assert [a["image_id"] for a in annotations] == ["0", "2"]
     line = capsys.readouterr().err
-    assert "1 is left out: " in line and "1 pictures cannot be used" in line
+    assert "1 is left out: " in line and "1 of 3 pictures cannot be used" in line
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -80,8 +80,9 @@ def export(records: Iterable[dict], folder: str | Path, pictures: str | None = N
             rgb.save(path, "JPEG", quality=JPEG_QUALITY)
         annotations.append({"image_id": image_id, "caption": record["text"]})
     if unusable:
-        check_share(unusable, unusable + len(annotations))
-        say(f"{unusable} pictures cannot be used and are left out.")
+        total = unusable + len(annotations)
+        check_share(unusable, total)
+        say(f"{unusable} of {total} pictures cannot be used and are left out.")
     if not annotations:
         raise UserError("There is nothing to export: all descriptions were dropped.")
     _remove_others(folder, {a["image_id"] for a in annotations})

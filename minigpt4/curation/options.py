@@ -9,6 +9,7 @@ from minigpt4.curation.filters import Thresholds
 from minigpt4.options import (
     Option,
     Parser,
+    a_name,
     add_model_options,
     add_sampling_options,
     integer,
@@ -173,7 +174,7 @@ def _export(steps) -> Parser:
         "export", help="6. write filter_cap.json and image/ for train --stage 2"
     )
     _add_file(step, "written by `filter`, `review` or `merge`")
-    out = Option("out", "Folder to write.", metavar="FOLDER", required=True)
+    out = Option("out", "Folder to write.", None, a_name, "FOLDER", required=True)
     step.add((out, MOVED), prefix=PREFIX)
     return step
 
@@ -183,4 +184,6 @@ def _add_file(step: argparse.ArgumentParser, what: str) -> None:
 
 
 def _out(note: str = "") -> Option:
-    return Option("out", f"JSON lines to write. {note}".strip(), metavar="FILE", required=True)
+    return Option(
+        "out", f"JSON lines to write. {note}".strip(), None, a_name, "FILE", required=True
+    )

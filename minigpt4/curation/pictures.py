@@ -10,7 +10,7 @@ from pathlib import Path
 from minigpt4.data.files import local_path
 from minigpt4.data.names import is_hidden
 from minigpt4.data.shards import expand, members, read_member
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
 from minigpt4.model import image
 from minigpt4.model.image import Picture
 
@@ -35,6 +35,9 @@ def find_pictures(where: str) -> list[PictureFile]:
     """
     path = local_path(where)
     if path.suffix != ".tar" and (path.exists() or not any(c in where for c in "*?{")):
+        inner = [p for p in path.glob("*/*") if image.has_picture_name(p.name)]
+        if inner := [p for p in inner if not is_hidden(p.parent.name)]:
+            say(f"Pictures in folders of {path} are left out ({len(inner):,}): name these folders.")
         files = [p.absolute() for p in image.list_pictures(path)]  # a link's name, not its target's
         return _named([(p.stem, str(p)) for p in files])
     found = []

@@ -68,7 +68,8 @@ class EndpointRefiner(Endpoint):
         except openai.APIStatusError as error:  # after the retries
             raise Failed(f"The endpoint answered {error.status_code}: {said_by(error)}") from error
         except openai.APIConnectionError as error:
-            raise Failed("The endpoint does not answer at its address.") from error
+            where = self._client.base_url
+            raise Failed(f"No endpoint answers at {where}: check “--url”.") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise Failed("The endpoint did not answer with JSON.") from error
         except Refused as error:

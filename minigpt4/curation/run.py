@@ -45,7 +45,11 @@ def generate(options: argparse.Namespace) -> None:
         described = {i: r for i, r in records.records.items() if "error" not in r}
         _check_described(described, files, generator.model, options.out)
         missing = [f for f in files if f.image_id not in described]
-        done = len(files) - len(missing)
+        if done := len(files) - len(missing):
+            start.say(
+                f"{done} of {len(files)} are described in {options.out} and stay as they are, also "
+                "with other options: to describe them anew, choose another “--out”."
+            )
         with tqdm(total=len(files), initial=done, unit="picture") as bar:
             for record in generator(missing):
                 records.append(record)
@@ -257,4 +261,4 @@ def export(options: argparse.Namespace) -> None:
     """Write the set in the layout of the second stage."""
     records = read_records(options.file).values()
     number = layout.export(records, options.out, options.pictures)
-    start.say(f"{number} pictures with descriptions in {options.out}.")
+    start.say(f"Pictures with descriptions in {options.out}: {number}.")

@@ -26,12 +26,15 @@ MARKS = "with more marks of pictures (<image>) than pictures"
 NO_ID = "without an “image_id”"
 NO_OWN_ID = "without a usable “id” or “file_name”"
 SAME_ID = "with an “image_id” that several pictures have"
+NOT_LISTED = "with an “image_id” that is not in “images”"
 BOXES = "with boxes, which are not read"
 VIDEO = "with a video or sound"
 TOOLS = "with calls of tools"
 UNKNOWN_ROLE = "with an unknown role"
 BAD = "marked as bad (“label” or “kto_tag” false)"
+REJECTED = "marked as rejected (“is_rejected”)"
 PREFERENCES = "with a chosen and a rejected answer, which are not read"
+ANSWERS = "with several “answers”, of which the one to learn is to be named “answer”"
 NOT_LEARNED = "whose answers are marked as not to be learned (“loss” or “weight”)"
 NO_HISTORY = "with a “history” that has neither pairs nor messages"
 
@@ -163,12 +166,12 @@ class Reading:
         return list(read)
 
     def summary(self) -> str:
-        """Such as "12 left out: 7 without a caption (a, b, c, …), 5 of a kind that is not read"."""
+        """Such as "12 left out: 7 without a caption (a; b; c; …), 5 of a kind that is not read"."""
         count = sum(map(len, self._left_out.values()))
         reasons = (f"{len(n):,} {why} ({_first(n)})" for why, n in self._left_out.items())
         return f"{count:,} left out: {', '.join(reasons)}"
 
 
 def _first(names: list[str]) -> str:
-    shown = ", ".join(map(shortened, names[:NAMED]))
-    return shown + (", …" if len(names) > NAMED else "")
+    shown = "; ".join(map(shortened, names[:NAMED]))
+    return shown + ("; …" if len(names) > NAMED else "")

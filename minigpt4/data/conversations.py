@@ -54,6 +54,8 @@ def check_record(row: dict) -> None:
     """
     if any(str(row.get(name)).strip().lower() == "false" for name in ("label", "kto_tag")):
         raise NotUsable(captions.BAD)
+    if str(row.get("is_rejected")).strip().lower() in ("true", "1"):
+        raise NotUsable(captions.REJECTED)
     if (row.get("chosen") and row.get("rejected")) or any(
         row.get(name) for name in ("rejected_response", "rejected_messages")
     ):

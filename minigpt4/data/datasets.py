@@ -11,7 +11,7 @@ from typing import Any
 
 from minigpt4.data import captions, huggingface
 from minigpt4.data.captions import Reading, choose_captions
-from minigpt4.data.conversations import NotUsable
+from minigpt4.data.conversations import NotUsable, check_record
 from minigpt4.data.examples import (
     Collected,
     Example,
@@ -55,7 +55,8 @@ HUB = "hf:"  # hf:USER/NAME[:SPLIT]
 _OTHER_KINDS = {
     (".parquet",): "a Parquet file: install “datasets” and name its folder, or convert it to JSON "
     "lines and picture files",
-    (".arrow", ".feather"): "an Arrow file: install “datasets” and name the saved folder",
+    (".arrow", ".feather"): "an Arrow file: install “datasets”, save the data set with its "
+    "save_to_disk, and name that folder",
     (".tfrecord", ".tfrecords"): "a TFRecord file: convert it to WebDataset shards",
     (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"): "a compressed tar file: unpack it, as "
     "shards must be uncompressed",
@@ -70,6 +71,8 @@ _OTHER_KINDS = {
     "captions and picture files",
     (".yaml", ".yml", ".toml"): "a configuration file: name the data itself",
 }
+# What libraries write about the data beside them.
+_OF_LIBRARIES = ("_stats.json", "dataset_info.json", ".parquet")
 _FORMATS = (
     "WebDataset shards, a table of captions (CSV or JSON lines), COCO's or LLaVA's JSON, or a "
     "folder with one of them or with KEY.txt beside KEY.jpg (docs/own-data.md)"
@@ -149,12 +152,12 @@ def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
 def _is_annotation(path: Path) -> bool:
     """Whether a JSON file beside no picture may be a data set's, not a program's own."""
     own = is_hidden(path.name) or not is_file(path)
-    return not (own or path.stem.endswith(("_stats", "dataset_info")))
+    return not (own or path.name.endswith(_OF_LIBRARIES))
 
 
 def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     """KEY.jpg beside KEY.txt or KEY.json, in the folder and those in it: img2dataset's "files"."""
-    names = [name for name in _walk(folder) if not name.endswith(("_stats.json", ".parquet"))]
+    names = [name for name in _walk(folder) if not name.endswith(_OF_LIBRARIES)]
     if not any(name.lower().endswith((".txt", ".json")) for name in names):
         why = f"Name {table} itself." if (table := _annotation_in(folder, names)) else _why(names)
         raise UserError(f"{printable(folder)} contains no table of captions. {why}")
@@ -295,12 +298,20 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
             collected.reading.leave_out(place, captions.NO_ID)
             continue
         described.add(image_id)
+        try:
+            check_record(with_lower_names(annotation))
+        except NotUsable as error:
+            collected.reading.leave_out(place, str(error))
+            continue
+        if by_id and image_id not in by_id:
+            collected.reading.leave_out(place, captions.NOT_LISTED)
+            continue
         if (name := by_id.get(image_id, image_id)) is None:
             collected.reading.leave_out(place, captions.SAME_ID)
             continue
         found, reason = choose_captions(fields_of(annotation))
         texts = tuple(Text(caption, instructions) for caption in found)
-        collected.add(name, texts, reason, found, f"{name}, {place}")
+        collected.add(name, texts, reason, found, f"{place}: {name}")
     for image_id in (i for i in by_id if i not in described):
         collected.reading.leave_out(by_id[image_id] or image_id, captions.NO_CAPTION)
     return collected.finish("it needs captions of its “images”")

@@ -274,7 +274,7 @@ def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
             questions, reason = choose_captions([pair.get("instruction")], cells=False)
             answers, why = choose_captions([pair.get("answer")], cells=False)
             texts = tuple(Text(a, questions) for a in answers if questions)
-            collected.add(key, texts, why or reason, shown=f"{key}, line {number}")
+            collected.add(key, texts, why or reason, shown=f"line {number}: {key}")
     return collected.finish(
         "every line needs an “image_id”, “pairs” of “instruction” and “answer”, and image/ID.jpg"
     )

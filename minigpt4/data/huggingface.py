@@ -1,9 +1,10 @@
 """Captioned pictures in Hugging Face's own format, read by the `datasets` library if it is
 installed."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from minigpt4.data import captions
 from minigpt4.data.captions import Reading
 from minigpt4.data.conversations import NotUsable
 from minigpt4.data.examples import Example
-from minigpt4.data.files import check_pointer, read_bytes, shortened
+from minigpt4.data.files import check_pointer, read_bytes, sample_of, shortened
 from minigpt4.data.names import is_file
 from minigpt4.data.table import (
     PICTURE,
@@ -21,8 +22,10 @@ from minigpt4.data.table import (
     texts_of_row,
     with_lower_names,
 )
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
 from minigpt4.model.image import has_picture_name
+
+_BLOCKS = 64  # of each file, which are read to tell it from others
 
 
 def is_saved(folder: Path) -> bool:
@@ -35,7 +38,8 @@ def is_saved(folder: Path) -> bool:
 def read_saved(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
     """The training split of a folder that `is_saved`."""
     files = _parquet(folder)
-    for file in [*files, *map(str, folder.rglob("*.arrow"))]:
+    stored = sorted(map(Path, files)) or sorted(folder.rglob("*.arrow"))
+    for file in stored:
         check_pointer(file)
     datasets = _library(str(folder))
     with _loading(str(folder), "check that its files are complete and have the same columns"):
@@ -45,7 +49,9 @@ def read_saved(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
             opened = datasets.load_from_disk(str(folder))
             if isinstance(opened, dict):
                 opened = opened["train"] if "train" in opened else next(iter(opened.values()))
-    return _examples(opened, str(folder), instructions, folder)
+    # The library's own mark depends on where the files are.
+    sample = cache(lambda: " ".join(sample_of(file, _BLOCKS) for file in stored))
+    return _examples(opened, str(folder), instructions, folder, sample)
 
 
 def read_dataset(
@@ -60,13 +66,16 @@ def read_dataset(
     repository, _, split = name.partition(":")
     if not repository:
         raise UserError("Name the data set of the hub: hf:USER/NAME.")
-    with _loading(name, "check its name and split"):
+    # Each try to reach the hub would be two lines, for half a minute.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    say(f"Looking for {name} on the Hugging Face hub …")
+    with _loading(name, "check its name and split, and the connection"):
         opened = datasets.load_dataset(
             repository, split=split or "train", streaming=limit is not None
         )
         if limit is not None:
             opened = _first_rows(opened, limit)
-    return _examples(opened, name, instructions, None)
+    return _examples(opened, name, instructions, None, partial(str, opened._fingerprint))
 
 
 @contextmanager
@@ -128,6 +137,11 @@ def _picture_columns(dataset: Any, name: str) -> tuple[list[str], str]:
         pictures = [n for n in kinds if has_picture_name(f"a.{n}")]
     chosen = sorted((n for n in pictures if n in named), key=named.__getitem__) or pictures
     if not chosen or (len(chosen) > 1 and chosen[0] not in named):
+        if not chosen and any(n.strip().casefold() == "url" for n in kinds):
+            raise UserError(
+                f"{name} only names addresses of pictures: download them with img2dataset, and "
+                "name its shards."
+            )
         what = "several columns" if chosen else "no column"
         raise UserError(
             f"{name} has {what} of pictures: its columns are "
@@ -137,11 +151,16 @@ def _picture_columns(dataset: Any, name: str) -> tuple[list[str], str]:
 
 
 def _examples(
-    dataset: Any, name: str, instructions: tuple[str, ...], folder: Path | None
+    dataset: Any,
+    name: str,
+    instructions: tuple[str, ...],
+    folder: Path | None,
+    sample: Callable[[], str],
 ) -> list[Example]:
     """The rows that have one picture and a text. Pictures stay in the library's files.
 
     folder: where pictures are that the rows only name; None for the hub, which has none.
+    sample: as for `Example`.
     """
     pictures, column = _picture_columns(dataset, name)
     kind = dataset.features[column]
@@ -158,7 +177,6 @@ def _examples(
     found = []
     raw = dataset.select_columns(column).with_format("arrow")  # decodes nothing
     counts = _pictures_in_rows(raw, column)
-    sample = partial(str, dataset._fingerprint)
     for number, row in enumerate(dataset.remove_columns(pictures)):
         try:
             if counts[number] != 1:
@@ -170,7 +188,11 @@ def _examples(
             reading.leave_out(f"row {number}", str(error))
             continue
         read = partial(_read, raw, number, column, folder)
-        found.append(Example(f"{name}/{number}", read, texts, said, sample))
+        found.append(
+            Example(
+                f"{name}/{number}" if folder is None else f"row {number}", read, texts, said, sample
+            )
+        )
     return reading.finish(found, "it needs a column of pictures and one of captions")
 
 

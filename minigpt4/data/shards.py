@@ -2,6 +2,7 @@
 
 import glob
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from minigpt4.data.files import check_pointer, local_path, printable, version_of
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, say
 
 MOST_SHARDS = 300_000  # that a pattern may name; LAION-5B has 230,000
 _BRACE = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
@@ -33,7 +34,8 @@ def expand(pattern: str) -> list[Path]:
     missing = [p for p in paths if not Path(p).is_file()]
     if missing or not paths:
         name = printable(missing[0] if missing else pattern)
-        raise UserError(f"There is no shard {name}: check the path.")
+        kind = "shard" if name.endswith(".tar") else "file or folder"
+        raise UserError(f"There is no {kind} {name}: check the path.")
     return [Path(p) for p in dict.fromkeys(paths)]
 
 
@@ -62,7 +64,8 @@ def _in_braces(pattern: str) -> Iterator[str]:
 
 
 def members(shard: Path) -> dict[str, tuple[int, int]]:
-    """The name of each file in a shard -> (offset, size) in bytes.
+    """The name of each file in a shard -> (offset, size) in bytes. A link has its target's; one
+    that leads to no file there is an empty file.
 
     UserError if the shard is damaged, or compressed: then it has no offsets.
     """
@@ -73,13 +76,28 @@ def members(shard: Path) -> dict[str, tuple[int, int]]:
 def _index(shard: Path, version: str) -> dict[str, tuple[int, int]]:
     try:
         with tarfile.open(shard, "r:") as tar:
-            return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+            found = {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+            links = {m.name: _target(m) for m in tar if m.islnk() or m.issym()}
+            end = tar.offset
     except (tarfile.TarError, OSError) as error:
         check_pointer(shard)
         raise UserError(
             f"{printable(shard)} is not a readable, uncompressed tar file: download it again, or "
             "unpack it."
         ) from error
+    if read_at(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        say(
+            f"{printable(shard)} is damaged or cut short after {len(found):,} files (no end mark "
+            "follows): if there should be more, download it again."
+        )
+    by_path = {posixpath.normpath(name): place for name, place in found.items()}
+    return found | {name: by_path.get(target, (0, 0)) for name, target in links.items()}
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """The file that a link in a shard leads to: a hard link's by its name in the shard."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))
 
 
 def read_at(shard: Path, offset: int, size: int) -> bytes:

@@ -133,7 +133,7 @@ def read_rows(
         except NotUsable as error:
             collected.reading.leave_out(place, str(error))
         else:
-            collected.add(name, texts, found=found, shown=f"{name}, {place}")
+            collected.add(name, texts, found=found, shown=f"{place}: {name}")
     return collected.finish(_NEEDS)
 
 
@@ -307,7 +307,7 @@ def texts_of_row(
     more, _ = choose_captions([row.get("input")], cells)
     found, reason = choose_captions(fields_of(row), cells or not questions)
     if not found:
-        raise NotUsable(reason)
+        raise NotUsable(captions.ANSWERS if row.get("answers") else reason)
     question = "\n".join([*questions, *more]) if questions else ""
     exchanges = [*history_of(row), (question, "\n".join(found))]
     *earlier, (question, _) = without_marks(with_system(row, exchanges) if question else exchanges)

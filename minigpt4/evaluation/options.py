@@ -35,7 +35,7 @@ GENERAL = (
         metavar="NAME",
     ),
     Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
-    Option("batch-size", "Pictures answered at once, at most 64.", 16, integer(1), "N"),
+    Option("batch-size", "Pictures answered at once, at most 64.", 16, integer(1, 64), "N"),
     Option("detail", "Score detailed descriptions instead of captions.", False, switch),
     Option("json", "Write the scores to this file.", metavar="FILE"),
     Option("answers", "Write every answer to this file, as JSON lines.", metavar="FILE"),
@@ -124,7 +124,9 @@ def refuse_others(options: argparse.Namespace) -> None:
         default = [] if option.many else option.default
         if experiments and options.experiment not in experiments and value != default:
             of = " or ".join(sorted(e for e in experiments if e))
-            raise UserError(f"“--{option.name}” is for “--experiment {of}”: leave it out here.")
+            raise UserError(
+                f"“--{option.name}” is for “--experiment {of}”: give that, too, or leave it out."
+            )
 
 
 def add_options(parser: Parser) -> None:

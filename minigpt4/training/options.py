@@ -1,13 +1,24 @@
 """The options of `minigpt4 train`. Imports nothing heavy."""
 
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt4 import options as shared
 from minigpt4.config import DEFAULT_MODEL
 from minigpt4.errors import UserError
-from minigpt4.options import OFF, Option, Parser, add_model_options, integer, number, one_of, switch
+from minigpt4.options import (
+    OFF,
+    Option,
+    Parser,
+    a_name,
+    add_model_options,
+    integer,
+    number,
+    one_of,
+    switch,
+)
 
 DATA = (
     Option(
@@ -39,7 +50,7 @@ DATA = (
     ),
     Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
     Option("cache", "Keep the frozen encoder's features in this folder.", metavar="FOLDER"),
-    Option("out", "Folder of the run; an interrupted run resumes there.", "runs/train"),
+    Option("out", "Folder of the run; an interrupted run resumes there.", "runs/train", a_name),
     Option(
         "options",
         "TOML or YAML file of options; the command line takes precedence. A run writes its own "
@@ -157,14 +168,25 @@ def check_start(start: str | None, *written: Path) -> None:
         )
 
 
+@contextmanager
+def naming_init(options: Namespace) -> Iterator[None]:
+    """In the block, what the loaders say of “--projection” is said of “--init” if that is given."""
+    try:
+        yield
+    except UserError as error:
+        if not options.init:
+            raise
+        raise UserError(str(error).replace("“--projection", "“--init")) from error
+
+
 def _weighted(text: str) -> tuple[str, float]:
     """DATA=WEIGHT."""
     data, _, weight = text.rpartition("=")
     if not data:
         raise ArgumentTypeError(f"must be DATA=WEIGHT, such as captions.json=0.5, not “{text}”")
-    value = number(0)(weight)
-    if not value:
-        raise ArgumentTypeError("needs a weight above 0")
+    value = number()(weight)
+    if value <= 0:
+        raise ArgumentTypeError(f"needs a weight above 0, not “{weight}”")
     return data, value
 
 

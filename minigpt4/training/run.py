@@ -23,9 +23,9 @@ from minigpt4.model.parts import PooledMap
 from minigpt4.options import ON
 from minigpt4.training import questions
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_classes
-from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start
+from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start, naming_init
 from minigpt4.training.saving import locked
-from minigpt4.training.trainer import Recipe, Trainer
+from minigpt4.training.trainer import Recipe, Trainer, recompute_activations
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
@@ -52,7 +52,8 @@ def train(options: argparse.Namespace) -> None:
     if options.questions:
         examples += questions.ask_about(replay or examples, options.questions, options.seed)
     accelerator = Accelerator(cpu=start.device_of(options.device).type == "cpu")
-    model = _open(options, config, accelerator)
+    with naming_init(options):
+        model = _open(options, config, accelerator)
     metadata = {
         "model": config.name,
         "stage": str(options.stage),
@@ -269,7 +270,7 @@ def _open(options: argparse.Namespace, config: ModelConfig, accelerator: Acceler
         dtype = torch.bfloat16
     model = load_model(config, files, accelerator.device, quantize, dtype, seed=options.seed)
     if options.recompute:
-        model.torch_llm.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model.torch_llm)
     if projection is None and isinstance(config.bridge, PooledMap):
         name_classes(model)
     return model

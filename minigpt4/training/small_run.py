@@ -32,6 +32,7 @@ from minigpt4.training.options import (
     WATCHING,
     check_needs,
     check_start,
+    naming_init,
 )
 from minigpt4.training.saving import locked
 from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource
@@ -68,12 +69,18 @@ def _train(
     torch.set_num_threads(options.threads)
     out = Path(options.out)
     begun = int8.arithmetic_of(out / "log.jsonl") if (out / "checkpoint.pt").exists() else ""
-    model, adapted, arithmetic = opened(options, config, begun)
+    with naming_init(options):
+        model, adapted, arithmetic = opened(options, config, begun)
     cache = Path(options.cache or out / "features")
     features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
     pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
     words = Found(config, pictures, features, out, options.refit)
     trained, kept = divided(pictures, features, words)
+    if options.validate and not kept:
+        raise UserError(
+            f"“--validate” measures on pictures kept apart, and {options.data} has none: add some "
+            "as coco/val-0.tar."
+        )
     rewards = rewards_of(options, trained, words)
     objects = mixture.Things()
     count(objects, trained, kept, words)
@@ -104,7 +111,8 @@ def _train(
         return say(json.dumps(probe(trainer), indent=1))
     if arithmetic != begun:
         trainer.log({"step": trainer.step, "arithmetic": arithmetic})
-    return trainer.run()
+    trainer.run()
+    say(f"The projection is in {out / config.projection_file}, the figures of each step beside it.")
 
 
 def opened(

@@ -76,6 +76,13 @@ def learning_rate(schedule: Schedule, step: int) -> float:
     return schedule.floor_lr + (schedule.peak_lr - schedule.floor_lr) * cosine
 
 
+def recompute_activations(llm: Any) -> None:
+    """Have the language model compute activations again on the way back, to save memory."""
+    # transformers 5.0 has the old name alone, and version 6 will have only the new one.
+    enable = getattr(llm, "activation_checkpointing_enable", None)
+    (enable or llm.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 class Trainer:
     """One training run in the folder `out`: checkpoint.pt, loss.csv, loss.png, projection.
 
@@ -290,7 +297,7 @@ class Trainer:
         loss = torch.zeros((), device=features.device)
         llm = self.model.torch_llm
         # transformers recomputes activations in training mode alone; there is no dropout.
-        llm.train(llm.is_gradient_checkpointing)
+        llm.train(any(getattr(m, "gradient_checkpointing", False) for m in llm.modules()))
         for part, batch in enumerate(batches):
             mean = self.model.training_loss(features[part::parts], batch.to(self.model.device))
             part_loss = mean * len(batch.targets) / total  # its part of the mean over all tokens

@@ -41,6 +41,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     UserError where the file is missing, damaged or holds anything other than tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        found = min((p.name for p in path.glob("*.safetensors")), key=len, default="")
+        raise UserError(f"{path} is a folder: name the file in it{found and f', {path / found}'}.")
     if not path.is_file():
         raise UserError(f"There is no weight file {path}: check the path, or download the file.")
     try:
