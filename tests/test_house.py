@@ -146,7 +146,8 @@ def test_requirements_are_pinned():
 
 def test_committed_weights_are_small():
     """nano's projections, the detector, mini's projection with its adapters, and its words."""
-    sizes = [path.stat().st_size for path in (ROOT / "weights").glob("*.safetensors")]
+    files = (ROOT / "weights").glob("*.safetensors")
+    sizes = [f.stat().st_size for f in files if not f.stem.endswith("-int8")]  # made here, ignored
     assert max(sizes) <= 13_000_000 and sum(sizes) <= 34_000_000
 
 
