@@ -25,6 +25,13 @@ from tests.page_case import (
     wait_for,
 )
 
+PASTE = """(text) => {
+    const clipboardData = new DataTransfer();
+    clipboardData.setData("text/plain", text);
+    document.querySelector("#box textarea").dispatchEvent(
+        new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+    setTimeout(() => { window.pasted = true; }, 300);
+}"""
 LARGE = {"viewport": {"width": 1440, "height": 900}}
 TYPED = [
     "What is 2*3*4?",
@@ -336,6 +343,30 @@ def test_a_message_that_cannot_be_sent_yet(visit, photo):
     expect(send).to_be_disabled()
     attach(page, photo)
     expect(send).to_be_enabled()
+
+
+def test_who_scrolls_up_stays_there(visit, engine):
+    """Until the end is reached again. A pasted text stays text, however long it is."""
+    page = visit(viewport={"width": 900, "height": 420})
+    page.evaluate(PASTE, "long " * 25_000)
+    page.wait_for_function("window.pasted")
+    expect(page.locator("#box .thumbnail-wrapper, #box .file-icon")).to_have_count(0)
+    engine.word_seconds = 0.02
+    say(page, "A long one")
+    shown = page.locator("#chat .bubble-wrap")
+    rest = "(wrap) => wrap.scrollHeight - wrap.clientHeight - wrap.scrollTop"
+    wait_for(lambda: shown.evaluate("(wrap) => wrap.scrollTop") > 200)
+    shown.hover()
+    page.mouse.wheel(0, -150)
+    wait_for(lambda: shown.evaluate(rest) > 250)  # the answer grows below
+    page.mouse.wheel(0, 5000)
+    wait_for(lambda: shown.evaluate(rest) < 40)
+    done(page)
+    engine.word_seconds = 0.003
+    page.mouse.wheel(0, -150)
+    wait_for(lambda: shown.evaluate(rest) > 40)
+    ask(page, "And a short one?")
+    wait_for(lambda: shown.evaluate(rest) < 40)
 
 
 def test_the_wait_is_shown_from_the_moment_of_sending(visit, engine):

@@ -142,7 +142,7 @@ class ChatPage:
                 placeholder=label("ask_here"),
                 file_types=FILE_TYPES,
                 file_count="multiple",
-                max_plain_text_length=100_000,
+                max_plain_text_length=10**9,  # Gradio makes a file of what is longer
                 autofocus=True,
             )
         opening = "" if self._known_when_built else '<span data-say="opening"></span>'

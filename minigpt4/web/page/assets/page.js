@@ -49,6 +49,38 @@
   const endEditing = () => {
     for (const box of document.querySelectorAll("#chat textarea")) editButtons(box)[1]?.click();
   };
+  // Retry and Undo; what stands to the right of them is the question's own.
+  document.addEventListener("click", ({ target }) => {
+    const button = target.closest("#chat .message-buttons-left .icon-button");
+    if (button && button.ariaLabel !== say("copy_message")) endEditing();
+  }, true);
+
+  // Gradio goes to the end at each update. Who has scrolled up to read stays there, until the end is
+  // reached again or something is asked.
+  const NEAR = 40; // pixels
+  let reading = false, asked = false, last = 0, count = 0; // the place that is shown; questions
+  window.minigpt4.whenRedrawn(() => {
+    const wrap = document.querySelector("#chat .bubble-wrap");
+    if (!wrap) return;
+    if (!Object.hasOwn(wrap, "scrollTo")) wrap.scrollTo = (...place) => {
+      if (!reading) Element.prototype.scrollTo.apply(wrap, place);
+    };
+    const before = count;
+    count = wrap.querySelectorAll(".user-row").length;
+    if (count !== before) [reading, asked] = [false, count > before];
+    if (asked && !reading) wrap.scrollTop = wrap.scrollHeight;
+    asked &&= document.documentElement.hasAttribute("data-sending");
+  });
+  document.addEventListener("scroll", ({ target }) => {
+    if (!target.matches?.("#chat .bubble-wrap")) return;
+    const place = target.scrollTop;
+    if (target.scrollHeight - target.clientHeight - place < NEAR) reading = false;
+    else if (place < last) reading = true;
+    last = place;
+  }, true);
+  document.addEventListener("click", ({ target }) => {
+    if (target.closest("#chat .scroll-down-button-container")) reading = false;
+  }, true);
 
   document.addEventListener("keydown", (event) => {
     if (event.isComposing || event.keyCode === 229) {
