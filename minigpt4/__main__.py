@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -199,10 +199,13 @@ def _ask(options: argparse.Namespace) -> None:
     conversation = Conversation()
     if single:  # before the model is loaded, so that a mistake shows at once
         conversation.add_question(question, [image.load(paths[0])])
-    left = not_asked_yet(paths, question, options.out) if options.out else paths
-    if not left:
-        return
-    with closing(start.open_engine(options)) as engine:
+    with ExitStack() as held:
+        left = paths
+        if options.out:
+            left = held.enter_context(not_asked_yet(paths, question, options.out))
+        if not left:
+            return
+        engine = held.enter_context(closing(start.open_engine(options)))
         sampling = start.default_sampling(engine.model.config, **given)
         if single:
             for text in ask(engine, conversation, sampling):
