@@ -9,7 +9,7 @@ Importing this package imports no torch; `load` does.
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,6 +163,8 @@ class Chat:
 
         if not isinstance(question, str):
             raise UserError(f"The question must be text, not “{type(question).__name__}”.")
+        if not question.strip():
+            raise UserError("The question is empty: write one.")
         if self._model.closed:
             raise UserError("This model is closed: load it again.")
         before, engine = self._conversation, self._model.engine
@@ -183,7 +185,7 @@ def _load_pictures(sources: PictureSource | Sequence[PictureSource]) -> "list[Pi
     return [_load_picture(sources)]
 
 
-def _load_picture(source: object) -> "Picture":
+def _load_picture(source: Any) -> "Picture":
     from PIL import Image
 
     from minigpt4.errors import UserError
@@ -194,11 +196,15 @@ def _load_picture(source: object) -> "Picture":
     if isinstance(source, io.TextIOBase):
         raise UserError("The picture's file is open as text: open it in binary mode, “rb”.")
     if hasattr(source, "read"):
+        if getattr(source, "closed", False):
+            raise UserError("The picture's file is closed: open it again.")
+        if hasattr(source, "seekable") and source.seekable():
+            source.seek(0)  # another question may have read it
         source = source.read()
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)
     if isinstance(source, (str, os.PathLike, bytes)):
-        return image.load(source)
+        return image.load(source, whole_path=True)
     raise UserError(
         "A picture is a path, the bytes of a picture file, a file opened in binary mode or a "
         f"Pillow image, not “{type(source).__name__}” (Pillow's Image.fromarray makes one of an "

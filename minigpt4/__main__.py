@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import re
+import shlex
 import sys
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -37,11 +38,15 @@ COMMANDS = "/image FILE adds a picture, /new starts again, /quit ends."
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
+    if sys.stderr is None:  # closed, as with 2>&-: what is meant for it would go elsewhere
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     options = _parser().parse_args(arguments)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal lacks are replaced
             stream.reconfigure(errors="replace")
     try:
+        if sys.stdout is None and options.run in (_ask, _chat) and not getattr(options, "out", ""):
+            raise UserError("Standard output is closed: open it, as answers are written there.")
         options.run(options)
     except UserError as error:
         print(f"minigpt4: {error}", file=sys.stderr)
@@ -187,6 +192,8 @@ def _ask(options: argparse.Namespace) -> None:
     *photos, question = options.photos
     if not photos:
         raise UserError('Give a photo and a question: ask PHOTO "What is in this picture?".')
+    if not question.strip():
+        raise UserError("The question is empty: write one after the pictures.")
     if image.has_picture_name(question) and Path(question).is_file():
         raise UserError(f"{question} is a picture: give the question after the pictures.")
     given = start.given_sampling(options)
@@ -198,7 +205,7 @@ def _ask(options: argparse.Namespace) -> None:
     single = len(paths) == 1 and not options.out
     conversation = Conversation()
     if single:  # before the model is loaded, so that a mistake shows at once
-        conversation.add_question(question, [image.load(paths[0])])
+        conversation.add_question(question, [image.load(paths[0], whole_path=True)])
     with ExitStack() as held:
         left = paths
         if options.out:
@@ -224,17 +231,23 @@ def _photos(named: list[str]) -> list[Path]:
     from minigpt4.model import image
 
     paths, missing = [], []
-    for name in named:
+    for name in map(os.path.expanduser, named):
         try:
             found = image.list_pictures(name)
         except UserError as error:
             paths.append(Path(name))
-            missing.append(error)
+            missing.append((name, error))
         else:
             paths += found
             _name_others(Path(name), found)
     if 2 * len(missing) >= len(named):
-        raise missing[0]
+        name, first = missing[0]
+        if not name or os.path.exists(name) or image.has_picture_name(name):
+            raise first
+        raise UserError(
+            f"{image.shown_name(Path(name), whole=True)} does not exist: check the path and its "
+            "spelling, and put the whole question in quotes."
+        )
     return paths
 
 
@@ -252,8 +265,8 @@ def _name_others(folder: Path, pictures: list[Path]) -> None:
     if others:
         more = ", …" if len(others) > 5 else ""
         start.say(
-            f"{image.shown_name(folder)} holds {len(pictures)} photos. Left out, since they are no "
-            f"picture files: {', '.join(others[:5])}{more}"
+            f"{image.shown_name(folder, whole=True)} holds {len(pictures)} photos. Left out, since "
+            f"they are no picture files: {', '.join(others[:5])}{more}"
         )
 
 
@@ -264,7 +277,8 @@ def _chat(options: argparse.Namespace) -> None:
     with suppress(ImportError):  # input() then edits lines, and remembers them
         import readline  # noqa: F401
 
-    pictures = [image.load(path) for path in options.photos]
+    photos = map(os.path.expanduser, options.photos)
+    pictures = [image.load(path, whole_path=True) for path in photos]
     given = start.given_sampling(options)
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
@@ -287,7 +301,7 @@ def _chat(options: argparse.Namespace) -> None:
                     case ["/image"]:
                         start.say("Name the picture: /image FILE.")
                     case ["/image", path]:
-                        pictures.append(image.load(path.strip("\"'")))
+                        pictures.append(image.load(_typed(path), whole_path=True))
                         _look_ahead(engine, conversation, pictures)
                     case [word, *_] if re.fullmatch(r"/\w*", word):  # a path has more
                         start.say(f"There is no command “{line}”. {COMMANDS}")
@@ -296,6 +310,14 @@ def _chat(options: argparse.Namespace) -> None:
                         pictures = []
             except UserError as error:  # the conversation stays as it was: ask again
                 start.say(str(error))
+
+
+def _typed(path: str) -> str:
+    """A path that was typed, or pasted by a terminal: perhaps in quotes, or with backslashes."""
+    if not os.path.exists(path):
+        with suppress(ValueError):  # an apostrophe
+            path = " ".join(shlex.split(path))
+    return os.path.expanduser(path)
 
 
 def _look_ahead(engine, conversation: "Conversation", pictures) -> None:

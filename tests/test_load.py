@@ -49,7 +49,8 @@ def test_what_a_picture_may_be(model):
     with Image.open(BEAST) as picture:
         assert model.ask(picture, "What is this?", **GREEDY) == answer
     with open(BEAST, "rb") as file:
-        assert model.ask(file, "What is this?", **GREEDY) == answer
+        for _ in range(2):  # from its start each time
+            assert model.ask(file, "What is this?", **GREEDY) == answer
     red = Image.new("RGB", (64, 64), "red")
     chat = model.chat([BEAST, red])
     chat.ask("What is this?", **GREEDY)
@@ -109,7 +110,7 @@ def test_an_answer_that_is_not_read_to_its_end(model):
     first = next(parts)
     parts.close()
     assert chat.conversation.messages[-1].parts == (first.strip(),)
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="question is empty"):
         chat.ask(" ")
     with pytest.raises(UserError, match="temperature"):
         chat.ask("And?", temperature=-1)
@@ -123,8 +124,17 @@ def test_mistakes(model, tmp_path):
         minigpt4.load("gpt-5")
     with pytest.raises(UserError, match="dtype must be one of"):
         minigpt4.load("nano", dtype="float8")
+    with open(BEAST, "rb") as read, Image.open(BEAST) as opened:
+        pass
+    closed = Image.open(BEAST).copy()
+    closed.close()
     for source, said in (
-        ("https://example.org/a.jpg", "a.jpg is on the web: save the picture"),
+        ("https://example.org/a.jpg", "https:/+example.org/a.jpg is on the web: save the picture"),
+        (tmp_path / "gone.jpg", f"{tmp_path}/gone.jpg does not exist"),
+        ("", "name of a picture is empty"),
+        (read, "file is closed: open it again"),
+        (opened, "Pillow image is closed"),
+        (closed, "Pillow image is closed"),
         (np.zeros((8, 8, 3), np.uint8), "not “ndarray”"),
         (None, "not “NoneType”"),
         ([[BEAST]], "not “list”"),
@@ -132,6 +142,8 @@ def test_mistakes(model, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             model.ask(source, "What is this?")
+    with pytest.raises(UserError, match="question is empty"):
+        model.ask(BEAST, " ")
     with pytest.raises(UserError, match="must be text, not “bytes”"):
         model.ask(BEAST, b"What is this?")
     with pytest.raises(UserError, match="no sampling option “max_tokens”: choose .*max_new_tokens"):
