@@ -230,6 +230,8 @@ def _photos(named: list[str]) -> list[Path]:
     """
     from minigpt4.model import image
 
+    if "-" in named and not os.path.exists("-"):
+        raise UserError("A picture is not read from standard input: save it, and name the file.")
     paths, missing = [], []
     for name in map(os.path.expanduser, named):
         try:
@@ -277,7 +279,10 @@ def _chat(options: argparse.Namespace) -> None:
     with suppress(ImportError):  # input() then edits lines, and remembers them
         import readline  # noqa: F401
 
-    photos = map(os.path.expanduser, options.photos)
+    photos = [*map(os.path.expanduser, options.photos)]
+    for name in photos:
+        if not (os.path.exists(name) or image.has_picture_name(name)) and " " in name:
+            raise UserError(f"{name} is no picture file: ask when the chat has started.")
     pictures = [image.load(path, whole_path=True) for path in photos]
     given = start.given_sampling(options)
     with closing(start.open_engine(options)) as engine:

@@ -258,6 +258,8 @@ def test_paths_in_the_terminal_as_people_write_them(tmp_path, monkeypatch, capsy
         (["ask", "~/gone.png", "What?"], f"{tmp_path}/gone.png does not exist"),
         (["ask", "~/my photo.png", " "], "The question is empty"),
         (["ask", "~/my photo.png", "What", "is", "it"], "What does not exist: check the path and "),
+        (["ask", "-", "What?"], "A picture is not read from standard input"),
+        (["chat", "~/my photo.png", "What is it?"], "What is it? is no picture file: ask when "),
     ):
         assert main(arguments) == 2
         assert said in capsys.readouterr().err
