@@ -1,5 +1,6 @@
 """The package in Python: load, ask, stream, chat. And the notebook that shows it."""
 
+import copy
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import minigpt4
+from minigpt4 import conversation
 from minigpt4.errors import UserError
 from minigpt4.model import image
 
@@ -101,6 +103,33 @@ def test_a_chat_remembers(model):
     assert [m.role for m in messages] == ["user", "assistant"] * 2
     assert [len(m.images) for m in messages] == [1, 0, 1, 0]
     assert chat.conversation.system == "Be brief."
+
+
+def test_a_copy_of_a_chat_goes_on_by_itself(model):
+    chat = model.chat(BEAST)
+    other = copy.deepcopy(chat)
+    settings = {"temperature": np.float32(0), "max_new_tokens": np.int64(4), "seed": np.int64(1)}
+    assert other.ask("What is this?", **settings, top_p=None)
+    assert not chat.conversation.messages and chat.ask("What is this?", **GREEDY)
+    closed = minigpt4.Model(model.engine)
+    failing = closed.chat(BEAST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversation, "ask", lambda *_: Ending(closed))
+        with pytest.raises(UserError, match="This model is closed: load it again"):
+            failing.ask("What is this?")
+
+
+class Ending:
+    """An answer during which the model is closed."""
+
+    text = ""
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def __iter__(self):
+        self.model.closed = True
+        raise UserError("The program is ending.")
 
 
 def test_an_answer_that_is_not_read_to_its_end(model):
