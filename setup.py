@@ -12,6 +12,7 @@ setup(
     package_dir={f"minigpt4._data.{name}": name for name in DATA},
     package_data={
         "minigpt4": [
+            "py.typed",
             "**/*.c",
             "**/*.h",
             "**/*.css",

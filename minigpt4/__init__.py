@@ -6,10 +6,11 @@
 Importing this package imports no torch; `load` does.
 """
 
+import copy
 import io
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO, Union
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Chat", "Model", "load"]
 
+_CLOSED = "This model is closed: load it again."
 # A path, the content of a picture file, a file opened in binary mode, or a picture of Pillow.
-PictureSource = Union[str, os.PathLike, bytes, BinaryIO, "Image.Image"]
+PictureSource = Union[str, os.PathLike, bytes, bytearray, BinaryIO, "Image.Image"]
 
 
 def load(
@@ -37,6 +39,7 @@ def load(
     llm: str | os.PathLike | None = None,
     llm_url: str | None = None,
     llm_key: str | None = None,
+    embeddings_mb: int | None = None,
 ) -> "Model":
     """Load a model; missing weights are downloaded. model: a name such as "nano", or USER/NAME of a
     projection that `minigpt4 push` sent to the Hugging Face hub.
@@ -58,6 +61,7 @@ def load(
         "llm": llm,
         "llm_url": llm_url,
         "llm_key": llm_key,
+        "embeddings_mb": embeddings_mb,
     }
     return Model(start.open_engine(options.from_mapping(options.LOADING, given)))
 
@@ -66,8 +70,9 @@ class Model:
     """A loaded model. Any number of threads may use it at once.
 
     `with` closes it. Sampling is set by keyword arguments, as in `ask(…, temperature=0, seed=1)`:
-    temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, num_beams, seed. By
-    default the model's configuration decides. UserError for a picture that cannot be read, an
+    temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, num_beams, seed,
+    presence_penalty, frequency_penalty. By default, or where one is None, the model's configuration
+    decides. UserError for a picture that cannot be read, an
     invalid value, or a question that is too long.
     """
 
@@ -94,7 +99,7 @@ class Model:
         pictures: PictureSource | Sequence[PictureSource],
         question: str,
         **sampling: float | None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The same, as text that comes in parts. Closing the iterator stops the answer."""
         return self.chat(pictures).stream(question, **sampling)
 
@@ -139,6 +144,16 @@ class Chat:
         self._pictures = _load_pictures(pictures)  # shown with the next question
         self._conversation = Conversation(system=system)
 
+    def __deepcopy__(self, memo: object) -> "Chat":
+        """A chat with the same model that goes on from here on its own."""
+        from dataclasses import replace
+
+        chat, said = copy.copy(self), self._conversation
+        chat._pictures = [*self._pictures]
+        messages, pictures = [*said.messages], {**said.pictures}
+        chat._conversation = replace(said, messages=messages, pictures=pictures)
+        return chat
+
     @property
     def conversation(self) -> "Conversation":
         """All messages so far, as plain data."""
@@ -152,7 +167,7 @@ class Chat:
         """The answer to the next question."""
         return "".join(self.stream(question, **sampling))
 
-    def stream(self, question: str, **sampling: float | None) -> Iterator[str]:
+    def stream(self, question: str, **sampling: float | None) -> Generator[str, None, None]:
         """The same, as text that comes in parts. What came before an early end is remembered; a
         question that failed is not."""
         from dataclasses import replace
@@ -163,14 +178,20 @@ class Chat:
 
         if not isinstance(question, str):
             raise UserError(f"The question must be text, not “{type(question).__name__}”.")
+        if not question.strip():
+            raise UserError("The question is empty: write one.")
         if self._model.closed:
-            raise UserError("This model is closed: load it again.")
+            raise UserError(_CLOSED)
         before, engine = self._conversation, self._model.engine
         asked = replace(before, messages=[*before.messages], pictures={**before.pictures})
         asked.add_question(question, self._pictures)
         answer = ask(engine, asked, default_sampling(engine.model.config, **sampling))
         try:
             yield from answer
+        except UserError:
+            if self._model.closed:
+                raise UserError(_CLOSED) from None
+            raise
         finally:
             if answer.text:
                 asked.add_answer(answer.text)
@@ -183,7 +204,7 @@ def _load_pictures(sources: PictureSource | Sequence[PictureSource]) -> "list[Pi
     return [_load_picture(sources)]
 
 
-def _load_picture(source: object) -> "Picture":
+def _load_picture(source: Any) -> "Picture":
     from PIL import Image
 
     from minigpt4.errors import UserError
@@ -194,11 +215,15 @@ def _load_picture(source: object) -> "Picture":
     if isinstance(source, io.TextIOBase):
         raise UserError("The picture's file is open as text: open it in binary mode, “rb”.")
     if hasattr(source, "read"):
+        if getattr(source, "closed", False):
+            raise UserError("The picture's file is closed: open it again.")
+        if hasattr(source, "seekable") and source.seekable():
+            source.seek(0)  # another question may have read it
         source = source.read()
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)
     if isinstance(source, (str, os.PathLike, bytes)):
-        return image.load(source)
+        return image.load(source, whole_path=True)
     raise UserError(
         "A picture is a path, the bytes of a picture file, a file opened in binary mode or a "
         f"Pillow image, not “{type(source).__name__}” (Pillow's Image.fromarray makes one of an "

@@ -4,8 +4,9 @@ import argparse
 import errno
 import os
 import re
+import shlex
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -37,11 +38,15 @@ COMMANDS = "/image FILE adds a picture, /new starts again, /quit ends."
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
+    if sys.stderr is None:  # closed, as with 2>&-: what is meant for it would go elsewhere
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     options = _parser().parse_args(arguments)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal lacks are replaced
             stream.reconfigure(errors="replace")
     try:
+        if sys.stdout is None and options.run in (_ask, _chat) and not getattr(options, "out", ""):
+            raise UserError("Standard output is closed: open it, as answers are written there.")
         options.run(options)
     except UserError as error:
         print(f"minigpt4: {error}", file=sys.stderr)
@@ -187,6 +192,8 @@ def _ask(options: argparse.Namespace) -> None:
     *photos, question = options.photos
     if not photos:
         raise UserError('Give a photo and a question: ask PHOTO "What is in this picture?".')
+    if not question.strip():
+        raise UserError("The question is empty: write one after the pictures.")
     if image.has_picture_name(question) and Path(question).is_file():
         raise UserError(f"{question} is a picture: give the question after the pictures.")
     given = start.given_sampling(options)
@@ -198,11 +205,14 @@ def _ask(options: argparse.Namespace) -> None:
     single = len(paths) == 1 and not options.out
     conversation = Conversation()
     if single:  # before the model is loaded, so that a mistake shows at once
-        conversation.add_question(question, [image.load(paths[0])])
-    left = not_asked_yet(paths, question, options.out) if options.out else paths
-    if not left:
-        return
-    with closing(start.open_engine(options)) as engine:
+        conversation.add_question(question, [image.load(paths[0], whole_path=True)])
+    with ExitStack() as held:
+        left = paths
+        if options.out:
+            left = held.enter_context(not_asked_yet(paths, question, options.out))
+        if not left:
+            return
+        engine = held.enter_context(closing(start.open_engine(options)))
         sampling = start.default_sampling(engine.model.config, **given)
         if single:
             for text in ask(engine, conversation, sampling):
@@ -220,18 +230,26 @@ def _photos(named: list[str]) -> list[Path]:
     """
     from minigpt4.model import image
 
+    if "-" in named and not os.path.exists("-"):
+        raise UserError("A picture is not read from standard input: save it, and name the file.")
     paths, missing = [], []
-    for name in named:
+    for name in map(os.path.expanduser, named):
         try:
             found = image.list_pictures(name)
         except UserError as error:
             paths.append(Path(name))
-            missing.append(error)
+            missing.append((name, error))
         else:
             paths += found
             _name_others(Path(name), found)
     if 2 * len(missing) >= len(named):
-        raise missing[0]
+        name, first = missing[0]
+        if not name or os.path.exists(name) or image.has_picture_name(name):
+            raise first
+        raise UserError(
+            f"{image.shown_name(Path(name), whole=True)} does not exist: check the path and its "
+            "spelling, and put the whole question in quotes."
+        )
     return paths
 
 
@@ -249,8 +267,8 @@ def _name_others(folder: Path, pictures: list[Path]) -> None:
     if others:
         more = ", …" if len(others) > 5 else ""
         start.say(
-            f"{image.shown_name(folder)} holds {len(pictures)} photos. Left out, since they are no "
-            f"picture files: {', '.join(others[:5])}{more}"
+            f"{image.shown_name(folder, whole=True)} holds {len(pictures)} photos. Left out, since "
+            f"they are no picture files: {', '.join(others[:5])}{more}"
         )
 
 
@@ -261,7 +279,11 @@ def _chat(options: argparse.Namespace) -> None:
     with suppress(ImportError):  # input() then edits lines, and remembers them
         import readline  # noqa: F401
 
-    pictures = [image.load(path) for path in options.photos]
+    photos = [*map(os.path.expanduser, options.photos)]
+    for name in photos:
+        if not (os.path.exists(name) or image.has_picture_name(name)) and " " in name:
+            raise UserError(f"{name} is no picture file: ask when the chat has started.")
+    pictures = [image.load(path, whole_path=True) for path in photos]
     given = start.given_sampling(options)
     with closing(start.open_engine(options)) as engine:
         sampling = start.default_sampling(engine.model.config, **given)
@@ -284,7 +306,7 @@ def _chat(options: argparse.Namespace) -> None:
                     case ["/image"]:
                         start.say("Name the picture: /image FILE.")
                     case ["/image", path]:
-                        pictures.append(image.load(path.strip("\"'")))
+                        pictures.append(image.load(_typed(path), whole_path=True))
                         _look_ahead(engine, conversation, pictures)
                     case [word, *_] if re.fullmatch(r"/\w*", word):  # a path has more
                         start.say(f"There is no command “{line}”. {COMMANDS}")
@@ -293,6 +315,14 @@ def _chat(options: argparse.Namespace) -> None:
                         pictures = []
             except UserError as error:  # the conversation stays as it was: ask again
                 start.say(str(error))
+
+
+def _typed(path: str) -> str:
+    """A path that was typed, or pasted by a terminal: perhaps in quotes, or with backslashes."""
+    if not os.path.exists(path):
+        with suppress(ValueError):  # an apostrophe
+            path = " ".join(shlex.split(path))
+    return os.path.expanduser(path)
 
 
 def _look_ahead(engine, conversation: "Conversation", pictures) -> None:

@@ -16,10 +16,11 @@ return a result:
 """
 
 import json
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from minigpt4.conversation import Answer, Conversation, ask
 from minigpt4.data.examples import Example
-from minigpt4.data.files import parse_jsonl, printable, read_text, replacing
+from minigpt4.data.files import lock, parse_jsonl, printable, read_text, replacing
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError, say
 from minigpt4.model import image
@@ -225,17 +226,45 @@ class Batch(Generic[BatchEngine]):
             )
 
 
-def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> list[Path]:
+@contextmanager
+def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> Iterator[list[Path]]:
     """The photos without an answer in the file `out`, so that a run that was interrupted goes on.
 
-    The file is created; lines of photos that got no answer are taken out, since these are asked
-    about again. OSError where it cannot be written, UserError where it holds other things.
+    The file is created, and locked in the block; lines of photos that got no answer are taken out,
+    since these are asked about again. OSError where it cannot be written, UserError where it holds
+    other things, or another run writes it.
     """
+    file = _target(out)
+    if file.is_fifo() or file.is_char_device():
+        yield [*paths]
+        return
+    busy = f"{printable(out)} is being written by another run: name another file with --out."
+    with file.open("a") as before:
+        lock(before, busy)
+        left, kept = _left_of(paths, question, out, file)
+        if kept == file.read_bytes():
+            yield left
+            return
+        with replacing(file) as partial:
+            after = partial.open("wb")
+            lock(after, busy)  # it replaces the one that is locked
+            after.write(kept)
+            after.flush()
+        with after:
+            yield left
+
+
+def _target(out: str) -> Path:
+    """The file that a link leads to, or /dev/stdout; a pipe or a device itself."""
     file = Path(out)
-    if file.is_fifo() or file.is_char_device():  # a pipe, or /dev/stdout
-        return [*paths]
-    with open(file, "a", encoding="utf-8"):
-        pass
+    return file if file.is_fifo() or file.is_char_device() else Path(os.path.realpath(file))
+
+
+def _left_of(
+    paths: Sequence[Path], question: str, out: str, file: Path
+) -> tuple[list[Path], bytes]:
+    """The photos without an answer in `file`, which the user calls `out`, and the lines about
+    the others."""
     records = _answers_in(file)
     if records is None or any(record["question"] != question for record in records):
         raise UserError(
@@ -243,17 +272,14 @@ def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> list[Path]:
             "file with --out."
         )
     done = {record["photo"] for record in records if "error" not in record}
-    with replacing(file) as partial, partial.open("w", encoding="utf-8") as kept:
-        for record in records:
-            if record["photo"] in done:
-                print(json.dumps(record, ensure_ascii=False), file=kept)
+    kept = [r for r in records if r["photo"] in done]
     left = [path for path in paths if _encodable(path) not in done]
     if done:
         say(
             f"{printable(out)} has answers about {len(paths) - len(left)} of {len(paths)} photos, "
             "which are kept: delete it to ask again."
         )
-    return left
+    return left, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept).encode()
 
 
 def _answers_in(file: Path) -> list[dict] | None:
@@ -287,7 +313,7 @@ def ask_photos(
 
     with (
         Batch(engine) as batch,
-        open(out, "a", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
+        _target(out).open("a", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
         tqdm(total=len(paths), unit="photo", disable=None if out else True) as bar,
     ):
         for asked, outcome in batch.completions(map(about, paths), sampling):
@@ -307,8 +333,8 @@ def ask_photos(
 
 
 def _encodable(path: Path) -> str:
-    """A path as text for a file; bytes that are not UTF-8 become question marks."""
-    return str(path).encode("utf-8", "replace").decode("utf-8")
+    """A path as text for a file; bytes that are not UTF-8 become escapes, as in \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ To add a model, add an entry to `MODELS` (docs/models.md shows it). Nothing here
 """
 
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from minigpt4.errors import UserError
@@ -378,8 +379,8 @@ def setting_range(name: str) -> str:
 def wrong_setting(name: str, value: Any) -> str:
     """What the value of a setting must be, if it is not; else nothing."""
     low, high, inclusive = SAMPLING_RANGES[name]
-    kinds = int if isinstance(low, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    kind: Any = Integral if isinstance(low, int) else Real  # NumPy's, too
+    if isinstance(value, bool) or not isinstance(value, kind):
         return setting_range(name)
     if name == "temperature" and 0 < value < LOWEST_TEMPERATURE:
         return f"must be 0, or a number from {LOWEST_TEMPERATURE} up to {high}"

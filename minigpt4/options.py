@@ -13,6 +13,7 @@ import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from minigpt4.config import MODELS, SAMPLING_RANGES, wrong_setting
@@ -20,7 +21,6 @@ from minigpt4.data.files import read_settings
 from minigpt4.errors import UserError
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-
 
 # --- values -----------------------------------------------------------------------------------
 
@@ -83,6 +83,8 @@ def a_name(text: str) -> str:
     """The name of a file or folder to write; an empty one would be the current folder."""
     if not text.strip():
         raise ArgumentTypeError("must be a name, not empty: check the variable that it comes from")
+    if text == "-":
+        raise ArgumentTypeError("must be a name: for standard output write /dev/stdout")
     return text
 
 
@@ -221,6 +223,11 @@ class Parser(argparse.ArgumentParser):
         if self.gathers:
             getattr(found, self.gathers).extend(text for text in rest if not text.startswith("-"))
             rest = [text for text in rest if text.startswith("-")]
+        if rest:
+            near = get_close_matches(rest[0].partition("=")[0], self._option_string_actions, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; for the file write ./{rest[0]}" if os.path.exists(rest[0]) else hint
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         given = [option for option, _ in self._declared if hasattr(found, option.attribute)]
         try:
             for option, prefix in self._declared:
@@ -461,7 +468,6 @@ SERVER = (
         metavar="FOLDER",
     ),
 )
-
 
 PUSH = (Option("private", "Make a new repository private.", False, switch),)
 ASK = (Option("out", "Write the answers as JSON lines, one for each photo.", None, a_name, "FILE"),)

@@ -1,6 +1,7 @@
 """Options -> a loaded model or engine: what the command line, the page and Python share."""
 
 import argparse
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -57,6 +58,7 @@ def default_sampling(config: ModelConfig, **given) -> "Sampling":
     for name in given:
         if name not in names:
             raise UserError(f"There is no sampling option “{name}”: choose {', '.join(names)}.")
+    given = {name: value for name, value in given.items() if value is not None}
     return Sampling(**(config.sampling | given))
 
 
@@ -150,12 +152,13 @@ def quantize_of(
         report(Step("compiling", "Compiling the CPU kernels (once) …"))
     if library() is not None:
         return "int4"
+    why, advice = "No C compiler was found", "install gcc or clang, or set $CC"
+    if named := os.environ.get("CC"):
+        why = f"The C compiler “{named}”, which $CC names, failed"
+        advice = "correct $CC, or unset it"
     if name == "int4":
-        raise UserError("“--quantize int4” needs a C compiler: install gcc or clang, or set $CC.")
-    say(
-        f"No C compiler was found, so {config.name} runs in PyTorch, several times slower: install "
-        "gcc."
-    )
+        raise UserError(f"{why}, and “--quantize int4” needs one: {advice}.")
+    say(f"{why}, so {config.name} runs in PyTorch, several times slower: {advice}.")
     return "none"
 
 

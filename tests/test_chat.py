@@ -13,7 +13,7 @@ from PIL import Image
 
 from minigpt4 import conversation as chat
 from minigpt4 import start
-from minigpt4.__main__ import main
+from minigpt4.__main__ import _typed, main
 from minigpt4.conversation import Conversation, ask, fit
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
@@ -246,6 +246,34 @@ def test_what_is_typed_in_the_terminal(monkeypatch, capsys):
     assert all(f"There is no command “{line}”." in said for line in wrong)
     assert [c.messages[0].parts for c in engine.asked] == [("/home/x is what?",)]
     assert ("readline" in sys.modules) == (find_spec("readline") is not None)
+
+
+def test_paths_in_the_terminal_as_people_write_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "my photo.png")
+    for path in ("~/my photo.png", f"'{tmp_path}/my photo.png'", f"{tmp_path}/my\\ photo.png"):
+        image.load(_typed(path))
+    assert _typed("Ann's.png") == "Ann's.png"
+    for arguments, said in (
+        (["ask", "~/gone.png", "What?"], f"{tmp_path}/gone.png does not exist"),
+        (["ask", "~/my photo.png", " "], "The question is empty"),
+        (["ask", "~/my photo.png", "What", "is", "it"], "What does not exist: check the path and "),
+        (["ask", "-", "What?"], "A picture is not read from standard input"),
+        (["chat", "~/my photo.png", "What is it?"], "What is it? is no picture file: ask when "),
+    ):
+        assert main(arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_closed_outputs(monkeypatch, capsys):
+    """Python has None for them: what is printed to it goes to the other one."""
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["chat"]) == 2
+    assert "Standard output is closed" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["ask", "gone.png", "What?"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_pictures_are_encoded_while_the_user_types(tmp_path, monkeypatch):

@@ -126,6 +126,16 @@ def test_an_engine_ends_with_its_block(model):
         engine.submit(request(1))
 
 
+def test_a_fork_is_told_to_load_the_model_itself(engine, monkeypatch):
+    with monkeypatch.context() as fork:
+        fork.setattr("os.getpid", lambda: 1)
+        for ask in (lambda: engine.submit(request(1)), lambda: engine.encode(picture(1))):
+            with pytest.raises(UserError, match="another process: load it in this one"):
+                ask()
+        engine.close()  # ends nothing here
+    assert list(engine.submit(request(1, sampling=BRIEF)))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_each_thread_uses_the_models_gpu(model, gpu_calls, monkeypatch):
     """The first one, and the one that takes the place of a dead one. The encoder has a stream of

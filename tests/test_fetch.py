@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -80,6 +81,22 @@ def complaint(action, *arguments) -> str:
     text = str(caught.value)
     assert "\n" not in text and "0x" not in text and "Error" not in text
     return text
+
+
+def test_another_program_that_is_downloading_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(fetch, "PATIENCE", 0.01)
+    monkeypatch.setattr(fetch, "missing", lambda *_: [])
+    lines = []
+    with ExitStack() as other:
+        other.enter_context(fetch.WeakFileLock(tmp_path / ".lock"))
+
+        def report(line: str, passing: bool = False) -> None:
+            lines.append(line)
+            other.close()
+
+        fetch.download(configs.get_model("nano"), {}, report)
+    assert lines == ["Another program is downloading weights: waiting for it …"]
 
 
 def test_what_was_downloaded_answers(hub, capsys):

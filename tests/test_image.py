@@ -437,7 +437,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     assert refusal(tmp_path / "gone.jpg").startswith("gone.jpg does not exist")
     assert "does not exist" in refusal(empty / "inside.jpg")
     assert refusal(tmp_path).startswith(f"{tmp_path.name} is a folder")
-    assert refusal(pipe).startswith("pipe is a folder or a device")
+    assert refusal(pipe).startswith("pipe is a folder, a pipe or a device")
     assert refusal(empty).startswith("empty.jpg is empty")
     assert refusal(b"").startswith("The picture is empty")
     for odd in ("x\0y", "x" * 5000, ""):
@@ -474,7 +474,7 @@ def test_list_pictures_refuses(tmp_path):
     for path, words in [(tmp_path, "no picture files"), (tmp_path / "gone", "does not exist")]:
         with pytest.raises(UserError, match=words) as caught:
             list_pictures(path)
-        assert str(path) not in str(caught.value)
+        assert str(path) in str(caught.value)
     with pytest.raises(UserError, match="name of a picture is empty"):
         list_pictures("")  # a variable that is not set, not this folder
 

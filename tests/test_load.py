@@ -1,5 +1,6 @@
 """The package in Python: load, ask, stream, chat. And the notebook that shows it."""
 
+import copy
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import minigpt4
+from minigpt4 import conversation
 from minigpt4.errors import UserError
 from minigpt4.model import image
 
@@ -49,7 +51,8 @@ def test_what_a_picture_may_be(model):
     with Image.open(BEAST) as picture:
         assert model.ask(picture, "What is this?", **GREEDY) == answer
     with open(BEAST, "rb") as file:
-        assert model.ask(file, "What is this?", **GREEDY) == answer
+        for _ in range(2):  # from its start each time
+            assert model.ask(file, "What is this?", **GREEDY) == answer
     red = Image.new("RGB", (64, 64), "red")
     chat = model.chat([BEAST, red])
     chat.ask("What is this?", **GREEDY)
@@ -102,6 +105,33 @@ def test_a_chat_remembers(model):
     assert chat.conversation.system == "Be brief."
 
 
+def test_a_copy_of_a_chat_goes_on_by_itself(model):
+    chat = model.chat(BEAST)
+    other = copy.deepcopy(chat)
+    settings = {"temperature": np.float32(0), "max_new_tokens": np.int64(4), "seed": np.int64(1)}
+    assert other.ask("What is this?", **settings, top_p=None)
+    assert not chat.conversation.messages and chat.ask("What is this?", **GREEDY)
+    closed = minigpt4.Model(model.engine)
+    failing = closed.chat(BEAST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversation, "ask", lambda *_: Ending(closed))
+        with pytest.raises(UserError, match="This model is closed: load it again"):
+            failing.ask("What is this?")
+
+
+class Ending:
+    """An answer during which the model is closed."""
+
+    text = ""
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def __iter__(self):
+        self.model.closed = True
+        raise UserError("The program is ending.")
+
+
 def test_an_answer_that_is_not_read_to_its_end(model):
     """It stops, and what came of it is remembered; a question that fails is forgotten."""
     chat = model.chat(BEAST)
@@ -109,7 +139,7 @@ def test_an_answer_that_is_not_read_to_its_end(model):
     first = next(parts)
     parts.close()
     assert chat.conversation.messages[-1].parts == (first.strip(),)
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="question is empty"):
         chat.ask(" ")
     with pytest.raises(UserError, match="temperature"):
         chat.ask("And?", temperature=-1)
@@ -123,8 +153,17 @@ def test_mistakes(model, tmp_path):
         minigpt4.load("gpt-5")
     with pytest.raises(UserError, match="dtype must be one of"):
         minigpt4.load("nano", dtype="float8")
+    with open(BEAST, "rb") as read, Image.open(BEAST) as opened:
+        pass
+    closed = Image.open(BEAST).copy()
+    closed.close()
     for source, said in (
-        ("https://example.org/a.jpg", "a.jpg is on the web: save the picture"),
+        ("https://example.org/a.jpg", "https:/+example.org/a.jpg is on the web: save the picture"),
+        (tmp_path / "gone.jpg", f"{tmp_path}/gone.jpg does not exist"),
+        ("", "name of a picture is empty"),
+        (read, "file is closed: open it again"),
+        (opened, "Pillow image is closed"),
+        (closed, "Pillow image is closed"),
         (np.zeros((8, 8, 3), np.uint8), "not “ndarray”"),
         (None, "not “NoneType”"),
         ([[BEAST]], "not “list”"),
@@ -132,6 +171,8 @@ def test_mistakes(model, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             model.ask(source, "What is this?")
+    with pytest.raises(UserError, match="question is empty"):
+        model.ask(BEAST, " ")
     with pytest.raises(UserError, match="must be text, not “bytes”"):
         model.ask(BEAST, b"What is this?")
     with pytest.raises(UserError, match="no sampling option “max_tokens”: choose .*max_new_tokens"):

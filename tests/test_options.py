@@ -225,12 +225,21 @@ def test_the_sampling_has_an_option_for_each_setting():
     assert [option.attribute for option in SAMPLING] == [*Sampling.RANGES]
 
 
-def test_a_question_may_come_after_the_options(capsys, tmp_path):
+def test_a_question_may_come_after_the_options(capsys, monkeypatch, tmp_path):
     asked = _parser().parse_args(["ask", "a.jpg", "--model", "nano", "What is it?"])
     assert asked.photos == ["a.jpg", "What is it?"] and asked.model == "nano"
     with pytest.raises(SystemExit):
         _parser().parse_args(["ask", "a.jpg", "--max-tokens", "6", "What is it?"])
-    assert "unrecognized arguments: --max-tokens (see" in capsys.readouterr().err
+    said = "--max-tokens; did you mean --max-new-tokens? (see minigpt4 ask --help)"
+    assert f"unrecognized arguments: {said}" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-b.jpg").touch()
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["ask", "-b.jpg", "a.jpg", "What is it?"])
+    assert "-b.jpg; for the file write ./-b.jpg (see" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["ask", "a.jpg", "What is it?", "--out", "-"])
+    assert "for standard output write /dev/stdout" in capsys.readouterr().err
     picture = tmp_path / "b.jpg"
     Image.new("RGB", (8, 8)).save(picture)
     assert main(["ask", "a.jpg", str(picture)]) == 2

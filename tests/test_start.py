@@ -7,6 +7,7 @@ import os
 import tempfile
 import warnings
 import weakref
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,12 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
+import minigpt4
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.engine.kernels import build
 from minigpt4.errors import UserError
+from minigpt4.options import LOADING
 from minigpt4.web.page.texts import translate_step
 from minigpt4.web.run import upload_folder
 from minigpt4.weights import load
@@ -224,6 +227,25 @@ def test_compiling_the_kernels_is_a_step_of_loading(monkeypatch, tmp_path):
     build._place(["cc"], "native").touch()
     start.quantize_of(*auto, lines.append)
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "said"), [("false", "“false”, which $CC names, failed"), ("", "No C compiler was ")]
+)
+def test_a_compiler_that_fails(named, said, monkeypatch, capsys):
+    monkeypatch.setenv("CC", named)
+    monkeypatch.setattr(build, "must_compile", lambda: False)
+    monkeypatch.setattr(build, "library", lambda: None)
+    assert start.quantize_of("auto", get_model("nano"), torch.device("cpu")) == "none"
+    assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="needs one"):
+        start.quantize_of("int4", get_model("nano"), torch.device("cpu"))
+
+
+def test_options_of_loading():
+    """Python takes those that the command line has."""
+    taken = [*signature(minigpt4.load).parameters]
+    assert sorted(taken) == sorted(option.attribute for option in LOADING)
 
 
 def test_servers_that_hang_are_one_sentence_and_the_engine_is_closed(monkeypatch):

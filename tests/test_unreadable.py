@@ -1,6 +1,7 @@
 """One picture that cannot be used ends no long job: it is named, counted and left out."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -140,8 +141,35 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
 def test_a_run_that_was_cut_in_its_first_line_goes_on(tmp_path, cut):
     out = tmp_path / "answers.jsonl"
     out.write_text(cut)
-    assert not_asked_yet([Path("a.jpg")], "What?", str(out)) == [Path("a.jpg")]
-    assert out.read_text() == ""
+    with not_asked_yet([Path("a.jpg")], "What?", str(out)) as left:
+        assert left == [Path("a.jpg")]
+        assert out.read_text() == ""
+
+
+@pytest.mark.parametrize("cut", ["", '{"photo"'])
+def test_two_runs_do_not_write_the_same_file(tmp_path, cut):
+    """Also where the first has replaced the file, without its cut line. A link stays a link."""
+    out, link = tmp_path / "answers.jsonl", tmp_path / "link.jsonl"
+    out.write_text(cut)
+    link.symlink_to(out)
+    with not_asked_yet([], "What?", str(link)):
+        for name in (out, link):
+            with (
+                pytest.raises(UserError, match="is being written by another run"),
+                not_asked_yet([], "What?", str(name)),
+            ):
+                pass
+    with not_asked_yet([], "What?", str(out)):
+        assert link.is_symlink() and out.read_text() == ""
+
+
+def test_names_that_are_not_utf8_are_told_apart(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    paths = [Path(os.fsdecode(name)) for name in (b"a\xff.jpg", b"a\xfe.jpg", b"a?.jpg")]
+    record = {"photo": "a\\xff.jpg", "question": "What?", "answer": "A cat."}
+    out.write_text(json.dumps(record) + "\n")
+    with not_asked_yet(paths, "What?", str(out)) as left:
+        assert left == paths[1:]
 
 
 @pytest.mark.parametrize(

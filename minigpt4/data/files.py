@@ -6,13 +6,17 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minigpt4 import _data
 from minigpt4.errors import UserError
+
+if sys.platform != "win32":  # there two runs may write the same file
+    import fcntl
 
 PROMPTS = _data.folder("prompts")
 _BLOCK = 4096  # bytes
@@ -216,6 +220,20 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def lock(file: IO, refusal: str) -> None:
+    """Lock an open file until it is closed. UserError with this sentence where another run has it.
+
+    Nothing is checked on disks that cannot lock, and on Windows.
+    """
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(refusal) from error
+        except OSError:  # a disk that cannot lock
+            pass
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:

@@ -8,6 +8,7 @@ gets its token. The engine knows no tokenizer and no template: it speaks token i
 
 import atexit
 import logging
+import os
 import threading
 import time
 from dataclasses import replace
@@ -39,6 +40,7 @@ from minigpt4.engine.stream import (
     NO_MEMORY,
     Stream,
     failure,
+    refuse_fork,
     sentence_for,
 )
 from minigpt4.engine.worker import Worker
@@ -118,6 +120,7 @@ class Engine(RequestQueue):
 
         UserError where that fails.
         """
+        refuse_fork(self._process)
         with self._lock:
             encoded = self._pictures.find(picture.key)
             if encoded is not None:
@@ -129,6 +132,7 @@ class Engine(RequestQueue):
 
     def submit(self, request: Request) -> Stream:
         """Start answering. UserError where the queue is full or the request can never fit."""
+        refuse_fork(self._process)
         try:
             return self._submit(request)
         except UserError as error:
@@ -161,6 +165,8 @@ class Engine(RequestQueue):
         abort the program.
         """
         atexit.unregister(self.close)
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._ending = True
             self._closing.set()

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +45,9 @@ class Sampling:
                 continue
             if wrong := wrong_setting(name, value):
                 raise UserError(f"{name} {wrong}.")
+            object.__setattr__(
+                self, name, int(value) if isinstance(value, Integral) else float(value)
+            )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ steps of the engine that runs it here: it reserves blocks for a request, lets it
 step's rows among prompts (prefill) and running answers (decode).
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -169,6 +170,7 @@ class RequestQueue:
         self._running: Collection[Any] = []
         self._ending = False
         self._fault = ""
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         return self

@@ -26,6 +26,7 @@ UNPACKED_PIXELS = 300_000  # of a picture in history that is not packed: about a
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
 DECODING_WAIT = 60.0  # seconds for a turn to decode
 BUSY = "Too many pictures are being opened at the moment: try again in a minute."
+NO_NAME = "The name of a picture is empty: check the variable that it comes from."
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
 
 _SUFFIX = re.compile(r"(?i)\.(jpe?g|jpe|jfif|mpo|a?png|webp|avifs?|hei[cf]s?|hif|gif|bmp|tiff?)")
@@ -187,8 +188,10 @@ def jpeg(rgb: Image.Image, quality: int = 90) -> bytes:
     return file.getvalue()
 
 
-def load(source: str | os.PathLike | bytes) -> Picture:
+def load(source: str | os.PathLike | bytes, whole_path: bool = False) -> Picture:
     """Open a picture file, or the bytes of one; of an animation, the first frame.
+
+    whole_path: sentences about the file show it as given, not only the base name.
 
     A JPEG of up to `MAX_JPEG_PIXELS` is decoded at a smaller scale, a HEIC of up to
     `MAX_HEIC_PIXELS` kept at one (see `image_file`). UserError where the file does not exist, is
@@ -197,13 +200,15 @@ def load(source: str | os.PathLike | bytes) -> Picture:
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), "The picture")
+    if source == "":
+        raise UserError(NO_NAME)
     path = Path(source)
-    name = shown_name(path)
+    name = shown_name(path, whole_path)
     if _is_address(path):
         raise UserError(f"{name} is on the web: save the picture, then name the file.")
     with _file_errors(name):
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise UserError(f"{name} is a folder or a device: name one picture file.")
+            raise UserError(f"{name} is a folder, a pipe or a device: name one picture file.")
         with path.open("rb") as file:
             return _decode(file, name)
 
@@ -219,9 +224,9 @@ def list_pictures(path: str | os.PathLike) -> list[Path]:
     Hidden files and subfolders are skipped. UserError where there are no pictures.
     """
     if path == "":
-        raise UserError("The name of a picture is empty: check the variable that it comes from.")
+        raise UserError(NO_NAME)
     path = Path(path)
-    name = shown_name(path)
+    name = shown_name(path, whole=True)
     if _is_address(path):
         return [path]  # `load` says that it is none of this computer's
     with _file_errors(name):
@@ -239,10 +244,11 @@ def _is_address(path: Path) -> bool:
     return re.match("https?:", str(path), re.IGNORECASE) is not None
 
 
-def shown_name(path: Path) -> str:
-    """The base name, made safe for one line on a terminal or a page."""
-    name = "".join(c if c.isprintable() and c not in "<>" else "?" for c in path.name)
-    return name[:60] + ("…" if len(name) > 60 else "") or "This path"
+def shown_name(path: Path, whole: bool = False) -> str:
+    """The base name, or the whole path, made safe for one line on a terminal or a page."""
+    shown, most = (str(path), 200) if whole else (path.name, 60)
+    name = "".join(c if c.isprintable() and c not in "<>" else "?" for c in shown)
+    return name[:most] + ("…" if len(name) > most else "") or "This path"
 
 
 @contextmanager
@@ -286,6 +292,8 @@ def convert(opened: Image.Image) -> Picture:
     """The same as `load`, of a picture that Pillow has opened or made; that one stays as it is."""
 
     def copied() -> Image.Image:
+        if _is_closed(opened):
+            raise UserError("The Pillow image is closed: open it again.")
         opened.load()
         return opened.copy()
 
@@ -295,6 +303,17 @@ def convert(opened: Image.Image) -> Picture:
         if opened.width * opened.height > image_file.MAX_PIXELS:
             raise TooManyPixels
         return _converted(opened, copied, opened)
+
+
+def _is_closed(opened: Image.Image) -> bool:
+    """Is a Pillow image closed, or its file before it was read?"""
+    if getattr(opened, "tile", None):
+        file = getattr(opened, "fp", None)
+        return file is None or getattr(file, "closed", False)
+    try:
+        return opened.im is None
+    except ValueError:
+        return True
 
 
 def _converted(

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import contextvars
 import logging
+import os
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Literal, Protocol
 
 from minigpt4.engine.protocol import ModelInfo
 from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit, refuse_beyond_tokens
-from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure
+from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure, refuse_fork
 from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, Picture
 
@@ -123,6 +124,7 @@ class RemoteEngine(RequestQueue):
 
     def submit(self, request: Request) -> Stream:
         """Start answering. UserError where the queue is full, or the backend cannot do it."""
+        refuse_fork(self._process)
         try:
             limit = answer_limit(request, self.model.config.context)
             refuse_beyond_tokens(request)
@@ -161,6 +163,8 @@ class RemoteEngine(RequestQueue):
     def close(self) -> None:
         """End the loop; requests that are not answered yet get an error."""
         atexit.unregister(self.close)
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._ending = True
             states = [*self._waiting, *self._running]

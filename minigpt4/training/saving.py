@@ -2,7 +2,6 @@
 the plot of its losses."""
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt4.data.files import lock
 from minigpt4.errors import UserError, say
-
-if sys.platform != "win32":  # there two runs may write the same folder
-    import fcntl
 
 
 class Run(Protocol):
@@ -71,17 +68,11 @@ def locked(folder: Path) -> Iterator[None]:
     Nothing is checked on disks that cannot lock, and on Windows.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refusal = (
+        f"Another run is writing {folder}: wait for it, or choose another folder with “--out”."
+    )
     with (folder / ".lock").open("a") as file:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"Another run is writing {folder}: wait for it, or choose another folder with "
-                    "“--out”."
-                ) from error
-            except OSError:  # a disk that cannot lock
-                pass
+        lock(file, refusal)
         yield
 
 

@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from minigpt4.weights.folder import WHOLE, is_complete, read_index
 from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, file_name, missing, sources, weights_folder
 from minigpt4.weights.transfer import Progress, Remote, in_words
+
+PATIENCE = 0.5  # seconds until another program that is downloading is spoken of
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ def download(config: ModelConfig, given: Mapping[str, str], report: Report) -> N
     folder = weights_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder / ".lock"):  # another program may be fetching them
+        with _alone(folder / ".lock", report):
             if roles := missing(config, given):
                 _download(config, roles, given, report)
     except OSError as error:
@@ -70,6 +73,18 @@ def download(config: ModelConfig, given: Mapping[str, str], report: Report) -> N
             f"{error.filename or folder} cannot be written ({error.strerror or 'a fault'}): name "
             "another folder in MINIGPT4_WEIGHTS."
         ) from error
+
+
+@contextmanager
+def _alone(lock: Path, report: Report) -> Iterator[None]:
+    """Wait until no other program fetches weights, and say so."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(lock, timeout=PATIENCE))
+        except TimeoutError:
+            report("Another program is downloading weights: waiting for it …")
+            held.enter_context(WeakFileLock(lock))
+        yield
 
 
 def _download(

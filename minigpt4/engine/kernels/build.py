@@ -187,4 +187,4 @@ def _build(compiler: Sequence[str], options: Sequence[str], target: Path) -> Non
         command = [*compiler, *_FLAGS, *options, str(_SOURCE), "-o", str(partial), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            raise OSError(f"{compiler[0]} failed: {done.stderr[-500:]}")
+            raise OSError(f"{compiler[0]} failed: {done.stderr[-500:] or done.returncode}")
