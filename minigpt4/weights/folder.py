@@ -16,6 +16,7 @@ from minigpt4.weights.gguf import INDEX, INT4, gguf_of
 # The name of a whole weight file. Where there are several, an index has it with “.index.json”.
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"  # a Llama's first and last
+_TYPES = ("llama", "qwen2", "mistral")  # of models that are computed alike
 LLAMA_VOCABULARY = 32_000
 # Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
 _KNOWN = {32_001: "Vicuna v0", LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1"}
@@ -82,7 +83,7 @@ def read_tensor(folder: Path, name: str) -> Tensor:
 
 
 def check_folder(folder: Path, config: ModelConfig) -> None:
-    """UserError where files are missing."""
+    """UserError where files are missing, or hold a model of a type that is not computed here."""
     fetch = f"fetch the whole folder with “python -m minigpt4 download {config.name}”"
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -100,6 +101,32 @@ def check_folder(folder: Path, config: ModelConfig) -> None:
         )
     if missing:
         raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
+    check_type(folder, config)
+
+
+def check_type(folder: Path, config: ModelConfig) -> None:
+    """UserError where config.json cannot be read, or is of a model that is computed in another way
+    than a Llama, which would answer nonsense."""
+    try:
+        settings = read_config(folder)
+        kind = settings["model_type"]
+        known, windowed = kind in _TYPES, kind == "mistral" or settings.get("use_sliding_window")
+        window = settings.get("sliding_window", 4096) if windowed else None
+        narrow = window is not None and window < config.context
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} is damaged, or not a language model's: fetch it again."
+        ) from error
+    if not known:
+        raise UserError(
+            f"{folder} holds a model of the type “{kind}”, which is not computed here: give one of "
+            f"the type {', '.join(_TYPES[:-1])} or {_TYPES[-1]}."
+        )
+    if narrow:
+        raise UserError(
+            f"{folder} holds a model that looks back {window:,} tokens (“sliding_window”), but "
+            f"{config.name} needs {config.context:,}: give one without a sliding window."
+        )
 
 
 def check_shape(shape: Sequence[int], folder: Path, config: ModelConfig) -> None:

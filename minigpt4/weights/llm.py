@@ -27,6 +27,7 @@ from minigpt4.weights.folder import (
     check_folder,
     check_is_no_delta,
     check_shape,
+    check_type,
     missing_weights,
     read_tensor,
     shards_of,
@@ -83,6 +84,8 @@ def load_llm(
     if quantize == "int4":
         return _load_blocks(config, folder)
     if quantize == "remote":
+        if (folder / "config.json").is_file():
+            check_type(folder, config)
         embedding, tokenizer = load_embedding(config, folder, device)
         check_shape(embedding.shape, folder, config)
         return embedding, tokenizer
@@ -99,6 +102,7 @@ def load_llm(
             _unpack_weights(folder)
         llm, report = _from_pretrained(folder, device, quantize, dtype, count)
         tokenizer = load_tokenizer(folder)
+        embedding, norm = llm.get_input_embeddings().weight, llm.get_decoder().norm.weight
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{config.name} does not fit into the free memory of {device}: choose a smaller "
@@ -116,8 +120,7 @@ def load_llm(
             "“--quantize none --device cpu”."
         ) from error
     _check_complete(report, folder)
-    embedding = llm.get_input_embeddings().weight
-    check_is_no_delta(embedding, llm.get_decoder().norm.weight, folder, config)
+    check_is_no_delta(embedding, norm, folder, config)
     check_shape(embedding.shape, folder, config)
     return llm.eval(), tokenizer
 

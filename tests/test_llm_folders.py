@@ -1,0 +1,105 @@
+"""Users' own language models: computed as transformers computes them, or refused by name."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from minigpt4.config import get_model
+from minigpt4.engine.kernels.build import library
+from minigpt4.engine.torch_decoder import TorchDecoder
+from minigpt4.errors import UserError
+from minigpt4.weights.llm import load_llm
+from tests.test_decoder import whole
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
+
+CASE = Path(__file__).parent / "parity" / "vicuna_qformer_a"
+CONFIG = replace(get_model("vicuna-7b"), llm_hidden_size=64, llm_vocabulary=0)
+CPU = torch.device("cpu")
+IDS = np.random.default_rng(0).integers(0, 1000, 40)
+BLOCKS = [0, 1, 2]
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder))
+    return folder
+
+
+def write_llm(folder: Path, kind: str = "llama", **settings) -> Path:
+    """A folder with a tiny random model of this type, and a tokenizer."""
+    shutil.copytree(CASE / "llm", folder, ignore=lambda *_: ["config.json", "model.safetensors"])
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 1000, "head_dim": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes | {"tie_word_embeddings": False} | settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for tensor in model.parameters():
+        if tensor.dim() > 1:
+            torch.nn.init.normal_(tensor, std=0.25)
+    model.save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, **changes) -> None:
+    """Other settings in config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def expected(model: PreTrainedModel | Path) -> np.ndarray:
+    """transformers' logits."""
+    if isinstance(model, Path):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
+
+
+def off(found: np.ndarray, logits: np.ndarray) -> float:
+    return float(np.linalg.norm(found - logits) / np.linalg.norm(logits))
+
+
+def refusal(folder: Path, quantize: str = "none") -> str:
+    with pytest.raises(UserError) as caught:
+        load_llm(CONFIG, folder, CPU, quantize, "float32")
+    return str(caught.value)
+
+
+# --- types of models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 16}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": CONFIG.context}),
+    ],
+)
+def test_types_that_are_computed_as_a_llama(tmp_path, kind, settings):
+    folder = write_llm(tmp_path / "own", kind, **settings)
+    llm, _ = load_llm(CONFIG, folder, CPU, "none", "float32")
+    assert off(whole(TorchDecoder(llm, 4), IDS, BLOCKS), expected(folder)) < 1e-4
+
+
+@pytest.mark.parametrize("quantize", ["none", "w8a16", "nf4", "remote"])
+@pytest.mark.parametrize(
+    ("kind", "settings", "word"),
+    [
+        ("qwen3", {}, "“qwen3”"),
+        ("olmo2", {}, "“olmo2”"),
+        ("mistral", {"sliding_window": 16}, "16 tokens"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "16 tokens"),
+    ],
+)
+def test_types_that_are_computed_otherwise(tmp_path, quantize, kind, settings, word):
+    folder = write_llm(tmp_path / "own", kind, **settings)
+    assert word in refusal(folder, quantize)
