@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from minigpt4.config import get_model
 from minigpt4.engine.kernels.build import library
+from minigpt4.engine.native import quantize
 from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.errors import UserError
+from minigpt4.weights import convert
 from minigpt4.weights.llm import load_llm
 from tests.test_decoder import whole
 
@@ -67,9 +69,16 @@ def off(found: np.ndarray, logits: np.ndarray) -> float:
     return float(np.linalg.norm(found - logits) / np.linalg.norm(logits))
 
 
-def refusal(folder: Path, quantize: str = "none") -> str:
+def load(folder: Path, quantize_to: str = "none"):
+    """(language model, tokenizer)"""
+    if quantize_to == "int4":
+        folder = convert.make_blocks(CONFIG, folder, quantize, 1, lambda line, passing=False: None)
+    return load_llm(CONFIG, folder, CPU, quantize_to, "float32")
+
+
+def refusal(folder: Path, quantize_to: str = "none") -> str:
     with pytest.raises(UserError) as caught:
-        load_llm(CONFIG, folder, CPU, quantize, "float32")
+        load(folder, quantize_to)
     return str(caught.value)
 
 
@@ -86,11 +95,11 @@ def refusal(folder: Path, quantize: str = "none") -> str:
 )
 def test_types_that_are_computed_as_a_llama(tmp_path, kind, settings):
     folder = write_llm(tmp_path / "own", kind, **settings)
-    llm, _ = load_llm(CONFIG, folder, CPU, "none", "float32")
+    llm, _ = load(folder)
     assert off(whole(TorchDecoder(llm, 4), IDS, BLOCKS), expected(folder)) < 1e-4
 
 
-@pytest.mark.parametrize("quantize", ["none", "w8a16", "nf4", "remote"])
+@pytest.mark.parametrize("quantize_to", ["none", "w8a16", "nf4", "remote"])
 @pytest.mark.parametrize(
     ("kind", "settings", "word"),
     [
@@ -100,6 +109,31 @@ def test_types_that_are_computed_as_a_llama(tmp_path, kind, settings):
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "16 tokens"),
     ],
 )
-def test_types_that_are_computed_otherwise(tmp_path, quantize, kind, settings, word):
+def test_types_that_are_computed_otherwise(tmp_path, quantize_to, kind, settings, word):
     folder = write_llm(tmp_path / "own", kind, **settings)
-    assert word in refusal(folder, quantize)
+    assert word in refusal(folder, quantize_to)
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize_to", ["none", "w8a16", "remote", "int4"])
+def test_a_tokenizer_of_more_tokens_than_the_embedding(weights, tmp_path, quantize_to):
+    """Every question would have ended in an index out of range."""
+    folder = write_llm(tmp_path / "own", vocab_size=999)
+    assert "has 1,000 tokens, but the language model's embedding has 999" in refusal(
+        folder, quantize_to
+    )
+
+
+@pytest.mark.parametrize("quantize_to", ["none", "int4"])
+def test_a_token_for_padding_needs_no_row(weights, tmp_path, quantize_to):
+    """As in Llama-2's first folders."""
+    folder = write_llm(tmp_path / "own")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<pad>"}))
+    _, tokenizer = load(folder, quantize_to)
+    assert tokenizer.convert_tokens_to_ids("<pad>") == 1000
+    assert (
+        max(tokenizer.encode("<pad>", add_special_tokens=False, split_special_tokens=True)) < 1000
+    )

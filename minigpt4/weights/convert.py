@@ -50,7 +50,7 @@ from minigpt4.weights.gguf import (
 )
 from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, mark_of, weights_folder
-from minigpt4.weights.tokenizer import load_tokenizer
+from minigpt4.weights.tokenizer import check_tokens, load_tokenizer
 from minigpt4.weights.transfer import Progress, in_words
 
 CHUNK = 2**20  # weights quantized at once by a thread
@@ -188,6 +188,8 @@ def _convert_folder(
         parts = _plan(sizes, tied)
         # A warning of another vocabulary comes when the blocks are loaded.
         check_shape((config.llm_vocabulary, sizes["hidden_size"]), folder, config)
+        tokenizer = load_tokenizer(folder)
+        check_tokens(tokenizer, sizes["vocabulary"], folder)
         embedding = read_tensor(folder, EMBEDDING)[:1000].clone()
         check_is_no_delta(embedding, read_tensor(folder, NORM), folder, config)
         total = sum(shard.stat().st_size for shard in shards_of(folder))
@@ -200,7 +202,7 @@ def _convert_folder(
                 _write(path, tensors, sizes, parts, quantize, threads)
         finally:
             progress.close()
-        load_tokenizer(folder).save_pretrained(target)
+        tokenizer.save_pretrained(target)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{folder} cannot be converted to 4 bit ({error}): fetch the folder again, or choose "

@@ -34,7 +34,7 @@ from minigpt4.weights.folder import (
 )
 from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, gguf_of, write_index
 from minigpt4.weights.int8 import load_int8
-from minigpt4.weights.tokenizer import load_tokenizer
+from minigpt4.weights.tokenizer import check_tokens, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +88,7 @@ def load_llm(
             check_type(folder, config)
         embedding, tokenizer = load_embedding(config, folder, device)
         check_shape(embedding.shape, folder, config)
+        check_tokens(tokenizer, embedding.shape[0], folder)
         return embedding, tokenizer
     if folder.suffix == ".gguf" and folder.is_file():
         raise UserError(
@@ -122,6 +123,7 @@ def load_llm(
     _check_complete(report, folder)
     check_is_no_delta(embedding, norm, folder, config)
     check_shape(embedding.shape, folder, config)
+    check_tokens(tokenizer, embedding.shape[0], folder)
     return llm.eval(), tokenizer
 
 
@@ -211,6 +213,7 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
             f"“python -m minigpt4 download {config.name}”, or choose “--quantize none”."
         ) from error
     check_shape(llm.embedding.shape, folder, config)
+    check_tokens(tokenizer, llm.vocabulary, folder)
     return llm, tokenizer
 
 

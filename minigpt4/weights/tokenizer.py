@@ -84,6 +84,23 @@ def _check(tokenizer: Any, pieces: "SentencePieceProcessor", folder: Path) -> No
         raise UserError(_refusal(folder))
 
 
+def check_tokens(tokenizer: Any, rows: int, folder: Path) -> None:
+    """UserError where text may become ids beyond the `rows` of the token embedding. Control tokens
+    beyond them, such as one for padding, do no harm: no text becomes them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    added = backend.get_added_tokens_decoder().items()
+    ids = [number for number, token in added if not token.special]
+    ids += [tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0]
+    ids += [backend.get_vocab_size(with_added_tokens=False) - 1]
+    if max(ids) >= rows:
+        raise UserError(
+            f"The tokenizer in {folder} has {max(ids) + 1:,} tokens, but the language model's "
+            f"embedding has {rows:,}: copy the tokenizer from where the weights come from."
+        )
+
+
 def _refusal(folder: Path) -> str:
     return (
         f"The tokenizer in {folder} does not split text as its tokenizer.model does: delete its "
