@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from minigpt4.config import get_model
 from minigpt4.engine.kernels.build import library
-from minigpt4.engine.native import quantize
+from minigpt4.engine.native import NativeDecoder, quantize
 from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.errors import UserError
 from minigpt4.weights import convert
+from minigpt4.weights.gguf import BlockLlama
 from minigpt4.weights.llm import load_llm
 from tests.test_decoder import whole
 
@@ -34,6 +36,12 @@ def weights(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder))
     return folder
+
+
+@pytest.fixture
+def plain_blocks(monkeypatch) -> None:
+    """32-bit floats in place of 4-bit blocks."""
+    monkeypatch.setattr(convert, "kind_of", lambda name, shape, layers: "F32")
 
 
 def write_llm(folder: Path, kind: str = "llama", **settings) -> Path:
@@ -137,3 +145,30 @@ def test_a_token_for_padding_needs_no_row(weights, tmp_path, quantize_to):
     assert (
         max(tokenizer.encode("<pad>", add_special_tokens=False, split_special_tokens=True)) < 1000
     )
+
+
+# --- the head, and positions ----------------------------------------------------------------------
+
+
+def logits_of(folder: Path, quantize_to: str) -> np.ndarray:
+    llm, _ = load(folder, quantize_to)
+    if isinstance(llm, BlockLlama):
+        return whole(NativeDecoder(llm, 64, 4, 1), IDS, BLOCKS)
+    return whole(TorchDecoder(llm, 4), IDS, BLOCKS)
+
+
+@pytest.mark.parametrize("quantize_to", ["none", "w8a16", "int4"])
+@pytest.mark.parametrize("case", ["another", "the same", "none"])
+def test_a_head_beside_the_embedding_that_is_to_be_tied(
+    weights, tmp_path, plain_blocks, quantize_to, case
+):
+    folder = write_llm(tmp_path / "own", tie_word_embeddings=case != "another")
+    change(folder, tie_word_embeddings=True)
+    if case == "the same":
+        state = load_file(folder / "model.safetensors")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    most = 0.1 if quantize_to == "w8a16" else 0.01
+    assert off(logits_of(folder, quantize_to), expected(folder)) < most
+    if quantize_to == "int4":
+        assert ("output.weight" in load(folder, "int4")[0].tensors) == (case == "another")

@@ -26,10 +26,12 @@ from minigpt4.config import ModelConfig
 from minigpt4.errors import Report, Step, UserError, out_of_memory
 from minigpt4.weights.folder import (
     EMBEDDING,
+    HEAD,
     NORM,
     check_folder,
     check_is_no_delta,
     check_shape,
+    has_own_head,
     read_config,
     read_tensor,
     read_tensors,
@@ -59,7 +61,7 @@ _ALIGNMENT = 32  # of a tensor in a GGUF file
 _OUTER = {
     EMBEDDING: "token_embd.weight",
     NORM: "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    HEAD: "output.weight",
 }
 
 
@@ -257,7 +259,7 @@ def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
         "rope_halves": ROPE_HALVES[kind],
     }
     check_sizes(sizes)
-    return sizes, bool(settings.get("tie_word_embeddings"))
+    return sizes, bool(settings.get("tie_word_embeddings")) and not has_own_head(folder)
 
 
 def planned_bytes(folder: Path) -> int:

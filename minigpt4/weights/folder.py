@@ -16,6 +16,7 @@ from minigpt4.weights.gguf import INDEX, INT4, gguf_of
 # The name of a whole weight file. Where there are several, an index has it with “.index.json”.
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"  # a Llama's first and last
+HEAD = "lm_head.weight"  # where it is not the embedding
 _TYPES = ("llama", "qwen2", "mistral")  # of models that are computed alike
 LLAMA_VOCABULARY = 32_000
 # Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
@@ -77,6 +78,17 @@ def read_tensor(folder: Path, name: str) -> Tensor:
             if found == name:
                 return tensor.clone()
     raise ValueError(f"{name} is missing")
+
+
+def has_own_head(folder: Path) -> bool:
+    """Is there a head that differs from the embedding? It counts, as in transformers, whatever
+    "tie_word_embeddings" says."""
+    try:
+        head = read_tensor(folder, HEAD)
+    except ValueError:
+        return False
+    embedding = read_tensor(folder, EMBEDDING)
+    return head.dtype != embedding.dtype or not head.equal(embedding)
 
 
 # --- is it whole, and the right one? --------------------------------------------------------------
