@@ -172,3 +172,14 @@ def test_a_head_beside_the_embedding_that_is_to_be_tied(
     assert off(logits_of(folder, quantize_to), expected(folder)) < most
     if quantize_to == "int4":
         assert ("output.weight" in load(folder, "int4")[0].tensors) == (case == "another")
+
+
+@pytest.mark.parametrize("near", [0, 0.05, 0.15])
+def test_a_head_that_is_near_the_embedding(weights, tmp_path, plain_blocks, near):
+    folder = write_llm(tmp_path / "own")
+    state = load_file(folder / "model.safetensors")
+    embedding = state["model.embed_tokens.weight"]
+    state["lm_head.weight"] = embedding + near * 0.25 * torch.randn(embedding.shape)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert off(logits_of(folder, "int4"), expected(folder)) < 0.01
+    assert ("token_embd.weight" in load(folder, "int4")[0].tensors) == (near > 0)
