@@ -183,3 +183,13 @@ def test_a_head_that_is_near_the_embedding(weights, tmp_path, plain_blocks, near
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert off(logits_of(folder, "int4"), expected(folder)) < 0.01
     assert ("token_embd.weight" in load(folder, "int4")[0].tensors) == (near > 0)
+
+
+@pytest.mark.parametrize("older", [{"rope_type": "default"}, {"type": "linear", "factor": 4.0}])
+def test_positions_described_twice(weights, tmp_path, plain_blocks, older):
+    folder = write_llm(tmp_path / "own", rope_parameters={"rope_theta": 500.0})
+    change(folder, rope_scaling=older)
+    if "factor" in older:
+        assert "rope type is linear" in refusal(folder, "int4")
+    else:
+        assert off(logits_of(folder, "int4"), expected(folder)) < 0.01

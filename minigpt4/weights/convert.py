@@ -234,7 +234,8 @@ def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
     kind = settings["model_type"]
     if kind not in ROPE_HALVES:
         raise ValueError(f"models of the type {kind} are not supported")
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    # Of both, transformers takes the older one.
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     for name, found, expected in (
         ("hidden_act", settings.get("hidden_act", "silu"), "silu"),
         ("rope type", rope.get("rope_type") or rope.get("type") or "default", "default"),
