@@ -345,6 +345,9 @@ def _read_sizes(fields: Mapping) -> dict[str, Any]:
     ):
         if (found := read(name, expected)) != expected:
             raise ValueError(f"{architecture}.{name} is {found}, which is not supported")
+    for name in ("rope.scaling.factor", "rope.scale_linear"):  # linear, unless a type says "none"
+        if (found := read(name, 1)) not in (0, 1) and not read("rope.scaling.type", ""):
+            raise ValueError(f"{architecture}.{name} is {found}, which is not supported")
     return sizes
 
 
