@@ -23,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from minigpt4.config import ModelConfig
-from minigpt4.errors import Report, Step, UserError, out_of_memory
+from minigpt4.errors import Report, Step, UserError
 from minigpt4.weights.folder import (
     EMBEDDING,
     HEAD,
@@ -38,7 +38,6 @@ from minigpt4.weights.folder import (
     shards_of,
 )
 from minigpt4.weights.gguf import (
-    BLOCKS,
     INDEX,
     INT4,
     LAYER_NAMES,
@@ -146,15 +145,7 @@ def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
     report(Step("reading", "Reading {name} (once) …", name=gguf.name))
     link = target / gguf.name
     link.symlink_to(gguf.resolve())
-    try:
-        describe_gguf(link)
-    except Exception as error:
-        if out_of_memory(error) or (isinstance(error, OSError) and error.errno):  # the disk
-            raise
-        raise UserError(
-            f"{gguf} is not a GGUF file of a kind that can be read ({error}): give one of a Llama "
-            f"model in {', '.join(BLOCKS)} blocks, as llama.cpp quantizes it."
-        ) from error
+    describe_gguf(link, str(gguf))
 
 
 # --- from a Hugging Face folder -----------------------------------------------------------------

@@ -294,13 +294,7 @@ def _unpack(gguf: Path, target: Path, cached: bool) -> None:
             file.symlink_to(gguf.resolve())
         else:
             gguf.rename(file)
-        try:
-            describe_gguf(file)
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"{gguf.name} is not a GGUF file of a kind that can be read ({error}): choose "
-                "another one."
-            ) from error
+        describe_gguf(file, gguf.name)
         if target.is_dir():
             shutil.rmtree(target)  # an incomplete one
         file.parent.rename(target)

@@ -12,9 +12,12 @@ import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 INDEX = "blocks.json"  # beside the GGUF file
 INT4 = "int4"  # the folder of a converted model within its Hugging Face folder
@@ -258,12 +261,11 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
     digests: SHA-256 of the tensors, which are checked whenever the model is opened.
     Where `token_embd` and `output` are one matrix, only `output` is noted: with digests, where
     these are equal; else where the two differ by no more than quantizing one matrix twice changes.
-    ValueError where the file holds another kind of model or of block.
+    ValueError where the file holds another kind of model or of block; any other error where it is
+    damaged.
     """
-    from gguf import GGUFReader
-
     gguf = Path(gguf)
-    reader = GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
+    reader = _reader(gguf)
     tensors: dict[str, tuple[str, list[int], int]] = {}
     for tensor in reader.tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
@@ -285,6 +287,22 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
     place = gguf.with_name(INDEX)
     place.write_text(json.dumps(index), encoding="utf-8")
     return place
+
+
+def _reader(gguf: Path) -> "GGUFReader":
+    """Its header. ValueError where it is of a kind that is not read, EOFError where it is cut."""
+    from gguf import GGUFReader
+
+    with gguf.open("rb") as file:
+        magic, version = file.read(4), file.read(4)
+    if not b"GGUF".startswith(magic):
+        raise ValueError("it does not begin with “GGUF”")
+    if len(version) == 4 and version not in (b"\2\0\0\0", b"\3\0\0\0"):
+        raise ValueError("it is not of version 2 or 3, or is big-endian")
+    try:
+        return GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
+    except ValueError as error:  # of NumPy
+        raise EOFError(str(error)) from error
 
 
 def read_width(gguf: Path) -> int:
@@ -321,6 +339,8 @@ def _read_sizes(fields: Mapping) -> dict[str, Any]:
         name = f"{architecture}.{name}"
         if name not in fields and default is not None:
             return default
+        if name not in fields:
+            raise ValueError(f"{name} is missing")
         return fields[name]()
 
     heads = read("attention.head_count")
