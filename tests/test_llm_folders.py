@@ -1,6 +1,7 @@
 """Users' own language models: computed as transformers computes them, or refused by name."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from minigpt4.engine.native import NativeDecoder, quantize
 from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.errors import UserError
 from minigpt4.weights import convert
+from minigpt4.weights.folder import NORM
 from minigpt4.weights.gguf import BlockLlama
 from minigpt4.weights.llm import load_llm
 from tests.test_decoder import whole
@@ -193,3 +195,47 @@ def test_positions_described_twice(weights, tmp_path, plain_blocks, older):
         assert "rope type is linear" in refusal(folder, "int4")
     else:
         assert off(logits_of(folder, "int4"), expected(folder)) < 0.01
+
+
+# --- damaged folders ------------------------------------------------------------------------------
+
+
+def with_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    state = load_file(folder / "model.safetensors") | {name: tensor}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("quantize_to", ["none", "w8a16"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda folder: with_tensor(folder, NORM, torch.ones(63)),
+            "“model.norm.weight” is missing",
+        ),
+        (
+            lambda folder: change(folder, vocab_size=1001),
+            "“lm_head.weight” is missing or has another",
+        ),
+        (
+            lambda folder: os.truncate(folder / "model.safetensors", 9_999),
+            "model.safetensors is damaged or cut short",
+        ),
+        (lambda folder: (folder / "config.json").write_text("\ufeff{}"), "config.json is damaged"),
+        (lambda folder: change(folder, num_attention_heads=0), "could not be loaded"),
+    ],
+)
+def test_damage_is_named(weights, tmp_path, quantize_to, damage, words):
+    folder = write_llm(tmp_path / "own")
+    damage(folder)
+    text = refusal(folder, quantize_to)
+    assert words in text and "\n" not in text
+    assert "--quantize none" not in text or quantize_to != "none"
+
+
+def test_a_setting_that_is_missing(weights, tmp_path):
+    folder = write_llm(tmp_path / "own")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert "('hidden_size' is missing in config.json)" in refusal(folder, "int4")

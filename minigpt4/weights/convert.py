@@ -197,8 +197,9 @@ def _convert_folder(
             progress.close()
         tokenizer.save_pretrained(target)
     except (ValueError, KeyError, TypeError, IndexError) as error:
+        why = f"{error} is missing in config.json" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{folder} cannot be converted to 4 bit ({error}): fetch the folder again, or choose "
+            f"{folder} cannot be converted to 4 bit ({why}): fetch the folder again, or choose "
             "“--quantize none”."
         ) from error
 

@@ -141,6 +141,12 @@ def check_type(folder: Path, config: ModelConfig) -> None:
         )
 
 
+def check_shards(folder: Path) -> None:
+    """UserError, which names it, where a weight file is damaged, as far as its header tells."""
+    for shard in shards_of(folder):
+        next(tensors_of(shard, ("no tensor",)), None)
+
+
 def check_shape(shape: Sequence[int], folder: Path, config: ModelConfig) -> None:
     """UserError where the token embedding's [vocabulary, hidden_size] has another width than the
     model's; a warning where it has another vocabulary."""

@@ -118,7 +118,7 @@ def build_int8(
             try:
                 _load(llm.get_submodule(parent), leaf, tensor, device, dtype)
             except ValueError as error:
-                mismatched.append(f"{name}: {error}")
+                mismatched.append((name, str(error)))
     report = {"missing_keys": sorted(missing), "mismatched_keys": mismatched, "error_msgs": []}
     return llm.requires_grad_(False), report
 

@@ -27,6 +27,7 @@ from minigpt4.weights.folder import (
     check_folder,
     check_is_no_delta,
     check_shape,
+    check_shards,
     check_type,
     missing_weights,
     read_tensor,
@@ -115,10 +116,12 @@ def load_llm(
         if out_of_memory(error):
             raise MemoryError from error
         log.debug("loading %s", folder, exc_info=True)
+        check_shards(folder)
+        plain = quantize == "none" and device.type == "cpu"
         raise UserError(
-            f"The language model in {folder} could not be loaded: a file is missing, cut short or "
-            "of another kind, or the device cannot hold it; fetch the folder again or try "
-            "“--quantize none --device cpu”."
+            f"The language model in {folder} could not be loaded: a file is missing, damaged or of "
+            f"another kind{'' if plain else ', or the device cannot hold it'}; fetch the folder "
+            f"again{'' if plain else ' or try “--quantize none --device cpu”'}."
         ) from error
     _check_complete(report, folder)
     check_is_no_delta(embedding, norm, folder, config)
@@ -159,6 +162,7 @@ def _from_pretrained(
             quantization_config=quantization,
             device_map={"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, which is checked
             local_files_only=True,
             trust_remote_code=False,
         )
@@ -189,7 +193,7 @@ def _told(size: int, count: Count) -> Iterator[None]:
 
 def _check_complete(report: dict, folder: Path) -> None:
     """UserError where transformers left parameters at random values, which it only logs."""
-    lost = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
+    lost = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     lost += map(str, report["error_msgs"])
     if lost:
         raise UserError(
