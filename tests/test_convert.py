@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch, tmp_path):
     [
         (
             lambda content: content[:-100],
-            r"own.gguf is cut short or damaged \([\d,]+ bytes\): fetch",
+            r"own.gguf is cut short or damaged \([\d,]+ bytes\): delete it",
         ),
         (lambda content: content[:20], "is cut short or damaged"),
         (lambda content: b"", "is cut short or damaged"),

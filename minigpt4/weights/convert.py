@@ -199,8 +199,8 @@ def _convert_folder(
     except (ValueError, KeyError, TypeError, IndexError) as error:
         why = f"{error} is missing in config.json" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{folder} cannot be converted to 4 bit ({why}): fetch the folder again, or choose "
-            "“--quantize none”."
+            f"{folder} cannot be converted to 4 bit ({why}): move it away and fetch it again, "
+            "or choose “--quantize none”."
         ) from error
 
 

@@ -96,7 +96,9 @@ def has_own_head(folder: Path) -> bool:
 
 def check_folder(folder: Path, config: ModelConfig) -> None:
     """UserError where files are missing, or hold a model of a type that is not computed here."""
-    fetch = f"fetch the whole folder with “python -m minigpt4 download {config.name}”"
+    fetch = (
+        f"move it away and fetch the whole folder with “python -m minigpt4 download {config.name}”"
+    )
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is not a language model's folder (config.json is missing): {fetch}."
@@ -109,7 +111,7 @@ def check_folder(folder: Path, config: ModelConfig) -> None:
     if (missing := missing_weights(folder)) and (folder / INT4 / INDEX).is_file():
         raise UserError(
             f"{folder} holds its 4-bit model alone, since its 16-bit files were deleted: choose "
-            f"“--device cpu --quantize int4”, or delete the folder and {fetch}."
+            f"“--device cpu --quantize int4”, or {fetch}."
         )
     if missing:
         raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
@@ -127,7 +129,8 @@ def check_type(folder: Path, config: ModelConfig) -> None:
         narrow = window is not None and window < config.context
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{folder / 'config.json'} is damaged, or not a language model's: fetch it again."
+            f"{folder / 'config.json'} is damaged, or not a language model's: move the "
+            "folder away and fetch it again."
         ) from error
     if not known:
         raise UserError(

@@ -120,8 +120,8 @@ def load_llm(
         plain = quantize == "none" and device.type == "cpu"
         raise UserError(
             f"The language model in {folder} could not be loaded: a file is missing, damaged or of "
-            f"another kind{'' if plain else ', or the device cannot hold it'}; fetch the folder "
-            f"again{'' if plain else ' or try “--quantize none --device cpu”'}."
+            f"another kind{'' if plain else ', or the device cannot hold it'}; move the folder "
+            f"away and fetch it again{'' if plain else ' or try “--quantize none --device cpu”'}."
         ) from error
     _check_complete(report, folder)
     check_is_no_delta(embedding, norm, folder, config)
@@ -197,8 +197,8 @@ def _check_complete(report: dict, folder: Path) -> None:
     lost += map(str, report["error_msgs"])
     if lost:
         raise UserError(
-            f"{folder} is incomplete: “{min(lost)}” is missing or has another shape; fetch the "
-            "folder again."
+            f"{folder} is incomplete: “{min(lost)}” is missing or has another shape: move it "
+            "away and fetch it again."
         )
 
 
@@ -240,7 +240,8 @@ def describe_gguf(path: Path, shown: str) -> None:
             raise
         if not isinstance(error, ValueError):
             raise UserError(
-                f"{shown} is cut short or damaged ({path.stat().st_size:,} bytes): fetch it again."
+                f"{shown} is cut short or damaged ({path.stat().st_size:,} bytes): delete it, "
+                "then fetch it again."
             ) from error
         raise UserError(
             f"{shown} is not a GGUF file of a kind that can be read ({error}): give one of a Llama "

@@ -54,7 +54,7 @@ def _pieces(path: Path) -> "SentencePieceProcessor | None":
         if (path.parent / "tokenizer.json").is_file():
             return None
         raise UserError(
-            f"{path} is damaged or not a SentencePiece model: fetch it again."
+            f"{path} is damaged or not a SentencePiece model: delete it, then fetch it again."
         ) from error
 
 
