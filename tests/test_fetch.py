@@ -249,6 +249,9 @@ def test_a_place_that_is_not_here_where_the_hub_cannot_be_reached(hub, monkeypat
     monkeypatch.setattr(fetch, "_hub_files", unreachable)
     said = complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "models/vicuna"})
     assert said.startswith("There is no file or folder models/vicuna here, and vicuna-7b-llm-")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    said = complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "models/vicuna"})
+    assert "because HF_HUB_OFFLINE is set: unset it, or give your own" in said
 
 
 @pytest.mark.parametrize(

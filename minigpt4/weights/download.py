@@ -331,6 +331,9 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
         case HfHubHTTPError():
             where = source.ref if source.kind == "url" else page
             return f"{where} answered {error.response.status_code}: try again later, {own}."
+        case _ if constants.HF_HUB_OFFLINE:
+            name = plan.target.name
+            return f"{name} is not fetched, because HF_HUB_OFFLINE is set: unset it, {own}."
         case _:
             host = source.ref if source.kind == "url" else page
             named = plan.place == source.ref != host  # as a folder may be
