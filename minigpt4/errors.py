@@ -1,6 +1,7 @@
 """UserError, the one kind of error a user may see; and how progress is reported."""
 
 import errno
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
@@ -50,6 +51,13 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORT)
+
+
+def quiet_hub() -> None:
+    """Keep the Hugging Face hub's client from telling of each try, for half a minute: one sentence
+    comes in the end."""
+    for name in ("file_download", "utils._http"):
+        logging.getLogger(f"huggingface_hub.{name}").setLevel(logging.ERROR)
 
 
 class Step(str):

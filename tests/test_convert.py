@@ -321,13 +321,29 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch, tmp_path):
 # --- a user's own GGUF file ---------------------------------------------------------------------
 
 
-def test_an_unreadable_gguf_file(weights, tmp_path):
-    (tmp_path / "own.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(UserError, match="is not a GGUF file of a kind that can be read"):
-        convert.make_blocks(CONFIG, tmp_path / "own.gguf", quantize, 1, quiet)
-    write_gguf(tmp_path / "other.gguf", block_llama(), "mamba")
-    with pytest.raises(UserError, match="mamba"):
-        convert.make_blocks(CONFIG, tmp_path / "other.gguf", quantize, 1, quiet)
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            lambda content: content[:-100],
+            r"own.gguf is cut short or damaged \([\d,]+ bytes\): delete it",
+        ),
+        (lambda content: content[:20], "is cut short or damaged"),
+        (lambda content: b"", "is cut short or damaged"),
+        (lambda content: content[:4] + b"\1" + content[5:], "not of version 2 or 3"),
+        (lambda content: content[:4] + b"\0\0\0\3" + content[8:], "big-endian"),
+        (lambda content: b"\0" + content[1:], "does not begin with “GGUF”.*model's folder"),
+        (lambda content: content.replace(b"llama.block_", b"llama.black_"), "count is missing"),
+        (lambda content: content.replace(b"llama", b"mamba"), "mamba"),
+    ],
+)
+def test_an_unreadable_gguf_file(weights, tmp_path, changed, words):
+    path = tmp_path / "own.gguf"
+    write_gguf(path, block_llama(), "llama")
+    path.write_bytes(changed(path.read_bytes()))
+    with pytest.raises(UserError, match=words) as raised:
+        convert.make_blocks(CONFIG, path, quantize, 1, quiet)
+    assert ".parts" not in str(raised.value)
 
 
 def test_a_random_model_of_a_published_size_answers(monkeypatch, tmp_path):

@@ -251,11 +251,24 @@ def test_gated(hub, monkeypatch):
         ("nobody/nothing", "There is no http"),
         (f"{VICUNA}:absent.bin", "absent.bin is not in"),
         ("models/vicuna/7b", "There is no file or folder models/vicuna/7b"),
+        ("models/vicuna.gguf", "There is no file models/vicuna.gguf here; if you mean"),
         ("./vicuna", "There is no file or folder ./vicuna"),
     ],
 )
 def test_places_that_are_not_there(hub, place, said):
     assert said in complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": place})
+
+
+def test_a_place_that_is_not_here_where_the_hub_cannot_be_reached(hub, monkeypatch):
+    def unreachable(source):
+        raise ConnectionError
+
+    monkeypatch.setattr(fetch, "_hub_files", unreachable)
+    said = complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "models/vicuna"})
+    assert said.startswith("There is no file or folder models/vicuna here, and vicuna-7b-llm-")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    said = complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "models/vicuna"})
+    assert "because HF_HUB_OFFLINE is set: unset it, or give your own" in said
 
 
 @pytest.mark.parametrize(

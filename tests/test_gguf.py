@@ -23,8 +23,8 @@ def write_gguf(path, llama: BlockLlama, architecture: str, extra=(), tensors=())
     writer.add_rope_freq_base(llama.rope_theta)
     writer.add_key_length(llama.head_dim)
     for name, value in dict(extra).items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_string
-        add(f"{architecture}.{name}", value)
+        kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[type(value)](f"{architecture}.{name}", value)
     for name, tensor in (llama.tensors | dict(tensors)).items():
         data = tensor.data.reshape(tensor.shape) if tensor.kind == "F32" else tensor.data
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[tensor.kind])
@@ -52,14 +52,15 @@ def test_a_file_is_read_as_it_was_written(tmp_path, qwen):
     assert np.array_equal(found.head.numbers(), llama.head.numbers())
 
 
-def test_one_matrix_quantized_twice_is_kept_once(tmp_path):
+@pytest.mark.parametrize(("scale", "kept"), [(1, 1), (1.05, 1), (1.15, 2)])
+def test_one_matrix_quantized_twice_is_kept_once(tmp_path, scale, kept):
     llama = block_llama()
-    numbers = llama.head.numbers().astype(np.float16)
+    numbers = (llama.head.numbers() * scale).astype(np.float16)
     again = BlockTensor("F16", llama.head.shape, numbers.view(np.uint8))
     write_gguf(tmp_path / "model.gguf", llama, "llama", tensors={"output.weight": again})
     write_index(tmp_path / "model.gguf")
     found = BlockLlama.open(tmp_path)
-    assert found.embedding is found.head and found.head.kind == "F16"
+    assert len({id(found.embedding), id(found.head)}) == kept and found.head.kind == "F16"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,8 @@ def test_one_matrix_quantized_twice_is_kept_once(tmp_path):
         ("gemma2", {}, {}, "gemma2"),
         ("llama", {"expert_count": 8}, {}, "expert_count"),
         ("llama", {"rope.scaling.type": "yarn"}, {}, "yarn"),
+        ("llama", {"rope.scaling.factor": 4.0}, {}, "rope.scaling.factor"),
+        ("llama", {"rope.scale_linear": 4.0}, {}, "rope.scale_linear"),
         ("llama", {"rope.dimension_count": 16}, {}, "dimension_count"),
         ("llama", {}, {"blk.0.attn_q_norm.weight": random_tensor("F32", 1, 64)}, "attn_q_norm"),
         ("llama", {}, {"blk.1.ffn_up.weight": random_tensor("Q4_1", 64, 64)}, "blk.1.ffn_up"),
@@ -77,6 +80,18 @@ def test_other_models_are_refused_by_name(tmp_path, architecture, extra, tensors
     write_gguf(tmp_path / "model.gguf", block_llama(), architecture, extra, tensors)
     with pytest.raises(ValueError, match=word):
         write_index(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"rope.scaling.factor": 0.0, "rope.scale_linear": 1.0},
+    ],
+)
+def test_positions_that_are_not_scaled(tmp_path, extra):
+    write_gguf(tmp_path / "model.gguf", block_llama(), "llama", extra)
+    write_index(tmp_path / "model.gguf")
 
 
 def test_other_kinds_are_refused_by_name(tmp_path):

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import logging
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors import safe_open
 
 import minigpt4
@@ -54,6 +55,26 @@ def run(tmp_path, case):
     (folder / "loss.csv").write_text("step,loss,lr,samples_per_s\n1,3.0,1,1\n2,2.0,1,1\n")
     (folder / "validation.csv").write_text("step,loss,cider\n2.0,2.5,0.25\n")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("offline", "said"),
+    [(False, "cannot be reached: check"), (True, "because HF_HUB_OFFLINE is set: unset it.")],
+)
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch, caplog, offline, said):
+    """The client's own warnings of each try are not shown."""
+
+    def refuse(*_):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("Refused.")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    for name in ("huggingface_hub.utils._http", "huggingface_hub"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    with pytest.raises(UserError, match=said):
+        resolve(NAME)
+    assert not caplog.records
 
 
 def test_there_and_back(hub, case, run, capsys):

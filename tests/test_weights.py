@@ -60,7 +60,8 @@ def test_missing_and_cut_files(case, name):
     assert name in complaint(case)
     for size in (0, 10, len(content) // 2, len(content) - 100):
         path.write_bytes(content[:size])
-        assert name in complaint(case)
+        said = complaint(case)
+        assert name in said and "delete it, then fetch it again" in said
     path.write_text("<html>404 not found</html>")
     assert name in complaint(case)
 
@@ -116,7 +117,7 @@ def test_a_language_model_that_is_incomplete(case):
     path.write_bytes(path.read_bytes()[:1000])
     complaint(case)
     shutil.rmtree(case.folder / "llm")
-    assert "config.json" in complaint(case)
+    assert "config.json is missing): move it away and fetch" in complaint(case)
 
 
 @pytest.mark.parametrize("owner", ["vicuna-13b", "llama2-7b", "nano"])

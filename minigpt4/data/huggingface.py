@@ -1,7 +1,6 @@
 """Captioned pictures in Hugging Face's own format, read by the `datasets` library if it is
 installed."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -22,7 +21,7 @@ from minigpt4.data.table import (
     texts_of_row,
     with_lower_names,
 )
-from minigpt4.errors import UserError, say
+from minigpt4.errors import UserError, quiet_hub, say
 from minigpt4.model.image import has_picture_name
 
 _BLOCKS = 64  # of each file, which are read to tell it from others
@@ -66,8 +65,7 @@ def read_dataset(
     repository, _, split = name.partition(":")
     if not repository:
         raise UserError("Name the data set of the hub: hf:USER/NAME.")
-    # Each try to reach the hub would be two lines, for half a minute.
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    quiet_hub()
     say(f"Looking for {name} on the Hugging Face hub …")
     with _loading(name, "check its name and split, and the connection"):
         opened = datasets.load_dataset(

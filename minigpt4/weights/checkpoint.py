@@ -57,12 +57,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         if out_of_memory(error):
             raise MemoryError from error
         raise UserError(
-            f"{path} is damaged or cut short ({path.stat().st_size:,} bytes): fetch it again."
+            f"{path} is damaged or cut short ({path.stat().st_size:,} bytes): delete it, then "
+            "fetch it again."
         ) from error
     except Exception as error:  # pickle.UnpicklingError, and anything that malicious files raise
         raise UserError(
-            f"{path} was not loaded, because it holds something other than tensors: fetch it again "
-            "from its publisher."
+            f"{path} was not loaded, because it holds something other than tensors: delete it, "
+            "then fetch it again from its publisher."
         ) from error
     tensors = _flattened(state) if isinstance(state, dict) else {}
     if not tensors:
@@ -346,4 +347,6 @@ def tensors_of(shard: Path, beginnings: tuple[str, ...]) -> Iterator[tuple[str, 
             for name in filter(lambda n: n.startswith(beginnings), file.keys()):
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{shard} is damaged or cut short: delete it and try again.") from error
+        raise UserError(
+            f"{shard} is damaged or cut short: delete it, then fetch it again."
+        ) from error

@@ -23,20 +23,21 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from minigpt4.config import ModelConfig
-from minigpt4.errors import Report, Step, UserError, out_of_memory
+from minigpt4.errors import Report, Step, UserError
 from minigpt4.weights.folder import (
     EMBEDDING,
+    HEAD,
     NORM,
     check_folder,
     check_is_no_delta,
     check_shape,
+    has_own_head,
     read_config,
     read_tensor,
     read_tensors,
     shards_of,
 )
 from minigpt4.weights.gguf import (
-    BLOCKS,
     INDEX,
     INT4,
     LAYER_NAMES,
@@ -50,7 +51,7 @@ from minigpt4.weights.gguf import (
 )
 from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, mark_of, weights_folder
-from minigpt4.weights.tokenizer import load_tokenizer
+from minigpt4.weights.tokenizer import check_tokens, load_tokenizer
 from minigpt4.weights.transfer import Progress, in_words
 
 CHUNK = 2**20  # weights quantized at once by a thread
@@ -59,7 +60,7 @@ _ALIGNMENT = 32  # of a tensor in a GGUF file
 _OUTER = {
     EMBEDDING: "token_embd.weight",
     NORM: "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    HEAD: "output.weight",
 }
 
 
@@ -144,15 +145,7 @@ def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
     report(Step("reading", "Reading {name} (once) …", name=gguf.name))
     link = target / gguf.name
     link.symlink_to(gguf.resolve())
-    try:
-        describe_gguf(link)
-    except Exception as error:
-        if out_of_memory(error) or (isinstance(error, OSError) and error.errno):  # the disk
-            raise
-        raise UserError(
-            f"{gguf} is not a GGUF file of a kind that can be read ({error}): give one of a Llama "
-            f"model in {', '.join(BLOCKS)} blocks, as llama.cpp quantizes it."
-        ) from error
+    describe_gguf(link, str(gguf))
 
 
 # --- from a Hugging Face folder -----------------------------------------------------------------
@@ -188,6 +181,8 @@ def _convert_folder(
         parts = _plan(sizes, tied)
         # A warning of another vocabulary comes when the blocks are loaded.
         check_shape((config.llm_vocabulary, sizes["hidden_size"]), folder, config)
+        tokenizer = load_tokenizer(folder)
+        check_tokens(tokenizer, sizes["vocabulary"], folder)
         embedding = read_tensor(folder, EMBEDDING)[:1000].clone()
         check_is_no_delta(embedding, read_tensor(folder, NORM), folder, config)
         total = sum(shard.stat().st_size for shard in shards_of(folder))
@@ -200,11 +195,12 @@ def _convert_folder(
                 _write(path, tensors, sizes, parts, quantize, threads)
         finally:
             progress.close()
-        load_tokenizer(folder).save_pretrained(target)
+        tokenizer.save_pretrained(target)
     except (ValueError, KeyError, TypeError, IndexError) as error:
+        why = f"{error} is missing in config.json" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{folder} cannot be converted to 4 bit ({error}): fetch the folder again, or choose "
-            "“--quantize none”."
+            f"{folder} cannot be converted to 4 bit ({why}): move it away and fetch it again, "
+            "or choose “--quantize none”."
         ) from error
 
 
@@ -230,7 +226,8 @@ def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
     kind = settings["model_type"]
     if kind not in ROPE_HALVES:
         raise ValueError(f"models of the type {kind} are not supported")
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    # Of both, transformers takes the older one.
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     for name, found, expected in (
         ("hidden_act", settings.get("hidden_act", "silu"), "silu"),
         ("rope type", rope.get("rope_type") or rope.get("type") or "default", "default"),
@@ -255,7 +252,7 @@ def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
         "rope_halves": ROPE_HALVES[kind],
     }
     check_sizes(sizes)
-    return sizes, bool(settings.get("tie_word_embeddings"))
+    return sizes, bool(settings.get("tie_word_embeddings")) and not has_own_head(folder)
 
 
 def planned_bytes(folder: Path) -> int:

@@ -37,7 +37,8 @@ class Plan:
     """One part of a model: what to fetch for it, and from where.
 
     files: what the source's server lists; cached: where the hub's own cache already has it; rest:
-    the sources to try where this one fails; why: what those before it failed with, "" if none.
+    the sources to try where this one fails; why: what those before it failed with, "" if none;
+    place: what the user named, "" for the model's own.
     """
 
     role: str
@@ -47,6 +48,7 @@ class Plan:
     cached: Path | None = None
     rest: tuple[Source, ...] = ()
     why: str = ""
+    place: str = ""
 
     @property
     def size(self) -> int:
@@ -126,7 +128,7 @@ def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: st
     reasons: list[tuple[str, Exception]] = []
     for i, source in enumerate(choices):
         target = weights_folder() / file_name(config, role, source, place)
-        plan = Plan(role, source, target, rest=choices[i + 1 :])
+        plan = Plan(role, source, target, rest=choices[i + 1 :], place=place or "")
         try:
             plan.cached = _cached(source)
             if not plan.cached:
@@ -309,13 +311,7 @@ def _unpack(gguf: Path, target: Path, cached: bool) -> None:
             file.symlink_to(gguf.resolve())
         else:
             gguf.rename(file)
-        try:
-            describe_gguf(file)
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"{gguf.name} is not a GGUF file of a kind that can be read ({error}): choose "
-                "another one."
-            ) from error
+        describe_gguf(file, gguf.name)
         if target.is_dir():
             shutil.rmtree(target)  # an incomplete one
         file.parent.rename(target)
@@ -350,9 +346,14 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
         case HfHubHTTPError():
             where = source.ref if source.kind == "url" else page
             return f"{where} answered {error.response.status_code}: try again later, {own}."
+        case _ if constants.HF_HUB_OFFLINE:
+            name = plan.target.name
+            return f"{name} is not fetched, because HF_HUB_OFFLINE is set: unset it, {own}."
         case _:
             host = source.ref if source.kind == "url" else page
+            named = plan.place == source.ref != host  # as a folder may be
+            here = f"There is no file or folder {plan.place} here, and " if named else ""
             return (
-                f"{plan.target.name} could not be fetched from {host}: check the connection and "
-                f"try again, which resumes where this stopped, {own}."
+                f"{here}{plan.target.name} could not be fetched from {host}: check the connection "
+                f"and try again, which resumes where this stopped, {own}."
             )

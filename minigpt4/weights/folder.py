@@ -16,6 +16,8 @@ from minigpt4.weights.gguf import INDEX, INT4, gguf_of
 # The name of a whole weight file. Where there are several, an index has it with “.index.json”.
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"  # a Llama's first and last
+HEAD = "lm_head.weight"  # where it is not the embedding
+_TYPES = ("llama", "qwen2", "mistral")  # of models that are computed alike
 LLAMA_VOCABULARY = 32_000
 # Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
 _KNOWN = {32_001: "Vicuna v0", LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1"}
@@ -78,12 +80,25 @@ def read_tensor(folder: Path, name: str) -> Tensor:
     raise ValueError(f"{name} is missing")
 
 
+def has_own_head(folder: Path) -> bool:
+    """Is there a head that differs from the embedding? It counts, as in transformers, whatever
+    "tie_word_embeddings" says."""
+    try:
+        head = read_tensor(folder, HEAD)
+    except ValueError:
+        return False
+    embedding = read_tensor(folder, EMBEDDING)
+    return head.dtype != embedding.dtype or not head.equal(embedding)
+
+
 # --- is it whole, and the right one? --------------------------------------------------------------
 
 
 def check_folder(folder: Path, config: ModelConfig) -> None:
-    """UserError where files are missing."""
-    fetch = f"fetch the whole folder with “python -m minigpt4 download {config.name}”"
+    """UserError where files are missing, or hold a model of a type that is not computed here."""
+    fetch = (
+        f"move it away and fetch the whole folder with “python -m minigpt4 download {config.name}”"
+    )
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is not a language model's folder (config.json is missing): {fetch}."
@@ -96,10 +111,43 @@ def check_folder(folder: Path, config: ModelConfig) -> None:
     if (missing := missing_weights(folder)) and (folder / INT4 / INDEX).is_file():
         raise UserError(
             f"{folder} holds its 4-bit model alone, since its 16-bit files were deleted: choose "
-            f"“--device cpu --quantize int4”, or delete the folder and {fetch}."
+            f"“--device cpu --quantize int4”, or {fetch}."
         )
     if missing:
         raise UserError(f"{folder} is incomplete ({missing} is missing): {fetch}.")
+    check_type(folder, config)
+
+
+def check_type(folder: Path, config: ModelConfig) -> None:
+    """UserError where config.json cannot be read, or is of a model that is computed in another way
+    than a Llama, which would answer nonsense."""
+    try:
+        settings = read_config(folder)
+        kind = settings["model_type"]
+        known, windowed = kind in _TYPES, kind == "mistral" or settings.get("use_sliding_window")
+        window = settings.get("sliding_window", 4096) if windowed else None
+        narrow = window is not None and window < config.context
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} is damaged, or not a language model's: move the "
+            "folder away and fetch it again."
+        ) from error
+    if not known:
+        raise UserError(
+            f"{folder} holds a model of the type “{kind}”, which is not computed here: give one of "
+            f"the type {', '.join(_TYPES[:-1])} or {_TYPES[-1]}."
+        )
+    if narrow:
+        raise UserError(
+            f"{folder} holds a model that looks back {window:,} tokens (“sliding_window”), but "
+            f"{config.name} needs {config.context:,}: give one without a sliding window."
+        )
+
+
+def check_shards(folder: Path) -> None:
+    """UserError, which names it, where a weight file is damaged, as far as its header tells."""
+    for shard in shards_of(folder):
+        next(tensors_of(shard, ("no tensor",)), None)
 
 
 def check_shape(shape: Sequence[int], folder: Path, config: ModelConfig) -> None:

@@ -12,9 +12,12 @@ import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 INDEX = "blocks.json"  # beside the GGUF file
 INT4 = "int4"  # the folder of a converted model within its Hugging Face folder
@@ -48,6 +51,7 @@ LAYER_NAMES = {  # a Hugging Face layer's -> a GGUF file's
     "post_attention_layernorm": "ffn_norm",
 }
 MOST_HEAD_DIM = 256
+MOST_ERROR = 0.08  # of a matrix in 4-bit blocks; of mini's, in 8 and 5 bits, the two differ by 0.05
 _MOST_LAYERS = 1024
 _MOST = 2**24  # of any size: far more than models have, and no product of two overflows 64 bits
 
@@ -255,13 +259,13 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
     """Note beside a GGUF file of a Llama or Qwen2 where its tensors lie; the note's own place.
 
     digests: SHA-256 of the tensors, which are checked whenever the model is opened.
-    Where `token_embd` and `output` are one matrix, quantized twice, only `output` is noted.
-    ValueError where the file holds another kind of model or of block.
+    Where `token_embd` and `output` are one matrix, only `output` is noted: with digests, where
+    these are equal; else where the two differ by no more than quantizing one matrix twice changes.
+    ValueError where the file holds another kind of model or of block; any other error where it is
+    damaged.
     """
-    from gguf import GGUFReader
-
     gguf = Path(gguf)
-    reader = GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
+    reader = _reader(gguf)
     tensors: dict[str, tuple[str, list[int], int]] = {}
     for tensor in reader.tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
@@ -274,12 +278,31 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
         for t in reader.tensors
     }
     BlockLlama(**sizes, tensors=blocks)  # are they all there?
-    if "output.weight" in blocks and _same(blocks["token_embd.weight"], blocks["output.weight"]):
+    first, last = "token_embd.weight", "output.weight"
+    if last in blocks and (
+        digests[first] == digests[last] if digests else _same(blocks[first], blocks[last])
+    ):
         del tensors["token_embd.weight"]
     index = {"file": gguf.name, "sizes": sizes, "tensors": tensors, "sha256": dict(digests or {})}
     place = gguf.with_name(INDEX)
     place.write_text(json.dumps(index), encoding="utf-8")
     return place
+
+
+def _reader(gguf: Path) -> "GGUFReader":
+    """Its header. ValueError where it is of a kind that is not read, EOFError where it is cut."""
+    from gguf import GGUFReader
+
+    with gguf.open("rb") as file:
+        magic, version = file.read(4), file.read(4)
+    if not b"GGUF".startswith(magic):
+        raise ValueError("it does not begin with “GGUF”")
+    if len(version) == 4 and version not in (b"\2\0\0\0", b"\3\0\0\0"):
+        raise ValueError("it is not of version 2 or 3, or is big-endian")
+    try:
+        return GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
+    except ValueError as error:  # of NumPy
+        raise EOFError(str(error)) from error
 
 
 def read_width(gguf: Path) -> int:
@@ -316,6 +339,8 @@ def _read_sizes(fields: Mapping) -> dict[str, Any]:
         name = f"{architecture}.{name}"
         if name not in fields and default is not None:
             return default
+        if name not in fields:
+            raise ValueError(f"{name} is missing")
         return fields[name]()
 
     heads = read("attention.head_count")
@@ -340,6 +365,9 @@ def _read_sizes(fields: Mapping) -> dict[str, Any]:
     ):
         if (found := read(name, expected)) != expected:
             raise ValueError(f"{architecture}.{name} is {found}, which is not supported")
+    for name in ("rope.scaling.factor", "rope.scale_linear"):  # linear, unless a type says "none"
+        if (found := read(name, 1)) not in (0, 1) and not read("rope.scaling.type", ""):
+            raise ValueError(f"{architecture}.{name} is {found}, which is not supported")
     return sizes
 
 
@@ -353,6 +381,6 @@ def _same(embedding: BlockTensor, head: BlockTensor, rows: int = 4096) -> bool:
             BlockTensor(t.kind, shape, t.data[start : start + rows]).numbers()
             for t in (embedding, head)
         )
-        if np.linalg.norm(a - b) > 0.2 * np.linalg.norm(b):
+        if np.linalg.norm(a - b) > MOST_ERROR * np.linalg.norm(b):
             return False
     return True

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.errors import Count, ignore
-from minigpt4.weights.folder import read_tensors
+from minigpt4.weights.folder import has_own_head, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +94,7 @@ def load_int8(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config.tie_word_embeddings &= not has_own_head(folder)
     return build_int8(config, read_tensors(folder, count), device, dtype)
 
 
@@ -117,7 +118,7 @@ def build_int8(
             try:
                 _load(llm.get_submodule(parent), leaf, tensor, device, dtype)
             except ValueError as error:
-                mismatched.append(f"{name}: {error}")
+                mismatched.append((name, str(error)))
     report = {"missing_keys": sorted(missing), "mismatched_keys": mismatched, "error_msgs": []}
     return llm.requires_grad_(False), report
 

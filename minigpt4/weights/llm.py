@@ -27,13 +27,15 @@ from minigpt4.weights.folder import (
     check_folder,
     check_is_no_delta,
     check_shape,
+    check_shards,
+    check_type,
     missing_weights,
     read_tensor,
     shards_of,
 )
-from minigpt4.weights.gguf import INDEX, BlockLlama, BlockTensor, gguf_of, write_index
+from minigpt4.weights.gguf import BLOCKS, INDEX, BlockLlama, BlockTensor, gguf_of, write_index
 from minigpt4.weights.int8 import load_int8
-from minigpt4.weights.tokenizer import load_tokenizer
+from minigpt4.weights.tokenizer import check_tokens, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +85,11 @@ def load_llm(
     if quantize == "int4":
         return _load_blocks(config, folder)
     if quantize == "remote":
+        if (folder / "config.json").is_file():
+            check_type(folder, config)
         embedding, tokenizer = load_embedding(config, folder, device)
         check_shape(embedding.shape, folder, config)
+        check_tokens(tokenizer, embedding.shape[0], folder)
         return embedding, tokenizer
     if folder.suffix == ".gguf" and folder.is_file():
         raise UserError(
@@ -99,6 +104,7 @@ def load_llm(
             _unpack_weights(folder)
         llm, report = _from_pretrained(folder, device, quantize, dtype, count)
         tokenizer = load_tokenizer(folder)
+        embedding, norm = llm.get_input_embeddings().weight, llm.get_decoder().norm.weight
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{config.name} does not fit into the free memory of {device}: choose a smaller "
@@ -110,15 +116,17 @@ def load_llm(
         if out_of_memory(error):
             raise MemoryError from error
         log.debug("loading %s", folder, exc_info=True)
+        check_shards(folder)
+        plain = quantize == "none" and device.type == "cpu"
         raise UserError(
-            f"The language model in {folder} could not be loaded: a file is missing, cut short or "
-            "of another kind, or the device cannot hold it; fetch the folder again or try "
-            "“--quantize none --device cpu”."
+            f"The language model in {folder} could not be loaded: a file is missing, damaged or of "
+            f"another kind{'' if plain else ', or the device cannot hold it'}; move the folder "
+            f"away and fetch it again{'' if plain else ' or try “--quantize none --device cpu”'}."
         ) from error
     _check_complete(report, folder)
-    embedding = llm.get_input_embeddings().weight
-    check_is_no_delta(embedding, llm.get_decoder().norm.weight, folder, config)
+    check_is_no_delta(embedding, norm, folder, config)
     check_shape(embedding.shape, folder, config)
+    check_tokens(tokenizer, embedding.shape[0], folder)
     return llm.eval(), tokenizer
 
 
@@ -154,6 +162,7 @@ def _from_pretrained(
             quantization_config=quantization,
             device_map={"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, which is checked
             local_files_only=True,
             trust_remote_code=False,
         )
@@ -184,12 +193,12 @@ def _told(size: int, count: Count) -> Iterator[None]:
 
 def _check_complete(report: dict, folder: Path) -> None:
     """UserError where transformers left parameters at random values, which it only logs."""
-    lost = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
+    lost = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     lost += map(str, report["error_msgs"])
     if lost:
         raise UserError(
-            f"{folder} is incomplete: “{min(lost)}” is missing or has another shape; fetch the "
-            "folder again."
+            f"{folder} is incomplete: “{min(lost)}” is missing or has another shape: move it "
+            "away and fetch it again."
         )
 
 
@@ -208,21 +217,37 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
             f"“python -m minigpt4 download {config.name}”, or choose “--quantize none”."
         ) from error
     check_shape(llm.embedding.shape, folder, config)
+    check_tokens(tokenizer, llm.vocabulary, folder)
     return llm, tokenizer
 
 
-def describe_gguf(path: Path) -> None:
+def describe_gguf(path: Path, shown: str) -> None:
     """Write a GGUF file's index, tokenizer and configuration beside it.
 
-    The folder then loads in a tenth of a second instead of 14.
+    The folder then loads in a tenth of a second instead of 14. UserError, which calls the file
+    `shown`, where it is damaged or of a kind that cannot be read.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     folder, options = path.parent, {"gguf_file": path.name}
-    with _cached("GGUFReader", "get_tensor_name_map"):
-        write_index(path)
-        AutoTokenizer.from_pretrained(folder, **options).save_pretrained(folder)
-        AutoConfig.from_pretrained(folder, **options).save_pretrained(folder)
+    try:
+        with _cached("GGUFReader", "get_tensor_name_map"):
+            write_index(path)
+            AutoTokenizer.from_pretrained(folder, **options).save_pretrained(folder)
+            AutoConfig.from_pretrained(folder, **options).save_pretrained(folder)
+    except Exception as error:  # of anything that a damaged file may hold
+        if out_of_memory(error) or (isinstance(error, OSError) and error.errno):  # the disk
+            raise
+        if not isinstance(error, ValueError):
+            raise UserError(
+                f"{shown} is cut short or damaged ({path.stat().st_size:,} bytes): delete it, "
+                "then fetch it again."
+            ) from error
+        raise UserError(
+            f"{shown} is not a GGUF file of a kind that can be read ({error}): give one of a Llama "
+            f"model in {', '.join(BLOCKS)} blocks, as llama.cpp quantizes it, or a Hugging Face "
+            "model's folder."
+        ) from error
 
 
 def _unpack_weights(folder: Path) -> None:

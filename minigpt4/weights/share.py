@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from minigpt4.config import MODELS, get_model
-from minigpt4.errors import UserError
+from minigpt4.errors import UserError, quiet_hub
 from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import check_projection, save_projection
 
@@ -23,6 +23,8 @@ _HUB = re.compile(
     r"hf:\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?(=[\d.]+)?"
 )  # data of the hub, with its weight
 _RECENT = 100  # steps whose mean loss is on the card
+
+quiet_hub()
 
 
 def push(place: str, repository: str, private: bool = False) -> str:
@@ -190,4 +192,6 @@ def _explain(error: Exception, repository: str) -> str:
         )
     if status:
         return f"{page} answered {status}: try again later."
+    if constants.HF_HUB_OFFLINE:
+        return f"{page} is not asked, because HF_HUB_OFFLINE is set: unset it."
     return f"{page} cannot be reached: check the connection."

@@ -15,6 +15,11 @@ WEIGHTS = _data.folder("weights")  # the projections trained here
 PARTS = ".parts"  # within the weights folder: what is not complete yet
 ROLES = ("vision", "detector", "words", "qformer", "llm", "projection")
 _HUB = re.compile(r"(?P<ref>(spaces/)?[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<member>[\w./-]+))?")
+_FILES = (".gguf", ".pth", ".pt", ".bin", ".safetensors")  # how weight files' names end
+_UNNAMED = (
+    "There is no file {place} here; if you mean a Hugging Face repository, name the file in it: "
+    "“--{role} {place}:FILE”."
+)
 
 
 def weights_folder() -> Path:
@@ -84,13 +89,10 @@ def sources(config: ModelConfig, role: str, place: str | None = None) -> tuple[S
     if not found:
         raise UserError(f"There is no file or folder {place} for “--{role}”: check the path.")
     source = Source("hub", found["ref"], found["member"] or "")
+    if not source.member and (role == "projection" or place.endswith(_FILES)):
+        raise UserError(_UNNAMED.format(place=place, role=role))
     if role in ("vision", "qformer") and not source.member:
         return (replace(source, tensors=_wanted_tensors(config, role, place)),)
-    if role == "projection" and not source.member:
-        raise UserError(
-            f"There is no file {place} here; if you mean a Hugging Face repository, name the file "
-            f"in it: “--projection {place}:FILE”."
-        )
     return (source,)
 
 
@@ -100,10 +102,7 @@ def _wanted_tensors(config: ModelConfig, role: str, place: str) -> tuple[str, ..
     for mirror in own.mirrors if own else ():
         if mirror.tensors:
             return mirror.tensors
-    raise UserError(
-        f"There is no file {place} here; if you mean a Hugging Face repository, name the file in "
-        f"it: “--{role} {place}:FILE”."
-    )
+    raise UserError(_UNNAMED.format(place=place, role=role))
 
 
 def file_name(config: ModelConfig, role: str, source: Source, place: str | None = None) -> str:

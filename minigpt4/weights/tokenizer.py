@@ -54,7 +54,7 @@ def _pieces(path: Path) -> "SentencePieceProcessor | None":
         if (path.parent / "tokenizer.json").is_file():
             return None
         raise UserError(
-            f"{path} is damaged or not a SentencePiece model: fetch it again."
+            f"{path} is damaged or not a SentencePiece model: delete it, then fetch it again."
         ) from error
 
 
@@ -82,6 +82,23 @@ def _check(tokenizer: Any, pieces: "SentencePieceProcessor", folder: Path) -> No
     )
     if not same or tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(_refusal(folder))
+
+
+def check_tokens(tokenizer: Any, rows: int, folder: Path) -> None:
+    """UserError where text may become ids beyond the `rows` of the token embedding. Control tokens
+    beyond them, such as one for padding, do no harm: no text becomes them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    added = backend.get_added_tokens_decoder().items()
+    ids = [number for number, token in added if not token.special]
+    ids += [tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0]
+    ids += [backend.get_vocab_size(with_added_tokens=False) - 1]
+    if max(ids) >= rows:
+        raise UserError(
+            f"The tokenizer in {folder} has {max(ids) + 1:,} tokens, but the language model's "
+            f"embedding has {rows:,}: copy the tokenizer from where the weights come from."
+        )
 
 
 def _refusal(folder: Path) -> str:

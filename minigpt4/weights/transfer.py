@@ -5,7 +5,6 @@ Its size and hash are checked before it gets its name. No torch.
 
 import errno
 import hashlib
-import logging
 import re
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
 from minigpt4.config import Source
-from minigpt4.errors import Count, Report, Step, UserError
+from minigpt4.errors import Count, Report, Step, UserError, quiet_hub
 
 TRIES = 4  # in a row without a single byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
@@ -36,7 +35,7 @@ LEAST_SECONDS = 3.0  # before the time left is estimated
 BLOCK_BYTES = 2**20
 
 constants.DOWNLOAD_CHUNK_SIZE = BLOCK_BYTES  # what a break loses, and a step of the bar; else 10 MB
-logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)  # breaks are expected
+quiet_hub()
 
 
 class Progress:
