@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from tests import fake_engine
 from tests.fake_engine import FORMULAS
 from tests.page_case import (
     PHONE,
@@ -25,6 +26,25 @@ from tests.page_case import (
     wait_for,
 )
 
+MARKDOWN = r"""The area
+is $\pi r^2$.
+
+- one
+  - two
+    - three
+- [x] done
+- [ ] open
+
+~~~python
+print("<b>")
+~~~
+
+| Internationalization | Extraordinarily | Supercalifragilistic |
+|---|---|---|
+| 1 | 2 | 3 |
+
+- שלום
+"""
 LARGE = {"viewport": {"width": 1440, "height": 900}}
 TYPED = [
     "What is 2*3*4?",
@@ -85,6 +105,32 @@ def test_formulas_but_no_amounts_of_money(visit):
     expect(answers(page).locator("code")).to_have_text("$x$")
     page.locator("#chat").get_by_label("Copy message").last.click()
     wait_for(lambda: page.evaluate("navigator.clipboard.readText()") == FORMULAS)
+
+
+def test_an_answer_in_markdown(visit, monkeypatch):
+    monkeypatch.setattr(fake_engine, "answer_to", lambda *_: MARKDOWN)
+    page = visit(**PHONE)
+    ask(page, "Show me all.")
+    shown = answers(page).locator(".md")
+    expect(shown.locator(".katex")).to_have_count(1)
+    # A table scrolls; no word in it is broken.
+    table = shown.locator("table")
+    assert table.evaluate("table => table.scrollWidth > table.clientWidth")
+    lines = "cell => cell.clientHeight < 2 * parseFloat(getComputedStyle(cell).lineHeight)"
+    assert table.locator("th").first.evaluate(lines)
+    # Nested lists are as large as the text, and a list has its markers at the side where it begins.
+    style = "(found, name) => getComputedStyle(found)[name]"
+    sizes = [item.evaluate(style, "fontSize") for item in shown.locator("li, p").all()]
+    assert len(sizes) == 7 and len(set(sizes)) == 1
+    assert shown.locator("ul").last.evaluate(style, "paddingRight") != "0px"
+    ticked, open_ = (box.evaluate(style, "backgroundColor") for box in shown.locator("input").all())
+    assert ticked != open_
+    # Read aloud are neither code nor a formula's parts.
+    page.evaluate("void (speechSynthesis.speak = ({ text }) => { window.said = text })")
+    page.get_by_role("button", name="Read aloud").click()
+    said = page.evaluate("said")
+    assert re.search(r"The area\nis \\pi r\^2\.\n", said)
+    assert said.count("r^2") == 1 and "print" not in said and "done" in said
 
 
 def test_a_first_look_names_the_picture_and_the_conversation(visit, photo):

@@ -84,7 +84,8 @@
       found.setAttribute("role", "group"); // a name without a role is not read out
     }
     for (const found of all("#box .thumbnails")) found.setAttribute("role", "list");
-    for (const found of all("#chat pre")) found.setAttribute("tabindex", "0"); // it scrolls
+    for (const found of all("#chat :is(pre, table)")) found.setAttribute("tabindex", "0"); // they scroll
+    for (const found of all("#chat .md :is(ul, ol, blockquote)")) found.dir = "auto"; // its markers' side
   };
   new MutationObserver((changes) => {
     for (const { type, target, addedNodes } of changes) {
