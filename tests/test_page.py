@@ -302,6 +302,42 @@ def test_settings_and_presets(visit, engine):
         expect(page.locator("#model")).to_contain_text(fact)
 
 
+def test_a_number_counts_once_it_is_typed_and_possible(visit):
+    page = visit(**WIDE)
+    open_settings(page)
+    kept = "() => JSON.parse(localStorage.getItem('minigpt4:settings'))"
+    length = page.get_by_label("Maximum length, number")
+    length.select_text()
+    page.keyboard.type("12")
+    assert page.evaluate(kept) is None
+    page.keyboard.type("0.4\n")
+    expect(length).to_have_value("120")
+    # "custom" is no preset that one could choose.
+    expect(page.get_by_label("custom")).to_be_checked()
+    page.get_by_label("creative").click()
+    expect(page.get_by_label("custom")).to_be_hidden()
+    expect(page.get_by_label("Top-p, number")).to_have_value("0.95")
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_label("Top-p, number")).to_have_value("1")
+    expect(page.get_by_label("precise")).to_be_checked()
+    temperature = page.get_by_label("Temperature, number")
+    for field, typed, value in (
+        (page.get_by_label("Beams, number"), "2.5", "3"),
+        (page.get_by_label("Top-p, number"), "-1", "0.05"),
+        (temperature, "99", "2"),
+        (temperature, "0.7", "0.7"),
+        (temperature, "", "0.7"),
+    ):
+        field.fill(typed)
+        field.press("Tab")
+        expect(field).to_have_value(value)
+    values = {"preset": "precise", "num_beams": 3, "top_p": 0.05, "temperature": 0.7}
+    wait_for(lambda: page.evaluate(kept) == values)
+    expect(page.get_by_label("custom")).to_be_checked()
+    assert page.get_by_label("Seed").get_attribute("maxlength") == "19"
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
+
+
 @pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")
 def test_two_visitors(visit):
     ann, bob = visit(), visit()
