@@ -415,6 +415,15 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     expect(page.get_by_role("dialog", name="Picture 3 of 3: cow.png")).to_be_visible()
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("dialog", name="Picture 1 of 3: dog.png")).to_be_visible()
+    swipe = """(window, [x, y]) => {
+      const at = (x, y) => [new Touch({ identifier: 1, target: window, clientX: x, clientY: y })];
+      window.dispatchEvent(new TouchEvent("touchstart", { touches: at(200, 200) }));
+      window.dispatchEvent(new TouchEvent("touchend", { changedTouches: at(200 + x, 200 + y) }));
+      return window.ariaLabel;
+    }"""
+    window = page.locator("#lightbox")
+    turned = [window.evaluate(swipe, by) for by in ([-90, 20], [90, -20], [90, 90], [-20, 0])]
+    assert [name.split(":")[0][8] for name in turned] == ["2", "1", "1", "1"]
     page.keyboard.press("Escape")
     expect(page.locator("#lightbox")).to_have_count(0)
     expect(opener).to_be_focused()
