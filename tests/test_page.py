@@ -404,6 +404,27 @@ def test_likes_are_stored_with_a_reason(visit, folder):
     assert "red house" in second["messages"][1]["text"] and second["model"] == "nano"
 
 
+def test_a_reason_is_asked_for_beside_its_answer_only(visit):
+    page = visit(locale="de-DE")
+    ask(page, "Describe it.")
+    reason = page.get_by_label("Warum? (optional)")
+    disliked = page.locator("#chat").get_by_role("button", name="Gefällt mir nicht", exact=True)
+    ways = [
+        lambda: page.locator("#why").get_by_role("button", name="Schließen").click(),
+        lambda: ask(page, "And this?"),
+        lambda: page.get_by_role("button", name="Neuer Chat").click(),
+    ]
+    for leave in ways:
+        disliked.last.click()
+        reason.fill("No boat.")
+        expect(page.get_by_role("button", name="Als schlecht bewertet").last).to_be_visible()
+        expect(page.locator("#why").get_by_role("button", name="Senden")).to_be_visible()
+        leave()
+        expect(reason).to_be_hidden()
+        if leave is ways[0]:  # taken back, so that it can be given again
+            page.get_by_role("button", name="Als schlecht bewertet").click()
+
+
 def test_enter_that_ends_a_composed_word_does_not_send(visit):
     page = visit()
     box(page).fill("你好")
