@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from tests import fake_engine
 from tests.fake_engine import FORMULAS
 from tests.page_case import (
     PHONE,
@@ -32,6 +33,25 @@ PASTE = """(text) => {
         new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
     setTimeout(() => { window.pasted = true; }, 300);
 }"""
+MARKDOWN = r"""The area
+is $\pi r^2$.
+
+- one
+  - two
+    - three
+- [x] done
+- [ ] open
+
+~~~python
+print("<b>")
+~~~
+
+| Internationalization | Extraordinarily | Supercalifragilistic |
+|---|---|---|
+| 1 | 2 | 3 |
+
+- שלום
+"""
 LARGE = {"viewport": {"width": 1440, "height": 900}}
 TYPED = [
     "What is 2*3*4?",
@@ -92,6 +112,32 @@ def test_formulas_but_no_amounts_of_money(visit):
     expect(answers(page).locator("code")).to_have_text("$x$")
     page.locator("#chat").get_by_label("Copy message").last.click()
     wait_for(lambda: page.evaluate("navigator.clipboard.readText()") == FORMULAS)
+
+
+def test_an_answer_in_markdown(visit, monkeypatch):
+    monkeypatch.setattr(fake_engine, "answer_to", lambda *_: MARKDOWN)
+    page = visit(**PHONE)
+    ask(page, "Show me all.")
+    shown = answers(page).locator(".md")
+    expect(shown.locator(".katex")).to_have_count(1)
+    # A table scrolls; no word in it is broken.
+    table = shown.locator("table")
+    assert table.evaluate("table => table.scrollWidth > table.clientWidth")
+    lines = "cell => cell.clientHeight < 2 * parseFloat(getComputedStyle(cell).lineHeight)"
+    assert table.locator("th").first.evaluate(lines)
+    # Nested lists are as large as the text, and a list has its markers at the side where it begins.
+    style = "(found, name) => getComputedStyle(found)[name]"
+    sizes = [item.evaluate(style, "fontSize") for item in shown.locator("li, p").all()]
+    assert len(sizes) == 7 and len(set(sizes)) == 1
+    assert shown.locator("ul").last.evaluate(style, "paddingRight") != "0px"
+    ticked, open_ = (box.evaluate(style, "backgroundColor") for box in shown.locator("input").all())
+    assert ticked != open_
+    # Read aloud are neither code nor a formula's parts.
+    page.evaluate("void (speechSynthesis.speak = ({ text }) => { window.said = text })")
+    page.get_by_role("button", name="Read aloud").click()
+    said = page.evaluate("said")
+    assert re.search(r"The area\nis \\pi r\^2\.\n", said)
+    assert said.count("r^2") == 1 and "print" not in said and "done" in said
 
 
 def test_a_first_look_names_the_picture_and_the_conversation(visit, photo):
@@ -400,6 +446,15 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     expect(page.get_by_role("dialog", name="Picture 3 of 3: cow.png")).to_be_visible()
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("dialog", name="Picture 1 of 3: dog.png")).to_be_visible()
+    swipe = """(window, [x, y]) => {
+      const at = (x, y) => [new Touch({ identifier: 1, target: window, clientX: x, clientY: y })];
+      window.dispatchEvent(new TouchEvent("touchstart", { touches: at(200, 200) }));
+      window.dispatchEvent(new TouchEvent("touchend", { changedTouches: at(200 + x, 200 + y) }));
+      return window.ariaLabel;
+    }"""
+    window = page.locator("#lightbox")
+    turned = [window.evaluate(swipe, by) for by in ([-90, 20], [90, -20], [90, 90], [-20, 0])]
+    assert [name.split(":")[0][8] for name in turned] == ["2", "1", "1", "1"]
     page.keyboard.press("Escape")
     expect(page.locator("#lightbox")).to_have_count(0)
     expect(opener).to_be_focused()

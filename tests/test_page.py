@@ -302,6 +302,42 @@ def test_settings_and_presets(visit, engine):
         expect(page.locator("#model")).to_contain_text(fact)
 
 
+def test_a_number_counts_once_it_is_typed_and_possible(visit):
+    page = visit(**WIDE)
+    open_settings(page)
+    kept = "() => JSON.parse(localStorage.getItem('minigpt4:settings'))"
+    length = page.get_by_label("Maximum length, number")
+    length.select_text()
+    page.keyboard.type("12")
+    assert page.evaluate(kept) is None
+    page.keyboard.type("0.4\n")
+    expect(length).to_have_value("120")
+    # "custom" is no preset that one could choose.
+    expect(page.get_by_label("custom")).to_be_checked()
+    page.get_by_label("creative").click()
+    expect(page.get_by_label("custom")).to_be_hidden()
+    expect(page.get_by_label("Top-p, number")).to_have_value("0.95")
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_label("Top-p, number")).to_have_value("1")
+    expect(page.get_by_label("precise")).to_be_checked()
+    temperature = page.get_by_label("Temperature, number")
+    for field, typed, value in (
+        (page.get_by_label("Beams, number"), "2.5", "3"),
+        (page.get_by_label("Top-p, number"), "-1", "0.05"),
+        (temperature, "99", "2"),
+        (temperature, "0.7", "0.7"),
+        (temperature, "", "0.7"),
+    ):
+        field.fill(typed)
+        field.press("Tab")
+        expect(field).to_have_value(value)
+    values = {"preset": "precise", "num_beams": 3, "top_p": 0.05, "temperature": 0.7}
+    wait_for(lambda: page.evaluate(kept) == values)
+    expect(page.get_by_label("custom")).to_be_checked()
+    assert page.get_by_label("Seed").get_attribute("maxlength") == "19"
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
+
+
 @pytest.mark.trust("Load and interruptions", "a question sent twice, two tabs")
 def test_two_visitors(visit):
     ann, bob = visit(), visit()
@@ -366,6 +402,27 @@ def test_likes_are_stored_with_a_reason(visit, folder):
     assert (first["reason"], second["reason"]) == ("", "There is no boat.")
     assert [m["role"] for m in second["messages"]] == ["user", "assistant"]
     assert "red house" in second["messages"][1]["text"] and second["model"] == "nano"
+
+
+def test_a_reason_is_asked_for_beside_its_answer_only(visit):
+    page = visit(locale="de-DE")
+    ask(page, "Describe it.")
+    reason = page.get_by_label("Warum? (optional)")
+    disliked = page.locator("#chat").get_by_role("button", name="Gefällt mir nicht", exact=True)
+    ways = [
+        lambda: page.locator("#why").get_by_role("button", name="Schließen").click(),
+        lambda: ask(page, "And this?"),
+        lambda: page.get_by_role("button", name="Neuer Chat").click(),
+    ]
+    for leave in ways:
+        disliked.last.click()
+        reason.fill("No boat.")
+        expect(page.get_by_role("button", name="Als schlecht bewertet").last).to_be_visible()
+        expect(page.locator("#why").get_by_role("button", name="Senden")).to_be_visible()
+        leave()
+        expect(reason).to_be_hidden()
+        if leave is ways[0]:  # taken back, so that it can be given again
+            page.get_by_role("button", name="Als schlecht bewertet").click()
 
 
 def test_enter_that_ends_a_composed_word_does_not_send(visit):

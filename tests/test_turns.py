@@ -460,6 +460,37 @@ def test_text_is_shown_as_it_was_written():
     assert not set("*_\\<`$~") & set(verbatim(typed))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Look:\n\n    <b>\n\n    $x$ <i>\n\n",
+        "~~~html\n<b>\n~~~",
+        "````\n```\n<b>\n```\n````",
+        "``a ` <b>``",
+        "see `a\n<b>`",
+        "see <https://example.org/a>",
+        r"$\frac{1}{$ and $}x{$",
+    ],
+)
+def test_code_and_addresses_are_left_as_they_are(text):
+    assert literal(text) == text
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("1. one\n\n    <b>\n\n    `<i>`", "1. one\n\n    &#0060;b>\n\n    `<i>`"),
+        ("a `\n\n<b> `", "a `\n\n&#0060;b> `"),
+        ("- a `\n- <b> `", "- a `\n- &#0060;b> `"),
+        (r"\`<b>\`", r"\`&#0060;b>\`"),
+        ("<https://a <b>", "&#0060;https://a &#0060;b>"),
+        (r"$\{x$ and $\frac{1}{2}$", r"\({}\{x\) and \({}\frac{1}{2}\)"),
+    ],
+)
+def test_what_only_looks_like_code_is_text(text, shown):
+    assert literal(text) == shown and unescape(shown) == text
+
+
 def test_beams_say_that_they_take_their_time():
     session = Session()
     session.answer = FakeAnswer(FakeEngine(), _asked("Hello?"), Sampling())

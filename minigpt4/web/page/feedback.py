@@ -16,6 +16,8 @@ from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Session
 from minigpt4.web.page.texts import label, translate
 
+HIDE_JS = "() => [{ __type__: 'update', visible: false }, '']"
+
 
 @dataclass
 class Rating:
@@ -71,7 +73,7 @@ class Ratings:
         self._loading = loading
         self._feedback = feedback
         self._rating = gr.State(None)
-        with gr.Row(visible=False) as self._row:
+        with gr.Row(visible=False, elem_id="why") as self._row:
             self._reason = gr.Textbox(
                 label=label("reason"),
                 info=label("feedback_info"),
@@ -80,12 +82,14 @@ class Ratings:
                 submit_btn=True,
                 elem_id="reason",
             )
+            self._close = gr.Button(label("close"), elem_id="no-reason")
 
-    def wire(self, chatbot: gr.Chatbot, session: gr.State, event: dict) -> None:
-        """Connect the parts to their handlers."""
+    def wire(self, chatbot: gr.Chatbot, session: gr.State, left: list, event: dict) -> None:
+        """Connect the parts to their handlers. left: the events that leave the answer."""
         outputs = [self._rating, self._row, self._reason]
         chatbot.like(self.like, session, outputs, **event)
         self._reason.submit(self.explain, [self._rating, self._reason], outputs, **event)
+        gr.on([self._close.click, *left], None, None, [self._row, self._reason], js=HIDE_JS)
 
     def like(self, session: Session, liked: gr.LikeData) -> tuple:
         """Store a like or a dislike and ask for a reason."""

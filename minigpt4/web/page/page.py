@@ -113,7 +113,11 @@ class ChatPage:
         self._wire_conversations(uploads)
         side.wire(self._head, self._chatbot, self._session, EVENT)
         if ratings:
-            ratings.wire(self._chatbot, self._session, EVENT)
+            chatbot = self._chatbot
+            left = [chatbot.retry, chatbot.edit, chatbot.undo, self._box.submit]
+            left += [self._hello.select, self._new_chat.click, side.recent.select]
+            left.append(side.upload.upload)
+            ratings.wire(chatbot, self._session, left, EVENT)
         self._wire_start()
         if loading.several:
             self._wire_models()

@@ -108,7 +108,8 @@ class Panel:
         """Connect the parts to their handlers."""
         changed = [self.settings[name] for name in SLIDERS]
         self.preset.select(None, self.preset, None, js=KEEP_SETTING_JS.format(name="preset"))
-        self.preset.select(self.choose_preset, session, changed, **event)
+        chosen = [*changed, self.preset]
+        self.preset.select(self.choose_preset, session, chosen, trigger_mode="multiple", **event)
         for name in SLIDERS:
             control = self.settings[name]
             control.input(None, control, None, js=KEEP_SETTING_JS.format(name=name))
@@ -126,12 +127,14 @@ class Panel:
         self.version.input(self.show_version, [self.version, session], self.site, **event)
         self.download.click(None, self.code, None, js=SAVE_WEBSITE_JS)
 
-    def choose_preset(self, session: Session, chosen: gr.SelectData) -> list[float]:
-        """The values of the sliders that a preset sets."""
+    # On the event loop: threads would answer in no order.
+    async def choose_preset(self, session: Session, chosen: gr.SelectData) -> list:
+        """The values of the sliders that a preset sets, and its name."""
         engine = self._loading.find(session.model)
-        return [*preset_values(str(chosen.value), engine).values()]
+        values = [*preset_values(str(chosen.value), engine).values()]
+        return [*values, preset_of(values, engine)]
 
-    def name_preset(self, session: Session, *values: float) -> str:
+    async def name_preset(self, session: Session, *values: float) -> str:
         """The preset that has these values, "custom" where none has."""
         return preset_of(values, self._loading.find(session.model))
 
@@ -218,7 +221,7 @@ def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
         label=label("seed"),
         info=label("seed_info"),
         placeholder=label("random"),
-        max_length=20,
+        max_length=19,
         elem_id="set-seed",
     )
     controls["system"] = gr.Textbox(
@@ -254,7 +257,7 @@ def preset_values(name: str, engine: "AnyEngine | None") -> dict[str, float]:
 def remembered_texts(remembered: object) -> list:
     """The seed and the system prompt that the visitor's browser remembers, if it remembers any."""
     given = remembered if isinstance(remembered, dict) else {}
-    found = [(given.get(name), longest) for name, longest in (("seed", 20), ("system", 4000))]
+    found = [(given.get(name), longest) for name, longest in (("seed", 19), ("system", 4000))]
     return [text[:longest] if isinstance(text, str) else gr.skip() for text, longest in found]
 
 

@@ -34,7 +34,16 @@ FILE_URL = "/gradio_api/file="
 # writes, so that assets/page.js can turn them back where a message is copied or edited.
 _ENTITY = re.compile(r"&#00(\d{2,3});")
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]|^\s|(?<=[ \t])[ \t]|\d(?=[.)])", re.MULTILINE)
-_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+# Code is shown as it is: a fence, a span of backticks in one paragraph, or lines that are indented.
+_CODE = re.compile(
+    r"(?P<fence>`{3,}).*?(?:(?P=fence)|\Z)|^[ \t]*~~~.*?(?:^[ \t]*~~~|\Z)|"
+    r"(?<![\\`])(?P<ticks>``?)(?!`)(?:[^\n]|\n(?![ \t]*(?:\n|[-*+>#|]|\d+[.)])))*?"
+    r"(?<!`)(?P=ticks)(?!`)|"
+    r"(?:\A|(?<=\n\n))(?P<indented>(?:(?: {4}|\t)[^\n]*(?:\n|\Z))+\n*)",
+    re.DOTALL | re.MULTILINE,
+)
+_IN_LIST = re.compile(r"\s|(?:[-*+]|\d+[.)])\s")  # where lines that are indented are no code
+_TAG = re.compile(r"<(?!https?://[^\s<>]+>)")  # <https://…> is a link
 # $x^2$, but no amounts of money: no space inside the dollars, no digit behind them (Pandoc's rule).
 _FORMULA = re.compile(r"(?<![\\$\w])\$(?![\s$])([^$\n]{1,500})(?<![\s\\])\$(?![\w$])")
 _MARKED_FORMULA = re.compile(r"\\\(\{\}(.*?)\\\)")
@@ -51,11 +60,32 @@ def literal(text: str) -> str:
 
     A formula's {} is the mark by which assets/page.js knows the dollars again.
     """
-    parts = _CODE.split(text)  # every second part is code
-    for written, entity in (("<", _entity("<")), ("![", "!" + _entity("["))):
-        parts[::2] = [p.replace(written, entity) for p in parts[::2]]
-    parts[::2] = [_FORMULA.sub(r"\\({}\1\\)", p) for p in parts[::2]]
-    return "".join(parts)
+    shown, done, at = "", 0, 0
+    while found := _CODE.search(text, at):
+        at = found.end()
+        if found["indented"] and found.start() > done:  # no code's next paragraph
+            before = text[: found.start()].rstrip()
+            if _IN_LIST.match(before, before.rfind("\n") + 1):
+                at = found.start() + 1
+                continue
+        shown += _plain(text[done : found.start()]) + found[0]
+        done = at
+    return shown + _plain(text[done:])
+
+
+def _plain(text: str) -> str:
+    """Without code: `literal` of a part of a message."""
+    text = _TAG.sub(_entity("<"), text).replace("![", "!" + _entity("["))
+    return _FORMULA.sub(lambda f: f"\\({{}}{f[1]}\\)" if _balanced(f[1]) else f[0], text)
+
+
+def _balanced(formula: str) -> bool:
+    depth = 0
+    for character in re.sub(r"\\.", "", formula):
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def verbatim(text: str) -> str:

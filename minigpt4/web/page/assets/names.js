@@ -14,7 +14,7 @@
     "Upload a file": "add_picture", "File upload": "add_picture", "Uploaded files": "added_pictures",
     "File thumbnail": "added_picture", "Remove file": "remove_picture", "Submit": "submit",
     "Stop": "stop", "number input for *": "number", "range slider for *": "range",
-    "Reset to default value": "reset",
+    "Reset to default value": "reset", "Liked": "liked", "Disliked": "disliked",
   };
   const patterns = Object.entries(NAMES).map(([name, key]) => [
     new RegExp(`^${name.replace("*", "([^]*)")}$`), key,
@@ -84,7 +84,9 @@
       found.setAttribute("role", "group"); // a name without a role is not read out
     }
     for (const found of all("#box .thumbnails")) found.setAttribute("role", "list");
-    for (const found of all("#chat pre")) found.setAttribute("tabindex", "0"); // it scrolls
+    for (const found of all("#reason .submit-button")) set(found, { ariaLabel: say("submit"), title: say("submit") });
+    for (const found of all("#chat :is(pre, table)")) found.setAttribute("tabindex", "0"); // they scroll
+    for (const found of all("#chat .md :is(ul, ol, blockquote)")) found.dir = "auto"; // its markers' side
   };
   new MutationObserver((changes) => {
     for (const { type, target, addedNodes } of changes) {

@@ -82,6 +82,14 @@
       if (key === "ArrowLeft") turn(-1);
       if (key === "ArrowRight") turn(1);
     });
+    let from = null; // where one finger has come down, on a picture that is not zoomed
+    dialog.addEventListener("touchstart", ({ touches }) => {
+      from = touches.length === 1 && visualViewport.scale === 1 ? touches[0] : null;
+    }, { passive: true });
+    dialog.addEventListener("touchend", ({ changedTouches: [to] }) => {
+      const across = from ? to.clientX - from.clientX : 0;
+      if (Math.abs(across) > Math.max(40, 2 * Math.abs(to.clientY - from?.clientY))) turn(across < 0 ? 1 : -1);
+    });
     turn(0);
     showDialog(dialog);
   };

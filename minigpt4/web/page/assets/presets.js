@@ -4,8 +4,12 @@ const show = () => {
   element.querySelector(".custom").hidden = props.value !== "custom";
 };
 element.addEventListener("change", (event) => {
-  props.value = event.target.value;
-  trigger("select", { index: 0, value: event.target.value });
+  const { value } = event.target;
+  if (value !== "custom") {
+    props.value = value;
+    trigger("select", { index: 0, value });
+  }
+  show();
 });
 watch("value", show);
 show();

@@ -18,11 +18,19 @@
     if (reading) set(reading, { ariaPressed: "false", title: say("read") });
     reading = null;
   };
+  // Without code; a formula as it was written, not both as it looks and as it was written.
+  const heard = (answer) => {
+    const copy = answer.cloneNode(true);
+    for (const part of copy.querySelectorAll(".katex, .code_wrap, br")) {
+      part.replaceWith(part.querySelector("annotation")?.textContent.replace(/^\{\}/, "") ?? "\n");
+    }
+    return copy.textContent;
+  };
   const read = (answer, pressed) => {
     const again = reading === pressed;
     stop();
     if (again) return;
-    const text = answer.innerText;
+    const text = heard(answer);
     const speech = Object.assign(new SpeechSynthesisUtterance(text), { lang: language(text) });
     speech.onend = speech.onerror = () => { if (reading === pressed) stop(); };
     reading = pressed;
