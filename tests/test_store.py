@@ -36,6 +36,20 @@ from tests.page_case import (
 # What a reloaded page still listened to, and what Gradio's client makes of its last parts.
 LEFT = "AbortError|Connection errored out|reading 'content'"
 KEPT = "(async (t) => JSON.stringify(await (await minigpt4.store).all('talks')).includes(t))"
+MANY = """async (count) => {
+    const base = await minigpt4.store, thumb = "data:image/jpeg;base64," + "A".repeat(4000);
+    await base.write(["chats", "talks"], (chats, talks) => {
+        for (let i = 0; i < count; i += 1) {
+            chats.put({ id: `c${i}`, title: `Chat ${i}`, time: 1e12 + i, thumb });
+            talks.put({ id: `c${i}`, messages: [], keys: [] });
+        }
+    });
+    window.done = [];
+    new BroadcastChannel("minigpt4").postMessage("changed");
+    const plain = base.base.transaction.bind(base.base);
+    base.base.transaction = (names, mode) => { done.push(mode); return plain(names, mode); };
+    addEventListener("minigpt4:chats", () => done.push("drawn"));
+}"""
 TALK = "async (place) => (await (await minigpt4.store).all('talks'))[place]"
 
 
@@ -191,6 +205,24 @@ def test_the_list_is_searched_and_pinned_and_deletions_are_undone(visit, photo):
     page.get_by_role("status").get_by_role("button", name="Undo").click()
     expect(titles(page)).to_have_count(3)
     expect(answers(page)).to_contain_text("I see 0 pictures.")
+
+
+def test_many_conversations_are_deleted_and_brought_back_in_one_go(visit):
+    page = visit(**WIDE)
+    page.evaluate(MANY, 60)
+    expect(titles(page)).to_have_count(60)
+    page.locator("#conversations li").first.evaluate("row => { row.mine = true; window.done = [] }")
+    page.evaluate("minigpt4.chats.edit(['c7'], { pinned: true })")
+    expect(titles(page).first).to_contain_text("Chat 7")
+    # A row that shows the same as before is the same element.
+    assert page.locator("#conversations li").nth(1).evaluate("row => row.mine")
+    assert page.evaluate("done") == ["readwrite", "drawn"]
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete all").click()
+    expect(titles(page)).to_have_count(0)
+    page.get_by_role("status").get_by_role("button", name="Undo").click()
+    expect(titles(page)).to_have_count(60)
+    assert page.evaluate("done") == ["readwrite", "drawn"] * 3
 
 
 def test_what_localstorage_kept_is_taken_over_once(visit, photo):

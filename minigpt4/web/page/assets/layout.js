@@ -73,7 +73,7 @@
   let focused = null;
   const usable = (node) => node.isConnected && !node.disabled && node.getClientRects().length > 0;
   const lost = () => {
-    if (!focused || usable(focused) || document.activeElement !== document.body) return;
+    if (!focused || document.activeElement !== document.body || usable(focused)) return;
     focused = null;
     find("#box textarea")?.focus({ preventScroll: true });
   };

@@ -52,6 +52,16 @@
       });
       return changed;
     }
+    // Give the list's entries of these conversations these values, in one transaction; returns them.
+    async edit(ids, values) {
+      const edited = [];
+      await this.write(["chats"], (chats) => ids.forEach((id) => {
+        chats.get(id).onsuccess = ({ target: { result: chat } }) => {
+          if (chat) chats.put({ ...chat, ...values }).onsuccess = () => edited.push({ ...chat, ...values });
+        };
+      }));
+      return edited;
+    }
     remove(ids) {
       return this.write(TALK, (...parts) => parts.forEach((part) => ids.forEach((id) => part.delete(id))));
     }
@@ -77,6 +87,11 @@
       if (changed?.chat) this.parts.chats.set(id, changed.chat);
       if (changed?.talk) this.parts.talks.set(id, changed.talk);
       return changed;
+    }
+    async edit(ids, values) {
+      const edited = ids.filter((id) => this.parts.chats.has(id)).map((id) => ({ ...this.parts.chats.get(id), ...values }));
+      edited.forEach((chat) => this.parts.chats.set(chat.id, chat));
+      return edited;
     }
     async remove(ids) {
       for (const id of ids) for (const name of TALK) this.parts[name].delete(id);
