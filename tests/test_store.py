@@ -262,6 +262,20 @@ def test_without_indexeddb_the_page_works_for_the_visit(visit, photo):
     visit.expected(LEFT)
 
 
+def test_a_full_disk_takes_no_conversation_away(visit):
+    page = visit(**WIDE)
+    ask(page, "Hello?")
+    wait_for(lambda: page.evaluate(KEPT, "red house"))
+    page.add_init_script(
+        "IDBObjectStore.prototype.put = () => { throw new DOMException('', 'QuotaExceededError') }"
+    )
+    page.reload()
+    expect(titles(page)).to_contain_text(["Hello?"])
+    expect(answers(page)).to_contain_text("red house")
+    expect(page.get_by_text("This browser keeps no conversations")).to_be_hidden()
+    visit.expected(LEFT)
+
+
 def test_a_chat_that_is_opened_on_a_phone_is_in_view(visit):
     page = visit(**PHONE)
     ask(page, "Hello?")

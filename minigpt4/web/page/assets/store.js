@@ -33,7 +33,7 @@
         const writing = this.base.transaction(names, "readwrite");
         act(...names.map((name) => writing.objectStore(name)));
         writing.oncomplete = () => resolve();
-        writing.onabort = writing.onerror = () => reject(writing.error);
+        writing.onabort = () => reject(writing.error);
       });
     }
     put(name, entry) { return this.write([name], (part) => part.put(entry)); }
@@ -104,11 +104,13 @@
 
   // Private windows of some browsers have no IndexedDB, or one that cannot be written.
   const store = (async () => {
+    let base;
     try {
-      const base = new Base(await open());
+      base = new Base(await open());
       await base.put("pictures", { key: "" });
       return base;
-    } catch {
+    } catch (error) {
+      if (base && error?.name === "QuotaExceededError") return base; // full: it can still be read
       document.documentElement.toggleAttribute("data-forgets", true);
       return new Memory();
     }
