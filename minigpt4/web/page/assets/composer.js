@@ -71,17 +71,27 @@
   }).observe(document.documentElement, { childList: true, subtree: true });
 
   // The camera, which is on as soon as its window is open.
-  const camera = async () => {
+  const camera = () => {
     if (find("#camera")) return; // a double click
     const dialog = makeDialog("camera", say("camera"));
     const video = make("video", { autoplay: true, muted: true, playsInline: true });
-    let facing = "environment";
-    const stop = () => video.srcObject?.getTracks().forEach((track) => track.stop());
+    const none = make("p", { textContent: say("no_camera") });
+    let facing = "environment", latest = 0; // which camera; the number of the latest start
+    const stop = (stream) => stream?.getTracks().forEach((track) => track.stop());
     const start = async () => {
-      stop();
-      video.srcObject = await navigator.mediaDevices.getUserMedia({
-        video: { facingMode: facing, width: { ideal: 1920 } },
-      });
+      stop(video.srcObject);
+      shot.disabled = true;
+      const number = latest += 1;
+      try {
+        const stream = await navigator.mediaDevices.getUserMedia({
+          video: { facingMode: facing, width: { ideal: 1920 } },
+        });
+        if (!dialog.open || number !== latest) return stop(stream); // nobody would stop it later
+        none.replaceWith(video);
+        video.srcObject = stream;
+      } catch { // no camera, no permission, or a page without HTTPS
+        if (number === latest) video.replaceWith(none);
+      }
     };
     const shoot = () => {
       shot.disabled = true;
@@ -100,14 +110,9 @@
       facing = facing === "user" ? "environment" : "user";
       start();
     }), shot, button("close", "close", () => dialog.close()));
-    dialog.addEventListener("close", stop);
+    dialog.addEventListener("close", () => stop(video.srcObject));
     showDialog(dialog);
-    try {
-      await start();
-      if (!dialog.open) stop();
-    } catch { // no camera, no permission, or a page without HTTPS
-      video.replaceWith(make("p", { textContent: say("no_camera") }));
-    }
+    start();
   };
   Object.assign(window.minigpt4, { attach, choose, sending, emptied, camera });
 })();
