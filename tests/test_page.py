@@ -447,9 +447,16 @@ def test_failures_come_in_the_visitors_language(visit, engine, tmp_path):
     expect(page.get_by_text("holiday.png ist kein Bild in einem bekannten Format")).to_be_visible()
     say(page, " ")
     expect(page.get_by_text("Die Nachricht ist leer: Schreiben Sie eine Frage.")).to_be_visible()
+    unknown = page.get_by_text("Diese Datei lässt sich hier nicht öffnen")
+    for count, name in enumerate(["notes.txt", "notes.pdf"], 1):  # two messages in one notice
+        (tmp_path / name).write_text("These are notes.")
+        page.locator("#box input[type=file]").set_input_files(tmp_path / name)
+        expect(unknown).to_have_count(count)
     page.context.set_offline(True)
-    say(page, "Hallo?")
-    expect(page.get_by_text("Die Verbindung zum Server ist abgebrochen.")).to_be_visible()
+    for _ in range(2):
+        say(page, "Hallo?")
+        expect(page.get_by_text("Die Verbindung zum Server ist abgebrochen.")).to_be_visible()
+        expect(page.locator("html:not([data-sending])")).to_have_count(1)
     page.context.set_offline(False)
     visit.expected("ERR_INTERNET_DISCONNECTED|Failed to fetch|NetworkError|network|errored out")
 

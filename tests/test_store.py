@@ -455,7 +455,8 @@ def test_retry_and_edit_keep_what_was_there(visit):
 DROP = """([place, event, files]) => {
     const transfer = new DataTransfer();
     for (const [name, bytes] of files) {
-        transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+        if (name.includes("/")) transfer.setData(name, bytes);
+        else transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
     }
     const field = event === "paste" ? "clipboardData" : "dataTransfer";
     const made = new (event === "paste" ? ClipboardEvent : DragEvent)(event,
@@ -486,6 +487,21 @@ def test_pictures_are_dropped_and_pasted_anywhere(visit, photo):
     expect(page.get_by_text(re.compile(r"These would be \d+ pictures: a conv"))).to_be_visible()
     expect(thumbnails).to_have_count(0)
 
+    address = ["text/uri-list", "https://example.org/dog.jpg"]
+    assert not page.evaluate(DROP, ["#rail input[type=search]", "drop", [address]])
+    for place in ("#chat", "#box textarea"):
+        assert page.evaluate(DROP, [place, "dragover", [address]])
+        assert page.evaluate(DROP, [place, "drop", [address]])
+        expect(page.get_by_text("Only the picture's address has come")).to_be_visible()
+        page.evaluate("document.querySelector('.notice').remove()")
+
+    # What comes before the message box is there is added to it later.
+    input = page.locator("#box input[type=file]")
+    input.evaluate("input => { window.gone = [input, input.parentNode]; input.remove() }")
+    page.evaluate(DROP, ["body", "paste", files])
+    page.evaluate("gone[1].append(gone[0])")
+    expect(thumbnails).to_have_count(1)
+
 
 def test_a_question_waits_for_its_pictures(visit, tmp_path, engine):
     """Over a slow line: how far the upload is, in per cent; what is sent meanwhile waits."""
@@ -512,10 +528,19 @@ def test_a_question_is_not_sent_without_the_picture_it_waits_for(visit, photo):
     expect(page.locator(".uploading")).to_be_visible()
     say(page, "What is this?")
     expect(page.get_by_text("The question is sent afterwards.")).to_be_visible()
+    assert page.evaluate("minigpt4.draft.load()") == {"files": [], "text": "What is this?"}
     uploads[0].fulfill(status=413, body="<h1>413 Request Entity Too Large</h1>")  # a proxy's
     expect(
         page.get_by_text("This file is too large to upload: choose a smaller one.")
     ).to_be_visible()
+    expect(page.locator(".uploading")).to_have_count(0)
+    with page.expect_file_chooser() as chooser:  # the same file once more
+        page.get_by_role("button", name="Choose a photo").click()
+    chooser.value.set_files(photo)
+    expect(page.locator(".uploading")).to_be_visible()
+    box(page).press("Enter")
+    uploads[1].fulfill(body="<h1>Log in</h1>", content_type="text/html")
+    expect(page.get_by_text("The file could not be uploaded: try again")).to_be_visible()
     expect(page.locator(".uploading")).to_have_count(0)
     page.wait_for_timeout(500)
     expect(box(page)).to_have_value("What is this?")

@@ -1,10 +1,15 @@
 // The message box: what can be sent, where pictures come from, and the wait for an answer.
 (() => {
-  const { say, button, make, makeDialog, showDialog, beforeSending } = window.minigpt4;
+  const { say, button, make, makeDialog, showDialog, beforeSending, isNotice } = window.minigpt4;
   const find = (selector) => document.querySelector(selector);
 
+  const early = []; // pictures that were pasted or dropped before the message box was there
   const attach = (files) => {
     const input = find("#box input[type=file]");
+    if (!input) {
+      early.push(...files);
+      return;
+    }
     const transfer = new DataTransfer();
     for (const file of files) transfer.items.add(file);
     if (!transfer.files.length) return;
@@ -12,7 +17,11 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
     find("#box textarea").focus();
   };
-  const choose = () => find("#box input[type=file]").click();
+  const choose = () => {
+    const input = find("#box input[type=file]");
+    input.value = ""; // the same file once more is a change, too
+    input.click();
+  };
 
   // Three dots from the moment of sending until the turn has ended.
   const sending = (now) => {
@@ -38,6 +47,7 @@
     document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
   });
   const update = () => {
+    if (early.length && find("#box input[type=file]")) attach(early.splice(0));
     const composer = find("#composer");
     if (composer && !composer.measured) {
       height.observe(Object.assign(composer, { measured: true }));
@@ -64,10 +74,9 @@
   beforeSending(asked);
   new MutationObserver((changes) => {
     update();
-    const toast = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
-      node.nodeType === Node.ELEMENT_NODE && (node.matches("[data-testid=toast-body]") ||
-      node.querySelector("[data-testid=toast-body]"))));
-    if (toast && !find("#box .stop-button")) sending(false);
+    const told = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
+      node.nodeType === Node.ELEMENT_NODE && isNotice(node)));
+    if (told && !find("#box .stop-button")) sending(false);
   }).observe(document.documentElement, { childList: true, subtree: true });
 
   // The camera, which is on as soon as its window is open.
