@@ -27,6 +27,7 @@
     else if (opener?.isConnected) opener.focus();
   };
   PHONE.addEventListener("change", () => drawer(""));
+  addEventListener("popstate", () => { if (PHONE.matches) drawer(""); }); // it covers what is shown next
 
   const close = (menu, focus) => {
     menu.hidden = true;
