@@ -524,6 +524,17 @@ def test_the_column(visit):
         assert page.locator(part).evaluate(ground, "::before") != page.locator("body").evaluate(
             ground
         )
+    style = "(part, [before, name]) => getComputedStyle(part, before)[name]"
+    for part in ("#box .submit-button", "#hello .choose"):  # and buttons have an edge
+        assert page.locator(part).evaluate(style, ["", "borderTopWidth"]) == "1px"
+    assert page.locator("#presets input").first.evaluate(style, ["", "appearance"]) == "auto"
+    page.emulate_media(forced_colors="none", reduced_motion="reduce")
+    page.evaluate("minigpt4.sending(true)")
+    dots = page.locator("#composer")
+    assert dots.evaluate(style, ["::before", "width"]) == "31px"
+    assert dots.evaluate(style, ["::before", "animationName"]) == "none"
+    page.evaluate("document.documentElement.style.fontSize = '48px'")  # a very large type
+    assert page.locator("#rail").bounding_box()["width"] <= 0.3 * 1440
 
 
 def test_the_box_is_emptied_on_a_busy_computer(visit, photo, engine):
