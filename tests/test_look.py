@@ -458,6 +458,11 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     page.keyboard.press("Escape")
     expect(page.locator("#lightbox")).to_have_count(0)
     expect(opener).to_be_focused()
+    page.set_viewport_size({"width": 320, "height": 180})  # as at a large zoom
+    opener.click()
+    caption = page.locator("#lightbox p").bounding_box()
+    arrow = page.get_by_role("button", name="Next picture").bounding_box()
+    assert arrow["y"] + arrow["height"] <= caption["y"]
 
 
 def test_the_list_on_a_phone(visit):
@@ -481,6 +486,16 @@ def test_the_list_on_a_phone(visit):
     expect(page.locator("#conversations .title")).to_be_hidden()  # the conversation is in view
     expect(answers(page)).to_have_count(1)
     expect(answers(page)).to_be_in_viewport()
+    page.set_viewport_size({"width": 320, "height": 256})  # as at 400 % zoom
+    menu.click()
+    assert page.locator("#conversations").evaluate("e => e.scrollHeight <= e.clientHeight + 1")
+    page.get_by_role("button", name="Settings").last.scroll_into_view_if_needed()
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    menu.click()
+    page.go_back()  # what it leads to is in view
+    expect(page.locator("#conversations .title")).to_be_hidden()
+    expect(answers(page)).to_have_count(1)
 
 
 def test_settings_are_closed_at_first_and_give_the_focus_back(visit):
@@ -595,6 +610,17 @@ def test_the_column(visit):
         assert page.locator(part).evaluate(ground, "::before") != page.locator("body").evaluate(
             ground
         )
+    style = "(part, [before, name]) => getComputedStyle(part, before)[name]"
+    for part in ("#box .submit-button", "#hello .choose"):  # and buttons have an edge
+        assert page.locator(part).evaluate(style, ["", "borderTopWidth"]) == "1px"
+    assert page.locator("#presets input").first.evaluate(style, ["", "appearance"]) == "auto"
+    page.emulate_media(forced_colors="none", reduced_motion="reduce")
+    page.evaluate("minigpt4.sending(true)")
+    dots = page.locator("#composer")
+    assert dots.evaluate(style, ["::before", "width"]) == "31px"
+    assert dots.evaluate(style, ["::before", "animationName"]) == "none"
+    page.evaluate("document.documentElement.style.fontSize = '48px'")  # a very large type
+    assert page.locator("#rail").bounding_box()["width"] <= 0.3 * 1440
 
 
 def test_the_box_is_emptied_on_a_busy_computer(visit, photo, engine):

@@ -177,6 +177,24 @@ def test_paste_and_drop(visit, photo):
         expect(page.get_by_label("Added picture", exact=True)).to_have_count(count)
 
 
+SLOW_CAMERA = """() => {
+    window.asked = [];
+    const streams = [];
+    window.states = () => streams.map((stream) => stream.getTracks()[0].readyState);
+    window.come = async (...numbers) => {
+        for (const number of numbers) {
+            streams.push(document.createElement("canvas").captureStream());
+            asked[number].resolve(streams.at(-1));
+        }
+        await Promise.resolve();
+        await Promise.resolve();
+        return states();
+    };
+    navigator.mediaDevices.getUserMedia = () =>
+        new Promise((resolve, reject) => asked.push({ resolve, reject }));
+}"""
+
+
 def test_camera(visit):
     page = visit(permissions=["camera"])
     for count in (1, 2):
@@ -197,6 +215,24 @@ def test_camera(visit):
     expect(page.locator("#camera")).to_have_count(0)
     ask(page, "Count them.")
     expect(answers(page)).to_contain_text("I see 2 pictures.")
+
+    page.evaluate(SLOW_CAMERA)  # no camera stays on that is not seen
+    other = page.get_by_role("button", name="Use the other camera")
+    page.evaluate("minigpt4.camera()")
+    other.dblclick()
+    assert page.evaluate("come(0, 1, 2)") == ["ended", "ended", "live"]
+    page.keyboard.press("Escape")
+    assert page.evaluate("states()") == ["ended", "ended", "ended"]
+    page.evaluate("minigpt4.camera()")
+    page.keyboard.press("Escape")
+    assert page.evaluate("come(3)") == ["ended"] * 4
+    page.evaluate("minigpt4.camera()")
+    for number in (4, 5):
+        page.evaluate("(number) => asked[number].reject(new Error('refused'))", number)
+        expect(page.get_by_text("The camera is not available")).to_be_visible()
+        other.click()
+    assert page.evaluate("come(6)")[-1] == "live"
+    expect(page.get_by_text("The camera is not available")).to_have_count(0)
 
 
 def test_no_picture(visit, photo, tmp_path):
@@ -468,9 +504,16 @@ def test_failures_come_in_the_visitors_language(visit, engine, tmp_path):
     expect(page.get_by_text("holiday.png ist kein Bild in einem bekannten Format")).to_be_visible()
     say(page, " ")
     expect(page.get_by_text("Die Nachricht ist leer: Schreiben Sie eine Frage.")).to_be_visible()
+    unknown = page.get_by_text("Diese Datei lässt sich hier nicht öffnen")
+    for count, name in enumerate(["notes.txt", "notes.pdf"], 1):  # two messages in one notice
+        (tmp_path / name).write_text("These are notes.")
+        page.locator("#box input[type=file]").set_input_files(tmp_path / name)
+        expect(unknown).to_have_count(count)
     page.context.set_offline(True)
-    say(page, "Hallo?")
-    expect(page.get_by_text("Die Verbindung zum Server ist abgebrochen.")).to_be_visible()
+    for _ in range(2):
+        say(page, "Hallo?")
+        expect(page.get_by_text("Die Verbindung zum Server ist abgebrochen.")).to_be_visible()
+        expect(page.locator("html:not([data-sending])")).to_have_count(1)
     page.context.set_offline(False)
     visit.expected("ERR_INTERNET_DISCONNECTED|Failed to fetch|NetworkError|network|errored out")
 

@@ -164,7 +164,7 @@ def test_conversations_stay_in_the_browser(visit, photo):
     field = page.get_by_label("Rename", exact=True)
     field.fill("My meadow")
     # What is written meanwhile does not take the name from under one's hands.
-    page.evaluate("minigpt4.chats.edit(minigpt4.chats.all()[0].id, { title: 'Other' })")
+    page.evaluate("minigpt4.chats.edit([minigpt4.chats.all()[0].id], { title: 'Other' })")
     field.press("Enter")
     expect(kept).to_contain_text("My meadow")
     # The key named the conversation; it sent no message, and the keyboard is still in the list.

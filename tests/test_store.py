@@ -36,6 +36,20 @@ from tests.page_case import (
 # What a reloaded page still listened to, and what Gradio's client makes of its last parts.
 LEFT = "AbortError|Connection errored out|reading 'content'"
 KEPT = "(async (t) => JSON.stringify(await (await minigpt4.store).all('talks')).includes(t))"
+MANY = """async (count) => {
+    const base = await minigpt4.store, thumb = "data:image/jpeg;base64," + "A".repeat(4000);
+    await base.write(["chats", "talks"], (chats, talks) => {
+        for (let i = 0; i < count; i += 1) {
+            chats.put({ id: `c${i}`, title: `Chat ${i}`, time: 1e12 + i, thumb });
+            talks.put({ id: `c${i}`, messages: [], keys: [] });
+        }
+    });
+    window.done = [];
+    new BroadcastChannel("minigpt4").postMessage("changed");
+    const plain = base.base.transaction.bind(base.base);
+    base.base.transaction = (names, mode) => { done.push(mode); return plain(names, mode); };
+    addEventListener("minigpt4:chats", () => done.push("drawn"));
+}"""
 TALK = "async (place) => (await (await minigpt4.store).all('talks'))[place]"
 
 
@@ -193,6 +207,24 @@ def test_the_list_is_searched_and_pinned_and_deletions_are_undone(visit, photo):
     expect(answers(page)).to_contain_text("I see 0 pictures.")
 
 
+def test_many_conversations_are_deleted_and_brought_back_in_one_go(visit):
+    page = visit(**WIDE)
+    page.evaluate(MANY, 60)
+    expect(titles(page)).to_have_count(60)
+    page.locator("#conversations li").first.evaluate("row => { row.mine = true; window.done = [] }")
+    page.evaluate("minigpt4.chats.edit(['c7'], { pinned: true })")
+    expect(titles(page).first).to_contain_text("Chat 7")
+    # A row that shows the same as before is the same element.
+    assert page.locator("#conversations li").nth(1).evaluate("row => row.mine")
+    assert page.evaluate("done") == ["readwrite", "drawn"]
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete all").click()
+    expect(titles(page)).to_have_count(0)
+    page.get_by_role("status").get_by_role("button", name="Undo").click()
+    expect(titles(page)).to_have_count(60)
+    assert page.evaluate("done") == ["readwrite", "drawn"] * 3
+
+
 def test_what_localstorage_kept_is_taken_over_once(visit, photo):
     page = visit(**WIDE)
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg(Image.open(photo))).decode()
@@ -227,6 +259,20 @@ def test_without_indexeddb_the_page_works_for_the_visit(visit, photo):
     expect(page.locator("#chat .image-frame img")).to_have_count(1)
     page.get_by_label("Delete: Where is the boat?").click()
     expect(titles(page)).to_have_count(0)
+    visit.expected(LEFT)
+
+
+def test_a_full_disk_takes_no_conversation_away(visit):
+    page = visit(**WIDE)
+    ask(page, "Hello?")
+    wait_for(lambda: page.evaluate(KEPT, "red house"))
+    page.add_init_script(
+        "IDBObjectStore.prototype.put = () => { throw new DOMException('', 'QuotaExceededError') }"
+    )
+    page.reload()
+    expect(titles(page)).to_contain_text(["Hello?"])
+    expect(answers(page)).to_contain_text("red house")
+    expect(page.get_by_text("This browser keeps no conversations")).to_be_hidden()
     visit.expected(LEFT)
 
 
@@ -409,7 +455,8 @@ def test_retry_and_edit_keep_what_was_there(visit):
 DROP = """([place, event, files]) => {
     const transfer = new DataTransfer();
     for (const [name, bytes] of files) {
-        transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+        if (name.includes("/")) transfer.setData(name, bytes);
+        else transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
     }
     const field = event === "paste" ? "clipboardData" : "dataTransfer";
     const made = new (event === "paste" ? ClipboardEvent : DragEvent)(event,
@@ -440,6 +487,21 @@ def test_pictures_are_dropped_and_pasted_anywhere(visit, photo):
     expect(page.get_by_text(re.compile(r"These would be \d+ pictures: a conv"))).to_be_visible()
     expect(thumbnails).to_have_count(0)
 
+    address = ["text/uri-list", "https://example.org/dog.jpg"]
+    assert not page.evaluate(DROP, ["#rail input[type=search]", "drop", [address]])
+    for place in ("#chat", "#box textarea"):
+        assert page.evaluate(DROP, [place, "dragover", [address]])
+        assert page.evaluate(DROP, [place, "drop", [address]])
+        expect(page.get_by_text("Only the picture's address has come")).to_be_visible()
+        page.evaluate("document.querySelector('.notice').remove()")
+
+    # What comes before the message box is there is added to it later.
+    input = page.locator("#box input[type=file]")
+    input.evaluate("input => { window.gone = [input, input.parentNode]; input.remove() }")
+    page.evaluate(DROP, ["body", "paste", files])
+    page.evaluate("gone[1].append(gone[0])")
+    expect(thumbnails).to_have_count(1)
+
 
 def test_a_question_waits_for_its_pictures(visit, tmp_path, engine):
     """Over a slow line: how far the upload is, in per cent; what is sent meanwhile waits."""
@@ -466,10 +528,19 @@ def test_a_question_is_not_sent_without_the_picture_it_waits_for(visit, photo):
     expect(page.locator(".uploading")).to_be_visible()
     say(page, "What is this?")
     expect(page.get_by_text("The question is sent afterwards.")).to_be_visible()
+    assert page.evaluate("minigpt4.draft.load()") == {"files": [], "text": "What is this?"}
     uploads[0].fulfill(status=413, body="<h1>413 Request Entity Too Large</h1>")  # a proxy's
     expect(
         page.get_by_text("This file is too large to upload: choose a smaller one.")
     ).to_be_visible()
+    expect(page.locator(".uploading")).to_have_count(0)
+    with page.expect_file_chooser() as chooser:  # the same file once more
+        page.get_by_role("button", name="Choose a photo").click()
+    chooser.value.set_files(photo)
+    expect(page.locator(".uploading")).to_be_visible()
+    box(page).press("Enter")
+    uploads[1].fulfill(body="<h1>Log in</h1>", content_type="text/html")
+    expect(page.get_by_text("The file could not be uploaded: try again")).to_be_visible()
     expect(page.locator(".uploading")).to_have_count(0)
     page.wait_for_timeout(500)
     expect(box(page)).to_have_value("What is this?")

@@ -65,8 +65,9 @@
     if (now?.chat) list.set(id, now.chat);
     return now;
   };
-  const edit = (id, values) => inTurn(async () => {
-    await change(id, (chat) => chat && { chat: { ...chat, ...values } });
+  const edit = (ids, values) => inTurn(async () => {
+    const edited = await withRoom(async () => (await store).edit(ids, values));
+    edited?.forEach((chat) => list.set(chat.id, chat));
     changed();
   });
   const small = async (blob) => {
@@ -169,11 +170,11 @@
     const text = all.length === 1 ? say("deleted") : say("deleted_many").replace("{count}", all.length);
     undo = notice(text, say("undo_delete"), async () => {
       all.forEach((id) => removed.delete(id));
-      await Promise.all(all.map((id) => edit(id, { deleted: undefined })));
+      await edit(all, { deleted: undefined });
       const idle = current === null && !document.documentElement.hasAttribute("data-sending");
       if (before && idle) open(before); // else the visitor is in another one by now
     }, UNDO);
-    await Promise.all(all.map((id) => edit(id, { deleted: Date.now() })));
+    await edit(all, { deleted: Date.now() });
     if (shown) {
       address(null);
       want(null);

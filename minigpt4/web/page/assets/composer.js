@@ -1,10 +1,15 @@
 // The message box: what can be sent, where pictures come from, and the wait for an answer.
 (() => {
-  const { say, button, make, makeDialog, showDialog, beforeSending } = window.minigpt4;
+  const { say, button, make, makeDialog, showDialog, beforeSending, isNotice } = window.minigpt4;
   const find = (selector) => document.querySelector(selector);
 
+  const early = []; // pictures that were pasted or dropped before the message box was there
   const attach = (files) => {
     const input = find("#box input[type=file]");
+    if (!input) {
+      early.push(...files);
+      return;
+    }
     const transfer = new DataTransfer();
     for (const file of files) transfer.items.add(file);
     if (!transfer.files.length) return;
@@ -12,7 +17,11 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
     find("#box textarea").focus();
   };
-  const choose = () => find("#box input[type=file]").click();
+  const choose = () => {
+    const input = find("#box input[type=file]");
+    input.value = ""; // the same file once more is a change, too
+    input.click();
+  };
 
   // Three dots from the moment of sending until the turn has ended.
   const sending = (now) => {
@@ -38,6 +47,7 @@
     document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
   });
   const update = () => {
+    if (early.length && find("#box input[type=file]")) attach(early.splice(0));
     const composer = find("#composer");
     if (composer && !composer.measured) {
       height.observe(Object.assign(composer, { measured: true }));
@@ -64,24 +74,33 @@
   beforeSending(asked);
   new MutationObserver((changes) => {
     update();
-    const toast = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
-      node.nodeType === Node.ELEMENT_NODE && (node.matches("[data-testid=toast-body]") ||
-      node.querySelector("[data-testid=toast-body]"))));
-    if (toast && !find("#box .stop-button")) sending(false);
+    const told = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
+      node.nodeType === Node.ELEMENT_NODE && isNotice(node)));
+    if (told && !find("#box .stop-button")) sending(false);
   }).observe(document.documentElement, { childList: true, subtree: true });
 
   // The camera, which is on as soon as its window is open.
-  const camera = async () => {
+  const camera = () => {
     if (find("#camera")) return; // a double click
     const dialog = makeDialog("camera", say("camera"));
     const video = make("video", { autoplay: true, muted: true, playsInline: true });
-    let facing = "environment";
-    const stop = () => video.srcObject?.getTracks().forEach((track) => track.stop());
+    const none = make("p", { textContent: say("no_camera") });
+    let facing = "environment", latest = 0; // which camera; the number of the latest start
+    const stop = (stream) => stream?.getTracks().forEach((track) => track.stop());
     const start = async () => {
-      stop();
-      video.srcObject = await navigator.mediaDevices.getUserMedia({
-        video: { facingMode: facing, width: { ideal: 1920 } },
-      });
+      stop(video.srcObject);
+      shot.disabled = true;
+      const number = latest += 1;
+      try {
+        const stream = await navigator.mediaDevices.getUserMedia({
+          video: { facingMode: facing, width: { ideal: 1920 } },
+        });
+        if (!dialog.open || number !== latest) return stop(stream); // nobody would stop it later
+        none.replaceWith(video);
+        video.srcObject = stream;
+      } catch { // no camera, no permission, or a page without HTTPS
+        if (number === latest) video.replaceWith(none);
+      }
     };
     const shoot = () => {
       shot.disabled = true;
@@ -100,14 +119,9 @@
       facing = facing === "user" ? "environment" : "user";
       start();
     }), shot, button("close", "close", () => dialog.close()));
-    dialog.addEventListener("close", stop);
+    dialog.addEventListener("close", () => stop(video.srcObject));
     showDialog(dialog);
-    try {
-      await start();
-      if (!dialog.open) stop();
-    } catch { // no camera, no permission, or a page without HTTPS
-      video.replaceWith(make("p", { textContent: say("no_camera") }));
-    }
+    start();
   };
   Object.assign(window.minigpt4, { attach, choose, sending, emptied, camera });
 })();

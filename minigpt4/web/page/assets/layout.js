@@ -27,6 +27,7 @@
     else if (opener?.isConnected) opener.focus();
   };
   PHONE.addEventListener("change", () => drawer(""));
+  addEventListener("popstate", () => { if (PHONE.matches) drawer(""); }); // it covers what is shown next
 
   const close = (menu, focus) => {
     menu.hidden = true;
@@ -73,7 +74,7 @@
   let focused = null;
   const usable = (node) => node.isConnected && !node.disabled && node.getClientRects().length > 0;
   const lost = () => {
-    if (!focused || usable(focused) || document.activeElement !== document.body) return;
+    if (!focused || document.activeElement !== document.body || usable(focused)) return;
     focused = null;
     find("#box textarea")?.focus({ preventScroll: true });
   };

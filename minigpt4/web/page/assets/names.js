@@ -44,8 +44,10 @@
     "error_upload": /^HTTP \d/, // what a proxy answers an upload with
     "error_too_many_requests": /asked for too much without listening|queue is full/i,
   };
-  const explain = (toast) => {
-    const walker = document.createTreeWalker(toast, NodeFilter.SHOW_TEXT);
+  // Gradio adds a second message to the notice that shows the first one.
+  const isNotice = (node) => node.closest("[data-testid=toast-body]") || node.querySelector("[data-testid=toast-body]");
+  const explain = (notice) => {
+    const walker = document.createTreeWalker(notice, NodeFilter.SHOW_TEXT);
     while (walker.nextNode()) {
       const key = Object.keys(ERRORS).find((name) => ERRORS[name].test(walker.currentNode.data));
       if (key) walker.currentNode.data = say(key);
@@ -77,7 +79,7 @@
     ];
     all("[aria-label], [title]").forEach(translate);
     for (const icon of all("button[aria-label] svg[aria-label]")) icon.setAttribute("aria-hidden", "true");
-    all("[data-testid=toast-body]").forEach(explain);
+    if (isNotice(node)) explain(node);
     all("[data-say]").forEach(write);
     all("[data-label]").forEach(write);
     for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
@@ -122,5 +124,5 @@
     made.append(...children);
     return made;
   };
-  window.minigpt4 = { say, whenRedrawn, make, set };
+  window.minigpt4 = { say, whenRedrawn, make, set, isNotice };
 })();

@@ -26,14 +26,14 @@ const button = (label, icon, act) => {
   return made;
 };
 
-const row = (chat) => {
+const makeRow = (chat, today) => {
   const title = chat.title || say("untitled");
   const picture = make(chat.thumb ? "img" : "span");
   if (/^data:image\/jpeg;base64,/.test(chat.thumb)) { picture.src = chat.thumb; picture.alt = ""; }
   else picture.className = "blank";
   const open = make("button", { type: "button", className: "title", textContent: title });
   if (chat.id === chats.current) open.setAttribute("aria-current", "page");
-  const asked = new Date(chat.time), today = asked.toDateString() === new Date().toDateString();
+  const asked = new Date(chat.time);
   const short = asked.toLocaleString([], today ? { timeStyle: "short" } : { dateStyle: "medium" });
   open.append(make("time", { textContent: chat.found ?? short, title: asked.toLocaleString() }));
   open.addEventListener("click", () => {
@@ -41,7 +41,7 @@ const row = (chat) => {
     minigpt4.drawer("");
   });
   const pin = button(`${say(chat.pinned ? "unpin" : "pin")}: ${title}`, "pin", () => {
-    chats.edit(chat.id, { pinned: !chat.pinned });
+    chats.edit([chat.id], { pinned: !chat.pinned });
   });
   pin.classList.toggle("pinned", Boolean(chat.pinned));
   const rename = button(`${say("rename")}: ${title}`, "rename", () => {
@@ -53,7 +53,7 @@ const row = (chat) => {
       input.replaceWith(open);
       if (byKey) open.focus();
       const name = input.value.trim();
-      if (keep && name && name !== title) chats.edit(chat.id, { title: name, named: true });
+      if (keep && name && name !== title) chats.edit([chat.id], { title: name, named: true });
       else draw();
     };
     input.addEventListener("keydown", (event) => {
@@ -74,6 +74,25 @@ const row = (chat) => {
   item.dataset.id = chat.id;
   return item;
 };
+// A row stays the same element until something that it shows has changed.
+let drawn = new Map(), before; // id -> [the row, what it shows], of this drawing and the one before
+const row = (chat) => {
+  const today = new Date(chat.time).toDateString() === new Date().toDateString();
+  const { title, thumb, time, pinned, found } = chat;
+  const shown = [title, thumb, time, pinned, found, today, chat.id === chats.current];
+  const [kept, last] = before.get(chat.id) ?? [];
+  const same = kept && shown.every((value, place) => value === last[place]);
+  drawn.set(chat.id, [same ? kept : makeRow(chat, today), shown]);
+  return drawn.get(chat.id)[0];
+};
+// Make these the element's children, and move only what is elsewhere.
+const arrange = (parent, children) => {
+  const wanted = new Set(children);
+  for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
+  children.forEach((child, place) => {
+    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
+  });
+};
 
 // While the list is pressed, its rows stay where they are: if they were redrawn, the click would
 // miss its row or hit another one.
@@ -93,12 +112,17 @@ for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => {
 });
 
 // Pinned ones first, then those of today, then the others.
+const headed = Object.fromEntries(["pinned", "today", "earlier"].map((name) => [
+  name, [make("h2", { textContent: say(name) }), make("ul", { className: "recent" })],
+]));
 const groups = (found) => {
+  [before, drawn] = [drawn, new Map()];
   const today = new Date().setHours(0, 0, 0, 0);
   const sorted = { pinned: [], today: [], earlier: [] };
   for (const chat of found) sorted[chat.pinned ? "pinned" : chat.time >= today ? "today" : "earlier"].push(chat);
   return Object.entries(sorted).filter(([, some]) => some.length).flatMap(([name, some]) => {
-    return [make("h2", { textContent: say(name) }), make("ul", { className: "recent" }, ...some.map(row))];
+    arrange(headed[name][1], some.map(row));
+    return headed[name];
   });
 };
 const show = (found) => {
@@ -112,7 +136,7 @@ const show = (found) => {
   const place = within ? [...within.children].indexOf(focused) : -1;
   const rows = () => [...list.querySelectorAll("li")];
   const number = rows().indexOf(within);
-  list.replaceChildren(...groups(found));
+  arrange(list, groups(found));
   if (place >= 0) {
     const same = rows().find(({ dataset }) => dataset.id === within.dataset.id);
     const next = same ?? rows()[Math.min(number, rows().length - 1)];

@@ -33,7 +33,7 @@
         const writing = this.base.transaction(names, "readwrite");
         act(...names.map((name) => writing.objectStore(name)));
         writing.oncomplete = () => resolve();
-        writing.onabort = writing.onerror = () => reject(writing.error);
+        writing.onabort = () => reject(writing.error);
       });
     }
     put(name, entry) { return this.write([name], (part) => part.put(entry)); }
@@ -51,6 +51,16 @@
         };
       });
       return changed;
+    }
+    // Give the list's entries of these conversations these values, in one transaction; returns them.
+    async edit(ids, values) {
+      const edited = [];
+      await this.write(["chats"], (chats) => ids.forEach((id) => {
+        chats.get(id).onsuccess = ({ target: { result: chat } }) => {
+          if (chat) chats.put({ ...chat, ...values }).onsuccess = () => edited.push({ ...chat, ...values });
+        };
+      }));
+      return edited;
     }
     remove(ids) {
       return this.write(TALK, (...parts) => parts.forEach((part) => ids.forEach((id) => part.delete(id))));
@@ -78,6 +88,11 @@
       if (changed?.talk) this.parts.talks.set(id, changed.talk);
       return changed;
     }
+    async edit(ids, values) {
+      const edited = ids.filter((id) => this.parts.chats.has(id)).map((id) => ({ ...this.parts.chats.get(id), ...values }));
+      edited.forEach((chat) => this.parts.chats.set(chat.id, chat));
+      return edited;
+    }
     async remove(ids) {
       for (const id of ids) for (const name of TALK) this.parts[name].delete(id);
     }
@@ -89,11 +104,13 @@
 
   // Private windows of some browsers have no IndexedDB, or one that cannot be written.
   const store = (async () => {
+    let base;
     try {
-      const base = new Base(await open());
+      base = new Base(await open());
       await base.put("pictures", { key: "" });
       return base;
-    } catch {
+    } catch (error) {
+      if (base && error?.name === "QuotaExceededError") return base; // full: it can still be read
       document.documentElement.toggleAttribute("data-forgets", true);
       return new Memory();
     }

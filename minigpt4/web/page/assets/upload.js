@@ -39,10 +39,13 @@
     request.withCredentials = credentials === "include";
     new Headers(headers).forEach((value, name) => request.setRequestHeader(name, value));
     request.upload.onprogress = ({ loaded, total }) => tell(loaded / total, sizes);
-    // A question that waits for a picture is not sent without it.
+    // A question that waits for a picture is not sent without it. What is no JSON comes from something
+    // in between, such as a page to log in at.
     request.onload = () => {
-      if (request.status >= 400) keepUnsent();
-      resolve(new Response(request.responseText, { status: request.status }));
+      const answered = /json/.test(request.getResponseHeader("content-type"));
+      const status = request.status < 400 && !answered ? 502 : request.status;
+      if (status >= 400) keepUnsent();
+      resolve(new Response(request.responseText, { status }));
     };
     request.onerror = () => {
       keepUnsent();
@@ -56,7 +59,12 @@
   window.fetch = (resource, options) => {
     const address = String(resource?.url ?? resource);
     const told = options?.body instanceof FormData && /\/gradio_api\/upload(\?|$)/.test(address);
-    return told && !options.quiet ? upload(address, options) : plain(resource, options);
+    if (told && !options.quiet) return upload(address, options);
+    return plain(resource, options).catch((error) => {
+      // While the server is away, Gradio sends nothing, and asks again and again whether it is back.
+      if (address.endsWith("/app_id")) window.minigpt4.sending(false);
+      throw error;
+    });
   };
 
   // --- sending: not before the pictures and the model's settings are there, nor while a conversation
@@ -106,6 +114,9 @@
 
   const overlay = make("div", { className: "dropping" });
   const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
+  // A picture of another page may come as its address alone. A field for text may take that.
+  const isAddress = ({ dataTransfer, target }) => dataTransfer?.types.includes("text/uri-list")
+    && !target.matches?.("input, textarea:not(#box *)");
   document.addEventListener("dragenter", (event) => {
     if (!hasFiles(event) || find("dialog[open]")) return;
     overlay.textContent = say("drop_anywhere");
@@ -113,17 +124,18 @@
   }, true);
   // Wherever a file is dropped, the browser does not leave the page for it.
   document.addEventListener("dragover", (event) => {
-    if (hasFiles(event)) event.preventDefault();
+    if (hasFiles(event) || isAddress(event)) event.preventDefault();
   }, true);
   document.addEventListener("dragleave", (event) => {
     if (!event.relatedTarget) overlay.remove(); // it has left the window
   }, true);
   document.addEventListener("drop", (event) => {
     overlay.remove();
-    if (!hasFiles(event)) return;
+    if (!hasFiles(event) && !isAddress(event)) return;
     event.preventDefault();
     event.stopImmediatePropagation();
-    if (!find("dialog[open]")) window.minigpt4.attach(event.dataTransfer.files);
+    if (!hasFiles(event)) window.minigpt4.notice(say("only_address"));
+    else if (!find("dialog[open]")) window.minigpt4.attach(event.dataTransfer.files);
   }, true);
   document.addEventListener("paste", (event) => {
     const { files, types } = event.clipboardData;
