@@ -35,12 +35,12 @@ from minigpt4.engine.scheduler import (
 from minigpt4.engine.stream import (
     BROKEN,
     ENDING,
+    FORKED,
     HANGING,
     LOST,
     NO_MEMORY,
     Stream,
     failure,
-    refuse_fork,
     sentence_for,
 )
 from minigpt4.engine.worker import Worker
@@ -101,7 +101,7 @@ class Engine(RequestQueue):
     @property
     def fault(self) -> str:
         """A sentence while the engine cannot answer, else "". A lost GPU does not come back."""
-        running = HANGING if self._hanging else super().fault
+        running = HANGING if self._hanging else ENDING if self._ending else ""
         return LOST if self._lost else running
 
     @property
@@ -120,7 +120,8 @@ class Engine(RequestQueue):
 
         UserError where that fails.
         """
-        refuse_fork(self._process)
+        if os.getpid() != self._process:
+            raise UserError(FORKED)
         with self._lock:
             encoded = self._pictures.find(picture.key)
             if encoded is not None:
@@ -132,7 +133,8 @@ class Engine(RequestQueue):
 
     def submit(self, request: Request) -> Stream:
         """Start answering. UserError where the queue is full or the request can never fit."""
-        refuse_fork(self._process)
+        if os.getpid() != self._process:
+            raise UserError(FORKED)
         try:
             return self._submit(request)
         except UserError as error:

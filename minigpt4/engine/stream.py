@@ -4,7 +4,6 @@ errors, as people and programs see them. No torch."""
 import asyncio
 import contextlib
 import copy
-import os
 import threading
 import time
 from bisect import bisect_left
@@ -30,6 +29,8 @@ KINDS: dict[str, Kind] = {
     LOST: "broken",
     ENDING: "ending",
 }
+# A fork of the process has none of its threads, and locks may stay taken.
+FORKED = "This model was loaded in another process: load it in this one."
 
 # Upper bounds of the histograms' buckets: of an answer, of one token of it, and of tokens.
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -37,12 +38,6 @@ TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 LENGTHS = (1, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 # --- errors ---------------------------------------------------------------------------------------
-
-
-def refuse_fork(process: int) -> None:
-    """UserError in a fork of this process: it has none of the threads, and locks may stay taken."""
-    if os.getpid() != process:
-        raise UserError("This model was loaded in another process: load it in this one.")
 
 
 def failure(sentence: str) -> UserError:

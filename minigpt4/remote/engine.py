@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from minigpt4.engine.protocol import ModelInfo
 from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit, refuse_beyond_tokens
-from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure, refuse_fork
+from minigpt4.engine.stream import BROKEN, ENDING, FORKED, Stream, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, Picture
 
@@ -124,7 +124,8 @@ class RemoteEngine(RequestQueue):
 
     def submit(self, request: Request) -> Stream:
         """Start answering. UserError where the queue is full, or the backend cannot do it."""
-        refuse_fork(self._process)
+        if os.getpid() != self._process:
+            raise UserError(FORKED)
         try:
             limit = answer_limit(request, self.model.config.context)
             refuse_beyond_tokens(request)

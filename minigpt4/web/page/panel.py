@@ -94,8 +94,9 @@ class Panel:
             self.download = gr.Button(label("download_page"))
             gr.Markdown(label("download_info"), elem_classes="hint")
             with gr.Accordion(label("code_tab"), open=False):
-                self.code = gr.Code(
-                    language="html", interactive=False, elem_id="code", label="HTML"
+                # Not gr.Code: its editor would be a quarter of what a first visit loads.
+                self.code = gr.Textbox(
+                    interactive=False, elem_id="code", show_label=False, label="HTML", max_lines=24
                 )
         self.site = [self.no_website, self.website, self.version, self.frame, self.code]
 

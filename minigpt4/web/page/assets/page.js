@@ -52,7 +52,7 @@
   // Retry and Undo; what stands to the right of them is the question's own.
   document.addEventListener("click", ({ target }) => {
     const button = target.closest("#chat .message-buttons-left .icon-button");
-    if (button && button.ariaLabel !== say("copy_message")) endEditing();
+    if (button && button.getAttribute("aria-label") !== say("copy_message")) endEditing();
   }, true);
 
   // Gradio goes to the end at each update. Who has scrolled up to read stays there, until the end is
