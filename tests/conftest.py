@@ -62,6 +62,15 @@ def computing_type(request, monkeypatch):
     return getattr(torch, request.param)
 
 
+@pytest.fixture
+def weights(tmp_path, monkeypatch) -> Path:
+    """An empty weights folder."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder))
+    return folder
+
+
 # The page: a server with an engine that answers the same each time, a browser, visitors.
 
 

@@ -43,14 +43,6 @@ def quiet(line: str, passing: bool = False) -> None:
 
 
 @pytest.fixture
-def weights(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder))
-    return folder
-
-
-@pytest.fixture
 def case() -> ParityCase:
     return ParityCase(CASES / "vicuna_qformer_a")
 

@@ -33,14 +33,6 @@ BLOCKS = [0, 1, 2]
 
 
 @pytest.fixture
-def weights(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder))
-    return folder
-
-
-@pytest.fixture
 def plain_blocks(monkeypatch) -> None:
     """32-bit floats in place of 4-bit blocks."""
     monkeypatch.setattr(convert, "kind_of", lambda name, shape, layers: "F32")

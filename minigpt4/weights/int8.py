@@ -94,7 +94,8 @@ def load_int8(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    config.tie_word_embeddings &= not has_own_head(folder)
+    if config.tie_word_embeddings:
+        config.tie_word_embeddings = not has_own_head(folder)
     return build_int8(config, read_tensors(folder, count), device, dtype)
 
 
