@@ -112,8 +112,10 @@ class LoopTimes:
 def serve_page(port: int, pace: float, timed: bool) -> None:
     """Serve until standard input ends; "reset" and "report" on it speak of the loop's times."""
     from minigpt4.config import MODELS
+    from minigpt4.web import run
     from minigpt4.web.page import session
     from minigpt4.web.page.page import build_page, freeze_objects, serve
+    from minigpt4.web.server import Server
 
     times = LoopTimes() if timed else None
     session.ask = PacedAnswer
@@ -127,16 +129,8 @@ def serve_page(port: int, pace: float, timed: bool) -> None:
         running=1,
         waiting=0,
     )
-    options = argparse.Namespace(
-        host="127.0.0.1",
-        port=port,
-        share=False,
-        llm_url=None,
-        max_upload_mb=20,
-        max_queue=32,
-        max_running=32,
-    )
-    address = serve(build_page(engine), options)
+    options = run.options(["--model", "nano", "--port", str(port), "--max-running", "32"])
+    address = serve(build_page(engine), options, Server(lambda: [engine], options))
     freeze_objects()  # as `launch` does
     print(address, flush=True)
     for line in sys.stdin:
@@ -145,8 +139,8 @@ def serve_page(port: int, pace: float, timed: bool) -> None:
         print(json.dumps(times.report() if line.strip() == "report" else {}), flush=True)
 
 
-class Server:
-    """A server process."""
+class ServerProcess:
+    """`minigpt4 serve` with paced words in place of a model."""
 
     def __init__(self, pace: float, timed: bool = True) -> None:
         command = [sys.executable, "-m", "benchmarks.page", "--serve", "--pace", str(pace)]
@@ -224,7 +218,7 @@ class Visitor:
                 seen, last = True, now
 
 
-async def visit(server: Server, clients: int, turns: int) -> dict:
+async def visit(server: ServerProcess, clients: int, turns: int) -> dict:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.address, timeout=600, limits=limits) as web:
         dependencies = (await web.get("/config")).json()["dependencies"]
@@ -247,7 +241,7 @@ async def visit(server: Server, clients: int, turns: int) -> dict:
 
 
 def load(clients: int, turns: int, pace: float) -> dict:
-    server = Server(pace)
+    server = ServerProcess(pace)
     try:
         found = asyncio.run(visit(server, clients, turns))
         return {"clients": clients, "turns": turns, **found, **server.tell("report")}
@@ -259,7 +253,7 @@ def idle(seconds: float) -> dict:
     """CPU, in per cent of one core, with and without an open tab."""
     from playwright.sync_api import sync_playwright
 
-    server = Server(0.02, timed=False)
+    server = ServerProcess(0.02, timed=False)
 
     def used() -> float:
         process = psutil.Process(server.process.pid)
@@ -291,7 +285,7 @@ def first_visits(count: int, slow: bool) -> dict:
     """
     from playwright.sync_api import sync_playwright
 
-    server = Server(0.02, timed=False)
+    server = ServerProcess(0.02, timed=False)
     painted, usable, kilobytes = [], [], []
     try:
         with sync_playwright() as playwright:
