@@ -203,7 +203,14 @@ class ChatPage:
         events: tuple[Dependency, ...] = (
             new_chat,
             side.recent.select(uploads.reopen, session, opened, **EVENT),
-            side.upload.upload(uploads.open, [side.upload, session], opened, **EVENT),
+            # A file that is chosen while another is being opened is opened next.
+            side.upload.upload(
+                uploads.open,
+                [side.upload, session],
+                opened,
+                trigger_mode="always_last",
+                **EVENT,
+            ),
         )
         for event in events:
             event.then(side.clear_website, None, side.site, **EVENT)
