@@ -390,6 +390,23 @@ def test_two_visitors(visit):
         expect(questions(page)).to_contain_text(name)
 
 
+def test_enter_before_the_end_of_an_answer(visit, engine):
+    """A second question is kept and the reason said; Enter pressed twice asks once."""
+    engine.word_seconds = 0.03
+    page = visit()
+    box(page).fill("A long one, please.")
+    for _ in range(3):
+        box(page).press("Enter")
+    expect(answers(page)).to_contain_text("word3")
+    expect(page.get_by_text("stop it first")).to_have_count(0)
+    say(page, "And then?")
+    expect(page.get_by_text("stop it first")).to_be_visible()
+    page.get_by_label("Stop").click()
+    done(page)
+    expect(box(page)).to_have_value("And then?")
+    expect(questions(page)).to_have_count(1)
+
+
 def test_new_chat_in_the_middle_of_an_answer(visit, engine):
     engine.word_seconds = 0.03
     page = visit()

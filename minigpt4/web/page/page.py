@@ -163,8 +163,11 @@ class ChatPage:
         settings = [*side.settings.values(), named]
         shown = [chatbot, box, self._status, side.keeper]
         event_of_turn: dict[str, Any] = {**EVENT, "js": SHOWN_JS}
+        asked = [box, session, *settings]
         events = [
-            box.submit(turns.ask, [box, session, *settings], shown, **event_of_turn),
+            # Otherwise Gradio drops a question while it has not been told the end of the last
+            # answer, which New chat, too, ends.
+            box.submit(turns.ask, asked, shown, trigger_mode="multiple", **event_of_turn),
             chatbot.retry(turns.retry, [session, *settings], shown, **event_of_turn),
             chatbot.edit(turns.edit, [session, *settings], shown, **event_of_turn),
             chatbot.option_select(turns.option, [session, *settings], shown, **event_of_turn),

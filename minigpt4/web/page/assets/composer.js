@@ -57,8 +57,13 @@
     const empty = !text && !find("#box .thumbnail-wrapper");
     if (button && button.disabled !== empty) button.disabled = empty;
   };
-  const asked = () => {
+  const asked = (event) => {
     if (!find("#box .submit-button:not(:disabled)")) return;
+    if (sent !== null && sent === find("#box textarea").value) { // a second Enter
+      event.preventDefault();
+      event.stopImmediatePropagation();
+      return;
+    }
     window.minigpt4.endEditing();
     sending(true);
     [sent, typed] = [find("#box textarea").value, null];
