@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minigpt4.engine.base import AnyEngine
 from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, thread_start
 from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.engine.pictures import Pictures
@@ -24,7 +25,6 @@ from minigpt4.engine.scheduler import (
     Chunk,
     Outputs,
     Request,
-    RequestQueue,
     RequestState,
     Scheduler,
     Sequence,
@@ -35,7 +35,6 @@ from minigpt4.engine.scheduler import (
 from minigpt4.engine.stream import (
     BROKEN,
     ENDING,
-    FORKED,
     HANGING,
     LOST,
     NO_MEMORY,
@@ -54,9 +53,8 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 log = logging.getLogger(__name__)
 
 
-class Engine(RequestQueue):
-    """Owns the model: `encode` pictures early, `submit` requests, read their streams. Close it, or
-    use it in `with`.
+class Engine(AnyEngine):
+    """Owns the model: `encode` pictures early, `submit` requests, read their streams.
 
     max_running: answers at once; max_waiting: requests that may wait; kv_megabytes: memory for keys
     and values of running and remembered conversations (None: see `build_decoder`); hang_seconds: a
@@ -64,6 +62,8 @@ class Engine(RequestQueue):
     pictures' embeddings on disk; count: is told the bytes of weights that are read here. UserError
     where the memory is not available.
     """
+
+    model: "MiniGPT4"
 
     def __init__(
         self,
@@ -100,28 +100,21 @@ class Engine(RequestQueue):
 
     @property
     def fault(self) -> str:
-        """A sentence while the engine cannot answer, else "". A lost GPU does not come back."""
-        running = HANGING if self._hanging else ENDING if self._ending else ""
-        return LOST if self._lost else running
+        if self._lost:  # a lost GPU does not come back
+            return LOST
+        return HANGING if self._hanging else super().fault
 
     @property
     def decoder_name(self) -> str:
-        """Which decoder runs the language model."""
         return self.decoder.name
 
     @property
     def cache_use(self) -> float:
-        """The share of the key-value cache that running answers hold or have reserved."""
         cache = self._scheduler.cache
         return 1 - cache.available / cache.count
 
     def encode(self, picture: Picture) -> Encoded:
-        """What the language model takes of the picture, computed once.
-
-        UserError where that fails.
-        """
-        if os.getpid() != self._process:
-            raise UserError(FORKED)
+        self._refuse_fork()
         with self._lock:
             encoded = self._pictures.find(picture.key)
             if encoded is not None:
@@ -130,16 +123,6 @@ class Engine(RequestQueue):
             future = self._pictures.request(picture)
             self._lock.notify_all()
         return future.result()
-
-    def submit(self, request: Request) -> Stream:
-        """Start answering. UserError where the queue is full or the request can never fit."""
-        if os.getpid() != self._process:
-            raise UserError(FORKED)
-        try:
-            return self._submit(request)
-        except UserError as error:
-            self.totals.add_error(error.kind)
-            raise
 
     def health(self, seconds: float = 10.0) -> bool:
         """Does the model give a real token within `seconds`? The probe skips the queue."""
