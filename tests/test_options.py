@@ -189,8 +189,8 @@ def test_every_environment_variable_has_one_meaning():
     found: dict[str, Option] = {}
 
     def walk(parser: Parser) -> None:
-        for option, prefix in parser._declared:
-            variable = option.environment(prefix)
+        for option in parser._declared:
+            variable = option.environment
             assert found.setdefault(variable, option).name == option.name, variable
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
