@@ -198,7 +198,12 @@ class Engine(AnyEngine):
         )
 
     def _step(self) -> None:
-        if chunks := self._schedule():
+        """Remove requests that have ended, let waiting ones in, and compute the chosen rows."""
+        with self._lock:
+            self._remove_ended()
+            self._admit()
+            chunks, self._running = self._scheduler.schedule(self._running)
+        if chunks:
             self._run(chunks)
 
     def _encode_pictures(self) -> None:
@@ -207,14 +212,6 @@ class Engine(AnyEngine):
             self._lock.notify_all()  # there is work for the other thread
 
     # --- schedule ------------------------------------------------------------------------------
-
-    def _schedule(self) -> list[Chunk]:
-        """Remove requests that have ended, let waiting ones in, and choose the step's rows."""
-        with self._lock:
-            self._remove_ended()
-            self._admit()
-            chunks, self._running = self._scheduler.schedule(self._running)
-        return chunks
 
     def _remove_ended(self) -> None:
         for state in [*self._running, *self._waiting]:
@@ -370,11 +367,11 @@ class Engine(AnyEngine):
         state: RequestState,
         token: int,
         logprob: float | None = None,
-        top: list[tuple[int, float]] | None = None,
+        top: list[tuple[int, float]] | tuple[()] = (),
     ) -> None:
         """Put a token into the stream, and end it where this is the last one."""
         stream = state.stream
-        stream._put(token, logprob, top or ())
+        stream._put(token, logprob, top)
         if not state.probe:
             self.totals.add(tokens=1)
         if token in state.request.stop_ids:
