@@ -18,8 +18,7 @@ import numpy as np
 
 from minigpt4.engine.base import AnyEngine
 from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, thread_start
-from minigpt4.engine.embeddings import EmbeddingStore
-from minigpt4.engine.pictures import Pictures
+from minigpt4.engine.pictures import EmbeddingStore, Pictures
 from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax, most_likely
 from minigpt4.engine.scheduler import (
     Chunk,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ModelConfig
+from minigpt4.model.detector import detections
 from minigpt4.model.image import Detection, Encoded
-from minigpt4.model.objects import detections
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess, suitable_threads
 from minigpt4.model.words import WordHead, choose, listed

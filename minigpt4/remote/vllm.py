@@ -22,8 +22,7 @@ import httpx
 import numpy as np
 
 from minigpt4.engine.decoder import thread_start
-from minigpt4.engine.embeddings import EmbeddingStore
-from minigpt4.engine.pictures import Pictures
+from minigpt4.engine.pictures import EmbeddingStore, Pictures
 from minigpt4.engine.sampling import Sampling
 from minigpt4.engine.scheduler import Request
 from minigpt4.engine.stream import BROKEN, FULL, explain, failure
@@ -282,26 +281,19 @@ def _refusal(status: int, content: bytes) -> Exception:
     if status in (429, 503):
         return Unavailable(f"status {status}", failure(FULL))
     if status in (401, 403):
-        return UserError("The language model's server rejects the key: see --llm-key.", "broken")
-    if "enable-prompt-embeds" in text:
-        return UserError(
-            "The language model's server accepts no embeddings: start vLLM with "
-            "--enable-prompt-embeds.",
-            "broken",
-        )
-    if "hidden_size" in text:
-        return UserError(
-            "The language model's server runs another model than --model: the widths of their "
-            "embeddings differ.",
-            "broken",
-        )
-    if status < 500:
-        return UserError(
-            f"The language model's server refused the request (status {status}): see its log and "
-            "this program's.",
-            "broken",
-        )
-    return Unavailable(f"status {status}")
+        sentence = "The language model's server rejects the key: see --llm-key."
+    elif "enable-prompt-embeds" in text:
+        sentence = "The language model's server accepts no embeddings: start vLLM with "
+        sentence += "--enable-prompt-embeds."
+    elif "hidden_size" in text:
+        sentence = "The language model's server runs another model than --model: the widths of "
+        sentence += "their embeddings differ."
+    elif status < 500:
+        sentence = f"The language model's server refused the request (status {status}): see its "
+        sentence += "log and this program's."
+    else:
+        return Unavailable(f"status {status}")
+    return UserError(sentence, "broken")
 
 
 def _checked(url: str) -> str:

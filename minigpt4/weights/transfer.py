@@ -231,9 +231,7 @@ def hash_fits(path: Path, expected: str) -> bool:
     if name == "sha1":
         digest.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest() == expected
+        return hashlib.file_digest(file, lambda: digest).hexdigest() == expected
 
 
 # --- out of Python packages ---------------------------------------------------------------------
