@@ -29,6 +29,7 @@ from minigpt4.options import (
 )
 from minigpt4.training import options as training
 from minigpt4.web import run as server
+from minigpt4.web.options import add_options
 
 if TYPE_CHECKING:
     from minigpt4.conversation import Conversation
@@ -113,7 +114,7 @@ def _parser() -> Parser:
         answering.add([EMBEDDINGS_MB])
         add_sampling_options(answering)
     serving = command("serve", server.serve, "serve the chat page and the API", server.DESCRIPTION)
-    server.add_options(serving)
+    add_options(serving)
     training.add_options(command("train", _train, "train the projection (stage 1 or 2)"))
     scoring = "score answers, or run one of the paper's experiments"
     evaluation.add_options(command("evaluate", _evaluate, scoring))

@@ -208,14 +208,21 @@ def _load(
     try:
         files = prepare(config, files, quantize, report)
         report(Step("opening", "Loading {name} …", name=config.name))
-        size = bytes_to_load(files, quantize)
-        with closing(Progress(config.name, size, report, "Loading")) as progress:
-            more: dict[str, Any] = {
-                "vision_dtype": vision_dtype,
-                "progress": progress,
-                "quantizer": quantizer,
-            }
-            return finish(load_model(config, files, device, quantize, dtype, **more), progress)
+        read_here, read_by_engine = bytes_to_load(files, quantize)
+        total = read_here + read_by_engine
+        with closing(Progress(config.name, total, report, "Loading")) as progress:
+            with progress.file(read_here) as count:
+                model = load_model(
+                    config,
+                    files,
+                    device,
+                    quantize,
+                    dtype,
+                    vision_dtype=vision_dtype,
+                    count=count,
+                    quantizer=quantizer,
+                )
+            return finish(model, progress)
     except Exception as error:
         if not _too_large(error):
             raise

@@ -7,7 +7,7 @@ LEFT_OUT holds what every turn passes by or reads, and details of the file liste
 
 nano's picture enters seven files. Two that could be one stay apart: `image.py`, the way in for
 pictures, and `image_file.py`, the decoding of hostile files, which would be 700 lines together.
-mini's enters ten, since it has a second encoder and a word head.
+mini's enters nine, since it has a second encoder and a word head.
 """
 
 import argparse

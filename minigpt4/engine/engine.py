@@ -178,8 +178,8 @@ class Engine(AnyEngine):
                 self._refuse_if_full()
                 self._waiting.append(state)
                 self.totals.add(requests=1)
-            pictures = request.pictures
-            state.pictures = {k: self._pictures.request(pictures[k]) for k in state.picture_keys}
+            keys, pictures = request.prompt.picture_keys, request.pictures
+            state.pictures = {key: self._pictures.request(pictures[key]) for key in keys}
             self._lock.notify_all()
         return state.stream
 

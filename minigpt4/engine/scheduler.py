@@ -104,10 +104,6 @@ class RequestState:
         self.reserved = 0  # blocks that are not allocated yet
 
     @property
-    def picture_keys(self) -> set[str]:
-        return {image.key for _, image in self.request.prompt.images}
-
-    @property
     def has_pictures(self) -> bool:
         """Has the encoder done with all of them, well or not?"""
         return all(future.done() for future in self.pictures.values())

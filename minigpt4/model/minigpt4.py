@@ -145,15 +145,11 @@ class MiniGPT4(nn.Module):
 
     def _in_float32(self) -> "MiniGPT4":
         """Encoder, bridge and projection copied into 32 bit; the rest is shared."""
+        parts = (self.encoder, self.bridge, self.projection)
+        encoder, bridge, projection = (deepcopy(part).float() for part in parts)
+        llm, words = self.llm, self.word_head
         return MiniGPT4(
-            self.config,
-            deepcopy(self.encoder).float(),
-            deepcopy(self.bridge).float(),
-            deepcopy(self.projection).float(),
-            self.llm,
-            self.tokenizer,
-            self.quantize,
-            self.word_head,
+            self.config, encoder, bridge, projection, llm, self.tokenizer, self.quantize, words
         )
 
     def embed_tokens(self, ids: Tensor) -> Tensor:

@@ -151,6 +151,14 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def picture_keys(self) -> set[str]:
+        return {image.key for _, image in self.images}
+
+    def followed_by(self, ids: list[int]) -> "Prompt":
+        """The prompt and these tokens of its answer."""
+        return Prompt([*self.ids, *ids], [*self.keys, *ids], self.images)
+
     def add_tokens(self, ids: Iterable[int], learn: bool = False) -> None:
         """Append tokens; learn: their value in the loss mask."""
         ids = list(ids)

@@ -132,10 +132,10 @@ def opened(
         int8.replace_linears(layers)
     before = f" The run began in {begun}." if begun not in ("", arithmetic) else ""
     say(f"The language model computes in {arithmetic}.{before}")
-    if not options.adapters or not config.adapters:
+    if not options.adapters or not config.adapter_rank:
         return model, {}, arithmetic
     start = read_adapters(options.init) if options.init else {}
-    inserted = adapters.insert(layers, config.adapters.rank, options.seed, start)
+    inserted = adapters.insert(layers, config.adapter_rank, options.seed, start)
     return model, inserted, arithmetic
 
 
