@@ -135,7 +135,6 @@ class RemoteEngine(AnyEngine):
         return stream
 
     def health(self, seconds: float = 10.0) -> bool:
-        """Does any of the processes give a real token within `seconds`?"""
         if self._ending:
             return False
         try:

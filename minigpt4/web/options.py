@@ -29,12 +29,6 @@ IMAGE_HOSTS = Option(
     "Hosts from which the API may fetch pictures, separated by commas. By default none.",
     metavar="HOSTS",
 )
-CORS_ORIGINS = Option(
-    "cors-origins",
-    "Origins of web pages whose scripts may use the API, such as https://chat.example.org, "
-    "separated by commas; * for all. By default those of this machine.",
-    metavar="ORIGINS",
-)
 API_KEY = Option("api-key", "Key that clients of the API must send.", read=secret, metavar="KEY")
 SERVER = (
     Option(
@@ -67,7 +61,12 @@ SERVER = (
     Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
     API_KEY,
     IMAGE_HOSTS,
-    CORS_ORIGINS,
+    Option(
+        "cors-origins",
+        "Origins of web pages whose scripts may use the API, such as https://chat.example.org, "
+        "separated by commas; * for all. By default those of this machine.",
+        metavar="ORIGINS",
+    ),
     Option(
         "mcp",
         "Offer questions about pictures as a tool of the Model Context Protocol, at "
