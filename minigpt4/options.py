@@ -263,7 +263,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             if option.read is switch and value is not None:
                 try:
-                    found.append(f"--{'' if switch(str(value)) else 'no-'}{option.name}")
+                    found.append(option.flag(switch(str(value))))
                 except ArgumentTypeError as error:
                     raise UserError(f"“{name}” in {path} {error}.") from None
                 continue

@@ -278,7 +278,9 @@ def _decode(file: BinaryIO, name: str) -> Picture:
     head = file.read(1024)
     file.seek(0)
     if not head:
-        raise _refusal(name, "is empty: save or download the picture again.", "picture_empty")
+        raise _refusal(
+            name, "is empty: save or download the picture again.", message_id="picture_empty"
+        )
     with _picture_errors(name, head), _turn():
         image = image_file.opened(file, head)
         return _converted(image, lambda: image_file.decoded(image, file))
@@ -346,14 +348,16 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
     except (TooManyPixels, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{getattr(error, 'limit', image_file.MAX_PIXELS) / 1e6:g}"
         what = f"has more than {limit} megapixels: scale it down and try again."
-        raise _refusal(name, what, "picture_too_large", megapixels=limit) from None
+        raise _refusal(name, what, message_id="picture_too_large", megapixels=limit) from None
     except Image.UnidentifiedImageError:
         kinds = (kind for pattern, kind in _OTHER_KINDS.items() if re.match(pattern, head))
         kind = next(kinds, "damaged, or not a picture of a known format")
-        raise _refusal(name, f"is {kind}: save it as {READABLE}.", "not_a_picture") from None
+        raise _refusal(
+            name, f"is {kind}: save it as {READABLE}.", message_id="not_a_picture"
+        ) from None
     except Exception:  # damaged files make the libraries raise nearly anything
         what = "is damaged, cut short or too unusual: save it again as JPEG or PNG."
-        raise _refusal(name, what, "picture_damaged") from None
+        raise _refusal(name, what, message_id="picture_damaged") from None
 
 
 def _refusal(name: str, what: str, message_id: str, **values: object) -> UserError:
