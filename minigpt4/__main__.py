@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from threading import Thread
@@ -28,6 +29,7 @@ from minigpt4.options import (
 )
 from minigpt4.training import options as training
 from minigpt4.web import run as server
+from minigpt4.web.options import add_options
 
 if TYPE_CHECKING:
     from minigpt4.conversation import Conversation
@@ -92,93 +94,43 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"minigpt4 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _add_ask,
-        _add_chat,
-        _add_serve,
-        _add_train,
-        _add_evaluate,
-        _add_curate,
-        _add_convert,
-        _add_download,
-        _add_push,
-    ):
-        add(commands)
-    return parser
 
+    def command(name: str, run: Callable, summary: str, about: str | None = None) -> Parser:
+        added = commands.add_parser(name, help=summary, description=about)
+        added.set_defaults(run=run)
+        return added
 
-def _add_ask(commands) -> None:
-    command = commands.add_parser("ask", help="answer a question about one photo or many")
-    command.add_argument(
+    asking = command("ask", _ask, "answer a question about one photo or many")
+    asking.add_argument(
         "photos", nargs="+", metavar="photo", help="Picture files or folders, then the question."
     )
-    command.gathers = "photos"
-    command.add(ASK, prefix="ASK_")
-    _add_answering(command)
-    command.set_defaults(run=_ask)
-
-
-def _add_chat(commands) -> None:
-    command = commands.add_parser("chat", help="chat about photos in the terminal")
-    command.add_argument("photos", nargs="*", metavar="photo", help="Picture files.")
-    _add_answering(command)
-    command.set_defaults(run=_chat)
-
-
-def _add_answering(command: Parser) -> None:
-    add_model_options(command)
-    add_remote_llm_options(command)
-    command.add([EMBEDDINGS_MB])
-    add_sampling_options(command)
-
-
-def _add_serve(commands) -> None:
-    command = commands.add_parser(
-        "serve", help="serve the chat page and the API", description=server.DESCRIPTION
-    )
-    server.add_options(command)
-    command.set_defaults(run=server.serve)
-
-
-def _add_train(commands) -> None:
-    command = commands.add_parser("train", help="train the projection (stage 1 or 2)")
-    training.add_options(command)
-    command.set_defaults(run=_train)
-
-
-def _add_evaluate(commands) -> None:
-    command = commands.add_parser(
-        "evaluate", help="score answers, or run one of the paper's experiments"
-    )
-    evaluation.add_options(command)
-    command.set_defaults(run=_evaluate)
-
-
-def _add_curate(commands) -> None:
-    command = commands.add_parser("curate", help="make detailed descriptions for stage 2")
-    curation.add_commands(command)
-
-
-def _add_convert(commands) -> None:
-    command = commands.add_parser("convert", help="save a projection as a small safetensors file")
-    command.add_argument("checkpoint", help="pretrained_minigpt4*.pth, or the file of a run.")
-    command.add_argument("out", help="FILE.safetensors")
-    command.set_defaults(run=_convert)
-
-
-def _add_download(commands) -> None:
-    command = commands.add_parser("download", help="download a model's weights")
-    command.add_argument("model", choices=MODELS)
-    add_places(command)
-    command.set_defaults(run=_download)
-
-
-def _add_push(commands) -> None:
-    command = commands.add_parser("push", help="send a trained projection to the Hugging Face hub")
-    command.add_argument("projection", help="A file that “train” wrote, or the folder of its run.")
-    command.add_argument("repository", metavar="USER/NAME")
-    command.add(PUSH, prefix="PUSH_")
-    command.set_defaults(run=_push)
+    asking.gathers = "photos"
+    asking.add(ASK, prefix="ASK_")
+    chatting = command("chat", _chat, "chat about photos in the terminal")
+    chatting.add_argument("photos", nargs="*", metavar="photo", help="Picture files.")
+    for answering in (asking, chatting):
+        add_model_options(answering)
+        add_remote_llm_options(answering)
+        answering.add([EMBEDDINGS_MB])
+        add_sampling_options(answering)
+    serving = command("serve", server.serve, "serve the chat page and the API", server.DESCRIPTION)
+    add_options(serving)
+    training.add_options(command("train", _train, "train the projection (stage 1 or 2)"))
+    scoring = "score answers, or run one of the paper's experiments"
+    evaluation.add_options(command("evaluate", _evaluate, scoring))
+    curating = commands.add_parser("curate", help="make detailed descriptions for stage 2")
+    curation.add_commands(curating)
+    converting = command("convert", _convert, "save a projection as a small safetensors file")
+    converting.add_argument("checkpoint", help="pretrained_minigpt4*.pth, or the file of a run.")
+    converting.add_argument("out", help="FILE.safetensors")
+    downloading = command("download", _download, "download a model's weights")
+    downloading.add_argument("model", choices=MODELS)
+    add_places(downloading)
+    pushing = command("push", _push, "send a trained projection to the Hugging Face hub")
+    pushing.add_argument("projection", help="A file that “train” wrote, or the folder of its run.")
+    pushing.add_argument("repository", metavar="USER/NAME")
+    pushing.add(PUSH, prefix="PUSH_")
+    return parser
 
 
 # --- commands -----------------------------------------------------------------------------------

@@ -36,13 +36,6 @@ class Words:
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """Adapters (LoRA) of the language model's attention, in the projection's file."""
-
-    rank: int = 16
-
-
-@dataclass(frozen=True)
 class Source:
     """Where a weight file or folder can be fetched.
 
@@ -136,7 +129,8 @@ class ModelConfig:
     stage2: Schedule | None = None
     embedding_length: float = 0.0  # what image embeddings are scaled to; 0: they stay as they are
     words: Words | None = None  # listed beside the image embeddings
-    adapters: LowRank | None = None  # None: the language model stays as it is
+    # Of the adapters (LoRA) of the language model's attention, in the projection's file; 0: none.
+    adapter_rank: int = 0
     licence: str = ""
     english_only: bool = False  # asked in another language, it answers in English, or not well
 
@@ -343,7 +337,7 @@ _MINI = ModelConfig(
     recipe="small",
     embedding_length=0.6,
     words=Words(),
-    adapters=LowRank(),
+    adapter_rank=16,
     english_only=True,
     licence="Apache-2.0 (Qwen2.5-Coder, EfficientNet-Lite), MIT (the detector's package); "
     "projection and words: see weights/README.md",

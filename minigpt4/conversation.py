@@ -334,15 +334,17 @@ def fit(
     room = config.context - kept
     asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
     most = len(asked) - 1 if trim else 0
-    # Tokens are counted only of what may have room: a megabyte takes a second.
+    what = "question" if trim else "conversation"
     system = len(conversation.system or "")
-    least = bisect.bisect_left(
-        range(most),
-        -MAX_CHARACTERS,
-        key=lambda turns: -system - _characters(conversation.messages[asked[turns] :]),
-    )
-    if system + _characters(conversation.messages[asked[least] if trim else 0 :]) > MAX_CHARACTERS:
-        what = "question" if trim else "conversation"
+
+    def characters(turns: int) -> int:
+        """Of the messages without the oldest questions and their answers."""
+        left = conversation.messages[asked[turns] if trim else 0 :]
+        return sum(len(part) for m in left for part in m.parts if isinstance(part, str))
+
+    # Tokens are counted only of what may have room: a megabyte takes a second.
+    least = bisect.bisect_left(range(most), system - MAX_CHARACTERS, key=lambda n: -characters(n))
+    if system + characters(least) > MAX_CHARACTERS:
         have = f"{what} and the system prompt have" if system else f"{what} has"
         raise UserError(f"The {have} more than {MAX_CHARACTERS} characters.", "too_long")
 
@@ -361,9 +363,8 @@ def fit(
     prompt = without(dropped)
     if len(prompt) <= config.context - needed:
         return prompt, dropped
-    what = "question" if trim else "conversation"
     beside = "with its pictures " if prompt.images else ""
-    if system > _characters(conversation.messages[asked[dropped] if trim else 0 :]):
+    if system > characters(dropped):
         what, beside = "system prompt", f"with the {what} "
     fitting = max(0, config.context - needed)
     allowed = f"at most {fitting} fit; shorten it."
@@ -371,10 +372,6 @@ def fit(
         allowed = f"{fitting} fit beside an answer of {needed}; shorten it or the answer."
     sentence = f"The {what} is too long: {beside}it takes {len(prompt)} tokens, and {allowed}"
     raise UserError(sentence, "too_long")
-
-
-def _characters(messages: Sequence[Message]) -> int:
-    return sum(len(part) for m in messages for part in m.parts if isinstance(part, str))
 
 
 def _without_oldest(messages: list[Message], turns: int) -> list[Message]:

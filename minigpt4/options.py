@@ -31,9 +31,7 @@ def switch(text: str) -> bool:
         return True
     if text.lower() in OFF:
         return False
-    raise ArgumentTypeError(
-        f"must be on or off (or 1, 0, true, false, yes, no), not {_quoted(text)}"
-    )
+    raise ArgumentTypeError(f"must be on or off (or 1, 0, true, false, yes, no), not “{text}”")
 
 
 def integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
@@ -73,7 +71,7 @@ def setting(name: str) -> Callable[[str], Any]:
         except ArgumentTypeError:
             value = None
         if wrong := wrong_setting(name, value):
-            raise ArgumentTypeError(f"{wrong}, not {_quoted(text)}")
+            raise ArgumentTypeError(f"{wrong}, not “{text}”")
         return value
 
     return read
@@ -101,7 +99,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in names:
-            raise ArgumentTypeError(f"must be one of {', '.join(names)}, not {_quoted(text)}")
+            raise ArgumentTypeError(f"must be one of {', '.join(names)}, not “{text}”")
         return text
 
     return read
@@ -118,12 +116,8 @@ def _within(kind, text, value, least=None, most=None, below=None):
             kind += f" from {least} to {most}"
         elif least is not None:
             kind += f" of at least {least}" + ("" if below is None else f" and less than {below}")
-        raise ArgumentTypeError(f"must be {kind}, not {_quoted(text)}")
+        raise ArgumentTypeError(f"must be {kind}, not “{text}”")
     return value
-
-
-def _quoted(text: str) -> str:
-    return f"“{text}”"
 
 
 # --- options ----------------------------------------------------------------------------------
@@ -161,13 +155,14 @@ class Option:
         """How the command line gives it this value."""
         return f"--{'no-' if self.read is switch and value is False else ''}{self.name}"
 
-    def environment(self, prefix: str = "") -> str:
+    @property
+    def environment(self) -> str:
         """The name of its environment variable."""
-        return self.variable or f"MINIGPT4_{prefix}{self.attribute.upper()}"
+        return self.variable or f"MINIGPT4_{self.attribute.upper()}"
 
-    def from_environment(self, prefix: str = "") -> Any:
+    def from_environment(self) -> Any:
         """Its value from the environment, else its default. UserError for an invalid value."""
-        for variable in filter(None, (self.environment(prefix), self.fallback)):
+        for variable in filter(None, (self.environment, self.fallback)):
             if text := os.environ.get(variable):
                 try:
                     value = self.read(text)
@@ -185,7 +180,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.reads_file = ""  # the option that names a file of options, such as "--options"
         self.gathers = ""  # the positional argument that may go on after options
-        self._declared: list[tuple[Option, str]] = []
+        self._declared: list[Option] = []
 
     def add(self, options: Iterable[Option], title: str = "", prefix: str = "") -> None:
         """Add options in a help group with this title.
@@ -194,8 +189,14 @@ class Parser(argparse.ArgumentParser):
         """
         group = self.add_argument_group(title) if title else self
         for option in options:
-            self._declared.append((option, prefix))
-            settings: dict[str, Any] = {"help": _help(option, prefix)}
+            variable = option.variable or f"MINIGPT4_{prefix}{option.attribute.upper()}"
+            option = replace(option, variable=variable)
+            self._declared.append(option)
+            notes = [f"${variable}"]
+            if option.default not in (None, "", False):
+                notes.insert(0, f"default: {option.default}")
+            text = f"{option.help} [{'; '.join(notes)}]".replace("%", "%%")
+            settings: dict[str, Any] = {"help": text}
             if option.read is switch:
                 settings["action"] = argparse.BooleanOptionalAction
             else:
@@ -209,7 +210,7 @@ class Parser(argparse.ArgumentParser):
                 f"--{option.name}",
                 dest=option.attribute,
                 default=argparse.SUPPRESS,
-                required=option.required and not os.environ.get(option.environment(prefix)),
+                required=option.required and not os.environ.get(variable),
                 **settings,
             )
 
@@ -228,11 +229,11 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {near[0]}?" if near else ""
             hint = f"; for the file write ./{rest[0]}" if os.path.exists(rest[0]) else hint
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-        given = [option for option, _ in self._declared if hasattr(found, option.attribute)]
+        given = [option for option in self._declared if hasattr(found, option.attribute)]
         try:
-            for option, prefix in self._declared:
+            for option in self._declared:
                 if option not in given:
-                    setattr(found, option.attribute, option.from_environment(prefix))
+                    setattr(found, option.attribute, option.from_environment())
             check_needs(found, {option: option.needs for option in given})
         except UserError as error:
             self.error(str(error).removesuffix("."))
@@ -241,7 +242,7 @@ class Parser(argparse.ArgumentParser):
     def _arguments_of_file(self, args: list[str]) -> list[str]:
         """The options of the file that the arguments name, to stand before them; without those that
         may be given several times and are among the arguments."""
-        own = next((o, p) for o, p in self._declared if f"--{o.name}" == self.reads_file)
+        own = next(option for option in self._declared if f"--{option.name}" == self.reads_file)
         named = [i for i, text in enumerate(args) if text.partition("=")[0] == self.reads_file]
         if len(named) > 1:
             raise UserError(f"“{self.reads_file}” is given twice: put all options into one file.")
@@ -249,20 +250,20 @@ class Parser(argparse.ArgumentParser):
             _, equals, path = args[named[-1]].partition("=")
             path = path if equals else "".join(args[named[-1] + 1 : named[-1] + 2])
         else:
-            path = own[0].from_environment(own[1])
+            path = own.from_environment()
         if not path:
             return []
-        options = {option.attribute: option for option, _ in self._declared}
+        options = {option.attribute: option for option in self._declared}
         found = []
         for name, value in read_settings(path).items():
             option = options.get(str(name).replace("-", "_"))
-            if option is None or option is own[0]:
+            if option is None or option is own:
                 raise UserError(f"{path} has “{name}”, which is not an option of {self.prog}.")
             if option.many and any(a.partition("=")[0] == f"--{option.name}" for a in args):
                 continue
             if option.read is switch and value is not None:
                 try:
-                    found.append(f"--{'' if switch(str(value)) else 'no-'}{option.name}")
+                    found.append(option.flag(switch(str(value))))
                 except ArgumentTypeError as error:
                     raise UserError(f"“{name}” in {path} {error}.") from None
                 continue
@@ -275,13 +276,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other mistake: the whole usage is a screen long."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _help(option: Option, prefix: str) -> str:
-    notes = [f"${option.environment(prefix)}"]
-    if option.default not in (None, "", False):
-        notes.insert(0, f"default: {option.default}")
-    return f"{option.help} [{'; '.join(notes)}]".replace("%", "%%")
 
 
 def check_needs(values: Namespace, needs: Mapping[Option, Sequence[str]]) -> None:
@@ -391,84 +385,6 @@ SAMPLING = tuple(
         "frequency-penalty": "Subtracted once for each time that the answer already has the token.",
     }.items()
 )
-MAX_QUEUE = Option("max-queue", "Maximum number of waiting requests.", 32, integer(1, 10_000), "N")
-MAX_RUNNING = Option(
-    "max-running",
-    "Maximum number of requests answered at once; with --llm-url, at each server.",
-    32,
-    integer(1, 10_000),
-    "N",
-)
-MAX_UPLOAD = Option(
-    "max-upload-mb", "Maximum size of a picture file, in MB.", 20, integer(1, 1000), "MB"
-)
-IMAGE_HOSTS = Option(
-    "image-hosts",
-    "Hosts from which the API may fetch pictures, separated by commas. By default none.",
-    metavar="HOSTS",
-)
-CORS_ORIGINS = Option(
-    "cors-origins",
-    "Origins of web pages whose scripts may use the API, such as https://chat.example.org, "
-    "separated by commas; * for all. By default those of this machine.",
-    metavar="ORIGINS",
-)
-API_KEY = Option("api-key", "Key that clients of the API must send.", read=secret, metavar="KEY")
-SERVER = (
-    Option(
-        "host",
-        "Address to listen on; 0.0.0.0 accepts connections from other machines.",
-        "127.0.0.1",
-        fallback="GRADIO_SERVER_NAME",
-    ),
-    Option("port", "Port to listen on.", 7860, integer(1, 65535), fallback="GRADIO_SERVER_PORT"),
-    Option("share", "Publish the page through Gradio's relay.", False, switch),
-    MAX_UPLOAD,
-    MAX_QUEUE,
-    MAX_RUNNING,
-    Option(
-        "kv-megabytes",
-        "Memory for the key-value cache, in MB; at least what one conversation takes is used.",
-        None,
-        integer(1, 1_000_000),
-        "MB",
-    ),
-    Option(
-        "kv-bits",
-        "Bits of the keys and values in that cache: 16 (the type that the model computes in), or 8 "
-        "in about half the memory. auto: 8 for large models in 4 bits on a CPU, otherwise 16.",
-        "auto",
-        one_of("auto", "16", "8"),
-        metavar="{auto,16,8}",
-    ),
-    EMBEDDINGS_MB,
-    Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
-    API_KEY,
-    IMAGE_HOSTS,
-    CORS_ORIGINS,
-    Option(
-        "mcp",
-        "Offer questions about pictures as a tool of the Model Context Protocol, at "
-        "/gradio_api/mcp/.",
-        False,
-        switch,
-    ),
-    Option("root-path", "Path under which a proxy serves the page, such as /chat.", metavar="PATH"),
-    Option(
-        "shutdown-seconds",
-        "Time that running answers have to finish after SIGTERM or Ctrl-C, in seconds.",
-        25.0,
-        number(0),
-        "SECONDS",
-    ),
-    Option(
-        "feedback",
-        "Store likes and dislikes, with the conversations' texts, in this folder. By default the "
-        "page has no such buttons.",
-        metavar="FOLDER",
-    ),
-)
-
 PUSH = (Option("private", "Make a new repository private.", False, switch),)
 ASK = (Option("out", "Write the answers as JSON lines, one for each photo.", None, a_name, "FILE"),)
 

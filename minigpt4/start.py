@@ -4,6 +4,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from minigpt4.engine import AnyEngine, Sampling
-    from minigpt4.engine.embeddings import EmbeddingStore
+    from minigpt4.engine.pictures import EmbeddingStore
     from minigpt4.model.minigpt4 import MiniGPT4
     from minigpt4.remote.engine import RemoteEngine
     from minigpt4.remote.vllm import VllmServers
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
     Finish = Callable[[MiniGPT4, Progress], T]
 
-HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0  # of a step: then the model hangs
+# Of a step: then the model hangs. A large one may need a minute on a busy CPU of short memory.
+HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0
 SELECTED = "Model: {name}, because {why}."
 PROBE_SECONDS = 30.0  # for the first token of each server
 PROBE_MARGIN = 5.0  # for all of them to report that
@@ -191,46 +193,47 @@ def _load(
     finish: "Finish[T]",
 ) -> "T":
     """Check the memory, convert, load, finish. UserError where the memory is too small."""
+    from minigpt4.engine.native import quantize as quantizer
+    from minigpt4.weights.llm import choose_dtype
     from minigpt4.weights.load import bytes_to_load, load_model
+    from minigpt4.weights.memory import check_memory, too_little
     from minigpt4.weights.transfer import Progress
 
-    def assemble(files: "WeightFiles", **options: Any) -> "T":
-        report(Step("opening", "Loading {name} …", name=config.name))
-        progress = Progress(config.name, bytes_to_load(files, quantize), report, "Loading")
-        try:
-            options["progress"] = progress
-            if quantize == "int4":
-                from minigpt4.engine.native import quantize as quantizer
-
-                options["quantizer"] = quantizer
-            return finish(load_model(config, files, device, quantize, dtype, **options), progress)
-        finally:
-            progress.close()
-
-    if device.type != "cpu":
-        try:
-            return assemble(files)
-        except Exception as error:
-            if not _too_large(error):
-                raise
-        raise UserError(
-            f"The memory of {device} is too small for {config.name} with “--quantize {quantize}”: "
-            "close what else uses the GPU, or choose a smaller --model or “--device cpu”.",
-            "memory",
-        )
-    from minigpt4.weights.llm import choose_dtype
-    from minigpt4.weights.memory import check_memory, too_little
-
-    computing = choose_dtype(dtype)
-    vision = computing if config.vision.large else None
-    check_memory(config, files.llm, quantize, computing, vision)
+    on_cpu = device.type == "cpu"
+    vision_dtype = None
+    if on_cpu:
+        computing = choose_dtype(dtype)
+        vision_dtype = computing if config.vision.large else None
+        check_memory(config, files.llm, quantize, computing, vision_dtype)
     try:
         files = prepare(config, files, quantize, report)
-        return assemble(files, vision_dtype=vision)
+        report(Step("opening", "Loading {name} …", name=config.name))
+        read_here, read_by_engine = bytes_to_load(files, quantize)
+        total = read_here + read_by_engine
+        with closing(Progress(config.name, total, report, "Loading")) as progress:
+            with progress.file(read_here) as count:
+                model = load_model(
+                    config,
+                    files,
+                    device,
+                    quantize,
+                    dtype,
+                    vision_dtype=vision_dtype,
+                    count=count,
+                    quantizer=quantizer,
+                )
+            return finish(model, progress)
     except Exception as error:
         if not _too_large(error):
             raise
-    raise too_little(config, quantize)  # here the traceback, which holds tensors, is gone
+    # Here the traceback, which holds tensors, is gone.
+    if on_cpu:
+        raise too_little(config, quantize)
+    raise UserError(
+        f"The memory of {device} is too small for {config.name} with “--quantize {quantize}”: "
+        "close what else uses the GPU, or choose a smaller --model or “--device cpu”.",
+        "memory",
+    )
 
 
 def _too_large(error: Exception) -> bool:
@@ -328,30 +331,25 @@ def open_engine(
         from minigpt4.engine import Engine  # takes seconds: mistakes are reported first
 
         store = _embedding_store(model, options.embeddings_mb)
+        slow = model.device.type == "cpu" and not model.config.small
         with progress.file(progress.total - progress.done) as count:
             return Engine(
                 model,
                 kv_megabytes=kv_megabytes,
                 store=store,
                 count=count,
-                hang_seconds=_hang_seconds(model),
+                hang_seconds=SLOW_HANG_SECONDS if slow else HANG_SECONDS,
                 **limits,
             )
 
     return _open(options, report, build)
 
 
-def _hang_seconds(model: "MiniGPT4") -> float:
-    """A step of a large model may take a minute on a busy CPU whose memory is short."""
-    slow = model.device.type == "cpu" and not model.config.small
-    return SLOW_HANG_SECONDS if slow else HANG_SECONDS
-
-
 def _embedding_store(model: "MiniGPT4", megabytes: int) -> "EmbeddingStore | None":
     """Where embeddings are kept that take seconds to compute, up to so many megabytes."""
     if model.device.type != "cpu" or not model.config.vision.large:
         return None
-    from minigpt4.engine.embeddings import EmbeddingStore
+    from minigpt4.engine.pictures import EmbeddingStore
 
     return EmbeddingStore(cache_folder() / "embeddings", model, megabytes)
 

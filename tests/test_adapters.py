@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigpt4.__main__ import main
-from minigpt4.config import LowRank, get_model
+from minigpt4.config import get_model
 from minigpt4.engine.kernels.build import library
 from minigpt4.engine.native import quantize
 from minigpt4.errors import UserError
@@ -19,14 +19,14 @@ from minigpt4.weights.llm import TokenEmbedding
 from tests.block_llama import as_transformers
 from tests.random_blocks import HIDDEN, KV_HEADS, LAYERS, block_llama
 
-CONFIG = replace(get_model("mini"), llm_hidden_size=HIDDEN, adapters=LowRank(4))
+CONFIG = replace(get_model("mini"), llm_hidden_size=HIDDEN, adapter_rank=4)
 IDS = torch.arange(20)[None]
 
 
 def trained(llm):
     """(names -> tensors of a projection's file, the language model with adapters in training)."""
     layers = llm.get_decoder().layers
-    found = insert(layers, CONFIG.adapters.rank, 0, {})
+    found = insert(layers, CONFIG.adapter_rank, 0, {})
     generator = torch.Generator().manual_seed(3)
     for module in found.values():
         module.b.data = 0.1 * torch.randn(module.b.shape, generator=generator)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt4.config import get_model
-from minigpt4.model.bridge import ObjectsBridge
+from minigpt4.model.bridge import PooledMapBridge
 from minigpt4.model.detector import Detector
 from minigpt4.model.parts import CenterNet, PooledMap
 from minigpt4.model.vision import build_encoder, suitable_threads
@@ -50,7 +50,7 @@ def test_the_bridge_gives_what_the_projection_reads():
     config = get_model("mini")
     torch.manual_seed(0)
     encoder = build_encoder(config.vision).eval()
-    bridge = ObjectsBridge(config.bridge, config.features).eval()
+    bridge = PooledMapBridge(config.bridge, config.features).eval()
     pixels = torch.rand(1, 3, config.vision.image_size, config.vision.image_size) * 2 - 1
     maps = encoder(pixels)
     assert tuple(one.shape[1] for one in maps) == (*config.features.channels, 4)
@@ -67,7 +67,7 @@ def test_the_bridge_gives_what_the_projection_reads():
 
 def test_a_mirrored_picture_has_mirrored_cells():
     """The heat of a cell is the heat of its place, not of another."""
-    bridge = ObjectsBridge(PooledMap(), get_model("mini").features)
+    bridge = PooledMapBridge(PooledMap(), get_model("mini").features)
     maps = [torch.rand(1, c, 20, 20) for c in (*get_model("mini").features.channels, 4)]
     here = bridge(maps)[0, :25].unflatten(0, (5, 5))
     mirrored = bridge([one.flip(-1) for one in maps])[0, :25].unflatten(0, (5, 5))

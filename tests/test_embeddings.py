@@ -14,8 +14,7 @@ from torch import nn
 from minigpt4 import start
 from minigpt4.__main__ import main
 from minigpt4.config import get_model
-from minigpt4.engine.embeddings import EmbeddingStore
-from minigpt4.engine.pictures import Pictures
+from minigpt4.engine.pictures import EmbeddingStore, Pictures
 from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, hold
 from minigpt4.model.parts import EvaViT

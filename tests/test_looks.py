@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from minigpt4.conversation import Conversation
+from minigpt4.model.detector import OBJECTS, detections
 from minigpt4.model.image import Picture
-from minigpt4.model.objects import OBJECTS, detections
 from minigpt4.web.page import looks, session
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.looks import FirstLook, first_sentence

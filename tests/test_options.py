@@ -11,6 +11,7 @@ from PIL import Image
 
 from minigpt4 import options
 from minigpt4.__main__ import _parser, main
+from minigpt4.config import SAMPLING_RANGES
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError
 from minigpt4.options import SAMPLING, Option, Parser, integer, number, one_of, secret, switch
@@ -189,8 +190,8 @@ def test_every_environment_variable_has_one_meaning():
     found: dict[str, Option] = {}
 
     def walk(parser: Parser) -> None:
-        for option, prefix in parser._declared:
-            variable = option.environment(prefix)
+        for option in parser._declared:
+            variable = option.environment
             assert found.setdefault(variable, option).name == option.name, variable
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -222,7 +223,7 @@ def test_settings_of_the_sampling_have_one_sentence_everywhere(name, value, sent
 
 
 def test_the_sampling_has_an_option_for_each_setting():
-    assert [option.attribute for option in SAMPLING] == [*Sampling.RANGES]
+    assert [option.attribute for option in SAMPLING] == [*SAMPLING_RANGES]
 
 
 def test_a_question_may_come_after_the_options(capsys, monkeypatch, tmp_path):

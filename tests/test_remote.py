@@ -21,7 +21,7 @@ from minigpt4.__main__ import main
 from minigpt4.config import get_model
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Request, Sampling
-from minigpt4.engine.embeddings import EmbeddingStore
+from minigpt4.engine.pictures import EmbeddingStore
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.prompt import Prompt

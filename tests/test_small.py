@@ -24,8 +24,8 @@ from minigpt4.data.examples import Example
 from minigpt4.engine import Engine
 from minigpt4.errors import UserError
 from minigpt4.model import image
+from minigpt4.model.detector import OBJECTS
 from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.model.objects import OBJECTS
 from minigpt4.model.prompt import ImageRef
 from minigpt4.model.words import WordHead, choose, load_words, with_objects
 from minigpt4.training import int8, run, small_run, small_start, word_head

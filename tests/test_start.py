@@ -156,7 +156,7 @@ def test_a_gpu_that_is_too_small(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("minigpt4.weights.load.load_model", load_model)
-    monkeypatch.setattr("minigpt4.weights.load.bytes_to_load", lambda *_: 1)
+    monkeypatch.setattr("minigpt4.weights.load.bytes_to_load", lambda *_: (1, 0))
     with pytest.raises(UserError, match="memory of cuda is too small for mini"):
         start._load(get_model("mini"), None, torch.device("cuda"), "none", "auto", print, print)
 

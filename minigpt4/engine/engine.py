@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minigpt4.engine.base import AnyEngine
 from minigpt4.engine.decoder import build_decoder, empty_cache, kept_blocks, thread_start
-from minigpt4.engine.embeddings import EmbeddingStore
-from minigpt4.engine.pictures import Pictures
+from minigpt4.engine.pictures import EmbeddingStore, Pictures
 from minigpt4.engine.sampling import BeamSearch, Sampling, log_softmax, most_likely
 from minigpt4.engine.scheduler import (
     Chunk,
     Outputs,
     Request,
-    RequestQueue,
     RequestState,
     Scheduler,
     Sequence,
@@ -35,7 +34,6 @@ from minigpt4.engine.scheduler import (
 from minigpt4.engine.stream import (
     BROKEN,
     ENDING,
-    FORKED,
     HANGING,
     LOST,
     NO_MEMORY,
@@ -54,9 +52,8 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 log = logging.getLogger(__name__)
 
 
-class Engine(RequestQueue):
-    """Owns the model: `encode` pictures early, `submit` requests, read their streams. Close it, or
-    use it in `with`.
+class Engine(AnyEngine):
+    """Owns the model: `encode` pictures early, `submit` requests, read their streams.
 
     max_running: answers at once; max_waiting: requests that may wait; kv_megabytes: memory for keys
     and values of running and remembered conversations (None: see `build_decoder`); hang_seconds: a
@@ -64,6 +61,8 @@ class Engine(RequestQueue):
     pictures' embeddings on disk; count: is told the bytes of weights that are read here. UserError
     where the memory is not available.
     """
+
+    model: "MiniGPT4"
 
     def __init__(
         self,
@@ -100,28 +99,21 @@ class Engine(RequestQueue):
 
     @property
     def fault(self) -> str:
-        """A sentence while the engine cannot answer, else "". A lost GPU does not come back."""
-        running = HANGING if self._hanging else ENDING if self._ending else ""
-        return LOST if self._lost else running
+        if self._lost:  # a lost GPU does not come back
+            return LOST
+        return HANGING if self._hanging else super().fault
 
     @property
     def decoder_name(self) -> str:
-        """Which decoder runs the language model."""
         return self.decoder.name
 
     @property
     def cache_use(self) -> float:
-        """The share of the key-value cache that running answers hold or have reserved."""
         cache = self._scheduler.cache
         return 1 - cache.available / cache.count
 
     def encode(self, picture: Picture) -> Encoded:
-        """What the language model takes of the picture, computed once.
-
-        UserError where that fails.
-        """
-        if os.getpid() != self._process:
-            raise UserError(FORKED)
+        self._refuse_fork()
         with self._lock:
             encoded = self._pictures.find(picture.key)
             if encoded is not None:
@@ -130,16 +122,6 @@ class Engine(RequestQueue):
             future = self._pictures.request(picture)
             self._lock.notify_all()
         return future.result()
-
-    def submit(self, request: Request) -> Stream:
-        """Start answering. UserError where the queue is full or the request can never fit."""
-        if os.getpid() != self._process:
-            raise UserError(FORKED)
-        try:
-            return self._submit(request)
-        except UserError as error:
-            self.totals.add_error(error.kind)
-            raise
 
     def health(self, seconds: float = 10.0) -> bool:
         """Does the model give a real token within `seconds`? The probe skips the queue."""
@@ -196,8 +178,8 @@ class Engine(RequestQueue):
                 self._refuse_if_full()
                 self._waiting.append(state)
                 self.totals.add(requests=1)
-            pictures = request.pictures
-            state.pictures = {k: self._pictures.request(pictures[k]) for k in state.picture_keys}
+            keys, pictures = request.prompt.picture_keys, request.pictures
+            state.pictures = {key: self._pictures.request(pictures[key]) for key in keys}
             self._lock.notify_all()
         return state.stream
 
@@ -215,7 +197,12 @@ class Engine(RequestQueue):
         )
 
     def _step(self) -> None:
-        if chunks := self._schedule():
+        """Remove requests that have ended, let waiting ones in, and compute the chosen rows."""
+        with self._lock:
+            self._remove_ended()
+            self._admit()
+            chunks, self._running = self._scheduler.schedule(self._running)
+        if chunks:
             self._run(chunks)
 
     def _encode_pictures(self) -> None:
@@ -224,14 +211,6 @@ class Engine(RequestQueue):
             self._lock.notify_all()  # there is work for the other thread
 
     # --- schedule ------------------------------------------------------------------------------
-
-    def _schedule(self) -> list[Chunk]:
-        """Remove requests that have ended, let waiting ones in, and choose the step's rows."""
-        with self._lock:
-            self._remove_ended()
-            self._admit()
-            chunks, self._running = self._scheduler.schedule(self._running)
-        return chunks
 
     def _remove_ended(self) -> None:
         for state in [*self._running, *self._waiting]:
@@ -387,11 +366,11 @@ class Engine(RequestQueue):
         state: RequestState,
         token: int,
         logprob: float | None = None,
-        top: list[tuple[int, float]] | None = None,
+        top: list[tuple[int, float]] | tuple[()] = (),
     ) -> None:
         """Put a token into the stream, and end it where this is the last one."""
         stream = state.stream
-        stream._put(token, logprob, top or ())
+        stream._put(token, logprob, top)
         if not state.probe:
             self.totals.add(tokens=1)
         if token in state.request.stop_ids:

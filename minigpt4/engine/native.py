@@ -249,7 +249,6 @@ class NativeDecoder:
         return logits
 
     def copy_block(self, source: int, target: int) -> None:
-        """Give block `target` what `source` holds."""
         self.blocks[target] = self.blocks[source]
 
     def close(self) -> None:

@@ -1,18 +1,23 @@
 """Pictures on their way through the visual encoder, and the embeddings of those already encoded.
 
-Embeddings are kept by the picture's content: what one person uploads is encoded for everybody.
+Embeddings are kept by the picture's content, in memory and on disk: what one person uploads is
+encoded for everybody, and once.
 """
 
+import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minigpt4.data.files import replacing
 from minigpt4.engine.decoder import empty_cache
-from minigpt4.engine.embeddings import EmbeddingStore
 from minigpt4.errors import UserError, out_of_memory
 from minigpt4.model.image import Encoded, Picture
 
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 4  # encoded in one batch
 KEPT = 256  # most recently used: 60 KB each for nano
+_SAMPLE = 1024  # numbers of each weight that tell one model from another
 
 
 class Pictures:
@@ -35,7 +41,7 @@ class Pictures:
         self,
         model: "MiniGPT4",
         explain: Callable[[Exception], UserError],
-        store: EmbeddingStore | None = None,
+        store: "EmbeddingStore | None" = None,
     ) -> None:
         self._model, self._explain, self._store = model, explain, store
         self._lock = threading.Lock()
@@ -133,3 +139,71 @@ class Pictures:
             self._requested.clear()
         for future in futures:
             future.set_exception(error)
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+class EmbeddingStore:
+    """A folder of embeddings, float32 [image_tokens, llm_hidden_size] each, of all models.
+
+    A file's name is that of the model's weights and of the picture's content: nothing else of a
+    picture is stored. Those used longest ago are deleted where the folder outgrows its limit. A
+    folder that cannot be used, and a damaged file, count as empty.
+    """
+
+    def __init__(self, folder: Path, model: "MiniGPT4", megabytes: int = 200) -> None:
+        self._folder, self._limit = folder, megabytes * 10**6
+        self._mark = fingerprint_of_weights(model)
+        self._shape = model.config.image_tokens, model.config.llm_hidden_size
+
+    def _place(self, key: str) -> Path:
+        name = hashlib.sha256(f"{self._mark} {key}".encode()).hexdigest()
+        return self._folder / f"{name}.npy"
+
+    def find(self, key: str) -> np.ndarray | None:
+        """The embeddings of the picture with this key, or None."""
+        place = self._place(key)
+        try:
+            embeds = np.array(np.load(place, mmap_mode="r"))  # no larger than the file
+            os.utime(place)  # used now
+        except (OSError, ValueError, EOFError):
+            return None
+        sound = embeds.dtype == np.float32 and embeds.shape == self._shape
+        return embeds if sound and np.isfinite(embeds).all() else None
+
+    def keep(self, key: str, embeds: np.ndarray) -> None:
+        """Store them, and delete what has become too much."""
+        place = self._place(key)
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with replacing(place, shared=True) as partial, partial.open("wb") as file:
+                np.save(file, np.ascontiguousarray(embeds, np.float32), allow_pickle=False)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        files = sorted(
+            (
+                (s.st_mtime, s.st_size, path)
+                for path in self._folder.iterdir()
+                if (s := path.stat())
+            ),
+            reverse=True,
+        )
+        total = 0
+        for _, size, path in files:
+            total += size
+            if total > self._limit:
+                path.unlink(missing_ok=True)
+
+
+def fingerprint_of_weights(model: "MiniGPT4") -> str:
+    """Of all weights that embeddings depend on, by some numbers of each, and of their precision."""
+    found = hashlib.sha256(repr((model.config.name, model.config.vision)).encode())
+    for part in (model.encoder, model.bridge, model.projection):
+        for name, weight in part.state_dict().items():
+            numbers = weight.flatten()
+            sample = numbers[:: max(1, len(numbers) // _SAMPLE)].float().cpu().numpy()
+            found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            found.update(sample.tobytes())
+    return found.hexdigest()

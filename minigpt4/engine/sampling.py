@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minigpt4.config import SAMPLING_RANGES, wrong_setting
+from minigpt4.config import wrong_setting
 from minigpt4.errors import UserError
 
 
@@ -35,8 +35,6 @@ class Sampling:
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-
-    RANGES = SAMPLING_RANGES
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):

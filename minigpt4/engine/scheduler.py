@@ -1,24 +1,19 @@
-"""The scheduler: requests that wait, requests that run, and the rows of one step. No torch.
+"""The scheduler: requests, and the rows that one step computes of them. No torch.
 
-`RequestQueue` is what every engine shares, wherever the language model runs. `Scheduler` plans the
-steps of the engine that runs it here: it reserves blocks for a request, lets it in, and divides a
-step's rows among prompts (prefill) and running answers (decode).
+`Scheduler` plans the steps of the engine that runs the language model here: it reserves blocks for
+a request, lets it in, and divides a step's rows among prompts (prefill) and running answers
+(decode).
 """
 
-import os
-import threading
-import time
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
 
 import numpy as np
 
 from minigpt4.engine.kvcache import BLOCK_SIZE, BlockCache, hashes
 from minigpt4.engine.sampling import BeamSearch, Constraint, Draw, Sampler, Sampling
-from minigpt4.engine.stream import ENDING, FULL, Stream, Totals, failure
+from minigpt4.engine.stream import Stream
 from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import IMAGE_ID, Prompt
@@ -109,10 +104,6 @@ class RequestState:
         self.reserved = 0  # blocks that are not allocated yet
 
     @property
-    def picture_keys(self) -> set[str]:
-        return {image.key for _, image in self.request.prompt.images}
-
-    @property
     def has_pictures(self) -> bool:
         """Has the encoder done with all of them, well or not?"""
         return all(future.done() for future in self.pictures.values())
@@ -150,116 +141,6 @@ class RequestState:
             if start <= position
         )
         return self.embeds[image.key][position - start]
-
-
-# --- who waits and who runs -----------------------------------------------------------------------
-
-
-class RequestQueue:
-    """The part that all engines share: limits, totals, and the way to close them (`with`).
-
-    max_running: answers at once; max_waiting: requests that may wait. `_waiting` and `_running` are
-    changed and iterated only while `_lock` is held.
-    """
-
-    def __init__(self, max_running: int, max_waiting: int) -> None:
-        self.max_running, self.max_waiting = max_running, max_waiting
-        self.totals = Totals()
-        self._lock = threading.Condition()
-        self._waiting: deque[Any] = deque()
-        self._running: Collection[Any] = []
-        self._ending = False
-        self._fault = ""
-        self._process = os.getpid()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End everything; requests that are not answered yet get an error."""
-        raise NotImplementedError
-
-    @property
-    def decoder_name(self) -> str:
-        """What runs the language model; here, other machines."""
-        return "remote"
-
-    @property
-    def fault(self) -> str:
-        """A sentence while the engine cannot answer, else ""."""
-        return self._fault or (ENDING if self._ending else "")
-
-    def refuse_if_full(self) -> None:
-        """Raise the error that `submit` would raise now, before any work goes into a request."""
-        try:
-            with self._lock:
-                self._refuse_if_full()
-        except UserError as error:
-            self.totals.add_error(error.kind)
-            raise
-
-    @property
-    def cache_use(self) -> float | None:
-        """None: the key-value cache is in another process."""
-        return None
-
-    @property
-    def most(self) -> int:
-        """Requests that may run and wait together."""
-        return self.max_running + self.max_waiting
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Requests being answered."""
-        return len(self._running)
-
-    def drain(self, seconds: float) -> bool:
-        """Take no more requests. True if those already taken end within `seconds`."""
-        with self._lock:
-            self._ending = True
-        end = time.monotonic() + seconds
-        while True:
-            with self._lock:  # a request moves from the one to the other under the lock
-                if not (self._waiting or self._running):
-                    return True
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
-
-    def _refuse_if_ending(self) -> None:
-        if self._ending:
-            raise failure(ENDING)
-
-    def _refuse_if_full(self) -> None:
-        """The lock is held."""
-        self._refuse_if_ending()
-        self._drop_closed()
-        # Who has just come is in the queue, although there may be a place to run.
-        if len(self._waiting) + len(self._running) >= self.most:
-            raise failure(FULL)
-
-    def _drop_closed(self) -> None:
-        """Requests that ended while they waited leave the queue. The lock is held."""
-        waiting = self._waiting
-        self._waiting = deque(state for state in waiting if not state.stream.stop_reason)
-        for state in waiting:
-            if state.stream.stop_reason and not state.probe:
-                self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
-
-    def _position(self, stream: Stream) -> int:
-        """Place in the queue, from 1; 0 where it is not in the queue."""
-        with self._lock:
-            self._drop_closed()
-            places = enumerate(self._waiting, 1)
-            return next((place for place, state in places if state.stream is stream), 0)
 
 
 # --- what a step computes -------------------------------------------------------------------------

@@ -106,10 +106,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def merge(self, other: "Histogram") -> None:
-        """Count all values of another one with the same bounds."""
-        self.counts = [own + more for own, more in zip(self.counts, other.counts, strict=True)]
-        self.sum += other.sum
+    def __add__(self, other: "Histogram") -> "Histogram":
+        """All values of both, which have the same bounds."""
+        both = Histogram(*self.bounds)
+        both.counts = [own + more for own, more in zip(self.counts, other.counts, strict=True)]
+        both.sum = self.sum + other.sum
+        return both
 
 
 def _histogram(bounds: Sequence[float]) -> Histogram:
@@ -145,15 +147,11 @@ class Totals:
     answer_lengths: Histogram = _histogram(LENGTHS)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def add(
-        self, requests: int = 0, tokens: int = 0, prompt_tokens: int = 0, reused_tokens: int = 0
-    ) -> None:
-        """Increase the counters of these names."""
+    def add(self, **counts: int) -> None:
+        """Increase the counters of these names: requests, tokens, prompt_tokens, reused_tokens."""
         with self._lock:
-            self.requests += requests
-            self.tokens += tokens
-            self.prompt_tokens += prompt_tokens
-            self.reused_tokens += reused_tokens
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
 
     def add_error(self, kind: str) -> None:
         """A request was refused or has failed."""
@@ -169,7 +167,7 @@ class Totals:
             if not stats.tokens:
                 return
             self.seconds_to_first.add(stats.seconds_to_first)
-            self.gaps.merge(stats.gaps)
+            self.gaps += stats.gaps
             self.seconds.add(stats.seconds)
             self.seconds_waiting.add(stats.seconds_waiting)
             self.seconds_prefill.add(stats.seconds_to_first - stats.seconds_waiting)
@@ -180,22 +178,16 @@ class Totals:
     def snapshot(self) -> "Totals":
         """A copy whose numbers belong to the same moment."""
         with self._lock:
-            counted = {
-                f.name: copy.deepcopy(getattr(self, f.name))
-                for f in fields(self)
-                if f.name != "_lock"
-            }
-        return Totals(**counted)
+            return Totals(**{name: copy.deepcopy(getattr(self, name)) for name in _COUNTED})
 
     def merge(self, other: "Totals") -> None:
         """Count what another engine has done, too; `other` must be a snapshot."""
         with self._lock:
-            for name in (f.name for f in fields(self) if f.name != "_lock"):
-                own, more = getattr(self, name), getattr(other, name)
-                if isinstance(own, Histogram):
-                    own.merge(more)
-                else:
-                    setattr(self, name, own + more)
+            for name in _COUNTED:
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+_COUNTED = [field.name for field in fields(Totals) if field.name != "_lock"]
 
 
 # --- the stream -----------------------------------------------------------------------------------

@@ -133,7 +133,6 @@ class TorchDecoder:
         return found * self.scales[which][places][..., None].to(self.dtype)
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy block `source` to block `target`."""
         for kept in (self.keys_values, self.scales):
             if kept is not None:
                 blocks = kept.unflatten(2, (-1, BLOCK_SIZE))

@@ -54,65 +54,34 @@ class ConcatPatchesBridge(nn.Module):
 
 
 class PooledMapBridge(nn.Module):
-    """Feature maps -> [batch, grid * grid + 2, sum of their channels + classes].
+    """Feature maps -> [batch, tokens, sum of their channels + classes].
 
-    One vector for each cell of the grid and one for the whole picture: the mean of every map there,
-    layer-normed (the colours as they are), and zeros for the classes. Then one vector for the
-    classes: zeros, and the probabilities by the encoder's own classifier.
+    A vector for each cell of the grid and one for the whole picture: the mean of every map there,
+    layer-normed (the colours as they are), the square root of the heat map's maximum where there is
+    one, and zeros for the classes. Then a vector that holds nothing but the classes' probabilities
+    by the encoder's own classifier and, where there is a heat map, one that holds nothing but its
+    maxima over the whole picture. The distances to objects' edges, which come last, are not read.
     """
 
     def __init__(self, config: PooledMap, maps: Maps) -> None:
         super().__init__()
-        self.grid = config.grid
+        self.grid, self.objects = config.grid, maps.objects
+        self.colours = len(maps.channels) - (3 if maps.objects else 1)  # the place of that map
         self.classifier = nn.Linear(maps.channels[0], maps.classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        *features, colours = (_means(one, self.grid) for one in maps)
-        whole = maps[0].mean((2, 3))
-        vectors = torch.cat([*map(_layer_norm, features), colours], dim=-1)
-        classes = self.classifier(whole).softmax(-1)[:, None]
-        return torch.cat(
-            [
-                F.pad(vectors, (0, classes.shape[-1])),
-                F.pad(classes, (vectors.shape[-1], 0)),
-            ],
-            dim=1,
-        )
-
-
-class ObjectsBridge(nn.Module):
-    """Feature maps of `TwoEncoders` -> [batch, grid * grid + 3, sum of their channels + classes].
-
-    The distances to objects' edges are not read.
-
-    A vector for each cell of the grid and one for the whole picture: every map's mean there,
-    layer-normed (the colours as they are), the square root of the heat map's maximum, and zeros
-    for the classes. Then one that holds nothing but the probabilities of the classifier's classes,
-    and one that holds nothing but the heat map's maximum over the whole picture.
-    """
-
-    def __init__(self, config: PooledMap, maps: Maps) -> None:
-        super().__init__()
-        self.grid = config.grid
-        self.classifier = nn.Linear(maps.channels[0], maps.classes)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        *seen, colours, features, heat, _ = maps
-        *pooled, found = (_layer_norm(_means(one, self.grid)) for one in (*seen, features))
-        vectors = torch.cat(
-            [*pooled, _means(colours, self.grid), found, self._maxima(heat)], dim=-1
-        )  # [batch, grid * grid + 1, channels]
+        pooled = [_means(one, self.grid) for one in (maps[:-2] if self.objects else maps)]
+        parts = [p if i == self.colours else _layer_norm(p) for i, p in enumerate(pooled)]
+        if self.objects:
+            parts.append(self._maxima(maps[-2]))
+        vectors = torch.cat(parts, dim=-1)  # [batch, grid * grid + 1, channels]
         classes = self.classifier(maps[0].mean((2, 3))).softmax(-1)[:, None]
-        objects = vectors[:, -1:, -heat.shape[1] :]
         before, after = vectors.shape[-1], classes.shape[-1]
-        return torch.cat(
-            [
-                F.pad(vectors, (0, after)),
-                F.pad(classes, (before, 0)),
-                F.pad(objects, (before - heat.shape[1], after)),
-            ],
-            dim=1,
-        )
+        rows = [F.pad(vectors, (0, after)), F.pad(classes, (before, 0))]
+        if self.objects:
+            found = vectors[:, -1:, -self.objects :]
+            rows.append(F.pad(found, (before - self.objects, after)))
+        return torch.cat(rows, dim=1)
 
     def _maxima(self, heat: Tensor) -> Tensor:
         """`_means` of maxima. A root, since a weak sign of an object is a sign all the same."""
@@ -129,7 +98,7 @@ def build_bridge(config: ModelConfig) -> nn.Module:
         case ConcatPatches() as bridge:
             return ConcatPatchesBridge(bridge)
         case PooledMap() as bridge:
-            return (ObjectsBridge if config.detects else PooledMapBridge)(bridge, features)
+            return PooledMapBridge(bridge, features)
     raise TypeError(f"build_bridge has no case for a {type(config.bridge).__name__}")
 
 

@@ -278,10 +278,8 @@ def _decode(file: BinaryIO, name: str) -> Picture:
     head = file.read(1024)
     file.seek(0)
     if not head:
-        raise UserError(
-            f"{name} is empty: save or download the picture again.",
-            message_id="picture_empty",
-            values={"name": name},
+        raise _refusal(
+            name, "is empty: save or download the picture again.", message_id="picture_empty"
         )
     with _picture_errors(name, head), _turn():
         image = image_file.opened(file, head)
@@ -349,26 +347,22 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
         raise
     except (TooManyPixels, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{getattr(error, 'limit', image_file.MAX_PIXELS) / 1e6:g}"
-        raise UserError(
-            f"{name} has more than {limit} megapixels: scale it down and try again.",
-            message_id="picture_too_large",
-            values={"name": name, "megapixels": limit},
-        ) from None
+        what = f"has more than {limit} megapixels: scale it down and try again."
+        raise _refusal(name, what, message_id="picture_too_large", megapixels=limit) from None
     except Image.UnidentifiedImageError:
         kinds = (kind for pattern, kind in _OTHER_KINDS.items() if re.match(pattern, head))
         kind = next(kinds, "damaged, or not a picture of a known format")
-        raise UserError(
-            f"{name} is {kind}: save it as {READABLE}.",
-            message_id="not_a_picture",
-            values={"name": name},
+        raise _refusal(
+            name, f"is {kind}: save it as {READABLE}.", message_id="not_a_picture"
         ) from None
     except Exception:  # damaged files make the libraries raise nearly anything
-        advice = "save it again as JPEG or PNG"
-        raise UserError(
-            f"{name} is damaged, cut short or too unusual: {advice}.",
-            message_id="picture_damaged",
-            values={"name": name},
-        ) from None
+        what = "is damaged, cut short or too unusual: save it again as JPEG or PNG."
+        raise _refusal(name, what, message_id="picture_damaged") from None
+
+
+def _refusal(name: str, what: str, message_id: str, **values: object) -> UserError:
+    """The error for the picture `name`, by which the sentence begins."""
+    return UserError(f"{name} {what}", message_id=message_id, values={"name": name, **values})
 
 
 def _key(rgb: Image.Image) -> str:

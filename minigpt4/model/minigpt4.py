@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ModelConfig
+from minigpt4.model.detector import detections
 from minigpt4.model.image import Detection, Encoded
-from minigpt4.model.objects import detections
 from minigpt4.model.prompt import Prompt
 from minigpt4.model.vision import preprocess, suitable_threads
 from minigpt4.model.words import WordHead, choose, listed
@@ -145,15 +145,11 @@ class MiniGPT4(nn.Module):
 
     def _in_float32(self) -> "MiniGPT4":
         """Encoder, bridge and projection copied into 32 bit; the rest is shared."""
+        parts = (self.encoder, self.bridge, self.projection)
+        encoder, bridge, projection = (deepcopy(part).float() for part in parts)
+        llm, words = self.llm, self.word_head
         return MiniGPT4(
-            self.config,
-            deepcopy(self.encoder).float(),
-            deepcopy(self.bridge).float(),
-            deepcopy(self.projection).float(),
-            self.llm,
-            self.tokenizer,
-            self.quantize,
-            self.word_head,
+            self.config, encoder, bridge, projection, llm, self.tokenizer, self.quantize, words
         )
 
     def embed_tokens(self, ids: Tensor) -> Tensor:

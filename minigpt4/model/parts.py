@@ -1,7 +1,7 @@
 """Sizes of the frozen parts: encoders, what they give, and bridges. Nothing here imports torch."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -28,37 +28,6 @@ class Maps:
     def objects_column(self) -> int:
         """Where a vector of features holds the heat map's maxima, one for each kind of object."""
         return sum(self.channels) - self.objects
-
-
-class Vision(Protocol):
-    """What every encoder's sizes tell: the side of its pixel values, and what it gives.
-
-    large: a picture takes seconds on a CPU, so there it computes in the language model's type, on
-    all threads, and embeddings are kept on the disk.
-    """
-
-    @property
-    def large(self) -> bool: ...
-
-    @property
-    def image_size(self) -> int: ...
-
-    @property
-    def features(self) -> Patches | Maps: ...
-
-
-class Bridge(Protocol):
-    """What every bridge's sizes tell: which kind of features it reads, and what it makes of them.
-
-    tokens: number of vectors of one picture; width: of each.
-    """
-
-    @property
-    def reads(self) -> type: ...
-
-    def tokens(self, features: Any) -> int: ...
-
-    def width(self, features: Any) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -136,6 +105,12 @@ class ClassesAndObjects:
         return Maps(channels, seen.classes, found.classes)
 
 
+# What every encoder's sizes tell: `image_size`, the side of its pixel values; `features`, what it
+# gives; `large`: a picture takes seconds on a CPU, so there it computes in the language model's
+# type, on all threads, and embeddings are kept on the disk.
+Vision = EvaViT | EfficientNetLite | ClassesAndObjects
+
+
 @dataclass(frozen=True)
 class QFormer:
     """BLIP-2's Querying Transformer: `query_tokens` vectors attend to the image features."""
@@ -183,3 +158,8 @@ class PooledMap:
 
     def width(self, features: Maps) -> int:
         return sum(features.channels) + features.classes
+
+
+# What every bridge's sizes tell: which kind of features it `reads`, and what it makes of them: the
+# number of vectors of one picture (`tokens`), and the `width` of each.
+Bridge = QFormer | ConcatPatches | PooledMap

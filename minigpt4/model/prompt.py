@@ -151,6 +151,14 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def picture_keys(self) -> set[str]:
+        return {image.key for _, image in self.images}
+
+    def followed_by(self, ids: list[int]) -> "Prompt":
+        """The prompt and these tokens of its answer."""
+        return Prompt([*self.ids, *ids], [*self.keys, *ids], self.images)
+
     def add_tokens(self, ids: Iterable[int], learn: bool = False) -> None:
         """Append tokens; learn: their value in the loss mask."""
         ids = list(ids)
@@ -227,15 +235,12 @@ class _Writer:
         """Write a message's content; a text is separated from its neighbours by a space."""
         previous = None
         for part in parts:
+            if previous is not None:
+                pictures = isinstance(part, ImageRef) and isinstance(previous, ImageRef)
+                self.template(self._template.between_images if pictures else " ")
             if isinstance(part, ImageRef):
-                if isinstance(previous, ImageRef):
-                    self.template(self._template.between_images)
-                elif previous is not None:
-                    self.template(" ")
                 self.image(part)
             else:
-                if previous is not None:
-                    self.template(" ")
                 self.text(part)
             previous = part
 
@@ -352,10 +357,9 @@ def encode_training(
             if isinstance(part, ImageRef):
                 writer.prompt.add_image(part, image_tokens)
     end = template.stop[0] if end is None else end
-    if end in template.controls:
-        ids = encode_text(tokenizer, plain(answer, template))
+    control = end in template.controls
+    ids = encode_text(tokenizer, plain(answer, template) + ("" if control else end))
+    if control:
         ids.append(tokenizer.convert_tokens_to_ids(end))
-    else:
-        ids = encode_text(tokenizer, plain(answer, template) + end)
     writer.prompt.add_tokens(ids[:max_text_tokens], learn=True)
     return writer.prompt

@@ -88,20 +88,22 @@ class TextStream:
             return ""
         known = self._decode(self._ids[self._start : self._read])
         text = self._held + self._decode(self._ids[self._start :])[len(known) :]
-        self._held = ""
+        shown = self._before_stop(text)
         self.ended = True
-        found = [text.index(s) for s in self._stop if s in text]
-        return text[: min(found)] if found else text.rstrip("\ufffd")
+        return text.rstrip("\ufffd") if shown is None else shown
 
     def _release(self, text: str) -> str:
-        found = [text.index(s) for s in self._stop if s in text]
-        if found:
+        shown = self._before_stop(text)
+        if shown is not None:
             self.ended = True
-            self._held = ""
-            return text[: min(found)]
+            return shown
         keep = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def _before_stop(self, text: str) -> str | None:
+        found = [text.index(s) for s in self._stop if s in text]
+        return text[: min(found)] if found else None
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -30,21 +30,8 @@ HEAT_ODDS = 0.36
 LEAST_HEAT = {"person": 0.25}
 # The detector has seen photographs alone: in drawings it finds kites and clocks.
 DRAWING = "drawing"
-PEOPLE = {
-    "man",
-    "woman",
-    "boy",
-    "girl",
-    "child",
-    "people",
-    "lady",
-    "player",
-    "baby",
-    "kid",
-    "crowd",
-}
-
-
+_PEOPLE = "man, woman, boy, girl, child, people, lady, player, baby, kid, crowd"
+PEOPLE = frozenset(_PEOPLE.split(", "))
 SHARPNESS = 4.0  # of the soft maximum over a picture's cells
 
 

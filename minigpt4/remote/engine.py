@@ -16,9 +16,9 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from minigpt4.engine.protocol import ModelInfo
-from minigpt4.engine.scheduler import Request, RequestQueue, answer_limit, refuse_beyond_tokens
-from minigpt4.engine.stream import BROKEN, ENDING, FORKED, Stream, failure
+from minigpt4.engine.base import AnyEngine, ModelInfo
+from minigpt4.engine.scheduler import Request, answer_limit, refuse_beyond_tokens
+from minigpt4.engine.stream import BROKEN, ENDING, Stream, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, Picture
 
@@ -99,7 +99,7 @@ class _RequestState:
     probe: bool = False
 
 
-class RemoteEngine(RequestQueue):
+class RemoteEngine(AnyEngine):
     """Like `Engine`, with the language model in other processes.
 
     model: its configuration and tokenizer; the backend uses the rest.
@@ -119,31 +119,22 @@ class RemoteEngine(RequestQueue):
     # --- what callers use ----------------------------------------------------------------------
 
     def encode(self, picture: Picture) -> Encoded:
-        """What the language model takes of the picture, computed once."""
         return self.backend.encode(picture)
 
-    def submit(self, request: Request) -> Stream:
-        """Start answering. UserError where the queue is full, or the backend cannot do it."""
-        if os.getpid() != self._process:
-            raise UserError(FORKED)
-        try:
-            limit = answer_limit(request, self.model.config.context)
-            refuse_beyond_tokens(request)
-            self.backend.check(request)
-            stream = RemoteStream(self._position, len(request.prompt))
-            with self._lock:
-                self._refuse_if_full()
-                self._waiting.append(_RequestState(request, stream, limit))
-                self.totals.add(requests=1)
-                # Under the lock, for which `close` waits: the loop still exists.
-                self._loop.call_soon_threadsafe(self._start_some)
-        except UserError as error:
-            self.totals.add_error(error.kind)
-            raise
+    def _submit(self, request: Request) -> Stream:
+        limit = answer_limit(request, self.model.config.context)
+        refuse_beyond_tokens(request)
+        self.backend.check(request)
+        stream = RemoteStream(self._position, len(request.prompt))
+        with self._lock:
+            self._refuse_if_full()
+            self._waiting.append(_RequestState(request, stream, limit))
+            self.totals.add(requests=1)
+            # Under the lock, for which `close` waits: the loop still exists.
+            self._loop.call_soon_threadsafe(self._start_some)
         return stream
 
     def health(self, seconds: float = 10.0) -> bool:
-        """Does any of the processes give a real token within `seconds`?"""
         if self._ending:
             return False
         try:

@@ -25,15 +25,9 @@ from minigpt4.engine import Request
 from minigpt4.engine.stream import FULL, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, Picture
-from minigpt4.model.prompt import Prompt
 from minigpt4.options import (
-    API_KEY,
     DTYPE,
     EMBEDDINGS_MB,
-    IMAGE_HOSTS,
-    MAX_QUEUE,
-    MAX_RUNNING,
-    MAX_UPLOAD,
     MODEL,
     PLACES,
     QUANTIZE,
@@ -43,6 +37,7 @@ from minigpt4.options import (
     number,
 )
 from minigpt4.remote.engine import Part, RemoteEngine, Unavailable
+from minigpt4.web.options import API_KEY, IMAGE_HOSTS, MAX_QUEUE, MAX_RUNNING, MAX_UPLOAD
 
 # Consistent hashing of the session: when a replica comes or goes, few conversations move.
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -130,10 +125,9 @@ class Replica:
         self, request: Request, generated: list[int], limit: int
     ) -> AsyncGenerator[Part | UserError, None]:
         """What follows the prompt and the tokens generated so far; an error is the last item."""
-        prompt = request.prompt
         request = replace(
             request,
-            prompt=Prompt([*prompt.ids, *generated], [*prompt.keys, *generated], prompt.images),
+            prompt=request.prompt.followed_by(generated),
             sampling=replace(request.sampling, max_new_tokens=limit),
             penalized=(*request.penalized, *generated),
         )
@@ -202,9 +196,9 @@ class Replicas:
     async def generate(
         self, request: Request, generated: list[int], limit: int
     ) -> AsyncGenerator[Part, None]:
-        shown = {image.key for _, image in request.prompt.images}
         pictures = {
-            key: await asyncio.to_thread(self._small, request.pictures[key]) for key in shown
+            key: await asyncio.to_thread(self._small, request.pictures[key])
+            for key in request.prompt.picture_keys
         }
         handle = self._handle.options(stream=True, session_id=request.session)
         reply = handle.generate.remote(replace(request, pictures=pictures), generated, limit)

@@ -22,8 +22,7 @@ import httpx
 import numpy as np
 
 from minigpt4.engine.decoder import thread_start
-from minigpt4.engine.embeddings import EmbeddingStore
-from minigpt4.engine.pictures import Pictures
+from minigpt4.engine.pictures import EmbeddingStore, Pictures
 from minigpt4.engine.sampling import Sampling
 from minigpt4.engine.scheduler import Request
 from minigpt4.engine.stream import BROKEN, FULL, explain, failure
@@ -104,8 +103,8 @@ class VllmServers:
         return future
 
     async def _embeds(self, request: Request) -> dict[str, np.ndarray]:
-        keys = {image.key for _, image in request.prompt.images}
-        futures = {key: self._request(request.pictures[key]) for key in keys}
+        keys, pictures = request.prompt.picture_keys, request.pictures
+        futures = {key: self._request(pictures[key]) for key in keys}
         # Shielded, since other requests may wait for the same picture.
         return {
             key: (await asyncio.shield(asyncio.wrap_future(future))).embeds
@@ -116,11 +115,10 @@ class VllmServers:
         """The embeddings of the prompt and of the tokens generated so far, as they are sent."""
         import torch
 
-        whole = Prompt([*prompt.ids, *generated], [*prompt.keys, *generated], prompt.images)
         device = self._model.device
         tensors = {k: torch.from_numpy(e).to(device) for k, e in embeds.items()}
         with torch.inference_mode():
-            return as_base64(self._model.embed(whole, tensors)[0])
+            return as_base64(self._model.embed(prompt.followed_by(generated), tensors)[0])
 
     # --- answers -------------------------------------------------------------------------------
 
@@ -229,24 +227,17 @@ class VllmServers:
 
 def body_of(request: Request, prompt_embeds: str, limit: int) -> dict[str, Any]:
     """The request as vLLM's CompletionRequest: every field of `Sampling` except the beams."""
-    s = request.sampling
-    body = {
+    left_out = ("num_beams", "max_new_tokens")  # vLLM has the others under the same names
+    settings = {k: v for k, v in vars(request.sampling).items() if k not in left_out}
+    body = {name: value for name, value in settings.items() if value is not None}
+    body |= {
         "prompt_embeds": prompt_embeds,
         "max_tokens": limit,
-        "temperature": s.temperature,
-        "top_p": s.top_p,
-        "top_k": s.top_k,
-        "min_p": s.min_p,
-        "repetition_penalty": s.repetition_penalty,
-        "presence_penalty": s.presence_penalty,
-        "frequency_penalty": s.frequency_penalty,
         "stop_token_ids": sorted(request.stop_ids),
         "stream": True,
         "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }
-    if s.seed is not None:
-        body["seed"] = s.seed
     if request.logprobs:
         body["logprobs"] = 0  # of the chosen token alone
     return body
@@ -282,26 +273,19 @@ def _refusal(status: int, content: bytes) -> Exception:
     if status in (429, 503):
         return Unavailable(f"status {status}", failure(FULL))
     if status in (401, 403):
-        return UserError("The language model's server rejects the key: see --llm-key.", "broken")
-    if "enable-prompt-embeds" in text:
-        return UserError(
-            "The language model's server accepts no embeddings: start vLLM with "
-            "--enable-prompt-embeds.",
-            "broken",
-        )
-    if "hidden_size" in text:
-        return UserError(
-            "The language model's server runs another model than --model: the widths of their "
-            "embeddings differ.",
-            "broken",
-        )
-    if status < 500:
-        return UserError(
-            f"The language model's server refused the request (status {status}): see its log and "
-            "this program's.",
-            "broken",
-        )
-    return Unavailable(f"status {status}")
+        sentence = "The language model's server rejects the key: see --llm-key."
+    elif "enable-prompt-embeds" in text:
+        sentence = "The language model's server accepts no embeddings: start vLLM with "
+        sentence += "--enable-prompt-embeds."
+    elif "hidden_size" in text:
+        sentence = "The language model's server runs another model than --model: the widths of "
+        sentence += "their embeddings differ."
+    elif status < 500:
+        sentence = f"The language model's server refused the request (status {status}): see its "
+        sentence += "log and this program's."
+    else:
+        return Unavailable(f"status {status}")
+    return UserError(sentence, "broken")
 
 
 def _checked(url: str) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from minigpt4 import start
 from minigpt4.engine import Engine, Request, Stream
-from minigpt4.engine.scheduler import RequestQueue, refuse_beyond_tokens
+from minigpt4.engine.base import AnyEngine
+from minigpt4.engine.scheduler import refuse_beyond_tokens
 from minigpt4.engine.stream import ENDING, StopReason, failure
 from minigpt4.errors import UserError
 from minigpt4.model.image import Picture
@@ -76,7 +77,7 @@ def answer(request: Request) -> Events:
         yield error
 
 
-class ZeroEngine(RequestQueue):
+class ZeroEngine(AnyEngine):
     """What the page and the API use of an `Engine`, with a GPU loan for each request.
 
     lend: `answer` with a GPU; max_waiting: requests at once, which wait for GPUs elsewhere.
@@ -102,19 +103,17 @@ class ZeroEngine(RequestQueue):
 
     @property
     def running(self) -> int:
-        """Requests being answered."""
         with self._lock:
             return sum(stream.stats.tokens > 0 for stream in self._running)
 
     def encode(self, picture: Picture) -> None:
         """Nothing: pictures are encoded with the answer, since a loan for each would cost more."""
 
-    def submit(self, request: Request) -> Stream:
-        """Start answering. UserError where too many requests are on their way."""
+    def _submit(self, request: Request) -> Stream:
         refuse_beyond_tokens(request)
         stream = Stream(lambda s: 0 if s.stats.tokens else 1, len(request.prompt))
         with self._lock:
-            self.refuse_if_full()
+            self._refuse_if_full()
             self._running.append(stream)
             self.totals.add(requests=1, prompt_tokens=len(request.prompt))
         # The context tells `spaces` whose GPU quota to use.
@@ -160,7 +159,6 @@ class ZeroEngine(RequestQueue):
         return not self._ending
 
     def close(self) -> None:
-        """End every answer."""
         with self._lock:
             self._ending = True
             streams = [*self._running]

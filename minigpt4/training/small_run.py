@@ -17,8 +17,8 @@ from torch import Tensor
 from minigpt4.config import ModelConfig, Words
 from minigpt4.data.files import local_path, replacing
 from minigpt4.errors import UserError, say
+from minigpt4.model.detector import OBJECTS
 from minigpt4.model.minigpt4 import MiniGPT4
-from minigpt4.model.objects import OBJECTS
 from minigpt4.model.parts import PooledMap
 from minigpt4.model.words import choose, joined_terms, listed, whole_picture, with_objects
 from minigpt4.start import given_places
@@ -132,10 +132,10 @@ def opened(
         int8.replace_linears(layers)
     before = f" The run began in {begun}." if begun not in ("", arithmetic) else ""
     say(f"The language model computes in {arithmetic}.{before}")
-    if not options.adapters or not config.adapters:
+    if not options.adapters or not config.adapter_rank:
         return model, {}, arithmetic
     start = read_adapters(options.init) if options.init else {}
-    inserted = adapters.insert(layers, config.adapters.rank, options.seed, start)
+    inserted = adapters.insert(layers, config.adapter_rank, options.seed, start)
     return model, inserted, arithmetic
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.model.objects import OBJECTS
+from minigpt4.model.detector import OBJECTS
 from minigpt4.model.words import WordHead, soft_maximum, whole_and_cells
 from minigpt4.training.vocabulary import Vocabulary
 from minigpt4.weights.int8 import quantize_rows

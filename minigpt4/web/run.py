@@ -14,24 +14,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
-from minigpt4.options import (
-    SERVER,
-    Parser,
-    add_model_options,
-    add_remote_llm_options,
-)
+from minigpt4.options import Parser
+from minigpt4.web.options import add_options
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
 
 DESCRIPTION = "Serve the chat page and an OpenAI-compatible API."
-
-
-def add_options(parser: Parser) -> None:
-    """The server's options."""
-    add_model_options(parser, several=True)
-    add_remote_llm_options(parser)
-    parser.add(SERVER, "server")
 
 
 def options(arguments: list[str]) -> argparse.Namespace:

@@ -79,7 +79,7 @@ def adapted(
     adapters = read_adapters(path)
     if not adapters:
         return llm
-    if config.adapters is None:
+    if not config.adapter_rank:
         raise UserError(
             f"{path} holds adapters for a language model, and {config.name} takes none: give "
             "another file with “--projection”."

@@ -116,8 +116,11 @@ def load_strict(
     # A copy each: the file may be mapped, and may be replaced while the model runs.
     copies = {}
     for name in wanted_tensors:
-        copies[name] = _copy(tensors[name], dtype)
-        count(tensors[name].nbytes)
+        tensor = tensors[name]
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        copies[name] = tensor.to(kind, copy=True)
+        forget(tensor)
+        count(tensor.nbytes)
     module.load_state_dict(copies, strict=True, assign=True)
 
 
@@ -136,12 +139,6 @@ def check_tensors(
                 f"{path} is for another {what}: “{name}” is {_shape(tensors[name])}, "
                 f"expected {_shape(wanted)}."
             )
-
-
-def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    copy = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-    forget(tensor)
-    return copy
 
 
 def forget(tensor: Tensor) -> None:

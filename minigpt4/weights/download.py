@@ -94,7 +94,8 @@ def _download(
 ) -> None:
     folder = weights_folder()
     report(Step("looking", "Looking for the weights of {name} …", name=config.name))
-    plans = [_plan(config, r, sources(config, r, given.get(r)), given.get(r)) for r in roles]
+    places = {role: given.get(role, "") for role in roles}
+    plans = [_plan(config, r, sources(config, r, place), place) for r, place in places.items()]
     total = sum(plan.size for plan in plans)
     for plan in plans:
         size = "in the hub's cache" if plan.cached else in_words(plan.size)
@@ -112,7 +113,7 @@ def _download(
     try:
         for plan in plans:
             while not _carry_out(plan, folder / PARTS, progress):
-                plan = _next(config, plan, given.get(plan.role), progress, report)
+                plan = _next(config, plan, progress)
     finally:
         progress.close()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -123,12 +124,12 @@ def _download(
 # --- what there is to fetch -------------------------------------------------------------------
 
 
-def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: str | None) -> Plan:
+def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: str) -> Plan:
     """A plan for the first source that answers. UserError: why the first choice did not."""
     reasons: list[tuple[str, Exception]] = []
     for i, source in enumerate(choices):
         target = weights_folder() / file_name(config, role, source, place)
-        plan = Plan(role, source, target, rest=choices[i + 1 :], place=place or "")
+        plan = Plan(role, source, target, rest=choices[i + 1 :], place=place)
         try:
             plan.cached = _cached(source)
             if not plan.cached:
@@ -141,13 +142,11 @@ def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: st
     raise UserError(reason) from cause
 
 
-def _next(
-    config: ModelConfig, plan: Plan, place: str | None, progress: Progress, report: Report
-) -> Plan:
+def _next(config: ModelConfig, plan: Plan, progress: Progress) -> Plan:
     """The plan for the same part's next source."""
     text = "{source} failed; trying {other}."
-    report(Step("trying", text, source=plan.source.shown, other=plan.rest[0].shown))
-    after = _plan(config, plan.role, plan.rest, place)
+    progress.report(Step("trying", text, source=plan.source.shown, other=plan.rest[0].shown))
+    after = _plan(config, plan.role, plan.rest, plan.place)
     after.why = plan.why
     progress.grow(after.size)
     return after

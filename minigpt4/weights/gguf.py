@@ -143,11 +143,8 @@ class BlockLlama:
             if not isinstance(offset, int) or not 0 <= offset <= len(content) - size:
                 raise ValueError(f"{index['file']} is cut short")
             data = content[offset : offset + size]
-            data = (
-                data.view(np.float32).reshape(shape)
-                if kind == "F32"
-                else data.reshape(shape[0], -1)
-            )
+            plain = kind == "F32"
+            data = data.view(np.float32).reshape(shape) if plain else data.reshape(shape[0], -1)
             tensors[name] = BlockTensor(kind, tuple(shape), data, digests.get(name, ""))
         return cls(**index["sizes"], tensors=tensors, mapping=mapping)
 
@@ -266,23 +263,21 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
     """
     gguf = Path(gguf)
     reader = _reader(gguf)
-    tensors: dict[str, tuple[str, list[int], int]] = {}
+    tensors, blocks = {}, {}
     for tensor in reader.tensors:
-        shape = [int(n) for n in reversed(tensor.shape)]
-        size_of(tensor.name, tensor.tensor_type.name, shape)
-        tensors[tensor.name] = (tensor.tensor_type.name, shape, int(tensor.data_offset))
+        name, kind = tensor.name, tensor.tensor_type.name
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        size_of(name, kind, shape)
+        tensors[name] = kind, shape, int(tensor.data_offset)
+        blocks[name] = BlockTensor(kind, shape, tensor.data)
     sizes = _read_sizes({name: reader.fields[name].contents for name in reader.fields})
     sizes["vocabulary"] = tensors["token_embd.weight"][1][0]
-    blocks = {
-        t.name: BlockTensor(t.tensor_type.name, tuple(map(int, reversed(t.shape))), t.data)
-        for t in reader.tensors
-    }
     BlockLlama(**sizes, tensors=blocks)  # are they all there?
     first, last = "token_embd.weight", "output.weight"
     if last in blocks and (
         digests[first] == digests[last] if digests else _same(blocks[first], blocks[last])
     ):
-        del tensors["token_embd.weight"]
+        del tensors[first]
     index = {"file": gguf.name, "sizes": sizes, "tensors": tensors, "sha256": dict(digests or {})}
     place = gguf.with_name(INDEX)
     place.write_text(json.dumps(index), encoding="utf-8")
@@ -337,11 +332,11 @@ def _read_sizes(fields: Mapping) -> dict[str, Any]:
 
     def read(name: str, default: Any = None) -> Any:
         name = f"{architecture}.{name}"
-        if name not in fields and default is not None:
-            return default
-        if name not in fields:
+        if name in fields:
+            return fields[name]()
+        if default is None:
             raise ValueError(f"{name} is missing")
-        return fields[name]()
+        return default
 
     heads = read("attention.head_count")
     sizes = {

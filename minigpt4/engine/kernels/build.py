@@ -26,18 +26,9 @@ VARIANTS = {
     "plain": ("-DMINIGPT4_PLAIN",),
     "checked": ("-DMINIGPT4_PLAIN", "-O1"),  # for sanitizers, under which -O3 takes minutes
 }
-KINDS = {  # as GGUF numbers them
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q5_0": 6,
-    "Q5_1": 7,
-    "Q8_0": 8,
-    "Q4_K": 12,
-    "Q5_K": 13,
-    "Q6_K": 14,
-}
+KINDS = dict(  # as GGUF numbers them
+    F32=0, F16=1, Q4_0=2, Q4_1=3, Q5_0=6, Q5_1=7, Q8_0=8, Q4_K=12, Q5_K=13, Q6_K=14
+)
 BLOCK = 32  # rows and columns that lie together
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from minigpt4.config import LOWEST_TEMPERATURE, ModelConfig, setting_range
+from minigpt4.config import LOWEST_TEMPERATURE, SAMPLING_RANGES, ModelConfig, setting_range
 from minigpt4.engine import Sampling
 from minigpt4.start import default_sampling
 from minigpt4.web.api.errors import ApiError
@@ -140,7 +140,7 @@ Part = Annotated[
 def _number(name: str, unset: str = "") -> Any:
     """A field with the range of the setting `name`. unset: what the message adds where another
     value stands for "not set"."""
-    low, high, inclusive = Sampling.RANGES[name]
+    low, high, inclusive = SAMPLING_RANGES[name]
     sentence = f"{setting_range(name).replace('above', 'from')}{unset}."  # clients may send it
     if inclusive:
         return Field(ge=low, le=high, description=sentence)
@@ -384,7 +384,7 @@ class ChatRequest(Object):
 
     def sampling(self, config: ModelConfig) -> Sampling:
         """The settings, over the model's defaults; without a maximum, as long as fits."""
-        given = {name: getattr(self, name, None) for name in Sampling.RANGES}
+        given = {name: getattr(self, name, None) for name in SAMPLING_RANGES}
         # The newer name wins.
         most = self.max_completion_tokens or self.max_tokens or config.context
         given["max_new_tokens"] = min(most, config.context)
