@@ -40,7 +40,7 @@ from minigpt4.training.mixture import (
 from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import sample
 from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource, occurring_tokens
-from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward, padded
+from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
 from minigpt4.training.small_validation import SmallValidation, yes_no_scores
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary, singular
@@ -626,8 +626,7 @@ def test_a_run_with_a_reward_ends_as_one_that_was_not_stopped(model, pictures, t
 def test_padded_prompts_are_answered_as_alone(model):
     torch.manual_seed(3)
     rows = [torch.randn(length, 32) for length in (5, 9)]
-    embeds, mask = padded(rows)
-    together = sample(model, embeds, 2, 4, 0.0, mask=mask)
+    together = sample(model, rows, 2, 4, 0.0)
     alone = [sample(model, row[None], 2, 4, 0.0)[0] for row in rows]
     assert together == alone
 

@@ -26,6 +26,7 @@ from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_cla
 from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start, naming_init
 from minigpt4.training.saving import locked
 from minigpt4.training.trainer import Recipe, Trainer, recompute_activations
+from minigpt4.training.validation import watch
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
@@ -95,20 +96,6 @@ def begun(
         if error_of_main := broadcast_object_list(failed)[0]:
             raise error_of_main
         yield
-
-
-def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
-    """Validate every so many steps where there are held-out examples; log to the dashboards that
-    are installed."""
-    from minigpt4.training.validation import TensorBoard, Validation, WeightsAndBiases
-
-    validation = Validation(trainer, held_out, every) if held_out else None
-    if validation and trainer.step == trainer.recipe.schedule.steps:  # the run has ended before
-        validation.report(validation.measure())
-    trainer.after_step += [validation] if validation else []
-    for dashboard in (TensorBoard, WeightsAndBiases):
-        if dashboard.available():
-            trainer.after_step.append(dashboard(trainer, validation))
 
 
 def given_options(options: argparse.Namespace) -> dict[str, object]:

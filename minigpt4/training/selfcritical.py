@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import ptb_tokens
@@ -84,27 +85,43 @@ def _ngrams(words: Sequence[str]) -> Counter:
 
 
 @torch.inference_mode()
+def sample_answers(
+    model: MiniGPT4, questions: Sequence[Prompt], images: Tensor, *how: Any
+) -> list[list[list[int]]]:
+    """As `sample`, of questions about a picture each.
+
+    images: embeddings of the pictures [questions, image_tokens, hidden]. how: as for `sample`.
+    """
+    rows = [
+        model.embed(question, {question.images[0][1].key: one})[0]
+        for question, one in zip(questions, images, strict=True)
+    ]
+    return sample(model, rows, *how)
+
+
+@torch.inference_mode()
 def sample(
     model: MiniGPT4,
-    inputs: Tensor,
+    rows: Sequence[Tensor],
     count: int,
     limit: int,
     temperature: float,
     generator: torch.Generator | None = None,
-    mask: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> list[list[list[int]]]:
-    """`count` answers of at most `limit` token ids to each row of `inputs` [rows, length, hidden].
+    """`count` answers of at most `limit` token ids to each prompt [length, hidden].
 
     They are drawn from the whole distribution at `temperature`; at 0, they are the likeliest
     tokens. An answer that ended has the end token as its last id. The prompts are read once, and
-    their keys and values repeated. mask [rows, length]: 0 for padding, on the left; attention is
-    relative, so it may shift positions.
+    their keys and values repeated.
     tokens: the ids that may be drawn, the end token among them; all by default.
     """
     end = model.tokenizer.eos_token_id
-    mask = torch.ones(inputs.shape[:2], dtype=torch.long) if mask is None else mask
-    mask = mask.to(inputs.device)
+    # Padded on the left: attention is relative, so positions may shift.
+    inputs = pad_sequence(list(rows), batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(row) for row in rows], device=inputs.device)
+    places = torch.arange(inputs.shape[1], 0, -1, device=inputs.device)
+    mask = (places <= lengths[:, None]).long()
     weight = model.torch_llm.get_output_embeddings().weight
     weight = weight if tokens is None else weight[tokens]
     decoder = model.torch_llm.get_decoder()
@@ -166,6 +183,14 @@ def compared(
     ]
     prompts = [answered(question, ids) for ids in answers]
     return prompts, advantages(scores), sum(scores) / len(scores)
+
+
+def question_of(prompt: Prompt) -> Prompt:
+    """The part of a training prompt before the tokens that are learned."""
+    length = prompt.loss_mask.index(True)
+    return Prompt(
+        prompt.ids[:length], prompt.keys[:length], prompt.images, prompt.loss_mask[:length]
+    )
 
 
 def answered(question: Prompt, ids: Sequence[int]) -> Prompt:

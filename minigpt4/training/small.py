@@ -299,9 +299,9 @@ class SmallTrainer:
 
     # --- the loss -------------------------------------------------------------------------------
 
-    def embeddings(self, features: Tensor, projection: nn.Linear | None = None) -> Tensor:
+    def embeddings(self, features: Tensor) -> Tensor:
         """Features as the encoders give them -> image embeddings."""
-        projected = (projection or self.projection)(features.float() @ self.basis)
+        projected = self.projection(features.float() @ self.basis)
         return at_length(projected, self.model.config.embedding_length)
 
     def losses(self, images: Tensor, batch: TrainingBatch) -> Tensor:
@@ -378,22 +378,17 @@ class SmallTrainer:
 
     # --- files ----------------------------------------------------------------------------------
 
-    def averaged(self) -> nn.Linear:
-        """The projection with the mean of the latest weights, in the basis."""
-        projection = nn.Linear(self.projection.in_features, self.projection.out_features)
-        projection.load_state_dict({name: self.average[name] for name in ("weight", "bias")})
-        return projection.requires_grad_(False)
-
     @contextmanager
-    def averaged_adapters(self) -> Iterator[None]:
-        """Within, the language model has the mean of the adapters' latest weights."""
-        latest = {name: parameter.data for name, parameter in self.adapters.items()}
-        for name, parameter in self.adapters.items():
+    def averaged(self) -> Iterator[None]:
+        """Within, what is trained has the mean of its latest weights."""
+        trained = self._trained()
+        latest = {name: parameter.data for name, parameter in trained.items()}
+        for name, parameter in trained.items():
             parameter.data = self.average[name]
         try:
             yield
         finally:
-            for name, parameter in self.adapters.items():
+            for name, parameter in trained.items():
                 parameter.data = latest[name]
 
     def save(self) -> bool:

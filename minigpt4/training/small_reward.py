@@ -11,7 +11,7 @@ from minigpt4.evaluation.metrics import is_repetitive, sentences
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.mixture import TrainingPicture
-from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample
+from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample_answers
 from minigpt4.training.vocabulary import Vocabulary
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
@@ -53,16 +53,9 @@ class Reward:
         images: embeddings of the pictures asked about [questions, image_tokens, hidden].
         tokens: the ids that may be sampled.
         """
-        with torch.no_grad():
-            rows = [
-                model.embed(question, {question.images[0][1].key: one})[0]
-                for (_, question), one in zip(asked, images, strict=True)
-            ]
-        inputs, mask = padded(rows)
-        generator = torch.Generator(inputs.device).manual_seed(seed)
-        drawn = sample(
-            model, inputs, self.samples, self.limit, self.temperature, generator, mask, tokens
-        )
+        generator = torch.Generator(images.device).manual_seed(seed)
+        how = (self.samples, self.limit, self.temperature, generator, tokens)
+        drawn = sample_answers(model, [question for _, question in asked], images, *how)
         return [
             self.weighted(model, picture, question, answers)
             for (picture, question), answers in zip(asked, drawn, strict=True)
@@ -143,14 +136,3 @@ class DescriptionReward(Reward):
         right = len(named & self._there[picture.key])
         wrong = len(named) - right
         return right / (right + 2 * wrong + 3) * (0.5 if len(sentences(text)) < 2 else 1.0)
-
-
-def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts [length, hidden] of different lengths -> (padded on the left, attention mask)."""
-    longest = max(len(row) for row in rows)
-    embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        embeds[place, longest - len(row) :] = row
-        mask[place, longest - len(row) :] = 1
-    return embeds, mask
