@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from minigpt4.data import captions
+from minigpt4.data.captions import NotUsable
 from minigpt4.data.examples import Text
 
 _TURNS = ("conversations", "messages", "conversation")
@@ -36,10 +37,6 @@ _MEDIA = re.compile(
 )
 _BOX = re.compile(r"<ref-object>|<bbox>|<\|(?:box|quad|object_ref)_start\|>|<box>[\s\[(]*\d")
 _UNLEARNED = ("loss", "weight", "train", "training")  # of a message, false or 0
-
-
-class NotUsable(Exception):
-    """A conversation that cannot be learned; its text is the reason."""
 
 
 def is_conversation(row: dict) -> bool:

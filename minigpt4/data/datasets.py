@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.data import captions, huggingface
-from minigpt4.data.captions import Reading, choose_captions
-from minigpt4.data.conversations import NotUsable, check_record
+from minigpt4.data.captions import NotUsable, Reading, choose_captions
+from minigpt4.data.conversations import check_record
 from minigpt4.data.examples import (
     Collected,
     Example,
@@ -292,26 +292,17 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
     described = set()
     for number, annotation in enumerate(annotations, 1):
         place = f"annotation {number}"
-        try:
+        with collected.reading.record(place):
             image_id = picture_name(annotation.get("image_id")).strip()
-        except ValueError:
-            collected.reading.leave_out(place, captions.NO_ID)
-            continue
-        described.add(image_id)
-        try:
+            described.add(image_id)
             check_record(with_lower_names(annotation))
-        except NotUsable as error:
-            collected.reading.leave_out(place, str(error))
-            continue
-        if by_id and image_id not in by_id:
-            collected.reading.leave_out(place, captions.NOT_LISTED)
-            continue
-        if (name := by_id.get(image_id, image_id)) is None:
-            collected.reading.leave_out(place, captions.SAME_ID)
-            continue
-        found, reason = choose_captions(fields_of(annotation))
-        texts = tuple(Text(caption, instructions) for caption in found)
-        collected.add(name, texts, reason, found, f"{place}: {name}")
+            if by_id and image_id not in by_id:
+                raise NotUsable(captions.NOT_LISTED)
+            if (name := by_id.get(image_id, image_id)) is None:
+                raise NotUsable(captions.SAME_ID)
+            found, reason = choose_captions(fields_of(annotation))
+            texts = tuple(Text(caption, instructions) for caption in found)
+            collected.add(name, texts, reason, found, f"{place}: {name}")
     for image_id in (i for i in by_id if i not in described):
         collected.reading.leave_out(by_id[image_id] or image_id, captions.NO_CAPTION)
     return collected.finish("it needs captions of its “images”")
@@ -322,12 +313,10 @@ def _names_by_id(images: object, reading: Reading) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for number, image in enumerate(images if isinstance(images, list) else [], 1):
         record = image if isinstance(image, dict) else {}
-        try:
-            image_id = picture_name(record.get("id")).strip()  # 7, 7.0 and "7" are the same
-            name = picture_name(record.get("file_name") or image_id)
-        except ValueError:
-            reading.leave_out(f"image {number}", captions.NO_OWN_ID)
-        else:
+        with reading.record(f"image {number}"):
+            # 7, 7.0 and "7" are the same.
+            image_id = picture_name(record.get("id"), captions.NO_OWN_ID).strip()
+            name = picture_name(record.get("file_name") or image_id, captions.NO_OWN_ID)
             found[image_id] = name if found.get(image_id, name) == name else None
     return found
 

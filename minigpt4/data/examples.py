@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from minigpt4.data import captions
-from minigpt4.data.captions import Reading, choose_captions
+from minigpt4.data.captions import NotUsable, Reading, choose_captions
 from minigpt4.data.files import (
     decode,
     parse_jsonl,
@@ -248,14 +248,11 @@ def read_descriptions(folder: str | Path) -> list[Example]:
     collected = Collected(folder / "filter_cap.json", _described_in(folder))
     for number, annotation in enumerate(annotations, 1):
         record = annotation if isinstance(annotation, dict) else {}
-        try:
+        with collected.reading.record(f"annotation {number}"):
             key = picture_name(record.get("image_id"))
-        except ValueError:
-            collected.reading.leave_out(f"annotation {number}", captions.NO_ID)
-            continue
-        found, reason = choose_captions([record.get("caption")])
-        shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
-        collected.add(key, tuple(map(Text, found)), reason, shown=shown)
+            found, reason = choose_captions([record.get("caption")])
+            shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
+            collected.add(key, tuple(map(Text, found)), reason, shown=shown)
     return collected.finish("every annotation needs a caption and image/ID.jpg")
 
 
@@ -264,17 +261,14 @@ def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     for `read_descriptions`."""
     collected = Collected(file, _described_in(Path(folder)))
     for number, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
-        try:
+        with collected.reading.record(f"line {number}"):
             key = picture_name(record["image_id"])
-        except ValueError:
-            collected.reading.leave_out(f"line {number}", captions.NO_ID)
-            continue
-        pairs = record["pairs"] if isinstance(record["pairs"], list) else []
-        for pair in (pair if isinstance(pair, dict) else {} for pair in pairs or [{}]):
-            questions, reason = choose_captions([pair.get("instruction")], cells=False)
-            answers, why = choose_captions([pair.get("answer")], cells=False)
-            texts = tuple(Text(a, questions) for a in answers if questions)
-            collected.add(key, texts, why or reason, shown=f"line {number}: {key}")
+            pairs = record["pairs"] if isinstance(record["pairs"], list) else []
+            for pair in (pair if isinstance(pair, dict) else {} for pair in pairs or [{}]):
+                questions, reason = choose_captions([pair.get("instruction")], cells=False)
+                answers, why = choose_captions([pair.get("answer")], cells=False)
+                texts = tuple(Text(a, questions) for a in answers if questions)
+                collected.add(key, texts, why or reason, shown=f"line {number}: {key}")
     return collected.finish(
         "every line needs an “image_id”, “pairs” of “instruction” and “answer”, and image/ID.jpg"
     )
@@ -284,12 +278,12 @@ def _described_in(folder: Path) -> list[list[Path]]:
     return [[folder], [folder / "image"], [folder / "images"]]
 
 
-def picture_name(value: object) -> str:
-    """An id or name of a picture as text. ValueError if it is neither text nor an integer."""
+def picture_name(value: object, reason: str = captions.NO_ID) -> str:
+    """An id or name of a picture as text. NotUsable if it is neither text nor an integer."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError
+        raise NotUsable(reason)
     return str(value)
 
 

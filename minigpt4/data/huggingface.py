@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.data import captions
-from minigpt4.data.captions import Reading
-from minigpt4.data.conversations import NotUsable
+from minigpt4.data.captions import NotUsable, Reading
 from minigpt4.data.examples import Example
 from minigpt4.data.files import check_pointer, read_bytes, sample_of, shortened
 from minigpt4.data.names import is_file
@@ -176,21 +175,13 @@ def _examples(
     raw = dataset.select_columns(column).with_format("arrow")  # decodes nothing
     counts = _pictures_in_rows(raw, column)
     for number, row in enumerate(dataset.remove_columns(pictures)):
-        try:
-            if counts[number] != 1:
-                raise NotUsable(
-                    captions.SEVERAL_PICTURES if counts[number] else captions.NO_PICTURE
-                )
+        with reading.record(f"row {number}"):
+            if (count := counts[number]) != 1:
+                raise NotUsable(captions.SEVERAL_PICTURES if count else captions.NO_PICTURE)
             texts, said = texts_of_row(with_lower_names(row), instructions)
-        except NotUsable as error:
-            reading.leave_out(f"row {number}", str(error))
-            continue
-        read = partial(_read, raw, number, column, folder)
-        found.append(
-            Example(
-                f"{name}/{number}" if folder is None else f"row {number}", read, texts, said, sample
-            )
-        )
+            key = f"{name}/{number}" if folder is None else f"row {number}"
+            read = partial(_read, raw, number, column, folder)
+            found.append(Example(key, read, texts, said, sample))
     return reading.finish(found, "it needs a column of pictures and one of captions")
 
 

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from minigpt4.data import captions
-from minigpt4.data.captions import choose_captions
+from minigpt4.data.captions import NotUsable, choose_captions
 from minigpt4.data.conversations import (
-    NotUsable,
     check_record,
     history_of,
     is_conversation,
@@ -127,12 +126,9 @@ def read_rows(
     """
     collected = Collected(path, folders, by_path=True)
     for place, row in rows:
-        try:
+        with collected.reading.record(place):
             texts, found = texts_of_row(row, instructions, cells)
             name = picture_of(row)
-        except NotUsable as error:
-            collected.reading.leave_out(place, str(error))
-        else:
             collected.add(name, texts, found=found, shown=f"{place}: {name}")
     return collected.finish(_NEEDS)
 
@@ -286,11 +282,9 @@ def picture_of(row: Row) -> str:
     found = [p for p in found if p is not None] or pictures_in(row)
     if len(found) > 1:
         raise NotUsable(captions.SEVERAL_PICTURES)
-    try:
-        return picture_name(found[0])
-    except (IndexError, ValueError):
-        other = any(row.get(name) for name in ("video", "audio", "sound"))
-        raise NotUsable(captions.VIDEO if other else captions.NO_PICTURE) from None
+    other = any(row.get(name) for name in ("video", "audio", "sound"))
+    reason = captions.VIDEO if other else captions.NO_PICTURE
+    return picture_name(found[0] if found else None, reason)
 
 
 def texts_of_row(
