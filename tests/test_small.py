@@ -34,8 +34,8 @@ from minigpt4.training.mixture import (
     Mixture,
     Things,
     TrainingPicture,
-    not_told,
     read_pictures,
+    read_turns,
 )
 from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import sample
@@ -358,7 +358,7 @@ def test_a_run_can_start_from_given_weights(model):
 def test_a_follow_up_holds_the_first_answer_but_learns_the_last(model, pictures, tmp_path):
     run = trainer(model, pictures, tmp_path, 1)
     turns = (("What is it?", "It is a dog."), ("Is it wet?", "No."))
-    prompt = run.learned(ImageRef("1", "brown dog"), Answered(turns))
+    prompt = run.learned(ImageRef("1", "brown dog"), Answered(turns)).prompt
     decode = model.tokenizer.decode
     learned = [i for i, m in zip(prompt.ids, prompt.loss_mask, strict=True) if m]
     assert decode(learned) == "No.<|im_end|>"
@@ -375,14 +375,15 @@ def test_questions_without_the_picture_are_learned_beside_it(model, pictures, tm
     asked = {text.turns[0][0] for text in blind}
     assert asked & {*run.mixture.short, *run.mixture.detailed}
     text = Answered((("What is this?", "I see no picture yet."),), pictured=False)
-    prompt = run.learned(ImageRef("1", "brown dog"), text)
+    learned = run.learned(ImageRef("1", "brown dog"), text)
+    prompt = learned.prompt
     system = model.config.template.system_without_images
     assert not prompt.images and system in model.tokenizer.decode(prompt.ids)
     # Packed with one that shows the picture, it is learned as if alone.
     shown = run.learned(ImageRef("1", ""), Answered((("What is it?", "A dog."),)))
     features = run.sources["captioned"].features([0])
-    together = run.losses(run.embeddings(features), pack([[shown, prompt]]))
-    alone = run.losses(run.embeddings(features)[:0], pack([[prompt]]))
+    together = run.losses(run.embeddings(features), pack([[shown, learned]]))
+    alone = run.losses(run.embeddings(features)[:0], pack([[learned]]))
     assert torch.allclose(together[-len(alone) :], alone, atol=1e-4)
 
 
@@ -555,7 +556,7 @@ def test_what_a_picture_does_not_tell_is_said_to_be_unknown(pictures):
     drawn = [t for n in range(300) for t in mixture.draw(pictures[0], random.Random(n))]
     found = {text.turns[0] for text in drawn if text.kind == "not told"}
     assert ("What time is it?", "I cannot read clocks in pictures.") in found
-    assert len({answer for _, answer in found}) == 3 and found <= {*not_told()}
+    assert len({answer for _, answer in found}) == 3 and found <= {*read_turns("not-told.txt")}
     stop = replace(pictures[0], captions=("A stop sign.",))
     assert not any(mixture._not_told(stop, random.Random(n)) for n in range(50))
 
@@ -576,7 +577,7 @@ def test_captions_are_compared_by_their_score(model, pictures, tmp_path):
     answers = [model.tokenizer.encode(text) for text in (one.captions[0], "A dog.", "Rain, rain.")]
     question = run.conversation(ImageRef("1"), (("Briefly.", ""),))
     found = reward.weighted(model, one, question, [a + [2] for a in answers])
-    weights = [weight for _, weight in found]
+    weights = [one.weight for one in found]
     assert sum(weights) == pytest.approx(0, abs=1e-5)
     assert weights[0] > weights[1] >= weights[2] and weights[0] > 0 > weights[2]
     assert reward.taken() > 0 and reward.taken() == 0

@@ -15,7 +15,7 @@ from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.parts import PooledMap
-from minigpt4.model.prompt import Prompt
+from minigpt4.training.packing import Learned
 from minigpt4.training.selfcritical import (
     CiderReward,
     check_count,
@@ -63,7 +63,13 @@ class ExtendedTrainer(Trainer):
     def __init__(
         self, model: MiniGPT4, examples: Sequence[Example], recipe: ExtendedRecipe, *others, **more
     ) -> None:
-        _check_samples(model, recipe)
+        check_count(recipe.samples)
+        template = model.config.template
+        if recipe.samples and template.stop[0] not in template.controls:
+            raise UserError(
+                "“--samples” needs answers that end in a token of their own, but those of "
+                f"{model.config.name} end in “{template.stop[0]}”: omit it."
+            )
         self.views = 2 if recipe.mirror or recipe.denoise else 1
         self.basis: Tensor | None = None  # features are multiplied by it
         self.reward = CiderReward({})
@@ -157,16 +163,12 @@ class ExtendedTrainer(Trainer):
     def _sample_answers(
         self,
         step: int,
-        rows: list[list[Prompt]],
+        rows: list[list[Learned]],
         chosen: Sequence[tuple[int, int]],
         features: Tensor,
-        weights: list[list[float]],
-    ) -> list[list[float]] | None:
+    ) -> None:
         """Replace the captions of replayed pictures by sampled answers, weighted by advantage."""
-        if not self.recipe.samples:
-            return None
         recipe = self.recipe
-        temperatures = [[1.0] * len(row) for row in rows]
         generator = torch.Generator(self.model.device).manual_seed(
             hash((recipe.seed, step, self.accelerator.process_index)) % 2**63
         )
@@ -175,20 +177,18 @@ class ExtendedTrainer(Trainer):
             for place, (index, _) in enumerate(chosen)
             if index >= self.counts[0] and len(self.examples[index].captions) > 1
         ]
-        if not replayed:
-            return temperatures
-        questions = [question_of(rows[place][0]) for place in replayed]
+        if not recipe.samples or not replayed:
+            return
+        questions = [question_of(rows[place][0].prompt) for place in replayed]
         images = self.model.project(features[replayed].float()).detach()
         limit, temperature = recipe.schedule.max_caption_tokens, recipe.sample_temperature
         how = (recipe.samples, limit, temperature, generator)
         drawn = sample_answers(self.model, questions, images, *how)
         for place, question, answers in zip(replayed, questions, drawn, strict=True):
             score = partial(self.reward, _identity(self.examples[chosen[place][0]]))
-            rows[place], shares, mean = compared(self.model.tokenizer, question, answers, score)
-            weights[place] = [recipe.reward_weight * share for share in shares]
+            compare = (score, recipe.reward_weight, temperature)
+            rows[place], mean = compared(self.model.tokenizer, question, answers, *compare)
             self.rewards.append(mean)
-            temperatures[place] = [temperature] * len(answers)
-        return temperatures
 
     def _progress(self) -> str:
         recent = self.rewards[-400:]
@@ -198,17 +198,6 @@ class ExtendedTrainer(Trainer):
 def _identity(example: Example) -> Hashable:
     """What tells a picture from one of the same name in data that is mixed in."""
     return example.key, example.captions
-
-
-def _check_samples(model: MiniGPT4, recipe: ExtendedRecipe) -> None:
-    """UserError if answers cannot be sampled as the recipe says."""
-    template = model.config.template
-    check_count(recipe.samples)
-    if recipe.samples and template.stop[0] not in template.controls:
-        raise UserError(
-            f"“--samples” needs answers that end in a token of their own, but those of "
-            f"{model.config.name} end in “{template.stop[0]}”: omit it."
-        )
 
 
 def _outer_products(vectors: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def read_examples(options: argparse.Namespace) -> list[Example]:
         )
     if captions:
         return read_table(options.data)
-    found = read_captioned(options.data, (), getattr(options, "limit", None))
+    found = read_captioned(options.data, (), options.limit)
     if options.instructions:
         found = merge([found, read_instructions(options.instructions, options.data)])
     return found

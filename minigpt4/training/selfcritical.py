@@ -16,6 +16,7 @@ from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
+from minigpt4.training.packing import Learned
 
 _SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
 _LONGEST = 4  # words in an n-gram
@@ -172,8 +173,11 @@ def compared(
     question: Prompt,
     answers: Sequence[Sequence[int]],
     score: Callable[[str, bool], float],
-) -> tuple[list[Prompt], list[float], float]:
-    """(a training prompt for each answer, its advantage, the mean score) of answers' token ids.
+    weight: float,
+    temperature: float,
+    kind: str = "",
+) -> tuple[list[Learned], float]:
+    """(answers' token ids to be learned, weighted by advantage; their mean score).
 
     score: of a text, and of whether the model ended it itself.
     """
@@ -181,8 +185,11 @@ def compared(
         score(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == tokenizer.eos_token_id)
         for ids in answers
     ]
-    prompts = [answered(question, ids) for ids in answers]
-    return prompts, advantages(scores), sum(scores) / len(scores)
+    learned = [
+        Learned(answered(question, ids), weight * advantage, temperature, kind)
+        for ids, advantage in zip(answers, advantages(scores), strict=True)
+    ]
+    return learned, sum(scores) / len(scores)
 
 
 def question_of(prompt: Prompt) -> Prompt:

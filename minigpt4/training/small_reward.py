@@ -11,6 +11,7 @@ from minigpt4.evaluation.metrics import is_repetitive, sentences
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.mixture import TrainingPicture
+from minigpt4.training.packing import Learned
 from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample_answers
 from minigpt4.training.vocabulary import Vocabulary
 
@@ -47,8 +48,8 @@ class Reward:
         images: Tensor,
         seed: int,
         tokens: Tensor,
-    ) -> list[list[tuple[Prompt, float]]]:
-        """(prompt with a sampled text to learn, weight of its tokens) for each question.
+    ) -> list[list[Learned]]:
+        """The sampled texts to learn for each question.
 
         images: embeddings of the pictures asked about [questions, image_tokens, hidden].
         tokens: the ids that may be sampled.
@@ -67,12 +68,12 @@ class Reward:
         picture: TrainingPicture,
         question: Prompt,
         answers: Sequence[Sequence[int]],
-    ) -> list[tuple[Prompt, float]]:
+    ) -> list[Learned]:
         """Answers, as token ids, by their score against each other."""
-        score = partial(self.score, picture)
-        prompts, shares, mean = compared(model.tokenizer, question, answers, score)
+        how = (partial(self.score, picture), self.weight, self.temperature, f"sampled {self.kind}")
+        learned, mean = compared(model.tokenizer, question, answers, *how)
         self.scores.append(mean)
-        return [(one, self.weight * share) for one, share in zip(prompts, shares, strict=True)]
+        return learned
 
     def taken(self) -> float:
         """The mean score since the last call."""

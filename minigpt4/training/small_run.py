@@ -460,7 +460,8 @@ def tokens_of(
             yield f"No, there is no {thing} in it."
             yield f"No, there are no {thing} in it."
             yield f"There is no {thing} in this picture."
-        yield from (answer for _, answer in (*mixture.not_told(), *mixture.no_picture()))
+        for file in ("not-told.txt", "no-picture.txt"):
+            yield from (answer for _, answer in mixture.read_turns(file))
         yield from ("Yes.", "No.", "Yes, there are", "True.", "False.")
 
     end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])

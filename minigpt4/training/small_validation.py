@@ -15,7 +15,7 @@ import torch
 from minigpt4.evaluation.metrics import auc, caption_scores, is_repetitive, sentences
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
-from minigpt4.training.packing import pack
+from minigpt4.training.packing import Learned, learned_tokens, pack
 from minigpt4.training.selfcritical import sample_answers
 
 if TYPE_CHECKING:
@@ -70,13 +70,11 @@ class SmallValidation:
                 draw = random.Random(f"probe {name} {number}")
                 texts = trainer.mixture.draw(source.pictures[number], draw)
                 ref = self._ref(source, number, 0)
-                prompts = [trainer.learned(ref, text) for text in texts]
+                row = [trainer.learned(ref, text) for text in texts]
                 images = trainer.embeddings(source.features([number]))
-                losses = trainer.losses(images, pack([prompts])).tolist()
-                for prompt, text in zip(prompts, texts, strict=True):
-                    count = sum(prompt.loss_mask)
-                    found[f"{name} {text.kind}"] += losses[:count]
-                    losses = losses[count:]
+                losses = trainer.losses(images, pack([row])).tolist()
+                for one, loss in zip(learned_tokens([row]), losses, strict=True):
+                    found[f"{name} {one.kind}"].append(loss)
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
     def captions(self, trainer: "SmallTrainer", name: str, lines: list[str]) -> dict[str, float]:
@@ -117,7 +115,7 @@ class SmallValidation:
                 question = f"Is there {thing} in the image? Answer yes or no."
                 prompts.append(trainer.conversation(ref, ((question, ""),)))
                 prompts[-1].add_tokens([yes], learn=True)
-            batch = pack([prompts])
+            batch = pack([list(map(Learned, prompts))])
             images = trainer.embeddings(source.features([number]))
             hidden = trainer.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
             logits = (hidden @ output.T).float()

@@ -17,7 +17,7 @@ from minigpt4.data.examples import Example, usable
 from minigpt4.errors import UserError, say
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.features import Features, fingerprint
-from minigpt4.training.packing import pack
+from minigpt4.training.packing import Learned, pack
 from minigpt4.training.selfcritical import CiderReward, question_of, sample_answers
 from minigpt4.training.trainer import Trainer
 
@@ -108,7 +108,7 @@ class Validation:
                 for i, example in enumerate(examples)
             ]
             features = trainer.in_basis(self._features[start : start + _AT_ONCE])
-            batch = pack([[prompt] for prompt in prompts]).to(model.device)
+            batch = pack([[Learned(prompt)] for prompt in prompts]).to(model.device)
             total += model.training_loss(features, batch).item() * len(batch.targets)
             count += len(batch.targets)
             questions, images = map(question_of, prompts), model.project(features.float())
