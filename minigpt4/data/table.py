@@ -13,9 +13,9 @@ from minigpt4.data.captions import NotUsable, choose_captions
 from minigpt4.data.conversations import (
     check_record,
     history_of,
-    is_conversation,
     pictures_in,
     texts_of,
+    turns_of,
     with_system,
     without_marks,
 )
@@ -295,8 +295,8 @@ def texts_of_row(
     cells: as for `read_rows`. Elsewhere, a question may have the answer "None".
     """
     check_record(row)
-    if is_conversation(row):
-        return texts_of(row), ()
+    if (turns := turns_of(row)) is not None:
+        return texts_of(row, turns), ()
     questions, _ = choose_captions((row.get(name) for name in INSTRUCTION), cells)
     more, _ = choose_captions([row.get("input")], cells)
     found, reason = choose_captions(fields_of(row), cells or not questions)

@@ -26,11 +26,12 @@ class Reward:
     """
 
     kind = ""
+    limit = 0
+    temperature = 0.6
 
-    def __init__(self, samples: int, weight: float, temperature: float, limit: int) -> None:
+    def __init__(self, samples: int, weight: float) -> None:
         check_count(samples)
         self.samples, self.weight = samples, weight
-        self.temperature, self.limit = temperature, limit
         self.scores: list[float] = []  # the mean of each picture's texts, since last taken
 
     def covers(self, picture: TrainingPicture) -> bool:
@@ -85,15 +86,12 @@ class CaptionReward(Reward):
     """People's captions: CIDEr against all of a picture's."""
 
     kind = "caption"
+    limit = 20
 
     def __init__(
-        self,
-        pictures: Iterable[TrainingPicture],
-        samples: int,
-        weight: float = 2.0,
-        temperature: float = 0.6,
+        self, pictures: Iterable[TrainingPicture], samples: int, weight: float = 2.0
     ) -> None:
-        super().__init__(samples, weight, temperature, limit=20)
+        super().__init__(samples, weight)
         references = {p.key: p.captions for p in pictures if p.source in PEOPLES}
         self._cider = CiderReward(references)
 
@@ -108,6 +106,7 @@ class DescriptionReward(Reward):
     """Descriptions: what they name that is also in the picture's texts, against what is not."""
 
     kind = "description"
+    limit = 90
 
     def __init__(
         self,
@@ -115,9 +114,8 @@ class DescriptionReward(Reward):
         terms: Sequence[str],
         samples: int,
         weight: float = 2.0,
-        temperature: float = 0.6,
     ) -> None:
-        super().__init__(samples, weight, temperature, limit=90)
+        super().__init__(samples, weight)
         self._vocabulary = Vocabulary(terms)
         self._there: Mapping[str, set[int]] = {
             p.key: self._vocabulary.occurring(" . ".join(p.texts))
