@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -205,13 +206,15 @@ def test_pictures_of_few_captions(model, pictures, tmp_path, monkeypatch):
     bare = [replace(picture, captions=()) for picture in pictures]
     with pytest.raises(UserError, match="have no captions"):
         small_run.beginning(model, sources(model, bare))
-    of_set = {"train": pictures[:7]}
+    encoded = SimpleNamespace(usable=lambda: list(range(7)))
+    monkeypatch.setattr(small_run, "Features", lambda *_: encoded)
+    of_set = small_run.DataSets(model, {"train": pictures[:7]}, tmp_path)
     with pytest.raises(UserError, match="6 pictures to learn from, no 8"):
-        small_run.Found(model.config, of_set, {}, tmp_path, False)
+        small_run.Found(model.config, of_set, tmp_path, False)
     assert not any(tmp_path.iterdir())
     (tmp_path / "words.pt").write_bytes(b"half a file")
     with pytest.raises(UserError, match="is damaged: delete it"):
-        small_run.Found(model.config, of_set, {}, tmp_path, False)
+        small_run.Found(model.config, of_set, tmp_path, False)
 
 
 def test_questions_ask_for_what_is_there_and_what_is_not(pictures):

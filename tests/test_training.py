@@ -543,7 +543,7 @@ def test_shards_and_descriptions_are_read(tmp_path):
     line = json.dumps({"image_id": "2", "pairs": pairs})
     (tmp_path / "instruct.jsonl").write_text(line + "\n")
     asked = data.read_instructions(tmp_path / "instruct.jsonl", tmp_path / "two")
-    merged = data.merge([described, asked])
+    merged = data.merge([*described, *asked])
     assert len(merged) == 6 and [t.answer for t in merged[2].texts][1] == "Because."
 
 

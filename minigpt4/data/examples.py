@@ -70,6 +70,16 @@ class Example:
             ) from error
 
 
+def with_instructions(examples: Iterable[Example], instructions: tuple[str, ...]) -> list[Example]:
+    """The examples; their captions that answer no instruction answer one of these."""
+
+    def asked(text: Text, captions: tuple[str, ...]) -> Text:
+        given = text.instructions or text.answer not in captions
+        return text if given else replace(text, instructions=instructions)
+
+    return [replace(e, texts=tuple(asked(t, e.captions) for t in e.texts)) for e in examples]
+
+
 def usable(examples: Sequence[Example]) -> list[Example]:
     """The examples whose pictures can be decoded. The others are reported to the user.
 
@@ -102,19 +112,17 @@ def check_share(unusable: int, count: int) -> None:
         )
 
 
-def merge(sources: Sequence[Sequence[Example]]) -> list[Example]:
-    """The examples of all sources; those with the same key become one, with all their texts."""
+def merge(examples: Iterable[Example]) -> list[Example]:
+    """The examples; those with the same key become one, with all their texts."""
     merged: dict[str, Example] = {}
-    for source in sources:
-        for e in source:
-            if e.key in merged:
-                old = merged[e.key]
-                e = replace(old, texts=old.texts + e.texts)
-            merged[e.key] = e
+    for e in examples:
+        if old := merged.get(e.key):
+            e = replace(old, texts=old.texts + e.texts)
+        merged[e.key] = e
     return list(merged.values())
 
 
-def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Example]:
+def read_shards(pattern: str) -> list[Example]:
     """WebDataset shards as img2dataset writes them: KEY.jpg beside KEY.json or KEY.txt.
 
     pattern: a path, a glob or a brace range ("train-{00000..00007}.tar"). Only the index and the
@@ -125,14 +133,12 @@ def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Exampl
     found = [
         example
         for shard, name in zip(shards, names_of(shards), strict=True)
-        for example in _read_shard(shard, name, instructions, reading)
+        for example in _read_shard(shard, name, reading)
     ]
     return reading.finish(found, "it needs KEY.jpg beside KEY.json or KEY.txt")
 
 
-def _read_shard(
-    shard: Path, shard_name: str, instructions: tuple[str, ...], reading: Reading
-) -> Iterator[Example]:
+def _read_shard(shard: Path, shard_name: str, reading: Reading) -> Iterator[Example]:
     index = members(shard)
     # Once for all of its pictures: there may be millions of them.
     whole = sample_of(shard, _SHARD_BLOCKS)
@@ -141,7 +147,7 @@ def _read_shard(
         return read_at(shard, *index[name])
 
     for key, name, found in captioned_files(index, read, reading):
-        texts = tuple(Text(caption, instructions) for caption in found)
+        texts = tuple(map(Text, found))
         picture = partial(read_at, shard, *index[name])
         sample = partial("{} {} {}".format, whole, *index[name])
         yield Example(f"{shard_name}/{key}", picture, texts, found, sample)

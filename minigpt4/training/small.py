@@ -106,7 +106,7 @@ class TrainingSource:
     pictures: Sequence[TrainingPicture]
     features: Callable[[Sequence[int]], Tensor]
     words: Callable[[int, random.Random | None], str]
-    places: Sequence[tuple[str, int]] = ()
+    rows: Sequence[int] = ()  # in the data sets
 
 
 def learning_rate(recipe: SmallRecipe, step: int) -> float:

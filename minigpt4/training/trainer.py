@@ -318,12 +318,9 @@ class Trainer:
             sizes = [*divide(sizes[0], weights), replayed]
         order = mixed_batches(counts, sizes, self.recipe.seed, self.step)
         bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
-        try:
-            with saved_when_stopped(self):
-                while self.step < schedule.steps:
-                    self._train_step(next(order), bar)
-        finally:
-            bar.close()
+        with bar, saved_when_stopped(self):
+            while self.step < schedule.steps:
+                self._train_step(next(order), bar)
         count = sum(len(source.unreadable) for source in self.sources)
         if count and self.main:
             say(f"{count} of {len(self.examples)} pictures could not be used and were left out.")
