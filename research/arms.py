@@ -21,9 +21,9 @@ from minigpt4.data.examples import Example
 from minigpt4.model.bridge import QFormerBridge, build_bridge
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.parts import ConcatPatches, Maps, QFormer
-from minigpt4.model.prompt import ImageRef, Prompt
+from minigpt4.model.prompt import ImageRef
 from minigpt4.training.batches import batches, training_prompt
-from minigpt4.training.packing import pack
+from minigpt4.training.packing import Learned, pack
 from minigpt4.training.trainer import learning_rate
 
 
@@ -159,12 +159,12 @@ class Corpus:
 
     def prompts(
         self, model: MiniGPT4, schedule: Schedule, index: int, place: int, draw: random.Random
-    ) -> list[Prompt]:
+    ) -> list[Learned]:
         """The training prompts of one picture, for as many texts as the schedule says."""
         texts = self.examples[index].texts
         pick, ref, limit = draw.random(), ImageRef(f"{place:x}"), schedule.max_text_tokens
         return [
-            training_prompt(model, ref, text, self.instructions, pick, limit)
+            Learned(training_prompt(model, ref, text, self.instructions, pick, limit))
             for text in draw.sample(texts, min(schedule.texts_per_picture, len(texts)))
         ]
 

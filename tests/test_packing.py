@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minigpt4.model.prompt import ImageRef, encode_training
-from minigpt4.training.packing import pack
+from minigpt4.training.packing import Learned, pack
 from tests.parity_case import ParityCase
 
 
@@ -19,13 +19,15 @@ def model():
 def prompts_of(model, key: str, texts: list[tuple[str, str]]):
     config = model.config
     return [
-        encode_training(
-            (ImageRef(key), question),
-            answer,
-            config.template,
-            model.tokenizer,
-            config.image_tokens,
-            max_text_tokens=40,
+        Learned(
+            encode_training(
+                (ImageRef(key), question),
+                answer,
+                config.template,
+                model.tokenizer,
+                config.image_tokens,
+                max_text_tokens=40,
+            )
         )
         for question, answer in texts
     ]
@@ -58,8 +60,8 @@ def test_packed_is_as_alone(model):
 def test_packing_saves_what_is_shared(model):
     rows = prompts_of(model, "a", [("Describe.", f"A cat and {n} dogs.") for n in "12345"])
     batch = pack([rows])
-    assert batch.ids.shape[1] < 0.5 * sum(len(p) for p in rows)
-    assert len(batch.targets) == sum(sum(p.loss_mask) for p in rows)
+    assert batch.ids.shape[1] < 0.5 * sum(len(p.prompt) for p in rows)
+    assert len(batch.targets) == sum(sum(p.prompt.loss_mask) for p in rows)
     assert len(batch.image_rows) == 1
 
 

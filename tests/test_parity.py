@@ -14,7 +14,7 @@ from minigpt4.engine.native import NativeDecoder, quantize
 from minigpt4.engine.scheduler import Rows
 from minigpt4.model import image
 from minigpt4.model.prompt import ImageRef, encode_chat, encode_training, stop_ids
-from minigpt4.training.packing import pack
+from minigpt4.training.packing import Learned, pack
 from minigpt4.weights.convert import make_blocks
 from minigpt4.weights.gguf import BlockLlama
 from tests.block_llama import as_transformers
@@ -151,7 +151,7 @@ def test_training(loaded):
             chosen = [pictures[i].rgb for i in sample["images"]]
             features = model.encode_features(model.pixel_values(chosen))
         model.projection.requires_grad_(True)
-        loss = model.training_loss(features, pack([[p] for p in prompts]))
+        loss = model.training_loss(features, pack([[Learned(p)] for p in prompts]))
         (gradient,) = torch.autograd.grad(loss, [model.projection.weight])
         model.projection.requires_grad_(False)
         torch.testing.assert_close(loss.item(), sample["loss"], **TOLERANCE)

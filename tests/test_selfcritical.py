@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minigpt4.data.examples import read_descriptions, read_shards
+from minigpt4.data.examples import read_descriptions, read_shards, with_instructions
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import caption_scores
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer
@@ -74,7 +74,7 @@ def trainer(tmp_path, **options) -> ExtendedTrainer:
     shard = write_shard(tmp_path / "train-00000.tar")
     described = read_descriptions(write_descriptions(tmp_path / "described"))
     recipe = ExtendedRecipe(SCHEDULE, ("Describe.",), replay_share=0.5, samples=3)
-    replay = read_shards(str(shard), ("Say it briefly.",))
+    replay = with_instructions(read_shards(str(shard)), ("Say it briefly.",))
     model = tiny_model(options.pop("case", "llama2_patch_concat"))
     return ExtendedTrainer(
         model, described, replace(recipe, **options), tmp_path / "run", replay=replay

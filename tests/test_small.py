@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -34,13 +35,13 @@ from minigpt4.training.mixture import (
     Mixture,
     Things,
     TrainingPicture,
-    not_told,
     read_pictures,
+    read_turns,
 )
 from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import sample
 from minigpt4.training.small import SmallRecipe, SmallTrainer, TrainingSource, occurring_tokens
-from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward, padded
+from minigpt4.training.small_reward import CaptionReward, DescriptionReward, Reward
 from minigpt4.training.small_validation import SmallValidation, yes_no_scores
 from minigpt4.training.supported import Supported
 from minigpt4.training.vocabulary import Vocabulary, singular
@@ -205,13 +206,15 @@ def test_pictures_of_few_captions(model, pictures, tmp_path, monkeypatch):
     bare = [replace(picture, captions=()) for picture in pictures]
     with pytest.raises(UserError, match="have no captions"):
         small_run.beginning(model, sources(model, bare))
-    of_set = {"train": pictures[:7]}
+    encoded = SimpleNamespace(usable=lambda: list(range(7)))
+    monkeypatch.setattr(small_run, "Features", lambda *_: encoded)
+    of_set = small_run.DataSets(model, {"train": pictures[:7]}, tmp_path)
     with pytest.raises(UserError, match="6 pictures to learn from, no 8"):
-        small_run.Found(model.config, of_set, {}, tmp_path, False)
+        small_run.Found(model.config, of_set, tmp_path, False)
     assert not any(tmp_path.iterdir())
     (tmp_path / "words.pt").write_bytes(b"half a file")
     with pytest.raises(UserError, match="is damaged: delete it"):
-        small_run.Found(model.config, of_set, {}, tmp_path, False)
+        small_run.Found(model.config, of_set, tmp_path, False)
 
 
 def test_questions_ask_for_what_is_there_and_what_is_not(pictures):
@@ -358,7 +361,7 @@ def test_a_run_can_start_from_given_weights(model):
 def test_a_follow_up_holds_the_first_answer_but_learns_the_last(model, pictures, tmp_path):
     run = trainer(model, pictures, tmp_path, 1)
     turns = (("What is it?", "It is a dog."), ("Is it wet?", "No."))
-    prompt = run.learned(ImageRef("1", "brown dog"), Answered(turns))
+    prompt = run.learned(ImageRef("1", "brown dog"), Answered(turns)).prompt
     decode = model.tokenizer.decode
     learned = [i for i, m in zip(prompt.ids, prompt.loss_mask, strict=True) if m]
     assert decode(learned) == "No.<|im_end|>"
@@ -375,14 +378,15 @@ def test_questions_without_the_picture_are_learned_beside_it(model, pictures, tm
     asked = {text.turns[0][0] for text in blind}
     assert asked & {*run.mixture.short, *run.mixture.detailed}
     text = Answered((("What is this?", "I see no picture yet."),), pictured=False)
-    prompt = run.learned(ImageRef("1", "brown dog"), text)
+    learned = run.learned(ImageRef("1", "brown dog"), text)
+    prompt = learned.prompt
     system = model.config.template.system_without_images
     assert not prompt.images and system in model.tokenizer.decode(prompt.ids)
     # Packed with one that shows the picture, it is learned as if alone.
     shown = run.learned(ImageRef("1", ""), Answered((("What is it?", "A dog."),)))
     features = run.sources["captioned"].features([0])
-    together = run.losses(run.embeddings(features), pack([[shown, prompt]]))
-    alone = run.losses(run.embeddings(features)[:0], pack([[prompt]]))
+    together = run.losses(run.embeddings(features), pack([[shown, learned]]))
+    alone = run.losses(run.embeddings(features)[:0], pack([[learned]]))
     assert torch.allclose(together[-len(alone) :], alone, atol=1e-4)
 
 
@@ -555,7 +559,7 @@ def test_what_a_picture_does_not_tell_is_said_to_be_unknown(pictures):
     drawn = [t for n in range(300) for t in mixture.draw(pictures[0], random.Random(n))]
     found = {text.turns[0] for text in drawn if text.kind == "not told"}
     assert ("What time is it?", "I cannot read clocks in pictures.") in found
-    assert len({answer for _, answer in found}) == 3 and found <= {*not_told()}
+    assert len({answer for _, answer in found}) == 3 and found <= {*read_turns("not-told.txt")}
     stop = replace(pictures[0], captions=("A stop sign.",))
     assert not any(mixture._not_told(stop, random.Random(n)) for n in range(50))
 
@@ -576,7 +580,7 @@ def test_captions_are_compared_by_their_score(model, pictures, tmp_path):
     answers = [model.tokenizer.encode(text) for text in (one.captions[0], "A dog.", "Rain, rain.")]
     question = run.conversation(ImageRef("1"), (("Briefly.", ""),))
     found = reward.weighted(model, one, question, [a + [2] for a in answers])
-    weights = [weight for _, weight in found]
+    weights = [one.weight for one in found]
     assert sum(weights) == pytest.approx(0, abs=1e-5)
     assert weights[0] > weights[1] >= weights[2] and weights[0] > 0 > weights[2]
     assert reward.taken() > 0 and reward.taken() == 0
@@ -626,8 +630,7 @@ def test_a_run_with_a_reward_ends_as_one_that_was_not_stopped(model, pictures, t
 def test_padded_prompts_are_answered_as_alone(model):
     torch.manual_seed(3)
     rows = [torch.randn(length, 32) for length in (5, 9)]
-    embeds, mask = padded(rows)
-    together = sample(model, embeds, 2, 4, 0.0, mask=mask)
+    together = sample(model, rows, 2, 4, 0.0)
     alone = [sample(model, row[None], 2, 4, 0.0)[0] for row in rows]
     assert together == alone
 

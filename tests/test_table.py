@@ -37,10 +37,10 @@ def test_csv(folder, content):
     (folder / "captions.csv").write_text(content, encoding="utf-8", newline="")
     assert is_table(folder) and is_table(folder / "captions.csv")
     for where in (folder, folder / "captions.csv"):
-        found = read_table(where, ("Describe.",))
+        found = read_table(where)
         assert texts(found) == {
-            "a.jpg": [('One, or "two"\nlines.', "Describe."), ("Four.", "Describe.")],
-            "b.png": [("Three.", "Describe.")],
+            "a.jpg": [('One, or "two"\nlines.',), ("Four.",)],
+            "b.png": [("Three.",)],
         }
         assert found[0].captions == ('One, or "two"\nlines.', "Four.")
         assert found[1].picture().size == (60, 44)

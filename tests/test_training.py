@@ -256,15 +256,20 @@ def test_denoised_features_become_part_of_the_weights(examples, tmp_path):
 def test_captions_that_agree_count_more(examples, tmp_path):
     recipe = replace(PROMPTED, consensus=0.5)
     trainer = make(tiny_model(), examples, recipe, tmp_path / "run")
-    _, _, weights = trainer.prompts(0, [0, 1, 2, 3])
+
+    def weights_of(trainer, indices):
+        rows, _ = trainer.prompts(0, indices)
+        return [[one.weight for one in row] for row in rows]
+
+    weights = weights_of(trainer, [0, 1, 2, 3])
     assert all(sum(row) == pytest.approx(len(row), rel=1e-5) for row in weights)
-    _, _, even = make(tiny_model(), examples, PROMPTED, tmp_path / "even").prompts(0, [0, 1])
-    assert even == [[1.0, 1.0]] * 2
+    even = make(tiny_model(), examples, PROMPTED, tmp_path / "even")
+    assert weights_of(even, [0, 1]) == [[1.0, 1.0]] * 2
     # Data that is mixed in may use the same names, for other pictures.
     said = ("Two boats.", "Boats at sea.", "A boat.")
     others = [replace(e, texts=tuple(map(data.Text, said)), captions=said) for e in examples[:4]]
     mixed = make(tiny_model(), [*examples, *others], recipe, tmp_path / "mixed")
-    _, _, (first, other) = mixed.prompts(0, [0, len(examples)])
+    first, other = weights_of(mixed, [0, len(examples)])
     assert sum(first) == pytest.approx(2) and 1.0 not in other
 
 
@@ -538,7 +543,7 @@ def test_shards_and_descriptions_are_read(tmp_path):
     line = json.dumps({"image_id": "2", "pairs": pairs})
     (tmp_path / "instruct.jsonl").write_text(line + "\n")
     asked = data.read_instructions(tmp_path / "instruct.jsonl", tmp_path / "two")
-    merged = data.merge([described, asked])
+    merged = data.merge([*described, *asked])
     assert len(merged) == 6 and [t.answer for t in merged[2].texts][1] == "Because."
 
 

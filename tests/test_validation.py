@@ -19,9 +19,8 @@ from minigpt4.options import Option, Parser, integer, number, switch
 from minigpt4.training import run as training
 from minigpt4.training import validation
 from minigpt4.training.batches import divide
-from minigpt4.training.run import watch
 from minigpt4.training.trainer import Recipe, recompute_activations
-from minigpt4.training.validation import TensorBoard, Validation, WeightsAndBiases
+from minigpt4.training.validation import Validation, dashboards, watch
 from minigpt4.weights.checkpoint import read_projection
 from tests.test_training import PROMPTED, make
 from tests.training_case import (
@@ -218,7 +217,7 @@ def test_batches_are_divided_by_weight(examples, held_out, tmp_path):
 def test_logs_for_tensorboard(examples, tmp_path):
     pytest.importorskip("tensorboard")
     trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
-    trainer.after_step.append(TensorBoard(trainer, None))
+    watch(trainer, [], 1)
     trainer.run()
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
@@ -228,12 +227,12 @@ def test_logs_for_weights_and_biases(examples, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert not WeightsAndBiases.available()
+    before = len(dashboards(tmp_path, 0))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert WeightsAndBiases.available()
     trainer = make(tiny_model(), examples, PROMPTED, tmp_path / "run")
-    trainer.after_step.append(WeightsAndBiases(trainer, None))
+    watch(trainer, [], 1)
     trainer.run()
+    assert len(dashboards(tmp_path / "other", 0)) == before + 1
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 

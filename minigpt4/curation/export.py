@@ -26,7 +26,7 @@ def chosen(records: Iterable[dict]) -> list[dict]:
         if r.get("kept", True)
         and r.get("decision", "keep") != "drop"
         and "error" not in r
-        and not _is_blank(r.get("text"))
+        and not (isinstance(r.get("text"), str) and not r["text"].strip())
     ]
     for record in found:
         for name in (KEY, "picture", "text"):
@@ -36,10 +36,6 @@ def chosen(records: Iterable[dict]) -> list[dict]:
                     "the line."
                 )
     return found
-
-
-def _is_blank(text: object) -> bool:
-    return isinstance(text, str) and not text.strip()
 
 
 def export(records: Iterable[dict], folder: str | Path, pictures: str | None = None) -> int:

@@ -3,16 +3,12 @@
 import codecs
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minigpt4.data.files import parse_jsonl, repair_jsonl, replacing, shortened
+from minigpt4.data.files import lock, parse_jsonl, repair_jsonl, replacing, shortened
 from minigpt4.errors import UserError
-
-if sys.platform != "win32":  # there two programs may write the same file
-    import fcntl
 
 KEY = "image_id"
 DECISIONS = ("keep", "edit", "drop")
@@ -76,14 +72,11 @@ class Records:
         self.path = Path(path)
         make_folder(self.path.parent)
         self._file = self.path.open("ab", buffering=0)
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"{self.path} is being written by another program: wait for it, or choose "
-                    "another file with “--out”."
-                ) from error
+        lock(
+            self._file,
+            f"{self.path} is being written by another program: wait for it, or choose another file "
+            "with “--out”.",
+        )
         self.records = _parse(self.path, self.path.read_bytes())
         repair_jsonl(self.path)
 

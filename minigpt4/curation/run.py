@@ -98,7 +98,8 @@ def refine(options: argparse.Namespace) -> None:
     found = read_records(options.file)
     instruction = prompt_text("refine.txt")
     with Records(options.out) as records:
-        missing = [r for i, r in found.items() if not _is_refined(records.records.get(i), r)]
+        before = {i: done.get("before") for i, done in records.records.items()}
+        missing = [r for i, r in found.items() if i not in before or before[i] != r.get("text")]
         texts = [r for r in missing if r.get("text")]
         for record in missing:
             if not record.get("text"):  # the picture could not be read; `filter` reports it
@@ -120,10 +121,6 @@ def refine(options: argparse.Namespace) -> None:
     _report_refined(done, options.out)
     if failures:
         raise UserError(f"{len(failures)} got no answer: {failures[-1]} Run it again to resume.")
-
-
-def _is_refined(done: dict | None, record: dict) -> bool:
-    return done is not None and done.get("before") == record.get("text")
 
 
 def _check_refiner(record: dict, name: str, instruction: str, out: str) -> None:

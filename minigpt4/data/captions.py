@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from minigpt4.data.files import printable, shortened
@@ -83,6 +84,10 @@ _VALUE = re.compile(r"""\[[{'"]|\('|\{['"]|\[?(?:np\.)?(?:array|str_)\(""")
 Read = TypeVar("Read")
 
 
+class NotUsable(Exception):
+    """A record that is left out; its text is the reason."""
+
+
 def captions_in(value: object, cells: bool = True) -> list[str]:
     """The captions in a field: a string, or a list of strings, nested to any depth.
 
@@ -142,6 +147,14 @@ class Reading:
     def leave_out(self, name: str, reason: str) -> None:
         """Count something that is left out. name: what the user finds it by."""
         self._left_out.setdefault(reason, []).append(name)
+
+    @contextmanager
+    def record(self, name: str) -> Iterator[None]:
+        """Leave out the record that is read in the block if it is `NotUsable`."""
+        try:
+            yield
+        except NotUsable as error:
+            self.leave_out(name, str(error))
 
     def finish(self, read: Sequence[Read], needs: str) -> list[Read]:
         """Report what was read, and return it.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from minigpt4.data import captions
+from minigpt4.data.captions import NotUsable
 from minigpt4.data.examples import Text
 
 _TURNS = ("conversations", "messages", "conversation")
@@ -38,13 +39,9 @@ _BOX = re.compile(r"<ref-object>|<bbox>|<\|(?:box|quad|object_ref)_start\|>|<box
 _UNLEARNED = ("loss", "weight", "train", "training")  # of a message, false or 0
 
 
-class NotUsable(Exception):
-    """A conversation that cannot be learned; its text is the reason."""
-
-
-def is_conversation(row: dict) -> bool:
-    """Whether a record has turns. row: with names in lower case."""
-    return any(isinstance(row.get(name), list) for name in _TURNS)
+def turns_of(row: dict) -> list | None:
+    """The turns of a record that is a conversation. row: with names in lower case."""
+    return next((row[name] for name in _TURNS if isinstance(row.get(name), list)), None)
 
 
 def check_record(row: dict) -> None:
@@ -64,10 +61,9 @@ def check_record(row: dict) -> None:
         raise NotUsable(captions.VIDEO)
 
 
-def texts_of(row: dict) -> tuple[Text, ...]:
+def texts_of(row: dict, turns: list) -> tuple[Text, ...]:
     """Each answer of a conversation, after the turns before it. Those marked as not to be learned
     are only such turns. NotUsable if none is left."""
-    turns = next(row[name] for name in _TURNS if isinstance(row.get(name), list))
     found = [*_exchanges(turns)]
     exchanges = without_marks(with_system(row, [(q, a) for q, a, _ in found]))
     texts = tuple(
@@ -107,8 +103,7 @@ def history_of(row: dict) -> tuple[tuple[str, str], ...]:
 
 def pictures_in(row: dict) -> list[object]:
     """The pictures that the parts of a conversation's messages name."""
-    turns: list = next((row[n] for n in _TURNS if isinstance(row.get(n), list)), [])
-    contents = [t.get("content") for t in turns if isinstance(t, dict)]
+    contents = [t.get("content") for t in turns_of(row) or () if isinstance(t, dict)]
     parts = [p for content in contents if isinstance(content, list) for p in content]
     named = [p.get("image") or p.get("image_url") for p in parts if isinstance(p, dict)]
     urls = [p.get("url") if isinstance(p, dict) else p for p in named if p]

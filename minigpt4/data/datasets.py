@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.data import captions, huggingface
-from minigpt4.data.captions import Reading, choose_captions
-from minigpt4.data.conversations import NotUsable, check_record
+from minigpt4.data.captions import NotUsable, Reading, choose_captions
+from minigpt4.data.conversations import check_record
 from minigpt4.data.examples import (
     Collected,
     Example,
@@ -79,74 +79,71 @@ _FORMATS = (
 )
 
 
-def read_captioned(
-    where: str, instructions: tuple[str, ...] = (), limit: int | None = None
-) -> list[Example]:
+def read_captioned(where: str, limit: int | None = None) -> list[Example]:
     """Captioned pictures in any of the formats of docs/own-data.md.
 
     where: a file, a folder, a glob or brace range of shards, or hf:USER/NAME[:SPLIT].
-    instructions: for captions without one. limit: read only the first examples. UserError if it is
-    in no known format.
+    limit: read only the first examples. UserError if it is in no known format.
     """
     where = str(where)
     if where.startswith(HUB):
-        return huggingface.read_dataset(where.removeprefix(HUB), instructions, limit)
-    return _read_local(where, instructions)[:limit]
+        return huggingface.read_dataset(where.removeprefix(HUB), limit)
+    return _read_local(where)[:limit]
 
 
-def _read_local(where: str, instructions: tuple[str, ...]) -> list[Example]:
+def _read_local(where: str) -> list[Example]:
     path, shown = local_path(where), printable(where)
     if path.is_dir():
-        return _read_folder(path, instructions)
+        return _read_folder(path)
     if path.is_file():
         check_pointer(path)
     if is_table(path):
-        return read_table(path, instructions)
+        return read_table(path)
     kind = next((k for ends, k in _OTHER_KINDS.items() if path.name.lower().endswith(ends)), None)
     if path.is_file() and kind:
         raise UserError(f"{shown} is {kind}.")
     if path.suffix.lower() == ".json":
-        return _read_json(path, instructions)
+        return _read_json(path)
     if path.is_file() and has_picture_name(path.name):
         raise UserError(f"{shown} is a single picture: name {_FORMATS}.")
     if not path.is_file() and has_picture_name(path.name):
         raise UserError(f"{shown} names pictures, not shards: name {_FORMATS}.")
     if path.is_file() and path.suffix.lower() != ".tar" and not tarfile.is_tarfile(path):
         raise UserError(f"{shown} is a file of a kind that is not read: name {_FORMATS}.")
-    return read_shards(where, instructions)
+    return read_shards(where)
 
 
 def read_references(where: str, limit: int | None = None) -> list[Example]:
     """The pictures of `read_captioned` that have captions, to which others can be compared."""
-    found = [example for example in read_captioned(where, (), limit) if example.captions]
+    found = [example for example in read_captioned(where, limit) if example.captions]
     if not found:
         raise UserError(f"{where} has descriptions or conversations, but no captions to compare.")
     return found
 
 
-def _read_folder(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
+def _read_folder(folder: Path) -> list[Example]:
     if (folder / "filter_cap.json").exists():
         return read_descriptions(folder)
     if tables_in(folder):
-        return read_table(folder, instructions)
+        return read_table(folder)
     if huggingface.is_saved(folder):
-        return huggingface.read_saved(folder, instructions)
+        return huggingface.read_saved(folder)
     if any(folder.glob("*.tar")):
-        return read_shards(f"{glob.escape(str(folder))}/*.tar", instructions)
+        return read_shards(f"{glob.escape(str(folder))}/*.tar")
     for name in ("train", "data"):  # as in Hugging Face's imagefolder
         if (folder / name).is_dir() and tables_in(folder / name):
-            return read_table(folder / name, instructions)
+            return read_table(folder / name)
     pictures = {folded(p.stem) for p in folder.iterdir() if has_picture_name(p.name)}
     others = [p for p in sorted(folder.glob("*.json")) if folded(p.stem) not in pictures]
     annotations = [p for p in others if _is_annotation(p)]
     if len(annotations) == 1:
-        return _read_json(annotations[0], instructions)
+        return _read_json(annotations[0])
     if len(annotations) > 1 and not any(p.with_suffix(".jpg").exists() for p in annotations):
         names = ", ".join(shortened(p.name) for p in annotations[:3])
         raise UserError(
             f"{printable(folder)} contains {len(annotations)} JSON files ({names}): name one."
         )
-    return _read_files(folder, instructions)
+    return _read_files(folder)
 
 
 def _is_annotation(path: Path) -> bool:
@@ -155,7 +152,7 @@ def _is_annotation(path: Path) -> bool:
     return not (own or path.name.endswith(_OF_LIBRARIES))
 
 
-def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
+def _read_files(folder: Path) -> list[Example]:
     """KEY.jpg beside KEY.txt or KEY.json, in the folder and those in it: img2dataset's "files"."""
     names = [name for name in _walk(folder) if not name.endswith(_OF_LIBRARIES)]
     if not any(name.lower().endswith((".txt", ".json")) for name in names):
@@ -170,7 +167,7 @@ def _read_files(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
         if not is_file(folder / name):
             reading.leave_out(name, captions.MISSING)
             continue
-        texts = tuple(Text(caption, instructions) for caption in said)
+        texts = tuple(map(Text, said))
         read, sample = partial(read_bytes, folder / name), partial(sample_of, folder / name)
         found.append(Example(key, read, texts, said, sample))
     table = "" if found else _annotation_in(folder, names)
@@ -222,14 +219,14 @@ def _why(names: list[str]) -> str:
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path, instructions: tuple[str, ...]) -> list[Example]:
+def _read_json(path: Path) -> list[Example]:
     """COCO's captions, Karpathy's, the second stage's, a list of records, or lines of them."""
     text, folders = read_text(path), _folders_of(path)
     if is_jsonl(text):
-        return read_rows(path, json_lines(path, text), instructions, folders)
+        return read_rows(path, json_lines(path, text), folders)
     content = parse_json(path, text)
     if isinstance(content, dict) and "annotations" in content:
-        return _read_coco(path, content, instructions)
+        return _read_coco(path, content)
     if isinstance(content, dict) and _has_questions_alone(content.get("questions")):
         raise _halves(path, "questions")
     records = _records_in(path, content) if isinstance(content, dict) else content
@@ -239,7 +236,7 @@ def _read_json(path: Path, instructions: tuple[str, ...]) -> list[Example]:
             "conversations or a list of records with a picture and a caption (docs/own-data.md)."
         )
     rows = ((f"record {i}", _row(record)) for i, record in enumerate(records, 1))
-    return read_rows(path, rows, instructions, folders)
+    return read_rows(path, rows, folders)
 
 
 def _has_questions_alone(records: object) -> bool:
@@ -251,7 +248,7 @@ def _records_in(path: Path, content: dict) -> list | None:
     """The one list of records with pictures in a JSON object, or the object if it is a record."""
     try:
         row = _row(content)
-        if picture_of(row) and texts_of_row(row, ()):
+        if picture_of(row) and texts_of_row(row):
             return [content]
     except NotUsable:
         pass
@@ -276,7 +273,7 @@ def _row(record: dict) -> dict[str, Any]:
     return row
 
 
-def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list[Example]:
+def _read_coco(path: Path, content: dict) -> list[Example]:
     annotations = content["annotations"]
     if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
         raise UserError(f"“annotations” in {printable(path)} must be a list of objects.")
@@ -292,26 +289,17 @@ def _read_coco(path: Path, content: dict, instructions: tuple[str, ...]) -> list
     described = set()
     for number, annotation in enumerate(annotations, 1):
         place = f"annotation {number}"
-        try:
+        with collected.reading.record(place):
             image_id = picture_name(annotation.get("image_id")).strip()
-        except ValueError:
-            collected.reading.leave_out(place, captions.NO_ID)
-            continue
-        described.add(image_id)
-        try:
+            described.add(image_id)
             check_record(with_lower_names(annotation))
-        except NotUsable as error:
-            collected.reading.leave_out(place, str(error))
-            continue
-        if by_id and image_id not in by_id:
-            collected.reading.leave_out(place, captions.NOT_LISTED)
-            continue
-        if (name := by_id.get(image_id, image_id)) is None:
-            collected.reading.leave_out(place, captions.SAME_ID)
-            continue
-        found, reason = choose_captions(fields_of(annotation))
-        texts = tuple(Text(caption, instructions) for caption in found)
-        collected.add(name, texts, reason, found, f"{place}: {name}")
+            if by_id and image_id not in by_id:
+                raise NotUsable(captions.NOT_LISTED)
+            if (name := by_id.get(image_id, image_id)) is None:
+                raise NotUsable(captions.SAME_ID)
+            found, reason = choose_captions(fields_of(annotation))
+            texts = tuple(map(Text, found))
+            collected.add(name, texts, reason, found, f"{place}: {name}")
     for image_id in (i for i in by_id if i not in described):
         collected.reading.leave_out(by_id[image_id] or image_id, captions.NO_CAPTION)
     return collected.finish("it needs captions of its “images”")
@@ -322,12 +310,10 @@ def _names_by_id(images: object, reading: Reading) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for number, image in enumerate(images if isinstance(images, list) else [], 1):
         record = image if isinstance(image, dict) else {}
-        try:
-            image_id = picture_name(record.get("id")).strip()  # 7, 7.0 and "7" are the same
-            name = picture_name(record.get("file_name") or image_id)
-        except ValueError:
-            reading.leave_out(f"image {number}", captions.NO_OWN_ID)
-        else:
+        with reading.record(f"image {number}"):
+            # 7, 7.0 and "7" are the same.
+            image_id = picture_name(record.get("id"), captions.NO_OWN_ID).strip()
+            name = picture_name(record.get("file_name") or image_id, captions.NO_OWN_ID)
             found[image_id] = name if found.get(image_id, name) == name else None
     return found
 

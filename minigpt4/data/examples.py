@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from minigpt4.data import captions
-from minigpt4.data.captions import Reading, choose_captions
+from minigpt4.data.captions import NotUsable, Reading, choose_captions
 from minigpt4.data.files import (
     decode,
     parse_jsonl,
@@ -70,6 +70,16 @@ class Example:
             ) from error
 
 
+def with_instructions(examples: Iterable[Example], instructions: tuple[str, ...]) -> list[Example]:
+    """The examples; their captions that answer no instruction answer one of these."""
+
+    def asked(text: Text, captions: tuple[str, ...]) -> Text:
+        given = text.instructions or text.answer not in captions
+        return text if given else replace(text, instructions=instructions)
+
+    return [replace(e, texts=tuple(asked(t, e.captions) for t in e.texts)) for e in examples]
+
+
 def usable(examples: Sequence[Example]) -> list[Example]:
     """The examples whose pictures can be decoded. The others are reported to the user.
 
@@ -102,19 +112,17 @@ def check_share(unusable: int, count: int) -> None:
         )
 
 
-def merge(sources: Sequence[Sequence[Example]]) -> list[Example]:
-    """The examples of all sources; those with the same key become one, with all their texts."""
+def merge(examples: Iterable[Example]) -> list[Example]:
+    """The examples; those with the same key become one, with all their texts."""
     merged: dict[str, Example] = {}
-    for source in sources:
-        for e in source:
-            if e.key in merged:
-                old = merged[e.key]
-                e = replace(old, texts=old.texts + e.texts)
-            merged[e.key] = e
+    for e in examples:
+        if old := merged.get(e.key):
+            e = replace(old, texts=old.texts + e.texts)
+        merged[e.key] = e
     return list(merged.values())
 
 
-def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Example]:
+def read_shards(pattern: str) -> list[Example]:
     """WebDataset shards as img2dataset writes them: KEY.jpg beside KEY.json or KEY.txt.
 
     pattern: a path, a glob or a brace range ("train-{00000..00007}.tar"). Only the index and the
@@ -125,14 +133,12 @@ def read_shards(pattern: str, instructions: tuple[str, ...] = ()) -> list[Exampl
     found = [
         example
         for shard, name in zip(shards, names_of(shards), strict=True)
-        for example in _read_shard(shard, name, instructions, reading)
+        for example in _read_shard(shard, name, reading)
     ]
     return reading.finish(found, "it needs KEY.jpg beside KEY.json or KEY.txt")
 
 
-def _read_shard(
-    shard: Path, shard_name: str, instructions: tuple[str, ...], reading: Reading
-) -> Iterator[Example]:
+def _read_shard(shard: Path, shard_name: str, reading: Reading) -> Iterator[Example]:
     index = members(shard)
     # Once for all of its pictures: there may be millions of them.
     whole = sample_of(shard, _SHARD_BLOCKS)
@@ -141,7 +147,7 @@ def _read_shard(
         return read_at(shard, *index[name])
 
     for key, name, found in captioned_files(index, read, reading):
-        texts = tuple(Text(caption, instructions) for caption in found)
+        texts = tuple(map(Text, found))
         picture = partial(read_at, shard, *index[name])
         sample = partial("{} {} {}".format, whole, *index[name])
         yield Example(f"{shard_name}/{key}", picture, texts, found, sample)
@@ -248,14 +254,11 @@ def read_descriptions(folder: str | Path) -> list[Example]:
     collected = Collected(folder / "filter_cap.json", _described_in(folder))
     for number, annotation in enumerate(annotations, 1):
         record = annotation if isinstance(annotation, dict) else {}
-        try:
+        with collected.reading.record(f"annotation {number}"):
             key = picture_name(record.get("image_id"))
-        except ValueError:
-            collected.reading.leave_out(f"annotation {number}", captions.NO_ID)
-            continue
-        found, reason = choose_captions([record.get("caption")])
-        shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
-        collected.add(key, tuple(map(Text, found)), reason, shown=shown)
+            found, reason = choose_captions([record.get("caption")])
+            shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
+            collected.add(key, tuple(map(Text, found)), reason, shown=shown)
     return collected.finish("every annotation needs a caption and image/ID.jpg")
 
 
@@ -264,17 +267,14 @@ def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     for `read_descriptions`."""
     collected = Collected(file, _described_in(Path(folder)))
     for number, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
-        try:
+        with collected.reading.record(f"line {number}"):
             key = picture_name(record["image_id"])
-        except ValueError:
-            collected.reading.leave_out(f"line {number}", captions.NO_ID)
-            continue
-        pairs = record["pairs"] if isinstance(record["pairs"], list) else []
-        for pair in (pair if isinstance(pair, dict) else {} for pair in pairs or [{}]):
-            questions, reason = choose_captions([pair.get("instruction")], cells=False)
-            answers, why = choose_captions([pair.get("answer")], cells=False)
-            texts = tuple(Text(a, questions) for a in answers if questions)
-            collected.add(key, texts, why or reason, shown=f"line {number}: {key}")
+            pairs = record["pairs"] if isinstance(record["pairs"], list) else []
+            for pair in (pair if isinstance(pair, dict) else {} for pair in pairs or [{}]):
+                questions, reason = choose_captions([pair.get("instruction")], cells=False)
+                answers, why = choose_captions([pair.get("answer")], cells=False)
+                texts = tuple(Text(a, questions) for a in answers if questions)
+                collected.add(key, texts, why or reason, shown=f"line {number}: {key}")
     return collected.finish(
         "every line needs an “image_id”, “pairs” of “instruction” and “answer”, and image/ID.jpg"
     )
@@ -284,12 +284,12 @@ def _described_in(folder: Path) -> list[list[Path]]:
     return [[folder], [folder / "image"], [folder / "images"]]
 
 
-def picture_name(value: object) -> str:
-    """An id or name of a picture as text. ValueError if it is neither text nor an integer."""
+def picture_name(value: object, reason: str = captions.NO_ID) -> str:
+    """An id or name of a picture as text. NotUsable if it is neither text nor an integer."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError
+        raise NotUsable(reason)
     return str(value)
 
 

@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.data import captions
-from minigpt4.data.captions import Reading
-from minigpt4.data.conversations import NotUsable
+from minigpt4.data.captions import NotUsable, Reading
 from minigpt4.data.examples import Example
 from minigpt4.data.files import check_pointer, read_bytes, sample_of, shortened
 from minigpt4.data.names import is_file
-from minigpt4.data.table import (
-    PICTURE,
-    picture_folders,
-    read_rows,
-    texts_of_row,
-    with_lower_names,
-)
+from minigpt4.data.table import PICTURE, picture_folders, read_rows, texts_of_row, with_lower_names
 from minigpt4.errors import UserError, quiet_hub, say
 from minigpt4.model.image import has_picture_name
 
@@ -34,7 +27,7 @@ def is_saved(folder: Path) -> bool:
     return saved or bool(_parquet(folder))
 
 
-def read_saved(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
+def read_saved(folder: Path) -> list[Example]:
     """The training split of a folder that `is_saved`."""
     files = _parquet(folder)
     stored = sorted(map(Path, files)) or sorted(folder.rglob("*.arrow"))
@@ -50,12 +43,10 @@ def read_saved(folder: Path, instructions: tuple[str, ...]) -> list[Example]:
                 opened = opened["train"] if "train" in opened else next(iter(opened.values()))
     # The library's own mark depends on where the files are.
     sample = cache(lambda: " ".join(sample_of(file, _BLOCKS) for file in stored))
-    return _examples(opened, str(folder), instructions, folder, sample)
+    return _examples(opened, str(folder), folder, sample)
 
 
-def read_dataset(
-    name: str, instructions: tuple[str, ...], limit: int | None = None
-) -> list[Example]:
+def read_dataset(name: str, limit: int | None = None) -> list[Example]:
     """A data set of the hub. name: USER/NAME, or USER/NAME:SPLIT; the split is "train" by default.
 
     It is downloaded into the library's cache, because training reads pictures in any order. With a
@@ -73,7 +64,7 @@ def read_dataset(
         )
         if limit is not None:
             opened = _first_rows(opened, limit)
-    return _examples(opened, name, instructions, None, partial(str, opened._fingerprint))
+    return _examples(opened, name, None, partial(str, opened._fingerprint))
 
 
 @contextmanager
@@ -149,11 +140,7 @@ def _picture_columns(dataset: Any, name: str) -> tuple[list[str], str]:
 
 
 def _examples(
-    dataset: Any,
-    name: str,
-    instructions: tuple[str, ...],
-    folder: Path | None,
-    sample: Callable[[], str],
+    dataset: Any, name: str, folder: Path | None, sample: Callable[[], str]
 ) -> list[Example]:
     """The rows that have one picture and a text. Pictures stay in the library's files.
 
@@ -170,27 +157,19 @@ def _examples(
                 "that folder."
             )
         rows = ((f"row {i}", with_lower_names(row)) for i, row in enumerate(dataset))
-        return read_rows(Path(name), rows, instructions, picture_folders(folder))
+        return read_rows(Path(name), rows, picture_folders(folder))
     reading = Reading(name)
     found = []
     raw = dataset.select_columns(column).with_format("arrow")  # decodes nothing
     counts = _pictures_in_rows(raw, column)
     for number, row in enumerate(dataset.remove_columns(pictures)):
-        try:
-            if counts[number] != 1:
-                raise NotUsable(
-                    captions.SEVERAL_PICTURES if counts[number] else captions.NO_PICTURE
-                )
-            texts, said = texts_of_row(with_lower_names(row), instructions)
-        except NotUsable as error:
-            reading.leave_out(f"row {number}", str(error))
-            continue
-        read = partial(_read, raw, number, column, folder)
-        found.append(
-            Example(
-                f"{name}/{number}" if folder is None else f"row {number}", read, texts, said, sample
-            )
-        )
+        with reading.record(f"row {number}"):
+            if (count := counts[number]) != 1:
+                raise NotUsable(captions.SEVERAL_PICTURES if count else captions.NO_PICTURE)
+            texts, said = texts_of_row(with_lower_names(row))
+            key = f"{name}/{number}" if folder is None else f"row {number}"
+            read = partial(_read, raw, number, column, folder)
+            found.append(Example(key, read, texts, said, sample))
     return reading.finish(found, "it needs a column of pictures and one of captions")
 
 

@@ -3,7 +3,8 @@
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -88,9 +89,12 @@ class _Listing:
     """The names in a folder, by their folded forms."""
 
     def __init__(self, folder: Path) -> None:
+        names: list[str] = []
         self._names: dict[str, list[str]] = {}
         self._stems: dict[str, list[str]] = {}  # of pictures, without their endings
-        for name in _names_in(folder):
+        with suppress(OSError):
+            names = sorted(p.name for p in folder.iterdir() if not is_hidden(p.name))
+        for name in names:
             self._names.setdefault(folded(name), []).append(name)
             if has_picture_name(name):
                 self._stems.setdefault(folded(_stem(name)), []).append(name)
@@ -117,13 +121,6 @@ def _nearest(names: list[str], wanted: str, part: Callable[[str], str]) -> list[
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _names_in(folder: Path) -> Iterator[str]:
-    try:
-        yield from sorted(p.name for p in folder.iterdir() if not is_hidden(p.name))
-    except OSError:
-        return
 
 
 def is_file(path: Path) -> bool:

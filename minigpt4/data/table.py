@@ -9,14 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from minigpt4.data import captions
-from minigpt4.data.captions import choose_captions
+from minigpt4.data.captions import NotUsable, choose_captions
 from minigpt4.data.conversations import (
-    NotUsable,
     check_record,
     history_of,
-    is_conversation,
     pictures_in,
     texts_of,
+    turns_of,
     with_system,
     without_marks,
 )
@@ -86,19 +85,19 @@ def _is_text_table(path: Path) -> bool:
     return bool(second) and named or _FLICKR.match(first) is not None
 
 
-def read_table(where: str | Path, instructions: tuple[str, ...] = ()) -> list[Example]:
+def read_table(where: str | Path) -> list[Example]:
     """The pictures of a table with their captions, in the order of its lines.
 
     where: the table, or a folder that contains one; pictures are named relative to it. Lines of
-    the same picture are combined. A line may have an `instruction` that its caption answers;
-    `instructions` are for lines without one. Lines that cannot be used are left out and reported.
-    UserError names a line that is not of the table's format.
+    the same picture are combined. A line may have an `instruction` that its caption answers. Lines
+    that cannot be used are left out and reported. UserError names a line that is not of the table's
+    format.
     """
     path = _find(local_path(where))
     text, folders = read_text(path), picture_folders(path.parent)
     if path.suffix.lower() in JSON_LINES:
-        return read_rows(path, _json_rows(path, text), instructions, folders)
-    return read_rows(path, _csv_rows(path, text), instructions, folders, cells=True)
+        return read_rows(path, _json_rows(path, text), folders)
+    return read_rows(path, _csv_rows(path, text), folders, cells=True)
 
 
 def picture_folders(folder: Path) -> list[list[Path]]:
@@ -114,11 +113,7 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def read_rows(
-    path: Path,
-    rows: Iterable[tuple[str, Row]],
-    instructions: tuple[str, ...],
-    folders: list[list[Path]],
-    cells: bool = False,
+    path: Path, rows: Iterable[tuple[str, Row]], folders: list[list[Path]], cells: bool = False
 ) -> list[Example]:
     """The pictures that rows name with their captions, or with the answers of conversations.
 
@@ -127,12 +122,9 @@ def read_rows(
     """
     collected = Collected(path, folders, by_path=True)
     for place, row in rows:
-        try:
-            texts, found = texts_of_row(row, instructions, cells)
+        with collected.reading.record(place):
+            texts, found = texts_of_row(row, cells)
             name = picture_of(row)
-        except NotUsable as error:
-            collected.reading.leave_out(place, str(error))
-        else:
             collected.add(name, texts, found=found, shown=f"{place}: {name}")
     return collected.finish(_NEEDS)
 
@@ -286,23 +278,19 @@ def picture_of(row: Row) -> str:
     found = [p for p in found if p is not None] or pictures_in(row)
     if len(found) > 1:
         raise NotUsable(captions.SEVERAL_PICTURES)
-    try:
-        return picture_name(found[0])
-    except (IndexError, ValueError):
-        other = any(row.get(name) for name in ("video", "audio", "sound"))
-        raise NotUsable(captions.VIDEO if other else captions.NO_PICTURE) from None
+    other = any(row.get(name) for name in ("video", "audio", "sound"))
+    reason = captions.VIDEO if other else captions.NO_PICTURE
+    return picture_name(found[0] if found else None, reason)
 
 
-def texts_of_row(
-    row: Row, instructions: tuple[str, ...], cells: bool = False
-) -> tuple[tuple[Text, ...], tuple[str, ...]]:
+def texts_of_row(row: Row, cells: bool = False) -> tuple[tuple[Text, ...], tuple[str, ...]]:
     """(the texts of a row, the captions among them). NotUsable if there are none.
 
     cells: as for `read_rows`. Elsewhere, a question may have the answer "None".
     """
     check_record(row)
-    if is_conversation(row):
-        return texts_of(row), ()
+    if (turns := turns_of(row)) is not None:
+        return texts_of(row, turns), ()
     questions, _ = choose_captions((row.get(name) for name in INSTRUCTION), cells)
     more, _ = choose_captions([row.get("input")], cells)
     found, reason = choose_captions(fields_of(row), cells or not questions)
@@ -311,5 +299,5 @@ def texts_of_row(
     question = "\n".join([*questions, *more]) if questions else ""
     exchanges = [*history_of(row), (question, "\n".join(found))]
     *earlier, (question, _) = without_marks(with_system(row, exchanges) if question else exchanges)
-    asked = (question,) if question else instructions
+    asked = (question,) if question else ()
     return tuple(Text(caption, asked, tuple(earlier)) for caption in found), found

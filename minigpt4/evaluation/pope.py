@@ -18,12 +18,13 @@ Each answer is read in two ways, which are reported separately:
 """
 
 import argparse
-import math
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from minigpt4 import start
 from minigpt4.batch import Batch, PictureQuestion, greedy
@@ -85,15 +86,25 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         pairs = sorted({(p.picture, p.object) for p in questions})  # one may occur in several ways
         said = dict(ask_all(batch, examples, pairs, options.question))
     questions = [p for p in questions if (p.picture, p.object) in said]
-    by_way = {way: [p for p in questions if p.way == way] for way in WAYS}
+    by_way = {
+        way: [(p.there, said[p.picture, p.object]) for p in questions if p.way == way]
+        for way in WAYS
+    }
+    odds = {way: [(there, a.log_odds) for there, a in found] for way, found in by_way.items()}
     result = {
         "model": model,
         "n": len({p.picture for p in questions}),
         "pictures_without_objects": len(asked) - len({p.picture for p in questions}),
         "question": options.question,
         "questions_asked": len(said),
-        "read": {way: read_scores(of, said) for way, of in by_way.items()},
-        "likelihood": {way: likelihood_scores(of, said) for way, of in by_way.items()},
+        "read": {
+            way: scores([(there, answer.read) for there, answer in found])
+            for way, found in by_way.items()
+        },
+        "likelihood": {
+            way: scores([(there, value > 0) for there, value in found]) | {"auc": auc(found)}
+            for way, found in odds.items()
+        },
     }
     lines = [
         {"key": examples[picture].key, "object": name, "answer": answer.text}
@@ -150,7 +161,7 @@ def ask_all(
     }
     for answered, found in batch.answer(list(questions), greedy(TOKENS), (*yes, *no), "asking"):
         first, second = found.watched[: len(yes)], found.watched[len(yes) :]
-        log_odds = _log_sum(first) - _log_sum(second)
+        log_odds = float(np.logaddexp.reduce(first) - np.logaddexp.reduce(second))
         yield questions[answered], PopeAnswer(found.text, log_odds)
 
 
@@ -163,27 +174,6 @@ def beginnings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
     yes, no = firsts("yes"), firsts("no")
     return sorted(yes - no), sorted(no - yes)
-
-
-def _log_sum(logprobs: Sequence[float]) -> float:
-    """The log-probability of any of these, whose log-probabilities are given."""
-    highest = max(logprobs)
-    return highest + math.log(sum(math.exp(x - highest) for x in logprobs))
-
-
-def read_scores(
-    questions: Sequence[PopeQuestion], said: dict[tuple[int, str], PopeAnswer]
-) -> Scores:
-    """Scores of the first yes or no of each answer."""
-    return scores([(p.there, said[p.picture, p.object].read) for p in questions])
-
-
-def likelihood_scores(
-    questions: Sequence[PopeQuestion], said: dict[tuple[int, str], PopeAnswer]
-) -> Scores:
-    """Scores of the more likely of “Yes” and “No”, and the area under the ROC curve."""
-    odds = [(p.there, said[p.picture, p.object].log_odds) for p in questions]
-    return scores([(there, value > 0) for there, value in odds]) | {"auc": auc(odds)}
 
 
 def scores(pairs: Sequence[tuple[bool, bool | None]]) -> Scores:

@@ -35,7 +35,10 @@ def evaluate(options: argparse.Namespace) -> None:
         write_lines(options.answers, records)
         print_json(scores, options.json)
     else:
-        _run_experiment(options)
+        started = time.perf_counter()
+        experiment = import_module(f"minigpt4.evaluation.{options.experiment}")
+        result, text = experiment.run(options)
+        report.publish(options.experiment, result, text, time.perf_counter() - started, options)
 
 
 def _check_files(options: argparse.Namespace) -> None:
@@ -48,10 +51,3 @@ def _check_files(options: argparse.Namespace) -> None:
     inputs += [options.answers] if options.reuse else []
     names = ("json", "review", "markdown", "verdicts", *([] if options.reuse else ["answers"]))
     check_outputs({name: getattr(options, name) for name in names}, inputs)
-
-
-def _run_experiment(options: argparse.Namespace) -> None:
-    started = time.perf_counter()
-    experiment = import_module(f"minigpt4.evaluation.{options.experiment}")
-    result, text = experiment.run(options)
-    report.publish(options.experiment, result, text, time.perf_counter() - started, options)

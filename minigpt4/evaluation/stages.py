@@ -38,7 +38,7 @@ Answers = dict[str, dict[str, dict[str, Completion]]]
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates by stage and request, their table and examples)."""
     files = {"stage 1": first_stage(options), "stage 2": options.projection}
-    examples = usable(read_captioned(options.shard, (), options.limit))
+    examples = usable(read_captioned(options.shard, options.limit))
     answers: Answers = {}
     for stage, projection in files.items():
         chosen = argparse.Namespace(**vars(options) | {"projection": projection})

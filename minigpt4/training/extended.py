@@ -15,8 +15,14 @@ from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.parts import PooledMap
-from minigpt4.model.prompt import Prompt
-from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample
+from minigpt4.training.packing import Learned
+from minigpt4.training.selfcritical import (
+    CiderReward,
+    check_count,
+    compared,
+    question_of,
+    sample_answers,
+)
 from minigpt4.training.trainer import Recipe, Trainer
 
 _MEASURED = 1024  # pictures, from which the covariance of the features is computed
@@ -57,7 +63,13 @@ class ExtendedTrainer(Trainer):
     def __init__(
         self, model: MiniGPT4, examples: Sequence[Example], recipe: ExtendedRecipe, *others, **more
     ) -> None:
-        _check_samples(model, recipe)
+        check_count(recipe.samples)
+        template = model.config.template
+        if recipe.samples and template.stop[0] not in template.controls:
+            raise UserError(
+                "“--samples” needs answers that end in a token of their own, but those of "
+                f"{model.config.name} end in “{template.stop[0]}”: omit it."
+            )
         self.views = 2 if recipe.mirror or recipe.denoise else 1
         self.basis: Tensor | None = None  # features are multiplied by it
         self.reward = CiderReward({})
@@ -151,56 +163,32 @@ class ExtendedTrainer(Trainer):
     def _sample_answers(
         self,
         step: int,
-        rows: list[list[Prompt]],
+        rows: list[list[Learned]],
         chosen: Sequence[tuple[int, int]],
         features: Tensor,
-        weights: list[list[float]],
-    ) -> list[list[float]] | None:
+    ) -> None:
         """Replace the captions of replayed pictures by sampled answers, weighted by advantage."""
-        if not self.recipe.samples:
-            return None
         recipe = self.recipe
-        temperatures = [[1.0] * len(row) for row in rows]
         generator = torch.Generator(self.model.device).manual_seed(
             hash((recipe.seed, step, self.accelerator.process_index)) % 2**63
         )
-        for members in self._groups(rows, chosen):
-            questions = [question_of(rows[i][0]) for i in members]
-            drawn = self._draw(questions, features[members], generator)
-            for i, question, answers in zip(members, questions, drawn, strict=True):
-                score = partial(self.reward, _identity(self.examples[chosen[i][0]]))
-                rows[i], shares, mean = compared(self.model.tokenizer, question, answers, score)
-                weights[i] = [recipe.reward_weight * share for share in shares]
-                self.rewards.append(mean)
-                temperatures[i] = [recipe.sample_temperature] * len(answers)
-        return temperatures
-
-    def _groups(
-        self, rows: Sequence[Sequence[Prompt]], chosen: Sequence[tuple[int, int]]
-    ) -> list[list[int]]:
-        """The rows to sample answers for. Rows of a group have the same instruction, and so equal
-        length."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (example, _) in enumerate(chosen):
-            if example >= self.counts[0] and len(self.examples[example].captions) > 1:
-                groups.setdefault(tuple(question_of(rows[i][0]).ids), []).append(i)
-        return list(groups.values())
-
-    def _draw(
-        self, questions: Sequence[Prompt], features: Tensor, generator: torch.Generator
-    ) -> list[list[list[int]]]:
-        """`samples` answers to each question, as token ids."""
-        recipe, model = self.recipe, self.model
-        with torch.inference_mode():
-            embeds = model.project(features.float())
-            inputs = torch.cat(
-                [
-                    model.embed(question, {question.images[0][1].key: one})
-                    for question, one in zip(questions, embeds, strict=True)
-                ]
-            )
-        limit = recipe.schedule.max_caption_tokens
-        return sample(model, inputs, recipe.samples, limit, recipe.sample_temperature, generator)
+        replayed = [
+            place
+            for place, (index, _) in enumerate(chosen)
+            if index >= self.counts[0] and len(self.examples[index].captions) > 1
+        ]
+        if not recipe.samples or not replayed:
+            return
+        questions = [question_of(rows[place][0].prompt) for place in replayed]
+        images = self.model.project(features[replayed].float()).detach()
+        limit, temperature = recipe.schedule.max_caption_tokens, recipe.sample_temperature
+        how = (recipe.samples, limit, temperature, generator)
+        drawn = sample_answers(self.model, questions, images, *how)
+        for place, question, answers in zip(replayed, questions, drawn, strict=True):
+            score = partial(self.reward, _identity(self.examples[chosen[place][0]]))
+            compare = (score, recipe.reward_weight, temperature)
+            rows[place], mean = compared(self.model.tokenizer, question, answers, *compare)
+            self.rewards.append(mean)
 
     def _progress(self) -> str:
         recent = self.rewards[-400:]
@@ -212,29 +200,10 @@ def _identity(example: Example) -> Hashable:
     return example.key, example.captions
 
 
-def _check_samples(model: MiniGPT4, recipe: ExtendedRecipe) -> None:
-    """UserError if answers cannot be sampled as the recipe says."""
-    template = model.config.template
-    check_count(recipe.samples)
-    if recipe.samples and template.stop[0] not in template.controls:
-        raise UserError(
-            f"“--samples” needs answers that end in a token of their own, but those of "
-            f"{model.config.name} end in “{template.stop[0]}”: omit it."
-        )
-
-
 def _outer_products(vectors: Tensor) -> Tensor:
     """[pictures, image_tokens, width] -> the sum of the vectors' outer products [width, width]."""
     vectors = vectors.flatten(0, 1)
     return vectors.T @ vectors
-
-
-def question_of(prompt: Prompt) -> Prompt:
-    """The part of a training prompt before the tokens that are learned."""
-    length = prompt.loss_mask.index(True)
-    return Prompt(
-        prompt.ids[:length], prompt.keys[:length], prompt.images, prompt.loss_mask[:length]
-    )
 
 
 def name_classes(model: MiniGPT4) -> None:

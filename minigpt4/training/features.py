@@ -60,8 +60,6 @@ class Features:
         """
         if self._stored is not None:
             rows = np.stack([self._stored[example, view] for example, view in chosen])
-            if np.isnan(rows).any():
-                raise UserError("A picture of the data cannot be used: see the reasons above.")
             return torch.from_numpy(rows).to(self._model.device)
         features = self._encode(chosen, seed)
         self._decoded.clear()

@@ -232,17 +232,10 @@ def ordinary(caption: str) -> str:
     return f"I see nothing unusual in this picture. {caption[:1].upper()}{caption[1:]}"
 
 
-def not_told() -> list[Turn]:
-    """Questions that pictures do not answer, or not to small encoders, and honest answers."""
-    return _turns("not-told.txt")
-
-
-def no_picture() -> list[Turn]:
-    """What is asked in chats without a picture, and answers; the first fits requests, too."""
-    return _turns("no-picture.txt")
-
-
-def _turns(name: str) -> list[Turn]:
+def read_turns(name: str) -> list[Turn]:
+    """The turns in a file of `prompts/`: questions that pictures do not answer, or not to small
+    encoders, and honest answers (not-told.txt); what is asked in chats without a picture, and
+    answers, of which the first fits requests, too (no-picture.txt)."""
     pairs = (line.partition(" | ") for line in prompt_lines(name))
     return [(asked, answer) for asked, _, answer in pairs]
 
@@ -254,9 +247,9 @@ class Mixture:
         self.objects = objects
         self.short = prompt_lines("caption.txt")
         self.detailed = prompt_lines("alignment.txt")
-        turns = not_told()
+        turns = read_turns("not-told.txt")
         self.not_told = {a: [t for t in turns if t[1] == a] for a in sorted({a for _, a in turns})}
-        self.no_picture = no_picture()
+        self.no_picture = read_turns("no-picture.txt")
 
     def draw(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         """The conversations of one showing: one to twelve."""
@@ -294,7 +287,7 @@ class Mixture:
         # The same: the captions then share their prompt.
         asked = "What is this?" if draw.random() < _WHAT else draw.choice(self.short)
         found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
-        return found + self._ordinary(picture, draw) + self._known(picture, draw)
+        return found + self._ordinary(picture, draw) + self._known(picture)
 
     def _described(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         caption = (draw.choice(_ONE_SENTENCE), draw.choice(picture.captions).strip())
@@ -314,7 +307,7 @@ class Mixture:
             asked = f"True or false: {statement}"
             answer = "True." if right else "False."
             found.append(Answered(((asked, answer),), DECISION / 2, "statement"))
-        return found + self._known(picture, draw)
+        return found + self._known(picture)
 
     def _drawn(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         caption = (draw.choice(self.short), draw.choice(picture.captions).strip())
@@ -357,7 +350,7 @@ class Mixture:
         pairs = [Answered((pair,), TASK, "task") for pair in picture.pairs]
         return [Answered((detail,), LONG, "description"), *pairs]
 
-    def _known(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
+    def _known(self, picture: TrainingPicture) -> list[Answered]:
         found = []
         for asked, answer in picture.knowledge[:1]:
             turn = (f"{asked} Answer in a word or two.", sentence(answer))

@@ -6,6 +6,7 @@ position. The loss of each caption is the same as alone (tested), at a third of 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,18 +14,29 @@ from minigpt4.model.minigpt4 import TrainingBatch
 from minigpt4.model.prompt import Prompt
 
 
-def pack(
-    rows: Sequence[Sequence[Prompt]],
-    weights: Sequence[Sequence[float]] | None = None,
-    temperatures: Sequence[Sequence[float]] | None = None,
-) -> TrainingBatch:
+class Learned(NamedTuple):
+    """A training prompt; the weight of each of its learned tokens, the temperature at which they
+    are learned, and the kind of text that they are."""
+
+    prompt: Prompt
+    weight: float = 1.0
+    temperature: float = 1.0
+    kind: str = ""
+
+
+def learned_tokens(rows: Sequence[Sequence[Learned]]) -> list[Learned]:
+    """Each prompt once for each of its learned tokens, in the order of `TrainingBatch.targets`."""
+    return [one for row in rows for one in row for _ in range(sum(one.prompt.loss_mask))]
+
+
+def pack(rows: Sequence[Sequence[Learned]]) -> TrainingBatch:
     """Merge each row's prompts into one sequence and stack the rows.
 
     A row's prompts are about one picture, whose place in the features given to
-    `MiniGPT4.training_loss` is the row's. weights, temperatures: one for each prompt, for all its
-    learned tokens; 1 by default.
+    `MiniGPT4.training_loss` is the row's.
     """
-    trees = [_Tree(prompts) for prompts in rows]
+    trees = [_Tree([one.prompt for one in row]) for row in rows]
+    learned = learned_tokens(rows)
     length = max(len(tree.ids) for tree in trees)
     count = len(trees)
     ids = torch.zeros(count, length, dtype=torch.long)
@@ -43,22 +55,9 @@ def pack(
         position_ids=positions,
         sources=torch.tensor(sources, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
-        weights=_for_tokens(rows, weights),
-        temperatures=_for_tokens(rows, temperatures),
+        weights=torch.tensor([one.weight for one in learned]),
+        temperatures=torch.tensor([one.temperature for one in learned]),
     )
-
-
-def _for_tokens(
-    rows: Sequence[Sequence[Prompt]], values: Sequence[Sequence[float]] | None
-) -> torch.Tensor:
-    """Each prompt's value, once for each of its learned tokens, in the order of the trees."""
-    flat = [
-        values[i][j] if values else 1.0
-        for i, row in enumerate(rows)
-        for j, prompt in enumerate(row)
-        for _ in range(sum(prompt.loss_mask))
-    ]
-    return torch.tensor(flat)
 
 
 class _Tree:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from minigpt4 import start
 from minigpt4.config import DEFAULT_MODEL, ModelConfig, Quantize, Schedule, get_model
 from minigpt4.data.datasets import read_captioned
-from minigpt4.data.examples import Example, merge, read_instructions
+from minigpt4.data.examples import Example, merge, read_instructions, with_instructions
 from minigpt4.data.files import prompt_lines, write_settings
 from minigpt4.data.table import is_table, read_table
 from minigpt4.errors import UserError
@@ -26,6 +26,7 @@ from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer, name_cla
 from minigpt4.training.options import GROUPS, NEEDS, WORDS, check_needs, check_start, naming_init
 from minigpt4.training.saving import locked
 from minigpt4.training.trainer import Recipe, Trainer, recompute_activations
+from minigpt4.training.validation import watch
 from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
@@ -41,11 +42,12 @@ def train(options: argparse.Namespace) -> None:
     schedule = schedule_of(options, config)
     _check(options, config)
     examples = read_examples(options)[: options.limit]
-    mixed = [(read_captioned(data, (), options.limit), weight) for data, weight in options.mix]
+    mixed = [(read_captioned(data, options.limit), weight) for data, weight in options.mix]
     mixture = [(len(examples), 1.0), *((len(more), weight) for more, weight in mixed)]
     examples += [example for more, _ in mixed for example in more]
     held_out = read_captioned(options.validate) if options.validate else []
-    replay = read_captioned(options.replay, prompt_lines("caption.txt")) if options.replay else []
+    replay = read_captioned(options.replay) if options.replay else []
+    replay = with_instructions(replay, prompt_lines("caption.txt"))
     replay_share = options.replay_share if replay else 0.0
     if options.samples and options.stage == 1 and not replay:  # sample answers to all of them
         examples, replay, replay_share = [], examples, 1.0
@@ -95,20 +97,6 @@ def begun(
         if error_of_main := broadcast_object_list(failed)[0]:
             raise error_of_main
         yield
-
-
-def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
-    """Validate every so many steps where there are held-out examples; log to the dashboards that
-    are installed."""
-    from minigpt4.training.validation import TensorBoard, Validation, WeightsAndBiases
-
-    validation = Validation(trainer, held_out, every) if held_out else None
-    if validation and trainer.step == trainer.recipe.schedule.steps:  # the run has ended before
-        validation.report(validation.measure())
-    trainer.after_step += [validation] if validation else []
-    for dashboard in (TensorBoard, WeightsAndBiases):
-        if dashboard.available():
-            trainer.after_step.append(dashboard(trainer, validation))
 
 
 def given_options(options: argparse.Namespace) -> dict[str, object]:
@@ -236,9 +224,9 @@ def read_examples(options: argparse.Namespace) -> list[Example]:
         )
     if captions:
         return read_table(options.data)
-    found = read_captioned(options.data, (), getattr(options, "limit", None))
+    found = read_captioned(options.data, options.limit)
     if options.instructions:
-        found = merge([found, read_instructions(options.instructions, options.data)])
+        found = merge([*found, *read_instructions(options.instructions, options.data)])
     return found
 
 

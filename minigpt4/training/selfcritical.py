@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.errors import UserError
 from minigpt4.evaluation.metrics import ptb_tokens
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
+from minigpt4.training.packing import Learned
 
 _SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
 _LONGEST = 4  # words in an n-gram
@@ -84,27 +86,43 @@ def _ngrams(words: Sequence[str]) -> Counter:
 
 
 @torch.inference_mode()
+def sample_answers(
+    model: MiniGPT4, questions: Sequence[Prompt], images: Tensor, *how: Any
+) -> list[list[list[int]]]:
+    """As `sample`, of questions about a picture each.
+
+    images: embeddings of the pictures [questions, image_tokens, hidden]. how: as for `sample`.
+    """
+    rows = [
+        model.embed(question, {question.images[0][1].key: one})[0]
+        for question, one in zip(questions, images, strict=True)
+    ]
+    return sample(model, rows, *how)
+
+
+@torch.inference_mode()
 def sample(
     model: MiniGPT4,
-    inputs: Tensor,
+    rows: Sequence[Tensor],
     count: int,
     limit: int,
     temperature: float,
     generator: torch.Generator | None = None,
-    mask: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> list[list[list[int]]]:
-    """`count` answers of at most `limit` token ids to each row of `inputs` [rows, length, hidden].
+    """`count` answers of at most `limit` token ids to each prompt [length, hidden].
 
     They are drawn from the whole distribution at `temperature`; at 0, they are the likeliest
     tokens. An answer that ended has the end token as its last id. The prompts are read once, and
-    their keys and values repeated. mask [rows, length]: 0 for padding, on the left; attention is
-    relative, so it may shift positions.
+    their keys and values repeated.
     tokens: the ids that may be drawn, the end token among them; all by default.
     """
     end = model.tokenizer.eos_token_id
-    mask = torch.ones(inputs.shape[:2], dtype=torch.long) if mask is None else mask
-    mask = mask.to(inputs.device)
+    # Padded on the left: attention is relative, so positions may shift.
+    inputs = pad_sequence(list(rows), batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(row) for row in rows], device=inputs.device)
+    places = torch.arange(inputs.shape[1], 0, -1, device=inputs.device)
+    mask = (places <= lengths[:, None]).long()
     weight = model.torch_llm.get_output_embeddings().weight
     weight = weight if tokens is None else weight[tokens]
     decoder = model.torch_llm.get_decoder()
@@ -155,8 +173,11 @@ def compared(
     question: Prompt,
     answers: Sequence[Sequence[int]],
     score: Callable[[str, bool], float],
-) -> tuple[list[Prompt], list[float], float]:
-    """(a training prompt for each answer, its advantage, the mean score) of answers' token ids.
+    weight: float,
+    temperature: float,
+    kind: str = "",
+) -> tuple[list[Learned], float]:
+    """(answers' token ids to be learned, weighted by advantage; their mean score).
 
     score: of a text, and of whether the model ended it itself.
     """
@@ -164,8 +185,19 @@ def compared(
         score(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == tokenizer.eos_token_id)
         for ids in answers
     ]
-    prompts = [answered(question, ids) for ids in answers]
-    return prompts, advantages(scores), sum(scores) / len(scores)
+    learned = [
+        Learned(answered(question, ids), weight * advantage, temperature, kind)
+        for ids, advantage in zip(answers, advantages(scores), strict=True)
+    ]
+    return learned, sum(scores) / len(scores)
+
+
+def question_of(prompt: Prompt) -> Prompt:
+    """The part of a training prompt before the tokens that are learned."""
+    length = prompt.loss_mask.index(True)
+    return Prompt(
+        prompt.ids[:length], prompt.keys[:length], prompt.images, prompt.loss_mask[:length]
+    )
 
 
 def answered(question: Prompt, ids: Sequence[int]) -> Prompt:

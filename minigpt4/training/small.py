@@ -28,7 +28,7 @@ from minigpt4.training.adapters import Adapted, finished, tensors_of
 from minigpt4.training.batches import batches
 from minigpt4.training.features import fingerprint
 from minigpt4.training.mixture import Answered, Mixture, TrainingPicture
-from minigpt4.training.packing import pack
+from minigpt4.training.packing import Learned, learned_tokens, pack
 from minigpt4.training.saving import check_finite, read_run, saved_when_stopped, uninterrupted
 from minigpt4.training.small_reward import Reward
 from minigpt4.weights.adapters import named
@@ -106,7 +106,7 @@ class TrainingSource:
     pictures: Sequence[TrainingPicture]
     features: Callable[[Sequence[int]], Tensor]
     words: Callable[[int, random.Random | None], str]
-    places: Sequence[tuple[str, int]] = ()
+    rows: Sequence[int] = ()  # in the data sets
 
 
 def learning_rate(recipe: SmallRecipe, step: int) -> float:
@@ -156,7 +156,11 @@ class SmallTrainer:
         self.identity = self._identity(adapters or {})
         stored = read_run(self.out / "checkpoint.pt", self.identity)
         # The weight [hidden, projection_in] is in the basis.
-        self.basis, weight, bias = _start_of(stored) if stored else start()
+        if stored:
+            weight, bias = (stored["projection"][name] for name in ("weight", "bias"))
+            self.basis = stored["basis"]
+        else:
+            self.basis, weight, bias = start()
         self.projection = nn.Linear(weight.shape[1], weight.shape[0])
         self.projection.weight.data, self.projection.bias.data = weight.clone(), bias.clone()
         self.adapters = tensors_of(adapters or {})
@@ -211,7 +215,7 @@ class SmallTrainer:
         config = self.model.config
         return encode_chat(messages, config.template, self.model.tokenizer, config.image_tokens)
 
-    def learned(self, ref: ImageRef, answered: Answered) -> Prompt:
+    def learned(self, ref: ImageRef, answered: Answered) -> Learned:
         """The same with the answer, to be learned."""
         prompt = self.conversation(ref if answered.pictured else None, answered.turns)
         ids = encode_text(self.model.tokenizer, answered.turns[-1][1])
@@ -221,7 +225,7 @@ class SmallTrainer:
             cut = len(prompt) - len(ids) + limit
             prompt.ids, prompt.keys = prompt.ids[:cut], prompt.keys[:cut]
             prompt.loss_mask = prompt.loss_mask[:cut]
-        return prompt
+        return Learned(prompt, answered.weight, kind=answered.kind)
 
     def chosen(self, step: int) -> list[list[tuple[str, int]]]:
         """The groups of a step: (source, picture) each. Depends on the seed and the step alone."""
@@ -243,17 +247,11 @@ class SmallTrainer:
         showings = [self._showing(place, one, draw) for place, one in enumerate(group)]
         features = torch.cat([self.sources[name].features([index]) for name, index in group])
         rewarded = self._rewarded(showings, features, draw)
-        rows, weights, temperatures, kinds = [], [], [], []
-        for place, (_, ref, texts) in enumerate(showings):
-            learned = [(self.learned(ref, text), text.weight, 1.0, text.kind) for text in texts]
-            learned += rewarded.get(place, [])
-            rows.append([one[0] for one in learned])
-            weights.append([one[1] for one in learned])
-            temperatures.append([one[2] for one in learned])
-            for prompt, _, _, kind in learned:
-                kinds += [kind] * sum(prompt.loss_mask)
-        batch = pack(rows, weights=weights, temperatures=temperatures)
-        return features, batch, kinds
+        rows = [
+            [self.learned(ref, text) for text in texts] + rewarded.get(place, [])
+            for place, (_, ref, texts) in enumerate(showings)
+        ]
+        return features, pack(rows), [one.kind for one in learned_tokens(rows)]
 
     def _showing(
         self, place: int, one: tuple[str, int], draw: random.Random
@@ -269,12 +267,12 @@ class SmallTrainer:
         showings: Sequence[tuple[TrainingPicture, ImageRef, list[Answered]]],
         features: Tensor,
         draw: random.Random,
-    ) -> dict[int, list[tuple[Prompt, float, float, str]]]:
-        """With rewards, place -> (prompt, weight, temperature, kind) of the sampled texts.
+    ) -> dict[int, list[Learned]]:
+        """With rewards, place -> the sampled texts.
 
         They take the place of the texts of their kind, all but one.
         """
-        rewarded: dict[int, list[tuple[Prompt, float, float, str]]] = {}
+        rewarded: dict[int, list[Learned]] = {}
         for reward in self.rewards:
             asked = {}
             for place, (picture, ref, texts) in enumerate(showings):
@@ -290,18 +288,14 @@ class SmallTrainer:
             images = self.embeddings(features[list(asked)]).detach()
             seed = draw.getrandbits(62)
             found = reward(self.model, list(asked.values()), images, seed, self._tokens)
-            for place, one in zip(asked, found, strict=True):
-                rewarded[place] = [
-                    (prompt, weight, reward.temperature, f"sampled {reward.kind}")
-                    for prompt, weight in one
-                ]
+            rewarded.update(zip(asked, found, strict=True))
         return rewarded
 
     # --- the loss -------------------------------------------------------------------------------
 
-    def embeddings(self, features: Tensor, projection: nn.Linear | None = None) -> Tensor:
+    def embeddings(self, features: Tensor) -> Tensor:
         """Features as the encoders give them -> image embeddings."""
-        projected = (projection or self.projection)(features.float() @ self.basis)
+        projected = self.projection(features.float() @ self.basis)
         return at_length(projected, self.model.config.embedding_length)
 
     def losses(self, images: Tensor, batch: TrainingBatch) -> Tensor:
@@ -378,22 +372,17 @@ class SmallTrainer:
 
     # --- files ----------------------------------------------------------------------------------
 
-    def averaged(self) -> nn.Linear:
-        """The projection with the mean of the latest weights, in the basis."""
-        projection = nn.Linear(self.projection.in_features, self.projection.out_features)
-        projection.load_state_dict({name: self.average[name] for name in ("weight", "bias")})
-        return projection.requires_grad_(False)
-
     @contextmanager
-    def averaged_adapters(self) -> Iterator[None]:
-        """Within, the language model has the mean of the adapters' latest weights."""
-        latest = {name: parameter.data for name, parameter in self.adapters.items()}
-        for name, parameter in self.adapters.items():
+    def averaged(self) -> Iterator[None]:
+        """Within, what is trained has the mean of its latest weights."""
+        trained = self._trained()
+        latest = {name: parameter.data for name, parameter in trained.items()}
+        for name, parameter in trained.items():
             parameter.data = self.average[name]
         try:
             yield
         finally:
-            for name, parameter in self.adapters.items():
+            for name, parameter in trained.items():
                 parameter.data = latest[name]
 
     def save(self) -> bool:
@@ -417,8 +406,3 @@ class SmallTrainer:
         path = self.out / self.model.config.projection_file
         save_projection(weights, path, self._metadata | {"steps": str(self.step)})
         return True
-
-
-def _start_of(stored: dict) -> tuple[Tensor, Tensor, Tensor]:
-    projection = stored["projection"]
-    return stored["basis"], projection["weight"], projection["bias"]

@@ -11,7 +11,8 @@ from minigpt4.evaluation.metrics import is_repetitive, sentences
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.mixture import TrainingPicture
-from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample
+from minigpt4.training.packing import Learned
+from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample_answers
 from minigpt4.training.vocabulary import Vocabulary
 
 PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
@@ -25,11 +26,12 @@ class Reward:
     """
 
     kind = ""
+    limit = 0
+    temperature = 0.6
 
-    def __init__(self, samples: int, weight: float, temperature: float, limit: int) -> None:
+    def __init__(self, samples: int, weight: float) -> None:
         check_count(samples)
         self.samples, self.weight = samples, weight
-        self.temperature, self.limit = temperature, limit
         self.scores: list[float] = []  # the mean of each picture's texts, since last taken
 
     def covers(self, picture: TrainingPicture) -> bool:
@@ -47,22 +49,15 @@ class Reward:
         images: Tensor,
         seed: int,
         tokens: Tensor,
-    ) -> list[list[tuple[Prompt, float]]]:
-        """(prompt with a sampled text to learn, weight of its tokens) for each question.
+    ) -> list[list[Learned]]:
+        """The sampled texts to learn for each question.
 
         images: embeddings of the pictures asked about [questions, image_tokens, hidden].
         tokens: the ids that may be sampled.
         """
-        with torch.no_grad():
-            rows = [
-                model.embed(question, {question.images[0][1].key: one})[0]
-                for (_, question), one in zip(asked, images, strict=True)
-            ]
-        inputs, mask = padded(rows)
-        generator = torch.Generator(inputs.device).manual_seed(seed)
-        drawn = sample(
-            model, inputs, self.samples, self.limit, self.temperature, generator, mask, tokens
-        )
+        generator = torch.Generator(images.device).manual_seed(seed)
+        how = (self.samples, self.limit, self.temperature, generator, tokens)
+        drawn = sample_answers(model, [question for _, question in asked], images, *how)
         return [
             self.weighted(model, picture, question, answers)
             for (picture, question), answers in zip(asked, drawn, strict=True)
@@ -74,12 +69,12 @@ class Reward:
         picture: TrainingPicture,
         question: Prompt,
         answers: Sequence[Sequence[int]],
-    ) -> list[tuple[Prompt, float]]:
+    ) -> list[Learned]:
         """Answers, as token ids, by their score against each other."""
-        score = partial(self.score, picture)
-        prompts, shares, mean = compared(model.tokenizer, question, answers, score)
+        how = (partial(self.score, picture), self.weight, self.temperature, f"sampled {self.kind}")
+        learned, mean = compared(model.tokenizer, question, answers, *how)
         self.scores.append(mean)
-        return [(one, self.weight * share) for one, share in zip(prompts, shares, strict=True)]
+        return learned
 
     def taken(self) -> float:
         """The mean score since the last call."""
@@ -91,15 +86,12 @@ class CaptionReward(Reward):
     """People's captions: CIDEr against all of a picture's."""
 
     kind = "caption"
+    limit = 20
 
     def __init__(
-        self,
-        pictures: Iterable[TrainingPicture],
-        samples: int,
-        weight: float = 2.0,
-        temperature: float = 0.6,
+        self, pictures: Iterable[TrainingPicture], samples: int, weight: float = 2.0
     ) -> None:
-        super().__init__(samples, weight, temperature, limit=20)
+        super().__init__(samples, weight)
         references = {p.key: p.captions for p in pictures if p.source in PEOPLES}
         self._cider = CiderReward(references)
 
@@ -114,6 +106,7 @@ class DescriptionReward(Reward):
     """Descriptions: what they name that is also in the picture's texts, against what is not."""
 
     kind = "description"
+    limit = 90
 
     def __init__(
         self,
@@ -121,9 +114,8 @@ class DescriptionReward(Reward):
         terms: Sequence[str],
         samples: int,
         weight: float = 2.0,
-        temperature: float = 0.6,
     ) -> None:
-        super().__init__(samples, weight, temperature, limit=90)
+        super().__init__(samples, weight)
         self._vocabulary = Vocabulary(terms)
         self._there: Mapping[str, set[int]] = {
             p.key: self._vocabulary.occurring(" . ".join(p.texts))
@@ -143,14 +135,3 @@ class DescriptionReward(Reward):
         right = len(named & self._there[picture.key])
         wrong = len(named) - right
         return right / (right + 2 * wrong + 3) * (0.5 if len(sentences(text)) < 2 else 1.0)
-
-
-def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts [length, hidden] of different lengths -> (padded on the left, attention mask)."""
-    longest = max(len(row) for row in rows)
-    embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        embeds[place, longest - len(row) :] = row
-        mask[place, longest - len(row) :] = 1
-    return embeds, mask

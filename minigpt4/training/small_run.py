@@ -71,11 +71,9 @@ def _train(
     begun = int8.arithmetic_of(out / "log.jsonl") if (out / "checkpoint.pt").exists() else ""
     with naming_init(options):
         model, adapted, arithmetic = opened(options, config, begun)
-    cache = Path(options.cache or out / "features")
-    features = {name: Cached(model, of_one, cache) for name, of_one in pictures.items()}
-    pictures = {name: features[name].kept(name, of_one) for name, of_one in pictures.items()}
-    words = Found(config, pictures, features, out, options.refit)
-    trained, kept = divided(pictures, features, words)
+    data = DataSets(model, pictures, Path(options.cache or out / "features"))
+    words = Found(config, data, out, options.refit)
+    trained, kept = divided(data, words)
     if options.validate and not kept:
         raise UserError(
             f"“--validate” measures on pictures kept apart, and {options.data} has none: add some "
@@ -175,8 +173,7 @@ def count(
     for source in trained.values():
         of_one, counted = counted[: len(source.pictures)], counted[len(source.pictures) :]
         source.pictures = [
-            words.supported(picture, place)
-            for picture, place in zip(of_one, source.places, strict=True)
+            words.supported(picture, row) for picture, row in zip(of_one, source.rows, strict=True)
         ]
     for source in kept.values():
         source.pictures = mixture.Things().count(source.pictures)
@@ -230,92 +227,88 @@ def read(folder: Path) -> dict[str, list[mixture.TrainingPicture]]:
     return found
 
 
-class Cached:
-    """The features of one data set's pictures, encoded once; those that cannot be decoded are left
-    out, and the others numbered again."""
+class DataSets:
+    """The pictures of all data sets, one after the other, and their features, encoded once; those
+    that cannot be decoded are left out.
+
+    names: each picture's data set; kept: whether a picture is for validation alone; mark: a hash of
+    the pictures and texts.
+    """
 
     def __init__(
-        self, model: MiniGPT4, pictures: Sequence[mixture.TrainingPicture], cache: Path
+        self, model: MiniGPT4, sets: dict[str, list[mixture.TrainingPicture]], cache: Path
     ) -> None:
-        self._stored = Features(model, [p.example for p in pictures], 1, cache, True)
-        self._numbers = self._stored.usable()
+        self.pictures: list[mixture.TrainingPicture] = []
+        self.names: list[str] = []
+        self._places: list[tuple[Features, int]] = []
+        lines = []
+        for name, of_one in sets.items():
+            stored = Features(model, [p.example for p in of_one], 1, cache, True)
+            numbers = stored.usable()
+            if missing := len(of_one) - len(numbers):
+                say(f"{name}: {missing} of {len(of_one)} pictures cannot be decoded: left out.")
+            usable = [of_one[number] for number in numbers]
+            self.pictures += usable
+            self.names += [name] * len(usable)
+            self._places += [(stored, number) for number in numbers]
+            examples, texts = [p.example for p in usable], [p.texts for p in usable]
+            lines.append(f"{name} {fingerprint(examples)} {texts}")
+        self.mark = hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
+        named = zip(self.names, self.pictures, strict=True)
+        self.kept = [name.startswith("val") or picture.held_out for name, picture in named]
 
-    def kept(
-        self, name: str, pictures: Sequence[mixture.TrainingPicture]
-    ) -> list[mixture.TrainingPicture]:
-        """The pictures that have features."""
-        if missing := len(pictures) - len(self._numbers):
-            say(f"{name}: {missing} of {len(pictures)} pictures cannot be decoded: left out.")
-        return [pictures[number] for number in self._numbers]
-
-    def __call__(self, numbers: Sequence[int]) -> Tensor:
-        """[pictures, image_tokens, projection_in], 16 bit."""
-        return self._stored([(self._numbers[number], 0) for number in numbers])
-
-
-def is_kept(name: str, picture: mixture.TrainingPicture) -> bool:
-    """Is the picture for validation alone?"""
-    return name.startswith("val") or picture.held_out
+    def features(self, rows: Sequence[int]) -> Tensor:
+        """[rows, image_tokens, projection_in], 16 bit."""
+        places = (self._places[row] for row in rows)
+        return torch.cat([stored([(number, 0)]) for stored, number in places])
 
 
 class Found:
     """The words found in every picture: by heads that have not seen it."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        pictures: dict[str, list[mixture.TrainingPicture]],
-        features: dict[str, Cached],
-        out: Path,
-        refit: bool,
-    ) -> None:
+    def __init__(self, config: ModelConfig, data: DataSets, out: Path, refit: bool) -> None:
         bridge = config.bridge
         if config.words is None or not config.detects or not isinstance(bridge, PooledMap):
             raise UserError(f"{config.name} has no word head: train it with “--stage”.")
         self.words: Words = config.words
-        keys = [(name, i) for name, of_one in pictures.items() for i in range(len(of_one))]
-        self._row = {key: row for row, key in enumerate(keys)}
         path = out / "words.pt"
-        mark = _mark_of(pictures)
         if refit or not path.exists():
             out.mkdir(parents=True, exist_ok=True)
-            self._fit(config, pictures, features, keys, path, mark)
+            self._fit(config, data, bridge.grid, path)
         try:
             stored = torch.load(path, weights_only=True)
             found = stored["mark"]
         except Exception as error:
             raise UserError(f"{path} is damaged: delete it, or give “--refit”.") from error
-        if found != mark:
+        if found != data.mark:
             raise UserError(f"{path} is of other data: delete it, or give “--refit”.")
         self.terms = joined_terms(stored["terms"], OBJECTS)
         self._supported = Supported(Vocabulary(self.terms))
-        column = config.features.objects_column
-        heat = _whole(pictures, features, bridge.grid)[:, column : column + len(OBJECTS)]
-        self._probabilities = with_objects(
-            stored["probabilities"], heat.float() ** 2, self.terms, OBJECTS
-        )
+        first = config.features.objects_column
+        objects = slice(first, first + len(OBJECTS))
+        parts = [
+            whole_picture(data.features(rows.tolist()), bridge.grid)[:, objects]
+            for rows in torch.arange(len(data.pictures)).split(256)
+        ]
+        heat = torch.cat(parts).float() ** 2
+        self._probabilities = with_objects(stored["probabilities"], heat, self.terms, OBJECTS)
 
-    def _fit(self, config, pictures, features, keys, path: Path, mark: str) -> None:
+    def _fit(self, config: ModelConfig, data: DataSets, grid: int, path: Path) -> None:
         """Write the probabilities, and the head that saw all training pictures."""
         say("Fitting the word head …")
-        flat = [pictures[name][i] for name, i in keys]
-        kept = torch.tensor([is_kept(n, p) for (n, _), p in zip(keys, flat, strict=True)])
-        seen = [p.texts for p, k in zip(flat, kept.tolist(), strict=True) if not k]
+        texts, kept = [p.texts for p in data.pictures], torch.tensor(data.kept)
+        seen = [of_one for of_one, k in zip(texts, data.kept, strict=True) if not k]
         vocabulary = Vocabulary.of(seen, *_TERMS)
         if not vocabulary.terms:
             raise UserError(
                 f"Of {len(seen)} pictures to learn from, no {_TERMS[2]} have texts that name the "
                 "same thing, so the word head has no words: add pictures."
             )
-        wanted = word_head.targets(vocabulary, [p.texts for p in flat])
+        wanted = word_head.targets(vocabulary, texts)
         learned, others = (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
-
-        def read(rows: Sequence[int]) -> Tensor:
-            return torch.cat([features[name]([i]) for name, i in (keys[row] for row in rows)])
-
         channels = config.projection_in - config.features.classes
-        inputs = Inputs(read, learned.tolist(), config.bridge.grid, channels)
-        folds = torch.tensor([word_head.fold_of(p.key, _FOLDS) for p in flat])
+        inputs = Inputs(data.features, learned.tolist(), grid, channels)
+        folds = torch.tensor([word_head.fold_of(p.key, _FOLDS) for p in data.pictures])
         probabilities = torch.zeros(wanted.shape, dtype=torch.float16)
         probabilities[learned] = word_head.cross_fitted(inputs, learned, wanted, folds)
         layer = word_head.fit(inputs, learned, wanted)
@@ -323,13 +316,7 @@ class Found:
         head.save(path.with_name(config.files["words"].member))
         if len(others):
             probabilities[others] = word_head.probabilities(inputs, others, layer)
-        self._say(wanted, probabilities, kept, keys)
-        found = {"terms": list(vocabulary.terms), "probabilities": probabilities, "mark": mark}
-        with replacing(path) as partial:
-            torch.save(found, partial)
-
-    def _say(self, wanted: Tensor, probabilities: Tensor, kept: Tensor, keys: list) -> None:
-        flickr = torch.tensor([name.startswith("val") for name, _ in keys])
+        flickr = torch.tensor([name.startswith("val") for name in data.names])
         for what, rows in (
             ("trained (other folds)", ~kept),
             ("Flickr8k val", flickr),
@@ -337,76 +324,51 @@ class Found:
         ):
             if rows.any():
                 score = word_head.mean_average_precision(wanted[rows], probabilities[rows])
-                say(
-                    json.dumps({"words": what, "pictures": int(rows.sum()), "mAP": round(score, 3)})
-                )
+                figures = {"words": what, "pictures": int(rows.sum()), "mAP": round(score, 3)}
+                say(json.dumps(figures))
+        found = {"terms": list(vocabulary.terms), "probabilities": probabilities}
+        with replacing(path) as partial:
+            torch.save(found | {"mark": data.mark}, partial)
 
-    def supported(
-        self, picture: mixture.TrainingPicture, place: tuple[str, int]
-    ) -> mixture.TrainingPicture:
-        """The picture (data set, number in it) with its texts reduced to what is found in it."""
-        return self._supported(picture, self._probabilities[self._row[place]].tolist())
+    def supported(self, picture: mixture.TrainingPicture, row: int) -> mixture.TrainingPicture:
+        """The picture, of this row of the data sets, its texts reduced to what is found in it."""
+        return self._supported(picture, self._probabilities[row].tolist())
 
-    def of(self, place: tuple[str, int], draw: random.Random | None) -> str:
-        """The list of words of a picture: (data set, number in it).
+    def of(self, row: int, draw: random.Random | None) -> str:
+        """The list of words of a picture: its row in the data sets.
 
         With a draw the threshold, the number and the order vary; without one they are the model's.
         """
-        row = self._probabilities[self._row[place]].tolist()
+        found = self._probabilities[row].tolist()
         if draw is None:
-            return listed(choose(row, self.terms, self.words))
+            return listed(choose(found, self.terms, self.words))
         varied = replace(self.words, threshold=draw.uniform(0.15, 0.4), most=draw.randint(5, 14))
-        terms = choose(row, self.terms, varied)
+        terms = choose(found, self.terms, varied)
         if draw.random() < 0.4:
             draw.shuffle(terms)
         return listed(terms)
 
 
-def _mark_of(pictures: dict[str, list[mixture.TrainingPicture]]) -> str:
-    """A hash of the data sets' pictures and texts."""
-    lines = [
-        f"{name} {fingerprint([p.example for p in of_one])} {[p.texts for p in of_one]}"
-        for name, of_one in pictures.items()
-    ]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
-
-
-def _whole(pictures: dict, features: dict[str, Cached], grid: int) -> Tensor:
-    """The vectors of the whole pictures [pictures, projection_in], in the data sets' order."""
-    return torch.cat(
-        [
-            whole_picture(features[name](range(first, min(first + 256, len(of_one)))), grid)
-            for name, of_one in pictures.items()
-            for first in range(0, len(of_one), 256)
-        ]
-    )
-
-
 def divided(
-    pictures: dict[str, list[mixture.TrainingPicture]], features: dict[str, Cached], words: Found
+    data: DataSets, words: Found
 ) -> tuple[dict[str, TrainingSource], dict[str, TrainingSource]]:
     """(sources to learn from, sources for validation): name -> pictures joined over data sets."""
-    parts: dict[tuple[bool, str], list[tuple[str, int]]] = {}
-    for name, of_one in pictures.items():
-        for number, picture in enumerate(of_one):
-            place = (is_kept(name, picture), picture.source)
-            parts.setdefault(place, []).append((name, number))
+    parts: dict[tuple[bool, str], list[int]] = {}
+    for row, picture in enumerate(data.pictures):
+        parts.setdefault((data.kept[row], picture.source), []).append(row)
     made: tuple[dict, dict] = ({}, {})
-    for (kept, source), places in parts.items():
-        made[kept][source] = _joined(places, pictures, features, words)
+    for (kept, source), rows in parts.items():
+        made[kept][source] = _source(data, words, rows)
     return made
 
 
-def _joined(places, pictures, features, words) -> TrainingSource:
-    """One source out of (data set, picture) places."""
-
-    def feature(numbers: Sequence[int]) -> Tensor:
-        return torch.cat([features[places[i][0]]([places[i][1]]) for i in numbers])
-
-    def found(number: int, draw: random.Random | None) -> str:
-        return words.of(places[number], draw)
-
-    return TrainingSource([pictures[name][i] for name, i in places], feature, found, places)
+def _source(data: DataSets, words: Found, rows: Sequence[int]) -> TrainingSource:
+    return TrainingSource(
+        [data.pictures[row] for row in rows],
+        lambda numbers: data.features([rows[number] for number in numbers]),
+        lambda number, draw: words.of(rows[number], draw),
+        rows,
+    )
 
 
 def beginning(
@@ -460,7 +422,8 @@ def tokens_of(
             yield f"No, there is no {thing} in it."
             yield f"No, there are no {thing} in it."
             yield f"There is no {thing} in this picture."
-        yield from (answer for _, answer in (*mixture.not_told(), *mixture.no_picture()))
+        for file in ("not-told.txt", "no-picture.txt"):
+            yield from (answer for _, answer in mixture.read_turns(file))
         yield from ("Yes.", "No.", "Yes, there are", "True.", "False.")
 
     end = model.tokenizer.convert_tokens_to_ids(model.config.template.stop[0])

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from minigpt4.evaluation.metrics import auc, caption_scores, is_repetitive, sentences
 from minigpt4.model.prompt import ImageRef
 from minigpt4.training.mixture import Things
-from minigpt4.training.packing import pack
-from minigpt4.training.selfcritical import sample
-from minigpt4.training.small_reward import padded
+from minigpt4.training.packing import Learned, learned_tokens, pack
+from minigpt4.training.selfcritical import sample_answers
 
 if TYPE_CHECKING:
     from minigpt4.training.small import SmallTrainer, TrainingSource
@@ -46,21 +44,17 @@ class SmallValidation:
     @torch.no_grad()
     def __call__(self, trainer: "SmallTrainer") -> dict:
         """The figures; answers go to answers-STEP.txt."""
-        with trainer.averaged_adapters():
-            return self._figures(trainer)
-
-    def _figures(self, trainer: "SmallTrainer") -> dict:
-        projection = trainer.averaged()
         lines: list[str] = []
-        figures: dict = {"loss": self.loss(trainer, projection)}
-        for name in ("captioned", "flickr"):
-            if name in self.kept:
-                figures[f"captions {name}"] = self.captions(trainer, projection, name, lines)
-        for name in ("described", "captioned"):
-            if name in self.kept:
-                figures[f"yes/no {name}"] = self.presence(trainer, projection, name)
-        if "described" in self.kept:
-            figures |= self.obedience(trainer, projection, lines)
+        with trainer.averaged():
+            figures: dict = {"loss": self.loss(trainer)}
+            for name in ("captioned", "flickr"):
+                if name in self.kept:
+                    figures[f"captions {name}"] = self.captions(trainer, name, lines)
+            for name in ("described", "captioned"):
+                if name in self.kept:
+                    figures[f"yes/no {name}"] = self.presence(trainer, name)
+            if "described" in self.kept:
+                figures |= self.obedience(trainer, lines)
         path = self.out / f"answers-{trainer.step:06}.txt"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return figures
@@ -68,7 +62,7 @@ class SmallValidation:
     def _ref(self, source: "TrainingSource", number: int, place: int) -> ImageRef:
         return ImageRef(f"{place:x}", source.words(number, None) if self.words else "")
 
-    def loss(self, trainer: "SmallTrainer", projection: nn.Linear) -> dict[str, float]:
+    def loss(self, trainer: "SmallTrainer") -> dict[str, float]:
         """Mean over the learned tokens of each kind of text."""
         found: dict[str, list[float]] = defaultdict(list)
         for name, source in self.kept.items():
@@ -76,22 +70,18 @@ class SmallValidation:
                 draw = random.Random(f"probe {name} {number}")
                 texts = trainer.mixture.draw(source.pictures[number], draw)
                 ref = self._ref(source, number, 0)
-                prompts = [trainer.learned(ref, text) for text in texts]
-                images = trainer.embeddings(source.features([number]), projection)
-                losses = trainer.losses(images, pack([prompts])).tolist()
-                for prompt, text in zip(prompts, texts, strict=True):
-                    count = sum(prompt.loss_mask)
-                    found[f"{name} {text.kind}"] += losses[:count]
-                    losses = losses[count:]
+                row = [trainer.learned(ref, text) for text in texts]
+                images = trainer.embeddings(source.features([number]))
+                losses = trainer.losses(images, pack([row])).tolist()
+                for one, loss in zip(learned_tokens([row]), losses, strict=True):
+                    found[f"{name} {one.kind}"].append(loss)
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
-    def captions(
-        self, trainer: "SmallTrainer", projection: nn.Linear, name: str, lines: list[str]
-    ) -> dict[str, float]:
+    def captions(self, trainer: "SmallTrainer", name: str, lines: list[str]) -> dict[str, float]:
         """BLEU-4, CIDEr and words of greedy short captions."""
         source = self.kept[name]
         numbers = range(min(self.sizes["captions"], len(source.pictures)))
-        texts = self.answers(trainer, projection, source, numbers, CAPTION, 40)
+        texts = self.answers(trainer, source, numbers, CAPTION, 40)
         answers = {str(i): text for i, text in zip(numbers, texts, strict=True)}
         references = {str(i): source.pictures[i].captions for i in numbers}
         scores = caption_scores(answers, references)
@@ -104,9 +94,7 @@ class SmallValidation:
             "words": round(sum(len(t.split()) for t in texts) / len(texts), 1),
         }
 
-    def presence(
-        self, trainer: "SmallTrainer", projection: nn.Linear, name: str
-    ) -> dict[str, float]:
+    def presence(self, trainer: "SmallTrainer", name: str) -> dict[str, float]:
         """Accuracy (more likely yes than no; with the best threshold) and AUC of yes/no questions
         about objects; as many answers are yes as no, half of these about popular objects."""
         source, odds, right = self.kept[name], [], []
@@ -127,22 +115,20 @@ class SmallValidation:
                 question = f"Is there {thing} in the image? Answer yes or no."
                 prompts.append(trainer.conversation(ref, ((question, ""),)))
                 prompts[-1].add_tokens([yes], learn=True)
-            batch = pack([prompts])
-            images = trainer.embeddings(source.features([number]), projection)
+            batch = pack([list(map(Learned, prompts))])
+            images = trainer.embeddings(source.features([number]))
             hidden = trainer.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
             logits = (hidden @ output.T).float()
             odds += (logits[:, 0] - logits[:, 1]).tolist()
             right += [answer for _, answer in asked]
         return yes_no_scores(odds, right)
 
-    def obedience(
-        self, trainer: "SmallTrainer", projection: nn.Linear, lines: list[str]
-    ) -> dict[str, dict]:
+    def obedience(self, trainer: "SmallTrainer", lines: list[str]) -> dict[str, dict]:
         """How many sentences a detailed answer has, how many lines a poem; repetition."""
         source, figures = self.kept["described"], {}
         numbers = range(min(self.sizes["detail"], len(source.pictures)))
         for what, asked in (("detail", DETAIL), ("poem", POEM)):
-            texts = self.answers(trainer, projection, source, numbers, asked, 110)
+            texts = self.answers(trainer, source, numbers, asked, 110)
             for i, text in zip(numbers, texts, strict=True):
                 lines.append(f"[{what}] {text!r} | {source.pictures[i].description}")
             parts = [_lines(t) if what == "poem" else len(sentences(t)) for t in texts]
@@ -156,7 +142,6 @@ class SmallValidation:
     def answers(
         self,
         trainer: "SmallTrainer",
-        projection: nn.Linear,
         source: "TrainingSource",
         numbers: Sequence[int],
         asked: str,
@@ -166,22 +151,13 @@ class SmallValidation:
         found = []
         for first in range(0, len(numbers), _TOGETHER):
             some = numbers[first : first + _TOGETHER]
-            embeds = trainer.embeddings(source.features(list(some)), projection)
-            rows = []
-            for place, number in enumerate(some):
-                ref = self._ref(source, number, place)
-                prompt = trainer.conversation(ref, ((asked, ""),))
-                rows.append(trainer.model.embed(prompt, {ref.key: embeds[place]})[0])
-            found += greedy(trainer.model, rows, limit)
+            images = trainer.embeddings(source.features(list(some)))
+            refs = [self._ref(source, number, place) for place, number in enumerate(some)]
+            questions = [trainer.conversation(ref, ((asked, ""),)) for ref in refs]
+            for (ids,) in sample_answers(trainer.model, questions, images, 1, limit, 0.0):
+                text = trainer.model.tokenizer.decode(ids, skip_special_tokens=True)
+                found.append(text.strip())
         return found
-
-
-def greedy(model, rows: Sequence[Tensor], limit: int) -> list[str]:
-    """The likeliest answers to prompts [length, hidden] of different lengths."""
-    embeds, mask = padded(rows)
-    drawn = sample(model, embeds, 1, limit, 0.0, mask=mask)
-    decode = model.tokenizer.decode
-    return [decode(ids, skip_special_tokens=True).strip() for (ids,) in drawn]
 
 
 def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:

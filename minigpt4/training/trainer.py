@@ -26,7 +26,7 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt
 from minigpt4.training.batches import divide, mixed_batches, training_prompt
 from minigpt4.training.features import Features, fingerprint
-from minigpt4.training.packing import pack
+from minigpt4.training.packing import Learned, pack
 from minigpt4.training.saving import (
     check_finite,
     plot_losses,
@@ -108,6 +108,9 @@ class Trainer:
         self.examples = [*examples, *replay]
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
+        name = model.config.name
+        self.projection_path = self.out / f"{name}.safetensors"
+        self.best_path = self.out / f"{name}-best.safetensors"  # validation writes it
         world = self.accelerator.num_processes
         if recipe.schedule.batch_size % world:
             raise UserError(
@@ -166,16 +169,11 @@ class Trainer:
     def _sample_answers(
         self,
         step: int,
-        rows: list[list[Prompt]],
+        rows: list[list[Learned]],
         chosen: Sequence[tuple[int, int]],
         features: Tensor,
-        weights: list[list[float]],
-    ) -> list[list[float]] | None:
-        """Replace prompts in `rows`, and their `weights`, by answers of the model itself.
-
-        Returns the temperatures at which each was drawn; None if they are all 1.
-        """
-        return None
+    ) -> None:
+        """Replace prompts in `rows` by answers of the model itself."""
 
     def in_basis(self, features: Tensor) -> Tensor:
         """Features of pictures as the projection takes them while it is trained."""
@@ -212,15 +210,14 @@ class Trainer:
 
     def prompts(
         self, step: int, indices: Sequence[int]
-    ) -> tuple[list[list[Prompt]], list[tuple[int, int]], list[list[float]]]:
-        """A step's training prompts, one row per picture; the (example, view) pairs to encode;
-        the weight of each prompt.
+    ) -> tuple[list[list[Learned]], list[tuple[int, int]]]:
+        """A step's training prompts, one row per picture; the (example, view) pairs to encode.
 
         Random draws depend on the seed, the step and the example alone, so that a resumed or a
         distributed run repeats them.
         """
         schedule = self.recipe.schedule
-        rows, chosen, weights = [], [], []
+        rows, chosen = [], []
         # One instruction for all pictures of a step: then the texts of a picture share a prompt,
         # and pictures can be answered together.
         pick = random.Random(f"{self.recipe.seed} {step}").random()
@@ -230,10 +227,11 @@ class Trainer:
             texts = draw.sample(example.texts, min(schedule.texts_per_picture, len(example.texts)))
             # A batch may contain a picture twice, so its place is part of the key.
             ref = ImageRef(f"{place:x}")
-            rows.append([self.prompt(ref, text, pick) for text in texts])
+            weights = self._text_weights(example, texts)
+            prompts = [self.prompt(ref, text, pick) for text in texts]
+            rows.append(list(map(Learned, prompts, weights)))
             chosen.append((index, self._view(draw)))
-            weights.append(self._text_weights(example, texts))
-        return rows, chosen, weights
+        return rows, chosen
 
     def prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
         """The training prompt of one text. pick: which instruction is drawn, from 0 to 1."""
@@ -251,8 +249,8 @@ class Trainer:
         if any(replayed):
             parts.append(replay([(i - count, v) for i, v in chosen if i >= count], seed))
         joined = torch.cat(parts)  # examples, then replay: restore the order of `chosen`
-        order = sorted(range(len(chosen)), key=lambda place: replayed[place])
-        return self.in_basis(joined[torch.tensor(order, device=joined.device).argsort()])
+        order = torch.tensor(replayed).argsort(stable=True).argsort()
+        return self.in_basis(joined[order.to(joined.device)])
 
     def _readable(self, indices: Sequence[int]) -> list[int]:
         """The batch without pictures that cannot be decoded: others of the same source take their
@@ -279,19 +277,12 @@ class Trainer:
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         indices = self._readable(indices)
-        rows, chosen, weights = self.prompts(step, indices)
-        rows, chosen, weights = rows[rank::world], chosen[rank::world], weights[rank::world]
+        rows, chosen = self.prompts(step, indices)
+        rows, chosen = rows[rank::world], chosen[rank::world]
         features = self.features(chosen, f"{self.recipe.seed} {step}")
-        temperatures = self._sample_answers(step, rows, chosen, features, weights)
+        self._sample_answers(step, rows, chosen, features)
         parts = min(self.recipe.accumulate, len(rows))
-        batches = [
-            pack(
-                rows[part::parts],
-                weights=weights[part::parts],
-                temperatures=temperatures and temperatures[part::parts],
-            )
-            for part in range(parts)
-        ]
+        batches = [pack(rows[part::parts]) for part in range(parts)]
         count = torch.tensor(float(sum(len(b.targets) for b in batches)), device=features.device)
         total = self.accelerator.reduce(count, "sum")
         loss = torch.zeros((), device=features.device)
@@ -327,19 +318,13 @@ class Trainer:
             sizes = [*divide(sizes[0], weights), replayed]
         order = mixed_batches(counts, sizes, self.recipe.seed, self.step)
         bar = tqdm(total=schedule.steps, initial=self.step, disable=not self.main, desc="training")
-        try:
-            with saved_when_stopped(self):
-                while self.step < schedule.steps:
-                    self._train_step(next(order), bar)
-        finally:
-            bar.close()
-        self._report_unreadable()
-        return self.projection_path
-
-    def _report_unreadable(self) -> None:
+        with bar, saved_when_stopped(self):
+            while self.step < schedule.steps:
+                self._train_step(next(order), bar)
         count = sum(len(source.unreadable) for source in self.sources)
         if count and self.main:
             say(f"{count} of {len(self.examples)} pictures could not be used and were left out.")
+        return self.projection_path
 
     def _train_step(self, indices: list[int], bar: tqdm) -> None:
         schedule = self.recipe.schedule
@@ -368,16 +353,6 @@ class Trainer:
                 call()
         if self.step % self.recipe.checkpoint_every == 0 or self.step == schedule.steps:
             self.save()
-
-    @property
-    def projection_path(self) -> Path:
-        """Where the trained projection is written."""
-        return self.out / f"{self.model.config.name}.safetensors"
-
-    @property
-    def best_path(self) -> Path:
-        """Where validation writes the best projection so far."""
-        return self.out / f"{self.model.config.name}-best.safetensors"
 
     def save(self) -> bool:
         """Write checkpoint, projection, loss.csv and loss.png: the main process, after a step."""

@@ -5,22 +5,20 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from minigpt4.data.examples import Example, usable
 from minigpt4.errors import UserError, say
-from minigpt4.model.prompt import ImageRef, Prompt
-from minigpt4.training.extended import question_of
+from minigpt4.model.prompt import ImageRef
 from minigpt4.training.features import Features, fingerprint
-from minigpt4.training.packing import pack
-from minigpt4.training.selfcritical import CiderReward, sample
+from minigpt4.training.packing import Learned, pack
+from minigpt4.training.selfcritical import CiderReward, question_of, sample_answers
 from minigpt4.training.trainer import Trainer
 
 PICTURES = 100  # of the held-out data, at most
@@ -101,45 +99,23 @@ class Validation:
     def measure(self) -> dict[str, float]:
         """The mean loss in nats per token of each picture's first text, and the mean CIDEr of
         greedy captions (1.0 is 100 in papers)."""
-        prompts = [
-            self._trainer.prompt(ImageRef(f"{i:x}"), example.texts[0], 0.0)
-            for i, example in enumerate(self._examples)
-        ]
-        total = count = 0.0
-        for start in range(0, len(prompts), _AT_ONCE):
-            part = prompts[start : start + _AT_ONCE]
-            features = self._embedded(range(start, start + len(part)))
-            batch = pack([[prompt] for prompt in part]).to(self._trainer.model.device)
-            total += self._trainer.model.training_loss(features, batch).item() * len(batch.targets)
+        trainer, model = self._trainer, self._trainer.model
+        total, count, scores = 0.0, 0, []
+        for start in range(0, len(self._examples), _AT_ONCE):
+            examples = self._examples[start : start + _AT_ONCE]
+            prompts = [
+                trainer.prompt(ImageRef(f"{start + i:x}"), example.texts[0], 0.0)
+                for i, example in enumerate(examples)
+            ]
+            features = trainer.in_basis(self._features[start : start + _AT_ONCE])
+            batch = pack([[Learned(prompt)] for prompt in prompts]).to(model.device)
+            total += model.training_loss(features, batch).item() * len(batch.targets)
             count += len(batch.targets)
-        scores = self._scores([question_of(prompt) for prompt in prompts])
+            questions, images = map(question_of, prompts), model.project(features.float())
+            drawn = sample_answers(model, list(questions), images, 1, CAPTION_TOKENS, 0.0)
+            for example, (ids,) in zip(examples, drawn, strict=True):
+                scores.append(self._score(example.key, *self._text(ids)))
         return {"loss": total / count, "cider": sum(scores) / len(scores)}
-
-    def _embedded(self, places: Sequence[int]) -> Tensor:
-        return self._trainer.in_basis(self._features[list(places)])
-
-    def _scores(self, questions: Sequence[Prompt]) -> list[float]:
-        """The CIDEr of a greedy caption for each picture. Questions of equal length go together."""
-        groups: dict[int, list[int]] = defaultdict(list)
-        for place, question in enumerate(questions):
-            groups[len(question.ids)].append(place)
-        scores = []
-        for members in groups.values():
-            for start in range(0, len(members), _AT_ONCE):
-                part = members[start : start + _AT_ONCE]
-                for place, ids in zip(part, self._captions(part, questions), strict=True):
-                    scores.append(self._score(self._examples[place].key, *self._text(ids)))
-        return scores
-
-    def _captions(self, places: Sequence[int], questions: Sequence[Prompt]) -> list[list[int]]:
-        model = self._trainer.model
-        embeds = model.project(self._embedded(places).float())
-        inputs = [
-            model.embed(questions[place], {questions[place].images[0][1].key: one})
-            for place, one in zip(places, embeds, strict=True)
-        ]
-        drawn = sample(model, torch.cat(inputs), 1, CAPTION_TOKENS, 0.0)
-        return [answers[0] for answers in drawn]
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:
         """(a caption without what follows its end, whether it has one)."""
@@ -177,60 +153,51 @@ def _same(held_out: Example, trained: Example) -> bool:
         return False
 
 
-def logged(trainer: Trainer, validation: Validation | None) -> dict[str, float]:
-    """What is logged of the last step: name -> value."""
-    row, step = trainer.rows[-1], trainer.step
-    found = {f"training/{name}": row[name] for name in ("loss", "lr", "samples_per_s")}
-    measured = validation.rows[-1:] if validation else []
-    if measured and measured[0]["step"] == step:
-        found |= {f"held-out/{name}": measured[0][name] for name in ("loss", "cider")}
+Dashboard = Callable[[dict[str, float], int], None]  # name -> value, of a step
+
+
+def dashboards(out: Path, step: int) -> list[Dashboard]:
+    """Logs of a run in the folder `out` for the packages that are installed: TensorBoard, and, if
+    it is told where to send them, Weights & Biases. step: from which the run goes on."""
+    found: list[Dashboard] = []
+    if find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer: Any = SummaryWriter(str(out), purge_step=step + 1)
+
+        def write(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        found.append(write)
+    told = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")
+    if told and find_spec("wandb") is not None:
+        import wandb
+
+        name = out.resolve()
+        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]  # a resumed run goes on
+        project = os.environ.get("WANDB_PROJECT", "minigpt4")
+        run: Any = wandb.init(project=project, name=name.name, id=identity, resume="allow", dir=out)
+        found.append(lambda values, step: run.log(values, step=step))
     return found
 
 
-class TensorBoard:
-    """Writes what is logged for `tensorboard --logdir`."""
+def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
+    """Validate every so many steps where there are held-out examples; log to `dashboards`."""
+    validation = Validation(trainer, held_out, every) if held_out else None
+    if validation and trainer.step == trainer.recipe.schedule.steps:  # the run has ended before
+        validation.report(validation.measure())
+    trainer.after_step += [validation] if validation else []
+    logs = dashboards(trainer.out, trainer.step)
 
-    def __init__(self, trainer: Trainer, validation: Validation | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def log() -> None:
+        row = trainer.rows[-1]
+        values = {f"training/{name}": row[name] for name in ("loss", "lr", "samples_per_s")}
+        for measured in validation.rows[-1:] if validation else ():
+            if measured["step"] == trainer.step:
+                values |= {f"held-out/{name}": measured[name] for name in ("loss", "cider")}
+        for write in logs:
+            write(values, trainer.step)
 
-        self._trainer, self._validation = trainer, validation
-        self._writer: Any = SummaryWriter(str(trainer.out), purge_step=trainer.step + 1)
-
-    @staticmethod
-    def available() -> bool:
-        """Whether the package is installed."""
-        return find_spec("tensorboard") is not None
-
-    def __call__(self) -> None:
-        """Write the last step."""
-        for name, value in logged(self._trainer, self._validation).items():
-            self._writer.add_scalar(name, value, self._trainer.step)
-        self._writer.flush()
-
-
-class WeightsAndBiases:
-    """Sends what is logged to Weights & Biases, or, with $WANDB_MODE=offline, writes it down.
-
-    A run that is resumed goes on as the same run there.
-    """
-
-    def __init__(self, trainer: Trainer, validation: Validation | None) -> None:
-        import wandb
-
-        self._trainer, self._validation = trainer, validation
-        name = trainer.out.resolve()
-        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]
-        project = os.environ.get("WANDB_PROJECT", "minigpt4")
-        self._run: Any = wandb.init(
-            project=project, name=name.name, id=identity, resume="allow", dir=trainer.out
-        )
-
-    @staticmethod
-    def available() -> bool:
-        """Whether the package is installed, and told where to send its logs."""
-        chosen = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")
-        return bool(chosen) and find_spec("wandb") is not None
-
-    def __call__(self) -> None:
-        """Log the last step."""
-        self._run.log(logged(self._trainer, self._validation), step=self._trainer.step)
+    trainer.after_step += [log] if logs else []
