@@ -34,9 +34,14 @@ PART_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image
 
 
 class Object(BaseModel):
-    """A JSON object; fields that it does not know are ignored."""
+    """A JSON object; fields that it does not know are kept, so that `unread` can name them."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="allow",
+        json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # said by its absence
+    )
 
 
 # --- what clients send in their own ways -> ours; what is wrong stays as it is --------------------
