@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import UserError
-from minigpt4.options import (
-    SERVER,
-    Parser,
-    add_model_options,
-    add_remote_llm_options,
-)
+from minigpt4.options import SERVER, Parser, add_model_options, add_remote_llm_options
 
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine

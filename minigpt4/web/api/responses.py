@@ -17,14 +17,7 @@ from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError, quotable
-from minigpt4.web.api.reply import (
-    HEARTBEAT,
-    HEARTBEAT_SECONDS,
-    ChoiceWriter,
-    event,
-    refusal,
-    used,
-)
+from minigpt4.web.api.reply import HEARTBEAT, HEARTBEAT_SECONDS, ChoiceWriter, event, refusal, used
 from minigpt4.web.api.schemas import ChatRequest, Object
 from minigpt4.web.api.validation_errors import validated
 

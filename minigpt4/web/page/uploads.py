@@ -98,11 +98,7 @@ class Uploads:
         return self._show(lambda: transcript.from_record(chosen.value), True, session, request)
 
     def _show(
-        self,
-        read: Callable[[], Session],
-        listed: bool,
-        old: Session,
-        request: gr.Request,
+        self, read: Callable[[], Session], listed: bool, old: Session, request: gr.Request
     ) -> tuple:
         """listed: whether the browser's list has the conversation; otherwise it gets it."""
         try:
