@@ -20,7 +20,6 @@ from minigpt4.web.guard import decoding
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import looks
-from minigpt4.web.page.render import thumbnail
 from minigpt4.web.page.session import About, Session
 from minigpt4.web.page.titles import title
 from minigpt4.web.page.versions import Fork, Forks, Tail, hidden_messages
@@ -144,7 +143,7 @@ def record(session: Session, model: str) -> dict:
         "pictures": {
             keys.get(key, key): {"path": path, "name": Path(session.files.get(key, "")).name}
             for key in sorted(used)
-            if (path := thumbnail(key))
+            if (path := looks.find(key).thumbnail)
         },
     }
 
