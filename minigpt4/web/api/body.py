@@ -8,21 +8,10 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, NoReturn
 
-from pydantic import BaseModel
-
 from minigpt4.data.files import replace_surrogates
 from minigpt4.web.api.errors import ApiError, json_path, quotable
-from minigpt4.web.api.schemas import (
-    PARTS,
-    ChatMessage,
-    ChatRequest,
-    ImageUrl,
-    JsonSchema,
-    ResponseFormat,
-    StreamOptions,
-    part_type,
-)
-from minigpt4.web.api.validation_errors import named_fields, validated
+from minigpt4.web.api.schemas import ChatRequest, Object
+from minigpt4.web.api.validation_errors import validated
 
 NAMED = 20  # ignored fields that are named; a request may hold millions
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name
@@ -69,7 +58,7 @@ def read_chat(body: dict) -> tuple[ChatRequest, list[str]]:
         raise error from None
     if guide and request.response_format:
         request.response_format.comes_from(guide)
-    return request, [*dropped, *islice(_unknown(body), NAMED)]
+    return request, [*dropped, *islice(unread(request), NAMED)]
 
 
 def _renamed(body: dict) -> tuple[dict, str]:
@@ -149,29 +138,23 @@ def _as_schema(rest: dict, schema: Any) -> dict:
     return rest | {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
-def _unknown(body: dict) -> Iterator[str]:
-    """JSON paths of the fields of a valid body that are not read; null ones ask for nothing."""
-    yield from unread(body, ChatRequest, ())
-    yield from unread(body.get("stream_options"), StreamOptions, ("stream_options",))
-    wanted = body.get("response_format") or {}
-    yield from unread(wanted, ResponseFormat, ("response_format",))
-    yield from unread(wanted.get("json_schema"), JsonSchema, ("response_format", "json_schema"))
-    for place, message in enumerate(body["messages"]):
-        yield from unread(message, ChatMessage, ("messages", place))
-        content = message.get("content")
-        for number, part in enumerate(content if isinstance(content, list) else ()):
-            where, kind = ("messages", place, "content", number), part_type(part)
-            yield from unread(part, PARTS[kind], where)
-            if kind == "image_url":
-                yield from unread(part["image_url"], ImageUrl, (*where, "image_url"))
-
-
-def unread(data: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
-    """JSON paths of an object's fields that the model lacks; null ones ask for nothing."""
-    known = named_fields(model)
-    for name, value in data.items() if isinstance(data, dict) else ():
-        if name not in known and value is not None:
-            yield json_path((*location, name))
+def unread(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[str]:
+    """JSON paths of the fields that an `Object`, or one inside it, does not know; null ones ask for
+    nothing."""
+    if isinstance(value, Object):
+        for name, other in (value.model_extra or {}).items():
+            if other is not None:
+                yield json_path((*location, name))
+        inner = [
+            (getattr(value, name), (*location, field.alias or name))
+            for name, field in type(value).model_fields.items()
+        ]
+        # Lists come last: they may have more such fields than are named.
+        for field_value, place in sorted(inner, key=lambda pair: isinstance(pair[0], list)):
+            yield from unread(field_value, place)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from unread(item, (*location, number))
 
 
 # --- JSON ----------------------------------------------------------------------------------------

@@ -50,9 +50,10 @@ def read_decisions(body: dict) -> Decisions:
     request.check()
     kept = {name: body.get(name) for name in KEPT_STATE}
     about, ignored = read_response({"input": body.get("input"), "model": request.model, **kept})
-    rest = {name: value for name, value in body.items() if name != "input"}
-    others = chain(unread(rest, DecisionRequest, ()), unread_in(body["questions"]))
-    return Decisions(about, request.questions, [*ignored, *islice(others, NAMED)][:NAMED])
+    rest = request.model_copy(update={"questions": []})
+    unread_here = (path for path in unread(rest) if path != "input")
+    others = islice(chain(unread_here, unread_in(request.questions)), NAMED)
+    return Decisions(about, request.questions, [*ignored, *others][:NAMED])
 
 
 async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions) -> dict:

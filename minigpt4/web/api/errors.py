@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from minigpt4.errors import UserError
 from minigpt4.web.guard.image_url import TooLarge
@@ -69,6 +69,11 @@ class ApiError(UserError):
     @property
     def response(self) -> Response:
         return json_response(self.body, self.status, self.headers)
+
+
+def plain(error: ApiError) -> Response:
+    """The refusal for what is not OpenAI's: its sentence alone."""
+    return PlainTextResponse(f"{error}\n", error.status, error.headers)
 
 
 def json_path(location: tuple[int | str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,6 @@ import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
 from minigpt4.errors import UserError
-from minigpt4.start import default_sampling
-from minigpt4.web.api.body import read_chat
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.uploads import uploaded
 
@@ -35,34 +34,27 @@ def add_chat_endpoint(service: ChatService) -> None:
         seed: int | None = None,
         num_beams: int | None = None,
     ) -> AsyncIterator[str]:
-        settings = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "num_beams": num_beams,
-        }
-        answer, messages = None, []
+        messages = []
         try:
             messages = _messages(message, history, system)
-            # A conversation that is too long is refused: there is no header that could say more.
-            body = {"messages": messages, "truncation": "disabled"}
-            if max_tokens is None:
-                config = service.engine().model.config
-                settings["max_tokens"] = default_sampling(config).max_new_tokens
-            request, _ = await run_in_threadpool(read_chat, body | settings)
-            (answer,) = await service.ask(request, await run_in_threadpool(_files, image))
-            async for _ in answer:
-                yield answer.text
-            if not answer.text:
-                yield ""
+            body = {
+                "messages": messages,
+                # A conversation that is too long is refused: no header could say more.
+                "truncation": "disabled",
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_tokens": max_tokens,
+                "repetition_penalty": repetition_penalty,
+                "seed": seed,
+                "num_beams": num_beams,
+            }
+            files = await run_in_threadpool(_files, image)
+            async with aclosing(service.texts(body, files)) as texts:
+                async for text in texts:
+                    yield text
         except UserError as error:
             sentence = _renamed(str(error), bool(system), len(messages) - 1)
             raise gr.Error(sentence, print_exception=False) from None
-        finally:
-            if answer is not None:
-                answer.close()
 
     gr.api(chat, api_name="chat", api_description=DESCRIPTION, concurrency_limit=None)
 

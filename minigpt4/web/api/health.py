@@ -24,9 +24,7 @@ class Health:
     """find_engines: the models' engines, none while they are loading."""
 
     def __init__(
-        self,
-        find_engines: Callable[[], Sequence[AnyEngine]],
-        probe_seconds: float = PROBE_SECONDS,
+        self, find_engines: Callable[[], Sequence[AnyEngine]], probe_seconds: float = PROBE_SECONDS
     ) -> None:
         self._find_engines, self._probe_seconds = find_engines, probe_seconds
         self._probe: asyncio.Task | None = None

@@ -4,19 +4,17 @@ Gradio answers at /gradio_api/mcp/. The tool asks through the same service as /v
 lengths and the queue have the same limits, and `McpGate` asks for the same key.
 """
 
+from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 
 import gradio as gr
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minigpt4.errors import UserError
-from minigpt4.start import default_sampling
 from minigpt4.web.api.access import Keys
-from minigpt4.web.api.body import read_chat
-from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.errors import ApiError, plain
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.limits import parts_of
 
@@ -56,24 +54,15 @@ def add_tool(service: ChatService) -> None:
             image: the picture, as data:image/jpeg;base64,… or an address that the server may fetch
             max_tokens: the longest answer, in tokens; by default the model's own
         """
-        answer = None
+        picture = {"type": "image_url", "image_url": {"url": image}}
+        content = [picture, {"type": "text", "text": question}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
         try:
-            config = service.engine().model.config
-            picture = {"type": "image_url", "image_url": {"url": image}}
-            content = [picture, {"type": "text", "text": question}]
-            if max_tokens is None:
-                max_tokens = default_sampling(config).max_new_tokens
-            body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
-            request, _ = await run_in_threadpool(read_chat, body)
-            (answer,) = await service.ask(request)
-            async for _ in answer:
-                pass
-            return answer.text.strip()
+            async with aclosing(service.texts(body)) as texts:
+                *_, whole = [text async for text in texts]
         except UserError as error:
             raise ToolError(str(error)) from None
-        finally:
-            if answer is not None:
-                answer.close()
+        return whole.strip()
 
     # Not through Gradio's queue, which would come back over HTTP as a client without the key.
     gr.api(ask_about_picture, api_name=TOOL, queue=False)
@@ -93,7 +82,7 @@ class McpGate:
         refusal = self._refusal(parts, Request(scope))
         await (refusal or self._app)(scope, receive, send)
 
-    def _refusal(self, parts: tuple[str, ...], request: Request) -> PlainTextResponse | None:
+    def _refusal(self, parts: tuple[str, ...], request: Request) -> Response | None:
         if parts != PATH:
             return PlainTextResponse("There is no such page.\n", 404)
         if request.method != "POST":
@@ -102,5 +91,5 @@ class McpGate:
         try:
             self._keys.check(request)
         except ApiError as error:
-            return PlainTextResponse(f"{error}\n", error.status, error.headers)
+            return plain(error)
         return None

@@ -14,31 +14,30 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from minigpt4.engine import AnyEngine, Histogram, Totals
 from minigpt4.errors import Kind
 from minigpt4.web.api.access import Keys
-from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.errors import ApiError, plain
 
-# What vLLM's names stand for.
-VLLM = {
-    "prompt_tokens": "Tokens of prompts.",
-    "generation_tokens": "Tokens generated.",
-    "prefix_cache_queries": "Tokens of prompts that were looked up in the cache.",
-    "prefix_cache_hits": "Tokens of prompts taken from the cache.",
-    "num_requests_running": "Answers being generated.",
-    "num_requests_waiting": "Requests that wait.",
-    "kv_cache_usage_perc": "Share of the cache that running answers hold, 0 to 1.",
-    "time_to_first_token_seconds": "From the request to its first token, waiting included.",
-    "inter_token_latency_seconds": "Between two tokens of an answer.",
-    "e2e_request_latency_seconds": "From the request to its last token, waiting included.",
-    "request_queue_time_seconds": "From the request to its start.",
-    "request_prefill_time_seconds": "From the start to the first token.",
-    "request_decode_time_seconds": "From the first token to the last.",
-    "request_prompt_tokens": "Tokens of each prompt.",
-    "request_generation_tokens": "Tokens of each answer.",
+# vLLM's names of histograms: the field of `Totals`, and what it stands for.
+VLLM_HISTOGRAMS = {
+    "time_to_first_token_seconds": (
+        "seconds_to_first",
+        "From the request to its first token, waiting included.",
+    ),
+    "inter_token_latency_seconds": ("gaps", "Between two tokens of an answer."),
+    "e2e_request_latency_seconds": (
+        "seconds",
+        "From the request to its last token, waiting included.",
+    ),
+    "request_queue_time_seconds": ("seconds_waiting", "From the request to its start."),
+    "request_prefill_time_seconds": ("seconds_prefill", "From the start to the first token."),
+    "request_decode_time_seconds": ("seconds_decode", "From the first token to the last."),
+    "request_prompt_tokens": ("prompt_lengths", "Tokens of each prompt."),
+    "request_generation_tokens": ("answer_lengths", "Tokens of each answer."),
 }
 
 
@@ -62,7 +61,7 @@ class Metrics(Collector):
         try:
             self._keys.check(request)
         except ApiError as error:
-            return PlainTextResponse(f"{error}\n", error.status, error.headers)
+            return plain(error)
         try:
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
         except (TypeError, ValueError):  # a version that is no number
@@ -88,72 +87,78 @@ class Metrics(Collector):
 
 
 def _of_engines(engines: Sequence[AnyEngine]) -> Iterator[Metric]:
-    """Of all models together; under vLLM's names, of each."""
+    """Of all models together, what llama.cpp reports too under its names as well: its dashboards
+    work. Under vLLM's names, of each model."""
     each = [engine.totals.snapshot() for engine in engines]
     totals = Totals()
     for one in each:
         totals.merge(one)
-    running, waiting = sum(e.running for e in engines), sum(e.waiting for e in engines)
     for name, text, value in (
-        ("requests", "Answers asked for, by the page and by programs.", totals.requests),
-        ("tokens", "Tokens generated.", totals.tokens),
-        ("prompt_tokens", "Tokens of prompts.", totals.prompt_tokens),
-        ("reused_tokens", "Tokens of prompts taken from the cache.", totals.reused_tokens),
+        ("minigpt4_requests", "Answers asked for, by the page and by programs.", totals.requests),
+        ("minigpt4_tokens", "Tokens generated.", totals.tokens),
+        ("minigpt4_prompt_tokens", "Tokens of prompts.", totals.prompt_tokens),
+        ("minigpt4_reused_tokens", "Tokens of prompts taken from the cache.", totals.reused_tokens),
+        ("llamacpp:prompt_tokens", "Tokens of prompts.", totals.prompt_tokens),
+        ("llamacpp:tokens_predicted", "Tokens generated.", totals.tokens),
     ):
-        yield CounterMetricFamily(f"minigpt4_{name}", text, value)
-    decoders = ", ".join(dict.fromkeys(engine.decoder_name for engine in engines))
-    yield InfoMetricFamily("minigpt4_decoder", "What runs the language model.", {"name": decoders})
+        yield CounterMetricFamily(name, text, value)
     errors = CounterMetricFamily(
         "minigpt4_errors", "Requests refused or failed, by kind.", labels=["kind"]
     )
     for kind in get_args(Kind):  # zeros too
         errors.add_metric([kind], totals.errors[kind])
     yield errors
-    for name, text, value in (
-        ("queue_length", "Requests that wait.", waiting),
-        ("active_chats", "Answers being generated.", running),
-    ):
-        yield GaugeMetricFamily(f"minigpt4_{name}", text, value)
-    yield from _under_llama_cpps_names(engines, totals)
-    yield from _under_vllms_names(engines, each)
-    yield _histogram(
-        "minigpt4_time_to_first_token_seconds",
-        "From the request to its first token, waiting included.",
-        totals.seconds_to_first,
-    )
-    yield _histogram(
-        "minigpt4_answer_tokens_per_second",
-        "Of each answer, after its first token.",
-        totals.tokens_per_s,
-    )
-
-
-def _under_llama_cpps_names(engines: Sequence[AnyEngine], totals: Totals) -> Iterator[Metric]:
-    """What llama.cpp reports too: its dashboards work."""
-    yield CounterMetricFamily("llamacpp:prompt_tokens", "Tokens of prompts.", totals.prompt_tokens)
-    yield CounterMetricFamily("llamacpp:tokens_predicted", "Tokens generated.", totals.tokens)
     running, waiting = sum(e.running for e in engines), sum(e.waiting for e in engines)
-    yield GaugeMetricFamily("llamacpp:requests_processing", "Answers being generated.", running)
-    yield GaugeMetricFamily("llamacpp:requests_deferred", "Requests that wait.", waiting)
+    for name, text, value in (
+        ("minigpt4_queue_length", "Requests that wait.", waiting),
+        ("minigpt4_active_chats", "Answers being generated.", running),
+        ("llamacpp:requests_deferred", "Requests that wait.", waiting),
+        ("llamacpp:requests_processing", "Answers being generated.", running),
+    ):
+        yield GaugeMetricFamily(name, text, value)
     if uses := [engine.cache_use for engine in engines if engine.cache_use is not None]:
         yield GaugeMetricFamily("llamacpp:kv_cache_usage_ratio", "The fullest cache.", max(uses))
+    decoders = ", ".join(dict.fromkeys(engine.decoder_name for engine in engines))
+    yield InfoMetricFamily("minigpt4_decoder", "What runs the language model.", {"name": decoders})
+    for name, text, histogram in (
+        (
+            "minigpt4_time_to_first_token_seconds",
+            "From the request to its first token, waiting included.",
+            totals.seconds_to_first,
+        ),
+        (
+            "minigpt4_answer_tokens_per_second",
+            "Of each answer, after its first token.",
+            totals.tokens_per_s,
+        ),
+    ):
+        yield HistogramMetricFamily(name, text, _buckets(histogram), histogram.sum)
+    yield from _under_vllms_names(engines, each)
 
 
 def _under_vllms_names(engines: Sequence[AnyEngine], each: Sequence[Totals]) -> Iterator[Metric]:
     """What vLLM reports too, of each model: its dashboards work. each: the engines' totals."""
     names = [engine.model.config.name for engine in engines]
-
-    def family(kind: type, name: str, values: Sequence[float | None]) -> Metric:
-        metric = kind(f"vllm:{name}", VLLM[name], labels=["model_name"])
+    prompts, hits = [t.prompt_tokens for t in each], [t.reused_tokens for t in each]
+    looked_up = "Tokens of prompts that were looked up in the cache."
+    share = "Share of the cache that running answers hold, 0 to 1."
+    uses = [engine.cache_use for engine in engines]
+    counter, gauge = CounterMetricFamily, GaugeMetricFamily
+    for kind, name, text, values in (
+        (counter, "prompt_tokens", "Tokens of prompts.", prompts),
+        (counter, "generation_tokens", "Tokens generated.", [t.tokens for t in each]),
+        (counter, "prefix_cache_queries", looked_up, prompts),
+        (counter, "prefix_cache_hits", "Tokens of prompts taken from the cache.", hits),
+        (gauge, "num_requests_running", "Answers being generated.", [e.running for e in engines]),
+        (gauge, "num_requests_waiting", "Requests that wait.", [e.waiting for e in engines]),
+        (gauge, "kv_cache_usage_perc", share, uses),
+    ):
+        metric = kind(f"vllm:{name}", text, labels=["model_name"])
         for model, value in zip(names, values, strict=True):
             if value is not None:
                 metric.add_metric([model], value)
-        return metric
-
-    yield family(CounterMetricFamily, "prompt_tokens", [t.prompt_tokens for t in each])
-    yield family(CounterMetricFamily, "generation_tokens", [t.tokens for t in each])
-    yield family(CounterMetricFamily, "prefix_cache_queries", [t.prompt_tokens for t in each])
-    yield family(CounterMetricFamily, "prefix_cache_hits", [t.reused_tokens for t in each])
+        if metric.samples:
+            yield metric
     ended = CounterMetricFamily(
         "vllm:request_success", "Answers by reason.", labels=["model_name", "finished_reason"]
     )
@@ -161,32 +166,12 @@ def _under_vllms_names(engines: Sequence[AnyEngine], each: Sequence[Totals]) -> 
         for model, totals in zip(names, each, strict=True):
             ended.add_metric([model, vllm_reason], totals.endings[reason])
     yield ended
-    yield family(GaugeMetricFamily, "num_requests_running", [e.running for e in engines])
-    yield family(GaugeMetricFamily, "num_requests_waiting", [e.waiting for e in engines])
-    uses = [engine.cache_use for engine in engines]
-    if any(use is not None for use in uses):
-        yield family(GaugeMetricFamily, "kv_cache_usage_perc", uses)
-    for name, field in (
-        ("time_to_first_token_seconds", "seconds_to_first"),
-        ("inter_token_latency_seconds", "gaps"),
-        ("e2e_request_latency_seconds", "seconds"),
-        ("request_queue_time_seconds", "seconds_waiting"),
-        ("request_prefill_time_seconds", "seconds_prefill"),
-        ("request_decode_time_seconds", "seconds_decode"),
-        ("request_prompt_tokens", "prompt_lengths"),
-        ("request_generation_tokens", "answer_lengths"),
-    ):
-        metric = HistogramMetricFamily(f"vllm:{name}", VLLM[name], labels=["model_name"])
+    for name, (field, text) in VLLM_HISTOGRAMS.items():
+        histograms = HistogramMetricFamily(f"vllm:{name}", text, labels=["model_name"])
         for model, totals in zip(names, each, strict=True):
             histogram = getattr(totals, field)
-            metric.add_metric([model], _buckets(histogram), histogram.sum)
-        yield metric
-
-
-def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
-    metric = HistogramMetricFamily(name, text, labels=[])
-    metric.add_metric([], _buckets(histogram), histogram.sum)
-    return metric
+            histograms.add_metric([model], _buckets(histogram), histogram.sum)
+        yield histograms
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

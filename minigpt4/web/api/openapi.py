@@ -178,10 +178,7 @@ STRUCTURED_OUTPUTS = {
 
 def _answering(name: str, request: str, response: str, events: str) -> Schema:
     operation = _operation(
-        name,
-        "Answer a conversation, whole or as server-sent events.",
-        response,
-        *ANSWERING,
+        name, "Answer a conversation, whole or as server-sent events.", response, *ANSWERING
     )
     answered = operation["responses"]["200"]
     stream = {"type": "string", "description": events}

@@ -8,12 +8,13 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 from pydantic_core import PydanticCustomError
 
 from minigpt4.web.api.body import unread
-from minigpt4.web.api.errors import ApiError
+from minigpt4.web.api.errors import ApiError, json_path
 from minigpt4.web.api.schemas import Object
 
 MAX_QUESTIONS = 400
 # The field with a question's answers, by its type.
 ANSWERS = {"choice": "choices", "score": "levels"}
+LABELS = {"choices": "value", "levels": "label"}  # what an answer is called in it
 
 
 def _filled(value: Any) -> Any:
@@ -36,6 +37,10 @@ class QuestionPart(Object):
 class DecisionOption(Object):
     value: Annotated[str | bool, Filled, Field(description="must be a string, true or false.")]
     description: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.value if isinstance(self.value, str) else ("yes" if self.value else "no")
 
 
 class Level(Object):
@@ -66,14 +71,10 @@ class Question(Object):
     levels: Annotated[list[Level], Field(min_length=2, max_length=26)] | None = None
 
     @property
-    def options(self) -> list[str]:
-        """The choices' or levels' texts; none for a predicate."""
-        texts: list[tuple[str, str | None]] = []
-        if self.type == "choice":
-            texts = [(_text(choice.value), choice.description) for choice in self.choices or ()]
-        elif self.type == "score":
-            texts = [(level.label, level.description) for level in self.levels or ()]
-        return [f"{text}: {more}" if more else text for text, more in texts]
+    def options(self) -> Sequence[DecisionOption | Level]:
+        """The choices or levels; none for a predicate."""
+        field = ANSWERS.get(self.type)
+        return (getattr(self, field) or ()) if field else ()
 
     @property
     def texts(self) -> Iterator[tuple[tuple[int | str, ...], str]]:
@@ -81,12 +82,10 @@ class Question(Object):
         for number, part in enumerate(self.instructions):
             alone = len(self.instructions) == 1  # which may have been sent as a string
             yield ("instructions",) if alone else ("instructions", number, "text"), part.text
-        for number, choice in enumerate(self.choices or ()):
-            yield ("choices", number, "value"), _text(choice.value)
-            yield ("choices", number, "description"), choice.description or ""
-        for number, level in enumerate(self.levels or ()):
-            yield ("levels", number, "label"), level.label
-            yield ("levels", number, "description"), level.description or ""
+        for number, option in enumerate(self.options):
+            place = (ANSWERS[self.type], number)
+            yield (*place, LABELS[ANSWERS[self.type]]), option.label
+            yield (*place, "description"), option.description or ""
 
     @property
     def text(self) -> str:
@@ -94,7 +93,10 @@ class Question(Object):
         asked = _joined(self.instructions)
         if self.type == "predicate":
             return f"{asked}\nIs this true? Answer with Yes or No."
-        lines = [f"{a}. {b}" for a, b in zip(ascii_uppercase, self.options, strict=False)]
+        lines = [
+            f"{letter}. {option.label}" + (f": {option.description}" if option.description else "")
+            for letter, option in zip(ascii_uppercase, self.options, strict=False)
+        ]
         return "\n".join([asked, *lines, "Answer with the letter only."])
 
 
@@ -111,35 +113,23 @@ class DecisionRequest(Object):
             path = f"questions[{place}]"
             if question.name is not None:
                 _refuse_again(question.name, names, f"{path}.name", "name")
-            field = ANSWERS.get(question.type, "")
+            field = ANSWERS.get(question.type)
             if field and not question.options:
                 raise ApiError(f"{path}.{field} is missing: add it.", param=f"{path}.{field}")
-            values: set[str] = set()
-            for number, choice in enumerate(question.choices or ()):
-                where = f"{path}.choices[{number}].value"
-                _refuse_again(_text(choice.value), values, where, "value")
-            labels: set[str] = set()
-            for number, level in enumerate(question.levels or ()):
-                _refuse_again(level.label, labels, f"{path}.levels[{number}].label", "label")
+            for field, kind in LABELS.items():
+                known: set[str] = set()
+                for number, option in enumerate(getattr(question, field) or ()):
+                    _refuse_again(option.label, known, f"{path}.{field}[{number}].{kind}", kind)
 
 
-def unread_in(questions: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """JSON paths of what is not read of questions that have been checked."""
+def unread_in(questions: Sequence[Question]) -> Iterator[str]:
+    """JSON paths of what is not read of them: the answers of another type, too."""
     for place, question in enumerate(questions):
-        path = ("questions", place)
-        yield from unread(question, Question, path)
-        read = ANSWERS.get(question["type"])
-        others = [field for field in ANSWERS.values() if field != read]
-        yield from unread({name: question.get(name) for name in others}, Object, path)
-        inner: dict[str, type[Object]] = {
-            "instructions": QuestionPart,
-            "choices": DecisionOption,
-            "levels": Level,
-        }
-        for name, model in inner.items():
-            items = question.get(name) if name not in others else None
-            for number, item in enumerate(items if isinstance(items, list) else ()):
-                yield from unread(item, model, (*path, name, number))
+        others = {name: None for kind, name in ANSWERS.items() if kind != question.type}
+        for name in others:
+            if getattr(question, name) is not None:
+                yield json_path(("questions", place, name))
+        yield from unread(question.model_copy(update=others), ("questions", place))
 
 
 def _refuse_again(text: str, known: set[str], path: str, kind: str) -> None:
@@ -150,7 +140,3 @@ def _refuse_again(text: str, known: set[str], path: str, kind: str) -> None:
 
 def _joined(parts: Sequence[QuestionPart]) -> str:
     return "\n".join(part.text for part in parts)
-
-
-def _text(value: str | bool) -> str:
-    return value if isinstance(value, str) else ("yes" if value else "no")

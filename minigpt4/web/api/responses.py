@@ -7,7 +7,7 @@ name the field as the client sent it. Nothing is kept between requests.
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from itertools import islice
 from typing import Annotated, Any
 
@@ -17,14 +17,7 @@ from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError, quotable
-from minigpt4.web.api.reply import (
-    HEARTBEAT,
-    HEARTBEAT_SECONDS,
-    ChoiceWriter,
-    event,
-    refusal,
-    used,
-)
+from minigpt4.web.api.reply import HEARTBEAT, HEARTBEAT_SECONDS, ChoiceWriter, event, refusal, used
 from minigpt4.web.api.schemas import ChatRequest, Object
 from minigpt4.web.api.validation_errors import validated
 
@@ -81,7 +74,7 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
     if isinstance(body["input"], str) and not body["input"].strip():
         raise ApiError("input is empty: write a question.", param="input")
     apart = ("input", "text", "include", "max_output_tokens", "n", "messages")
-    chat = {name: value for name, value in body.items() if name not in apart}
+    chat = _without(body, apart)
     ignored = [name for name in ("n", "messages") if body.get(name) is not None]
     chat["messages"] = _messages(body["input"])
     limit = "max_tokens" if body.get("max_output_tokens") is None else "max_output_tokens"
@@ -142,7 +135,7 @@ def _message(item: Any, place: int) -> Any:
         name = quotable(kind) if isinstance(kind, str) else "unknown"
         sentence = f"input[{place}] is of type “{name}”: only messages are supported."
         raise ApiError(sentence, param=f"input[{place}].type")
-    message = {name: value for name, value in item.items() if name not in ECHOED}
+    message = _without(item, ECHOED)
     if isinstance(content := message.get("content"), list):
         path = f"input[{place}].content"
         message["content"] = [_part(part, f"{path}[{i}]") for i, part in enumerate(content)]
@@ -150,23 +143,26 @@ def _message(item: Any, place: int) -> Any:
 
 
 def _part(part: Any, path: str) -> Any:
-    if isinstance(part, dict) and part.get("type") == "input_image":
-        url, file = part.get("image_url"), part.get("file_id")
-        if file is None and not isinstance(url, str | dict):
-            end = "is missing: add it." if "image_url" not in part else "must be a string."
-            raise ApiError(f"{path}.image_url {end}", param=f"{path}.image_url")
-    if isinstance(part, dict) and part.get("type") == "input_image" and "detail" in part:
-        return {name: value for name, value in part.items() if name != "detail"}  # as in chat
-    if isinstance(part, dict) and part.get("type") == "output_text":
-        return {name: value for name, value in part.items() if name not in ECHOED_IN_TEXT}
-    return part
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "output_text":
+        return _without(part, ECHOED_IN_TEXT)
+    if part.get("type") != "input_image":
+        return part
+    if part.get("file_id") is None and not isinstance(part.get("image_url"), str | dict):
+        end = "is missing: add it." if "image_url" not in part else "must be a string."
+        raise ApiError(f"{path}.image_url {end}", param=f"{path}.image_url")
+    return _without(part, ("detail",))  # as in chat
+
+
+def _without(fields: dict, names: Collection[str]) -> dict:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _format(wanted: Any) -> Any:
     """`text.format` as chat completions' response_format, which nests the schema once more."""
     if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
-        schema = {name: value for name, value in wanted.items() if name != "type"}
-        return {"type": "json_schema", "json_schema": schema}
+        return {"type": "json_schema", "json_schema": _without(wanted, ("type",))}
     return wanted
 
 
@@ -234,8 +230,8 @@ class ResponseReply:
         done = self.whole()
         (message,) = done["output"]
         (part,) = message["content"]
-        logprobs = self._logprobs
-        yield self._event("output_text.done", **self._place, text=part["text"], logprobs=logprobs)
+        whole = {"text": part["text"], "logprobs": part["logprobs"]}
+        yield self._event("output_text.done", **self._place, **whole)
         yield self._event("content_part.done", **self._place, part=part)
         yield self._event("output_item.done", output_index=0, item=message)
         yield self._event(done["status"], response=done)
@@ -256,13 +252,8 @@ class ResponseReply:
 
     @property
     def _text(self) -> dict:
-        text = self._answer.text
-        return {
-            "type": "output_text",
-            "text": text,
-            "annotations": [],
-            "logprobs": self._logprobs,
-        }
+        about = {"annotations": [], "logprobs": self._logprobs}
+        return {"type": "output_text", "text": self._answer.text} | about
 
     def _message(self, status: str, content: list[dict]) -> dict:
         return {

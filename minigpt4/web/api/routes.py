@@ -198,10 +198,7 @@ class Api:
             raise renamed(ApiError.of(error)) from None
 
     async def _answer(
-        self,
-        request: Request,
-        read: Read,
-        make_reply: type[CompletionReply] | type[ResponseReply],
+        self, request: Request, read: Read, make_reply: type[CompletionReply] | type[ResponseReply]
     ) -> Response:
         with self._room(request):
             body = await read_body(request, self._max_picture_bytes)

@@ -34,9 +34,14 @@ PART_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image
 
 
 class Object(BaseModel):
-    """A JSON object; fields that it does not know are ignored."""
+    """A JSON object; fields that it does not know are kept, so that `unread` can name them."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="allow",
+        json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # said by its absence
+    )
 
 
 # --- what clients send in their own ways -> ours; what is wrong stays as it is --------------------
@@ -76,13 +81,9 @@ def _as_url(value: Any) -> Any:
 
 
 def _as_part(part: Any) -> Any:
-    return part | {"type": part_type(part)} if isinstance(part, dict) else part
-
-
-def part_type(part: dict) -> Any:
-    """The type of a part by its name in chat completions."""
-    kind = part.get("type")
-    return PART_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    """With its type by its name in chat completions."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return part | {"type": PART_TYPES.get(kind, kind)} if isinstance(kind, str) else part
 
 
 def _as_parts(content: Any) -> Any:

@@ -1,7 +1,7 @@
 """A program's request -> a conversation with its pictures -> answers of the engine."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from starlette.concurrency import run_in_threadpool
@@ -15,6 +15,7 @@ from minigpt4.model.image_file import MAX_PIXELS
 from minigpt4.model.prompt import Message
 from minigpt4.model.vision import squash
 from minigpt4.start import default_sampling
+from minigpt4.web.api.body import read_chat
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.grammar import FormatConstraint, constraints
 from minigpt4.web.api.schemas import ChatMessage, ChatRequest
@@ -75,6 +76,22 @@ class ChatService:
         conversation = await self.conversation(request, pictures)
         bound = await self._constraints(engine, request)
         return await run_in_threadpool(_submit, engine, conversation, request, bound)
+
+    async def texts(self, body: dict, files: Sequence[bytes] = ()) -> AsyncGenerator[str, None]:
+        """One answer to a chat completion's body, as far as it has come; the last one is complete.
+        Without max_tokens, it is as long as the model's default. UserError as in `ask`."""
+        if body.get("max_tokens") is None:
+            most = default_sampling(self.engine().model.config).max_new_tokens
+            body = body | {"max_tokens": most}
+        request, _ = await run_in_threadpool(read_chat, body)
+        (answer,) = await self.ask(request, files)
+        try:
+            async for _ in answer:
+                yield answer.text
+            if not answer.text:
+                yield ""
+        finally:
+            answer.close()
 
     async def _constraints(
         self, engine: AnyEngine, request: ChatRequest

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from minigpt4.web.api.errors import ApiError, json_path, quotable
 
@@ -69,18 +68,18 @@ def _located(
     for place, step in enumerate(location):
         if isinstance(step, int) or step.startswith("<"):
             continue
-        fields = [field for m in models for name, field in named_fields(m).items() if name == step]
+        fields = [
+            field
+            for m in models
+            for name, field in m.model_fields.items()
+            if step == (field.alias or name)
+        ]
         if not fields:
             return location[:place], sentence
         if fields[0].description and not sentence:
             sentence = f"{json_path(location[: place + 1])} {fields[0].description}"
         models = [inner for field in fields for inner in _models(field.annotation)]
     return location, sentence
-
-
-def named_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The model's fields by their names in JSON."""
-    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -69,7 +69,9 @@ async def sweeping(
         while True:
             try:
                 await asyncio.to_thread(lambda: sweep(folder, kept(folder)))
-                await _forget_deleted(app.get_blocks())
+                # Gradio keeps sets of what was uploaded; they must not grow for ever.
+                for files in app.get_blocks().temp_file_sets:
+                    files -= await asyncio.to_thread(_missing, list(files))
             except Exception:  # the next attempt may succeed; without any the disk would fill
                 log.exception("Old uploads could not be deleted.")
             await asyncio.sleep(EVERY_SECONDS)
@@ -83,12 +85,6 @@ async def sweeping(
         for path in shown - set(kept(folder)):  # another page may show these
             with contextlib.suppress(OSError):
                 _delete(Path(path), folder)
-
-
-async def _forget_deleted(page: Any) -> None:
-    """Gradio keeps sets of what was uploaded; they must not grow for ever."""
-    for files in page.temp_file_sets:
-        files -= await asyncio.to_thread(_missing, list(files))
 
 
 def _missing(paths: list[str]) -> set[str]:

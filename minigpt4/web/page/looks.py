@@ -1,6 +1,7 @@
 """First looks at a picture, before anyone asks: a short caption, and the places of objects.
 
-Kept by the picture's content for the page's alternative texts, titles and marks.
+Kept by the picture's content, with its small copy, for the page's alternative texts, titles and
+marks.
 """
 
 import asyncio
@@ -41,11 +42,13 @@ log = logging.getLogger(__name__)
 class Look:
     """A picture's caption, "" where there is none, and its objects, the surest first.
 
-    objects: None where nobody has looked for them.
+    objects: None where nobody has looked for them; thumbnail: the path of the picture's small copy,
+    in a file that the page may show, "" where there is none.
     """
 
     caption: str = ""
     objects: tuple[Detection, ...] | None = None
+    thumbnail: str = ""
 
 
 _lock = threading.Lock()  # any thread may look

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from minigpt4 import start
-from minigpt4.web.page import answers, looks, records, render, transcript
+from minigpt4.web.page import answers, looks, render, transcript
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.parts import PLAIN, fragment
 from minigpt4.web.page.session import Session
@@ -142,17 +142,17 @@ class Panel:
     def record(self, session: Session, request: gr.Request) -> list:
         """The conversation for the browser's store, and what is known of its answers."""
         said = bool(session.conversation.messages or session.forks)
-        kept = [records.record(session, self._loading.name(session.model))] if said else []
-        return [records.told(session, *kept), self._facts(session, request)]
+        kept = [transcript.record(session, self._loading.name(session.model))] if said else []
+        return [transcript.told(session, *kept), self._facts(session, request)]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
         """The same of a session that another has replaced: the conversation that was left while
         its answer was running, as far as it had come, and the one that a file has brought."""
         left, session.predecessor = session.predecessor, None
         both = [s for s in (left, session if session.entry else None) if s and s.name]
-        kept = [records.record(s, self._loading.name(s.model)) for s in both]
+        kept = [transcript.record(s, self._loading.name(s.model)) for s in both]
         session.entry = None
-        return [records.told(session, *kept, settled=True), self._facts(session, request)]
+        return [transcript.told(session, *kept, settled=True), self._facts(session, request)]
 
     def _facts(self, session: Session, request: gr.Request) -> dict:
         engine = self._loading.find(session.model)

@@ -4,8 +4,6 @@ import html
 import json
 import re
 import secrets
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,7 +26,6 @@ from minigpt4.web.page.session import Remark, Session
 from minigpt4.web.page.texts import translate
 
 THUMBNAIL_SIDE = 1024  # pixels
-THUMBNAILS_KNOWN = 1000
 FILE_URL = "/gradio_api/file="
 # Markdown would read some characters as markup. They are written with zeros that nobody else
 # writes, so that assets/page.js can turn them back where a message is copied or edited.
@@ -147,8 +144,8 @@ def messages(session: Session, request: gr.Request | None, done: bool = True) ->
 
 def objects(session: Session) -> list[tuple[Detection, ...]]:
     """Of each picture that is shown, what was found in it, for assets/where.js."""
-    keys = [i.key for m in session.conversation.messages for i in m.images]
-    return [looks.find(key).objects or () for key in keys if thumbnail(key)]
+    seen = (looks.find(i.key) for m in session.conversation.messages for i in m.images)
+    return [look.objects or () for look in seen if look.thumbnail]
 
 
 def _rendered(session: Session, place: int) -> list[dict]:
@@ -157,7 +154,7 @@ def _rendered(session: Session, place: int) -> list[dict]:
     if known is not message:
         texts = [_text(message.role, p) for p in message.parts if p and isinstance(p, str)]
         rendered = [*_pictures(message, session), *texts]
-        if all(thumbnail(reference.key) for reference in message.images):
+        if all(looks.find(reference.key).thumbnail for reference in message.images):
             session.rendered[place] = message, rendered
     return rendered
 
@@ -181,12 +178,13 @@ def _pictures(message: Message, session: Session) -> list[dict]:
     language: its number, of how many, its file's name, its caption, the path of its upload."""
     shown = []
     for number, reference in enumerate(message.images, 1):
-        path = thumbnail(reference.key)
+        seen = looks.find(reference.key)
+        path = seen.thumbnail
         if not path:  # the disk is full, or was
             shown.append(_message("user", [TextMessage(text="(picture)")]))
             continue
         whole = session.files.get(reference.key, "")
-        caption = looks.find(reference.key).caption or session.captions.get(reference.key, "")
+        caption = seen.caption or session.captions.get(reference.key, "")
         told = [number, len(message.images), Path(whole).name, caption, encode_file_path(whole)]
         url = f"{FILE_URL}{encode_file_path(path)}#{quote(json.dumps(told), safe='')}"
         file = FileData(path=path, url=url, mime_type=get_mimetype(path))
@@ -197,34 +195,22 @@ def _pictures(message: Message, session: Session) -> list[dict]:
 # --- thumbnails -----------------------------------------------------------------------------------
 
 
-# Small copies of pictures, in files that the page may show; any thread may ask for them.
-_lock = threading.Lock()
-_thumbnails: OrderedDict[str, str] = OrderedDict()  # picture's key -> path
 thumbnail_files: set[str] = set()  # all that were written, for the server to delete at its end
-
-
-def thumbnail(key: str) -> str:
-    """The path of a picture's small copy; "" where there is none. Does not look at the disk."""
-    with _lock:
-        return _thumbnails.get(key, "")
 
 
 def make_thumbnail(picture: Picture) -> None:
     """Write the file unless it exists: old ones are deleted. Takes tens of milliseconds."""
-    path = thumbnail(picture.key)
+    path = looks.find(picture.key).thumbnail
     if path and Path(path).exists():
         return
     large = max(picture.rgb.size) > THUMBNAIL_SIDE
     small = image.fitted(picture.rgb, THUMBNAIL_SIDE) if large else picture.rgb
     try:
         path = save_bytes_to_cache(image.jpeg(small), "picture.jpg", get_upload_folder())
+        thumbnail_files.add(path)
     except OSError:  # shown without its picture
         path = ""
-    with _lock:
-        _thumbnails[picture.key] = path
-        thumbnail_files.update({path} - {""})
-        while len(_thumbnails) > THUMBNAILS_KNOWN:
-            _thumbnails.popitem(last=False)
+    looks.note(picture.key, thumbnail=path)
 
 
 def make_thumbnails(conversation: Conversation) -> None:

@@ -1,9 +1,13 @@
-"""A conversation written down: as Markdown to be read, as JSON to be opened again."""
+"""A conversation written down: as Markdown to be read, as JSON and for the browser's store to be
+opened again."""
 
 import base64
 import json
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from minigpt4.conversation import Conversation
@@ -123,6 +127,44 @@ def _part(part: str | ImageRef, keys: Mapping[str, str]) -> dict:
     if isinstance(part, ImageRef):
         return {"type": "image", "key": keys.get(part.key, part.key)}
     return {"type": "text", "text": part}
+
+
+# --- for the browser's store, which assets/chats.js writes ----------------------------------------
+
+
+def record(session: Session, model: str) -> dict:
+    """The conversation as it is now, but for its pictures, which the browser fetches and keeps."""
+    keys = session.keys
+    used = used_pictures(session.conversation, session.forks)
+    return {
+        "name": session.name,
+        "about": asdict(session.entry) if session.entry else None,
+        "data": to_data(session, model, None),
+        "pictures": {
+            keys.get(key, key): {"path": path, "name": Path(session.files.get(key, "")).name}
+            for key in sorted(used)
+            if (path := looks.find(key).thumbnail)
+        },
+    }
+
+
+def forgotten(name: str) -> dict:
+    """What assets/chats.js is told where the server no longer has the conversation it shows."""
+    return {"mark": secrets.token_hex(4), "forgotten": name, "records": []}
+
+
+def told(session: Session, *records: dict, settled: bool = False) -> dict:
+    """What assets/chats.js is told: records, and the name of the conversation that the page shows.
+
+    settled: the page has just been made to show it. The mark is new each time, so that nothing that
+    is told goes unnoticed.
+    """
+    return {
+        "mark": secrets.token_hex(4),
+        "shown": session.latest.name,
+        "settled": settled,
+        "records": list(records),
+    }
 
 
 # --- reading: whatever a file or a browser sends is checked here ----------------------------------

@@ -15,7 +15,7 @@ from gradio.utils import get_upload_folder
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web.guard.uploads import uploaded
-from minigpt4.web.page import answers, examples, looks, records, render
+from minigpt4.web.page import answers, examples, looks, render, transcript
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.session import Remark, Session, no_version
 from minigpt4.web.page.texts import explain, explain_loading, translate
@@ -252,7 +252,9 @@ class Turns:
                     yield answers.waiting(session, sampling.num_beams, request)
 
     def _told(self, session: Session) -> dict:
-        return records.told(session, records.record(session, self._loading.name(session.model)))
+        return transcript.told(
+            session, transcript.record(session, self._loading.name(session.model))
+        )
 
     def _remark_on_dropped_turns(self, session: Session, request: gr.Request | None) -> None:
         if session.answer and (count := session.answer.dropped_turns):
@@ -287,7 +289,7 @@ class Turns:
 def _hindered(session: Session, shown: str | None, request: gr.Request | None) -> tuple | None:
     """What a handler returns where it can do nothing now; None where it can."""
     if shown and not session.name:
-        return (*UNCHANGED[:3], records.forgotten(shown))
+        return (*UNCHANGED[:3], transcript.forgotten(shown))
     if session.busy:  # a second Enter, for example
         warn(translate("busy", request))
         return UNCHANGED

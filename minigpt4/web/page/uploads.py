@@ -41,7 +41,9 @@ class Uploads:
         yield gr.skip(), translate("looking", request), gr.skip()
         good, status = self._look_at(value["files"], session, request)
         seen = {path: picture for path in good if (picture := session.uploads.get(path))}
-        small = {"small": {path: render.thumbnail(picture.key) for path, picture in seen.items()}}
+        small = {
+            "small": {path: looks.find(picture.key).thumbnail for path, picture in seen.items()}
+        }
         yield [path for path in value["files"] if path not in good], status, small
         pictures = [*seen.values()]
         if pictures and not session.busy and (engine := self._loading.find(session.model)):
@@ -98,11 +100,7 @@ class Uploads:
         return self._show(lambda: transcript.from_record(chosen.value), True, session, request)
 
     def _show(
-        self,
-        read: Callable[[], Session],
-        listed: bool,
-        old: Session,
-        request: gr.Request,
+        self, read: Callable[[], Session], listed: bool, old: Session, request: gr.Request
     ) -> tuple:
         """listed: whether the browser's list has the conversation; otherwise it gets it."""
         try:
@@ -119,7 +117,7 @@ class Uploads:
         render.make_thumbnails(opened.conversation)
         pictures = opened.conversation.pictures
         for key in pictures:
-            opened.files.setdefault(key, render.thumbnail(key))
+            opened.files.setdefault(key, looks.find(key).thumbnail)
         opened.conversation.pictures = {k: image.packed(p, KEPT_SIDE) for k, p in pictures.items()}
         old.leave(opened)
         system = gr.update(value=opened.conversation.system or "")

@@ -60,14 +60,13 @@
       }
     }
   };
-  const change = async (id, act) => {
-    const now = await withRoom(async () => (await store).change(id, act));
-    if (now?.chat) list.set(id, now.chat);
-    return now;
+  const change = async (ids, act) => {
+    const entries = await withRoom(async () => (await store).change(ids, act)) ?? [];
+    for (const { chat } of entries) list.set(chat.id, chat);
+    return entries;
   };
   const edit = (ids, values) => inTurn(async () => {
-    const edited = await withRoom(async () => (await store).edit(ids, values));
-    edited?.forEach((chat) => list.set(chat.id, chat));
+    await change(ids, (chat) => chat && { chat: { ...chat, ...values } });
     changed();
   });
   const small = async (blob) => {
@@ -96,7 +95,7 @@
     const picture = keys.length && !list.get(id)?.thumb && await (await store).get("pictures", keys[0]);
     if (!picture?.blob) return;
     const thumb = await small(picture.blob).catch(() => "");
-    if (thumb) await change(id, (chat) => chat && { chat: { ...chat, thumb } });
+    if (thumb) await change([id], (chat) => chat && { chat: { ...chat, thumb } });
     changed();
   };
 
@@ -115,7 +114,7 @@
     const { format, version, title, ...said } = data;
     const keys = [...new Set(partsOf(data).filter(({ type }) => type === "image").map(({ key }) => key))];
     const before = JSON.stringify(all().map(({ id, title }) => [id, title]));
-    const write = (id, mine) => change(id, (chat, talk) => {
+    const write = (id, mine) => change([id], (chat, talk) => {
       // A file whose conversation is kept, but is another by now, does not replace it.
       const differs = about ? talk && textOf(talk) !== textOf(said)
         : chat && !chat.deleted && mine && chat.time !== mine.time;
@@ -129,10 +128,10 @@
       return { chat: { ...entry, id, time }, talk: { ...said, id, keys, files: pictures } };
     });
     let place = places.get(name) ?? { id: name };
-    let now = await write(place.id, place);
+    let [now] = await write(place.id, place);
     if (!now) {
       place = { id: random() };
-      now = await write(place.id, null);
+      [now] = await write(place.id, null);
     }
     if (now) places.set(name, { id: place.id, time: now.chat.time });
     if (JSON.stringify(all().map(({ id, title }) => [id, title])) !== before) changed();
@@ -143,7 +142,7 @@
 
   // A picture that is kept. A page that was left a moment after sending has not fetched it yet: the
   // server may still have it.
-  const keptPicture = async ({ files }, key) => {
+  const readPicture = async ({ files }, key) => {
     if (files?.[key]) await keepPicture(key, files[key].name, fileOf(files[key]));
     return (await store).get("pictures", key);
   };
@@ -226,7 +225,7 @@
     const base = await store;
     const [chat, talk] = [await base.get("chats", id), await base.get("talks", id)];
     try {
-      const found = (await Promise.all(talk.keys.map((key) => keptPicture(talk, key)))).filter(Boolean);
+      const found = (await Promise.all(talk.keys.map((key) => readPicture(talk, key)))).filter(Boolean);
       const files = found.map(({ blob, name, key }) => new File([blob], name || `${key.slice(0, 8)}.jpg`));
       const paths = await upload(files);
       const pictures = Object.fromEntries(found.map(({ key }, place) => [key, paths[place]]));
@@ -274,7 +273,7 @@
     address(id, replace);
     want(id);
   };
-  // What records.py tells: conversations to be kept, and which one the page shows.
+  // What transcript.py tells: conversations to be kept, and which one the page shows.
   const told = (news) => {
     if (!news) return;
     if (news.forgotten) {
@@ -327,7 +326,7 @@
           await keepPicture(picture, "", async () => (await fetch(url)).blob());
         }
         const { model, system, messages } = data;
-        await change(id, (chat) => chat ? undefined
+        await change([id], (chat) => chat ? undefined
           : { chat: { id, title, named, time }, talk: { id, model, system, messages, keys } });
         await thumbnail(id, keys);
       } catch { /* it is damaged */ }

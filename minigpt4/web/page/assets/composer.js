@@ -1,7 +1,6 @@
 // The message box: what can be sent, where pictures come from, and the wait for an answer.
 (() => {
-  const { say, button, make, makeDialog, showDialog, beforeSending, isNotice } = window.minigpt4;
-  const find = (selector) => document.querySelector(selector);
+  const { say, find, button, make, makeDialog, showDialog, beforeSending, isNotice } = window.minigpt4;
 
   const early = []; // pictures that were pasted or dropped before the message box was there
   const attach = (files) => {

@@ -1,6 +1,6 @@
 // What is known of each answer, behind a button of its own.
 (() => {
-  const { button, make, set } = window.minigpt4;
+  const { forMessages, button, make, set } = window.minigpt4;
   let answers = {};
 
   const described = ({ line, figures }) => {
@@ -10,10 +10,9 @@
     const all = make("details", {}, make("summary", { textContent: line }), make("dl", {}, ...list));
     return make("span", { className: "facts", hidden: true }, all);
   };
-  const add = (row, known) => {
-    const buttons = row.nextElementSibling?.matches(".message-buttons") && row.nextElementSibling;
-    const before = buttons && buttons.querySelector(".about");
-    if (!buttons || before?.known === known) return;
+  const add = (buttons, known) => {
+    const before = buttons.querySelector(".about");
+    if (before?.known === known) return;
     before?.remove();
     buttons.querySelector(".facts")?.remove();
     if (!known) return;
@@ -27,19 +26,15 @@
     set(about, { known, ariaExpanded: "false" });
     buttons.append(about, note);
   };
-  const update = () => {
-    document.querySelectorAll("#chat .message-row").forEach((row, place) => {
-      add(row, answers[place]);
-      window.minigpt4.speakable(row);
-    });
-    window.minigpt4.where.again();
-  };
+  const update = forMessages((buttons, place, row) => {
+    add(buttons, answers[place]);
+    window.minigpt4.speakable(buttons, row);
+  });
   const facts = (told) => {
     answers = told?.answers ?? {};
     window.minigpt4.sending(false);
     window.minigpt4.where.update(told?.objects);
     update();
   };
-  window.minigpt4.whenRedrawn(update);
   Object.assign(window.minigpt4, { facts });
 })();

@@ -1,7 +1,6 @@
 // Keyboard shortcuts, and their list under "?".
 (() => {
-  const { say, button, make, makeDialog, showDialog } = window.minigpt4;
-  const find = (selector) => document.querySelector(selector);
+  const { say, find, button, make, makeDialog, showDialog } = window.minigpt4;
   const CONTROL = /Mac|iP/.test(navigator.platform) ? "⌘" : "Ctrl";
   const KEYS = [
     ["submit", "Enter"], ["key_line", "Shift", "Enter"], ["key_stop", "Esc"],

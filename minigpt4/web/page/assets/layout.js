@@ -1,8 +1,7 @@
 // Drawers (the rail on phones, settings, a website), menus, and where the focus goes.
 (() => {
-  const { say, make, set } = window.minigpt4;
+  const { say, find, make, set } = window.minigpt4;
   const PHONE = matchMedia("(max-width: 900px)");
-  const find = (selector) => document.querySelector(selector);
   let opener = null;
 
   // Show the drawer of this name, and no other; "" closes.
@@ -88,8 +87,10 @@
   });
   new MutationObserver(lost).observe(document.documentElement, { childList: true, subtree: true });
 
-  const button = (key, icon, act) => {
-    const made = make("button", { type: "button", className: "icon", title: say(key), ariaLabel: say(key) });
+  // A button with an icon, named by a text and what it is about.
+  const button = (key, icon, act, about = "") => {
+    const name = about ? `${say(key)}: ${about}` : say(key);
+    const made = make("button", { type: "button", className: "icon", title: name, ariaLabel: name });
     made.dataset.icon = icon;
     made.addEventListener("click", act);
     return made;

@@ -106,6 +106,7 @@
   }).observe(document.documentElement, {
     childList: true, subtree: true, attributeFilter: ["aria-label"],
   });
+  const find = (selector) => document.querySelector(selector);
   // Act once before the next frame after any part of the page has come or gone.
   const whenRedrawn = (act) => {
     let waiting = false;
@@ -118,11 +119,21 @@
       });
     }).observe(document.documentElement, { childList: true, subtree: true });
   };
+  // Act on each message of the chat and the buttons below it, whenever any has changed; returns the
+  // function that does so.
+  const forMessages = (act) => {
+    const update = () => document.querySelectorAll("#chat .message-row").forEach((row, place) => {
+      const buttons = row.nextElementSibling;
+      if (buttons?.matches(".message-buttons")) act(buttons, place, row);
+    });
+    whenRedrawn(update);
+    return update;
+  };
   // An element with these properties and children.
   const make = (tag, values = {}, ...children) => {
     const made = set(document.createElement(tag), values);
     made.append(...children);
     return made;
   };
-  window.minigpt4 = { say, whenRedrawn, make, set, isNotice };
+  window.minigpt4 = { say, find, whenRedrawn, forMessages, make, set, isNotice };
 })();

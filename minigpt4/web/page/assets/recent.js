@@ -5,26 +5,7 @@ const field = element.querySelector("[type=search]");
 const none = element.querySelector(".none");
 const nothing = element.querySelector(".nothing");
 const all = element.querySelector(".all");
-const { say, make, chats } = minigpt4;
-const icons = {
-  pin: "M9 4h6l-1 6 3 3H7l3-3zM12 13v7",
-  rename: "M4 20h4L19 9l-4-4L4 16zM13.5 6.5l4 4",
-  delete: "M5 7h14M10 4h4M7 7l1 13h8l1-13M10 11v5M14 11v5",
-};
-
-const button = (label, icon, act) => {
-  const made = make("button", { type: "button", title: label, ariaLabel: label });
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  for (const [name, value] of Object.entries({
-    viewBox: "0 0 24 24", fill: "none", stroke: "currentColor", "stroke-width": 1.8, "aria-hidden": true,
-  })) svg.setAttribute(name, value);
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  path.setAttribute("d", icons[icon]);
-  svg.append(path);
-  made.append(svg);
-  made.addEventListener("click", act);
-  return made;
-};
+const { say, make, button, chats } = minigpt4;
 
 const makeRow = (chat, today) => {
   const title = chat.title || say("untitled");
@@ -40,11 +21,11 @@ const makeRow = (chat, today) => {
     if (chat.id !== chats.target()) chats.open(chat.id);
     minigpt4.drawer("");
   });
-  const pin = button(`${say(chat.pinned ? "unpin" : "pin")}: ${title}`, "pin", () => {
+  const pin = button(chat.pinned ? "unpin" : "pin", "pin", () => {
     chats.edit([chat.id], { pinned: !chat.pinned });
-  });
+  }, title);
   pin.classList.toggle("pinned", Boolean(chat.pinned));
-  const rename = button(`${say("rename")}: ${title}`, "rename", () => {
+  const rename = button("rename", "rename", () => {
     const input = make("input", { value: title, ariaLabel: say("rename") });
     let done = false;
     const finish = (keep, byKey) => {
@@ -66,10 +47,8 @@ const makeRow = (chat, today) => {
     open.replaceWith(input);
     input.focus();
     input.select();
-  });
-  const discard = button(`${say("delete")}: ${title}`, "delete", () => {
-    chats.remove([chat.id]);
-  });
+  }, title);
+  const discard = button("delete", "delete", () => chats.remove([chat.id]), title);
   const item = make("li", {}, picture, open, pin, rename, discard);
   item.dataset.id = chat.id;
   return item;

@@ -37,11 +37,9 @@
     set(pressed, { ariaPressed: "true", title: say("read_stop") });
     voice.speak(speech);
   };
-  const speakable = (row) => {
-    const buttons = row.nextElementSibling;
+  const speakable = (buttons, row) => {
     const answer = row.matches(".bot-row") && row.querySelector(".md");
-    if (!voice || !answer || !buttons?.matches(".message-buttons")) return;
-    if (buttons.querySelector(".read")) return;
+    if (!voice || !answer || buttons.querySelector(".read")) return;
     const made = button("read", "speaker", () => read(answer, made));
     made.classList.add("read", "small");
     set(made, { ariaPressed: "false" });

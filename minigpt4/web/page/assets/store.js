@@ -37,30 +37,21 @@
       });
     }
     put(name, entry) { return this.write([name], (part) => part.put(entry)); }
-    // Change a conversation in one transaction: `act` gets its entries, or undefined, and returns
-    // what takes their places; nothing where it returns nothing.
-    async change(id, act) {
-      let changed;
-      await this.write(TALK, (chats, talks) => {
+    // Change conversations in one transaction: `act` gets each one's entries, or undefined, and
+    // returns what takes their places; nothing where it returns nothing. Returns what it returned.
+    async change(ids, act) {
+      const changed = [];
+      await this.write(TALK, (chats, talks) => ids.forEach((id) => {
         chats.get(id).onsuccess = ({ target: { result: chat } }) => {
           talks.get(id).onsuccess = ({ target: { result: talk } }) => {
-            changed = act(chat, talk);
-            if (changed?.chat) chats.put(changed.chat);
-            if (changed?.talk) talks.put(changed.talk);
+            const now = act(chat, talk);
+            if (now?.chat) chats.put(now.chat);
+            if (now?.talk) talks.put(now.talk);
+            if (now) changed.push(now);
           };
         };
-      });
-      return changed;
-    }
-    // Give the list's entries of these conversations these values, in one transaction; returns them.
-    async edit(ids, values) {
-      const edited = [];
-      await this.write(["chats"], (chats) => ids.forEach((id) => {
-        chats.get(id).onsuccess = ({ target: { result: chat } }) => {
-          if (chat) chats.put({ ...chat, ...values }).onsuccess = () => edited.push({ ...chat, ...values });
-        };
       }));
-      return edited;
+      return changed;
     }
     remove(ids) {
       return this.write(TALK, (...parts) => parts.forEach((part) => ids.forEach((id) => part.delete(id))));
@@ -82,16 +73,14 @@
     async all(name) { return [...this.parts[name].values()]; }
     async get(name, key) { return this.parts[name].get(key); }
     async put(name, entry) { this.parts[name].set(entry.id ?? entry.key, entry); }
-    async change(id, act) {
-      const changed = act(this.parts.chats.get(id), this.parts.talks.get(id));
-      if (changed?.chat) this.parts.chats.set(id, changed.chat);
-      if (changed?.talk) this.parts.talks.set(id, changed.talk);
+    async change(ids, act) {
+      const { chats, talks } = this.parts;
+      const changed = ids.map((id) => act(chats.get(id), talks.get(id))).filter(Boolean);
+      for (const { chat, talk } of changed) {
+        if (chat) chats.set(chat.id, chat);
+        if (talk) talks.set(talk.id, talk);
+      }
       return changed;
-    }
-    async edit(ids, values) {
-      const edited = ids.filter((id) => this.parts.chats.has(id)).map((id) => ({ ...this.parts.chats.get(id), ...values }));
-      edited.forEach((chat) => this.parts.chats.set(chat.id, chat));
-      return edited;
     }
     async remove(ids) {
       for (const id of ids) for (const name of TALK) this.parts[name].delete(id);

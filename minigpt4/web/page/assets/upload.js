@@ -1,9 +1,8 @@
 // Pictures on their way to the server: dropped or pasted anywhere on the page; their progress; what
 // is sent meanwhile waits for them.
 (() => {
-  const { say, make } = window.minigpt4;
+  const { say, find, make } = window.minigpt4;
   const MOST = 16; // pictures of a conversation: see web/guard/limits.py
-  const find = (selector) => document.querySelector(selector);
   const root = document.documentElement;
 
   // --- progress: Gradio uploads with `fetch`, which tells none --------------------------------------

@@ -1,12 +1,11 @@
 // ‹ 1/2 › below what has further versions: see versions.py.
 (() => {
-  const { say, button, make } = window.minigpt4;
+  const { say, forMessages, button, make } = window.minigpt4;
   let known = {}, select = () => {};
 
-  const add = (row, version) => {
-    const buttons = row.nextElementSibling?.matches(".message-buttons") && row.nextElementSibling;
-    const before = buttons && buttons.querySelector(".version");
-    if (!buttons || before?.known === version) return;
+  const add = (buttons, version) => {
+    const before = buttons.querySelector(".version");
+    if (before?.known === version) return;
     before?.remove();
     if (!version) return;
     const { place, number, count } = version;
@@ -23,13 +22,10 @@
       turn("previous_version", "left", -1), make("span", { textContent: `${number + 1}/${count}` }),
       turn("next_version", "right", 1)));
   };
-  const update = () => {
-    document.querySelectorAll("#chat .message-row").forEach((row, place) => add(row, known[place]));
-  };
+  const update = forMessages((buttons, place) => add(buttons, known[place]));
   const versions = (told, event) => {
     [known, select] = [told?.versions ?? {}, event];
     update();
   };
-  window.minigpt4.whenRedrawn(update);
   Object.assign(window.minigpt4, { versions });
 })();

@@ -139,5 +139,6 @@
     hide();
     outline(image, pictures[place].filter((object) => object.name === name), name);
   };
-  Object.assign(window.minigpt4, { where: { update: where, again: update, objects, point, hide } });
+  window.minigpt4.whenRedrawn(update);
+  Object.assign(window.minigpt4, { where: { update: where, objects, point, hide } });
 })();
