@@ -380,6 +380,17 @@ def test_no_file_of_this_machine_is_opened(address, tmp_path):
         event = called.json()["event_id"]
         said = httpx.get(f"{address}/gradio_api/call/chat/{event}", timeout=30).text
         assert "event: error" in said and "event: complete" not in said
+        assert ("meta" in image) == ("Upload the file" in said) and "null" not in said, said
+
+
+def test_arguments_at_the_end_may_be_left_out(address):
+    for data, expected in ((["Hello?"], "event: complete"), ([], "event: error")):
+        called = httpx.post(address + "/gradio_api/call/chat", json={"data": data})
+        event = called.json()["event_id"]
+        said = httpx.get(f"{address}/gradio_api/call/chat/{event}", timeout=30).text
+        assert expected in said and "null" not in said, said
+    called = httpx.post(address + "/gradio_api/call/chat", json={"data": ["Hello?"] * 11})
+    assert called.status_code == 400 and "at most 10" in called.text
 
 
 def test_old_uploads_are_deleted_while_the_server_runs(engine):

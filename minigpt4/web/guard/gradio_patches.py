@@ -18,6 +18,7 @@ import gradio as gr
 import gradio.queueing
 import gradio.routes
 from gradio import processing_utils, utils
+from gradio.exceptions import InvalidPathError
 from gradio.mcp import GradioMCPServer
 from gradio.queueing import Queue
 from gradio.route_utils import CustomCORSMiddleware
@@ -40,6 +41,8 @@ CLOSING_SECONDS = 0.2
 MAX_SESSIONS = 10_000  # whose last event's end is kept
 TOO_MANY = "This page has asked for too much without listening: load it again."
 TOO_DEEP = "The request is nested too deeply."
+TOO_MANY_VALUES = "The list in `data` must have at most {count} values."
+NOT_UPLOADED = "Upload the file to /gradio_api/upload first, and send the path that this returns."
 
 
 class Prepared(list):
@@ -77,6 +80,8 @@ def apply() -> None:
     Queue.push = _push
     # When a session's last event has ended must be known for that.
     Queue.send_message = _send_message
+    # It says nothing of a path that is not an uploaded file's.
+    gradio.queueing.error_payload = _error_payload
     # A sleep of the queue's loop must end when an event is pushed, or polling less often would
     # delay every answer.
     gradio.queueing.asyncio = _QueueAsyncio()
@@ -213,6 +218,12 @@ async def _push(self: Queue, body: Any, **others: Any) -> tuple:
         body.data, body.event_data = replace_surrogates([body.data, body.event_data])
     except RecursionError:
         raise HTTPException(400, TOO_DEEP) from None
+    function = self.blocks.fns.get(body.fn_index)
+    if body.simple_format and function:  # curl, for example: arguments at the end may be left out
+        count = len(function.inputs)
+        if len(body.data) > count:
+            raise HTTPException(400, TOO_MANY_VALUES.format(count=count))
+        body.data.extend([None] * (count - len(body.data)))
     await _until_closed(self, body.session_hash)
     pushed = await _original_push(self, body=body, **others)
     gradio.queueing.asyncio.wake()
@@ -239,6 +250,12 @@ def _send_message(self: Queue, event: Any, event_message: Any) -> None:
             for session in [s for s, then in _ended.items() if then < now - CLOSING_SECONDS]:
                 del _ended[session]
         _ended[event.session_hash] = now
+
+
+def _error_payload(error: BaseException | None, show_error: bool) -> dict:
+    if isinstance(error, InvalidPathError):
+        error = gr.Error(NOT_UPLOADED)
+    return utils.error_payload(error, show_error)
 
 
 def _get_tool_to_endpoint(self: GradioMCPServer) -> dict[str, str]:
