@@ -205,8 +205,8 @@ def _load(
         computing = choose_dtype(dtype)
         vision_dtype = computing if config.vision.large else None
         check_memory(config, files.llm, quantize, computing, vision_dtype)
-    try:
-        files = prepare(config, files, quantize, report)
+
+    def assemble(files: "WeightFiles") -> "T":  # its frame, which holds the model, ends with it
         report(Step("opening", "Loading {name} …", name=config.name))
         read_here, read_by_engine = bytes_to_load(files, quantize)
         total = read_here + read_by_engine
@@ -223,10 +223,13 @@ def _load(
                     quantizer=quantizer,
                 )
             return finish(model, progress)
+
+    try:
+        return assemble(prepare(config, files, quantize, report))
     except Exception as error:
         if not _too_large(error):
             raise
-    # Here the traceback, which holds tensors, is gone.
+    # Here the traceback, which holds the model, is gone: what is free is free.
     if on_cpu:
         raise too_little(config, quantize)
     raise UserError(
