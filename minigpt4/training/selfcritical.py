@@ -114,8 +114,8 @@ def sample(
 
     They are drawn from the whole distribution at `temperature`; at 0, they are the likeliest
     tokens. An answer that ended has the end token as its last id. The prompts are read once, and
-    their keys and values repeated.
-    tokens: the ids that may be drawn, the end token among them; all by default.
+    their keys and values repeated. tokens: the ids that may be drawn, the end token among them; all
+    by default.
     """
     end = model.tokenizer.eos_token_id
     # Padded on the left: attention is relative, so positions may shift.
