@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     Finish = Callable[[MiniGPT4, Progress], T]
 
-# Of a step: then the model hangs. A large one may need a minute on a busy CPU of short memory.
+# If a step takes longer, the model hangs. One of a large model may take a minute on a CPU that is
+# busy and short of memory.
 HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0
 SELECTED = "Model: {name}, because {why}."
 PROBE_SECONDS = 30.0  # for the first token of each server

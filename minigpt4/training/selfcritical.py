@@ -89,9 +89,10 @@ def _ngrams(words: Sequence[str]) -> Counter:
 def sample_answers(
     model: MiniGPT4, questions: Sequence[Prompt], images: Tensor, *how: Any
 ) -> list[list[list[int]]]:
-    """As `sample`, of questions about a picture each.
+    """Answers to questions, each about one picture.
 
-    images: embeddings of the pictures [questions, image_tokens, hidden]. how: as for `sample`.
+    images: embeddings of the pictures [questions, image_tokens, hidden]. how: what `sample` takes
+    after the prompts.
     """
     rows = [
         model.embed(question, {question.images[0][1].key: one})[0]
