@@ -338,7 +338,7 @@ def fit(
     system = len(conversation.system or "")
 
     def characters(turns: int) -> int:
-        """Of the messages without the oldest questions and their answers."""
+        """Of the messages without the `turns` oldest questions and their answers."""
         left = conversation.messages[asked[turns] if trim else 0 :]
         return sum(len(part) for m in left for part in m.parts if isinstance(part, str))
 

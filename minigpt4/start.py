@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     Finish = Callable[[MiniGPT4, Progress], T]
 
-# Of a step: then the model hangs. A large one may need a minute on a busy CPU of short memory.
+# If a step takes longer, the model hangs. One of a large model may take a minute on a CPU that is
+# busy and short of memory.
 HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0
 SELECTED = "Model: {name}, because {why}."
 PROBE_SECONDS = 30.0  # for the first token of each server
@@ -205,8 +206,8 @@ def _load(
         computing = choose_dtype(dtype)
         vision_dtype = computing if config.vision.large else None
         check_memory(config, files.llm, quantize, computing, vision_dtype)
-    try:
-        files = prepare(config, files, quantize, report)
+
+    def assemble(files: "WeightFiles") -> "T":  # its frame, which holds the model, ends with it
         report(Step("opening", "Loading {name} …", name=config.name))
         read_here, read_by_engine = bytes_to_load(files, quantize)
         total = read_here + read_by_engine
@@ -223,10 +224,13 @@ def _load(
                     quantizer=quantizer,
                 )
             return finish(model, progress)
+
+    try:
+        return assemble(prepare(config, files, quantize, report))
     except Exception as error:
         if not _too_large(error):
             raise
-    # Here the traceback, which holds tensors, is gone.
+    # Here the traceback, which holds the model, is gone: what is free is free.
     if on_cpu:
         raise too_little(config, quantize)
     raise UserError(

@@ -272,7 +272,7 @@ def test_nobody_at_the_address(given, tmp_path, capsys):
     out = str(tmp_path / "out.jsonl")
     command = ["curate", "refine", str(given), "--out", out, "--retries", "0"]
     assert main([*command, "--url", "http://127.0.0.1:9/v1", "--refiner", "x"]) == 2
-    assert "No endpoint answers at http://127.0.0.1:9/v1/: check" in capsys.readouterr().err
+    assert "No endpoint answers at http://127.0.0.1:9/v1: check" in capsys.readouterr().err
     assert main([*command, "--url", "http://127.0.0.1:9/v1"]) == 2
     assert "--refiner NAME" in capsys.readouterr().err
 

@@ -738,6 +738,25 @@ def test_a_run_says_where_its_projection_is_or_that_nothing_is_kept(tmp_path, mo
     assert "d has none: add some as" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit", [1, 4])
+def test_few_pictures_are_enough_to_measure(limit, model, pictures, tmp_path, monkeypatch, capsys):
+    run, kept = trainer(model, pictures, tmp_path, 1), sources(model, pictures)
+    kept["described"].pictures = [  # the first names nothing to ask yes or no about
+        replace(p, captions=("So it goes.",), description="", pairs=()) if p is pictures[0] else p
+        for p in kept["described"].pictures
+    ]
+    whole = {"read": {}, "opened": (model, {}, ""), "Found": None, "divided": ({}, kept)}
+    for name, value in (whole | {"tokens_of": None, "SmallTrainer": run}).items():
+        monkeypatch.setattr(small_run, name, lambda *_, value=value: value)
+    command = ["train", "--model", "mini", "--data", "d", "--out", str(tmp_path)]
+    command += ["--threads", str(torch.get_num_threads()), "--validate", "--limit", str(limit)]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    figures = json.loads(said[said.index("{") :])
+    assert 0 <= figures["detail"]["several"] <= 1
+    assert (figures["yes/no described"]["questions"] == 0) == (limit == 1)
+
+
 def test_an_empty_folder_name_is_not_the_current_folder(capsys):
     assert main(["train", "--model", "mini", "--data", ""]) == 2
     assert "path is empty" in capsys.readouterr().err

@@ -126,7 +126,12 @@ def test_no_memory_for_a_conversation(monkeypatch, capsys, device):
             return model.config.name
         raise UserError("There is not enough memory for a conversation.", "memory")
 
+    def free_memory(*_):
+        assert all(model() is None for model in models)
+        return 10**9
+
     files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
+    monkeypatch.setattr("minigpt4.weights.memory.free_memory", free_memory)
     monkeypatch.setattr(start, "choose", lambda *_: (get_model("vicuna-13b"), "it is big"))
     monkeypatch.setattr(start, "device_of", lambda _: torch.device(device))
     monkeypatch.setattr(start, "free_gpu_memory", lambda device: None)
@@ -143,7 +148,7 @@ def test_no_memory_for_a_conversation(monkeypatch, capsys, device):
     assert "Continuing with mini." in capsys.readouterr().err
     small = [""]
     refused = {
-        "cpu": "nano does not fit into memory, and .* free: ",
+        "cpu": "nano does not fit into memory, and 1.0 GB are free: ",
         "cuda": "of cuda is too small",
     }
     with pytest.raises(UserError, match=refused[device]) as caught:

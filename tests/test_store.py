@@ -187,6 +187,10 @@ def test_the_list_is_searched_and_pinned_and_deletions_are_undone(visit, photo):
     expect(page.get_by_text("Nothing found.")).to_be_visible()
     field.fill("")
     expect(titles(page)).to_have_count(3)
+    box(page).hover()  # a pin is seen also while the pointer is elsewhere, and no other button
+    for button, opacity in (("Unpin", "1"), ("Rename", "0"), ("Delete", "0")):
+        named = page.get_by_label(f"{button}: Where is the boat?")
+        expect(named).to_have_css("opacity", opacity)
 
     titles(page).filter(has_text="Count them.").click()
     expect(answers(page)).to_contain_text("I see 0 pictures.")

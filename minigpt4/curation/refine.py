@@ -68,8 +68,7 @@ class EndpointRefiner(Endpoint):
         except openai.APIStatusError as error:  # after the retries
             raise Failed(f"The endpoint answered {error.status_code}: {said_by(error)}") from error
         except openai.APIConnectionError as error:
-            where = self._client.base_url
-            raise Failed(f"No endpoint answers at {where}: check “--url”.") from error
+            raise Failed(f"No endpoint answers at {self.url}: check “--url”.") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise Failed("The endpoint did not answer with JSON.") from error
         except Refused as error:

@@ -71,7 +71,7 @@ class Example:
 
 
 def with_instructions(examples: Iterable[Example], instructions: tuple[str, ...]) -> list[Example]:
-    """The examples; their captions that answer no instruction answer one of these."""
+    """The examples, with these instructions for captions that have none."""
 
     def asked(text: Text, captions: tuple[str, ...]) -> Text:
         given = text.instructions or text.answer not in captions

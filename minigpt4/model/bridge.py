@@ -66,7 +66,8 @@ class PooledMapBridge(nn.Module):
     def __init__(self, config: PooledMap, maps: Maps) -> None:
         super().__init__()
         self.grid, self.objects = config.grid, maps.objects
-        self.colours = len(maps.channels) - (3 if maps.objects else 1)  # the place of that map
+        # Their place among the maps: the last, but for the features and heat map of objects.
+        self.colours = len(maps.channels) - (3 if maps.objects else 1)
         self.classifier = nn.Linear(maps.channels[0], maps.classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

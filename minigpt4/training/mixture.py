@@ -233,9 +233,12 @@ def ordinary(caption: str) -> str:
 
 
 def read_turns(name: str) -> list[Turn]:
-    """The turns in a file of `prompts/`: questions that pictures do not answer, or not to small
-    encoders, and honest answers (not-told.txt); what is asked in chats without a picture, and
-    answers, of which the first fits requests, too (no-picture.txt)."""
+    """The questions and answers in a file of `prompts/`.
+
+    not-told.txt: questions that pictures do not answer, or not to small encoders, and honest
+    answers. no-picture.txt: what is asked in chats without a picture; the first answer fits
+    requests, too.
+    """
     pairs = (line.partition(" | ") for line in prompt_lines(name))
     return [(asked, answer) for asked, _, answer in pairs]
 

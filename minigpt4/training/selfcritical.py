@@ -89,9 +89,10 @@ def _ngrams(words: Sequence[str]) -> Counter:
 def sample_answers(
     model: MiniGPT4, questions: Sequence[Prompt], images: Tensor, *how: Any
 ) -> list[list[list[int]]]:
-    """As `sample`, of questions about a picture each.
+    """Answers to questions, each about one picture.
 
-    images: embeddings of the pictures [questions, image_tokens, hidden]. how: as for `sample`.
+    images: embeddings of the pictures [questions, image_tokens, hidden]. how: what `sample` takes
+    after the prompts.
     """
     rows = [
         model.embed(question, {question.images[0][1].key: one})[0]
@@ -114,8 +115,8 @@ def sample(
 
     They are drawn from the whole distribution at `temperature`; at 0, they are the likeliest
     tokens. An answer that ended has the end token as its last id. The prompts are read once, and
-    their keys and values repeated.
-    tokens: the ids that may be drawn, the end token among them; all by default.
+    their keys and values repeated. tokens: the ids that may be drawn, the end token among them; all
+    by default.
     """
     end = model.tokenizer.eos_token_id
     # Padded on the left: attention is relative, so positions may shift.

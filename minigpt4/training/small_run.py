@@ -104,7 +104,7 @@ def _train(
         say(f"Resuming at step {trainer.step} of {recipe.steps}.")
     if options.validate:
         size = options.limit or 200
-        sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": size // 5}
+        sizes = dict.fromkeys(("loss", "captions", "yes/no"), size) | {"detail": max(1, size // 5)}
         probe = SmallValidation(kept, objects, out, sizes, options.words)
         return say(json.dumps(probe(trainer), indent=1))
     if arithmetic != begun:

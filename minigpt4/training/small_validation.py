@@ -161,7 +161,9 @@ class SmallValidation:
 
 
 def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:
-    """Of log-odds of yes and whether yes is right."""
+    """Of log-odds of yes and whether yes is right; of none, their number alone."""
+    if not odds:
+        return {"questions": 0}
     scores, truth = torch.tensor(odds), torch.tensor(right)
     best = max(((scores > t) == truth).float().mean().item() for t in scores)
     accuracy = ((scores > 0) == truth).float().mean().item()

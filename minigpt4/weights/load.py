@@ -186,10 +186,9 @@ def load_model(
     quantize: of the language model alone; "auto" is w8a16 for the big models on a GPU, else none.
     llm_dtype: a type, or a name for `llm.choose_dtype`. seed: a new projection is drawn from it
     where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
-    projection; None is 16 bit on a GPU and 32 bit on the CPU. count: is told the bytes
-    of the large files that are read here. adapters: add those of the projection's
-    file to the language model, which their training does not want. quantizer: see
-    `adapters.adapted`.
+    projection; None is 16 bit on a GPU and 32 bit on the CPU. count: is told the bytes of the large
+    files as they are read. adapters: add those of the projection's file to the language model,
+    which their training does not want. quantizer: see `adapters.adapted`.
 
     UserError where a file is missing or does not fit, or would leave any weight unloaded.
     """

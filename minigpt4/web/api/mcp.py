@@ -59,10 +59,11 @@ def add_tool(service: ChatService) -> None:
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
         try:
             async with aclosing(service.texts(body)) as texts:
-                *_, whole = [text async for text in texts]
+                async for text in texts:
+                    answer = text
         except UserError as error:
             raise ToolError(str(error)) from None
-        return whole.strip()
+        return answer.strip()
 
     # Not through Gradio's queue, which would come back over HTTP as a client without the key.
     gr.api(ask_about_picture, api_name=TOOL, queue=False)

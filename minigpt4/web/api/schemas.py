@@ -40,7 +40,7 @@ class Object(BaseModel):
         strict=True,
         frozen=True,
         extra="allow",
-        json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # said by its absence
+        json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # true anyway
     )
 
 

@@ -165,8 +165,8 @@ class ChatPage:
         event_of_turn: dict[str, Any] = {**EVENT, "js": SHOWN_JS}
         asked = [box, session, *settings]
         events = [
-            # Otherwise Gradio drops a question while it has not been told the end of the last
-            # answer, which New chat, too, ends.
+            # By default Gradio drops a question until it has been told that the last answer has
+            # ended, even where New chat has ended it.
             box.submit(turns.ask, asked, shown, trigger_mode="multiple", **event_of_turn),
             chatbot.retry(turns.retry, [session, *settings], shown, **event_of_turn),
             chatbot.edit(turns.edit, [session, *settings], shown, **event_of_turn),
