@@ -175,6 +175,39 @@ def test_an_answer_goes_on_where_it_was_cut(engine):
     assert [m.role for m in cut.conversation.messages] == ["user", "assistant"]
 
 
+def test_a_question_that_was_stopped_before_the_first_word(monkeypatch):
+    """It can be answered now, or left as it is; the conversation can be opened again."""
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    engine = FakeEngine()
+
+    async def stopped() -> Session:
+        engine.ahead, session = 1, Session()
+        async for _ in ask(engine, session, "Alpha again"):
+            session.stop()
+        engine.ahead = 0
+        return session
+
+    def reopened(session: Session) -> Session:
+        value = {"data": {**transcript.to_data(session, "", None), "pictures": {}}}
+        chosen = SimpleNamespace(value=value)
+        return uploads_of_a_page().reopen(Session(), chosen, None)[0]
+
+    for way in (lambda session: session, reopened):
+        session = way(asyncio.run(stopped()))
+        last = render.messages(session, None)[-1]
+        assert "not been answered" in str(last) and last["options"]
+        answered(ask(engine, session, "Beta again"))
+        said = [bool(m.parts[0]) for m in session.conversation.messages]
+        assert said == [True, False, True, True]
+        assert reopened(session).last_answer
+
+        session = way(asyncio.run(stopped()))
+        chosen = SimpleNamespace(index=0, value="continue")
+        answered(Turns(Loading.done(engine), []).option(session, chosen, None, "", None))
+        assert session.last_answer.startswith("This is answer")
+        assert [m.role for m in session.conversation.messages] == ["user", "assistant"]
+
+
 def test_loading_is_said(warnings):
     loading = Loading(lambda report: report("Fetching everything …") or FakeEngine())
     answered(Turns(loading, []).ask({"text": "Hello?", "files": []}, Session(), None, "", None))

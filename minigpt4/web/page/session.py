@@ -121,9 +121,8 @@ class Session:
 
     @property
     def unanswered(self) -> bool:
-        """Whether the last question's answer was cut off before its first word."""
-        messages = self.conversation.messages
-        return bool(messages) and messages[-1].role == "user"
+        """Whether the last question's answer has not a word."""
+        return bool(self.conversation.messages) and not self.last_answer
 
     @property
     def can_continue(self) -> bool:
@@ -136,6 +135,8 @@ class Session:
         """The conversation and another question. UserError where a file is not a picture."""
         pictures = [self.load_picture(path) for path in files]
         conversation = self._up_to(len(self.conversation.messages))
+        if conversation.messages and conversation.messages[-1].role == "user":
+            conversation.add_answer("")  # questions and answers take turns
         conversation.add_question(text, pictures)
         if len(conversation.pictures) > FILES_AT_ONCE:
             raise too_many_pictures()
@@ -158,7 +159,10 @@ class Session:
         return conversation
 
     def to_continue(self) -> Conversation:
-        """The conversation unchanged, so that its last answer can be continued."""
+        """The conversation unchanged, so that its last answer can be continued; without an answer
+        that has not a word."""
+        if self.unanswered:
+            return self.to_retry()
         return self._up_to(len(self.conversation.messages))
 
     def undo(self) -> tuple[str, list[str]]:
