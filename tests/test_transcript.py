@@ -100,6 +100,11 @@ def test_captions_are_kept(conversation):
     read = transcript.from_data(data)
     again = [image.key for image in read.conversation.messages[0].images]
     assert read.captions == dict(zip(again, ["A red wall", "A blue wall"], strict=True))
+    read.conversation.messages[0] = Message(
+        "user", (*read.conversation.messages[0].images, "What?")
+    )
+    looks._kept.pop(first.key)  # as on a server that was started again
+    assert transcript.to_data(read)["title"] == "A red wall"
     session = Session(read.conversation, captions=read.captions)
     render.make_thumbnails(session.conversation)
     addresses = [

@@ -53,7 +53,7 @@ def to_data(session: Session, model: str = "", side: int | None = FULL_SIDE) -> 
     data = {
         "format": FORMAT,
         "version": VERSION,
-        "title": title(conversation),
+        "title": title(conversation, session.captions),
         "model": model,
         "system": conversation.system,
         "stop": session.stop_reason or ("interrupted" if session.busy else ""),
