@@ -455,11 +455,19 @@ def test_likes_are_stored_with_a_reason(visit, folder):
     page.get_by_label("Why? (optional)").fill("There is no boat.")
     page.get_by_label("Why? (optional)").press("Enter")
     expect(page.get_by_text("Thank you.")).to_be_visible()
-    first, second = map(json.loads, (folder / "feedback.jsonl").read_text().splitlines()[-2:])
+
+    def lines() -> list[dict]:
+        return [*map(json.loads, (folder / "feedback.jsonl").read_text().splitlines())]
+
+    first, second = lines()[-2:]
     assert first["id"] == second["id"] and first["liked"] is second["liked"] is False
     assert (first["reason"], second["reason"]) == ("", "There is no boat.")
     assert [m["role"] for m in second["messages"]] == ["user", "assistant"]
     assert "red house" in second["messages"][1]["text"] and second["model"] == "nano"
+    for button, liked in (("Disliked", None), ("Like", True)):  # the last line of an id counts
+        page.locator("#chat").get_by_role("button", name=button, exact=True).click()
+        wait_for(lambda liked=liked: lines()[-1]["liked"] is liked)
+        assert lines()[-1]["id"] == first["id"] and not lines()[-1]["reason"]
 
 
 def test_a_reason_is_asked_for_beside_its_answer_only(visit):
