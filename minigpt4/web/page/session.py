@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine, Sampling, Stats
 
 KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
-SECONDS_PER_UPDATE = 0.05  # rest between two updates of the page, at least
+SECONDS_PER_UPDATE = 0.15  # rest between two updates of the page, at least: phones are slow
+SECONDS_PER_WARNING = 5.0  # before the same one is shown again
 SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and a closed tab is noticed
 # Stop reasons after which an answer may be continued; "interrupted": the page was gone at its end.
 CUT_OFF = {"length", "time", "closed", "interrupted"}
