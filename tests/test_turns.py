@@ -443,6 +443,19 @@ def test_pictures_taken_out_of_the_box_are_given_back(warnings):
     assert refused == paths[16:] and "at most 16" in warnings[0]
 
 
+def test_a_bad_file_that_is_sent_at_once_is_told_once(warnings):
+    """Not by both its look and its question."""
+    path, uploads, session = uploads_folder() / "bad.png", uploads_of_a_page(), Session()
+    path.write_text("no picture")
+    assert attached(uploads, [str(path)], session) == ([str(path)], "")
+    value = {"text": "", "files": [str(path)]}
+    answered(Turns(uploads._loading, []).ask(value, session, None, "", None))
+    assert len(warnings) == 1
+    session.warned = warnings[0], session.warned[1] - session_module.SECONDS_PER_WARNING
+    attached(uploads, [str(path)], session)
+    assert len(warnings) == 2
+
+
 @pytest.mark.trust("Pictures", "many large pictures at once")
 def test_large_pictures_are_held_one_at_a_time(monkeypatch, warnings):
     """The engine sees them whole; neither what waits in the box nor a question that was refused

@@ -69,6 +69,8 @@ class Session:
     successor: "Session | None" = field(default=None, repr=False, compare=False)
     # The session that was left while its answer was running, until it has been recorded.
     predecessor: "Session | None" = field(default=None, repr=False, compare=False)
+    # The last warning and when it came.
+    warned: tuple[str, float] = field(default=("", 0.0), repr=False, compare=False)
     stop_reason: str = ""  # of the last answer
     sent: dict | None = None  # what the message box held, once it was asked
     model: str = ""  # that answers; "" is the first of those that are offered
@@ -83,6 +85,13 @@ class Session:
     def remark(self, text: str) -> None:
         """Add a remark at the conversation's end."""
         self.remarks.append(Remark(len(self.conversation.messages), text))
+
+    def is_news(self, warning: str) -> bool:
+        """Whether the visitor has not been warned of the same a moment ago: of a bad file that is
+        sent at once, its look and its question both tell."""
+        (before, then), now = self.warned, time.monotonic()
+        self.warned = warning, now
+        return warning != before or now - then > SECONDS_PER_WARNING
 
     def leave(self, successor: "Session") -> "Session":
         """Show another conversation; the answer that is running here ends."""

@@ -69,7 +69,8 @@ class Uploads:
             try:
                 picture = session.load_picture(uploaded(path))
             except UserError as error:
-                warn(explain(error, request))
+                if session.is_news(text := explain(error, request)):
+                    warn(text)
                 continue
             good.append(path)
             try:
