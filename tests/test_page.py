@@ -285,6 +285,9 @@ def test_failures_and_notices_are_said_in_the_conversation(visit, engine):
     page = visit()
     say(page, "Please fail.")
     expect(answers(page)).to_contain_text("The model ran out of memory: ask something shorter.")
+    expect(page.get_by_role("button", name="Retry")).to_be_visible()
+    for name in ("Like", "Dislike", "Read aloud"):
+        expect(page.get_by_role("button", name=name, exact=True)).to_have_count(0)
     engine.failure = "The engine is away: wait a little."
     page.get_by_role("button", name="Retry").click()
     expect(answers(page)).to_contain_text(engine.failure)

@@ -132,6 +132,7 @@ class ChatPage:
             latex_delimiters=render.FORMULAS,
             editable="user",
             allow_file_downloads=False,
+            elem_classes="rated" if rated else None,
             feedback_options=("Like", "Dislike") if rated else None,
             group_consecutive_messages=False,
         )
