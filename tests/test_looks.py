@@ -65,6 +65,7 @@ def test_titles_say_what_is_in_the_picture():
     assert title(conversation) == "Describe this image in detail."
     conversation.add_answer("The image shows a boat on a lake. It is small.")
     assert title(conversation) == "A boat on a lake"
+    assert title(conversation, {picture.key: "A boat, an oar,"}) == "A boat, an oar"
     looks.note(picture.key, caption="A boat")
     assert title(conversation) == "A boat"
 

@@ -34,6 +34,10 @@ def test_a_picture_is_encoded_while_its_question_is_typed(visit, engine, photo):
     attach(page, photo)
     wait_for(lambda: len(engine.pictures) == before + 1)
     expect(status(page)).to_contain_text("The picture is ready")
+    page.locator("#box .delete-button").click()
+    expect(status(page)).to_have_text("")  # nothing is ready any more
+    attach(page, photo.rename(photo.with_name("again.png")))
+    expect(status(page)).to_contain_text("The picture is ready")
     ask(page, "Describe this image in detail.")
     thumbnail = page.get_by_test_id("user").locator("img")
     wait_for(lambda: thumbnail.evaluate("image => image.naturalWidth") == 320)
@@ -285,6 +289,9 @@ def test_failures_and_notices_are_said_in_the_conversation(visit, engine):
     page = visit()
     say(page, "Please fail.")
     expect(answers(page)).to_contain_text("The model ran out of memory: ask something shorter.")
+    expect(page.get_by_role("button", name="Retry")).to_be_visible()
+    for name in ("Like", "Dislike", "Read aloud"):
+        expect(page.get_by_role("button", name=name, exact=True)).to_have_count(0)
     engine.failure = "The engine is away: wait a little."
     page.get_by_role("button", name="Retry").click()
     expect(answers(page)).to_contain_text(engine.failure)
@@ -455,11 +462,19 @@ def test_likes_are_stored_with_a_reason(visit, folder):
     page.get_by_label("Why? (optional)").fill("There is no boat.")
     page.get_by_label("Why? (optional)").press("Enter")
     expect(page.get_by_text("Thank you.")).to_be_visible()
-    first, second = map(json.loads, (folder / "feedback.jsonl").read_text().splitlines()[-2:])
+
+    def lines() -> list[dict]:
+        return [*map(json.loads, (folder / "feedback.jsonl").read_text().splitlines())]
+
+    first, second = lines()[-2:]
     assert first["id"] == second["id"] and first["liked"] is second["liked"] is False
     assert (first["reason"], second["reason"]) == ("", "There is no boat.")
     assert [m["role"] for m in second["messages"]] == ["user", "assistant"]
     assert "red house" in second["messages"][1]["text"] and second["model"] == "nano"
+    for button, liked in (("Disliked", None), ("Like", True)):  # the last line of an id counts
+        page.locator("#chat").get_by_role("button", name=button, exact=True).click()
+        wait_for(lambda liked=liked: lines()[-1]["liked"] is liked)
+        assert lines()[-1]["id"] == first["id"] and not lines()[-1]["reason"]
 
 
 def test_a_reason_is_asked_for_beside_its_answer_only(visit):

@@ -133,6 +133,26 @@ def test_a_reload_before_the_first_word(visit, engine):
     visit.expected(LEFT)
 
 
+def test_what_was_not_answered_is_opened_again(visit, engine):
+    """With a question that was stopped before the first word, and one that failed."""
+    engine.ahead = 1
+    page = visit(**WIDE)
+    say(page, "Tell me a story.")
+    expect(status(page)).to_contain_text("You are next")
+    page.get_by_label("Stop").click()
+    expect(page.get_by_role("button", name="Answer now")).to_be_visible()
+    engine.ahead = 0
+    say(page, "Please fail.")
+    expect(answers(page)).to_have_text("The model ran out of memory: ask something shorter.")
+    done(page)
+    wait_for(lambda: page.evaluate(f"async () => (await ({TALK})(0)).remarks.length"))
+    page.reload()
+    expect(answers(page)).to_have_text("The model ran out of memory: ask something shorter.")
+    expect(questions(page)).to_have_text(["Tell me a story.", "Please fail."])
+    expect(page.get_by_role("button", name="Retry")).to_be_visible()
+    visit.expected(LEFT)
+
+
 def test_each_conversation_has_an_address(visit, photo):
     page = visit(**WIDE)
     attach(page, photo)

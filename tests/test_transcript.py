@@ -57,6 +57,40 @@ def test_what_is_written_in_mid_answer_can_be_continued(conversation):
     assert transcript.from_data(transcript.to_data(asked)).stop_reason == "stop"
 
 
+def test_remarks_are_kept(conversation):
+    """An error is still there after a reload, in place of "not answered"."""
+    conversation.add_answer("")
+    session = Session(conversation)
+    assert "not been answered" in str(render.messages(session, None)[-1])
+    session.remark("The model ran out of memory.")
+    data = transcript.to_data(session)
+    data["remarks"] += [[9, "x"], ["1", "x"], [1], 7, [1, None]]
+    read = transcript.from_data(json.loads(json.dumps(data)))
+    assert read.remarks == session.remarks
+    shown = render.messages(read, None)
+    assert "out of memory" in str(shown[-1]) and "not been answered" not in str(shown)
+    assert transcript.from_data({**data, "remarks": "no"}).remarks == []
+
+
+def test_a_question_without_an_answer_before_another_one(conversation):
+    """As earlier versions of the page wrote it."""
+    data = transcript.to_data(Session(conversation))
+    del data["messages"][1]
+    data["forks"] = {"1": {"shown": 0, "tails": [None, {"messages": data["messages"][1:]}]}}
+    read = transcript.from_data(data)
+    assert [m.role for m in read.conversation.messages] == ["user", "user"]
+    read.replace_conversation(read.with_question("And now?", []))
+    roles = ["user", "user", "assistant", "user"]
+    assert [m.role for m in read.conversation.messages] == roles
+    answer = {"role": "assistant", "parts": [{"type": "text", "text": "Yes."}]}
+    for place, tail in (("0", [answer]), ("1", [answer, answer])):
+        forks = {place: {"shown": 0, "tails": [None, {"messages": tail}]}}
+        with pytest.raises(UserError):
+            transcript.from_data({**data, "forks": forks})
+    with pytest.raises(UserError, match="^This conversation"):
+        transcript.from_record({"data": {}})
+
+
 def test_captions_are_kept(conversation):
     first, second = conversation.messages[0].images
     looks.note(first.key, caption="A red wall")
@@ -66,6 +100,11 @@ def test_captions_are_kept(conversation):
     read = transcript.from_data(data)
     again = [image.key for image in read.conversation.messages[0].images]
     assert read.captions == dict(zip(again, ["A red wall", "A blue wall"], strict=True))
+    read.conversation.messages[0] = Message(
+        "user", (*read.conversation.messages[0].images, "What?")
+    )
+    looks._kept.pop(first.key)  # as on a server that was started again
+    assert transcript.to_data(read)["title"] == "A red wall"
     session = Session(read.conversation, captions=read.captions)
     render.make_thumbnails(session.conversation)
     addresses = [

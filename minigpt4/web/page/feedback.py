@@ -1,7 +1,7 @@
 """Likes and dislikes, as JSON lines in a folder that the operator names."""
 
+import hashlib
 import json
-import secrets
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -21,18 +21,18 @@ HIDE_JS = "() => [{ __type__: 'update', visible: false }, '']"
 
 @dataclass
 class Rating:
-    """What a visitor thinks of an answer. A reason given later is another line with the same id,
-    which replaces the first."""
+    """What a visitor thinks of an answer. A reason given later, or another opinion, is another line
+    with the same id, which replaces the first. liked: None takes the rating back."""
 
-    liked: bool
+    liked: bool | None
     model: str
     messages: list[dict]  # up to the answer; pictures only by the hash of their content
+    id: str
     reason: str = ""
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
-def rate(session: Session, place: int, liked: bool, model: str) -> Rating:
+def rate(session: Session, place: int, liked: bool | None, model: str) -> Rating:
     """The rating of the answer at `place` of the conversation."""
     messages = [
         {
@@ -42,7 +42,8 @@ def rate(session: Session, place: int, liked: bool, model: str) -> Rating:
         }
         for m in session.conversation.messages[: place + 1]
     ]
-    return Rating(liked, model, messages)
+    said = json.dumps([session.name, messages])  # the name is random: no two visitors share an id
+    return Rating(liked, model, messages, hashlib.sha256(said.encode()).hexdigest()[:16])
 
 
 class Feedback:
@@ -92,16 +93,17 @@ class Ratings:
         gr.on([self._close.click, *left], None, None, [self._row, self._reason], js=HIDE_JS)
 
     def like(self, session: Session, liked: gr.LikeData) -> tuple:
-        """Store a like or a dislike and ask for a reason."""
+        """Store a like or a dislike and ask for a reason; or that it was taken back."""
         _, places = render.show(session)
         index = liked.index
         place = places[index] if isinstance(index, int) and 0 <= index < len(places) else -1
         model = self._loading.name(session.model)
-        if not isinstance(liked.liked, bool) or not session.answer_at(place) or not model:
+        if not session.answer_at(place) or not model:
             return None, gr.update(visible=False), ""
-        rating = rate(session, place, liked.liked, model)
+        opinion = liked.liked if isinstance(liked.liked, bool) else None
+        rating = rate(session, place, opinion, model)
         self._feedback.store(rating)
-        return rating, gr.update(visible=True), ""
+        return rating, gr.update(visible=opinion is not None), ""
 
     def explain(self, rating: Rating | None, reason: str, request: gr.Request) -> tuple:
         """Store the reason."""

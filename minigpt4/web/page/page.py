@@ -51,6 +51,11 @@ WITHOUT_REFUSED = (
     "(refused, box) => refused?.length ? minigpt4.draft.keep({...box, files: box.files.filter("
     "(file) => !refused.includes(file.path))}) : {__type__: 'update'}"
 )
+# "The picture is ready" goes with the last picture.
+CHANGED_JS = (
+    "(box, status) => { minigpt4.draft.keep(box); return box?.files?.length || "
+    "status !== minigpt4.say('looked') ? {__type__: 'update'} : ''; }"
+)
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 # A conversation that is opened before would be lost: `renew` would put the first session back.
 LOADED_JS = "() => { minigpt4.chats.loaded(); }"
@@ -132,6 +137,7 @@ class ChatPage:
             latex_delimiters=render.FORMULAS,
             editable="user",
             allow_file_downloads=False,
+            elem_classes="rated" if rated else None,
             feedback_options=("Like", "Dislike") if rated else None,
             group_consecutive_messages=False,
         )
@@ -228,7 +234,7 @@ class ChatPage:
         model = [*self._model_parts, *texts]
         known = [self._remembered, self._session]
         page.load(None, None, self._box, js="() => minigpt4.draft.load()")
-        self._box.change(None, self._box, None, js="(box) => { minigpt4.draft.keep(box); }")
+        self._box.change(None, [self._box, self._status], self._status, js=CHANGED_JS)
         renewed = page.load(renew, self._session, self._session, **EVENT)
         greeting: dict[str, Any] = {**EVENT, "fn": self.greet, "inputs": known, "js": SETTINGS_JS}
         greeting["outputs"] = [self._status, *model]

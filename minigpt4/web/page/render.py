@@ -129,7 +129,8 @@ def messages(session: Session, request: gr.Request | None, done: bool = True) ->
     """The conversation for gr.Chatbot; `done`: with buttons for what the last answer allows."""
     shown, places = show(session)
     last = len(session.conversation.messages) - 1
-    if done and session.unanswered:
+    explained = any(remark.before > last for remark in session.remarks)
+    if done and session.unanswered and not (session.busy or explained):
         shown.append(_remark(translate("not_answered", request)))
         shown[-1]["options"] = [{"value": "continue", "label": translate("answer_now", request)}]
     elif done and shown and places[-1] == last and session.last_answer:

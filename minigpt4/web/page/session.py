@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine, Sampling, Stats
 
 KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
-SECONDS_PER_UPDATE = 0.05  # rest between two updates of the page, at least
+SECONDS_PER_UPDATE = 0.15  # rest between two updates of the page, at least: phones are slow
+SECONDS_PER_WARNING = 5.0  # before the same one is shown again
 SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and a closed tab is noticed
 # Stop reasons after which an answer may be continued; "interrupted": the page was gone at its end.
 CUT_OFF = {"length", "time", "closed", "interrupted"}
@@ -68,6 +69,8 @@ class Session:
     successor: "Session | None" = field(default=None, repr=False, compare=False)
     # The session that was left while its answer was running, until it has been recorded.
     predecessor: "Session | None" = field(default=None, repr=False, compare=False)
+    # The last warning and when it came.
+    warned: tuple[str, float] = field(default=("", 0.0), repr=False, compare=False)
     stop_reason: str = ""  # of the last answer
     sent: dict | None = None  # what the message box held, once it was asked
     model: str = ""  # that answers; "" is the first of those that are offered
@@ -82,6 +85,13 @@ class Session:
     def remark(self, text: str) -> None:
         """Add a remark at the conversation's end."""
         self.remarks.append(Remark(len(self.conversation.messages), text))
+
+    def is_news(self, warning: str) -> bool:
+        """Whether the visitor has not been warned of the same a moment ago: of a bad file that is
+        sent at once, its look and its question both tell."""
+        (before, then), now = self.warned, time.monotonic()
+        self.warned = warning, now
+        return warning != before or now - then > SECONDS_PER_WARNING
 
     def leave(self, successor: "Session") -> "Session":
         """Show another conversation; the answer that is running here ends."""
@@ -121,9 +131,8 @@ class Session:
 
     @property
     def unanswered(self) -> bool:
-        """Whether the last question's answer was cut off before its first word."""
-        messages = self.conversation.messages
-        return bool(messages) and messages[-1].role == "user"
+        """Whether the last question's answer has not a word."""
+        return bool(self.conversation.messages) and not self.last_answer
 
     @property
     def can_continue(self) -> bool:
@@ -136,6 +145,8 @@ class Session:
         """The conversation and another question. UserError where a file is not a picture."""
         pictures = [self.load_picture(path) for path in files]
         conversation = self._up_to(len(self.conversation.messages))
+        if conversation.messages and conversation.messages[-1].role == "user":
+            conversation.add_answer("")  # questions and answers take turns
         conversation.add_question(text, pictures)
         if len(conversation.pictures) > FILES_AT_ONCE:
             raise too_many_pictures()
@@ -158,7 +169,10 @@ class Session:
         return conversation
 
     def to_continue(self) -> Conversation:
-        """The conversation unchanged, so that its last answer can be continued."""
+        """The conversation unchanged, so that its last answer can be continued; without an answer
+        that has not a word."""
+        if self.unanswered:
+            return self.to_retry()
         return self._up_to(len(self.conversation.messages))
 
     def undo(self) -> tuple[str, list[str]]:

@@ -1,6 +1,7 @@
 """Titles of conversations: their subject in a few words."""
 
 import re
+from collections.abc import Mapping
 
 from minigpt4.conversation import Conversation
 from minigpt4.web.page import looks
@@ -22,18 +23,20 @@ _WORDS = """a about ad advert advertisement an and ask asks briefly can caption 
 _ANY_PICTURE = set(_WORDS.split())
 
 
-def title(conversation: Conversation) -> str:
-    """The beginning of what it is about; "" where there are only pictures."""
-    line = " ".join(_subject(conversation).split())
-    return line[:TITLE_LENGTH] + ("…" if len(line) > TITLE_LENGTH else "")
+def title(conversation: Conversation, captions: Mapping[str, str] | None = None) -> str:
+    """The beginning of what it is about; "" where there are only pictures. captions: by the
+    pictures' keys, where `looks` has none."""
+    line = " ".join(_subject(conversation, captions or {}).split())
+    return line[:TITLE_LENGTH].rstrip(" ,") + ("…" if len(line) > TITLE_LENGTH else "")
 
 
-def _subject(conversation: Conversation) -> str:
+def _subject(conversation: Conversation, captions: Mapping[str, str]) -> str:
     """The first question; where it fits any picture, the first picture's caption, or the beginning
     of the answer. "" where there are only pictures."""
     question = _text(conversation, "user")
     if conversation.pictures and not _words(question) - _ANY_PICTURE:
-        caption = looks.find(next(iter(conversation.pictures))).caption
+        key = next(iter(conversation.pictures))
+        caption = looks.find(key).caption or captions.get(key, "")
         question = caption or first_sentence(_text(conversation, "assistant")) or question
     return question
 

@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from minigpt4.web.guard import decoding
 from minigpt4.web.guard.limits import FILES_AT_ONCE
 from minigpt4.web.guard.uploads import uploaded
 from minigpt4.web.page import looks
-from minigpt4.web.page.session import About, Session
+from minigpt4.web.page.session import About, Remark, Session
 from minigpt4.web.page.titles import title
 from minigpt4.web.page.versions import Fork, Forks, Tail, hidden_messages
 
@@ -32,6 +33,7 @@ MAX_BYTES = 100 * 2**20
 MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
 MAX_TITLE = 200
+MAX_REMARK = 500
 # What is kept of an answer's `Stats`.
 FIGURES = ("prompt_tokens", "reused_tokens", "tokens", "seconds_to_first", "seconds")
 STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
@@ -51,13 +53,14 @@ def to_data(session: Session, model: str = "", side: int | None = FULL_SIDE) -> 
     data = {
         "format": FORMAT,
         "version": VERSION,
-        "title": title(conversation),
+        "title": title(conversation, session.captions),
         "model": model,
         "system": conversation.system,
         "stop": session.stop_reason or ("interrupted" if session.busy else ""),
         "messages": _messages(conversation.messages, keys),
         "forks": _forks(session.forks, keys),
         "figures": _figures(session.statistics),
+        "remarks": [[remark.before, remark.text] for remark in session.remarks],
         "captions": {
             keys.get(key, key): caption
             for key in sorted(used)
@@ -192,7 +195,10 @@ def from_record(record: object) -> Session:
         files[picture.key] = str(path)
         return picture
 
-    read = from_data(_typed(record, dict).get("data"), load)
+    try:
+        read = from_data(_typed(record, dict).get("data"), load)
+    except UserError as error:
+        raise _damaged() if error.message_id == _wrong().message_id else error from None
     read.entry, read.files = read_about(_typed(record, dict).get("about")), files
     return read
 
@@ -222,7 +228,7 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
     pictures = {key: _checked((load or _of_url)(value)) for key, value in given.items()}
     conversation = Conversation(pictures={p.key: p for p in pictures.values()}, system=system)
     try:
-        tail = _read_tail(fields, 0, pictures)
+        tail = _read_tail(fields, 0, pictures, "assistant")
     except RecursionError:
         raise _wrong() from None
     conversation.messages = tail.messages
@@ -232,6 +238,7 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
     _require(sum(map(len, texts)) + len(system or "") <= MAX_CHARACTERS)
     return Session(
         conversation,
+        remarks=_remarks(fields.get("remarks"), len(tail.messages)),
         keys={picture.key: key for key, picture in pictures.items()} if load else {},
         captions=_captions(fields.get("captions"), pictures),
         entry=read_about(fields.get("about")),
@@ -240,6 +247,17 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
         statistics=tail.statistics,
         forks=tail.forks,
     )
+
+
+def _remarks(data: object, last: int) -> list[Remark]:
+    """The page's remarks, before place `last` at most; what is wrong is left out."""
+    given = data if isinstance(data, list) else []
+    pairs = [pair for pair in given[:MAX_MESSAGES] if isinstance(pair, list) and len(pair) == 2]
+    return [
+        Remark(before, _DIRECTIONS.sub("", text)[:MAX_REMARK])
+        for before, text in pairs
+        if isinstance(before, int) and 0 <= before <= last and isinstance(text, str)
+    ]
 
 
 def _captions(data: object, pictures: Mapping[str, Picture]) -> dict[str, str]:
@@ -251,17 +269,23 @@ def _captions(data: object, pictures: Mapping[str, Picture]) -> dict[str, str]:
     }
 
 
-def _read_tail(data: object, start: int, pictures: dict[str, Picture]) -> Tail:
-    """Messages from place `start` on, and their further versions."""
+def _read_tail(data: object, start: int, pictures: dict[str, Picture], before: str) -> Tail:
+    """Messages from place `start` on, and their further versions. before: the role of the message
+    before them.
+
+    A question without an answer may stand before another one; an answer follows a question.
+    """
     fields = _typed(data, dict)
     given = _typed(fields.get("messages"), list)
     _require(len(given) <= MAX_MESSAGES)
-    messages = [_message(m, place, pictures) for place, m in enumerate(given, start)]
+    messages = [_message(m, pictures) for m in given]
+    roles = [before, *(m.role for m in messages)]
+    _require(("assistant", "assistant") not in pairwise(roles))
     forks = {}
     for place, fork in _typed(fields.get("forks") or {}, dict).items():
         _require(place.isdecimal() and len(place) < 5)
         _require(start <= int(place) <= start + len(messages))
-        forks[int(place)] = _read_fork(fork, int(place), pictures)
+        forks[int(place)] = _read_fork(fork, int(place), pictures, roles[int(place) - start])
         _require((forks[int(place)].shown < 0) == (int(place) == start + len(messages)))
     stop = fields.get("stop")
     known = isinstance(stop, str) and stop in STOP_REASONS
@@ -280,22 +304,22 @@ def _read_figures(data: object) -> dict[int, Stats]:
     return found
 
 
-def _read_fork(data: object, place: int, pictures: dict[str, Picture]) -> Fork:
+def _read_fork(data: object, place: int, pictures: dict[str, Picture], before: str) -> Fork:
     fields = _typed(data, dict)
     shown, given = _typed(fields.get("shown"), int), _typed(fields.get("tails"), list)
     _require(-1 <= shown < len(given) <= MAX_MESSAGES)
     tails: list[Tail | None] = []
     for number, tail in enumerate(given):
         _require((tail is None) == (number == shown))
-        tails.append(None if tail is None else _read_tail(tail, place, pictures))
+        tails.append(None if tail is None else _read_tail(tail, place, pictures, before))
         _require(tails[-1] is None or bool(tails[-1].messages))
     return Fork(tails, shown)
 
 
-def _message(data: object, place: int, pictures: dict[str, Picture]) -> Message:
-    """Questions and answers take turns; only questions hold pictures."""
+def _message(data: object, pictures: dict[str, Picture]) -> Message:
+    """Only questions hold pictures."""
     fields = _typed(data, dict)
-    role: Literal["user", "assistant"] = "assistant" if place % 2 else "user"
+    role: Literal["user", "assistant"] = "user" if fields.get("role") == "user" else "assistant"
     _require(fields.get("role") == role)
     parts = tuple(_read_part(part, pictures) for part in _typed(fields.get("parts"), list))
     _require(bool(parts))
@@ -337,6 +361,13 @@ def _require(condition: bool) -> None:
     """UserError unless the condition holds."""
     if not condition:
         raise _wrong()
+
+
+def _damaged() -> UserError:
+    return UserError(
+        "This conversation is damaged and cannot be opened: delete it, and start a new one.",
+        message_id="damaged_conversation",
+    )
 
 
 def _wrong() -> UserError:

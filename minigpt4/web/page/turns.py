@@ -220,7 +220,10 @@ class Turns:
             session.busy = False
         if failure:
             status = ""
-            (session.remark if accepted else warn)(failure)
+            if accepted:
+                session.remark(failure)
+            elif session.is_news(failure):
+                warn(failure)
         if session.successor:  # what is sent last is what the page shows
             latest = session.latest
             yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()

@@ -69,7 +69,8 @@ class Uploads:
             try:
                 picture = session.load_picture(uploaded(path))
             except UserError as error:
-                warn(explain(error, request))
+                if session.is_news(text := explain(error, request)):
+                    warn(text)
                 continue
             good.append(path)
             try:
@@ -111,9 +112,6 @@ class Uploads:
         opened.name = (opened.entry and opened.entry.id) or secrets.token_hex(8)
         opened.entry = None if listed else opened.entry
         opened.model = opened.model or old.model
-        messages = opened.conversation.messages
-        if messages and messages[-1].role == "assistant" and not opened.last_answer:
-            messages.pop()  # it can be asked for again
         render.make_thumbnails(opened.conversation)
         pictures = opened.conversation.pictures
         for key in pictures:
