@@ -553,15 +553,28 @@ def test_copying_without_https(visit):
     visit.expected("AbortError|Connection errored out")  # what the reloaded page listened to
 
 
-def test_what_is_typed_right_after_sending_stays(visit, engine):
+def test_what_comes_right_after_sending_or_undo_stays(visit, engine, photo):
     page, held = visit(), []
+    join = "**/gradio_api/queue/join*"
     engine.word_seconds = 0.01  # the box is emptied before the answer ends
-    page.route("**/gradio_api/queue/join*", lambda route: held.append(route))
+    page.route(join, lambda route: held.append(route))
     say(page, "Hello?")
     while not held:  # the question has left the page
         page.wait_for_timeout(20)
     page.keyboard.type(" And what else?")
-    page.unroute("**/gradio_api/queue/join*")  # which lets it go on
+    attach(page, photo)
+    page.unroute(join)  # which lets it go on
     done(page)
     expect(questions(page)).to_have_text("Hello?")
     expect(box(page)).to_have_value(re.compile("^ ?And what else\\?$"))
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(1)
+
+    held.clear()
+    page.route(join, lambda route: held.append(route))
+    page.get_by_role("button", name="Undo").click()
+    while not held:
+        page.wait_for_timeout(20)
+    box(page).press("End")
+    page.keyboard.type(" Now.")
+    page.unroute(join)
+    expect(box(page)).to_have_value(re.compile("^Hello\\?\n ?And what else\\? Now.$"))

@@ -133,6 +133,22 @@ def test_a_reload_before_the_first_word(visit, engine):
     visit.expected(LEFT)
 
 
+def test_a_reload_before_the_question_was_kept(visit):
+    page = visit(**WIDE)
+    page.evaluate("async () => { (await minigpt4.store).change = () => new Promise(() => {}) }")
+    say(page, "Tell me a story.")
+    expect(answers(page)).to_contain_text("red house")
+    expect(box(page)).to_have_value("")
+    page.reload()
+    expect(box(page)).to_have_value("Tell me a story.")
+    ask(page, "Hello?")
+    wait_for(lambda: page.evaluate(KEPT, "red house"))
+    page.reload()
+    expect(answers(page)).to_contain_text("red house")
+    expect(box(page)).to_have_value("")
+    visit.expected(LEFT)
+
+
 def test_each_conversation_has_an_address(visit, photo):
     page = visit(**WIDE)
     attach(page, photo)

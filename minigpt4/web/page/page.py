@@ -228,7 +228,7 @@ class ChatPage:
         model = [*self._model_parts, *texts]
         known = [self._remembered, self._session]
         page.load(None, None, self._box, js="() => minigpt4.draft.load()")
-        self._box.change(None, self._box, None, js="(box) => { minigpt4.draft.keep(box); }")
+        self._box.change(None, self._box, self._box, js="(box) => minigpt4.draft.changed(box)")
         renewed = page.load(renew, self._session, self._session, **EVENT)
         greeting: dict[str, Any] = {**EVENT, "fn": self.greet, "inputs": known, "js": SETTINGS_JS}
         greeting["outputs"] = [self._status, *model]

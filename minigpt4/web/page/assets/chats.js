@@ -133,7 +133,10 @@
       place = { id: random() };
       [now] = await write(place.id, null);
     }
-    if (now) places.set(name, { id: place.id, time: now.chat.time });
+    if (now) {
+      places.set(name, { id: place.id, time: now.chat.time });
+      window.minigpt4.draft.kept(textOf(said));
+    }
     if (JSON.stringify(all().map(({ id, title }) => [id, title])) !== before) changed();
     const { id } = place;
     Promise.all(Object.entries(pictures).map(([key, file]) => keepPicture(key, file.name, fileOf(file))))

@@ -25,7 +25,9 @@
   // Three dots from the moment of sending until the turn has ended.
   const sending = (now) => {
     document.documentElement.toggleAttribute("data-sending", now);
-    if (!now) [sent, typed] = [null, null];
+    if (now) return;
+    [sent, typed] = [null, null];
+    window.minigpt4.draft.send(false);
   };
   // What is typed between sending and the engine's acceptance, which empties the box, is kept.
   let sent = null, typed = null;
@@ -41,6 +43,23 @@
     field.value = more;
     field.dispatchEvent(new Event("input", { bubbles: true }));
   };
+  // So is what is typed between a click on Undo and the return of its question.
+  let undoing = null; // what was in the box at the click, and what is in it by now
+  const undone = () => {
+    const field = find("#box textarea");
+    if (!undoing || !field || field.value === undoing.now) return;
+    const { before, now } = undoing, { value } = field;
+    undoing = null;
+    if (now === before || !value.endsWith(before)) return;
+    const question = value.slice(0, value.length - before.length).trimEnd();
+    field.value = question ? `${question}\n${now}` : now;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  document.addEventListener("click", ({ target }) => {
+    const field = target.closest("#chat .message-buttons-left") && find("#box textarea");
+    if (field) undoing = { before: field.value, now: field.value };
+  }, true);
+  document.addEventListener("beforeinput", undone, true);
   // Notices stand above the message box, however high it is.
   const height = new ResizeObserver(([{ target }]) => {
     document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
@@ -64,11 +83,14 @@
       return;
     }
     window.minigpt4.endEditing();
+    undoing = null;
     sending(true);
     [sent, typed] = [find("#box textarea").value, null];
+    window.minigpt4.draft.send(true);
   };
   document.addEventListener("input", ({ target }) => {
     update();
+    if (undoing && target.matches("#box textarea")) undoing.now = target.value;
     if (sent === null || !target.matches("#box textarea")) return;
     if (typed?.startsWith(sent) && !target.value.startsWith(sent)) { // it was emptied in between
       target.value = typed.slice(sent.length).trimStart() + target.value;
@@ -127,5 +149,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, emptied, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, surplus, emptied, undone, camera });
 })();
