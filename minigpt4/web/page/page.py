@@ -248,7 +248,8 @@ class ChatPage:
         shown = self._model_parts[1:]  # the selector shows the choice, and keeps the focus
         chosen = self._head.input(self.choose_model, self._session, None, **EVENT)
         # Only then, so that it comes after what a new chat's events show of the model before.
-        chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **EVENT)
+        beside = chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **EVENT)
+        beside.then(None, None, None, js=panel.SETTLED_JS)
 
     def greet(self, remembered: object, session: Session, request: gr.Request) -> list:
         """Fill in what was unknown when the page was built, in the visitor's language.

@@ -16,15 +16,27 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
     find("#box textarea").focus();
   };
+  // The next picture's × moves to the place of the one that was clicked: a Space must not press it.
+  document.addEventListener("click", ({ target }) => {
+    if (target.closest("#box .delete-button")) setTimeout(() => find("#box textarea").focus());
+  }, true);
   const choose = () => {
     const input = find("#box input[type=file]");
     input.value = ""; // the same file once more is a change, too
     input.click();
   };
 
-  // Three dots from the moment of sending until the turn has ended.
+  // Three dots from the moment of sending until the turn has ended. It can be stopped once the engine
+  // has accepted it.
+  let stopping = false;
+  const stop = () => {
+    const button = find("#box .stop-button");
+    stopping = !button && document.documentElement.hasAttribute("data-sending");
+    button?.click();
+  };
   const sending = (now) => {
     document.documentElement.toggleAttribute("data-sending", now);
+    stopping = false;
     if (now) return;
     [sent, typed] = [null, null];
     window.minigpt4.draft.send(false);
@@ -76,12 +88,14 @@
     if (button && button.disabled !== empty) button.disabled = empty;
   };
   const asked = (event) => {
-    if (!find("#box .submit-button:not(:disabled)")) return;
-    if (sent !== null && sent === find("#box textarea").value) { // a second Enter
+    const button = find("#box .submit-button"), again = sent !== null && sent === find("#box textarea").value;
+    if (event.repeat || again || button?.disabled) { // Enter is held, or pressed twice
       event.preventDefault();
       event.stopImmediatePropagation();
+      if (!again && button?.disabled) window.minigpt4.notice(say("error_empty_message"));
       return;
     }
+    if (!button) return;
     window.minigpt4.endEditing();
     undoing = null;
     sending(true);
@@ -102,7 +116,9 @@
     update();
     const told = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
       node.nodeType === Node.ELEMENT_NODE && isNotice(node)));
-    if (told && !find("#box .stop-button")) sending(false);
+    const button = find("#box .stop-button");
+    if (told && !button) sending(false);
+    if (stopping && button) stop();
   }).observe(document.documentElement, { childList: true, subtree: true });
 
   // The camera, which is on as soon as its window is open.
@@ -149,5 +165,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, surplus, emptied, undone, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, surplus, emptied, undone, stop, camera });
 })();
