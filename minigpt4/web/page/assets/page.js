@@ -68,9 +68,13 @@
   // reached again or something is asked.
   const NEAR = 40; // pixels
   let reading = false, asked = false, last = 0, count = 0; // the place that is shown; questions
+  const resized = new ResizeObserver(([{ target }]) => { // a phone's keyboard opens, for example
+    if (!reading) target.scrollTop = target.scrollHeight;
+  });
   window.minigpt4.whenRedrawn(() => {
     const wrap = document.querySelector("#chat .bubble-wrap");
     if (!wrap) return;
+    if (!wrap.observed) resized.observe(Object.assign(wrap, { observed: true }));
     if (!Object.hasOwn(wrap, "scrollTo")) wrap.scrollTo = (...place) => {
       if (!reading) Element.prototype.scrollTo.apply(wrap, place);
     };
