@@ -18,7 +18,7 @@
   };
   // The next picture's × moves to the place of the one that was clicked: a Space must not press it.
   document.addEventListener("click", ({ target }) => {
-    if (target.closest("#box .delete-button")) setTimeout(() => find("#box textarea").focus());
+    if (target.closest("#box .delete-button")) find("#box textarea").focus();
   }, true);
   const choose = () => {
     const input = find("#box input[type=file]");
