@@ -2,6 +2,7 @@
 
 import re
 from importlib import resources
+from io import BytesIO
 from urllib.parse import urljoin
 
 import pytest
@@ -318,6 +319,10 @@ def test_the_rail_is_drawn_before_any_script_is_loaded(browser, address):
     assert page.evaluate(f"{drawn}.content") == '"MiniGPT-4"'
     assert page.evaluate(f"{drawn}.backgroundColor") == "rgb(20, 20, 18)"
     assert held and not page.locator("#rail").count()
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        name = page.screenshot(clip={"x": 50, "y": 10, "width": 100, "height": 40})
+        assert len(Image.open(BytesIO(name)).convert("RGB").getcolors()) > 5  # it can be seen
     for route in held:
         route.continue_()
     expect(box(page)).to_be_visible()
@@ -653,3 +658,24 @@ def test_every_state_fits_every_screen(visit, photo, width, height):
     fits()
     page.get_by_role("button", name="Settings").first.click()
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+
+
+def test_a_phone_on_its_side_with_its_keyboard(visit):
+    page = visit(**PHONE, is_mobile=True, has_touch=True)
+    expect(page.get_by_role("button", name="Choose a photo")).to_be_visible()
+    expect(page.get_by_text("Drop a photo here")).to_be_hidden()  # no finger can
+    lines = """[...document.querySelectorAll("#model p")].map((p) => {
+        const range = document.createRange();
+        range.selectNodeContents(p.lastChild);
+        return [p.getBoundingClientRect().left, ...[...range.getClientRects()].map((r) => r.left)];
+    })[0]"""
+    page.get_by_role("button", name="Settings").first.click()
+    left, *starts = page.evaluate(lines)
+    assert len(starts) > 1 and min(starts) > left + 60  # below the licence, not below its label
+    page.get_by_role("button", name="Close").last.click()
+    ask(page, "Hello?")
+    for height in (390, 200):
+        page.wait_for_timeout(300)  # what the answer's end redraws
+        page.set_viewport_size({"width": 844, "height": height})
+    end = "(e) => e.scrollHeight - e.clientHeight - e.scrollTop < 2"
+    wait_for(lambda: page.locator("#chat .bubble-wrap").evaluate(end))

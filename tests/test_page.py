@@ -568,15 +568,74 @@ def test_copying_without_https(visit):
     visit.expected("AbortError|Connection errored out")  # what the reloaded page listened to
 
 
-def test_what_is_typed_right_after_sending_stays(visit, engine):
+def test_what_comes_right_after_sending_or_undo_stays(visit, engine, photo):
     page, held = visit(), []
+    join = "**/gradio_api/queue/join*"
     engine.word_seconds = 0.01  # the box is emptied before the answer ends
-    page.route("**/gradio_api/queue/join*", lambda route: held.append(route))
+    page.route(join, lambda route: held.append(route))
     say(page, "Hello?")
     while not held:  # the question has left the page
         page.wait_for_timeout(20)
     page.keyboard.type(" And what else?")
-    page.unroute("**/gradio_api/queue/join*")  # which lets it go on
+    attach(page, photo)
+    page.unroute(join)  # which lets it go on
     done(page)
     expect(questions(page)).to_have_text("Hello?")
     expect(box(page)).to_have_value(re.compile("^ ?And what else\\?$"))
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(1)
+
+    held.clear()
+    page.route(join, lambda route: held.append(route))
+    page.get_by_role("button", name="Undo").click()
+    while not held:
+        page.wait_for_timeout(20)
+    box(page).press("End")
+    page.keyboard.type(" Now.")
+    page.unroute(join)
+    expect(box(page)).to_have_value(re.compile("^Hello\\?\n ?And what else\\? Now.$"))
+
+
+def test_a_visitor_in_a_hurry(visit, engine, tmp_path):
+    page, held = visit(**WIDE), []
+    join, upload = "**/gradio_api/queue/join*", "**/gradio_api/upload*"
+    for _ in range(5):  # Enter is held
+        page.keyboard.down("Enter")
+    page.keyboard.up("Enter")
+    expect(page.get_by_text("The message is empty")).to_have_count(1)
+
+    attach(page, picture(tmp_path / "a.png"), picture(tmp_path / "b.png", "navy"))
+    page.get_by_label("Remove picture").first.click()
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(1)
+    page.keyboard.type("A long one, please.")
+    expect(box(page)).to_have_value("A long one, please.")
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(1)
+
+    page.route(upload, lambda route: held.append(route))
+    page.locator("#box input[type=file]").set_input_files(picture(tmp_path / "c.png", "pink"))
+    box(page).press("Enter")
+    expect(page.get_by_text("The question is sent afterwards.")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("The question is sent afterwards.")).to_have_count(0)
+    page.unroute(upload)
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(2)
+    expect(box(page)).to_have_value("A long one, please.")
+
+    page.route(join, lambda route: held.append(route))
+    page.get_by_role("button", name="Settings").dblclick()  # it stays open
+    page.get_by_label("precise").click()
+    box(page).press("Enter")
+    page.evaluate("window.requestAnimationFrame = () => {}")  # as in a hidden tab
+    page.wait_for_timeout(300)
+    page.unroute(join)
+    expect(answers(page)).to_contain_text("word299")
+    done(page)
+    assert engine.samplings[-1].temperature == 0
+
+    engine.word_seconds = 0.03
+    page.route(join, lambda route: held.append(route))
+    page.get_by_role("button", name="Retry").click()
+    expect(page.locator("html[data-sending]")).to_have_count(1)
+    page.keyboard.press("Escape")
+    page.unroute(join)
+    done(page)
+    expect(page.get_by_text("word20")).to_have_count(0)

@@ -153,6 +153,22 @@ def test_what_was_not_answered_is_opened_again(visit, engine):
     visit.expected(LEFT)
 
 
+def test_a_reload_before_the_question_was_kept(visit):
+    page = visit(**WIDE)
+    page.evaluate("async () => { (await minigpt4.store).change = () => new Promise(() => {}) }")
+    say(page, "Tell me a story.")
+    expect(answers(page)).to_contain_text("red house")
+    expect(box(page)).to_have_value("")
+    page.reload()
+    expect(box(page)).to_have_value("Tell me a story.")
+    ask(page, "Hello?")
+    wait_for(lambda: page.evaluate(KEPT, "red house"))
+    page.reload()
+    expect(answers(page)).to_contain_text("red house")
+    expect(box(page)).to_have_value("")
+    visit.expected(LEFT)
+
+
 def test_each_conversation_has_an_address(visit, photo):
     page = visit(**WIDE)
     attach(page, photo)
@@ -229,6 +245,32 @@ def test_the_list_is_searched_and_pinned_and_deletions_are_undone(visit, photo):
     page.get_by_role("status").get_by_role("button", name="Undo").click()
     expect(titles(page)).to_have_count(3)
     expect(answers(page)).to_contain_text("I see 0 pictures.")
+
+
+def test_a_double_click_in_the_list_is_one(visit, engine):
+    page = visit(**WIDE)
+    for question in ("First?", "Second?", "Third?"):
+        ask(page, question)
+        new_chat(page)
+    page.get_by_label("Pin: First?").dblclick()
+    expect(titles(page)).to_contain_text(["First?", "Third?", "Second?"])
+    page.get_by_label("Rename: Third?").dblclick()
+    page.keyboard.type("Fourth")
+    page.keyboard.press("Enter")
+    expect(titles(page)).to_have_text([re.compile(f"^{t}") for t in ("First", "Fourth", "Second")])
+    page.get_by_label("Delete: Fourth").dblclick()
+    page.wait_for_timeout(400)
+    expect(titles(page)).to_have_text([re.compile("^First"), re.compile("^Second")])
+    expect(page.get_by_label("Unpin: First?")).to_have_count(1)
+
+    engine.word_seconds = 0.03  # deleted while it is being answered, and brought back at once
+    say(page, "A long one, please.")
+    expect(answers(page)).to_contain_text("word3")
+    page.get_by_label("Delete: A long one, please.").click()
+    page.get_by_role("status").get_by_role("button", name="Undo").click()
+    expect(titles(page)).to_have_count(4)  # with the one that was deleted just before
+    page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
+    expect(questions(page)).to_have_text("A long one, please.")
 
 
 def test_many_conversations_are_deleted_and_brought_back_in_one_go(visit):

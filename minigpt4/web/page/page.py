@@ -53,8 +53,8 @@ WITHOUT_REFUSED = (
 )
 # "The picture is ready" goes with the last picture.
 CHANGED_JS = (
-    "(box, status) => { minigpt4.draft.keep(box); return box?.files?.length || "
-    "status !== minigpt4.say('looked') ? {__type__: 'update'} : ''; }"
+    "(box, status) => [minigpt4.draft.changed(box), box?.files?.length || "
+    "status !== minigpt4.say('looked') ? {__type__: 'update'} : '']"
 )
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 # A conversation that is opened before would be lost: `renew` would put the first session back.
@@ -234,7 +234,8 @@ class ChatPage:
         model = [*self._model_parts, *texts]
         known = [self._remembered, self._session]
         page.load(None, None, self._box, js="() => minigpt4.draft.load()")
-        self._box.change(None, [self._box, self._status], self._status, js=CHANGED_JS)
+        changed = [self._box, self._status]
+        self._box.change(None, changed, changed, js=CHANGED_JS)
         renewed = page.load(renew, self._session, self._session, **EVENT)
         greeting: dict[str, Any] = {**EVENT, "fn": self.greet, "inputs": known, "js": SETTINGS_JS}
         greeting["outputs"] = [self._status, *model]
@@ -254,7 +255,8 @@ class ChatPage:
         shown = self._model_parts[1:]  # the selector shows the choice, and keeps the focus
         chosen = self._head.input(self.choose_model, self._session, None, **EVENT)
         # Only then, so that it comes after what a new chat's events show of the model before.
-        chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **EVENT)
+        beside = chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **EVENT)
+        beside.then(None, None, None, js=panel.SETTLED_JS)
 
     def greet(self, remembered: object, session: Session, request: gr.Request) -> list:
         """Fill in what was unknown when the page was built, in the visitor's language.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEEP_JS = "watch('value', () => minigpt4.chats.told(props.value));"
 KEEP_SETTING_JS = "(value) => minigpt4.settings.keep('{name}', value)"
+SETTLED_JS = "() => { minigpt4.settle(-1); }"  # what is sent waits for the values: see upload.js
 FACTS_JS = (
     "watch('value', () => { minigpt4.facts(props.value); minigpt4.versions(props.value, "
     "(chosen) => trigger('select', chosen)); });"
@@ -110,7 +111,10 @@ class Panel:
         changed = [self.settings[name] for name in SLIDERS]
         self.preset.select(None, self.preset, None, js=KEEP_SETTING_JS.format(name="preset"))
         chosen = [*changed, self.preset]
-        self.preset.select(self.choose_preset, session, chosen, trigger_mode="multiple", **event)
+        values = self.preset.select(
+            self.choose_preset, session, chosen, trigger_mode="multiple", **event
+        )
+        values.then(None, None, None, js=SETTLED_JS)
         for name in SLIDERS:
             control = self.settings[name]
             control.input(None, control, None, js=KEEP_SETTING_JS.format(name=name))

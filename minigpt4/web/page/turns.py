@@ -66,7 +66,10 @@ class Turns:
         """Empty the box of what has been asked: on a busy computer the browser takes the updates of
         a whole turn at once, and the one that empties the box is lost among them."""
         sent, session.sent = session.sent, None
-        return gr.update(value=None) if sent and value == sent else gr.skip()
+        if not sent or value["text"] != sent["text"] or not {*sent["files"]} <= {*value["files"]}:
+            return gr.skip()
+        later = [path for path in value["files"] if path not in sent["files"]]
+        return gr.update(value={"text": "", "files": later})
 
     async def example(
         self,

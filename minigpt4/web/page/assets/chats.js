@@ -133,7 +133,10 @@
       place = { id: random() };
       [now] = await write(place.id, null);
     }
-    if (now) places.set(name, { id: place.id, time: now.chat.time });
+    if (now) {
+      places.set(name, { id: place.id, time: now.chat.time });
+      window.minigpt4.draft.kept(textOf(said));
+    }
     if (JSON.stringify(all().map(({ id, title }) => [id, title])) !== before) changed();
     const { id } = place;
     Promise.all(Object.entries(pictures).map(([key, file]) => keepPicture(key, file.name, fileOf(file))))
@@ -170,7 +173,8 @@
     undo = notice(text, say("undo_delete"), async () => {
       all.forEach((id) => removed.delete(id));
       await edit(all, { deleted: undefined });
-      const idle = current === null && !document.documentElement.hasAttribute("data-sending");
+      const sent = document.documentElement.hasAttribute("data-sending");
+      const idle = current === null && (asked === null || !sent); // New chat may be on its way
       if (before && idle) open(before); // else the visitor is in another one by now
     }, UNDO);
     await edit(all, { deleted: Date.now() });
@@ -224,6 +228,7 @@
     }
     const base = await store;
     const [chat, talk] = [await base.get("chats", id), await base.get("talks", id)];
+    if (chat) places.set(id, { id, time: chat.time }); // what was left may still be written meanwhile
     try {
       const found = (await Promise.all(talk.keys.map((key) => readPicture(talk, key)))).filter(Boolean);
       const files = found.map(({ blob, name, key }) => new File([blob], name || `${key.slice(0, 8)}.jpg`));
@@ -232,7 +237,6 @@
       for (const part of partsOf(talk)) { // a picture that is lost
         if (part.type === "image" && !(part.key in pictures)) Object.assign(part, { type: "text", text: "…" });
       }
-      places.set(id, { id, time: chat.time });
       const data = { ...talk, format: "minigpt4-conversation", version: 1, pictures };
       select({ index: 0, value: { about: { id }, data } });
     } catch {

@@ -16,16 +16,30 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
     find("#box textarea").focus();
   };
+  // The next picture's × moves to the place of the one that was clicked: a Space must not press it.
+  document.addEventListener("click", ({ target }) => {
+    if (target.closest("#box .delete-button")) find("#box textarea").focus();
+  }, true);
   const choose = () => {
     const input = find("#box input[type=file]");
     input.value = ""; // the same file once more is a change, too
     input.click();
   };
 
-  // Three dots from the moment of sending until the turn has ended.
+  // Three dots from the moment of sending until the turn has ended. It can be stopped once the engine
+  // has accepted it.
+  let stopping = false;
+  const stop = () => {
+    const button = find("#box .stop-button");
+    stopping = !button && document.documentElement.hasAttribute("data-sending");
+    button?.click();
+  };
   const sending = (now) => {
     document.documentElement.toggleAttribute("data-sending", now);
-    if (!now) [sent, typed] = [null, null];
+    stopping = false;
+    if (now) return;
+    [sent, typed] = [null, null];
+    window.minigpt4.draft.send(false);
   };
   // What is typed between sending and the engine's acceptance, which empties the box, is kept.
   let sent = null, typed = null;
@@ -41,6 +55,23 @@
     field.value = more;
     field.dispatchEvent(new Event("input", { bubbles: true }));
   };
+  // So is what is typed between a click on Undo and the return of its question.
+  let undoing = null; // what was in the box at the click, and what is in it by now
+  const undone = () => {
+    const field = find("#box textarea");
+    if (!undoing || !field || field.value === undoing.now) return;
+    const { before, now } = undoing, { value } = field;
+    undoing = null;
+    if (now === before || !value.endsWith(before)) return;
+    const question = value.slice(0, value.length - before.length).trimEnd();
+    field.value = question ? `${question}\n${now}` : now;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  document.addEventListener("click", ({ target }) => {
+    const field = target.closest("#chat .message-buttons-left") && find("#box textarea");
+    if (field) undoing = { before: field.value, now: field.value };
+  }, true);
+  document.addEventListener("beforeinput", undone, true);
   // Notices stand above the message box, however high it is.
   const height = new ResizeObserver(([{ target }]) => {
     document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
@@ -57,18 +88,23 @@
     if (button && button.disabled !== empty) button.disabled = empty;
   };
   const asked = (event) => {
-    if (!find("#box .submit-button:not(:disabled)")) return;
-    if (sent !== null && sent === find("#box textarea").value) { // a second Enter
+    const button = find("#box .submit-button"), again = sent !== null && sent === find("#box textarea").value;
+    if (event.repeat || again || button?.disabled) { // Enter is held, or pressed twice
       event.preventDefault();
       event.stopImmediatePropagation();
+      if (!again && button?.disabled) window.minigpt4.notice(say("error_empty_message"));
       return;
     }
+    if (!button) return;
     window.minigpt4.endEditing();
+    undoing = null;
     sending(true);
     [sent, typed] = [find("#box textarea").value, null];
+    window.minigpt4.draft.send(true);
   };
   document.addEventListener("input", ({ target }) => {
     update();
+    if (undoing && target.matches("#box textarea")) undoing.now = target.value;
     if (sent === null || !target.matches("#box textarea")) return;
     if (typed?.startsWith(sent) && !target.value.startsWith(sent)) { // it was emptied in between
       target.value = typed.slice(sent.length).trimStart() + target.value;
@@ -80,7 +116,9 @@
     update();
     const told = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
       node.nodeType === Node.ELEMENT_NODE && isNotice(node)));
-    if (told && !find("#box .stop-button")) sending(false);
+    const button = find("#box .stop-button");
+    if (told && !button) sending(false);
+    if (stopping && button) stop();
   }).observe(document.documentElement, { childList: true, subtree: true });
 
   // The camera, which is on as soon as its window is open.
@@ -127,5 +165,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, emptied, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, surplus, emptied, undone, stop, camera });
 })();

@@ -1,24 +1,51 @@
-// What is in the message box and has not been sent survives a reload of this tab.
+// What is in the message box and has not been kept elsewhere survives a reload of this tab.
 (() => {
   const KEY = "minigpt4:draft";
-  const write = (box) => {
+  const SENT = "minigpt4:sent"; // what the engine has accepted, until its conversation is kept
+  const read = (key) => {
+    try { return JSON.parse(sessionStorage.getItem(key)); } catch { return null; }
+  };
+  const write = (box, key = KEY) => {
     try {
-      if (box?.text || box?.files?.length) sessionStorage.setItem(KEY, JSON.stringify(box));
-      else sessionStorage.removeItem(KEY);
+      if (box?.text || box?.files?.length) sessionStorage.setItem(key, JSON.stringify(box));
+      else sessionStorage.removeItem(key);
     } catch { /* there is no room */ }
   };
+  const words = (text) => text.replace(/\s/g, "");
+  let sent = null; // what has been sent and is still in the box
+  const send = (now) => { sent = now ? read(KEY) : null; };
   const keep = (box) => {
     write(box);
     if (!box?.text) setTimeout(window.minigpt4.emptied);
     return box;
   };
+  // The box has changed. Where it was emptied of what was sent, it gets back what came meanwhile.
+  const changed = (box) => {
+    const files = read(KEY)?.files ?? [];
+    keep(box);
+    setTimeout(window.minigpt4.undone);
+    const before = sent;
+    if (!before || box?.text || box?.files?.length) return { __type__: "update" };
+    sent = null;
+    write(before, SENT);
+    const later = files.filter(({ path }) => !before.files?.some((file) => file.path === path));
+    if (!later.length) return { __type__: "update" };
+    return { text: window.minigpt4.surplus(), files: later };
+  };
+  // A conversation with this text is kept.
+  const kept = (text) => {
+    if (words(text).includes(words(read(SENT)?.text ?? ""))) write(null, SENT);
+  };
   const load = () => {
-    try { return JSON.parse(sessionStorage.getItem(KEY)) ?? { __type__: "update" }; }
-    catch { return { __type__: "update" }; }
+    const [before, now] = [read(SENT), read(KEY)];
+    write(null, SENT);
+    if (!before || (before.text && now?.text?.startsWith(before.text))) return now ?? { __type__: "update" };
+    const text = [before.text, now?.text].filter(Boolean).join("\n");
+    return { text, files: [...before.files ?? [], ...now?.files ?? []] };
   };
   // Gradio does not tell what is typed while a picture is on its way.
   document.addEventListener("input", ({ target }) => {
-    if (target.matches("#box textarea")) write({ files: [], ...load(), text: target.value, __type__: undefined });
+    if (target.matches("#box textarea")) write({ files: [], ...read(KEY), text: target.value });
   });
-  Object.assign(window.minigpt4, { draft: { keep, load } });
+  Object.assign(window.minigpt4, { draft: { keep, changed, kept, load, send } });
 })();

@@ -5,5 +5,6 @@ element.addEventListener("click", (event) => {
 });
 element.addEventListener("change", ({ target }) => {
   minigpt4.settings.keep("model", target.value);
+  minigpt4.settle(1);
   trigger("input", { value: target.value });
 });

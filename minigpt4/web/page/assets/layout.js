@@ -40,8 +40,9 @@
     menu.querySelector("[role=menuitem]").focus();
   };
 
-  document.addEventListener("click", ({ target }) => {
+  document.addEventListener("click", ({ target, detail }) => {
     const button = target.closest("[aria-haspopup=menu]");
+    if (detail > 1 && (button || target.closest("[data-drawer]:not(html)"))) return; // a double click
     const opened = find(".menu:not([hidden])");
     if (opened) close(opened, target.closest(".menu") || button);
     if (button && button !== opened?.previousElementSibling) open(button);

@@ -54,14 +54,27 @@
     const button = target.closest("#chat .message-buttons-left .icon-button");
     if (button && button.getAttribute("aria-label") !== say("copy_message")) endEditing();
   }, true);
+  // Retry, Continue and an edited question are on their way at once.
+  document.addEventListener("click", ({ target }) => {
+    const [retry] = [...target.closest("#chat .message-buttons-left")?.querySelectorAll(".icon-button") ?? []]
+      .filter((button) => button.getAttribute("aria-label") !== say("copy_message"));
+    const option = target.closest("#chat .option");
+    const edited = [...document.querySelectorAll("#chat textarea")].map((box) => editButtons(box)[0]);
+    const goesOn = option && option.textContent.trim() !== say("preview");
+    if (goesOn || [retry, ...edited].some((button) => button?.contains(target))) window.minigpt4.sending(true);
+  }, true);
 
   // Gradio goes to the end at each update. Who has scrolled up to read stays there, until the end is
   // reached again or something is asked.
   const NEAR = 40; // pixels
   let reading = false, asked = false, last = 0, count = 0; // the place that is shown; questions
+  const resized = new ResizeObserver(([{ target }]) => { // a phone's keyboard opens, for example
+    if (!reading) target.scrollTop = target.scrollHeight;
+  });
   window.minigpt4.whenRedrawn(() => {
     const wrap = document.querySelector("#chat .bubble-wrap");
     if (!wrap) return;
+    if (!wrap.observed) resized.observe(Object.assign(wrap, { observed: true }));
     if (!Object.hasOwn(wrap, "scrollTo")) wrap.scrollTo = (...place) => {
       if (!reading) Element.prototype.scrollTo.apply(wrap, place);
     };
@@ -91,7 +104,8 @@
       if (event.key === "Escape") cancel?.click();
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save?.click();
     } else if (event.key === "Escape" && !event.target.closest?.("#rail, .drawer, dialog, .menu")) {
-      document.querySelector("#box .stop-button")?.click(); // there, Escape ends something else
+      window.minigpt4.keepUnsent(); // there, Escape ends something else
+      window.minigpt4.stop();
     }
   }, true);
 

@@ -7,6 +7,7 @@ element.addEventListener("change", (event) => {
   const { value } = event.target;
   if (value !== "custom") {
     props.value = value;
+    minigpt4.settle(1);
     trigger("select", { index: 0, value });
   }
   show();

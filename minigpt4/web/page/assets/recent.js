@@ -26,6 +26,7 @@ const makeRow = (chat, today) => {
   }, title);
   pin.classList.toggle("pinned", Boolean(chat.pinned));
   const rename = button("rename", "rename", () => {
+    if (!open.isConnected) return;
     const input = make("input", { value: title, ariaLabel: say("rename") });
     let done = false;
     const finish = (keep, byKey) => {
@@ -48,6 +49,9 @@ const makeRow = (chat, today) => {
     input.focus();
     input.select();
   }, title);
+  rename.addEventListener("mousedown", (event) => {
+    if (!open.isConnected) event.preventDefault(); // the field keeps the focus
+  });
   const discard = button("delete", "delete", () => chats.remove([chat.id]), title);
   const item = make("li", {}, picture, open, pin, rename, discard);
   item.dataset.id = chat.id;
@@ -84,6 +88,10 @@ list.addEventListener("pointerdown", () => {
   clearTimeout(releasing);
   pressed = true;
 });
+// A double click would hit the row that has moved there, or end what the first click has begun.
+list.addEventListener("click", (event) => {
+  if (event.detail > 1 && event.target.closest("button:not(.title)")) event.stopPropagation();
+}, true);
 list.addEventListener("click", release); // after the row's own button
 for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => {
   clearTimeout(releasing);

@@ -26,7 +26,13 @@
     line?.remove();
     line = null;
   };
-  const keepUnsent = () => { waiting = false; };
+  const keepUnsent = () => {
+    if (waiting && line) line.textContent = line.textContent.replace(` ${say("sent_afterwards")}`, "");
+    waiting = false;
+  };
+  document.addEventListener("input", ({ target }) => {
+    if (target.matches("#box textarea") && !target.value.trim()) keepUnsent();
+  });
   document.addEventListener("click", ({ target }) => {
     if (target.closest("#new-chat")) keepUnsent();
   }, true);
@@ -68,14 +74,20 @@
 
   // --- sending: not before the pictures and the model's settings are there, nor while a conversation
   // is being opened ----------------------------------------------------------------------------------
-  const held = () => running > 0 || root.hasAttribute("data-opening") || find("#status [data-say=opening]");
+  let unsettled = 0, until = 0; // settings whose values are to come from the server; how long that may take
+  const settle = (change) => {
+    unsettled = Math.max(0, unsettled + change);
+    if (change > 0) until = Date.now() + 10_000;
+  };
+  const held = () => running > 0 || root.hasAttribute("data-opening") || find("#status [data-say=opening]")
+    || (unsettled > 0 && Date.now() < until);
   let asking = 0; // again and again, whether it is still held: nothing tells of all that can hold it
   const send = () => {
     if (waiting && held()) return;
     clearInterval(asking);
     if (!waiting) return;
     waiting = false;
-    requestAnimationFrame(() => requestAnimationFrame(() => find("#box .submit-button")?.click()));
+    setTimeout(() => find("#box .submit-button")?.click(), 50); // a hidden tab draws no frames
   };
   const hold = (event) => {
     if (!held()) return;
@@ -97,7 +109,7 @@
     }, true);
   };
   beforeSending(hold);
-  Object.assign(window.minigpt4, { keepUnsent, beforeSending });
+  Object.assign(window.minigpt4, { keepUnsent, settle, beforeSending });
 
   // --- where pictures come from ---------------------------------------------------------------------
   document.addEventListener("change", (event) => {
