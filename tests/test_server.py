@@ -459,6 +459,23 @@ def test_ctrl_c_lets_answers_end(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_amid_a_finalizer_ends_the_server(monkeypatch):
+    """Python drops what is raised there, and collects garbage at any time."""
+
+    class Garbage:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("sys.unraisablehook", dropped := Mock())
+    server, page = Server(list, options()), Mock(is_running=True)
+    page.close.side_effect = lambda **_: setattr(page, "is_running", False)
+    with server.until_terminated(page):
+        Garbage()
+        monkeypatch.setattr("time.sleep", Mock(side_effect=TimeoutError))  # it would wait for ever
+        server.wait(page)
+    assert dropped.called and page.close.called
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     server, before = Server(list, options()), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

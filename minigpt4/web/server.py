@@ -93,6 +93,7 @@ class Server:
         self, find_engines: Callable[[], Sequence[AnyEngine]], options: argparse.Namespace
     ) -> None:
         self._find_engines, self._options = find_engines, options
+        self._ended_by: int | None = None  # the signal that came
         self._auth = _user_and_password(options.auth)
         self._max_bytes = options.max_upload_mb * 2**20
         image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
@@ -142,6 +143,7 @@ class Server:
         def terminate(number: int, _: object) -> None:
             for ending in heard:
                 signal.signal(ending, signal.SIG_DFL)
+            self._ended_by = number  # Python drops what is raised inside a finalizer: `wait` looks
             raise _Terminated(number)
 
         before = {ending: signal.signal(ending, terminate) for ending in heard}
@@ -160,6 +162,8 @@ class Server:
         """As long as the page is served. UserError once a GPU has failed and everybody has been
         told: what started the program can start it again."""
         while page.is_running:
+            if self._ended_by is not None:
+                raise _Terminated(self._ended_by)
             if any(engine.fault == LOST for engine in self._find_engines()):
                 self._end(page, by_hand=False)
                 raise failure(LOST)

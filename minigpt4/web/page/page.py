@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import threading
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -336,7 +337,10 @@ def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, serve
         print(f"Open {serve(page, options, server)}", flush=True)
         loading.start()
         loading.wait()
-        freeze_objects()
+        # Not in this thread: a signal amid a finalizer would print a traceback.
+        freezing = threading.Thread(target=freeze_objects, name="freezing", daemon=True)
+        freezing.start()
+        freezing.join()
         server.wait(page)
 
 
