@@ -510,6 +510,31 @@ def test_a_lost_gpu_ends_the_server(monkeypatch, capsys):
             list(stream)
 
 
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_while_loading_ends_the_program(number, status):
+    program = f"""
+import signal, sys, threading, time
+from unittest.mock import Mock
+from minigpt4.web.page import page
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.run import options
+from minigpt4.web.server import Server
+
+def load(report):
+    main = threading.main_thread().ident
+    while not sys._current_frames()[main].f_code.co_filename.endswith("threading.py"):
+        pass
+    signal.pthread_kill(main, signal.{number})
+    threading.Event().wait()
+
+page.serve = Mock(return_value="x")
+page.launch(Mock(), options([]), Loading(load), Server(list, options([])))
+raise SystemExit(77)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stdout, run.stderr) == (status, "Open x\n", "")
+
+
 @pytest.mark.trust("Faults", "SIGTERM while streaming")
 def test_the_real_server_and_its_end():
     """nano from end to end: a picture, a stream that SIGTERM does not cut, exit status 0."""
