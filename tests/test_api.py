@@ -478,6 +478,8 @@ def test_unknown_endpoints_and_methods(address):
         ("GET", "/v1/responses/resp_1", 404, "keeps no responses"),
         ("DELETE", "/v1/responses/resp_1", 404, "keeps no responses"),
         ("POST", "/v1/responses/resp_1/cancel", 404, "keeps no responses"),
+        ("POST", "/v1/responses/input_tokens", 404, "openapi.json lists"),
+        ("GET", "/v1/models/nope", 404, f"ask for “{MODEL}”."),
         ("POST", "/api/v1/chat/completions", 404, "use /v1/chat/completions, with a base URL"),
         ("POST", "/openai/v1/responses", 404, "use /v1/responses, with a base URL"),
         ("POST", "/v1/chat/completion", 404, "use /v1/chat/completions."),

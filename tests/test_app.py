@@ -9,14 +9,16 @@ import app
 from minigpt4.web import run
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])  # the second by uvicorn alone
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.trust("Faults", "a port in use")
-def test_a_port_in_use(monkeypatch, capsys):
+def test_a_port_in_use(monkeypatch, capsys, host):
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind((host, 0))
         taken.listen()
         monkeypatch.setenv("MINIGPT4_PORT", str(taken.getsockname()[1]))
         monkeypatch.setattr("minigpt4.web.run.load", lambda *_: SimpleNamespace())
-        assert app.main([]) == 2
+        assert app.main(["--host", host]) == 2
     error = capsys.readouterr().err
     assert "is in use" in error and error.count("\n") == 1
 

@@ -140,6 +140,16 @@ def test_bodies_without_end(address, path, kind, size):
         assert line.recv(100).startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/", "", "/gradio_api/deep_link"])
+def test_a_whole_address_is_asked_for(address, path):
+    """As clients ask a proxy."""
+    expected = web.get(address + path).status_code
+    for scheme in ("http", "HTTPS"):
+        with connect(address) as line:
+            line.sendall(f"GET {scheme}://a.b:1{path} HTTP/1.1\r\nHost: a.b:1\r\n\r\n".encode())
+            assert line.recv(100).startswith(b"HTTP/1.1 %d" % expected)
+
+
 def run_limits(app, receive, seconds: float, headers=()) -> list[dict]:
     sent: list[dict] = []
 

@@ -7,6 +7,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from minigpt4.config import get_model
 from minigpt4.web.api.responses import read_response
 from tests.api_case import (
     MODEL,
@@ -207,6 +208,14 @@ def test_rivals_of_its_fields_are_named(ignored, body):
     assert (request.max_tokens, request.max_completion_tokens) == (2, None)
     assert request.messages[0].text == "Hello?"
     assert named == ignored
+
+
+@pytest.mark.parametrize("most", [2**63, 10**20, 1e30])
+def test_a_ceiling_may_be_any_number(most):
+    request, _ = read_response({"input": "Hello?", "max_output_tokens": most})
+    config = get_model("nano")
+    assert request.max_tokens == 2**63 - 1  # which any client's integers hold
+    assert request.sampling(config).max_new_tokens == config.context
 
 
 def test_a_number_that_no_float_holds_is_not_echoed(address):

@@ -459,6 +459,23 @@ def test_ctrl_c_lets_answers_end(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_amid_a_finalizer_ends_the_server(monkeypatch):
+    """Python drops what is raised there, and collects garbage at any time."""
+
+    class Garbage:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("sys.unraisablehook", dropped := Mock())
+    server, page = Server(list, options()), Mock(is_running=True)
+    page.close.side_effect = lambda **_: setattr(page, "is_running", False)
+    with server.until_terminated(page):
+        Garbage()
+        monkeypatch.setattr("time.sleep", Mock(side_effect=TimeoutError))  # it would wait for ever
+        server.wait(page)
+    assert dropped.called and page.close.called
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     server, before = Server(list, options()), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -491,6 +508,31 @@ def test_a_lost_gpu_ends_the_server(monkeypatch, capsys):
         page.close.assert_called_once()
         with pytest.raises(UserError, match="must be restarted"):
             list(stream)
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_while_loading_ends_the_program(number, status):
+    program = f"""
+import signal, sys, threading, time
+from unittest.mock import Mock
+from minigpt4.web.page import page
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.run import options
+from minigpt4.web.server import Server
+
+def load(report):
+    main = threading.main_thread().ident
+    while not sys._current_frames()[main].f_code.co_filename.endswith("threading.py"):
+        pass
+    signal.pthread_kill(main, signal.{number})
+    threading.Event().wait()
+
+page.serve = Mock(return_value="x")
+page.launch(Mock(), options([]), Loading(load), Server(list, options([])))
+raise SystemExit(77)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stdout, run.stderr) == (status, "Open x\n", "")
 
 
 @pytest.mark.trust("Faults", "SIGTERM while streaming")

@@ -52,6 +52,8 @@ def start_server(
     gradio_patches.apply()
     gradio_patches.draw_first(first)
     gradio_patches.tune_queue(page)
+    # It logs why an address cannot be bound, beside our sentence.
+    logging.getLogger("uvicorn.error").addFilter(_of_no_address)
     host = options.host.strip().removeprefix("[").removesuffix("]")
     try:
         socket.getaddrinfo(host, options.port)
@@ -78,6 +80,10 @@ def start_server(
     return address.rstrip("/")
 
 
+def _of_no_address(record: logging.LogRecord) -> bool:
+    return not isinstance(record.msg, OSError)
+
+
 def warn(text: str | UserError, seconds: float = 10) -> None:
     """Show a note on the page that disappears after `seconds`."""
     gr.Warning(html.escape(str(text)), title="", duration=seconds)  # Gradio shows it as HTML
@@ -93,6 +99,7 @@ class Server:
         self, find_engines: Callable[[], Sequence[AnyEngine]], options: argparse.Namespace
     ) -> None:
         self._find_engines, self._options = find_engines, options
+        self._ended_by: int | None = None  # the signal that came
         self._auth = _user_and_password(options.auth)
         self._max_bytes = options.max_upload_mb * 2**20
         image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
@@ -142,6 +149,7 @@ class Server:
         def terminate(number: int, _: object) -> None:
             for ending in heard:
                 signal.signal(ending, signal.SIG_DFL)
+            self._ended_by = number  # Python drops what is raised inside a finalizer: `wait` looks
             raise _Terminated(number)
 
         before = {ending: signal.signal(ending, terminate) for ending in heard}
@@ -160,6 +168,8 @@ class Server:
         """As long as the page is served. UserError once a GPU has failed and everybody has been
         told: what started the program can start it again."""
         while page.is_running:
+            if self._ended_by is not None:
+                raise _Terminated(self._ended_by)
             if any(engine.fault == LOST for engine in self._find_engines()):
                 self._end(page, by_hand=False)
                 raise failure(LOST)

@@ -48,7 +48,8 @@ def nowhere(path: str, method: str) -> ApiError:
     if allowed and path == f"/v1/{inner}":
         sentence = f"This endpoint takes {allowed} only: use that method."
         return ApiError(sentence, 405, "wrong_method", headers={"Allow": allowed})
-    if inner.startswith("responses/"):
+    asks = method == "POST" and inner.count("/") == 1  # as does OpenAI's responses/input_tokens
+    if inner.startswith("responses/") and not asks:
         sentence = "This server keeps no responses: read each as it is answered, or as events."
         return ApiError(sentence, 404, "unknown_endpoint")
     meant = f"/v1/{inner}" if allowed else MEANT.get(whole.lower(), MEANT.get(inner, ""))

@@ -143,7 +143,7 @@ class Api:
         name = request.path_params["name"].strip("/")
         if not name:
             raise nowhere("/v1/models/", request.method)
-        engine = self._service.engine(name)
+        engine = self._service.engine(name, otherwise="")
         return json_response(self._describe(engine))
 
     def _describe(self, engine: AnyEngine) -> dict:

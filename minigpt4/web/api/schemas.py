@@ -58,6 +58,12 @@ def _or_none(value: Any) -> Any:
     return None if value == -1 else value
 
 
+def _most(value: Any) -> Any:
+    """A ceiling may be any number: this one is out of reach already."""
+    value = _or_none(value)
+    return min(value, 2**63 - 1) if isinstance(value, int) else value
+
+
 def _temperature(value: Any) -> Any:
     """Below the lowest, clients mean 0."""
     return 0.0 if isinstance(value, float) and 0 < value < LOWEST_TEMPERATURE else value
@@ -149,7 +155,7 @@ def _number(name: str, unset: str = "") -> Any:
 
 
 def _accepting(
-    kind: type, low: int, read: Callable[[Any], Any], high: float = 2**63 - 1
+    kind: type, low: int, read: Callable[[Any], Any], high: float | None = 2**63 - 1
 ) -> BeforeValidator:
     """For a number that clients may send from `low` on, which `read` turns into ours."""
     return BeforeValidator(
@@ -164,10 +170,9 @@ MaxTokens = Annotated[
     int | None,
     Field(
         ge=1,
-        le=2**63 - 1,
         description="must be an integer of at least 1, or -1 for as many as fit.",
     ),
-    _accepting(int, -1, _or_none),
+    _accepting(int, -1, _most, None),
 ]
 
 

@@ -50,15 +50,18 @@ class ChatService:
             raise UserError(LOADING, "loading")
         return engines
 
-    def engine(self, model: str | None = None) -> AnyEngine:
-        """That of the model of this name, by default the first. ApiError where there is none."""
+    def engine(
+        self, model: str | None = None, otherwise: str = ", or leave model out"
+    ) -> AnyEngine:
+        """That of the model of this name, by default the first. ApiError where there is none:
+        ask for another, or do `otherwise`."""
         engines = self.engines
         if model is None:
             return engines[0]
         names = [engine.model.config.name for engine in engines]
         if model not in names:
             offered = " or ".join(f"“{name}”" for name in names)
-            sentence = f"There is no such model here: ask for {offered}, or leave model out."
+            sentence = f"There is no such model here: ask for {offered}{otherwise}."
             raise ApiError(sentence, 404, "model_not_found", "model")
         return engines[names.index(model)]
 

@@ -7,6 +7,7 @@ starts another program, one writes conversations to the disk.
 import asyncio
 import contextlib
 import errno
+import re
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,6 +22,7 @@ BODY_SECONDS = 120.0
 # unread bytes is reset, and the client loses the answer.
 REST_SECONDS, REST_BYTES = 1.0, 64 * 2**20
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_AUTHORITY = "(?i)^https?://[^/]*"
 # The first part of gradio's paths, after /gradio_api.
 CLOSED = {
     "component_server",
@@ -55,6 +57,9 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # As a client addresses a proxy: a server, too, must accept it (RFC 9112, 3.2.2).
+        scope["path"] = re.sub(_AUTHORITY, "", scope["path"]) or "/"
+        scope["raw_path"] = re.sub(_AUTHORITY.encode(), b"", scope.get("raw_path") or b"") or None
         parts = parts_of(scope)
         if closed(parts):
             await PlainTextResponse("There is no such page.\n", 404)(scope, receive, send)

@@ -1,6 +1,10 @@
 """The engines and the progress of loading them: the page opens before the models are loaded."""
 
+import atexit
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -70,6 +74,17 @@ class Loading:
         self._thread.join()
         if self.error is not None:
             raise self.error
+
+    def leave(self, status: int) -> None:
+        """If loading still goes on, end the program with this status: the interpreter's own end
+        would meet a thread that is inside torch, and abort."""
+        # Not is_alive(): a signal amid join() has Python 3.11 say False.
+        if self._thread.ident and not self.engines and self.error is None:
+            atexit._run_exitfuncs()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(status)
 
     def _run(self) -> None:
         engines: list[AnyEngine] = []

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import threading
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -340,12 +341,20 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
 def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, server: Server) -> None:
     """Serve until the program is told to end. Raises the error that loading failed with, or that
     a GPU failed."""
-    with server.until_terminated(page):
-        print(f"Open {serve(page, options, server)}", flush=True)
-        loading.start()
-        loading.wait()
-        freeze_objects()
-        server.wait(page)
+    try:
+        with server.until_terminated(page):
+            print(f"Open {serve(page, options, server)}", flush=True)
+            loading.start()
+            loading.wait()
+            # Not in this thread: a signal amid a finalizer would print a traceback.
+            freezing = threading.Thread(target=freeze_objects, name="freezing", daemon=True)
+            freezing.start()
+            freezing.join()
+            server.wait(page)
+    except KeyboardInterrupt:
+        loading.leave(130)
+        raise
+    loading.leave(0)
 
 
 def freeze_objects() -> None:
