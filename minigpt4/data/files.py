@@ -86,7 +86,8 @@ def read_bytes(path: str | os.PathLike, size: int = -1) -> bytes:
             content = file.read(size)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a possible name"
-        raise UserError(f"{printable(path)} cannot be read ({why}): check the path.") from error
+        what = "change its permissions" if isinstance(error, PermissionError) else "check the path"
+        raise UserError(f"{printable(path)} cannot be read ({why}): {what}.") from error
     if content.startswith(_POINTER):
         raise UserError(
             f"{printable(path)} is a Git LFS pointer, not the file itself: run “git lfs pull”."
