@@ -148,6 +148,7 @@ def _ask(options: argparse.Namespace) -> None:
         raise UserError("The question is empty: write one after the pictures.")
     if image.has_picture_name(question) and Path(question).is_file():
         raise UserError(f"{question} is a picture: give the question after the pictures.")
+    question = os.fsencode(question).decode("utf-8", "replace")  # whatever the locale
     given = start.given_sampling(options)
     if options.out and image.has_picture_name(options.out):  # writing would destroy a photo
         raise UserError(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,20 @@ def test_a_file_of_answers_that_cannot_be_used_is_refused_first(
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
     assert not content or out.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked"), [(b"caf\xc3\xa9", "caf\u00e9"), (b"caf\xe9", "caf\ufffd")]
+)
+def test_a_question_that_is_not_utf8(tmp_path, monkeypatch, typed, asked):
+    taken = []
+    monkeypatch.setattr("minigpt4.start.open_engine", lambda _: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "minigpt4.batch.not_asked_yet", lambda *given: nullcontext(taken.extend(given))
+    )
+    photo = str(write_captioned(tmp_path / "photos", 1) / "0.jpg")
+    assert main(["ask", photo, os.fsdecode(typed), "--out", str(tmp_path / "a.jsonl")]) == 0
+    assert taken[1] == asked
 
 
 def test_names_of_photos_on_a_terminal(tmp_path, capsys):
