@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from minigpt4 import start
 from minigpt4.config import MODELS, get_model
 from minigpt4.curation import options as curation
-from minigpt4.errors import UserError
+from minigpt4.errors import Unfailing, UserError
 from minigpt4.evaluation import options as evaluation
 from minigpt4.options import (
     ASK,
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
     if sys.stderr is None:  # closed, as with 2>&-: what is meant for it would go elsewhere
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = Unfailing(sys.stderr)
     options = _parser().parse_args(arguments)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal lacks are replaced
