@@ -60,13 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"minigpt4: {_sentence_for(error)}", file=sys.stderr)
+        written = error.filename or getattr(options, "out", None)
+        print(f"minigpt4: {_sentence_for(error, written)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _sentence_for(error: OSError) -> str:
-    """What the system refused, and what to do."""
+def _sentence_for(error: OSError, written: str | None) -> str:
+    """What the system refused, and what to do. written: the file or folder, if it is known."""
     name = error.filename or "A file"
     match error:
         case FileNotFoundError() | NotADirectoryError():
@@ -76,7 +77,10 @@ def _sentence_for(error: OSError) -> str:
         case PermissionError():
             return f"{name} may not be read or written: change its permissions, or name another."
     if error.errno == errno.ENOSPC:
-        return "The disk is full: make room, then do it again."
+        path = os.path.abspath(written or "")
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        disk = f"The disk of {folder}" if written else "The disk"
+        return f"{disk} is full: make room, then do it again."
     reason = error.strerror or "the disk or a device failed"
     return f"{name} cannot be used ({reason}): check the path and its disk."
 

@@ -1,5 +1,6 @@
 """One picture that cannot be used ends no long job: it is named, counted and left out."""
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from minigpt4.batch import ask_photos, greedy, not_asked_yet
 from minigpt4.curation.export import export
 from minigpt4.data.examples import read_shards, usable
 from minigpt4.data.files import replacing
+from minigpt4.data.outputs import write_json
 from minigpt4.errors import UserError
 from minigpt4.training.extended import ExtendedRecipe
 from minigpt4.training.trainer import Recipe
@@ -243,3 +245,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         partial.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"new" and {*tmp_path.iterdir()} == {path, beside}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named):
+    """Also where a library, or a file that is open already, does not say which file it was."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(options):
+        if not named:
+            refuse()
+        with pytest.raises(OSError) as caught, replacing(tmp_path / "a.bin"):
+            refuse()
+        assert caught.value.filename == str(tmp_path / "a.bin")
+        monkeypatch.setattr(Path, "write_text", refuse)
+        write_json(str(tmp_path / "a.json"), {})
+
+    monkeypatch.setattr("minigpt4.__main__._convert", write)
+    out = "elsewhere/a.safetensors" if named else str(tmp_path / "a.safetensors")
+    assert main(["convert", "a.pth", out]) == 2
+    assert capsys.readouterr().err.startswith(f"minigpt4: The disk of {tmp_path} is full: make ")
