@@ -31,6 +31,7 @@ from minigpt4.weights.checkpoint import (
     read_projection,
     tensors_of,
 )
+from minigpt4.weights.encoder import load_int8_encoder
 from minigpt4.weights.gguf import INDEX
 from minigpt4.weights.llm import choose_dtype, load_llm
 from minigpt4.weights.load import find_weights, load_model, refuse_unloaded
@@ -83,7 +84,13 @@ def test_a_file_of_another_user_is_not_called_damaged(tmp_path, monkeypatch, suf
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
 
     monkeypatch.setattr("builtins.open", refuse)
-    for read in (read_checkpoint, lambda path: [*tensors_of(path, ("",))]):
+    large = get_model("vicuna-7b")
+    for read in (
+        read_checkpoint,
+        lambda path: [*tensors_of(path, ("",))],
+        lambda path: load_int8_encoder(large.vision, path, {}, torch.float32),
+        lambda path: load_llm(large, path.parent, torch.device("cpu"), "int4"),
+    ):
         with pytest.raises(UserError, match=r"\(Permission denied\): change its permissions"):
             read(path)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.config import ModelConfig, Quantize
-from minigpt4.data.files import replacing
+from minigpt4.data.files import check_pointer, replacing
 from minigpt4.errors import Count, UserError, ignore, out_of_memory, say
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.options import DTYPE
@@ -213,6 +213,8 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
         if out_of_memory(error):
             raise MemoryError from error
         log.debug("loading %s", folder, exc_info=True)
+        for file in filter(Path.is_file, folder.glob("*")):
+            check_pointer(file)
         raise UserError(
             f"{folder} holds no complete 4-bit model: delete the folder, then run "
             f"“python -m minigpt4 download {config.name}”, or choose “--quantize none”."
