@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from minigpt4 import start
 from minigpt4.config import MODELS, get_model
 from minigpt4.curation import options as curation
-from minigpt4.errors import UserError
+from minigpt4.errors import Unfailing, UserError
 from minigpt4.evaluation import options as evaluation
 from minigpt4.options import (
     ASK,
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
     if sys.stderr is None:  # closed, as with 2>&-: what is meant for it would go elsewhere
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = Unfailing(sys.stderr)
     options = _parser().parse_args(arguments)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal lacks are replaced
@@ -59,13 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"minigpt4: {_sentence_for(error)}", file=sys.stderr)
+        written = error.filename or getattr(options, "out", None)
+        print(f"minigpt4: {_sentence_for(error, written)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _sentence_for(error: OSError) -> str:
-    """What the system refused, and what to do."""
+def _sentence_for(error: OSError, written: str | None) -> str:
+    """What the system refused, and what to do. written: the file or folder, if it is known."""
     name = error.filename or "A file"
     match error:
         case FileNotFoundError() | NotADirectoryError():
@@ -75,7 +77,10 @@ def _sentence_for(error: OSError) -> str:
         case PermissionError():
             return f"{name} may not be read or written: change its permissions, or name another."
     if error.errno == errno.ENOSPC:
-        return "The disk is full: make room, then do it again."
+        path = os.path.abspath(written or "")
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        disk = f"The disk of {folder}" if written else "The disk"
+        return f"{disk} is full: make room, then do it again."
     reason = error.strerror or "the disk or a device failed"
     return f"{name} cannot be used ({reason}): check the path and its disk."
 
@@ -148,6 +153,7 @@ def _ask(options: argparse.Namespace) -> None:
         raise UserError("The question is empty: write one after the pictures.")
     if image.has_picture_name(question) and Path(question).is_file():
         raise UserError(f"{question} is a picture: give the question after the pictures.")
+    question = os.fsencode(question).decode("utf-8", "replace")  # whatever the locale
     given = start.given_sampling(options)
     if options.out and image.has_picture_name(options.out):  # writing would destroy a photo
         raise UserError(

@@ -1,10 +1,11 @@
 """UserError, the one kind of error a user may see; and how progress is reported."""
 
+import contextlib
 import errno
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TextIO
 
 Kind = Literal[
     "request", "too_long", "queue_full", "loading", "memory", "broken", "hanging", "ending"
@@ -94,3 +95,26 @@ def say(line: str, passing: bool = False) -> None:
     """Print a line to stderr. Passing ones are left out, as a progress bar shows the same."""
     if not passing:
         print(line, file=sys.stderr, flush=True)
+
+
+class Unfailing:
+    """A stream that drops what cannot be written, instead of raising.
+
+    What is said on standard error comes before the answer: Gradio writes a traceback there before
+    it answers the visitor. If that raised, as with a log on a full disk, nothing would come.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

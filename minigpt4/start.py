@@ -1,7 +1,6 @@
 """Options -> a loaded model or engine: what the command line, the page and Python share."""
 
 import argparse
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import closing
@@ -149,16 +148,13 @@ def quantize_of(
         if name == "auto":
             return name
         raise UserError("“--quantize int4” works on the CPU: choose int8, nf4 or none.")
-    from minigpt4.engine.kernels.build import library, must_compile
+    from minigpt4.engine.kernels.build import library, must_compile, why_not
 
     if must_compile():
         report(Step("compiling", "Compiling the CPU kernels (once) …"))
     if library() is not None:
         return "int4"
-    why, advice = "No C compiler was found", "install gcc or clang, or set $CC"
-    if named := os.environ.get("CC"):
-        why = f"The C compiler “{named}”, which $CC names, failed"
-        advice = "correct $CC, or unset it"
+    why, advice = why_not()
     if name == "int4":
         raise UserError(f"{why}, and “--quantize int4” needs one: {advice}.")
     say(f"{why}, so {config.name} runs in PyTorch, several times slower: {advice}.")

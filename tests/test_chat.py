@@ -6,6 +6,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -274,6 +276,9 @@ def test_closed_outputs(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr", None)
     assert main(["ask", "gone.png", "What?"]) == 2
     assert capsys.readouterr().out == ""
+    full = SimpleNamespace(write=Mock(side_effect=OSError), flush=Mock(side_effect=OSError))
+    monkeypatch.setattr("sys.stderr", full)  # as 2>/dev/full
+    assert main(["ask", "gone.png", "What?"]) == 2 and full.write.called
 
 
 def test_pictures_are_encoded_while_the_user_types(tmp_path, monkeypatch):

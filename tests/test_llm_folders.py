@@ -5,12 +5,19 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging as transformers_logging
 
 from minigpt4.config import get_model
 from minigpt4.engine.kernels.build import library
@@ -20,7 +27,7 @@ from minigpt4.errors import UserError
 from minigpt4.weights import convert
 from minigpt4.weights.folder import NORM
 from minigpt4.weights.gguf import BlockLlama
-from minigpt4.weights.llm import load_llm
+from minigpt4.weights.llm import _unpack_weights, load_llm
 from tests.test_decoder import whole
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
@@ -231,3 +238,21 @@ def test_a_setting_that_is_missing(weights, tmp_path):
     del settings["hidden_size"]
     (folder / "config.json").write_text(json.dumps(settings))
     assert "('hidden_size' is missing in config.json)" in refusal(folder, "int4")
+
+
+def test_unpacked_weights_may_be_read_by_those_who_read_the_rest(tmp_path, monkeypatch, capsys):
+    """safetensors writes for the owner alone; and transformers draws bars in three places."""
+
+    def save(folder, **_):
+        for module in (modeling_gguf_pytorch_utils, transformers_logging):
+            assert [*module.tqdm([1], desc="Writing")] == [1]
+        Path(folder, "model.safetensors").touch(0o600)
+
+    model = SimpleNamespace(save_pretrained=save)
+    report = {"missing_keys": [], "mismatched_keys": [], "error_msgs": []}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, report))
+    beside = tmp_path / "a.gguf"
+    beside.touch()
+    _unpack_weights(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == beside.stat().st_mode
+    assert capsys.readouterr().err.count("\n") == 1

@@ -229,22 +229,55 @@ def test_compiling_the_kernels_is_a_step_of_loading(monkeypatch, tmp_path):
     assert lines == ["Compiling the CPU kernels (once) …"]
     german = SimpleNamespace(headers={"accept-language": "de"})
     assert translate_step(lines[0], german).startswith("Die Rechenkerne")
-    build._place(["cc"], "native").touch()
+    build._place(tmp_path, "native").touch()
     start.quantize_of(*auto, lines.append)
     assert len(lines) == 1
 
 
+FULL = "ld: final link failed: No space left on device"
+
+
 @pytest.mark.parametrize(
-    ("named", "said"), [("false", "“false”, which $CC names, failed"), ("", "No C compiler was ")]
+    ("named", "found", "said"),
+    [
+        ("false", "", "“false”, which $CC names, failed (exit status 1), so nano runs"),
+        ("", "exit 3", "The C compiler cc failed (exit status 3), so nano runs"),
+        ("", f"echo {FULL} >&2; exit 1", f"The C compiler cc failed ({FULL}), so nano runs"),
+        ("", "", "No C compiler was found, so nano runs"),
+    ],
 )
-def test_a_compiler_that_fails(named, said, monkeypatch, capsys):
+def test_a_compiler_that_fails(named, found, said, monkeypatch, capsys, tmp_path):
+    """Or that is not there; what happened is said once."""
+    if found:
+        (tmp_path / "cc").write_text(f"#!/bin/sh\n{found}\n")
+        (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("CC", named)
+    monkeypatch.setenv(
+        "PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}" if named else str(tmp_path)
+    )
+    monkeypatch.setattr(build, "_build_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
     monkeypatch.setattr(build, "must_compile", lambda: False)
-    monkeypatch.setattr(build, "library", lambda: None)
     assert start.quantize_of("auto", get_model("nano"), torch.device("cpu")) == "none"
-    assert said in capsys.readouterr().err
+    lines = capsys.readouterr().err
+    assert said in lines and lines.count("\n") == 1
     with pytest.raises(UserError, match="needs one"):
         start.quantize_of("int4", get_model("nano"), torch.device("cpu"))
+
+
+@pytest.mark.skipif(build.library() is None, reason="no C compiler: install gcc")
+@pytest.mark.parametrize("home", ["", "none"])
+def test_kernels_without_a_compiler_or_a_folder(home, monkeypatch, tmp_path):
+    """A build is used without the compiler; where none can be kept, nothing is left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = tmp_path.with_suffix(".c")
+    source.write_text("".join(f"void minigpt4_{name}(void) {{}}\n" for name in build._FUNCTIONS))
+    monkeypatch.setattr(build, "_SOURCE", source)
+    monkeypatch.setattr(build, "_build_folder", lambda: None if home else tmp_path)
+    assert build.must_compile() and build.library.__wrapped__()
+    assert len([*tmp_path.iterdir()]) == (not home)
+    monkeypatch.setattr(build, "_compiler", lambda: None)
+    assert bool(build.library.__wrapped__()) == (not home)
 
 
 def test_options_of_loading():

@@ -1,8 +1,10 @@
 """One picture that cannot be used ends no long job: it is named, counted and left out."""
 
+import errno
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from minigpt4.batch import ask_photos, greedy, not_asked_yet
 from minigpt4.curation.export import export
 from minigpt4.data.examples import read_shards, usable
 from minigpt4.data.files import replacing
+from minigpt4.data.outputs import write_json
 from minigpt4.errors import UserError
 from minigpt4.training.extended import ExtendedRecipe
 from minigpt4.training.trainer import Recipe
@@ -193,6 +196,20 @@ def test_a_file_of_answers_that_cannot_be_used_is_refused_first(
     assert not content or out.read_text() == content
 
 
+@pytest.mark.parametrize(
+    ("typed", "asked"), [(b"caf\xc3\xa9", "caf\u00e9"), (b"caf\xe9", "caf\ufffd")]
+)
+def test_a_question_that_is_not_utf8(tmp_path, monkeypatch, typed, asked):
+    taken = []
+    monkeypatch.setattr("minigpt4.start.open_engine", lambda _: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "minigpt4.batch.not_asked_yet", lambda *given: nullcontext(taken.extend(given))
+    )
+    photo = str(write_captioned(tmp_path / "photos", 1) / "0.jpg")
+    assert main(["ask", photo, os.fsdecode(typed), "--out", str(tmp_path / "a.jsonl")]) == 0
+    assert taken[1] == asked
+
+
 def test_names_of_photos_on_a_terminal(tmp_path, capsys):
     engine = SimpleNamespace(max_waiting=1, close=lambda: None)  # no picture gets so far
     path, out = tmp_path / "a\n\x1b[31m.jpg", tmp_path / "answers.jsonl"
@@ -228,3 +245,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         partial.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"new" and {*tmp_path.iterdir()} == {path, beside}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named):
+    """Also where a library, or a file that is open already, does not say which file it was."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(options):
+        if not named:
+            refuse()
+        with pytest.raises(OSError) as caught, replacing(tmp_path / "a.bin"):
+            refuse()
+        assert caught.value.filename == str(tmp_path / "a.bin")
+        monkeypatch.setattr(Path, "write_text", refuse)
+        write_json(str(tmp_path / "a.json"), {})
+
+    monkeypatch.setattr("minigpt4.__main__._convert", write)
+    out = "elsewhere/a.safetensors" if named else str(tmp_path / "a.safetensors")
+    assert main(["convert", "a.pth", out]) == 2
+    assert capsys.readouterr().err.startswith(f"minigpt4: The disk of {tmp_path} is full: make ")

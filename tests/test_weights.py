@@ -1,5 +1,6 @@
 """Weight files that are missing, cut, of another kind or model end in one clear sentence."""
 
+import errno
 import json
 import os
 import pickle
@@ -23,7 +24,14 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.model.bridge import build_bridge
 from minigpt4.weights import llm, sources
-from minigpt4.weights.checkpoint import check_projection, load_strict, read_projection
+from minigpt4.weights.checkpoint import (
+    check_projection,
+    load_strict,
+    read_checkpoint,
+    read_projection,
+    tensors_of,
+)
+from minigpt4.weights.encoder import load_int8_encoder
 from minigpt4.weights.gguf import INDEX
 from minigpt4.weights.llm import choose_dtype, load_llm
 from minigpt4.weights.load import find_weights, load_model, refuse_unloaded
@@ -64,6 +72,27 @@ def test_missing_and_cut_files(case, name):
         assert name in said and "delete it, then fetch it again" in said
     path.write_text("<html>404 not found</html>")
     assert name in complaint(case)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_of_another_user_is_not_called_damaged(tmp_path, monkeypatch, suffix):
+    """Every reader opens it by itself, and safetensors calls it missing."""
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"")
+
+    def refuse(name, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    large = get_model("vicuna-7b")
+    for read in (
+        read_checkpoint,
+        lambda path: [*tensors_of(path, ("",))],
+        lambda path: load_int8_encoder(large.vision, path, {}, torch.float32),
+        lambda path: load_llm(large, path.parent, torch.device("cpu"), "int4"),
+    ):
+        with pytest.raises(UserError, match=r"\(Permission denied\): change its permissions"):
+            read(path)
 
 
 @pytest.mark.trust("Faults", "weights that are missing, cut, of the wrong shape or malicious")

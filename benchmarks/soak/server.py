@@ -14,10 +14,10 @@ import psutil
 
 import app
 from minigpt4.engine import Engine
+from minigpt4.errors import Unfailing
 from minigpt4.web.guard import uploads
 from minigpt4.web.page.loading import Loading
 from minigpt4.web.page.page import build_page, serve
-from minigpt4.web.run import Unfailing
 from minigpt4.web.server import Server
 
 HANG_SECONDS = 30.0  # a step that takes longer is a hang: the soak's machine may be busy

@@ -86,7 +86,8 @@ def read_bytes(path: str | os.PathLike, size: int = -1) -> bytes:
             content = file.read(size)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a possible name"
-        raise UserError(f"{printable(path)} cannot be read ({why}): check the path.") from error
+        what = "change its permissions" if isinstance(error, PermissionError) else "check the path"
+        raise UserError(f"{printable(path)} cannot be read ({why}): {what}.") from error
     if content.startswith(_POINTER):
         raise UserError(
             f"{printable(path)} is a Git LFS pointer, not the file itself: run “git lfs pull”."
@@ -194,6 +195,17 @@ def repair_jsonl(path: str | os.PathLike) -> bytes:
 
 
 @contextmanager
+def naming(path: str | os.PathLike | None) -> Iterator[None]:
+    """An OSError in the block names the file: a write that the disk refuses does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if path and error.errno and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Write a file whole or not at all: yields the path to write to, which replaces `path` at the
     end of the block. After an error it is deleted, and `path` is as it was.
@@ -206,7 +218,8 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     try:
         partial.touch()
         mode = partial.stat().st_mode
-        yield partial
+        with naming(path):
+            yield partial
         # Some libraries write for the owner alone, and some disks have no modes.
         with suppress(OSError):
             partial.chmod(partial.stat().st_mode | mode)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from minigpt4.data.files import naming
 from minigpt4.data.shards import expand
 from minigpt4.errors import UserError
 from minigpt4.model.image import has_picture_name
@@ -22,14 +23,19 @@ def write_json(path: str | None, result: dict) -> None:
     """Write figures as JSON, if a path is given."""
     if path:
         text = json.dumps(result, indent=1, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8", errors="replace")
+        _write(path, text + "\n")
 
 
 def write_lines(path: str | None, records: Sequence[dict]) -> None:
     """Write JSON lines, if a path is given."""
     if path:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")
+        _write(path, "".join(lines))
+
+
+def _write(path: str, text: str) -> None:
+    with naming(path):
+        Path(path).write_text(text, encoding="utf-8", errors="replace")
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:

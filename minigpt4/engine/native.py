@@ -15,6 +15,7 @@ from minigpt4.engine.kernels.build import (
     CMatrix,
     CModel,
     library,
+    why_not,
 )
 from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.engine.scheduler import Rows
@@ -33,7 +34,7 @@ def whole_blocks(n: int) -> int:
 def _kernels(variant: str) -> ctypes.CDLL:
     kernels = library(variant)
     if kernels is None:
-        raise OSError("there is no C compiler, and no build of the kernels")
+        raise OSError(why_not(variant)[0])
     return kernels
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from minigpt4 import start
 from minigpt4.batch import Batch, Completion, PictureQuestion, greedy
 from minigpt4.config import get_model
-from minigpt4.data.files import read_jsonl
+from minigpt4.data.files import naming, read_jsonl
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.evaluation import report
@@ -163,7 +163,10 @@ def answer_items(
     if options.drawn:
         sampling = start.default_sampling(config, max_new_tokens=TOKENS, seed=options.seed)
     by_id = {item.id: item for item in items}
-    with open(options.answers or os.devnull, "w", encoding="utf-8") as file:
+    with (
+        naming(options.answers),
+        open(options.answers or os.devnull, "w", encoding="utf-8") as file,
+    ):
         for question, answer in batch.answer(list(map(_question, items)), sampling):
             item = by_id[question.key]
             record: dict[str, object] = {"id": item.id, "task": item.task}

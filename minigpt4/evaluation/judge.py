@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt4.data.files import PROMPTS, read_jsonl, read_text, repair_jsonl
+from minigpt4.data.files import PROMPTS, naming, read_jsonl, read_text, repair_jsonl
 from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.remote.endpoint import Endpoint, Refused, encodable
@@ -64,6 +64,7 @@ class Judge:
         keys = [self._key(case) for case in cases]
         asked = {k: case for k, case in zip(keys, cases, strict=True) if k not in known}
         with (
+            naming(kept),
             open(kept or os.devnull, "a", encoding="utf-8") as file,
             ThreadPoolExecutor(AT_ONCE) as pool,
         ):

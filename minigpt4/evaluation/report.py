@@ -11,7 +11,7 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
-from minigpt4.data.files import read_text
+from minigpt4.data.files import naming, read_text
 from minigpt4.data.outputs import write_json
 from minigpt4.errors import UserError
 
@@ -149,7 +149,8 @@ def write_markdown(path: str | None, name: str, text: str) -> None:
         before, after = find_place(path, name)
         begin, end = _marks(name)
         page = f"{before}{begin}{text.strip()}\n{end}{after}"
-        Path(path).write_text(page.rstrip() + "\n", encoding="utf-8", errors="replace")
+        with naming(path):
+            Path(path).write_text(page.rstrip() + "\n", encoding="utf-8", errors="replace")
 
 
 def _marks(name: str) -> tuple[str, str]:

@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 from minigpt4 import start
 from minigpt4.config import get_model
-from minigpt4.errors import UserError
+from minigpt4.errors import Unfailing, UserError
 from minigpt4.options import Parser
 from minigpt4.web.options import add_options
 
@@ -63,29 +63,6 @@ def load(chosen: argparse.Namespace, report: Callable[[str], None]) -> "AnyEngin
         max_running=chosen.max_running,
         max_waiting=chosen.max_queue,
     )
-
-
-class Unfailing:
-    """A stream that drops what cannot be written, instead of raising.
-
-    Gradio writes a traceback to standard error before it answers the visitor. If that raised, as
-    with a log on a full disk, the visitor would wait forever.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def upload_folder() -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt4.config import ModelConfig, model_of_projection
-from minigpt4.data.files import replacing
+from minigpt4.data.files import check_pointer, replacing
 from minigpt4.errors import Count, UserError, ignore, out_of_memory
 from minigpt4.model.parts import EvaViT
 
@@ -38,7 +38,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
     A .pth file is mapped into memory, not read. The published files nest their tensors in "model",
     others elsewhere: these names are left out, and other nests become part of the tensors' names.
-    UserError where the file is missing, damaged or holds anything other than tensors.
+    UserError where the file is missing, unreadable, damaged or holds anything other than tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,6 +46,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise UserError(f"{path} is a folder: name the file in it{found and f', {path / found}'}.")
     if not path.is_file():
         raise UserError(f"There is no weight file {path}: check the path, or download the file.")
+    check_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -339,6 +340,7 @@ def tensors_of(shard: Path, beginnings: tuple[str, ...]) -> Iterator[tuple[str, 
         state = read_checkpoint(shard)
         yield from ((name, t) for name, t in state.items() if name.startswith(beginnings))
         return
+    check_pointer(shard)
     try:
         with safe_open(shard, "pt") as file:
             for name in filter(lambda n: n.startswith(beginnings), file.keys()):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt4.data.files import replacing
+from minigpt4.data.files import check_pointer, replacing
 from minigpt4.errors import Report, Step, UserError
 from minigpt4.model.parts import EvaViT
 from minigpt4.model.vision import build_encoder
@@ -62,8 +62,9 @@ def make_int8(config: EvaViT, vision: Path, report: Report) -> Path:
                 with replacing(target) as partial:
                     save_file(dict(_quantized(config, vision, report)), partial)
     except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{target} cannot be written ({error}): make room, or name another folder in "
+            f"{target} cannot be written ({reason}): make room, or name another folder in "
             "MINIGPT4_WEIGHTS."
         ) from error
     return target
@@ -98,6 +99,7 @@ def load_int8_encoder(
     config: EvaViT, path: Path, norm: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
     """The encoder from such a file. norm: `ln_vision`. UserError where the file is damaged."""
+    check_pointer(path)
     encoder = _on_meta(config)
     for name, module in [*encoder.named_modules()]:
         if isinstance(module, nn.Linear):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.config import ModelConfig, Quantize
+from minigpt4.data.files import check_pointer, replacing
 from minigpt4.errors import Count, UserError, ignore, out_of_memory, say
 from minigpt4.model.text import JsonTokenizer
 from minigpt4.options import DTYPE
@@ -212,6 +213,8 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
         if out_of_memory(error):
             raise MemoryError from error
         log.debug("loading %s", folder, exc_info=True)
+        for file in filter(Path.is_file, folder.glob("*")):
+            check_pointer(file)
         raise UserError(
             f"{folder} holds no complete 4-bit model: delete the folder, then run "
             f"“python -m minigpt4 download {config.name}”, or choose “--quantize none”."
@@ -256,10 +259,11 @@ def _unpack_weights(folder: Path) -> None:
     Q4_1 holds 4-bit steps between 16-bit scales: 16 bits are enough for what is in the file.
     UserError where the folder cannot be written to.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = lambda items, **_: items  # `_told` has no say in it
     say("Unpacking the language model for PyTorch (once) …")
-    with _cached("GGUFReader", "get_tensor_name_map"):
+    with _cached("GGUFReader", "get_tensor_name_map"), _told(0, ignore):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=gguf_of(folder).name,
@@ -269,9 +273,13 @@ def _unpack_weights(folder: Path) -> None:
         )
     _check_complete(report, folder)
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with (
+            replacing(folder / "model.safetensors") as partial,
+            tempfile.TemporaryDirectory(dir=folder) as scratch,
+            _told(0, ignore),
+        ):
             model.save_pretrained(scratch, max_shard_size="100GB")
-            Path(scratch, "model.safetensors").replace(folder / "model.safetensors")
+            Path(scratch, "model.safetensors").replace(partial)
     except OSError as error:
         raise UserError(
             f"The language model could not be unpacked in {folder} ({error.strerror}): make room "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4._data import cache_folder
-from minigpt4.data.files import replacing
+from minigpt4.data.files import replacing, shortened
 
 _SOURCE = Path(__file__).parent.with_name("native.c")
 _FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
@@ -30,6 +30,8 @@ KINDS = dict(  # as GGUF numbers them
     F32=0, F16=1, Q4_0=2, Q4_1=3, Q5_0=6, Q5_1=7, Q8_0=8, Q4_K=12, Q5_K=13, Q6_K=14
 )
 BLOCK = 32  # rows and columns that lie together
+
+FAILED: dict[str, str] = {}  # variant -> why it could not be built or opened
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +99,13 @@ def library(variant: str = "native") -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(_find_or_build(variant)))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the CPU kernels could not be built: %s", error)
+        log.debug("the CPU kernels could not be built", exc_info=True)
+        FAILED[variant] = shortened(getattr(error, "strerror", None) or error)
         return None
+    finally:
+        if _scratch_folder.cache_info().currsize:  # what is open needs no file
+            shutil.rmtree(_scratch_folder(), ignore_errors=True)
+            _scratch_folder.cache_clear()
     for name, (result, arguments) in _FUNCTIONS.items():
         function = loaded[f"minigpt4_{name}"]
         function.restype, function.argtypes = result, arguments
@@ -108,18 +115,30 @@ def library(variant: str = "native") -> ctypes.CDLL | None:
 
 def must_compile(variant: str = "native") -> bool:
     """Whether `library` has to compile first, which takes seconds."""
-    compiler = _compiler()
-    return compiler is not None and not _place(compiler, variant).exists()
+    folder = _build_folder()
+    built = folder is not None and _place(folder, variant).exists()
+    return _compiler() is not None and not built
 
 
-def _place(compiler: Sequence[str] | None, variant: str) -> Path:
-    return _build_folder() / f"native-{_fingerprint(compiler, variant)}.so"
+def why_not(variant: str = "native") -> tuple[str, str]:
+    """Why `library` gave None, and what to do: the beginning and the end of a sentence."""
+    compiler, reason = _compiler(), FAILED.get(variant)
+    if compiler is None:
+        return "No C compiler was found", "install gcc or clang, or set $CC"
+    if named := os.environ.get("CC"):
+        why = f"The C compiler “{named}”, which $CC names, failed ({reason})"
+        return why, "correct $CC, or unset it"
+    return f"The C compiler {compiler[0]} failed ({reason})", "mend this, or set $CC to another"
+
+
+def _place(folder: Path, variant: str) -> Path:
+    return folder / f"native-{_fingerprint(variant)}.so"
 
 
 def _find_or_build(variant: str) -> Path:
     """Where the build is. OSError without a compiler, or where it fails."""
     compiler = _compiler()
-    built = _place(compiler, variant)
+    built = _place(_build_folder() or _scratch_folder(), variant)
     if built.exists():
         return built
     if compiler is None:
@@ -141,31 +160,33 @@ def _compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def _fingerprint(compiler: Sequence[str] | None, variant: str) -> str:
-    """Of the sources, the compiler's name and options, and the processor it was built for."""
+def _fingerprint(variant: str) -> str:
+    """Of the sources, $CC, the options, and the processor it was built for. Not of the compiler
+    that was found: a build is good without it."""
     processor = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += next((x for x in lines if x.startswith(("flags", "Features"))), "")
     except OSError:
         pass
-    options = [*(compiler or ()), *_FLAGS, *VARIANTS[variant], processor]
+    options = [os.environ.get("CC", ""), *_FLAGS, *VARIANTS[variant], processor]
     content = hashlib.sha256(" ".join(options).encode())
     for file in (_SOURCE, *sorted(Path(__file__).parent.glob("*.h"))):
         content.update(file.read_bytes())
     return content.hexdigest()[:16]
 
 
-def _build_folder() -> Path:
-    """Where builds are kept; a folder of this user alone, since what lies there is executed."""
-    folder = cache_folder()
+def _build_folder() -> Path | None:
+    """Where builds are kept; a folder of this user alone, since what lies there is executed. None
+    where there can be none."""
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home folder
         pass
-    return _scratch_folder()
+    return None
 
 
 @functools.cache
@@ -176,6 +197,8 @@ def _scratch_folder() -> Path:
 def _build(compiler: Sequence[str], options: Sequence[str], target: Path) -> None:
     with replacing(target, shared=True) as partial:
         command = [*compiler, *_FLAGS, *options, str(_SOURCE), "-o", str(partial), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, timeout=300)
         if done.returncode:
-            raise OSError(f"{compiler[0]} failed: {done.stderr[-500:] or done.returncode}")
+            said = done.stderr.decode("utf-8", "replace").splitlines()
+            reason = next((line for line in said if "error" in line or "failed" in line), "")
+            raise OSError(shortened(reason.strip()) or f"exit status {done.returncode}")
