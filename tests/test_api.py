@@ -387,8 +387,14 @@ def test_numbers_that_no_float_holds(address, sign, digits):
     fields["stream_options.include_usage"] = (
         f'"stream_options": {{"include_usage": {sign}{digits}}}'
     )
+    ceilings = {
+        name for name in fields if name.startswith("max_") and not sign and "e" not in digits
+    }
     for name, field in fields.items():
         response = post(address, f'{{"messages": {json.dumps(HELLO)}, {field}}}'.encode())
+        if name in ceilings:  # as many as fit
+            assert response.status_code == 200, name
+            continue
         assert response.status_code == 400, name
         assert response.json()["error"]["message"].startswith(name), name
 
