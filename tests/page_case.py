@@ -69,15 +69,19 @@ class Visitors:
         self._pages: list[tuple[str, Page]] = []
         self._changed: set[BrowserContext] = set()
         self._wrong: list[str] = []
+        self._listeners = {
+            "requestfinished": self._seen,
+            "requestfailed": self._seen,
+            "console": self._said,
+            "pageerror": self._failed,
+        }
 
     def __call__(self, **settings) -> Page:
         page = self._emptied.setdefault(self._browser, {}).pop(repr(settings), None)
         page = page or self._browser.new_context(**settings).new_page()
         page.set_default_timeout(SECONDS)
-        page.on("requestfinished", self._seen)
-        page.on("requestfailed", self._seen)
-        page.on("console", self._said)
-        page.on("pageerror", self._failed)
+        for event, heard in self._listeners.items():
+            page.on(event, heard)
         for target, names in ((page, LASTING), (page.context, LASTING_IN_CONTEXT)):
             for name in names:
                 method = partial(getattr(type(target), name), target)
@@ -122,10 +126,8 @@ class Visitors:
 
     def _empty(self, page: Page) -> Page:
         # What is aborted when a page is left is no fault.
-        page.remove_listener("requestfinished", self._seen)
-        page.remove_listener("requestfailed", self._seen)
-        page.remove_listener("console", self._said)
-        page.remove_listener("pageerror", self._failed)
+        for event, heard in self._listeners.items():
+            page.remove_listener(event, heard)
         page.goto(f"{self._address}/manifest.json")  # of the same origin, without scripts
         page.evaluate("sessionStorage.clear()")
         tools = page.context.new_cdp_session(page)

@@ -86,7 +86,6 @@ def upload_folder() -> str:
 
 def serve(chosen: argparse.Namespace) -> None:
     """Run the server until it is told to end. UserError for what keeps it from starting."""
-    sys.stderr = Unfailing(sys.stderr)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = upload_folder()
@@ -109,6 +108,7 @@ def serve(chosen: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """app.py: start the server; the exit status."""
+    sys.stderr = Unfailing(sys.stderr)  # as the command line does
     chosen = options(sys.argv[1:] if arguments is None else arguments)
     try:
         serve(chosen)

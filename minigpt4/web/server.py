@@ -52,8 +52,6 @@ def start_server(
     gradio_patches.apply()
     gradio_patches.draw_first(first)
     gradio_patches.tune_queue(page)
-    # It logs why an address cannot be bound, beside our sentence.
-    logging.getLogger("uvicorn.error").addFilter(_of_no_address)
     host = options.host.strip().removeprefix("[").removesuffix("]")
     try:
         socket.getaddrinfo(host, options.port)
@@ -78,10 +76,6 @@ def start_server(
         ) from None
     gradio_patches.tune_server(page)
     return address.rstrip("/")
-
-
-def _of_no_address(record: logging.LogRecord) -> bool:
-    return not isinstance(record.msg, OSError)
 
 
 def warn(text: str | UserError, seconds: float = 10) -> None:

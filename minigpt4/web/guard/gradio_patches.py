@@ -102,7 +102,7 @@ def apply() -> None:
     # It imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its
     # backend at every update.
     utils.MatplotlibBackendMananger = nullcontext
-    logging.getLogger("uvicorn.error").addFilter(_is_no_upgrade)
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_saying)
 
 
 def draw_first(html: str) -> None:
@@ -154,9 +154,11 @@ _original_postprocess_chatbot = gr.Chatbot.postprocess
 _original_postprocess_data = gr.Blocks.postprocess_data
 
 
-def _is_no_upgrade(record: logging.LogRecord) -> bool:
-    """Uvicorn advises to install a library whenever a client offers WebSockets or HTTP/2."""
-    return not str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Uvicorn advises to install a library whenever a client offers WebSockets or HTTP/2, and says
+    beside our sentence why an address cannot be bound."""
+    upgrade = str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
+    return not upgrade and not isinstance(record.msg, OSError)
 
 
 class PageCORS(CustomCORSMiddleware):

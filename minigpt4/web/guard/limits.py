@@ -57,9 +57,11 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # As a client addresses a proxy: a server, too, must accept it (RFC 9112, 3.2.2).
-        scope["path"] = re.sub(_AUTHORITY, "", scope["path"]) or "/"
-        scope["raw_path"] = re.sub(_AUTHORITY.encode(), b"", scope.get("raw_path") or b"") or None
+        if not scope["path"].startswith("/"):
+            # As a client addresses a proxy: a server, too, must accept it (RFC 9112, 3.2.2).
+            scope["path"] = re.sub(_AUTHORITY, "", scope["path"]) or "/"
+            raw_path = scope.get("raw_path") or b""
+            scope["raw_path"] = re.sub(_AUTHORITY.encode(), b"", raw_path) or None
         parts = parts_of(scope)
         if closed(parts):
             await PlainTextResponse("There is no such page.\n", 404)(scope, receive, send)

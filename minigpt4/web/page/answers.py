@@ -49,7 +49,7 @@ def facts(session: Session, request: gr.Request | None) -> dict:
 
     The mark is new each time: the script is to be called whenever a turn has ended.
     """
-    shown, places = render.messages(session, request), render.show(session)[1]
+    _, places = render.show(session)
     known = {
         str(index): _facts(session.statistics[place], request)
         for index, place in enumerate(places)
@@ -58,9 +58,10 @@ def facts(session: Session, request: gr.Request | None) -> dict:
     versions = {}
     for place, fork in session.forks.items():
         if len(fork.tails) > 1 and fork.shown >= 0:
-            # An answer that failed is not shown; what the page says of it is.
-            rows = [i for i, p in enumerate(places) if p == place] or [len(shown) - 1]
-            versions[str(rows[-1])] = {
+            rows = [i for i, p in enumerate(places) if p == place]
+            # An answer that failed is not shown; what the page says of it, at the end, is.
+            row = rows[-1] if rows else len(render.messages(session, request)) - 1
+            versions[str(row)] = {
                 "place": place,
                 "number": fork.shown,
                 "count": len(fork.tails),
