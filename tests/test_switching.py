@@ -171,7 +171,18 @@ def test_an_edited_file_does_not_replace_what_is_kept(page, tmp_path, visit):
     page.locator("#rail input[type=file]").set_input_files(edited)
     expect(questions(page)).to_contain_text("Edited?")
     expect(titles(page)).to_have_count(3)
+    # The server tells of it again where another file was opened right before it.
+    page.evaluate(
+        """(data) => {
+            const record = { name: "x", about: { id: "x" }, data, pictures: {}, once: "1" };
+            const shown = minigpt4.chats.current;
+            for (let i = 0; i < 2; i++) minigpt4.chats.told({ records: [record], shown });
+        }""",
+        {**data, "title": "Told twice"},
+    )
+    expect(titles(page)).to_have_count(4)
     page.wait_for_timeout(300)
+    expect(titles(page)).to_have_count(4)
     page.locator("#conversations li:not(:has([aria-current])) .title", has_text="Bravo").click()
     expect(questions(page)).to_contain_text("Bravo?")
     visit.expected(LEFT)

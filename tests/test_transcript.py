@@ -3,6 +3,7 @@
 import json
 from urllib.parse import unquote
 
+import gradio as gr
 import pytest
 from PIL import Image
 
@@ -13,7 +14,9 @@ from minigpt4.model import image
 from minigpt4.model.image import Picture, data_url
 from minigpt4.model.prompt import Message
 from minigpt4.web.page import looks, render, transcript
-from minigpt4.web.page.session import Session
+from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.panel import Panel
+from minigpt4.web.page.session import About, Session
 from minigpt4.web.page.versions import Fork, Tail
 
 
@@ -55,6 +58,18 @@ def test_what_is_written_in_mid_answer_can_be_continued(conversation):
     # Finished, and the next question not accepted yet.
     asked = Session(conversation, busy=True, stop_reason="stop")
     assert transcript.from_data(transcript.to_data(asked)).stop_reason == "stop"
+
+
+def test_files_opened_one_right_after_the_other_are_both_told(conversation):
+    """Before the first could be told, the second was shown; the browser may miss the first message,
+    so that the second holds the same records."""
+    first, second = (Session(conversation, name=n, entry=About(n)) for n in ("one", "two"))
+    first.leave(second)
+    panel = Panel(Loading(list))
+    (told, _), (again, _) = (panel.record_left(second, gr.Request()) for _ in range(2))
+    assert [record["about"]["id"] for record in told["records"]] == ["one", "two"]
+    assert again["records"] == told["records"] and again["settled"]
+    assert len({record["once"] for record in told["records"]}) == 2
 
 
 def test_remarks_are_kept(conversation):

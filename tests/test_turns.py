@@ -298,7 +298,7 @@ def test_a_conversation_that_is_left_before_its_answer_begins(monkeypatch):
     shown = asyncio.run(leave())
     assert given[0].stop_reason == "closed" and given[0].stats.tokens < 3
     assert [messages for messages, *_ in shown] == [[]]
-    assert session.successor.predecessor is session
+    assert session.successor.unrecorded == [session]
 
 
 def test_an_answer_that_is_cancelled_between_two_awaits_ends(monkeypatch):

@@ -2,6 +2,7 @@
 
 import html
 import json
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -150,13 +151,19 @@ class Panel:
         return [transcript.told(session, *kept), self._facts(session, request)]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
-        """The same of a session that another has replaced: the conversation that was left while
-        its answer was running, as far as it had come, and the one that a file has brought."""
-        left, session.predecessor = session.predecessor, None
-        both = [s for s in (left, session if session.entry else None) if s and s.name]
-        kept = [transcript.record(s, self._loading.name(s.model)) for s in both]
-        session.entry = None
-        return [transcript.told(session, *kept, settled=True), self._facts(session, request)]
+        """The same of a session that another has replaced: the conversations that were left while
+        an answer was running, as far as it had come, and those that files have brought.
+
+        A busy browser notices the later of two messages only, so it is told all of them again.
+        """
+        left, session.unrecorded = session.unrecorded, []
+        for one in [*left, *([session] if session.entry else [])]:
+            if one.name:
+                record = transcript.record(one, self._loading.name(one.model))
+                session.opened_with.append({**record, "once": secrets.token_hex(4)})
+            one.entry = None
+        told = transcript.told(session, *session.opened_with, settled=True)
+        return [told, self._facts(session, request)]
 
     def _facts(self, session: Session, request: gr.Request) -> dict:
         engine = self._loading.find(session.model)

@@ -67,8 +67,10 @@ class Session:
     busy: bool = False  # while an answer is running
     # The session that the page shows instead of this one.
     successor: "Session | None" = field(default=None, repr=False, compare=False)
-    # The session that was left while its answer was running, until it has been recorded.
-    predecessor: "Session | None" = field(default=None, repr=False, compare=False)
+    # Those that were left before the browser knew all of them, until they are recorded.
+    unrecorded: "list[Session]" = field(default_factory=list, repr=False, compare=False)
+    # What was told when this one was opened: it is told again with each record of that kind.
+    opened_with: list[dict] = field(default_factory=list, repr=False, compare=False)
     # The last warning and when it came.
     warned: tuple[str, float] = field(default=("", 0.0), repr=False, compare=False)
     stop_reason: str = ""  # of the last answer
@@ -96,8 +98,9 @@ class Session:
     def leave(self, successor: "Session") -> "Session":
         """Show another conversation; the answer that is running here ends."""
         self.successor = successor
-        if self.busy:
-            successor.predecessor = self
+        successor.unrecorded, self.unrecorded = self.unrecorded, []
+        if self.busy or self.entry:
+            successor.unrecorded.append(self)
         self.stop()
         return successor
 

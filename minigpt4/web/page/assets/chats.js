@@ -109,7 +109,10 @@
     if (!response.ok) throw new Error(response.statusText);
     return response.blob();
   };
-  const keep = async ({ name, about, data, pictures }) => {
+  const seen = new Set(); // the marks of records that may be told again
+  const keep = async ({ name, about, data, pictures, once }) => {
+    if (once && seen.has(once)) return;
+    seen.add(once);
     if (about) places.set(name, { id: name });
     const { format, version, title, ...said } = data;
     const keys = [...new Set(partsOf(data).filter(({ type }) => type === "image").map(({ key }) => key))];
