@@ -123,9 +123,9 @@
       const box = image.getBoundingClientRect();
       return box.bottom > top && box.top < bottom;
     };
-    if (!named.length || named.some(inView)) return over(event);
-    named.at(-1).scrollIntoView({ block: "center", behavior: "instant" });
-    requestAnimationFrame(() => requestAnimationFrame(() => over(event))); // scrolling hides outlines
+    if (!named.some(inView)) named.at(-1)?.scrollIntoView({ block: "center", behavior: "instant" });
+    // Later, as scrolling hides outlines: this, or what has brought the word under the pointer.
+    requestAnimationFrame(() => requestAnimationFrame(() => over(event)));
   });
   for (const type of ["pointerout", "focusout"]) {
     document.addEventListener(type, ({ target }) => { if (target.closest?.(".seen")) hide(); });
