@@ -107,7 +107,8 @@ def test_pieces_arrive_before_the_end(address, engine):
             running.append(engine.running)
             reason = chunk.choices[0].finish_reason
         usage = chunk.usage or usage
-    assert running[:5] == [1] * 5 and reason == "length"
+    # The first one, with the role alone, may come before the engine has begun.
+    assert running[1:5] == [1] * 4 and reason == "length"
     assert usage.completion_tokens == 12
     whole = ask(address, question("Hello?"))
     assert "".join(pieces) == whole.choices[0].message.content

@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from minigpt4.web.page import transcript
 from tests.page_case import WIDE, answers, ask, attach, box, done, picture, questions, say
 from tests.test_store import LEFT, new_chat, titles
 
@@ -154,7 +156,7 @@ def test_what_another_tab_deleted_comes_back_with_the_next_question(page):
     expect(titles(other)).to_have_count(2)
 
 
-def test_an_edited_file_does_not_replace_what_is_kept(page, tmp_path, visit):
+def test_an_edited_file_does_not_replace_what_is_kept(page, tmp_path, visit, monkeypatch):
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the conversation").click()
         page.get_by_role("menuitem", name="Download as JSON").click()
@@ -163,7 +165,15 @@ def test_an_edited_file_does_not_replace_what_is_kept(page, tmp_path, visit):
     reopened = json.loads(file.read_text())
     reopened["about"]["time"] -= 1000  # the list's entry was written again since
     file.write_text(json.dumps(reopened))
+
+    def slow(*arguments):
+        time.sleep(1)  # so that the next file is there before the first one is recorded
+        return record(*arguments)
+
+    record = transcript.record
+    monkeypatch.setattr(transcript, "record", slow)
     page.locator("#rail input[type=file]").set_input_files(file)  # adds none: it is kept
+    expect(questions(page)).to_contain_text("Bravo?")
     data = json.loads(file.read_text())
     data["messages"][0]["parts"][0]["text"] = "Edited?"
     edited = tmp_path / "edited.json"

@@ -67,6 +67,8 @@ SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
 OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
 # Each event's options. Questions wait in the engine's own queue, not here: it knows their places.
 EVENT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+# What follows an event: Gradio would drop it while it still runs for the event before.
+NEXT = {**EVENT, "trigger_mode": "multiple"}
 
 
 def build_page(
@@ -183,11 +185,11 @@ class ChatPage:
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
         events.append(chatbot.undo(turns.undo, [box, session, named], shown, **event_of_turn))
         events.append(side.facts.select(turns.version, [session, named], shown, **event_of_turn))
-        events[0].then(turns.empty, [box, session], box, **EVENT)
+        events[0].then(turns.empty, [box, session], box, **NEXT)
         for event in events:
-            event.then(side.record, session, [side.keeper, side.facts], **EVENT)
-            event.then(renew, session, session, **EVENT)
-        events[0].then(turns.look, session, [chatbot, side.keeper], **EVENT)
+            event.then(side.record, session, [side.keeper, side.facts], **NEXT)
+            event.then(renew, session, session, **NEXT)
+        events[0].then(turns.look, session, [chatbot, side.keeper], **NEXT)
 
     def _wire_pictures(self, uploads: Uploads) -> None:
         box, session = self._box, self._session
@@ -201,7 +203,7 @@ class ChatPage:
         )
         looked = attaching.then(None, [self._refused, box], box, js=WITHOUT_REFUSED)
         first_look = FirstLook(self._loading)
-        looked.then(first_look.caption, [box, session], self._captions, **EVENT)
+        looked.then(first_look.caption, [box, session], self._captions, **NEXT)
 
     def _wire_conversations(self, uploads: Uploads) -> None:
         """What shows another conversation: New chat, the browser's list, a downloaded file."""
@@ -223,11 +225,11 @@ class ChatPage:
             ),
         )
         for event in events:
-            event.then(side.clear_website, None, side.site, **EVENT)
-            event.then(side.record_left, session, [side.keeper, side.facts], **EVENT)
+            event.then(side.clear_website, None, side.site, **NEXT)
+            event.then(side.record_left, session, [side.keeper, side.facts], **NEXT)
             if self._loading.several:
                 known = [self._remembered, session]
-                event.then(self.show_model, known, self._model_parts, js=SETTINGS_JS, **EVENT)
+                event.then(self.show_model, known, self._model_parts, js=SETTINGS_JS, **NEXT)
 
     def _wire_start(self) -> None:
         side, page = self._panel, self._page
@@ -256,7 +258,7 @@ class ChatPage:
         shown = self._model_parts[1:]  # the selector shows the choice, and keeps the focus
         chosen = self._head.input(self.choose_model, self._session, None, **EVENT)
         # Only then, so that it comes after what a new chat's events show of the model before.
-        beside = chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **EVENT)
+        beside = chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **NEXT)
         beside.then(None, None, None, js=panel.SETTLED_JS)
 
     def greet(self, remembered: object, session: Session, request: gr.Request) -> list:
