@@ -11,18 +11,22 @@ import httpx
 import pytest
 from PIL import Image
 from pydantic import BaseModel, Field
+from starlette.testclient import TestClient
 
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Sampling
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError
 from minigpt4.web.api.grammar import MAX_EXPRESSION, Format, constraints
+from minigpt4.web.api.routes import application
+from minigpt4.web.server import Server
 from tests.api_case import (
     MODEL,
     address_fixture,
     client,
     data_url,
     engine_fixture,
+    options,
     picture_file,
     question,
 )
@@ -531,6 +535,20 @@ def test_tools_that_must_not_be_called_are_ignored(address):
     for choice in ("auto", None):
         error = post(address, HELLO, 400, tools=tools, tool_choice=choice).json()["error"]
         assert error["param"] == "tools" and "calls no functions" in error["message"]
+
+
+def test_tools_are_ignored_where_the_server_is_told_to(engine):
+    """As Open WebUI sends them, with every question."""
+    client = TestClient(application(engine, ignore_tools=True))
+    body = {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "recall"}}]}
+    for path, fields in (("chat/completions", {}), ("responses", {"input": "Hello?"})):
+        for choice in ({}, {"tool_choice": "auto"}):
+            answer = client.post(f"/v1/{path}", json=body | fields | choice)
+            assert answer.status_code == 200
+            assert "tools" in answer.headers["x-ignored-fields"].split(", ")
+    must = client.post("/v1/chat/completions", json=body | {"tool_choice": "required"})
+    assert must.status_code == 400 and must.json()["error"]["param"] == "tools"
+    assert Server(list, options("--ignore-tools")).chat_service.ignore_tools
 
 
 def test_the_models_say_what_they_take(address, engine):

@@ -37,7 +37,14 @@ from minigpt4.options import (
     number,
 )
 from minigpt4.remote.engine import Part, RemoteEngine, Unavailable
-from minigpt4.web.options import API_KEY, IMAGE_HOSTS, MAX_QUEUE, MAX_RUNNING, MAX_UPLOAD
+from minigpt4.web.options import (
+    API_KEY,
+    IGNORE_TOOLS,
+    IMAGE_HOSTS,
+    MAX_QUEUE,
+    MAX_RUNNING,
+    MAX_UPLOAD,
+)
 
 # Consistent hashing of the session: when a replica comes or goes, few conversations move.
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -63,7 +70,7 @@ OPTIONS = (
     replace(MODEL, default=DEFAULT_MODEL),
     *(QUANTIZE, DTYPE, *PLACES, EMBEDDINGS_MB),
     *REPLICAS,
-    *(MAX_RUNNING, MAX_QUEUE, MAX_UPLOAD, IMAGE_HOSTS, API_KEY),
+    *(MAX_RUNNING, MAX_QUEUE, MAX_UPLOAD, IMAGE_HOSTS, IGNORE_TOOLS, API_KEY),
 )
 
 
@@ -253,5 +260,9 @@ class Ingress:
 
         options = self._options
         return application(
-            self._engine, options.api_key or "", options.image_hosts or "", options.max_upload_mb
+            self._engine,
+            options.api_key or "",
+            options.image_hosts or "",
+            options.max_upload_mb,
+            options.ignore_tools,
         )

@@ -29,6 +29,13 @@ IMAGE_HOSTS = Option(
     "Hosts from which the API may fetch pictures, separated by commas. By default none.",
     metavar="HOSTS",
 )
+IGNORE_TOOLS = Option(
+    "ignore-tools",
+    "Answer requests that offer tools as if they offered none, for clients that always do, such as "
+    "Open WebUI. By default they are refused, since the model calls no functions.",
+    False,
+    switch,
+)
 API_KEY = Option("api-key", "Key that clients of the API must send.", read=secret, metavar="KEY")
 SERVER = (
     Option(
@@ -61,6 +68,7 @@ SERVER = (
     Option("auth", "User name and password for the page.", metavar="USER:PASSWORD"),
     API_KEY,
     IMAGE_HOSTS,
+    IGNORE_TOOLS,
     Option(
         "cors-origins",
         "Origins of web pages whose scripts may use the API, such as https://chat.example.org, "

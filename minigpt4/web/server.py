@@ -97,7 +97,7 @@ class Server:
         self._auth = _user_and_password(options.auth)
         self._max_bytes = options.max_upload_mb * 2**20
         image_urls = ImageUrls((options.image_hosts or "").split(","), self._max_bytes)
-        self.chat_service = ChatService(find_engines, image_urls)
+        self.chat_service = ChatService(find_engines, image_urls, options.ignore_tools)
         self._keys = Keys(options.api_key or "", self._auth is not None)
         self._root_path = _root_path(options.root_path)
         self.offers_mcp = options.mcp

@@ -42,13 +42,17 @@ FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
 COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
 
 
-def read_chat(body: dict) -> tuple[ChatRequest, list[str]]:
-    """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake."""
+def read_chat(body: dict, ignore_tools: bool = False) -> tuple[ChatRequest, list[str]]:
+    """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake.
+
+    ignore_tools: also where the model might call them; not where it must.
+    """
     sent = body
     body, guide = _renamed(body)
+    uncalled = ("none", "auto", None) if ignore_tools else ("none",)
     dropped = []
     for choice, tools in CALLS.items():
-        if body.get(choice) == "none" and body.pop(tools, None):
+        if body.get(choice) in uncalled and body.pop(tools, None):
             dropped.append(tools)
     try:
         request = validated(ChatRequest, body)

@@ -58,8 +58,8 @@ class ResponsesBody(Object):
     ] = None
 
 
-def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
-    """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake."""
+def read_response(body: dict, ignore_tools: bool = False) -> tuple[ChatRequest, list[str]]:
+    """(the request, JSON paths of the first fields that are ignored), as `read_chat` reads them."""
     for name, reason in KEPT_STATE.items():
         if body.get(name):
             raise ApiError(f"{name} is not supported: {reason}", param=name)
@@ -93,7 +93,7 @@ def read_response(body: dict) -> tuple[ChatRequest, list[str]]:
         ignored.append("top_logprobs")
     ignored += ["include"] if any(name != LOGPROBS for name in included) else []
     try:
-        request, others = read_chat(chat)
+        request, others = read_chat(chat, ignore_tools)
     except ApiError as error:
         raise error.sent_as("max_tokens", limit) from None
     return request, [*ignored, *map(_rename, others)][:NAMED]

@@ -45,7 +45,7 @@ from minigpt4.web.guard.limits import read_rest, waits
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 # A JSON object -> (the request, fields that are ignored).
-Read = Callable[[dict], tuple[ChatRequest, list[str]]]
+Read = Callable[..., tuple[ChatRequest, list[str]]]
 T = TypeVar("T")
 # How many requests of more than a megabyte are read and opened at once, before the queue has them.
 LARGE, MOST_LARGE = 2**20, 16
@@ -64,11 +64,16 @@ def endpoints(
 
 
 def application(
-    engine: AnyEngine, api_key: str = "", image_hosts: str = "", max_upload_mb: int = 20
+    engine: AnyEngine,
+    api_key: str = "",
+    image_hosts: str = "",
+    max_upload_mb: int = 20,
+    ignore_tools: bool = False,
 ) -> Starlette:
     """The endpoints alone, without a page."""
     max_bytes = max_upload_mb * 2**20
-    service = ChatService(lambda: [engine], ImageUrls(image_hosts.split(","), max_bytes))
+    image_urls = ImageUrls(image_hosts.split(","), max_bytes)
+    service = ChatService(lambda: [engine], image_urls, ignore_tools)
     routes = endpoints(service, Keys(api_key), max_bytes)
     return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
 
@@ -203,7 +208,8 @@ class Api:
         with self._room(request):
             body = await read_body(request, self._max_picture_bytes)
             # JSON of up to 28 MB takes its time.
-            asked, ignored = await run_in_threadpool(_read, read, body)
+            tools = self._service.ignore_tools
+            asked, ignored = await run_in_threadpool(_read, read, body, tools)
             del body
             engine = self._service.engine(asked.model)
             answers = await self._service.ask(asked)
@@ -239,8 +245,8 @@ class _Events(StreamingResponse):
             _close(self._answers)
 
 
-def _read(read: Callable[[dict], T], body: bytearray) -> T:
-    return read(parse_body(body))
+def _read(read: Callable[..., T], body: bytearray, *settings: bool) -> T:
+    return read(parse_body(body), *settings)
 
 
 def _headers(ignored: Sequence[str], dropped_turns: int) -> dict[str, str]:

@@ -183,6 +183,11 @@ def _only(sentence: str, **constraints: Any) -> Any:
 
 EMPTY = _only("is not supported: leave it out.", max_length=0)
 NO_TOOLS = _only("is not supported: this model calls no functions. Leave it out.", max_length=0)
+NO_OFFER = _only(
+    "is not supported: this model calls no functions. Leave it out, or have the server started "
+    "with --ignore-tools.",
+    max_length=0,
+)
 # Ollama's form. Without the pictures, the answer would be invented.
 NO_PICTURES = _only(
     'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.',
@@ -331,8 +336,8 @@ class ChatRequest(Object):
     # Accepted while they ask for nothing.
     logit_bias: Annotated[dict | None, EMPTY, BeforeValidator(_without_zeros)] = None
     images_field: Annotated[list | None, NO_PICTURES] = None
-    tools: Annotated[list | None, NO_TOOLS] = None
-    functions: Annotated[list | None, NO_TOOLS] = None
+    tools: Annotated[list | None, NO_OFFER] = None
+    functions: Annotated[list | None, NO_OFFER] = None
     tool_choice: NoTool = None
     function_call: NoTool = None
     parallel_tool_calls: bool | None = None

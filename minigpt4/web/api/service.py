@@ -31,14 +31,18 @@ LOADING = "The model is still loading: try again in a minute."
 class ChatService:
     """Puts programs' requests to the engines, whichever endpoint they come through.
 
-    find_engines: the models' engines, none while they are loading.
+    find_engines: the models' engines, none while they are loading. ignore_tools: see `read_chat`.
     """
 
     def __init__(
-        self, find_engines: Callable[[], Sequence[AnyEngine]], image_urls: ImageUrls
+        self,
+        find_engines: Callable[[], Sequence[AnyEngine]],
+        image_urls: ImageUrls,
+        ignore_tools: bool = False,
     ) -> None:
         self.find_engines = find_engines
         self.image_urls = image_urls
+        self.ignore_tools = ignore_tools
         self._opening = asyncio.Semaphore(OPENED_AT_ONCE)
         self._one_prepares, self._preparing = asyncio.Semaphore(1), 0
 
