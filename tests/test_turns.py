@@ -152,9 +152,16 @@ def test_a_question_that_cannot_be_asked_changes_nothing(engine, warnings):
     assert session == Session() and "too long" in warnings[0]
 
 
-def test_a_seed_that_is_no_number(engine, warnings):
-    answered(ask(engine, Session(), "Hello?", seed="lucky"))
+@pytest.mark.parametrize("seed", ["lucky", "-2", "9" * 19])
+def test_a_seed_that_is_no_number(engine, warnings, seed):
+    answered(ask(engine, Session(), "Hello?", seed=seed))
     assert "whole number" in warnings[0]
+
+
+def test_a_seed_of_minus_one_is_a_new_one(engine, warnings):
+    session = Session()
+    answered(ask(engine, session, "Hello?", seed="-1"))
+    assert session.last_answer and not warnings
 
 
 def test_an_answer_goes_on_where_it_was_cut(engine):
