@@ -452,7 +452,7 @@ def test_pictures_taken_out_of_the_box_are_given_back(warnings):
 
 
 def test_a_bad_file_that_is_sent_at_once_is_told_once(warnings):
-    """Not by both its look and its question."""
+    """Not by both its look and its question, which says what became of the rest."""
     path, uploads, session = uploads_folder() / "bad.png", uploads_of_a_page(), Session()
     path.write_text("no picture")
     assert attached(uploads, [str(path)], session) == ([str(path)], "")
@@ -462,6 +462,8 @@ def test_a_bad_file_that_is_sent_at_once_is_told_once(warnings):
     session.warned = warnings[0], session.warned[1] - session_module.SECONDS_PER_WARNING
     attached(uploads, [str(path)], session)
     assert len(warnings) == 2
+    answered(Turns(uploads._loading, []).ask(value | {"text": "What?"}, session, None, "", None))
+    assert len(warnings) == 3 and warnings[2].startswith("Nothing was sent: the rest is still in")
 
 
 @pytest.mark.trust("Pictures", "many large pictures at once")

@@ -197,6 +197,7 @@ class Turns:
             yield hindered
             return
         accepted, status, failure, session.busy = False, "", "", True
+        refused = False  # a picture of the box
         recorded = 0.0
         try:
             steps = self._run(session, build, request, settings, seed)
@@ -217,7 +218,7 @@ class Turns:
                 session.remark(translate("silent", request))
             status = answers.ending(session, request)
         except UserError as error:
-            failure = explain(error, request)
+            failure, refused = explain(error, request), bool(sent and "name" in error.values)
         except Exception:
             log.exception("while answering")
             failure = translate("sorry", request)
@@ -229,6 +230,8 @@ class Turns:
                 session.remark(failure)
             elif session.is_news(failure):
                 warn(failure)
+            if refused and sent and (sent["text"].strip() or len(sent["files"]) > 1):
+                warn(translate("unsent", request))
         if session.successor:  # what is sent last is what the page shows
             latest = session.latest
             yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()
