@@ -1,7 +1,6 @@
 """The command line: minigpt4 ask, chat, serve, train, evaluate, curate, convert, download, push"""
 
 import argparse
-import errno
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from minigpt4 import start
 from minigpt4.config import MODELS, get_model
 from minigpt4.curation import options as curation
-from minigpt4.errors import Unfailing, UserError
+from minigpt4.errors import DISK_FULL, Unfailing, UserError
 from minigpt4.evaluation import options as evaluation
 from minigpt4.options import (
     ASK,
@@ -76,11 +75,11 @@ def _sentence_for(error: OSError, written: str | None) -> str:
             return f"{name} is a folder: name a file."
         case PermissionError():
             return f"{name} may not be read or written: change its permissions, or name another."
-    if error.errno == errno.ENOSPC:
+    if error.errno in DISK_FULL:
         path = os.path.abspath(written or "")
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         disk = f"The disk of {folder}" if written else "The disk"
-        return f"{disk} is full: make room, then do it again."
+        return f"{disk} {DISK_FULL[error.errno]}, then do it again."
     reason = error.strerror or "the disk or a device failed"
     return f"{name} cannot be used ({reason}): check the path and its disk."
 

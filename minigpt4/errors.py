@@ -41,6 +41,11 @@ class UserError(Exception):
         return self.sentence
 
 
+DISK_FULL = {  # the rest of a sentence that begins with the disk
+    errno.ENOSPC: "is full: make room",
+    errno.EDQUOT: "is full up to your quota: make room",
+    errno.EFBIG: "takes no larger file: raise the limit (ulimit -f), or name a file elsewhere",
+}
 _SHORT = ("out of memory", "allocate memory", "bad_alloc", "not enough memory", "bad allocation")
 
 

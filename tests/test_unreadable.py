@@ -247,12 +247,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"new" and {*tmp_path.iterdir()} == {path, beside}
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named):
+@pytest.mark.parametrize(
+    ("named", "number", "said"),
+    [
+        (True, errno.ENOSPC, "is full: make "),
+        (False, errno.ENOSPC, "is full: make "),
+        (False, errno.EDQUOT, "is full up to your quota: make "),
+        (False, errno.EFBIG, "takes no larger file: raise the limit (ulimit -f)"),
+    ],
+)
+def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named, number, said):
     """Also where a library, or a file that is open already, does not say which file it was."""
 
     def refuse(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     def write(options):
         if not named:
@@ -266,4 +274,4 @@ def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named):
     monkeypatch.setattr("minigpt4.__main__._convert", write)
     out = "elsewhere/a.safetensors" if named else str(tmp_path / "a.safetensors")
     assert main(["convert", "a.pth", out]) == 2
-    assert capsys.readouterr().err.startswith(f"minigpt4: The disk of {tmp_path} is full: make ")
+    assert capsys.readouterr().err.startswith(f"minigpt4: The disk of {tmp_path} {said}")

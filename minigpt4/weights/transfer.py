@@ -3,7 +3,6 @@
 Its size and hash are checked before it gets its name. No torch.
 """
 
-import errno
 import hashlib
 import logging
 import re
@@ -25,7 +24,7 @@ from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
 from minigpt4.config import Source
-from minigpt4.errors import Count, Report, Step, UserError, quiet_hub
+from minigpt4.errors import DISK_FULL, Count, Report, Step, UserError, quiet_hub
 
 TRIES = 4  # in a row without a single byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
@@ -198,8 +197,9 @@ def _fetch_all(remote: Remote, part: Path, progress: Progress) -> None:
                 )
             return
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise UserError(f"The disk is full: {part.parent} needs more room.") from error
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                why = f"The disk of {part.parent} {DISK_FULL[error.errno]}, then do it again."
+                raise UserError(why) from error
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
             if status == 416 or _size(part) > remote.size > 0:  # the part is longer than the file
                 progress.add(-_size(part))
