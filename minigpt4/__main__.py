@@ -1,34 +1,38 @@
 """The command line: minigpt4 ask, chat, serve, train, evaluate, curate, convert, download, push"""
 
-import argparse
-import os
-import re
-import shlex
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
-from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING
 
-from minigpt4 import start
-from minigpt4.config import MODELS, get_model
-from minigpt4.curation import options as curation
-from minigpt4.errors import DISK_FULL, Unfailing, UserError
-from minigpt4.evaluation import options as evaluation
-from minigpt4.options import (
-    ASK,
-    EMBEDDINGS_MB,
-    PUSH,
-    Parser,
-    add_model_options,
-    add_places,
-    add_remote_llm_options,
-    add_sampling_options,
-)
-from minigpt4.training import options as training
-from minigpt4.web import run as server
-from minigpt4.web.options import add_options
+try:
+    import argparse
+    import os
+    import re
+    import shlex
+    from collections.abc import Callable
+    from contextlib import ExitStack, closing, suppress
+    from pathlib import Path
+    from threading import Thread
+    from typing import TYPE_CHECKING
+
+    from minigpt4 import start
+    from minigpt4.config import MODELS, get_model
+    from minigpt4.curation import options as curation
+    from minigpt4.errors import DISK_FULL, Unfailing, UserError
+    from minigpt4.evaluation import options as evaluation
+    from minigpt4.options import (
+        ASK,
+        EMBEDDINGS_MB,
+        PUSH,
+        Parser,
+        add_model_options,
+        add_places,
+        add_remote_llm_options,
+        add_sampling_options,
+    )
+    from minigpt4.training import options as training
+    from minigpt4.web import run as server
+    from minigpt4.web.options import add_options
+except KeyboardInterrupt:  # that takes a moment: no traceback for a Ctrl-C
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from minigpt4.conversation import Conversation
@@ -42,11 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     if sys.stderr is None:  # closed, as with 2>&-: what is meant for it would go elsewhere
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = Unfailing(sys.stderr)
-    options = _parser().parse_args(arguments)
+    options = argparse.Namespace()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal lacks are replaced
             stream.reconfigure(errors="replace")
     try:
+        options = _parser().parse_args(arguments)
         if sys.stdout is None and options.run in (_ask, _chat) and not getattr(options, "out", ""):
             raise UserError("Standard output is closed: open it, as answers are written there.")
         options.run(options)
