@@ -20,8 +20,11 @@ from minigpt4.data.examples import read_shards, usable
 from minigpt4.data.files import replacing
 from minigpt4.data.outputs import write_json
 from minigpt4.errors import UserError
+from minigpt4.model.words import load_words
 from minigpt4.training.extended import ExtendedRecipe
 from minigpt4.training.trainer import Recipe
+from minigpt4.weights.checkpoint import read_checkpoint
+from minigpt4.weights.share import _metadata
 from tests.test_training import PROMPTED, train
 from tests.training_case import SCHEDULE, write_captioned, write_shard
 
@@ -231,6 +234,18 @@ def test_export_leaves_out_what_cannot_be_read(tmp_path, capsys):
     assert [a["image_id"] for a in annotations] == ["0", "2"]
     line = capsys.readouterr().err
     assert "1 is left out: " in line and "1 of 3 pictures cannot be used" in line
+
+
+@pytest.mark.parametrize("read", [load_words, _metadata, read_checkpoint])
+def test_weights_that_cannot_be_read_are_not_called_another_kind(read, tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): change"):
+        read(path)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
