@@ -16,7 +16,7 @@ try:
     from minigpt4 import start
     from minigpt4.config import MODELS, get_model
     from minigpt4.curation import options as curation
-    from minigpt4.errors import DISK_FULL, Unfailing, UserError
+    from minigpt4.errors import DISK_FULL, Unfailing, UserError, out_of_memory
     from minigpt4.evaluation import options as evaluation
     from minigpt4.options import (
         ASK,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from minigpt4.conversation import Conversation
 
 
+NO_MEMORY = "There is too little memory: close other programs, or raise the limit on memory."
 COMMANDS = "/image FILE adds a picture, /new starts again, /quit ends."
 
 
@@ -63,7 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (OSError, MemoryError, ImportError) as error:
+        if out_of_memory(error):
+            print(f"minigpt4: {NO_MEMORY}", file=sys.stderr)
+            return 2
+        if not isinstance(error, OSError):
+            raise
         written = error.filename or getattr(options, "out", None)
         print(f"minigpt4: {_sentence_for(error, written)}", file=sys.stderr)
         return 2
