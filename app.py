@@ -2,7 +2,10 @@
 
 import sys
 
-from minigpt4.web.run import load, main, options
+try:
+    from minigpt4.web.run import load, main, options
+except KeyboardInterrupt:  # that takes a moment: no traceback for a Ctrl-C
+    sys.exit(130)
 
 __all__ = ["load", "main", "options"]
 

@@ -1,40 +1,44 @@
 """The command line: minigpt4 ask, chat, serve, train, evaluate, curate, convert, download, push"""
 
-import argparse
-import errno
-import os
-import re
-import shlex
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
-from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING
 
-from minigpt4 import start
-from minigpt4.config import MODELS, get_model
-from minigpt4.curation import options as curation
-from minigpt4.errors import Unfailing, UserError
-from minigpt4.evaluation import options as evaluation
-from minigpt4.options import (
-    ASK,
-    EMBEDDINGS_MB,
-    PUSH,
-    Parser,
-    add_model_options,
-    add_places,
-    add_remote_llm_options,
-    add_sampling_options,
-)
-from minigpt4.training import options as training
-from minigpt4.web import run as server
-from minigpt4.web.options import add_options
+try:
+    import argparse
+    import os
+    import re
+    import shlex
+    from collections.abc import Callable
+    from contextlib import ExitStack, closing, suppress
+    from pathlib import Path
+    from threading import Thread
+    from typing import TYPE_CHECKING
+
+    from minigpt4 import start
+    from minigpt4.config import MODELS, get_model
+    from minigpt4.curation import options as curation
+    from minigpt4.errors import DISK_FULL, Unfailing, UserError, out_of_memory
+    from minigpt4.evaluation import options as evaluation
+    from minigpt4.options import (
+        ASK,
+        EMBEDDINGS_MB,
+        PUSH,
+        Parser,
+        add_model_options,
+        add_places,
+        add_remote_llm_options,
+        add_sampling_options,
+    )
+    from minigpt4.training import options as training
+    from minigpt4.web import run as server
+    from minigpt4.web.options import add_options
+except KeyboardInterrupt:  # that takes a moment: no traceback for a Ctrl-C
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from minigpt4.conversation import Conversation
 
 
+NO_MEMORY = "There is too little memory: close other programs, or raise the limit on memory."
 COMMANDS = "/image FILE adds a picture, /new starts again, /quit ends."
 
 
@@ -43,11 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     if sys.stderr is None:  # closed, as with 2>&-: what is meant for it would go elsewhere
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = Unfailing(sys.stderr)
-    options = _parser().parse_args(arguments)
+    options = argparse.Namespace()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal lacks are replaced
             stream.reconfigure(errors="replace")
     try:
+        options = _parser().parse_args(arguments)
         if sys.stdout is None and options.run in (_ask, _chat) and not getattr(options, "out", ""):
             raise UserError("Standard output is closed: open it, as answers are written there.")
         options.run(options)
@@ -59,7 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (OSError, MemoryError, ImportError) as error:
+        if out_of_memory(error):
+            print(f"minigpt4: {NO_MEMORY}", file=sys.stderr)
+            return 2
+        if not isinstance(error, OSError):
+            raise
         written = error.filename or getattr(options, "out", None)
         print(f"minigpt4: {_sentence_for(error, written)}", file=sys.stderr)
         return 2
@@ -76,11 +86,11 @@ def _sentence_for(error: OSError, written: str | None) -> str:
             return f"{name} is a folder: name a file."
         case PermissionError():
             return f"{name} may not be read or written: change its permissions, or name another."
-    if error.errno == errno.ENOSPC:
+    if error.errno in DISK_FULL:
         path = os.path.abspath(written or "")
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         disk = f"The disk of {folder}" if written else "The disk"
-        return f"{disk} is full: make room, then do it again."
+        return f"{disk} {DISK_FULL[error.errno]}, then do it again."
     reason = error.strerror or "the disk or a device failed"
     return f"{name} cannot be used ({reason}): check the path and its disk."
 

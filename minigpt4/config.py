@@ -361,13 +361,15 @@ SAMPLING_RANGES = {
     "frequency_penalty": (-2.0, 2.0, True),
 }
 LOWEST_TEMPERATURE = 0.01  # apart from 0
+RANDOM_SEED = -1  # a new one each time, as llama.cpp, vLLM and Ollama read it
 
 
 def setting_range(name: str) -> str:
     """What a setting of the sampling must be: the end of a sentence."""
     low, high, inclusive = SAMPLING_RANGES[name]
     kind = "an integer" if isinstance(low, int) else "a number"
-    return f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}"
+    other = f", or {RANDOM_SEED} for a new one each time" if name == "seed" else ""
+    return f"must be {kind} {'from' if inclusive else 'above'} {low} up to {high}{other}"
 
 
 def wrong_setting(name: str, value: Any) -> str:
@@ -376,6 +378,8 @@ def wrong_setting(name: str, value: Any) -> str:
     kind: Any = Integral if isinstance(low, int) else Real  # NumPy's, too
     if isinstance(value, bool) or not isinstance(value, kind):
         return setting_range(name)
+    if name == "seed" and value == RANDOM_SEED:
+        return ""
     if name == "temperature" and 0 < value < LOWEST_TEMPERATURE:
         return f"must be 0, or a number from {LOWEST_TEMPERATURE} up to {high}"
     good = (low <= value if inclusive else low < value) and value <= high  # false for NaN

@@ -41,7 +41,15 @@ class UserError(Exception):
         return self.sentence
 
 
-_SHORT = ("out of memory", "allocate memory", "bad_alloc", "not enough memory", "bad allocation")
+DISK_FULL = {  # the rest of a sentence that begins with the disk
+    errno.ENOSPC: "is full: make room",
+    errno.EDQUOT: "is full up to your quota: make room",
+    errno.EFBIG: "takes no larger file: raise the limit (ulimit -f), or name a file elsewhere",
+}
+_SHORT = (
+    *("out of memory", "allocate memory", "bad_alloc", "not enough memory", "bad allocation"),
+    "failed to map segment",  # of a library that is to be imported
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -51,7 +59,8 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORT)
+    kinds = (RuntimeError, ImportError)
+    return isinstance(error, kinds) and any(text in str(error) for text in _SHORT)
 
 
 def quiet_hub() -> None:

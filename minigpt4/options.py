@@ -380,7 +380,7 @@ SAMPLING = tuple(
         "repetition-penalty": "Above 1, repeated tokens become less likely.",
         "max-new-tokens": "Maximum length of an answer, in tokens.",
         "num-beams": "Beam width; above 1, beam search replaces sampling.",
-        "seed": "Random seed; the same seed gives the same answer.",
+        "seed": "Random seed; the same seed gives the same answer, -1 another one each time.",
         "presence-penalty": "Subtracted from the scores of tokens that the answer already has.",
         "frequency-penalty": "Subtracted once for each time that the answer already has the token.",
     }.items()

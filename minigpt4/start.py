@@ -3,7 +3,7 @@
 import argparse
 import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # busy and short of memory.
 HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0
 SELECTED = "Model: {name}, because {why}."
+LEAST_MEMORY = 10**9  # bytes of address space: PyTorch alone takes 700 MB
 PROBE_SECONDS = 30.0  # for the first token of each server
 PROBE_MARGIN = 5.0  # for all of them to report that
 
@@ -253,6 +254,7 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
 def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "T":
     """What `finish` makes of the model, and of the progress of loading it, which it may complete.
     Where it finds too little memory, “auto” goes on with a smaller model."""
+    _check_limit()
     from minigpt4.weights.load import download_weights, find_weights, owner_of
 
     if "/" in options.model:
@@ -292,6 +294,19 @@ def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "
             report(f"{error} Continuing with {smaller.name}.")
         config = smaller
     return load(config)
+
+
+def _check_limit() -> None:
+    """UserError where the process may not have the memory of PyTorch alone, which would abort."""
+    with suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if 0 <= limit < LEAST_MEMORY:
+            raise UserError(
+                f"The limit on memory (ulimit -v) is {limit / 1e6:.0f} MB, and no model runs in "
+                f"less than {LEAST_MEMORY / 1e9:.0f} GB: raise it."
+            )
 
 
 def _shared(options: argparse.Namespace) -> argparse.Namespace:

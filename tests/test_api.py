@@ -233,7 +233,7 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "temperature", "temperature must be a number", {"temperature": True}),
         (400, "max_tokens", "max_tokens must be", {"max_tokens": 1.5}),
         (400, "max_completion_tokens", "max_completion_tokens must", {"max_completion_tokens": 0}),
-        (400, "seed", "or -1 for the model's default.", {"seed": -2}),
+        (400, "seed", "or -1 for a new one each time.", {"seed": -2}),
         (400, "top_k", "or -1", {"top_k": -2}),
         (400, "top_p", "from 0.0 up to 1.0", {"top_p": 2}),
         (400, "logit_bias", "not supported", {"logit_bias": {"5": 0, "6": 1}}),

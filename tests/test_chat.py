@@ -165,6 +165,7 @@ def test_an_empty_question_is_refused():
         {"max_new_tokens": 0},
         {"num_beams": 10**9},
         {"seed": 1.5},
+        {"seed": -2},
         {"repetition_penalty": True},
         {"temperature": 1e-40},
         {"repetition_penalty": 1e-40},

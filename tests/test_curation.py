@@ -285,7 +285,7 @@ def test_generate_resumes(model, folder, tmp_path, monkeypatch, capsys):
     options = ["--max-new-tokens", "6", "--seed", "3", "--continues", "1"]
     assert main(["curate", "generate", str(folder), "--out", str(whole), *options]) == 0
     assert "4 described" in capsys.readouterr().err
-    halves.write_bytes(whole.read_bytes()[:900])
+    halves.write_bytes(whole.read_bytes()[:2000])
     before = read_records(halves)
     assert 0 < len(before) < 5
     assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 0
@@ -298,7 +298,18 @@ def test_generate_resumes(model, folder, tmp_path, monkeypatch, capsys):
     assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 0
     assert len(halves.read_text().splitlines()) == lines + 1  # the broken one is tried again
 
-    # Another projection's descriptions do not get into the same file.
+    # Another seed's, prompt's or projection's descriptions do not get into the same file.
+    recorded = read_records(whole)["p0"]["options"]
+    assert (recorded["seed"], recorded["max_new_tokens"], recorded["min_tokens"]) == (3, 6, 80)
+    other = [*options, "--seed", "4"]
+    assert main(["curate", "generate", str(folder), "--out", str(halves), *other]) == 2
+    said = capsys.readouterr().err
+    assert "contains descriptions with “--seed” 3, but now it is 4: choose another file" in said
+    with monkeypatch.context() as patch:
+        new = lambda name: "What is this?"  # noqa: E731
+        patch.setattr("minigpt4.curation.generate.prompt_text", new)
+        assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 2
+    assert "before prompts/describe.txt was changed" in capsys.readouterr().err
     other = tiny_model()
     other.projection.weight.data += 0.1
     monkeypatch.setattr(start, "open_model", lambda options: other)

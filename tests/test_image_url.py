@@ -1,6 +1,7 @@
 """Remote pictures: only from hosts that the operator named, wherever a redirect points."""
 
 import asyncio
+import base64
 import threading
 import tracemalloc
 from contextlib import suppress
@@ -89,6 +90,20 @@ def test_a_picture_with_a_blank_after_each_pair_of_letters():
     tracemalloc.stop()
     assert order == ["other", "decoded"]
     assert most < 5 * len(url)
+
+
+@pytest.mark.parametrize("sent", ["with pluses", "wrapped", "indented", "broken once"])
+def test_spaces_in_base64(sent):
+    """A form turns "+" into spaces; other ones are breaks."""
+    content = base64.b64decode("ab+/c++9" * 30)
+    data = base64.b64encode(content).decode()
+    data = {
+        "with pluses": data.replace("+", " "),
+        "wrapped": " ".join(data[i : i + 76] for i in range(0, len(data), 76)),
+        "indented": "\n    ".join(data[i : i + 76] for i in range(0, len(data), 76)),
+        "broken once": f"{data[:50]} {data[50:]}",
+    }[sent]
+    assert read(ImageUrls(), "data:image/png;base64," + data) == content
 
 
 @pytest.mark.parametrize("data", ["AAAAA", "A\u00e4AA", "AA\ud83dA", "A=AA", "AA*A", "%zzAA"])

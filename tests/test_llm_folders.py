@@ -244,15 +244,21 @@ def test_unpacked_weights_may_be_read_by_those_who_read_the_rest(tmp_path, monke
     """safetensors writes for the owner alone; and transformers draws bars in three places."""
 
     def save(folder, **_):
-        for module in (modeling_gguf_pytorch_utils, transformers_logging):
-            assert [*module.tqdm([1], desc="Writing")] == [1]
+        assert [*transformers_logging.tqdm([1], desc="Writing")] == [1]
         Path(folder, "model.safetensors").touch(0o600)
+
+    def load(*_, **__):
+        for module in (modeling_gguf_pytorch_utils, transformers_logging):
+            assert [*module.tqdm([1], desc="Reading")] == [1]
+        return model, report
 
     model = SimpleNamespace(save_pretrained=save)
     report = {"missing_keys": [], "mismatched_keys": [], "error_msgs": []}
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, report))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    bar = modeling_gguf_pytorch_utils.tqdm
     beside = tmp_path / "a.gguf"
     beside.touch()
     _unpack_weights(tmp_path)
+    assert modeling_gguf_pytorch_utils.tqdm is bar  # for other programs' code in this process
     assert (tmp_path / "model.safetensors").stat().st_mode == beside.stat().st_mode
     assert capsys.readouterr().err.count("\n") == 1

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.random_model import SIZES
 from minigpt4 import start
+from minigpt4.__main__ import main
 from minigpt4.config import get_model
 from minigpt4.engine import decoder as decoder_module
 from minigpt4.engine.native import NativeDecoder
@@ -20,7 +21,8 @@ from minigpt4.weights import memory
 from minigpt4.weights.gguf import BlockLlama
 from minigpt4.weights.load import WeightFiles
 
-CASES = Path(__file__).parent / "parity"
+ROOT = Path(__file__).parent.parent
+CASES = ROOT / "tests" / "parity"
 GB = 10**9
 
 
@@ -178,10 +180,11 @@ def test_enough_memory_is_no_error(monkeypatch):
         RuntimeError("unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)"),
         RuntimeError("std::bad_alloc"),
         torch.OutOfMemoryError("CUDA out of memory."),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )
-def test_every_librarys_word_for_it(error, monkeypatch):
-    """While a model loads, each ends in the same sentence."""
+def test_every_librarys_word_for_it(error, monkeypatch, capsys):
+    """While a model loads, each ends in the same sentence; before and after, in a general one."""
     assert out_of_memory(error)
 
     def fail(*_, **__):
@@ -192,6 +195,18 @@ def test_every_librarys_word_for_it(error, monkeypatch):
     files = WeightFiles(Path("nowhere"), Path("nowhere"), None)
     with pytest.raises(UserError, match="nano does not fit into memory, and .* are free: "):
         start._load(config, files, torch.device("cpu"), "none", "auto", start.say, print)
+    monkeypatch.setattr("minigpt4.__main__._convert", fail)
+    if not isinstance(error, RuntimeError):
+        assert main(["convert", "a.pth", "b.safetensors"]) == 2
+        assert "\nminigpt4: There is too little memory: close" in f"\n{capsys.readouterr().err}"
+
+
+def test_a_limit_in_which_nothing_runs(monkeypatch, capsys):
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (6 * 10**8, -1))
+    photo = ROOT / "minigpt4/web/page/examples/coffee.jpg"
+    assert main(["ask", str(photo), "What?", "--model", "nano"]) == 2
+    said = "minigpt4: The limit on memory (ulimit -v) is 600 MB, and no model runs in less than 1 "
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_other_errors_are_not_about_memory():

@@ -15,6 +15,7 @@ from minigpt4.config import SAMPLING_RANGES
 from minigpt4.engine import Sampling
 from minigpt4.errors import UserError
 from minigpt4.options import SAMPLING, Option, Parser, integer, number, one_of, secret, switch
+from minigpt4.start import given_sampling
 from minigpt4.training.options import GROUPS
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +211,7 @@ def test_every_environment_variable_has_one_meaning():
         ("top-p", "0", "must be a number above 0.0 up to 1.0"),
         ("top-p", "nan", "must be a number above 0.0 up to 1.0"),
         ("temperature", "0.001", "must be 0, or a number from 0.01 up to 10.0"),
-        ("seed", "x", "must be an integer from 0 up to"),
+        ("seed", "-2", "must be an integer from 0 up to 9223372036854775807, or -1 for a new one"),
     ],
 )
 def test_settings_of_the_sampling_have_one_sentence_everywhere(name, value, sentence, capsys):
@@ -219,11 +220,18 @@ def test_settings_of_the_sampling_have_one_sentence_everywhere(name, value, sent
     said = capsys.readouterr().err
     assert f"--{name}: {sentence}" in said and f"not “{value}”" in said
     with pytest.raises(UserError, match=f"^{name.replace('-', '_')} {sentence}"):
-        Sampling(**{name.replace("-", "_"): 0.001 if name == "temperature" else -1})
+        Sampling(**{name.replace("-", "_"): 0.001 if name == "temperature" else -2})
 
 
 def test_the_sampling_has_an_option_for_each_setting():
     assert [option.attribute for option in SAMPLING] == [*SAMPLING_RANGES]
+
+
+def test_a_seed_of_minus_one_is_a_new_one(monkeypatch):
+    """As clients of llama.cpp, vLLM and Ollama mean it; another in the environment gives way."""
+    monkeypatch.setenv("MINIGPT4_SEED", "7")
+    given = given_sampling(_parser().parse_args(["ask", "a.jpg", "What?", "--seed", "-1"]))
+    assert Sampling(**given) == Sampling(seed=-1) == Sampling(seed=None)
 
 
 def test_a_question_may_come_after_the_options(capsys, monkeypatch, tmp_path):

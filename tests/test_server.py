@@ -510,6 +510,26 @@ def test_a_lost_gpu_ends_the_server(monkeypatch, capsys):
             list(stream)
 
 
+@pytest.mark.parametrize("path", ["minigpt4/__main__.py", "app.py"])
+@pytest.mark.parametrize("module", ["minigpt4.web.run", "minigpt4.data.files"])
+def test_ctrl_c_amid_imports(path, module):
+    program = f"""
+import runpy, signal, sys
+
+class Press:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path("{path}", run_name="__main__")
+"""
+    root = Path(app.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
 def test_a_signal_while_loading_ends_the_program(number, status):
     program = f"""

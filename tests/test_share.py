@@ -123,6 +123,8 @@ def test_mistakes(hub, case, run, tmp_path, monkeypatch, capsys):
 
     assert "USER/NAME" in complaint(file, "a name with spaces")
     assert "USER/NAME" in complaint(file, "me")
+    assert "cannot be read (No such file" in complaint(tmp_path / "none.safetensors", NAME)
+    (tmp_path / "none.safetensors").write_bytes(b"no")
     assert "is not a projection" in complaint(tmp_path / "none.safetensors", NAME)
     save_projection(read_projection(file), tmp_path / "bare.safetensors")
     assert "which model it belongs to" in complaint(tmp_path / "bare.safetensors", NAME)

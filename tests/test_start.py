@@ -224,6 +224,7 @@ def test_compiling_the_kernels_is_a_step_of_loading(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_build_folder", lambda: tmp_path)
     monkeypatch.setattr(build, "_compiler", lambda: ["cc"])
     monkeypatch.setattr(build, "library", lambda: "compiled")
+    monkeypatch.setattr(build, "_tried", set())
     auto, lines = ("auto", get_model("nano"), torch.device("cpu")), []
     assert start.quantize_of(*auto, lines.append) == "int4"
     assert lines == ["Compiling the CPU kernels (once) …"]
@@ -266,18 +267,24 @@ def test_a_compiler_that_fails(named, found, said, monkeypatch, capsys, tmp_path
 
 
 @pytest.mark.skipif(build.library() is None, reason="no C compiler: install gcc")
-@pytest.mark.parametrize("home", ["", "none"])
+@pytest.mark.parametrize("home", ["", "none", "closed"])
 def test_kernels_without_a_compiler_or_a_folder(home, monkeypatch, tmp_path):
-    """A build is used without the compiler; where none can be kept, nothing is left behind."""
+    """A build is used without the compiler; where none can be kept, nothing is left behind. That
+    one is compiled is said once; where it cannot be written, a good one is used."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     source = tmp_path.with_suffix(".c")
     source.write_text("".join(f"void minigpt4_{name}(void) {{}}\n" for name in build._FUNCTIONS))
     monkeypatch.setattr(build, "_SOURCE", source)
-    monkeypatch.setattr(build, "_build_folder", lambda: None if home else tmp_path)
+    monkeypatch.setattr(build, "_build_folder", lambda: None if home == "none" else tmp_path)
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "_tried", set())
     assert build.must_compile() and build.library.__wrapped__()
-    assert len([*tmp_path.iterdir()]) == (not home)
+    assert not build.must_compile()
+    assert len([*tmp_path.iterdir()]) == (home != "none")
+    if home == "closed":
+        monkeypatch.setattr(build, "_build_folder", lambda: None)
     monkeypatch.setattr(build, "_compiler", lambda: None)
-    assert bool(build.library.__wrapped__()) == (not home)
+    assert bool(build.library.__wrapped__()) == (home != "none")
 
 
 def test_options_of_loading():

@@ -227,6 +227,11 @@ def test_the_list_is_searched_and_pinned_and_deletions_are_undone(visit, photo):
     for button, opacity in (("Unpin", "1"), ("Rename", "0"), ("Delete", "0")):
         named = page.get_by_label(f"{button}: Where is the boat?")
         expect(named).to_have_css("opacity", opacity)
+    pin = page.get_by_label("Unpin: Where is the boat?")
+    place = pin.bounding_box()
+    titles(page).first.hover()  # the others come, and it stays
+    expect(page.get_by_label("Rename: Where is the boat?")).to_have_css("opacity", "1")
+    assert pin.bounding_box() == place
 
     titles(page).filter(has_text="Count them.").click()
     expect(answers(page)).to_contain_text("I see 0 pictures.")

@@ -152,9 +152,16 @@ def test_a_question_that_cannot_be_asked_changes_nothing(engine, warnings):
     assert session == Session() and "too long" in warnings[0]
 
 
-def test_a_seed_that_is_no_number(engine, warnings):
-    answered(ask(engine, Session(), "Hello?", seed="lucky"))
+@pytest.mark.parametrize("seed", ["lucky", "-2", "9" * 19])
+def test_a_seed_that_is_no_number(engine, warnings, seed):
+    answered(ask(engine, Session(), "Hello?", seed=seed))
     assert "whole number" in warnings[0]
+
+
+def test_a_seed_of_minus_one_is_a_new_one(engine, warnings):
+    session = Session()
+    answered(ask(engine, session, "Hello?", seed="-1"))
+    assert session.last_answer and not warnings
 
 
 def test_an_answer_goes_on_where_it_was_cut(engine):
@@ -445,7 +452,7 @@ def test_pictures_taken_out_of_the_box_are_given_back(warnings):
 
 
 def test_a_bad_file_that_is_sent_at_once_is_told_once(warnings):
-    """Not by both its look and its question."""
+    """Not by both its look and its question, which says what became of the rest."""
     path, uploads, session = uploads_folder() / "bad.png", uploads_of_a_page(), Session()
     path.write_text("no picture")
     assert attached(uploads, [str(path)], session) == ([str(path)], "")
@@ -455,6 +462,8 @@ def test_a_bad_file_that_is_sent_at_once_is_told_once(warnings):
     session.warned = warnings[0], session.warned[1] - session_module.SECONDS_PER_WARNING
     attached(uploads, [str(path)], session)
     assert len(warnings) == 2
+    answered(Turns(uploads._loading, []).ask(value | {"text": "What?"}, session, None, "", None))
+    assert len(warnings) == 3 and warnings[2].startswith("Nothing was sent: the rest is still in")
 
 
 @pytest.mark.trust("Pictures", "many large pictures at once")

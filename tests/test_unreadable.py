@@ -20,8 +20,11 @@ from minigpt4.data.examples import read_shards, usable
 from minigpt4.data.files import replacing
 from minigpt4.data.outputs import write_json
 from minigpt4.errors import UserError
+from minigpt4.model.words import load_words
 from minigpt4.training.extended import ExtendedRecipe
 from minigpt4.training.trainer import Recipe
+from minigpt4.weights.checkpoint import read_checkpoint
+from minigpt4.weights.share import _metadata
 from tests.test_training import PROMPTED, train
 from tests.training_case import SCHEDULE, write_captioned, write_shard
 
@@ -233,6 +236,18 @@ def test_export_leaves_out_what_cannot_be_read(tmp_path, capsys):
     assert "1 is left out: " in line and "1 of 3 pictures cannot be used" in line
 
 
+@pytest.mark.parametrize("read", [load_words, _metadata, read_checkpoint])
+def test_weights_that_cannot_be_read_are_not_called_another_kind(read, tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): change"):
+        read(path)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     """With the rights of the run's other files, also where a library gives them to the owner."""
     path, beside = tmp_path / "a.bin", tmp_path / "b.txt"
@@ -247,12 +262,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"new" and {*tmp_path.iterdir()} == {path, beside}
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named):
+@pytest.mark.parametrize(
+    ("named", "number", "said"),
+    [
+        (True, errno.ENOSPC, "is full: make "),
+        (False, errno.ENOSPC, "is full: make "),
+        (False, errno.EDQUOT, "is full up to your quota: make "),
+        (False, errno.EFBIG, "takes no larger file: raise the limit (ulimit -f)"),
+    ],
+)
+def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named, number, said):
     """Also where a library, or a file that is open already, does not say which file it was."""
 
     def refuse(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     def write(options):
         if not named:
@@ -266,4 +289,4 @@ def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch, named):
     monkeypatch.setattr("minigpt4.__main__._convert", write)
     out = "elsewhere/a.safetensors" if named else str(tmp_path / "a.safetensors")
     assert main(["convert", "a.pth", out]) == 2
-    assert capsys.readouterr().err.startswith(f"minigpt4: The disk of {tmp_path} is full: make ")
+    assert capsys.readouterr().err.startswith(f"minigpt4: The disk of {tmp_path} {said}")

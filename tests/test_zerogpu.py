@@ -54,7 +54,7 @@ long.close(), other.close()
 said["drained"] = engine.drain(60)
 totals = engine.totals
 said["totals"] = [totals.requests, totals.tokens > 16, totals.prompt_tokens > 40]
-said["endings"] = totals.endings
+said["endings"], said["errors"] = totals.endings, totals.errors
 said["healthy after"] = engine.health()
 try:
     begin(1)
@@ -104,6 +104,7 @@ def test_answers_with_a_lent_gpu():
     assert said["logprobs"] and said["seconds"] == [30, 30]
     assert said["running"] and said["drained"] and said["totals"] == [4, True, True]
     assert said["endings"] == {"length": 2, "closed": 2}
+    assert said["errors"] == {"queue_full": 1, "ending": 1}  # as other engines count: each once
     assert said["nothing lent"] == "broken" and not said["still running"]
     assert said["ending"] == "ending" and said["full"] == "queue_full"
     assert not said["healthy after"]

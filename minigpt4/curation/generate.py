@@ -6,7 +6,7 @@ fewer than 80 tokens. No torch.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from minigpt4.batch import Batch, Dialogue
 from minigpt4.conversation import Conversation, ask
@@ -55,6 +55,7 @@ class Generator:
         self._min_tokens, self._continues = min_tokens, continues
         self._template = paper_template(batch.engine.model.config.template)
         self.model = name_of(batch.engine)
+        self.options = asdict(sampling) | {"min_tokens": min_tokens, "continues": continues}
         self.prompt = prompt_text("describe.txt")
         self._continue = prompt_text("continue.txt")
 
@@ -68,7 +69,7 @@ class Generator:
             if isinstance(outcome, UserError):
                 yield record | {"error": str(outcome)}
             else:
-                yield record | outcome | {"prompt": self.prompt}
+                yield record | outcome | {"prompt": self.prompt, "options": self.options}
 
     def _describe(self, file: PictureFile) -> Dialogue:
         conversation = Conversation(template=self._template)

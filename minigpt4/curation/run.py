@@ -23,6 +23,7 @@ from minigpt4.data.outputs import check_outputs, print_json
 from minigpt4.errors import UserError
 
 if TYPE_CHECKING:
+    from minigpt4.curation.generate import Generator
     from minigpt4.curation.refine import Refiner
 
 MOST_TOGETHER = 64  # requests, as many as may wait for the engine
@@ -43,12 +44,12 @@ def generate(options: argparse.Namespace) -> None:
         sampling = start.default_sampling(batch.engine.model.config, **given)
         generator = Generator(batch, sampling, options.min_tokens, options.continues)
         described = {i: r for i, r in records.records.items() if "error" not in r}
-        _check_described(described, files, generator.model, options.out)
+        _check_described(described, files, generator, options.out)
         missing = [f for f in files if f.image_id not in described]
         if done := len(files) - len(missing):
             start.say(
-                f"{done} of {len(files)} are described in {options.out} and stay as they are, also "
-                "with other options: to describe them anew, choose another “--out”."
+                f"{done} of {len(files)} are described in {options.out} and stay as they are: to "
+                "describe them anew, choose another “--out”."
             )
         with tqdm(total=len(files), initial=done, unit="picture") as bar:
             for record in generator(missing):
@@ -58,14 +59,26 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def _check_described(
-    described: dict[str, dict], files: list[PictureFile], model: str, out: str
+    described: dict[str, dict], files: list[PictureFile], generator: "Generator", out: str
 ) -> None:
-    """UserError if descriptions are by another model, or of other pictures with the same ids."""
+    """UserError if descriptions are by another model, with another prompt or other options, or of
+    other pictures with the same ids."""
+    model, prompt = generator.model, generator.prompt
     for record in described.values():
+        found = record.get("options")
+        found = found if isinstance(found, dict) else {}
+        changed = [n for n, v in generator.options.items() if found.get(n, v) != v]
+        what = ""
         if record.get("model", model) != model:
+            what = f"by {record['model']}, but this is {model}"
+        elif record.get("prompt", prompt) != prompt:
+            what = "from before prompts/describe.txt was changed"
+        elif changed:
+            flag, value = changed[0].replace("_", "-"), generator.options[changed[0]]
+            what = f"with “--{flag}” {found[changed[0]]}, but now it is {value}"
+        if what:
             raise UserError(
-                f"{out} contains descriptions by {record['model']}, but this is {model}: choose "
-                "another file with “--out”."
+                f"{out} contains descriptions {what}: choose another file with “--out”."
             )
     for file in files:
         picture = described.get(file.image_id, {}).get("picture", file.picture)

@@ -75,7 +75,7 @@ _OTHER_KINDS = {
 _OF_LIBRARIES = ("_stats.json", "dataset_info.json", ".parquet")
 _FORMATS = (
     "WebDataset shards, a table of captions (CSV or JSON lines), COCO's or LLaVA's JSON, or a "
-    "folder with one of them or with KEY.txt beside KEY.jpg (docs/own-data.md)"
+    "folder with one of them or with KEY.txt beside KEY.jpg"
 )
 
 
@@ -233,7 +233,7 @@ def _read_json(path: Path) -> list[Example]:
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise UserError(
             f"{printable(path)} is JSON in no known format: it must be COCO's captions, LLaVA's "
-            "conversations or a list of records with a picture and a caption (docs/own-data.md)."
+            "conversations or a list of records with a picture and a caption."
         )
     rows = ((f"record {i}", _row(record)) for i, record in enumerate(records, 1))
     return read_rows(path, rows, folders)

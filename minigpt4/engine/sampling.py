@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minigpt4.config import wrong_setting
+from minigpt4.config import RANDOM_SEED, wrong_setting
 from minigpt4.errors import UserError
 
 
@@ -20,9 +20,9 @@ class Sampling:
     temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off (min_p drops tokens less likely
     than that fraction of the likeliest one); repetition_penalty divides positive and multiplies
     negative logits of tokens already generated (CTRL, Keskar et al., 2019); presence_penalty is
-    subtracted from them once, frequency_penalty for each time (OpenAI's definition); seed None
-    picks one at random; num_beams above 1 is beam search, without sampling. UserError for values
-    out of range.
+    subtracted from them once, frequency_penalty for each time (OpenAI's definition); seed None,
+    or -1, picks one at random; num_beams above 1 is beam search, without sampling. UserError for
+    values out of range.
     """
 
     temperature: float = 1.0
@@ -46,6 +46,8 @@ class Sampling:
             object.__setattr__(
                 self, name, int(value) if isinstance(value, Integral) else float(value)
             )
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", None)
 
 
 @dataclass(frozen=True)

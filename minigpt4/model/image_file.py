@@ -87,6 +87,8 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     if head.startswith(_PNG):
         file = _without_damaged_chunks(file)
     image = Image.open(file, formats=_FORMATS)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _have_libtiff_read(image)
     pixels = image.width * image.height
     if pixels <= MAX_PIXELS:
         return image
@@ -106,6 +108,15 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     if image.width * image.height > MAX_PIXELS:
         raise TooManyPixels
     return image
+
+
+def _have_libtiff_read(image: TiffImagePlugin.TiffImageFile) -> None:
+    """An uncompressed YCbCr file: Pillow takes each pixel for four bytes, and fails."""
+    ycbcr = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 6
+    if ycbcr and image.tile and image.tile[0].codec_name == "raw":
+        arguments = ("RGBX", "raw", False, image.tag_v2.offset)
+        image.tile = [ImageFile._Tile("libtiff", (0, 0, *image.size), 0, arguments)]
+        image.use_load_libtiff = True
 
 
 def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from minigpt4.config import Words
+from minigpt4.data.files import check_pointer
 from minigpt4.data.word_lists import singular
 from minigpt4.errors import UserError
 
@@ -86,7 +87,9 @@ class WordHead(nn.Module):
 
 
 def load_words(path: str | Path) -> WordHead:
-    """The word head in a file that `WordHead.save` wrote. UserError where it holds none."""
+    """The word head in a file that `WordHead.save` wrote. UserError where it holds none, or
+    cannot be read."""
+    check_pointer(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()

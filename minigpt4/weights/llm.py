@@ -11,8 +11,9 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -261,9 +262,12 @@ def _unpack_weights(folder: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = lambda items, **_: items  # `_told` has no say in it
     say("Unpacking the language model for PyTorch (once) …")
-    with _cached("GGUFReader", "get_tensor_name_map"), _told(0, ignore):
+    with (
+        _cached("GGUFReader", "get_tensor_name_map"),
+        _replaced(modeling_gguf_pytorch_utils, tqdm=lambda items, **_: items),  # not by `_told`
+        _told(0, ignore),
+    ):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=gguf_of(folder).name,
@@ -287,19 +291,24 @@ def _unpack_weights(folder: Path) -> None:
         ) from error
 
 
-@contextmanager
-def _cached(*names: str) -> Iterator[None]:
+def _cached(*names: str) -> AbstractContextManager:
     """Cache these functions of the gguf library: transformers reads the file's header three times,
     some seconds each, and maps the tensors' names 400 times.
     """
     import gguf
 
-    originals = {name: getattr(gguf, name) for name in names}
-    vars(gguf).update({name: functools.cache(f) for name, f in originals.items()})
+    return _replaced(gguf, **{name: functools.cache(getattr(gguf, name)) for name in names})
+
+
+@contextmanager
+def _replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
+    """Within, the module has these functions under these names."""
+    originals = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
     try:
         yield
     finally:
-        vars(gguf).update(originals)
+        vars(module).update(originals)
 
 
 # --- the token embedding alone -------------------------------------------------------------------

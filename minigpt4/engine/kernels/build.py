@@ -32,6 +32,7 @@ KINDS = dict(  # as GGUF numbers them
 BLOCK = 32  # rows and columns that lie together
 
 FAILED: dict[str, str] = {}  # variant -> why it could not be built or opened
+_tried: set[str] = set()  # variants that `library` has looked for in this process
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ _FUNCTIONS: dict[str, tuple[Any, list]] = {  # name -> (result, arguments)
 @functools.cache
 def library(variant: str = "native") -> ctypes.CDLL | None:
     """The compiled `native.c`, built the first time (seconds); None where that is not possible."""
+    _tried.add(variant)
     try:
         loaded = ctypes.CDLL(str(_find_or_build(variant)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -115,9 +117,7 @@ def library(variant: str = "native") -> ctypes.CDLL | None:
 
 def must_compile(variant: str = "native") -> bool:
     """Whether `library` has to compile first, which takes seconds."""
-    folder = _build_folder()
-    built = folder is not None and _place(folder, variant).exists()
-    return _compiler() is not None and not built
+    return variant not in _tried and _compiler() is not None and _kept(variant) is None
 
 
 def why_not(variant: str = "native") -> tuple[str, str]:
@@ -137,12 +137,12 @@ def _place(folder: Path, variant: str) -> Path:
 
 def _find_or_build(variant: str) -> Path:
     """Where the build is. OSError without a compiler, or where it fails."""
+    if kept := _kept(variant):
+        return kept
     compiler = _compiler()
-    built = _place(_build_folder() or _scratch_folder(), variant)
-    if built.exists():
-        return built
     if compiler is None:
         raise OSError("no C compiler was found")
+    built = _place(_build_folder() or _scratch_folder(), variant)
     try:
         _build(compiler, VARIANTS[variant], built)
     except OSError:
@@ -150,6 +150,16 @@ def _find_or_build(variant: str) -> Path:
             raise
         _build(compiler, VARIANTS["plain"], built)  # a compiler without -march=native
     return built
+
+
+def _kept(variant: str) -> Path | None:
+    """A build that is there already, also where nothing can be written; not another user's."""
+    try:
+        place = _place(_build_folder() or cache_folder(), variant)
+        own = place.stat().st_uid in (0, getattr(os, "getuid", int)())
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home folder
+        return None
+    return place if own else None
 
 
 def _compiler() -> list[str] | None:
@@ -177,8 +187,8 @@ def _fingerprint(variant: str) -> str:
 
 
 def _build_folder() -> Path | None:
-    """Where builds are kept; a folder of this user alone, since what lies there is executed. None
-    where there can be none."""
+    """Where a build can be kept; a folder of this user alone, since what lies there is executed.
+    None where there can be none."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

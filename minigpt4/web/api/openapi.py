@@ -151,7 +151,7 @@ def description() -> Schema:
         "info": {
             "title": "MiniGPT-4",
             "version": "1",
-            "description": "Questions about pictures, in OpenAI's format. More: docs/api.md.",
+            "description": "Questions about pictures, in OpenAI's format.",
         },
         "paths": {
             "/v1/chat/completions": {"post": complete},

@@ -298,7 +298,7 @@ class ChatRequest(Object):
     presence_penalty: Annotated[float | None, _number("presence_penalty")] = None
     frequency_penalty: Annotated[float | None, _number("frequency_penalty")] = None
     num_beams: Annotated[int | None, _number("num_beams"), WHOLE] = None
-    seed: Annotated[int | None, _number("seed", UNSET), _accepting(int, -1, _or_none)] = None
+    seed: Annotated[int | None, _number("seed"), _accepting(int, -1, _or_none)] = None
     max_tokens: MaxTokens = None
     max_completion_tokens: MaxTokens = None
     instructions: Annotated[str | None, Field(description="must be a string.")] = None

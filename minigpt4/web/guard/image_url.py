@@ -53,7 +53,7 @@ class ImageUrls:
             # Some clients break it into lines. Splitting it there could make millions of strings.
             plain = data.encode("ascii")
             plain = unquote_to_bytes(plain) if b"%" in plain else plain
-            plain = plain.translate(STANDARD, BLANKS).rstrip(b"=")
+            plain = _with_plus(plain.strip()).translate(STANDARD, BLANKS).rstrip(b"=")
             content = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
         except ValueError:
             raise UserError("The picture's base64 is damaged: encode the file again.") from None
@@ -121,6 +121,18 @@ class ImageUrls:
         return TooLarge(
             f"The picture's file is larger than {self.max_bytes / MEGABYTE:g} MB: scale it down."
         )
+
+
+def _with_plus(plain: bytes) -> bytes:
+    """Base64 whose "+" a form turned into spaces, with them again; not where spaces alone stand at
+    equal distances, as instead of line breaks."""
+    spaces = plain.count(b" ")
+    others = len(plain) - spaces > len(plain.translate(None, BLANKS))
+    if not spaces or others or len(plain) % 4:
+        return plain
+    first = plain.index(b" ")
+    wrapped = plain[first :: first + 1] == b" " * spaces
+    return plain if wrapped else plain.replace(b" ", b"+")
 
 
 def _host(text: str) -> str:

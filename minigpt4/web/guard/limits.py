@@ -6,13 +6,14 @@ starts another program, one writes conversations to the disk.
 
 import asyncio
 import contextlib
-import errno
 import re
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minigpt4.errors import DISK_FULL
 
 FILES_AT_ONCE = 16  # pictures of one upload, or of one conversation
 TEXT_BYTES = 16 * 2**20  # of what the page sends: a conversation with small pictures, at most
@@ -21,7 +22,6 @@ BODY_SECONDS = 120.0
 # For the rest of a refused body to arrive, and how much of it: a connection that is closed over
 # unread bytes is reset, and the client loses the answer.
 REST_SECONDS, REST_BYTES = 1.0, 64 * 2**20
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _AUTHORITY = "(?i)^https?://[^/]*"
 # The first part of gradio's paths, after /gradio_api.
 CLOSED = {

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -12,6 +13,7 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
+from minigpt4.config import wrong_setting
 from minigpt4.conversation import Conversation
 from minigpt4.errors import UserError
 from minigpt4.web.guard.uploads import uploaded
@@ -195,6 +197,7 @@ class Turns:
             yield hindered
             return
         accepted, status, failure, session.busy = False, "", "", True
+        refused = False  # a picture of the box
         recorded = 0.0
         try:
             steps = self._run(session, build, request, settings, seed)
@@ -215,7 +218,7 @@ class Turns:
                 session.remark(translate("silent", request))
             status = answers.ending(session, request)
         except UserError as error:
-            failure = explain(error, request)
+            failure, refused = explain(error, request), bool(sent and "name" in error.values)
         except Exception:
             log.exception("while answering")
             failure = translate("sorry", request)
@@ -227,6 +230,8 @@ class Turns:
                 session.remark(failure)
             elif session.is_news(failure):
                 warn(failure)
+            if refused and sent and (sent["text"].strip() or len(sent["files"]) > 1):
+                warn(translate("unsent", request))
         if session.successor:  # what is sent last is what the page shows
             latest = session.latest
             yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()
@@ -286,9 +291,10 @@ class Turns:
         *values, system = settings
         given: dict[str, Any] = dict(zip(self._names, values, strict=True))  # Sampling checks them
         digits = str(given.pop("seed", None) or "").strip()
-        if digits and not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
+        chosen = int(digits) if re.fullmatch("-?[0-9]{1,19}", digits) else None
+        if digits and wrong_setting("seed", chosen):
             raise UserError(translate("bad_seed", request))
-        sampling = Sampling(seed=int(digits) if digits else None, **given)
+        sampling = Sampling(seed=chosen, **given)
         return sampling, str(system or "").strip() or None
 
 

@@ -53,7 +53,7 @@ const makeRow = (chat, today) => {
     if (!open.isConnected) event.preventDefault(); // the field keeps the focus
   });
   const discard = button("delete", "delete", () => chats.remove([chat.id]), title);
-  const item = make("li", {}, picture, open, pin, rename, discard);
+  const item = make("li", {}, picture, open, rename, discard, pin);
   item.dataset.id = chat.id;
   return item;
 };
