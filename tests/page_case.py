@@ -32,7 +32,8 @@ def served(source, feedback=None) -> Iterator[str]:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
+    # Debian's headless shell takes a seventh less of the processor.
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
     if not path:
         (pytest.fail if "CI" in os.environ else pytest.skip)(
