@@ -136,6 +136,13 @@ def test_under_a_proxys_path(engine):
         assert described["servers"] == [{"url": "/minigpt4"}]
 
 
+@pytest.mark.parametrize("host", [b"[::1", b"a:b:c", "é".encode()])
+def test_a_proxy_that_names_no_host(address, host):
+    for path in ("/", "/config"):
+        response = httpx.get(address + path, headers={b"X-Forwarded-Host": host})
+        assert response.status_code == 400 and "check the proxy" in response.text
+
+
 @pytest.mark.parametrize(
     ("given", "path"),
     [
