@@ -307,7 +307,7 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, PART, "fetches no pictures", image("http://127.0.0.1:9/a.png")),
         (400, PART, "must begin with data:", image("file:///etc/passwd")),
         (400, PART, "must read data:", image("data:image/png,abc")),
-        (400, PART, "base64 is damaged", image("data:image/png;base64,****")),
+        (400, PART, "base64 has a “*” in it", image("data:image/png;base64,****")),
         (400, PART, "not a picture", image("data:image/png;base64,AAAA")),
         (413, PART, "larger than 1 MB", image("data:image/png;base64," + "A" * 1_400_000)),
         (413, None, "The request is larger", image("data:image/png;base64," + "A" * 4_000_000)),

@@ -1,6 +1,7 @@
 """Remote pictures: only from hosts that the operator named, wherever a redirect points."""
 
 import asyncio
+import re
 import threading
 import tracemalloc
 from contextlib import suppress
@@ -91,9 +92,18 @@ def test_a_picture_with_a_blank_after_each_pair_of_letters():
     assert most < 5 * len(url)
 
 
-@pytest.mark.parametrize("data", ["AAAAA", "A\u00e4AA", "AA\ud83dA", "A=AA", "AA*A", "%zzAA"])
+@pytest.mark.parametrize("data", ["AAAAA", "A\u00e4AA", "AA\ud83dA", "A=AA", "AA<A", "%zzAA"])
 def test_damaged_base64(data):
     with pytest.raises(UserError, match="base64 is damaged"):
+        read(ImageUrls(), "data:image/png;base64," + data)
+
+
+@pytest.mark.parametrize(
+    ("data", "character"),
+    [("data:image/png;base64,AAAA", ":"), ("b'AAAA'", "'"), ("[object Object]", "[")],
+)
+def test_what_is_no_base64_is_named(data, character):
+    with pytest.raises(UserError, match=re.escape(f"has a “{character}” in it: ")):
         read(ImageUrls(), "data:image/png;base64," + data)
 
 

@@ -159,7 +159,7 @@ WRONG = {"type": "string", "pattern": "("}
         ),
         (
             "input[0].content[0].image_url",
-            "base64 is damaged",
+            "base64 has a “*” in it",
             {
                 "input": [
                     {

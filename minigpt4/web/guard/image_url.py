@@ -19,6 +19,7 @@ REDIRECTS = 3
 MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
 STANDARD = bytes.maketrans(b"-_", b"+/")  # from the alphabet for URLs
+ALIEN = re.compile(r"(?![\w+/=%<>-])[!-~]")  # as in another “data:”, or in Python's b'…'
 
 
 class TooLarge(UserError):
@@ -56,7 +57,11 @@ class ImageUrls:
             plain = plain.translate(STANDARD, BLANKS).rstrip(b"=")
             content = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
         except ValueError:
-            raise UserError("The picture's base64 is damaged: encode the file again.") from None
+            alien = ALIEN.search(data)
+            what = "is damaged: encode the file again."
+            if alien:
+                what = f"has a “{alien[0]}” in it: send what the file is encoded to, alone."
+            raise UserError(f"The picture's base64 {what}") from None
         if len(content) > self.max_bytes:
             raise self._too_large()
         return content
