@@ -82,6 +82,7 @@ def test_json_lines(folder):
         ("c.jsonl", '["a.jpg", "x"]', "Line 1 .* object"),
         ("c.csv", b"file_name,caption\na.jpg,gr\xfcn\n", "UTF-8"),
         ("c.jsonl", '{"file_name": "a.jpg", "caption": "One."}\n{"file\n', "Line 2 .* JSON"),
+        ("c.jsonl", '{"file_name": "a.jpg"},\n{}', "Line 1 .* by itself: correct it at column 23"),
         (
             "c.jsonl",
             '{"file_name": "a.jpg", "captions": [7]}\n',

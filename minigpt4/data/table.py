@@ -11,6 +11,7 @@ from pathlib import Path
 from minigpt4.data import captions
 from minigpt4.data.captions import NotUsable, choose_captions
 from minigpt4.data.conversations import (
+    SYSTEM,
     check_record,
     history_of,
     pictures_in,
@@ -45,7 +46,7 @@ PICTURE = (
 )
 INSTRUCTION = ("instruction", "question", "prompt", "query")
 # Columns that are read, beside captions, so that a second one of the name would hide the first.
-_READ = {*PICTURE, *INSTRUCTION, "input", "history", "system"}
+_READ = {*PICTURE, *INSTRUCTION, *SYSTEM, "input", "history"}
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
 # A line of Flickr8k.token.txt, which has no header.
@@ -271,6 +272,8 @@ def _named(row: Row) -> object:
 def picture_of(row: Row) -> str:
     """The one picture that a row names. NotUsable if it names none, or several."""
     named = _named(row)
+    if isinstance(named, dict) and all(name.startswith("<") for name in named):
+        named = [*named.values()]  # MiniCPM's, by their marks
     found = named if isinstance(named, list) else [named]
     if any(isinstance(p, dict) and p.get("bytes") and not p.get("path") for p in found):
         raise NotUsable(captions.INSIDE)
