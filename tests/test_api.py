@@ -302,6 +302,14 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "messages", "at most 16 pictures", {"messages": [question("?", *["data:"] * 17)]}),
         (400, "messages[0].images", "as a part", {"messages": [HELLO[0] | {"images": ["AAAA"]}]}),
         (400, "images", "as a part", {"images": "AAAA"}),
+        (400, "image_data", "as a part", {"image_data": [{"data": "AAAA", "id": 10}]}),
+        (400, "messages[0].image_url", "as a part", {"messages": [HELLO[0] | {"image_url": "x"}]}),
+        (
+            400,
+            "messages[0].content[0].image_url",
+            "as a part",
+            says([{**TEXT, "text": "What?", "image_url": {"url": "data:"}}]),
+        ),
         (400, "messages", "tokens, and at most 1999 fit; shorten it.", says("word " * 3000)),
         (400, "messages", "characters", says("x" * 200_001)),
         (400, PART, "fetches no pictures", image("http://127.0.0.1:9/a.png")),
@@ -491,6 +499,14 @@ def test_unknown_endpoints_and_methods(address):
         ("POST", "/v1/chat/completion", 404, "use /v1/chat/completions."),
         ("POST", "/v1/chat", 404, "use /v1/chat/completions."),
         ("GET", "/V1/Models", 404, "use /v1/models,"),
+        ("GET", "/v1/chat/completions/models", 404, "use /v1/models, with a base URL that ends"),
+        (
+            "POST",
+            "/openai/deployments/nano/chat/completions?api-version=1",
+            404,
+            "use /v1/chat/completions, with a base URL that ends in /v1.",
+        ),
+        ("POST", "/v1/messages", 404, "use /v1/chat/completions."),
     ],
 )
 def test_the_endpoint_that_is_meant_is_said(address, method, path, status, sentence):

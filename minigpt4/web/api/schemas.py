@@ -184,11 +184,10 @@ def _only(sentence: str, **constraints: Any) -> Any:
 EMPTY = _only("is not supported: leave it out.", max_length=0)
 NO_TOOLS = _only("is not supported: this model calls no functions. Leave it out.", max_length=0)
 # Ollama's form. Without the pictures, the answer would be invented.
-NO_PICTURES = _only(
-    'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.',
-    alias="images",
-    max_length=0,
-)
+AS_PART = 'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.'
+NO_PICTURES = _only(AS_PART, alias="images", max_length=0)
+# Names of the same elsewhere: llama.cpp's, and of parts that are called a text.
+OTHER_PICTURES = ("image", "image_url", "image_urls", "image_data", "image_base64")
 NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
 
@@ -354,6 +353,7 @@ class ChatRequest(Object):
             _refuse("logprobs are not available with beam search: set num_beams to 1.", "logprobs")
         if self.top_logprobs and not self.logprobs:
             _refuse("top_logprobs needs logprobs: set logprobs to true.", "top_logprobs")
+        _check_places_of_pictures(self)
         _check_conversation(self.messages, self.instructions or "")
         self._check_format()
         return self
@@ -395,6 +395,19 @@ class ChatRequest(Object):
         most = self.max_completion_tokens or self.max_tokens or config.context
         given["max_new_tokens"] = min(most, config.context)
         return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
+
+
+def _check_places_of_pictures(request: ChatRequest) -> None:
+    """ApiError for a picture that is in a field which is not read."""
+    places: list[tuple[str, Object]] = [("", request)]
+    for i, message in enumerate(request.messages):
+        where = f"messages[{i}]."
+        parts = ((f"{where}content[{k}].", part) for k, part in enumerate(message.content))
+        places += [(where, message), *parts]
+    for where, value in places:
+        for name in OTHER_PICTURES:
+            if (value.model_extra or {}).get(name):
+                _refuse(f"{where}{name} {AS_PART}", f"{where}{name}")
 
 
 def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "") -> None:
