@@ -213,6 +213,8 @@ def test_values_that_mean_not_set_or_nearly_zero():
     assert request.temperature == 0 and request.stop == ["a"] and request.n == 1 and not ignored
     assert 0 < request.top_p < 0.001
     assert not read_chat({"messages": HELLO, "logit_bias": {"5": 0, "6": 0.0}})[0].logit_bias
+    php = {"logit_bias": [], "stream_options": [], "tools": []}
+    assert not read_chat({"messages": HELLO, **php})[1]
     renamed, _ = read_chat({"messages": HELLO, "repeat_penalty": 1.2})
     assert renamed.repetition_penalty == 1.2
 
@@ -470,6 +472,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason
         {"const": 2**53 - 1},
         {"type": "array", "items": {"$ref": "#"}},
         {"type": "object", "propertyNames": STRING, "additionalProperties": STRING},
+        {"type": "object", "properties": []},
     ],
 )
 def test_a_schema_that_is_only_large_or_says_nothing_is_not_refused(engine, schema):

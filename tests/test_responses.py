@@ -218,6 +218,10 @@ def test_a_ceiling_may_be_any_number(most):
     assert request.sampling(config).max_new_tokens == config.context
 
 
+def test_an_empty_object_of_php():
+    assert not read_response({"input": "Hello?", "metadata": []})[1]
+
+
 def test_a_number_that_no_float_holds_is_not_echoed(address):
     body = b'{"input": "Hello?", "max_output_tokens": 2, "metadata": {"a": 1e999}}'
     response = httpx.post(address + "/v1/responses", content=body, timeout=60)

@@ -73,8 +73,13 @@ def _top_p(value: Any) -> Any:
     return LOWEST_TOP_P if value == 0 and value is not False else value
 
 
+def as_object(value: Any) -> Any:
+    """PHP writes an empty object as []."""
+    return {} if value == [] else value
+
+
 def _without_zeros(bias: Any) -> Any:
-    return {k: v for k, v in bias.items() if v != 0} if isinstance(bias, dict) else bias
+    return {k: v for k, v in bias.items() if v != 0} if isinstance(bias, dict) else as_object(bias)
 
 
 def _as_stops(value: Any) -> Any:
@@ -308,7 +313,7 @@ class ChatRequest(Object):
         ),
     ] = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, BeforeValidator(as_object)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[
         int | None,
