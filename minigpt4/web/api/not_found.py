@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from minigpt4.web.api.errors import ApiError, quotable
+from minigpt4.web.guard.limits import inner_path
 
 # The endpoints, without /v1/, and their methods.
 ENDPOINTS = {
@@ -71,8 +72,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     """Starlette's handler of HTTPException outside /v1: a sentence for programs."""
     if not isinstance(error, HTTPException):
         raise error
-    path, headers = request.url.path, dict(error.headers or {})
-    path = path.removeprefix(request.scope.get("root_path", "").rstrip("/"))
+    path, headers = inner_path(request.scope), dict(error.headers or {})
     if path.startswith(PAGES_OWN) or (error.status_code, error.detail) not in UNSAID:
         return await http_exception_handler(request, error)
     if error.status_code == 404 or path.startswith("/v1/"):
