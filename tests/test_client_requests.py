@@ -125,6 +125,14 @@ def test_an_answer_without_content_is_an_empty_one(address, content):
     assert text(post(address, [*HELLO, empty])) == text(post(address, HELLO))
 
 
+def test_a_question_without_content_says_nothing_unless_it_is_the_last(address):
+    """Clients leave such turns where a picture was, and cannot remove them."""
+    empty, later = {"role": "user", "content": " "}, [SAID, *HELLO]
+    assert text(post(address, [empty, *later])) == text(post(address, later))
+    refused = post(address, [*HELLO, SAID, empty], 400).json()["error"]
+    assert refused["param"] == "messages[2].content"
+
+
 def test_an_answer_that_is_the_last_message_is_continued(address, engine):
     """As the page's Continue does it."""
     begun = Conversation()

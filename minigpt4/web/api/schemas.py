@@ -234,6 +234,10 @@ class ChatMessage(Object):
         return [(i, part.image_url.url) for i, part in parts if isinstance(part, ImagePart)]
 
     @property
+    def is_empty(self) -> bool:
+        return not self.text.strip() and not self.images
+
+    @property
     def is_system(self) -> bool:
         return self.role in ("system", "developer")
 
@@ -425,10 +429,12 @@ def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "")
         if (refused or message.refusal) and message.role != "assistant":
             sentence = f"{where}: only an assistant's message may hold a refusal."
             _refuse(sentence, f"{where}.{'content' if refused else 'refusal'}")
-        if message.role == "user" and not message.text.strip() and not message.images:
-            _refuse(f"{where} is empty: write a question.", f"{where}.content")
-    if not any(message.role == "user" for message in messages):
+    asked = [place for place, message in enumerate(messages) if message.role == "user"]
+    if not asked:
         _refuse("messages must hold a user's message: add a question.")
+    if messages[asked[-1]].is_empty:  # earlier ones say nothing: clients keep such turns
+        where = f"messages[{asked[-1]}]"
+        _refuse(f"{where} is empty: write a question.", f"{where}.content")
     if sum(len(message.images) for message in messages) > FILES_AT_ONCE:
         _refuse(f"A conversation may hold at most {FILES_AT_ONCE} pictures: leave some out.")
     if sum(len(message.text) for message in messages) + len(instructions) > MAX_CHARACTERS:
