@@ -18,7 +18,7 @@ PICTURE = picture_file()
 
 
 class Host(BaseHTTPRequestHandler):
-    """/picture.png, /large, /slow, /missing, /gzip; /to?URL redirects."""
+    """/picture.png, /large, /slow, /missing, /gzip and other codings; /to?URL redirects."""
 
     def do_GET(self):  # noqa: N802 - the library's name
         self.server.asked.append(self.path)
@@ -29,8 +29,8 @@ class Host(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(404 if path == "/missing" else 200)
-        if path == "/gzip":
-            self.send_header("Content-Encoding", "gzip")
+        if path in ("/gzip", "/Identity", "/aws-chunked"):
+            self.send_header("Content-Encoding", path[1:])
         self.end_headers()
         with suppress(OSError):
             if path == "/slow":
@@ -112,6 +112,8 @@ def test_a_named_host(host):
     assert read(ImageUrls(["127.0.0.1"]), f" {host.url}/picture.png\n") == PICTURE
     with pytest.raises(UserError, match="host compresses it"):
         read(ImageUrls([host.name]), host.url + "/gzip")
+    for coding in ("Identity", "aws-chunked"):
+        assert read(ImageUrls([host.name]), f"{host.url}/{coding}") == PICTURE
     assert read(ImageUrls([host.name]), f"{host.url}/to?/picture.png") == PICTURE
 
 

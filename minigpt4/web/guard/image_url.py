@@ -19,6 +19,7 @@ REDIRECTS = 3
 MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
 STANDARD = bytes.maketrans(b"-_", b"+/")  # from the alphabet for URLs
+COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
 ALIEN = re.compile(r"(?![\w+/=%<>-])[!-~]")  # as in another “data:”, or in Python's b'…'
 
 
@@ -98,7 +99,8 @@ class ImageUrls:
                 "The picture could not be fetched: check its address, for which the host answered "
                 f"{response.status_code}."
             )
-        if response.headers.get("content-encoding", "identity") != "identity":
+        coded = re.split(r"[\s,]+", response.headers.get("content-encoding", "").lower())
+        if not COMPRESSED.isdisjoint(coded):  # others, such as S3's aws-chunked, change nothing
             raise UserError("The picture's host compresses it unasked: send a data: URL.")
         content = bytearray()
         async for chunk in response.aiter_raw(65536):
