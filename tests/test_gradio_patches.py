@@ -2,11 +2,13 @@
 
 import ast
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import gradio as gr
+import httpx
 import pytest
 from gradio import component_meta, processing_utils
 
@@ -27,6 +29,7 @@ COMPARE = """
 import sys
 import uvicorn
 import gradio as gr
+import httpx
 from minigpt4.web.guard import gradio_patches
 with gr.Blocks() as page:
     pass
@@ -51,6 +54,25 @@ def test_gradio_still_has_what_is_replaced():
     code = COMPARE.replace("NAMES", repr(names))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_gradio_is_imported_whatever_proxies_and_certificates_there_are():
+    code = "import minigpt4.web, gradio, httpx; assert 'partial' not in repr(httpx.Client.__init__)"
+    wrong = {
+        "ALL_PROXY": "socks5://127.0.0.1:9",  # httpx would need another package
+        "http_proxy": "http://a:b",
+        "no_proxy": "[::1]",
+        "SSL_CERT_FILE": "/nowhere",
+    }
+    environment = {**os.environ, **wrong}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+def test_a_page_starts_behind_a_proxy_that_does_not_reach_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with served(FakeEngine()) as address:
+        assert httpx.get(address + "/healthz", trust_env=False).status_code == 200
 
 
 def test_gradio_is_imported_without_its_stubs():

@@ -15,9 +15,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 import gradio as gr
+import gradio.blocks
 import gradio.queueing
 import gradio.routes
-from gradio import processing_utils, utils
+import httpx
+from gradio import networking, processing_utils, utils
 from gradio.exceptions import InvalidPathError
 from gradio.mcp import GradioMCPServer
 from gradio.queueing import Queue
@@ -99,6 +101,9 @@ def apply() -> None:
     gr.Chatbot.postprocess = _postprocess_chatbot
     # For each output that is skipped it makes a new component and its JSON schema: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
+    # It asks its own server through the environment's proxies, which need not reach this machine.
+    gradio.blocks.httpx = _DirectHttpx()
+    networking.url_ok = _url_ok
     # It imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its
     # backend at every update.
     utils.MatplotlibBackendMananger = nullcontext
@@ -152,6 +157,7 @@ _original_add_root_url = processing_utils.add_root_url
 _original_get_tool_to_endpoint = GradioMCPServer.get_tool_to_endpoint
 _original_postprocess_chatbot = gr.Chatbot.postprocess
 _original_postprocess_data = gr.Blocks.postprocess_data
+_original_url_ok = networking.url_ok
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
@@ -172,6 +178,20 @@ class PageCORS(CustomCORSMiddleware):
 
 
 # --- the queue ------------------------------------------------------------------------------------
+
+
+class _DirectHttpx:
+    """httpx as gradio.blocks sees it."""
+
+    get = staticmethod(partial(httpx.get, trust_env=False))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(httpx, name)
+
+
+def _url_ok(url: str) -> bool:
+    """The server's own address (http) has just answered `get`; a public link may not do yet."""
+    return url.startswith("http://") or _original_url_ok(url)
 
 
 class _QueueAsyncio:
