@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def test_gradio_is_imported_whatever_proxies_and_certificates_there_are():
     }
     environment = {**os.environ, **wrong}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+def test_a_log_is_not_filled_while_no_connection_can_be_accepted(caplog):
+    log = logging.Logger("asyncio")
+    log.addFilter(gradio_patches._SaysOnce())
+    log.addHandler(caplog.handler)
+    for _ in range(1000):
+        log.error("socket.accept() out of system resource\nsocket: …", exc_info=OSError("no"))
+    log.error("Something else")
+    assert caplog.messages == [gradio_patches.NO_MORE_FILES, "Something else"]
+    assert not caplog.records[0].exc_info
 
 
 def test_a_page_starts_behind_a_proxy_that_does_not_reach_this_machine(monkeypatch):

@@ -44,6 +44,9 @@ MAX_SESSIONS = 10_000  # whose last event's end is kept
 TOO_MANY = "This page has asked for too much without listening: load it again."
 TOO_DEEP = "The request is nested too deeply."
 TOO_MANY_VALUES = "The list in `data` must have at most {count} values."
+NO_MORE_FILES = (
+    "No further connection is accepted, since too many files are open: raise the limit (ulimit -n)."
+)
 NOT_UPLOADED = "Upload the file to /gradio_api/upload first, and send the path that this returns."
 
 
@@ -108,6 +111,8 @@ def apply() -> None:
     # backend at every update.
     utils.MatplotlibBackendMananger = nullcontext
     logging.getLogger("uvicorn.error").addFilter(_is_worth_saying)
+    # While no file can be opened, it writes thousands of tracebacks a second.
+    logging.getLogger("asyncio").addFilter(_SaysOnce())
 
 
 def draw_first(html: str) -> None:
@@ -165,6 +170,25 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
     beside our sentence why an address cannot be bound."""
     upgrade = str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
     return not upgrade and not isinstance(record.msg, OSError)
+
+
+class _SaysOnce(logging.Filter):
+    """One sentence a minute, in place of the event loop's tracebacks, where no connection can be
+    accepted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("socket.accept() out of system resource"):
+            return True
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 60
+        record.msg, record.args, record.exc_info = NO_MORE_FILES, (), None
+        return True
 
 
 class PageCORS(CustomCORSMiddleware):
