@@ -4,8 +4,10 @@ import ast
 import asyncio
 import logging
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -78,6 +80,23 @@ def test_a_log_is_not_filled_while_no_connection_can_be_accepted(caplog):
     log.error("Something else")
     assert caplog.messages == [gradio_patches.NO_MORE_FILES, "Something else"]
     assert not caplog.records[0].exc_info
+
+
+def test_connections_on_which_no_request_comes_are_closed(monkeypatch):
+    monkeypatch.setattr(gradio_patches, "KEEP_ALIVE_SECONDS", 0.5)
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    with served(FakeEngine()) as address:
+        place = ("127.0.0.1", httpx.URL(address).port)
+        for sent in (b"", head, head + b"\r\n" + head):
+            with socket.create_connection(place, timeout=20) as line:
+                line.sendall(sent)
+                received = b"".join(iter(lambda line=line: line.recv(4096), b""))  # to its end
+                assert received.count(b"200 OK") == sent.count(b"\r\n\r\n")
+        with socket.create_connection(place, timeout=20) as line:  # a body has its own time
+            line.sendall(b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+            time.sleep(1)
+            line.sendall(b"{}")
+            assert line.recv(4096).startswith(b"HTTP/1.1 4")
 
 
 def test_a_page_starts_behind_a_proxy_that_does_not_reach_this_machine(monkeypatch):

@@ -148,8 +148,11 @@ def tune_mcp(max_bytes: int) -> None:
 
 def tune_server(page: gr.Blocks) -> None:
     """Set what belongs to a launched page's server; connections read it when they are made."""
+    config = page.server.config
     # Blocks.launch does not pass Uvicorn's option on.
-    page.server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+    config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+    # It keeps a connection for ever on which no request comes, or a part of its head.
+    config.http_protocol_class = type("Punctual", (_Punctual, config.http_protocol_class), {})
 
 
 _applied = False
@@ -170,6 +173,39 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
     beside our sentence why an address cannot be bound."""
     upgrade = str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
     return not upgrade and not isinstance(record.msg, OSError)
+
+
+class _Punctual:
+    """Mixed into Uvicorn's protocol: closes a connection whose next request's head does not arrive
+    in `KEEP_ALIVE_SECONDS` from its beginning, or from that of the connection."""
+
+    cycle: Any
+    transport: Any
+    loop: asyncio.AbstractEventLoop
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[misc]
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)  # type: ignore[misc]
+        self._watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)  # type: ignore[misc]
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # a head has arrived
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(KEEP_ALIVE_SECONDS, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class _SaysOnce(logging.Filter):
