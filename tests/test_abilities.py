@@ -192,6 +192,13 @@ def test_a_judge_is_not_asked_again(suite, theirs, tmp_path, monkeypatch):
     assert verdicts() == ([True, True], 1)
 
 
+def test_a_proxy_that_cannot_be_used_is_no_fault_of_the_address(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # httpx would need another package
+    for url, said in (("http://127.0.0.1:9/v1", "check HTTP_PROXY"), ("http://a:b", "address")):
+        with pytest.raises(UserError, match=said):
+            Endpoint(url, "", "j", 0, 9.0)
+
+
 def test_endpoints_that_answer_nonsense():
     replies: list = []  # of which the server gives the last
     choice = {"index": 0, "finish_reason": "stop"}

@@ -129,6 +129,14 @@ def test_an_answer_without_content_is_an_empty_one(address, content):
     assert text(post(address, [*HELLO, empty])) == text(post(address, HELLO))
 
 
+def test_a_question_without_content_says_nothing_unless_it_is_the_last(address):
+    """Clients leave such turns where a picture was, and cannot remove them."""
+    empty, later = {"role": "user", "content": " "}, [SAID, *HELLO]
+    assert text(post(address, [empty, *later])) == text(post(address, later))
+    refused = post(address, [*HELLO, SAID, empty], 400).json()["error"]
+    assert refused["param"] == "messages[2].content"
+
+
 def test_an_answer_that_is_the_last_message_is_continued(address, engine):
     """As the page's Continue does it."""
     begun = Conversation()
@@ -217,6 +225,8 @@ def test_values_that_mean_not_set_or_nearly_zero():
     assert request.temperature == 0 and request.stop == ["a"] and request.n == 1 and not ignored
     assert 0 < request.top_p < 0.001
     assert not read_chat({"messages": HELLO, "logit_bias": {"5": 0, "6": 0.0}})[0].logit_bias
+    php = {"logit_bias": [], "stream_options": [], "tools": []}
+    assert not read_chat({"messages": HELLO, **php})[1]
     renamed, _ = read_chat({"messages": HELLO, "repeat_penalty": 1.2})
     assert renamed.repetition_penalty == 1.2
 
@@ -474,6 +484,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_in_our_words(engine, reason
         {"const": 2**53 - 1},
         {"type": "array", "items": {"$ref": "#"}},
         {"type": "object", "propertyNames": STRING, "additionalProperties": STRING},
+        {"type": "object", "properties": []},
     ],
 )
 def test_a_schema_that_is_only_large_or_says_nothing_is_not_refused(engine, schema):

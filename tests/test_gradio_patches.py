@@ -2,11 +2,16 @@
 
 import ast
 import asyncio
+import logging
+import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gradio as gr
+import httpx
 import pytest
 from gradio import component_meta, processing_utils
 
@@ -27,6 +32,7 @@ COMPARE = """
 import sys
 import uvicorn
 import gradio as gr
+import httpx
 from minigpt4.web.guard import gradio_patches
 with gr.Blocks() as page:
     pass
@@ -51,6 +57,53 @@ def test_gradio_still_has_what_is_replaced():
     code = COMPARE.replace("NAMES", repr(names))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_gradio_is_imported_whatever_proxies_and_certificates_there_are():
+    code = "import minigpt4.web, gradio, httpx; assert 'partial' not in repr(httpx.Client.__init__)"
+    wrong = {
+        "ALL_PROXY": "socks5://127.0.0.1:9",  # httpx would need another package
+        "http_proxy": "http://a:b",
+        "no_proxy": "[::1]",
+        "SSL_CERT_FILE": "/nowhere",
+    }
+    environment = {**os.environ, **wrong}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+def test_a_log_is_not_filled_while_no_connection_can_be_accepted(caplog):
+    log = logging.Logger("asyncio")
+    log.addFilter(gradio_patches._SaysOnce())
+    log.addHandler(caplog.handler)
+    for _ in range(1000):
+        log.error("socket.accept() out of system resource\nsocket: …", exc_info=OSError("no"))
+    log.error("Something else")
+    assert caplog.messages == [gradio_patches.NO_MORE_FILES, "Something else"]
+    assert not caplog.records[0].exc_info
+
+
+def test_connections_on_which_no_request_comes_are_closed(monkeypatch):
+    monkeypatch.setattr(gradio_patches, "KEEP_ALIVE_SECONDS", 0.5)
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    with served(FakeEngine()) as address:
+        place = ("127.0.0.1", httpx.URL(address).port)
+        for sent in (b"", head, head + b"\r\n" + head):
+            with socket.create_connection(place, timeout=20) as line:
+                line.sendall(sent)
+                received = b"".join(iter(lambda line=line: line.recv(4096), b""))  # to its end
+                assert received.count(b"200 OK") == sent.count(b"\r\n\r\n")
+        with socket.create_connection(place, timeout=20) as line:  # a body has its own time
+            line.sendall(b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+            time.sleep(1)
+            line.sendall(b"{}")
+            assert line.recv(4096).startswith(b"HTTP/1.1 4")
+
+
+def test_a_page_starts_behind_a_proxy_that_does_not_reach_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with served(FakeEngine()) as address:
+        assert httpx.get(address + "/healthz", trust_env=False).status_code == 200
 
 
 def test_gradio_is_imported_without_its_stubs():

@@ -1,5 +1,6 @@
 """Pictures as people have them, made here as real files and read back."""
 
+import base64
 import gc
 import io
 import os
@@ -417,6 +418,12 @@ def test_text_bomb_is_refused():
         (b"\xff\x0a\x7f\x01", "a JPEG 2000 or JPEG XL picture"),
         (b"PK\x03\x04\x14\0", "a ZIP archive or an office document"),
         (b"\0\0\0\x20ftypisom\0\0\2\0", "a video or a camera's raw file"),
+        (base64.b64encode(png(1, 1, data=bytes(4))), "text in base64"),
+        (
+            png(1, 1, data=bytes(4)).decode("utf-8", "replace").encode(),
+            "a picture that was read as text",
+        ),
+        (b"\xff\xd8\xff\xe0".decode("latin-1").encode(), "a picture that was read as text"),
         (b"P6 2 2 255\n" + bytes(12), "damaged, or not a picture of a known format"),
         (b"just some text", "damaged, or not a picture of a known format"),
         (b"\0\0\0\x1cftypheic\0\0", "damaged, or not a picture of a known format"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 import threading
 import tracemalloc
 from contextlib import suppress
@@ -18,7 +19,7 @@ PICTURE = picture_file()
 
 
 class Host(BaseHTTPRequestHandler):
-    """/picture.png, /large, /slow, /missing, /gzip; /to?URL redirects."""
+    """/picture.png, /large, /slow, /missing, /gzip and other codings; /to?URL redirects."""
 
     def do_GET(self):  # noqa: N802 - the library's name
         self.server.asked.append(self.path)
@@ -29,8 +30,8 @@ class Host(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(404 if path == "/missing" else 200)
-        if path == "/gzip":
-            self.send_header("Content-Encoding", "gzip")
+        if path in ("/gzip", "/Identity", "/aws-chunked"):
+            self.send_header("Content-Encoding", path[1:])
         self.end_headers()
         with suppress(OSError):
             if path == "/slow":
@@ -106,9 +107,18 @@ def test_spaces_in_base64(sent):
     assert read(ImageUrls(), "data:image/png;base64," + data) == content
 
 
-@pytest.mark.parametrize("data", ["AAAAA", "A\u00e4AA", "AA\ud83dA", "A=AA", "AA*A", "%zzAA"])
+@pytest.mark.parametrize("data", ["AAAAA", "A\u00e4AA", "AA\ud83dA", "A=AA", "AA<A", "%zzAA"])
 def test_damaged_base64(data):
     with pytest.raises(UserError, match="base64 is damaged"):
+        read(ImageUrls(), "data:image/png;base64," + data)
+
+
+@pytest.mark.parametrize(
+    ("data", "character"),
+    [("data:image/png;base64,AAAA", ":"), ("b'AAAA'", "'"), ("[object Object]", "[")],
+)
+def test_what_is_no_base64_is_named(data, character):
+    with pytest.raises(UserError, match=re.escape(f"has a “{character}” in it: ")):
         read(ImageUrls(), "data:image/png;base64," + data)
 
 
@@ -117,6 +127,8 @@ def test_a_named_host(host):
     assert read(ImageUrls(["127.0.0.1"]), f" {host.url}/picture.png\n") == PICTURE
     with pytest.raises(UserError, match="host compresses it"):
         read(ImageUrls([host.name]), host.url + "/gzip")
+    for coding in ("Identity", "aws-chunked"):
+        assert read(ImageUrls([host.name]), f"{host.url}/{coding}") == PICTURE
     assert read(ImageUrls([host.name]), f"{host.url}/to?/picture.png") == PICTURE
 
 

@@ -434,6 +434,7 @@ def test_long_names_keep_their_ends():
         ({"image": "A" * 200_000}, "inside the file .*save them as files"),
         ({"image": {"bytes": "AAAA", "path": None}}, "inside the file .*save them as files"),
         ({"image": "https://example.org/a.jpg"}, "on the web .*not fetched"),
+        ({"image": "s3://bucket/a.jpg"}, "on the web .*not fetched"),
         ({"image": "zz\n\x1b[31m" + "x" * 1000 + ".jpg"}, r"missing: line 1: zz\\n\\x1b.*x.jpg"),
     ],
 )
@@ -481,6 +482,7 @@ PAGE = b"\n<!DOCTYPE html><html>404</html>"
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [(f"c.{end}", POINTER, "run “git lfs pull”") for end in ("csv", "json", "tar", "parquet")]
+    + [("c.json", b"[{'image': 'a.jpg'}]", "not JSON: correct it at line 1, column 3, or check")]
     + [(f"c.{end}", PAGE, "a web page, not the file itself: download") for end in ("csv", "json")],
 )
 def test_what_stands_in_place_of_a_file(tmp_path, name, content, said):
@@ -503,6 +505,14 @@ def test_what_stands_in_place_of_a_picture(tmp_path):
 def test_hidden_names():
     assert all(map(is_hidden, ("._a.csv", "x/._a.jpg", ".git/a.jpg", "__MACOSX/a.jpg")))
     assert not any(map(is_hidden, ("./a.jpg", "../a.jpg", "a.b.jpg")))
+
+
+def test_files_that_were_joined(tmp_path):
+    """Each with its byte-order mark."""
+    put(tmp_path, "a.jpg", "b.jpg")
+    lines = [{"image": name, "caption": "x"} for name in ("a.jpg", "b.jpg")]
+    (tmp_path / "t.jsonl").write_text("\n".join("\ufeff" + json.dumps(line) for line in lines))
+    assert answers(read_captioned(str(tmp_path))) == {"a.jpg": ["x"], "b.jpg": ["x"]}
 
 
 def test_text_tables_of_excel(tmp_path):
@@ -661,6 +671,34 @@ LLAVA = [
     {"from": "gpt", "value": "On a field."},
 ]
 TURNS = [("What is it?",), ("Where?",)]
+
+
+def test_a_greeting_is_no_description(tmp_path):
+    """Chats that a chatbot begins; an answer that is alone is a caption, as in ms-swift's data."""
+    put(tmp_path, "a.jpg")
+    greeting = {"from": "gpt", "value": "Hello!"}
+    (tmp_path / "t.json").write_text(
+        json.dumps(
+            [{"image": "a.jpg", "conversations": c} for c in ([greeting, *LLAVA], [LLAVA[1]])]
+        )
+    )
+    (example,) = read_captioned(str(tmp_path / "t.json"))
+    assert [(t.answer, len(t.earlier)) for t in example.texts] == [
+        ("A red box.", 1),
+        ("On a field.", 2),
+        ("A red box.", 0),
+    ]
+
+
+def test_pictures_by_their_marks(tmp_path, capsys):
+    """As MiniCPM-V's trainer has them."""
+    put(tmp_path, "a.jpg", "b.jpg")
+    turns = [{"role": "user", "content": "<image_00>\nq"}, {"role": "assistant", "content": "a"}]
+    one, two = {"<image_00>": "a.jpg"}, {"<image_00>": "a.jpg", "<image_01>": "b.jpg"}
+    records = [{"image": image, "conversations": turns} for image in (one, two)]
+    (tmp_path / "t.json").write_text(json.dumps(records))
+    assert answers(read_captioned(str(tmp_path / "t.json"))) == {"a.jpg": ["a"]}
+    assert "1 with several pictures (record 2)" in capsys.readouterr().err
 
 
 def test_llava(tmp_path, capsys):
@@ -824,6 +862,7 @@ def test_turns_that_are_not_to_be_learned(tmp_path, mark):
     "record",
     [
         about("q", "a", system="Be brief."),
+        about("q", "a", system_prompt="Be brief."),
         {"image": "a.jpg", "system": "Be brief.", "query": "q", "response": "a"},
         {"image": "a.jpg", "system": "Be brief.", "instruction": "q", "output": "a"},
         {

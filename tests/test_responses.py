@@ -159,7 +159,7 @@ WRONG = {"type": "string", "pattern": "("}
         ),
         (
             "input[0].content[0].image_url",
-            "base64 is damaged",
+            "base64 has a “*” in it",
             {
                 "input": [
                     {
@@ -216,6 +216,10 @@ def test_a_ceiling_may_be_any_number(most):
     config = get_model("nano")
     assert request.max_tokens == 2**63 - 1  # which any client's integers hold
     assert request.sampling(config).max_new_tokens == config.context
+
+
+def test_an_empty_object_of_php():
+    assert not read_response({"input": "Hello?", "metadata": []})[1]
 
 
 def test_a_number_that_no_float_holds_is_not_echoed(address):

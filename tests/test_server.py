@@ -134,6 +134,15 @@ def test_under_a_proxys_path(engine):
             assert httpx.get(f"{address}/minigpt4/{icon['src']}").status_code == 200
         described = httpx.get(address + "/v1/openapi.json").json()
         assert described["servers"] == [{"url": "/minigpt4"}]
+        for path, named in (("/minigpt4/x/models", "/x/models"), ("/minigpt4x/models",) * 2):
+            assert f"no endpoint {named}:" in httpx.get(address + path).text
+
+
+@pytest.mark.parametrize("host", [b"[::1", b"a:b:c", "é".encode()])
+def test_a_proxy_that_names_no_host(address, host):
+    for path in ("/", "/config"):
+        response = httpx.get(address + path, headers={b"X-Forwarded-Host": host})
+        assert response.status_code == 400 and "check the proxy" in response.text
 
 
 @pytest.mark.parametrize(

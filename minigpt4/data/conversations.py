@@ -36,6 +36,7 @@ _MEDIA = re.compile(
     r"(?im)<\|(?:video|audio)(?:_pad|_\d+)?\|>|^\s*<(?:video|audio)>|<(?:video|audio)>\s*$"
 )
 _BOX = re.compile(r"<ref-object>|<bbox>|<\|(?:box|quad|object_ref)_start\|>|<box>[\s\[(]*\d")
+SYSTEM = ("system", "system_prompt")  # fields of a record
 _UNLEARNED = ("loss", "weight", "train", "training")  # of a message, false or 0
 
 
@@ -63,13 +64,13 @@ def check_record(row: dict) -> None:
 
 def texts_of(row: dict, turns: list) -> tuple[Text, ...]:
     """Each answer of a conversation, after the turns before it. Those marked as not to be learned
-    are only such turns. NotUsable if none is left."""
+    are only such turns, as is a greeting before the first question. NotUsable if none is left."""
     found = [*_exchanges(turns)]
     exchanges = without_marks(with_system(row, [(q, a) for q, a, _ in found]))
     texts = tuple(
         Text(answer, (question,) if question else (), exchanges[:number])
         for number, (question, answer) in enumerate(exchanges)
-        if found[number][2]
+        if found[number][2] and (found[number][0] or len(found) == 1)
     )
     if not texts:
         raise NotUsable(captions.NOT_LEARNED if found else captions.NO_CAPTION)
@@ -77,8 +78,8 @@ def texts_of(row: dict, turns: list) -> tuple[Text, ...]:
 
 
 def with_system(row: dict, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The exchanges, the record's "system" text in the first question as that of a message is."""
-    said, _ = captions.choose_captions([row.get("system")], cells=False)
+    """The exchanges, the record's system text in the first question as that of a message is."""
+    said, _ = captions.choose_captions((row.get(name) for name in SYSTEM), cells=False)
     return [(_joined([*said * (not n), q]), a) for n, (q, a) in enumerate(exchanges)]
 
 

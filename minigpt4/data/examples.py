@@ -363,4 +363,5 @@ def _why_not_found(name: str) -> str:
     """The reason to leave out a picture that is in no folder."""
     if name[:5].lower() == "data:" or len(name) > LONGEST_PATH:
         return captions.INSIDE
-    return captions.ON_WEB if re.match("(?i)https?://", name) else captions.MISSING
+    elsewhere = re.match("(?i)(?!file:)[a-z][a-z0-9+.-]*://", name)  # also s3://
+    return captions.ON_WEB if elsewhere else captions.MISSING

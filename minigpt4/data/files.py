@@ -110,7 +110,8 @@ def read_text(path: str | os.PathLike) -> str:
         raise UserError(
             f"{printable(path)} is a web page, not the file itself: download the file anew."
         )
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\n\ufeff", "\n")  # of files that were joined
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -124,8 +125,16 @@ def parse_json(path: str | os.PathLike, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{printable(path)} is not JSON: check that the file is complete."
+            f"{printable(path)} is not JSON: correct it{_column(error, ' at line {0.lineno},')}, "
+            "or check that the file is complete."
         ) from error
+
+
+def _column(error: Exception, line: str = " at") -> str:
+    """Where JSON is wrong; "" if that is not said."""
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    return f"{line.format(error)} column {error.colno}"
 
 
 def replace_surrogates(data: Any) -> Any:
@@ -166,7 +175,8 @@ def parse_jsonl(
             if cut_end and number == len(lines):
                 return
             raise UserError(
-                f"Line {number} of {shown} is not JSON: correct it or delete it."
+                f"Line {number} of {shown} is not JSON by itself: correct it{_column(error)}, or "
+                "delete it."
             ) from error
         missing = [n for n in required if not isinstance(record, dict) or n not in record]
         if missing or not isinstance(record, dict):

@@ -11,6 +11,7 @@ from pathlib import Path
 from minigpt4.data import captions
 from minigpt4.data.captions import NotUsable, choose_captions
 from minigpt4.data.conversations import (
+    SYSTEM,
     check_record,
     history_of,
     pictures_in,
@@ -45,11 +46,12 @@ PICTURE = (
 )
 INSTRUCTION = ("instruction", "question", "prompt", "query")
 # Columns that are read, beside captions, so that a second one of the name would hide the first.
-_READ = {*PICTURE, *INSTRUCTION, "input", "history", "system"}
+_READ = {*PICTURE, *INSTRUCTION, *SYSTEM, "input", "history"}
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
 # A line of Flickr8k.token.txt, which has no header.
 _FLICKR = re.compile(r"\ufeff?[^\t\n]+\.\w+#\d+\t")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{10000}")
 _LEMMAS = re.compile(r"(?i).*\.lemma\.token\.txt")  # Flickr8k's captions without inflections
 _NEEDS = "write a picture and its caption on each line"
 
@@ -214,10 +216,13 @@ def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple
         except csv.Error as error:
             start = f"Line {first + 1 + skipped} of {printable(path)}"
             if "field limit" in str(error):
-                raise UserError(
-                    f"{start} has a cell of more than {csv.field_size_limit():,} characters: "
-                    "shorten it, or check its quotes."
-                ) from error
+                what = (
+                    "a picture inside the file: save pictures as files"
+                    if _BASE64.search(lines[first])
+                    else f"a cell of more than {csv.field_size_limit():,} characters: shorten it, "
+                    "or check its quotes"
+                )
+                raise UserError(f"{start} has {what}.") from error
             raise UserError(f"{start} is not CSV: check its quotes.") from error
         columns = columns or len(cells)
         yield first + 1 + skipped, cells
@@ -271,6 +276,8 @@ def _named(row: Row) -> object:
 def picture_of(row: Row) -> str:
     """The one picture that a row names. NotUsable if it names none, or several."""
     named = _named(row)
+    if isinstance(named, dict) and all(name.startswith("<") for name in named):
+        named = [*named.values()]  # MiniCPM's, by their marks
     found = named if isinstance(named, list) else [named]
     if any(isinstance(p, dict) and p.get("bytes") and not p.get("path") for p in found):
         raise NotUsable(captions.INSIDE)

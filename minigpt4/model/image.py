@@ -41,6 +41,10 @@ _OTHER_KINDS = {
     rb"\x00\x00\x01\x00": "an icon file",
     rb"\x00\x00\x00\x0c(jP  |JXL )|\xff[\x4f\x0a]": "a JPEG 2000 or JPEG XL picture",
     rb"PK\x03\x04": "a ZIP archive or an office document",
+    rb"data:image/|/9j/|iVBORw0KGgo|R0lGOD|UklGR": "text in base64, not decoded yet",
+    # As UTF-8 or as Latin-1.
+    rb"(\xef\xbf\xbd){2}|\xef\xbf\xbdPNG|\xc3\xbf\xc3\x98|\xc2\x89PNG": "a picture that "
+    "was read as text, not as bytes",
     rb"(?s).{4}ftyp(?!hei|hev|mif1|msf1|avi)|\x1a\x45\xdf\xa3": "a video or a camera's raw file",
 }
 

@@ -1,11 +1,13 @@
 """A model behind an OpenAI-compatible API, which judges answers or refines descriptions."""
 
+import re
 from importlib.util import find_spec
 from typing import Any
 
 from minigpt4.batch import Completion
 from minigpt4.errors import UserError
 
+_PLAIN = re.compile(r"https?://(\w[\w.-]{0,250}|\[[\da-f:]+\])(:\d{1,5})?(/[!-~]{0,1000})?")
 LIMITS = ("max_tokens", "max_completion_tokens")  # an answer's length, by its older and newer name
 
 
@@ -17,7 +19,8 @@ class Endpoint:
     """POST /chat/completions below `url`, through OpenAI's client; may be used by several threads.
 
     retries: of a failed request, after 0.5 to 8 seconds, or as Retry-After says, up to 120.
-    seconds: for one answer. UserError if the library is missing, or `url` is not an address.
+    seconds: for one answer. UserError if the library is missing, or if `url`, or
+    what the environment says of proxies, cannot be used.
 
     Requests set temperature 0 and, where one is given, a maximum length. If the endpoint refuses
     one of these fields, later requests omit it or use its newer name.
@@ -34,7 +37,13 @@ class Endpoint:
                 base_url=url, api_key=key or "none", max_retries=retries, timeout=seconds
             )
         except Exception as error:
-            raise UserError(f"“{url}” is not an address: use http://HOST:PORT/v1.") from error
+            sentence = f"“{url}” is not an address: use http://HOST:PORT/v1."
+            if _PLAIN.fullmatch(url):
+                sentence = (
+                    "The environment names a proxy or certificates that cannot be used: check "
+                    "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE."
+                )
+            raise UserError(sentence) from error
         self._refused: set[str] = set()  # fields
 
     def ask(self, content: str | list[dict], max_tokens: int | None = None) -> Completion | None:

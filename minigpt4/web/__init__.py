@@ -1,30 +1,51 @@
 """The server: the chat page (Gradio), the HTTP API, and the limits on what both accept.
 
 Gradio is imported without the type stubs (.pyi) that it would compare with its sources, and write
-into its own folder, at every import: nothing reads them here, and they take half of that time.
+into its own folder, at every import: nothing reads them here, and they take half of that time. The
+HTTP clients that it makes meanwhile get nothing from the environment: proxies and certificates that
+cannot be used would end the program, which needs none of them.
 """
 
 import sys
+from functools import partialmethod
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from typing import Any
 
 
-class _WithoutStubs(MetaPathFinder):
-    """Finds the one module that writes stubs."""
+class _Finder(MetaPathFinder):
+    """Finds the modules that are imported in another way."""
 
     def find_spec(self, name: str, path, target=None) -> ModuleSpec | None:
-        if name != "gradio.component_meta":
+        if name not in _LOADERS:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _Loader(name, spec.loader.path)
+            spec.loader = _LOADERS[name](name, spec.loader.path)
         return spec
 
 
-class _Loader(SourceFileLoader):
+class _WithoutStubs(SourceFileLoader):
     def exec_module(self, module) -> None:
         super().exec_module(module)
         module.create_or_modify_pyi = lambda *_: None
 
 
-sys.meta_path.insert(0, _WithoutStubs())
+class _WithoutEnvironment(SourceFileLoader):
+    def exec_module(self, module) -> None:
+        import httpx
+
+        names = ("Client", "AsyncClient", "HTTPTransport", "AsyncHTTPTransport")
+        parts: list[Any] = [getattr(httpx, name) for name in names]
+        originals = [(part, part.__init__) for part in parts]
+        for part, original in originals:
+            part.__init__ = partialmethod(original, trust_env=False)
+        try:
+            super().exec_module(module)
+        finally:
+            for part, original in originals:
+                part.__init__ = original
+
+
+_LOADERS = {"gradio": _WithoutEnvironment, "gradio.component_meta": _WithoutStubs}
+sys.meta_path.insert(0, _Finder())

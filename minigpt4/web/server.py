@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+import httpx
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -121,7 +122,11 @@ class Server:
             "app_kwargs": {
                 "routes": self.routes,
                 "lifespan": partial(sweeping, kept=in_folder),
-                "exception_handlers": {KeyError: _no_such_event, HTTPException: refuse},
+                "exception_handlers": {
+                    KeyError: _no_such_event,
+                    httpx.InvalidURL: _no_such_host,
+                    HTTPException: refuse,
+                },
                 "middleware": [
                     Middleware(Compression),
                     Middleware(Limits, max_bytes=self._max_bytes),
@@ -207,6 +212,12 @@ async def _no_such_event(request: Request, error: KeyError) -> Response:
     if request.url.path.endswith(("/queue/join", "/run/predict")):
         return PlainTextResponse("The page has no such event: reload it.\n", 404)
     raise error
+
+
+async def _no_such_host(_: Request, error: httpx.InvalidURL) -> Response:
+    """Gradio makes the page's address from what a proxy says of it."""
+    sentence = "The header X-Forwarded-Host is not a host: check the proxy that sends it.\n"
+    return PlainTextResponse(sentence, 400)
 
 
 class _Terminated(BaseException):

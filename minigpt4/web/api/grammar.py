@@ -189,9 +189,9 @@ def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer", wanted: Form
 
 def _without_any_names(schema: Any, names: bool = False) -> Any:
     """Without each propertyNames that allows all names, as zod's records have: the library refuses
-    the keyword. names: the keys are names."""
+    the keyword. names: the keys are names; PHP writes none as []."""
     if isinstance(schema, list):
-        return [_without_any_names(inner) for inner in schema]
+        return [_without_any_names(inner) for inner in schema] or ({} if names else [])
     if not isinstance(schema, dict):
         return schema
     return {

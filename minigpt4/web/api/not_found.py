@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from minigpt4.web.api.errors import ApiError, quotable
+from minigpt4.web.guard.limits import inner_path
 
 # The endpoints, without /v1/, and their methods.
 ENDPOINTS = {
@@ -22,12 +23,15 @@ MEANT = {
     "api/chat": "/v1/chat/completions",
     "api/generate": "/v1/chat/completions",
     "api/tags": "/v1/models",
+    "api/show": "/v1/models",
     "api/version": "/v1/models",
     "v1/completions": "/v1/chat/completions",
     "completions": "/v1/chat/completions",
     "completion": "/v1/chat/completions",
     "chat/completion": "/v1/chat/completions",
     "chat": "/v1/chat/completions",
+    "messages": "/v1/chat/completions",
+    "generate": "/v1/chat/completions",
 }
 UNSAID = ((404, "Not Found"), (405, "Method Not Allowed"))  # as the library refuses
 # What Gradio's page asks for reads Gradio's own errors.
@@ -53,8 +57,10 @@ def nowhere(path: str, method: str) -> ApiError:
         sentence = "This server keeps no responses: read each as it is answered, or as events."
         return ApiError(sentence, 404, "unknown_endpoint")
     meant = f"/v1/{inner}" if allowed else MEANT.get(whole.lower(), MEANT.get(inner, ""))
-    if meant:
-        base = meant.startswith("/v1/") and not path.startswith("/v1/")
+    # After the base URL of another program, or one that is an endpoint itself.
+    ending = next((f"/v1/{name}" for name in ENDPOINTS if inner.endswith(f"/{name}")), "")
+    if meant := meant or ending:
+        base = meant.startswith("/v1/") and (not path.startswith("/v1/") or meant == ending)
         end = ", with a base URL that ends in /v1." if base else "."
         sentence = f"There is no endpoint {path}: use {meant}{end}"
         return ApiError(sentence, 404, "unknown_endpoint")
@@ -66,8 +72,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     """Starlette's handler of HTTPException outside /v1: a sentence for programs."""
     if not isinstance(error, HTTPException):
         raise error
-    path, headers = request.url.path, dict(error.headers or {})
-    path = path.removeprefix(request.scope.get("root_path", "").rstrip("/"))
+    path, headers = inner_path(request.scope), dict(error.headers or {})
     if path.startswith(PAGES_OWN) or (error.status_code, error.detail) not in UNSAID:
         return await http_exception_handler(request, error)
     if error.status_code == 404 or path.startswith("/v1/"):

@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from itertools import islice
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from minigpt4.conversation import Answer, texts_of
 from minigpt4.engine import AnyEngine
 from minigpt4.web.api.body import NAMED, read_chat
 from minigpt4.web.api.errors import ApiError, quotable
 from minigpt4.web.api.reply import HEARTBEAT, HEARTBEAT_SECONDS, ChoiceWriter, event, refusal, used
-from minigpt4.web.api.schemas import ChatRequest, Object
+from minigpt4.web.api.schemas import ChatRequest, Object, as_object
 from minigpt4.web.api.validation_errors import validated
 
 # What is called otherwise here than in chat completions, as errors name it.
@@ -54,7 +54,9 @@ class ResponsesBody(Object):
     include: list[Any] | None = None
     # It is given back, and could be nested as deeply as no answer may be.
     metadata: Annotated[
-        dict[str, str] | None, Field(description="must be an object of strings.")
+        dict[str, str] | None,
+        Field(description="must be an object of strings."),
+        BeforeValidator(as_object),
     ] = None
 
 

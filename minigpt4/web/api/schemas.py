@@ -73,8 +73,13 @@ def _top_p(value: Any) -> Any:
     return LOWEST_TOP_P if value == 0 and value is not False else value
 
 
+def as_object(value: Any) -> Any:
+    """PHP writes an empty object as []."""
+    return {} if value == [] else value
+
+
 def _without_zeros(bias: Any) -> Any:
-    return {k: v for k, v in bias.items() if v != 0} if isinstance(bias, dict) else bias
+    return {k: v for k, v in bias.items() if v != 0} if isinstance(bias, dict) else as_object(bias)
 
 
 def _as_stops(value: Any) -> Any:
@@ -189,11 +194,10 @@ NO_OFFER = _only(
     max_length=0,
 )
 # Ollama's form. Without the pictures, the answer would be invented.
-NO_PICTURES = _only(
-    'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.',
-    alias="images",
-    max_length=0,
-)
+AS_PART = 'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.'
+NO_PICTURES = _only(AS_PART, alias="images", max_length=0)
+# Names of the same elsewhere: llama.cpp's, and of parts that are called a text.
+OTHER_PICTURES = ("image", "image_url", "image_urls", "image_data", "image_base64")
 NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
 
@@ -233,6 +237,10 @@ class ChatMessage(Object):
         """(place in `content`, URL) of each picture."""
         parts = enumerate(self.content)
         return [(i, part.image_url.url) for i, part in parts if isinstance(part, ImagePart)]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.text.strip() and not self.images
 
     @property
     def is_system(self) -> bool:
@@ -314,7 +322,7 @@ class ChatRequest(Object):
         ),
     ] = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, BeforeValidator(as_object)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[
         int | None,
@@ -359,6 +367,7 @@ class ChatRequest(Object):
             _refuse("logprobs are not available with beam search: set num_beams to 1.", "logprobs")
         if self.top_logprobs and not self.logprobs:
             _refuse("top_logprobs needs logprobs: set logprobs to true.", "top_logprobs")
+        _check_places_of_pictures(self)
         _check_conversation(self.messages, self.instructions or "")
         self._check_format()
         return self
@@ -402,6 +411,19 @@ class ChatRequest(Object):
         return default_sampling(config, **{n: v for n, v in given.items() if v is not None})
 
 
+def _check_places_of_pictures(request: ChatRequest) -> None:
+    """ApiError for a picture that is in a field which is not read."""
+    places: list[tuple[str, Object]] = [("", request)]
+    for i, message in enumerate(request.messages):
+        where = f"messages[{i}]."
+        parts = ((f"{where}content[{k}].", part) for k, part in enumerate(message.content))
+        places += [(where, message), *parts]
+    for where, value in places:
+        for name in OTHER_PICTURES:
+            if (value.model_extra or {}).get(name):
+                _refuse(f"{where}{name} {AS_PART}", f"{where}{name}")
+
+
 def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "") -> None:
     """ApiError where the messages do not make a conversation, or are too much of one."""
     for place, message in enumerate(messages):
@@ -412,10 +434,12 @@ def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "")
         if (refused or message.refusal) and message.role != "assistant":
             sentence = f"{where}: only an assistant's message may hold a refusal."
             _refuse(sentence, f"{where}.{'content' if refused else 'refusal'}")
-        if message.role == "user" and not message.text.strip() and not message.images:
-            _refuse(f"{where} is empty: write a question.", f"{where}.content")
-    if not any(message.role == "user" for message in messages):
+    asked = [place for place, message in enumerate(messages) if message.role == "user"]
+    if not asked:
         _refuse("messages must hold a user's message: add a question.")
+    if messages[asked[-1]].is_empty:  # earlier ones say nothing: clients keep such turns
+        where = f"messages[{asked[-1]}]"
+        _refuse(f"{where} is empty: write a question.", f"{where}.content")
     if sum(len(message.images) for message in messages) > FILES_AT_ONCE:
         _refuse(f"A conversation may hold at most {FILES_AT_ONCE} pictures: leave some out.")
     if sum(len(message.text) for message in messages) + len(instructions) > MAX_CHARACTERS:

@@ -129,6 +129,8 @@ class ChatService:
             if message.role == "assistant":
                 self._add_answer(conversation, message, message is request.messages[-1])
                 continue
+            if message.is_empty:  # an earlier turn
+                continue
             pictures = await self._pictures(message, f"messages[{place}].content", size, opened)
             if message is request.messages[-1]:
                 pictures += [await self._open(file, size, opened) for file in files]

@@ -13,6 +13,8 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from minigpt4.web.guard.limits import inner_path
+
 FRONTEND = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
 # Plays video streams, which this page has none of: Gradio's chat loads it all the same, 156 KB.
 UNUSED = re.compile(r"hls-[\w-]+\.js")
@@ -34,7 +36,7 @@ class Compression:
         if scope["type"] != "http" or not _takes_gzip(scope):
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+        path = inner_path(scope)
         asset = _ASSET.fullmatch(path) if scope["method"] == "GET" else None
         if path in ("", "/"):
             await self._compressed(scope, receive, send)

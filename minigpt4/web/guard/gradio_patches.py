@@ -15,9 +15,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 import gradio as gr
+import gradio.blocks
 import gradio.queueing
 import gradio.routes
-from gradio import processing_utils, utils
+import httpx
+from gradio import networking, processing_utils, utils
 from gradio.exceptions import InvalidPathError
 from gradio.mcp import GradioMCPServer
 from gradio.queueing import Queue
@@ -42,6 +44,9 @@ MAX_SESSIONS = 10_000  # whose last event's end is kept
 TOO_MANY = "This page has asked for too much without listening: load it again."
 TOO_DEEP = "The request is nested too deeply."
 TOO_MANY_VALUES = "The list in `data` must have at most {count} values."
+NO_MORE_FILES = (
+    "No further connection is accepted, since too many files are open: raise the limit (ulimit -n)."
+)
 NOT_UPLOADED = "Upload the file to /gradio_api/upload first, and send the path that this returns."
 
 
@@ -99,10 +104,15 @@ def apply() -> None:
     gr.Chatbot.postprocess = _postprocess_chatbot
     # For each output that is skipped it makes a new component and its JSON schema: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
+    # It asks its own server through the environment's proxies, which need not reach this machine.
+    gradio.blocks.httpx = _DirectHttpx()
+    networking.url_ok = _url_ok
     # It imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its
     # backend at every update.
     utils.MatplotlibBackendMananger = nullcontext
     logging.getLogger("uvicorn.error").addFilter(_is_worth_saying)
+    # While no file can be opened, it writes thousands of tracebacks a second.
+    logging.getLogger("asyncio").addFilter(_SaysOnce())
 
 
 def draw_first(html: str) -> None:
@@ -138,8 +148,11 @@ def tune_mcp(max_bytes: int) -> None:
 
 def tune_server(page: gr.Blocks) -> None:
     """Set what belongs to a launched page's server; connections read it when they are made."""
+    config = page.server.config
     # Blocks.launch does not pass Uvicorn's option on.
-    page.server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+    config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+    # It keeps a connection for ever on which no request comes, or a part of its head.
+    config.http_protocol_class = type("Punctual", (_Punctual, config.http_protocol_class), {})
 
 
 _applied = False
@@ -152,6 +165,7 @@ _original_add_root_url = processing_utils.add_root_url
 _original_get_tool_to_endpoint = GradioMCPServer.get_tool_to_endpoint
 _original_postprocess_chatbot = gr.Chatbot.postprocess
 _original_postprocess_data = gr.Blocks.postprocess_data
+_original_url_ok = networking.url_ok
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
@@ -159,6 +173,58 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
     beside our sentence why an address cannot be bound."""
     upgrade = str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
     return not upgrade and not isinstance(record.msg, OSError)
+
+
+class _Punctual:
+    """Mixed into Uvicorn's protocol: closes a connection whose next request's head does not arrive
+    in `KEEP_ALIVE_SECONDS` from its beginning, or from that of the connection."""
+
+    cycle: Any
+    transport: Any
+    loop: asyncio.AbstractEventLoop
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[misc]
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)  # type: ignore[misc]
+        self._watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)  # type: ignore[misc]
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # a head has arrived
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(KEEP_ALIVE_SECONDS, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class _SaysOnce(logging.Filter):
+    """One sentence a minute, in place of the event loop's tracebacks, where no connection can be
+    accepted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("socket.accept() out of system resource"):
+            return True
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 60
+        record.msg, record.args, record.exc_info = NO_MORE_FILES, (), None
+        return True
 
 
 class PageCORS(CustomCORSMiddleware):
@@ -172,6 +238,20 @@ class PageCORS(CustomCORSMiddleware):
 
 
 # --- the queue ------------------------------------------------------------------------------------
+
+
+class _DirectHttpx:
+    """httpx as gradio.blocks sees it."""
+
+    get = staticmethod(partial(httpx.get, trust_env=False))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(httpx, name)
+
+
+def _url_ok(url: str) -> bool:
+    """The server's own address (http) has just answered `get`; a public link may not do yet."""
+    return url.startswith("http://") or _original_url_ok(url)
 
 
 class _QueueAsyncio:

@@ -19,6 +19,8 @@ REDIRECTS = 3
 MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
 STANDARD = bytes.maketrans(b"-_", b"+/")  # from the alphabet for URLs
+COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
+ALIEN = re.compile(r"(?![\w+/=%<>-])[!-~]")  # as in another “data:”, or in Python's b'…'
 
 
 class TooLarge(UserError):
@@ -56,7 +58,11 @@ class ImageUrls:
             plain = _with_plus(plain.strip()).translate(STANDARD, BLANKS).rstrip(b"=")
             content = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
         except ValueError:
-            raise UserError("The picture's base64 is damaged: encode the file again.") from None
+            alien = ALIEN.search(data)
+            what = "is damaged: encode the file again."
+            if alien:
+                what = f"has a “{alien[0]}” in it: send what the file is encoded to, alone."
+            raise UserError(f"The picture's base64 {what}") from None
         if len(content) > self.max_bytes:
             raise self._too_large()
         return content
@@ -93,7 +99,8 @@ class ImageUrls:
                 "The picture could not be fetched: check its address, for which the host answered "
                 f"{response.status_code}."
             )
-        if response.headers.get("content-encoding", "identity") != "identity":
+        coded = re.split(r"[\s,]+", response.headers.get("content-encoding", "").lower())
+        if not COMPRESSED.isdisjoint(coded):  # others, such as S3's aws-chunked, change nothing
             raise UserError("The picture's host compresses it unasked: send a data: URL.")
         content = bytearray()
         async for chunk in response.aiter_raw(65536):

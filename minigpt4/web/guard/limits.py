@@ -92,10 +92,15 @@ def mcp_bytes(max_picture_bytes: int) -> int:
     return request_bytes(min(max_picture_bytes, MCP_PICTURE_BYTES))
 
 
+def inner_path(scope: Scope) -> str:
+    """The path without the prefix that a proxy may have left."""
+    path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if f"{path}/".startswith(f"{prefix}/") else path
+
+
 def parts_of(scope: Scope) -> tuple[str, ...]:
-    """The path's parts, without the prefix that a proxy may have left."""
-    path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
-    return tuple(part for part in path.split("/") if part)
+    """The parts of the `inner_path`."""
+    return tuple(part for part in inner_path(scope).split("/") if part)
 
 
 def waits(scope: Scope) -> bool:
