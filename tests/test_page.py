@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 import time
+from functools import partial
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -10,7 +12,9 @@ from playwright.sync_api import Page, expect
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.page.session import Session
 from tests import api_case
+from tests.fake_engine import FakeAnswer
 from tests.page_case import (
+    SECONDS,
     WIDE,
     Visitors,
     answers,
@@ -593,6 +597,36 @@ def test_what_comes_right_after_sending_or_undo_stays(visit, engine, photo):
     page.keyboard.type(" Now.")
     page.unroute(join)
     expect(box(page)).to_have_value(re.compile("^Hello\\?\n ?And what else\\? Now.$"))
+
+
+def test_nothing_else_is_asked_until_a_question_is_accepted(visit, monkeypatch, tmp_path):
+    page, gate = visit(**WIDE), threading.Event()
+
+    def slow(*arguments):
+        gate.wait(SECONDS / 1000)
+        return FakeAnswer(*arguments)
+
+    ask(page, "Hello?")
+    monkeypatch.setattr("minigpt4.web.page.session.ask", slow)
+    say(page, "Count them.")
+    (tmp_path / "bad.png").write_bytes(b"none")
+    page.locator("#box input[type=file]").set_input_files(tmp_path / "bad.png")
+    expect(page.get_by_text("not a picture")).to_be_visible()
+    page.keyboard.type(" And what else?")
+    for act in (
+        page.get_by_role("button", name="Retry").click,
+        page.locator("#chat").get_by_role("button", name="Undo").click,
+        partial(page.keyboard.press, "Enter"),
+    ):
+        box(page).focus()
+        act()
+        expect(page.get_by_text("stop it first")).to_be_visible()
+        page.evaluate("document.querySelector('.notice').remove()")
+    gate.set()
+    expect(answers(page)).to_have_count(2)
+    done(page)
+    expect(questions(page)).to_have_text(["Hello?", "Count them."])
+    expect(box(page)).to_have_value("And what else?")
 
 
 def test_a_visitor_in_a_hurry(visit, engine, tmp_path):

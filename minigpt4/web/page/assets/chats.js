@@ -220,6 +220,7 @@
   };
   const show = async (id) => {
     const before = current;
+    window.minigpt4.ended(); // what was sent is asked where it was sent, or not at all
     [asked, wanted] = [id, undefined];
     document.documentElement.toggleAttribute("data-opening", true);
     set(id);
@@ -306,6 +307,7 @@
 
   document.addEventListener("click", (event) => {
     if (!event.target.closest("#new-chat")) return;
+    window.minigpt4.ended();
     if (!empty) address(null);
     if (asked === undefined) [asked, wanted] = [null, undefined];
     else if (asked !== null) { // when the other conversation is there

@@ -37,12 +37,20 @@
   const sending = (now) => {
     document.documentElement.toggleAttribute("data-sending", now);
     stopping = false;
-    if (now) return;
-    [sent, typed] = [null, null];
-    window.minigpt4.draft.send(false);
   };
   // What is typed between sending and the engine's acceptance, which empties the box, is kept.
   let sent = null, typed = null;
+  const unaccepted = () => sent !== null;
+  // A question has been answered or refused.
+  const ended = () => {
+    [sent, typed] = [null, null];
+    window.minigpt4.draft.send(false);
+  };
+  // It has not reached the server.
+  const failed = () => {
+    sending(false);
+    ended();
+  };
   const surplus = () => {
     const [before, now] = [sent, typed];
     [sent, typed] = [null, null];
@@ -88,11 +96,12 @@
     if (button && button.disabled !== empty) button.disabled = empty;
   };
   const asked = (event) => {
-    const button = find("#box .submit-button"), again = sent !== null && sent === find("#box textarea").value;
-    if (event.repeat || again || button?.disabled) { // Enter is held, or pressed twice
+    const button = find("#box .submit-button");
+    if (event.repeat || unaccepted() || button?.disabled) { // Enter is held, or pressed twice
       event.preventDefault();
       event.stopImmediatePropagation();
-      if (!again && button?.disabled) window.minigpt4.notice(say("error_empty_message"));
+      if (button?.disabled) window.minigpt4.notice(say("error_empty_message"));
+      else if (!event.repeat && sent !== find("#box textarea").value) window.minigpt4.notice(say("busy"));
       return;
     }
     if (!button) return;
@@ -115,9 +124,9 @@
   new MutationObserver((changes) => {
     update();
     const told = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
-      node.nodeType === Node.ELEMENT_NODE && isNotice(node)));
+      node.nodeType === Node.ELEMENT_NODE && isNotice(node)?.classList.contains("error")));
     const button = find("#box .stop-button");
-    if (told && !button) sending(false);
+    if (told && !button) failed();
     if (stopping && button) stop();
   }).observe(document.documentElement, { childList: true, subtree: true });
 
@@ -165,5 +174,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, surplus, emptied, undone, stop, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, ended, failed, surplus, emptied, undone, stop, camera });
 })();

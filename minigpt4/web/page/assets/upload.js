@@ -67,7 +67,7 @@
     if (told && !options.quiet) return upload(address, options);
     return plain(resource, options).catch((error) => {
       // While the server is away, Gradio sends nothing, and asks again and again whether it is back.
-      if (address.endsWith("/app_id")) window.minigpt4.sending(false);
+      if (address.endsWith("/app_id")) window.minigpt4.failed();
       throw error;
     });
   };
