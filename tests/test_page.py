@@ -510,17 +510,33 @@ def test_enter_that_ends_a_composed_word_does_not_send(visit):
     expect(box(page)).to_have_value("你好\n")
 
 
-def test_a_conversation_left_in_the_middle_of_an_answer_is_kept(visit, engine):
-    engine.word_seconds = 0.03
+def test_a_conversation_left_in_the_middle_of_an_answer_is_kept(visit, engine, address):
+    """Or at its end, before the page has told the server to record it."""
+    engine.word_seconds, held = 0.03, []
     page = visit(**WIDE)
+    kept = """async (pattern) => RegExp(pattern).test(
+        JSON.stringify(await (await minigpt4.store).all("talks")))"""
     say(page, "Tell me something long.")
     expect(answers(page)).to_contain_text("word3")
     page.get_by_role("button", name="New chat").click()
     expect(answers(page)).to_have_count(0)
-    page.wait_for_function(
-        """async () => /something long.*word3/.test(
-            JSON.stringify(await (await minigpt4.store).all("talks")))"""
-    )
+    wait_for(lambda: page.evaluate(kept, "something long.*word3"))
+
+    events = api_case.page_events(address).items()
+    records = [number for name, number in events if re.fullmatch(r"record(_\d+)?", name)]
+
+    def hold(route):
+        recording = route.request.post_data_json["fn_index"] in records
+        held.append(route) if recording else route.continue_()
+
+    engine.word_seconds = 0.0
+    page.route("**/gradio_api/queue/join*", hold)
+    say(page, "Tell me a story.")
+    while not held:
+        page.wait_for_timeout(20)
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    wait_for(lambda: page.evaluate(kept, "a story.*summer afternoon"))
 
 
 def test_a_conversation_is_not_kept_for_ever(engine, browser):
