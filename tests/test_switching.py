@@ -80,6 +80,30 @@ def test_a_question_that_waits_for_its_picture_is_not_asked_elsewhere(page, engi
     assert len(engine.asked) == count
 
 
+def test_what_is_done_while_another_is_opened_does_not_reach_it(page, engine):
+    held, count, join = [], len(engine.asked), "**/gradio_api/queue/join*"
+
+    def hold(route):  # the first event of all
+        route.continue_() if held else held.append(route)
+
+    page.route(join, hold)
+    row(page, "Alpha").click()
+    page.get_by_role("button", name="Retry").click()
+    page.wait_for_timeout(300)
+    page.unroute(join)  # which lets it go on
+    opened(page, "Alpha")
+    assert len(engine.asked) == count
+    held.clear()
+    page.route(join, hold)
+    page.get_by_role("button", name="New chat").click()
+    say(page, "Fresh?")
+    page.wait_for_timeout(300)
+    page.unroute(join)
+    expect(questions(page)).to_have_text("Fresh?")
+    done(page)
+    assert [len(asked.messages) for asked in engine.asked[count:]] == [2]
+
+
 def test_quick_changes_end_where_the_last_one_led(page):
     page.evaluate(
         """() => {

@@ -220,7 +220,6 @@
   };
   const show = async (id) => {
     const before = current;
-    window.minigpt4.ended(); // what was sent is asked where it was sent, or not at all
     [asked, wanted] = [id, undefined];
     document.documentElement.toggleAttribute("data-opening", true);
     set(id);
@@ -252,6 +251,7 @@
   };
   const settle = (id) => {
     const next = wanted;
+    window.minigpt4.ended(); // what was sent before is asked there, or not at all
     [asked, wanted] = [undefined, undefined];
     if (next !== undefined && next !== id) {
       show(next);
@@ -307,7 +307,6 @@
 
   document.addEventListener("click", (event) => {
     if (!event.target.closest("#new-chat")) return;
-    window.minigpt4.ended();
     if (!empty) address(null);
     if (asked === undefined) [asked, wanted] = [null, undefined];
     else if (asked !== null) { // when the other conversation is there
@@ -362,6 +361,7 @@
   Object.assign(window.minigpt4, {
     chats: {
       all, search, edit, remove, told, about, open, start, loaded, target, get current() { return current; },
+      get opening() { return asked !== undefined; }, // New chat is, too
     },
   });
 })();

@@ -58,15 +58,17 @@
   };
   const saved = (target) => [...document.querySelectorAll("#chat textarea")]
     .some((box) => editButtons(box)[0]?.contains(target));
-  // Until the engine has accepted a question, nothing else is asked or taken back.
+  // Until the engine has accepted a question, nothing else is asked or taken back; nor in what is
+  // about to be replaced by another conversation.
   document.addEventListener("click", (event) => {
     const { target } = event;
     const other = target.closest("#chat .version button, #hello .card");
     const turn = other || goesOn(target) || saved(target) || turns(target).some((button) => button.contains(target));
-    if (!turn || !window.minigpt4.unaccepted()) return;
+    const opening = window.minigpt4.chats.opening;
+    if (!turn || !(opening || window.minigpt4.unaccepted())) return;
     event.preventDefault();
     event.stopImmediatePropagation();
-    window.minigpt4.notice(say("busy"));
+    if (!opening) window.minigpt4.notice(say("busy"));
   }, true);
   document.addEventListener("click", ({ target }) => {
     const button = target.closest("#chat .message-buttons-left .icon-button");
