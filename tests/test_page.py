@@ -285,7 +285,10 @@ def test_a_full_queue_keeps_what_was_typed(visit, engine, photo):
     expect(page.get_by_label("Added picture", exact=True)).to_have_count(1)
     expect(answers(page)).to_have_count(0)
     engine.full = False
+    done(page)
+    page.wait_for_function("!minigpt4.unaccepted()")
     box(page).press("Enter")
+    expect(answers(page)).to_have_count(1)
     done(page)
 
 

@@ -186,8 +186,8 @@ class ChatPage:
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
         events.append(chatbot.undo(turns.undo, [box, session, named], shown, **event_of_turn))
         events.append(side.facts.select(turns.version, [session, named], shown, **event_of_turn))
-        emptied = events[0].then(turns.empty, [box, session], box, **NEXT)
-        emptied.then(None, None, None, js=ENDED_JS)
+        events[0].then(None, None, None, js=ENDED_JS)
+        events[0].then(turns.empty, [box, session], box, **NEXT)
         for event in events:
             event.then(side.record, session, [side.keeper, side.facts], **NEXT)
             event.then(renew, session, session, **NEXT)

@@ -251,7 +251,7 @@
   };
   const settle = (id) => {
     const next = wanted;
-    window.minigpt4.ended(); // what was sent before is asked there, or not at all
+    window.minigpt4.forget(); // what was sent before is asked there, or not at all
     [asked, wanted] = [undefined, undefined];
     if (next !== undefined && next !== id) {
       show(next);

@@ -39,17 +39,21 @@
     stopping = false;
   };
   // What is typed between sending and the engine's acceptance, which empties the box, is kept.
-  let sent = null, typed = null;
+  let sent = null, typed = null, questions = 0;
   const unaccepted = () => sent !== null;
-  // A question has been answered or refused.
-  const ended = () => {
+  const forget = () => {
     [sent, typed] = [null, null];
     window.minigpt4.draft.send(false);
+  };
+  // A question has been answered or refused. Where it was quick, the box is emptied a moment later.
+  const ended = () => {
+    const question = questions;
+    setTimeout(() => { if (question === questions) forget(); }, 100);
   };
   // It has not reached the server.
   const failed = () => {
     sending(false);
-    ended();
+    forget();
   };
   const surplus = () => {
     const [before, now] = [sent, typed];
@@ -108,6 +112,7 @@
     window.minigpt4.endEditing();
     undoing = null;
     sending(true);
+    questions += 1;
     [sent, typed] = [find("#box textarea").value, null];
     window.minigpt4.draft.send(true);
   };
@@ -174,5 +179,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, ended, failed, surplus, emptied, undone, stop, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, forget, ended, failed, surplus, emptied, undone, stop, camera });
 })();
