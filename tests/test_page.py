@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 import time
+from functools import partial
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -10,7 +12,9 @@ from playwright.sync_api import Page, expect
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.page.session import Session
 from tests import api_case
+from tests.fake_engine import FakeAnswer
 from tests.page_case import (
+    SECONDS,
     WIDE,
     Visitors,
     answers,
@@ -281,7 +285,10 @@ def test_a_full_queue_keeps_what_was_typed(visit, engine, photo):
     expect(page.get_by_label("Added picture", exact=True)).to_have_count(1)
     expect(answers(page)).to_have_count(0)
     engine.full = False
+    done(page)
+    page.wait_for_function("!minigpt4.unaccepted()")
     box(page).press("Enter")
+    expect(answers(page)).to_have_count(1)
     done(page)
 
 
@@ -506,17 +513,33 @@ def test_enter_that_ends_a_composed_word_does_not_send(visit):
     expect(box(page)).to_have_value("你好\n")
 
 
-def test_a_conversation_left_in_the_middle_of_an_answer_is_kept(visit, engine):
-    engine.word_seconds = 0.03
+def test_a_conversation_left_in_the_middle_of_an_answer_is_kept(visit, engine, address):
+    """Or at its end, before the page has told the server to record it."""
+    engine.word_seconds, held = 0.03, []
     page = visit(**WIDE)
+    kept = """async (pattern) => RegExp(pattern).test(
+        JSON.stringify(await (await minigpt4.store).all("talks")))"""
     say(page, "Tell me something long.")
     expect(answers(page)).to_contain_text("word3")
     page.get_by_role("button", name="New chat").click()
     expect(answers(page)).to_have_count(0)
-    page.wait_for_function(
-        """async () => /something long.*word3/.test(
-            JSON.stringify(await (await minigpt4.store).all("talks")))"""
-    )
+    wait_for(lambda: page.evaluate(kept, "something long.*word3"))
+
+    events = api_case.page_events(address).items()
+    records = [number for name, number in events if re.fullmatch(r"record(_\d+)?", name)]
+
+    def hold(route):
+        recording = route.request.post_data_json["fn_index"] in records
+        held.append(route) if recording else route.continue_()
+
+    engine.word_seconds = 0.0
+    page.route("**/gradio_api/queue/join*", hold)
+    say(page, "Tell me a story.")
+    while not held:
+        page.wait_for_timeout(20)
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    wait_for(lambda: page.evaluate(kept, "a story.*summer afternoon"))
 
 
 def test_a_conversation_is_not_kept_for_ever(engine, browser):
@@ -593,6 +616,36 @@ def test_what_comes_right_after_sending_or_undo_stays(visit, engine, photo):
     page.keyboard.type(" Now.")
     page.unroute(join)
     expect(box(page)).to_have_value(re.compile("^Hello\\?\n ?And what else\\? Now.$"))
+
+
+def test_nothing_else_is_asked_until_a_question_is_accepted(visit, monkeypatch, tmp_path):
+    page, gate = visit(**WIDE), threading.Event()
+
+    def slow(*arguments):
+        gate.wait(SECONDS / 1000)
+        return FakeAnswer(*arguments)
+
+    ask(page, "Hello?")
+    monkeypatch.setattr("minigpt4.web.page.session.ask", slow)
+    say(page, "Count them.")
+    (tmp_path / "bad.png").write_bytes(b"none")
+    page.locator("#box input[type=file]").set_input_files(tmp_path / "bad.png")
+    expect(page.get_by_text("not a picture")).to_be_visible()
+    page.keyboard.type(" And what else?")
+    for act in (
+        page.get_by_role("button", name="Retry").click,
+        page.locator("#chat").get_by_role("button", name="Undo").click,
+        partial(page.keyboard.press, "Enter"),
+    ):
+        box(page).focus()
+        act()
+        expect(page.get_by_text("stop it first")).to_be_visible()
+        page.evaluate("document.querySelector('.notice').remove()")
+    gate.set()
+    expect(answers(page)).to_have_count(2)
+    done(page)
+    expect(questions(page)).to_have_text(["Hello?", "Count them."])
+    expect(box(page)).to_have_value("And what else?")
 
 
 def test_a_visitor_in_a_hurry(visit, engine, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import re
+import threading
 import time
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from minigpt4.web.page import answers as page_answers
 from minigpt4.web.page import transcript
 from tests.page_case import WIDE, answers, ask, attach, box, done, picture, questions, say
 from tests.test_store import LEFT, new_chat, titles
@@ -78,6 +80,54 @@ def test_a_question_that_waits_for_its_picture_is_not_asked_elsewhere(page, engi
     page.wait_for_timeout(500)
     expect(box(page)).to_have_value("What is in MY picture?")
     assert len(engine.asked) == count
+
+
+def test_what_is_done_while_another_is_opened_does_not_reach_it(page, engine):
+    held, count, join = [], len(engine.asked), "**/gradio_api/queue/join*"
+
+    def hold(route):  # the first event of all
+        route.continue_() if held else held.append(route)
+
+    page.route(join, hold)
+    row(page, "Alpha").click()
+    page.get_by_role("button", name="Retry").click()
+    page.wait_for_timeout(300)
+    page.unroute(join)  # which lets it go on
+    opened(page, "Alpha")
+    assert len(engine.asked) == count
+    held.clear()
+    page.route(join, hold)
+    page.get_by_role("button", name="New chat").click()
+    say(page, "Fresh?")
+    page.wait_for_timeout(300)
+    page.unroute(join)
+    expect(questions(page)).to_have_text("Fresh?")
+    done(page)
+    assert [len(asked.messages) for asked in engine.asked[count:]] == [2]
+
+
+def test_what_is_told_late_of_a_conversation_that_was_left(page, engine, monkeypatch):
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        gate.wait(30)
+        return facts(*arguments)
+
+    facts = page_answers.facts
+    monkeypatch.setattr(page_answers, "facts", slow)
+    say(page, "Count them.")
+    while not begun.is_set():
+        page.wait_for_timeout(20)
+    monkeypatch.setattr(page_answers, "facts", facts)
+    page.get_by_role("button", name="New chat").click()
+    expect(answers(page)).to_have_count(0)
+    page.wait_for_function("!minigpt4.chats.opening")
+    gate.set()
+    page.wait_for_timeout(300)
+    assert page.evaluate("location.hash") == ""
+    ask(page, "Fresh?")
+    assert len(engine.asked[-1].messages) == 2
 
 
 def test_quick_changes_end_where_the_last_one_led(page):

@@ -423,6 +423,34 @@ def test_nothing_is_taken_back_from_under_an_answer(monkeypatch, warnings):
     assert session.last_answer and "stop it first" in warnings[0]
 
 
+def test_a_conversation_that_is_left_at_a_turns_end_is_not_shown_again(monkeypatch, warnings):
+    monkeypatch.setattr(session_module, "ask", FakeAnswer)
+    engine = FakeEngine()
+    turns = Turns(Loading.done(engine), [])
+
+    async def left_at_the_end() -> list:
+        shown, session = [], Session()
+        async for messages, *_ in ask(engine, session, "Hello?"):
+            shown.append(messages)
+            if not session.busy and not session.successor:
+                session.leave(Session())
+        return shown
+
+    async def left_while_a_thumbnail_is_written() -> tuple:
+        session = Session()
+        async with aclosing(ask(engine, session, "Hello?")) as steps:
+            assert [step async for step in steps]
+        monkeypatch.setattr(render, "make_thumbnails", lambda _: session.leave(Session()))
+        return await turns.undo(None, session, None, None)
+
+    assert asyncio.run(left_at_the_end())[-1] == []
+    assert asyncio.run(left_while_a_thumbnail_is_written())[0] == []
+    # An edit may come when what was edited is no longer shown.
+    edited = SimpleNamespace(index=3, value="Hello!")
+    assert answered(turns.edit(Session(), edited, None, "", None))[-1][0] == []
+    assert warnings == ["Only a question can be edited."]
+
+
 def uploads_of_a_page() -> Uploads:
     loading = Loading.done(FakeEngine())
     return Uploads(loading)

@@ -62,6 +62,7 @@ CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 LOADED_JS = "() => { minigpt4.chats.loaded(); }"
 # A turn's last input: the browser's name of the conversation that the page shows.
 SHOWN_JS = "(...inputs) => [...inputs.slice(0, -1), minigpt4.chats.current]"
+ENDED_JS = "() => { minigpt4.ended(); }"
 SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
 # New chats have the visitor's own system prompt, not that of the conversation that was shown.
 OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
@@ -185,6 +186,7 @@ class ChatPage:
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
         events.append(chatbot.undo(turns.undo, [box, session, named], shown, **event_of_turn))
         events.append(side.facts.select(turns.version, [session, named], shown, **event_of_turn))
+        events[0].then(None, None, None, js=ENDED_JS)
         events[0].then(turns.empty, [box, session], box, **NEXT)
         for event in events:
             event.then(side.record, session, [side.keeper, side.facts], **NEXT)

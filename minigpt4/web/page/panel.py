@@ -146,13 +146,16 @@ class Panel:
 
     def record(self, session: Session, request: gr.Request) -> list:
         """The conversation for the browser's store, and what is known of its answers."""
+        session.changed = False  # before it is read: what changes meanwhile is told later
         said = bool(session.conversation.messages or session.forks)
         kept = [transcript.record(session, self._loading.name(session.model))] if said else []
-        return [transcript.told(session, *kept), self._facts(session, request)]
+        facts = self._facts(session, request)
+        # Facts take their time: the page may show another conversation by now, which has its own.
+        return [transcript.told(session, *kept), gr.skip() if session.successor else facts]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
-        """The same of a session that another has replaced: the conversations that were left while
-        an answer was running, as far as it had come, and those that files have brought.
+        """The same of a session that another has replaced: the conversations that were left before
+        a turn's end was recorded, as far as it had come, and those that files have brought.
 
         A busy browser notices the later of two messages only, so it is told all of them again.
         """

@@ -65,6 +65,7 @@ class Session:
     entry: About | None = None  # of the browser's list, where a file told it
     answer: Answer | None = None  # the running one, or the last one
     busy: bool = False  # while an answer is running
+    changed: bool = False  # since the browser was last told of a turn's end
     # The session that the page shows instead of this one.
     successor: "Session | None" = field(default=None, repr=False, compare=False)
     # Those that were left before the browser knew all of them, until they are recorded.
@@ -87,6 +88,7 @@ class Session:
     def remark(self, text: str) -> None:
         """Add a remark at the conversation's end."""
         self.remarks.append(Remark(len(self.conversation.messages), text))
+        self.changed = True
 
     def is_news(self, warning: str) -> bool:
         """Whether the visitor has not been warned of the same a moment ago: of a bad file that is
@@ -99,7 +101,7 @@ class Session:
         """Show another conversation; the answer that is running here ends."""
         self.successor = successor
         successor.unrecorded, self.unrecorded = self.unrecorded, []
-        if self.busy or self.entry:
+        if self.busy or self.changed or self.entry:
             successor.unrecorded.append(self)
         self.stop()
         return successor
@@ -198,7 +200,7 @@ class Session:
 
     def replace_conversation(self, conversation: Conversation) -> None:
         """Make this the conversation; remarks on removed messages go, too."""
-        self.conversation = conversation
+        self.conversation, self.changed = conversation, True
         count = len(conversation.messages)
         self.remarks = [r for r in self.remarks if r.before < count]
         self.rendered = {place: r for place, r in self.rendered.items() if place < count}
@@ -300,7 +302,7 @@ class Session:
             self._write(place, text if self.stop_reason == "length" else text.strip())
 
     def _write(self, place: int, text: str) -> None:
-        messages = self.conversation.messages
+        messages, self.changed = self.conversation.messages, True
         messages[place] = replace(messages[place], parts=(text,))
 
 

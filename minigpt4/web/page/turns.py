@@ -121,7 +121,9 @@ class Turns:
 
         def conversation() -> Conversation:
             _, places = render.show(session)
-            return session.with_edit(places[edited.index], render.unescape(edited.value))
+            known = edited.index in range(len(places))  # another one may be shown by now
+            text = render.unescape(edited.value)
+            return session.with_edit(places[edited.index] if known else -1, text)
 
         async with aclosing(self._answer(session, conversation, request, settings)) as steps:
             async for step in steps:
@@ -157,7 +159,8 @@ class Turns:
         typed = value or {"text": "", "files": []}
         text = "\n".join(filter(None, (text, typed["text"])))
         together = {"text": text, "files": [*files, *typed["files"]]}
-        return render.messages(session, request), box(False, value=together), "", gr.skip()
+        latest = session.latest  # the visitor may have left this one meanwhile
+        return render.messages(latest, request), box(latest.busy, value=together), "", gr.skip()
 
     async def version(
         self, session: Session, shown: str | None, chosen: gr.SelectData, request: gr.Request
@@ -175,8 +178,9 @@ class Turns:
             warn(explain(error, request))
             return UNCHANGED
         await asyncio.to_thread(render.make_thumbnails, session.conversation)
-        status = answers.ending(session, request)
-        return render.messages(session, request), gr.skip(), status, gr.skip()
+        latest = session.latest
+        status = answers.ending(latest, request)
+        return render.messages(latest, request), gr.skip(), status, gr.skip()
 
     def stop(self, session: Session) -> None:
         """End the answer at its next step; the handler that streams it shows how it ended."""
@@ -232,11 +236,11 @@ class Turns:
                 warn(failure)
             if refused and sent and (sent["text"].strip() or len(sent["files"]) > 1):
                 warn(translate("unsent", request))
-        if session.successor:  # what is sent last is what the page shows
+        if not session.successor:
+            yield render.messages(session, request), box(False), status, gr.skip()
+        if session.successor:  # even since then: what is sent last is what the page shows
             latest = session.latest
             yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()
-        else:
-            yield render.messages(session, request), box(False), status, gr.skip()
 
     async def _run(
         self,

@@ -251,6 +251,7 @@
   };
   const settle = (id) => {
     const next = wanted;
+    window.minigpt4.forget(); // what was sent before is asked there, or not at all
     [asked, wanted] = [undefined, undefined];
     if (next !== undefined && next !== id) {
       show(next);
@@ -360,6 +361,7 @@
   Object.assign(window.minigpt4, {
     chats: {
       all, search, edit, remove, told, about, open, start, loaded, target, get current() { return current; },
+      get opening() { return asked !== undefined; }, // New chat is, too
     },
   });
 })();

@@ -37,12 +37,24 @@
   const sending = (now) => {
     document.documentElement.toggleAttribute("data-sending", now);
     stopping = false;
-    if (now) return;
+  };
+  // What is typed between sending and the engine's acceptance, which empties the box, is kept.
+  let sent = null, typed = null, questions = 0;
+  const unaccepted = () => sent !== null;
+  const forget = () => {
     [sent, typed] = [null, null];
     window.minigpt4.draft.send(false);
   };
-  // What is typed between sending and the engine's acceptance, which empties the box, is kept.
-  let sent = null, typed = null;
+  // A question has been answered or refused. Where it was quick, the box is emptied a moment later.
+  const ended = () => {
+    const question = questions;
+    setTimeout(() => { if (question === questions) forget(); }, 100);
+  };
+  // It has not reached the server.
+  const failed = () => {
+    sending(false);
+    forget();
+  };
   const surplus = () => {
     const [before, now] = [sent, typed];
     [sent, typed] = [null, null];
@@ -88,17 +100,19 @@
     if (button && button.disabled !== empty) button.disabled = empty;
   };
   const asked = (event) => {
-    const button = find("#box .submit-button"), again = sent !== null && sent === find("#box textarea").value;
-    if (event.repeat || again || button?.disabled) { // Enter is held, or pressed twice
+    const button = find("#box .submit-button");
+    if (event.repeat || unaccepted() || button?.disabled) { // Enter is held, or pressed twice
       event.preventDefault();
       event.stopImmediatePropagation();
-      if (!again && button?.disabled) window.minigpt4.notice(say("error_empty_message"));
+      if (button?.disabled) window.minigpt4.notice(say("error_empty_message"));
+      else if (!event.repeat && sent !== find("#box textarea").value) window.minigpt4.notice(say("busy"));
       return;
     }
     if (!button) return;
     window.minigpt4.endEditing();
     undoing = null;
     sending(true);
+    questions += 1;
     [sent, typed] = [find("#box textarea").value, null];
     window.minigpt4.draft.send(true);
   };
@@ -115,9 +129,9 @@
   new MutationObserver((changes) => {
     update();
     const told = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
-      node.nodeType === Node.ELEMENT_NODE && isNotice(node)));
+      node.nodeType === Node.ELEMENT_NODE && isNotice(node)?.classList.contains("error")));
     const button = find("#box .stop-button");
-    if (told && !button) sending(false);
+    if (told && !button) failed();
     if (stopping && button) stop();
   }).observe(document.documentElement, { childList: true, subtree: true });
 
@@ -165,5 +179,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, surplus, emptied, undone, stop, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, forget, ended, failed, surplus, emptied, undone, stop, camera });
 })();

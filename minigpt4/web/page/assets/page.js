@@ -49,19 +49,34 @@
   const endEditing = () => {
     for (const box of document.querySelectorAll("#chat textarea")) editButtons(box)[1]?.click();
   };
-  // Retry and Undo; what stands to the right of them is the question's own.
+  // Below an answer are Retry and Undo; what stands to the right of them is the question's own.
+  const turns = (target) => [...target.closest("#chat .message-buttons-left")?.querySelectorAll(".icon-button") ?? []]
+    .filter((button) => button.getAttribute("aria-label") !== say("copy_message")).slice(0, 2);
+  const goesOn = (target) => {
+    const option = target.closest("#chat .option");
+    return option && option.textContent.trim() !== say("preview");
+  };
+  const saved = (target) => [...document.querySelectorAll("#chat textarea")]
+    .some((box) => editButtons(box)[0]?.contains(target));
+  // Until the engine has accepted a question, nothing else is asked or taken back; nor in what is
+  // about to be replaced by another conversation.
+  document.addEventListener("click", (event) => {
+    const { target } = event;
+    const other = target.closest("#chat .version button, #hello .card");
+    const turn = other || goesOn(target) || saved(target) || turns(target).some((button) => button.contains(target));
+    const opening = window.minigpt4.chats.opening;
+    if (!turn || !(opening || window.minigpt4.unaccepted())) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    if (!opening) window.minigpt4.notice(say("busy"));
+  }, true);
   document.addEventListener("click", ({ target }) => {
     const button = target.closest("#chat .message-buttons-left .icon-button");
     if (button && button.getAttribute("aria-label") !== say("copy_message")) endEditing();
   }, true);
   // Retry, Continue and an edited question are on their way at once.
   document.addEventListener("click", ({ target }) => {
-    const [retry] = [...target.closest("#chat .message-buttons-left")?.querySelectorAll(".icon-button") ?? []]
-      .filter((button) => button.getAttribute("aria-label") !== say("copy_message"));
-    const option = target.closest("#chat .option");
-    const edited = [...document.querySelectorAll("#chat textarea")].map((box) => editButtons(box)[0]);
-    const goesOn = option && option.textContent.trim() !== say("preview");
-    if (goesOn || [retry, ...edited].some((button) => button?.contains(target))) window.minigpt4.sending(true);
+    if (goesOn(target) || saved(target) || turns(target)[0]?.contains(target)) window.minigpt4.sending(true);
   }, true);
 
   // Gradio goes to the end at each update. Who has scrolled up to read stays there, until the end is

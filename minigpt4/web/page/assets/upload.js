@@ -67,7 +67,7 @@
     if (told && !options.quiet) return upload(address, options);
     return plain(resource, options).catch((error) => {
       // While the server is away, Gradio sends nothing, and asks again and again whether it is back.
-      if (address.endsWith("/app_id")) window.minigpt4.sending(false);
+      if (address.endsWith("/app_id")) window.minigpt4.failed();
       throw error;
     });
   };
@@ -79,7 +79,7 @@
     unsettled = Math.max(0, unsettled + change);
     if (change > 0) until = Date.now() + 10_000;
   };
-  const held = () => running > 0 || root.hasAttribute("data-opening") || find("#status [data-say=opening]")
+  const held = () => running > 0 || root.hasAttribute("data-opening") || window.minigpt4.chats.opening || find("#status [data-say=opening]")
     || (unsettled > 0 && Date.now() < until);
   let asking = 0; // again and again, whether it is still held: nothing tells of all that can hold it
   const send = () => {
