@@ -617,6 +617,21 @@ def test_what_comes_right_after_sending_or_undo_stays(visit, engine, photo):
     page.unroute(join)
     expect(box(page)).to_have_value(re.compile("^Hello\\?\n ?And what else\\? Now.$"))
 
+    box(page).fill("Count them.")
+    box(page).evaluate(
+        """(field) => {
+            const enter = { key: "Enter", bubbles: true, cancelable: true };
+            field.dispatchEvent(new KeyboardEvent("keydown", enter));
+            field.dispatchEvent(new KeyboardEvent("keypress", enter));
+            field.value += " More.";
+            field.dispatchEvent(new Event("input", { bubbles: true }));
+        }"""
+    )
+    expect(answers(page)).to_have_count(1)
+    done(page)
+    expect(questions(page).last).to_have_text("Count them.")
+    expect(box(page)).to_have_value("More.")
+
 
 def test_nothing_else_is_asked_until_a_question_is_accepted(visit, monkeypatch, tmp_path):
     page, gate = visit(**WIDE), threading.Event()

@@ -62,6 +62,8 @@ CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
 LOADED_JS = "() => { minigpt4.chats.loaded(); }"
 # A turn's last input: the browser's name of the conversation that the page shows.
 SHOWN_JS = "(...inputs) => [...inputs.slice(0, -1), minigpt4.chats.current]"
+# Of a question also its text at the moment of sending: Gradio reads the box somewhat later.
+ASK_JS = f"(box, ...inputs) => [minigpt4.asSent(box), ...({SHOWN_JS})(...inputs)]"
 ENDED_JS = "() => { minigpt4.ended(); }"
 SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
 # New chats have the visitor's own system prompt, not that of the conversation that was shown.
@@ -177,7 +179,7 @@ class ChatPage:
         events = [
             # By default Gradio drops a question until it has been told that the last answer has
             # ended, even where New chat has ended it.
-            box.submit(turns.ask, asked, shown, trigger_mode="multiple", **event_of_turn),
+            box.submit(turns.ask, asked, shown, trigger_mode="multiple", js=ASK_JS, **EVENT),
             chatbot.retry(turns.retry, [session, *settings], shown, **event_of_turn),
             chatbot.edit(turns.edit, [session, *settings], shown, **event_of_turn),
             chatbot.option_select(turns.option, [session, *settings], shown, **event_of_turn),

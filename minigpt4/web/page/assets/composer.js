@@ -41,6 +41,7 @@
   // What is typed between sending and the engine's acceptance, which empties the box, is kept.
   let sent = null, typed = null, questions = 0;
   const unaccepted = () => sent !== null;
+  const asSent = (box) => (unaccepted() ? { ...box, text: sent } : box);
   const forget = () => {
     [sent, typed] = [null, null];
     window.minigpt4.draft.send(false);
@@ -179,5 +180,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, forget, ended, failed, surplus, emptied, undone, stop, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, asSent, forget, ended, failed, surplus, emptied, undone, stop, camera });
 })();
