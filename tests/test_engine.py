@@ -443,9 +443,16 @@ def test_closing_ends_within_a_step(engine):
     assert list(engine.submit(request(1)))
 
 
-def test_async_readers(engine):
+def test_async_readers(engine, monkeypatch):
     """Two at once on one event loop; the one that is cancelled leaves, the other goes on."""
     expected = list(engine.submit(request(1)))
+    forward = engine.decoder.forward
+
+    def slow(rows):
+        time.sleep(0.01)  # so that the long answer is not over where the loop is busy
+        return forward(rows)
+
+    monkeypatch.setattr(engine.decoder, "forward", slow)
 
     async def read(stream) -> list[int]:
         try:
