@@ -44,8 +44,8 @@ from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.guard.limits import read_rest, waits
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
-# A JSON object -> (the request, fields that are ignored).
-Read = Callable[..., tuple[ChatRequest, list[str]]]
+# A JSON object, are tools ignored -> (the request, fields that are ignored).
+Read = Callable[[dict, bool], tuple[ChatRequest, list[str]]]
 T = TypeVar("T")
 # How many requests of more than a megabyte are read and opened at once, before the queue has them.
 LARGE, MOST_LARGE = 2**20, 16

@@ -237,9 +237,6 @@ class PageCORS(CustomCORSMiddleware):
             await super().__call__(scope, receive, send)
 
 
-# --- the queue ------------------------------------------------------------------------------------
-
-
 class _DirectHttpx:
     """httpx as gradio.blocks sees it."""
 
@@ -252,6 +249,9 @@ class _DirectHttpx:
 def _url_ok(url: str) -> bool:
     """The server's own address (http) has just answered `get`; a public link may not do yet."""
     return url.startswith("http://") or _original_url_ok(url)
+
+
+# --- the queue ------------------------------------------------------------------------------------
 
 
 class _QueueAsyncio:
