@@ -79,9 +79,12 @@ def start_server(
     return address.rstrip("/")
 
 
-def warn(text: str | UserError, seconds: float = 10) -> None:
-    """Show a note on the page that disappears after `seconds`."""
-    gr.Warning(html.escape(str(text)), title="", duration=seconds)  # Gradio shows it as HTML
+def warn(text: str | UserError, seconds: float = 10, mark: str = "") -> None:
+    """Show a note on the page that disappears after `seconds`. mark: a class, for its scripts."""
+    shown = html.escape(str(text))  # Gradio shows it as HTML
+    if mark:
+        shown = f'<span class="{mark}">{shown}</span>'
+    gr.Warning(shown, title="", duration=seconds)
 
 
 class Server:

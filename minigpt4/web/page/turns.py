@@ -233,7 +233,7 @@ class Turns:
             if accepted:
                 session.remark(failure)
             elif session.is_news(failure):
-                warn(failure)
+                warn(failure, mark="refused" if sent else "")
             if refused and sent and (sent["text"].strip() or len(sent["files"]) > 1):
                 warn(translate("unsent", request))
         if not session.successor:

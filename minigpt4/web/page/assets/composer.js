@@ -129,10 +129,12 @@
   beforeSending(asked);
   new MutationObserver((changes) => {
     update();
-    const told = changes.some(({ addedNodes }) => [...addedNodes].some((node) =>
-      node.nodeType === Node.ELEMENT_NODE && isNotice(node)?.classList.contains("error")));
+    const notices = changes.flatMap(({ addedNodes }) => [...addedNodes])
+      .map((node) => node.nodeType === Node.ELEMENT_NODE && isNotice(node)).filter(Boolean);
     const button = find("#box .stop-button");
-    if (told && !button) failed();
+    if (notices.some(({ classList }) => classList.contains("error")) && !button) failed();
+    // The notice can be acted on at once, before the turn has ended.
+    if (notices.some((notice) => notice.querySelector(".refused"))) forget();
     if (stopping && button) stop();
   }).observe(document.documentElement, { childList: true, subtree: true });
 
