@@ -254,9 +254,13 @@ class Parser(argparse.ArgumentParser):
         if not path:
             return []
         options = {option.attribute: option for option in self._declared}
+        settings = read_settings(path)
+        attributes = [str(name).replace("-", "_") for name in settings]
         found = []
-        for name, value in read_settings(path).items():
-            option = options.get(str(name).replace("-", "_"))
+        for attribute, (name, value) in zip(attributes, settings.items(), strict=True):
+            option = options.get(attribute)
+            if attributes.count(attribute) > 1:
+                raise UserError(f"{path} has “{name}” twice, with “-” and “_”: remove one.")
             if option is None or option is own:
                 raise UserError(f"{path} has “{name}”, which is not an option of {self.prog}.")
             if option.many and any(a.partition("=")[0] == f"--{option.name}" for a in args):

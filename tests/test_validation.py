@@ -288,6 +288,8 @@ def test_options_from_a_file(tmp_path, name, text, monkeypatch):
         ("data: [", "is not TOML or YAML: check it near line"),
         ("data = 1\nsteps = \n", "check it near line 2 "),
         ("data = ", "check it near its end "),
+        ("data: a\nrate: 1\nrate: 2", "has “rate” more than once: remove or rename all but one"),
+        ("data: a\nbatch-size: 1\nbatch_size: 2", "has “batch-size” twice, with “-” and “_”"),
         ("data:\n  a: 1", "must have a line"),
         ("- data", "must have a line"),
     ],
