@@ -172,6 +172,24 @@ class Option:
         return [] if self.many else self.default
 
 
+# Variables from which the Hugging Face hub's client makes integers without checking them.
+HUB_INTEGERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+
+
+def check_integers(names: Iterable[str]) -> None:
+    """UserError for one of these environment variables that a library would fail on."""
+    for name in names:
+        text = os.environ.get(name)
+        if text is None or (name.endswith("_CONCURRENCY_LIMIT") and text.lower() in ("", "none")):
+            continue
+        try:
+            int(text)
+        except ValueError:
+            raise UserError(
+                f"Environment variable {name} must be an integer, not “{text}”: correct it."
+            ) from None
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes what is not on the command line from the environment."""
 

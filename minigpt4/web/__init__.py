@@ -3,7 +3,7 @@
 Gradio is imported without the type stubs (.pyi) that it would compare with its sources, and write
 into its own folder, at every import: nothing reads them here, and they take half of that time. The
 HTTP clients that it makes meanwhile get nothing from the environment: proxies and certificates that
-cannot be used would end the program, which needs none of them.
+cannot be used would end the program, which needs none of them. Its own variables are checked first.
 """
 
 import sys
@@ -11,6 +11,20 @@ from functools import partialmethod
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
+
+from minigpt4.options import check_integers
+
+# Variables from which Gradio and Uvicorn make integers without checking them.
+INTEGERS = (
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY",
+    "GRADIO_ANALYTICS_MAX_EVENTS",
+    "GRADIO_DEFAULT_CONCURRENCY_LIMIT",
+    "GRADIO_NODE_NUM_PORTS",
+    "GRADIO_NUM_PORTS",
+    "GRADIO_NUM_WORKERS",
+    "GRADIO_SERVER_PORT",
+    "WEB_CONCURRENCY",
+)
 
 
 class _Finder(MetaPathFinder):
@@ -35,6 +49,7 @@ class _WithoutEnvironment(SourceFileLoader):
     def exec_module(self, module) -> None:
         import httpx
 
+        check_integers(INTEGERS)
         names = ("Client", "AsyncClient", "HTTPTransport", "AsyncHTTPTransport")
         parts: list[Any] = [getattr(httpx, name) for name in names]
         originals = [(part, part.__init__) for part in parts]
