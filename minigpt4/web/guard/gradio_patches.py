@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
+import fastapi.routing
 import gradio as gr
 import gradio.blocks
 import gradio.queueing
@@ -27,6 +29,7 @@ from gradio.route_utils import CustomCORSMiddleware
 from gradio.server_messages import ProcessCompletedMessage
 from jinja2 import FunctionLoader
 from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse
 from starlette.types import Receive, Scope, Send
 
 from minigpt4.data.files import replace_surrogates
@@ -46,6 +49,12 @@ TOO_DEEP = "The request is nested too deeply."
 TOO_MANY_VALUES = "The list in `data` must have at most {count} values."
 NO_MORE_FILES = (
     "No further connection is accepted, since too many files are open: raise the limit (ulimit -n)."
+)
+# Who logs them, and how the lines begin about what MCP clients do wrong.
+MCP_LOGGERS = ("", "mcp.server.lowlevel.server", "mcp.server.transport_security")
+MISTAKES = (
+    *("Failed to validate ", "Received exception from stream", "Response ID "),
+    *("Tool '%s' not listed", "Missing Content-Type", "Invalid Content-Type"),
 )
 NOT_UPLOADED = "Upload the file to /gradio_api/upload first, and send the path that this returns."
 
@@ -104,6 +113,8 @@ def apply() -> None:
     gr.Chatbot.postprocess = _postprocess_chatbot
     # For each output that is skipped it makes a new component and its JSON schema: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
+    # From /healthz/ it leads to /healthz, without the path under which a proxy serves this server.
+    fastapi.routing.RedirectResponse = _redirect_beside  # type: ignore[assignment, misc]
     # It asks its own server through the environment's proxies, which need not reach this machine.
     gradio.blocks.httpx = _DirectHttpx()
     networking.url_ok = _url_ok
@@ -138,12 +149,16 @@ def tune_queue(page: gr.Blocks) -> None:
 
 
 def tune_mcp(max_bytes: int) -> None:
-    """Let requests to the MCP server be so large, where its package stops at 4 MiB.
+    """Let requests to the MCP server be so large, where its package stops at 4 MiB; keep clients'
+    mistakes out of the log.
 
     The attribute is there only with the package.
     """
     larger = partial(GradioMCPServer.StreamableHTTPSessionManager, max_request_body_size=max_bytes)
     GradioMCPServer.StreamableHTTPSessionManager = staticmethod(larger)
+    # It logs what is wrong with a client's request, which the client is told.
+    for name in MCP_LOGGERS:
+        logging.getLogger(name).addFilter(_is_no_clients_mistake)
 
 
 def tune_server(page: gr.Blocks) -> None:
@@ -173,6 +188,10 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
     beside our sentence why an address cannot be bound."""
     upgrade = str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
     return not upgrade and not isinstance(record.msg, OSError)
+
+
+def _is_no_clients_mistake(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(MISTAKES)
 
 
 class _Punctual:
@@ -244,6 +263,15 @@ class _DirectHttpx:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(httpx, name)
+
+
+def _redirect_beside(url: object) -> RedirectResponse:
+    """To an address that differs from the one asked for in the slash at its end: relative to that,
+    since a proxy may have changed all before."""
+    asked = urlsplit(str(url))
+    name = asked.path.rstrip("/").rpartition("/")[2]
+    path = f"./{name}/" if asked.path.endswith("/") else f"../{name}"
+    return RedirectResponse(f"{path}?{asked.query}" if asked.query else path)
 
 
 def _url_ok(url: str) -> bool:
