@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
@@ -234,6 +235,16 @@ def test_logs_for_weights_and_biases(examples, tmp_path, monkeypatch):
     trainer.run()
     assert len(dashboards(tmp_path / "other", 0)) == before + 1
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_dashboards_that_cannot_be_used(tmp_path, monkeypatch):
+    def init(**_):
+        raise ValueError("mode\n  Input should be 'online'")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=True))
+    monkeypatch.setenv("WANDB_MODE", "x")
+    with pytest.raises(UserError, match="Weights & Biases takes no logs: check .WANDB_API_KEY, "):
+        dashboards(tmp_path, 0)
 
 
 # --- a file of options --------------------------------------------------------------------------
