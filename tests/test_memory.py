@@ -214,6 +214,7 @@ def test_every_librarys_word_for_it(error, monkeypatch, capsys):
 )
 def test_a_limit_in_which_nothing_runs(command, monkeypatch, capsys):
     monkeypatch.setattr("resource.getrlimit", lambda kind: (6 * 10**8, -1))
+    monkeypatch.setattr("minigpt4.web.run.one_by_one", lambda _: pytest.fail("after imports"))
     assert main(command) == 2
     said = "minigpt4: The limit on memory (ulimit -v) is 600 MB, and no model runs in less than 1 "
     assert capsys.readouterr().err.startswith(said)

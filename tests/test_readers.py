@@ -22,6 +22,7 @@ from minigpt4.data.huggingface import _pictures_in_rows
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.errors import UserError
 from minigpt4.model import image
+from minigpt4.training.run import read_examples
 from tests.training_case import jpeg, picture
 
 
@@ -301,6 +302,15 @@ def test_descriptions(tmp_path, encoding, capsys):
     assert "4 pictures read; 4 left out: 1 without a caption (image/3.jpg)" in line
     assert "2 without an “image_id” (annotation 8; annotation 9)" in line
     assert "1 with a caption that is not text (image/4.jpg)" in line
+
+
+@pytest.mark.parametrize(("stage", "limit"), [(1, None), (2, None), (1, 1), (2, 1)])
+def test_what_training_reads(tmp_path, stage, limit):
+    put(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "t.csv").write_text("image,caption\na.jpg,A dog.\nb.jpg,A cat.\n")
+    given = SimpleNamespace(stage=stage, data=str(tmp_path), instructions=None)
+    read = read_examples(given, limit) if limit else read_examples(given)
+    assert answers(read) == dict([("a.jpg", ["A dog."]), ("b.jpg", ["A cat."])][:limit])
 
 
 def test_data_are_read_before_the_model(tmp_path, monkeypatch, capsys):
