@@ -16,6 +16,7 @@ import httpx
 import huggingface_hub
 import pytest
 from gradio import component_meta, processing_utils
+from gradio.mcp import GradioMCPServer
 
 from minigpt4 import __main__, web
 from minigpt4.conversation import Conversation
@@ -107,6 +108,17 @@ def test_a_variable_that_would_keep_the_server_from_starting(monkeypatch):
     monkeypatch.setenv("GRADIO_DEBUG", "1")
     with served(FakeEngine()) as address:
         assert httpx.get(address + "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("said", ["Failed to validate request: 2 errors", "Tool '%s' not listed"])
+def test_mistakes_of_mcp_clients_are_not_logged(said, caplog, monkeypatch):
+    """As tests/test_mcp.py shows on a server, where the package is installed."""
+    monkeypatch.setattr(GradioMCPServer, "StreamableHTTPSessionManager", dict, raising=False)
+    gradio_patches.tune_mcp(1)
+    for name in gradio_patches.MCP_LOGGERS:
+        logging.getLogger(name).warning(said)
+        logging.getLogger(name).warning("A fault.")
+    assert caplog.messages == ["A fault."] * len(gradio_patches.MCP_LOGGERS)
 
 
 def test_a_log_is_not_filled_while_no_connection_can_be_accepted(caplog):

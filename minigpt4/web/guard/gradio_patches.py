@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import fastapi.routing
 import gradio as gr
@@ -114,7 +113,7 @@ def apply() -> None:
     # For each output that is skipped it makes a new component and its JSON schema: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
     # From /healthz/ it leads to /healthz, without the path under which a proxy serves this server.
-    fastapi.routing.RedirectResponse = _redirect_beside  # type: ignore[assignment, misc]
+    fastapi.routing.RedirectResponse = _RedirectBeside  # type: ignore[misc]
     # It asks its own server through the environment's proxies, which need not reach this machine.
     gradio.blocks.httpx = _DirectHttpx()
     networking.url_ok = _url_ok
@@ -265,13 +264,17 @@ class _DirectHttpx:
         return getattr(httpx, name)
 
 
-def _redirect_beside(url: object) -> RedirectResponse:
-    """To an address that differs from the one asked for in the slash at its end: relative to that,
-    since a proxy may have changed all before."""
-    asked = urlsplit(str(url))
-    name = asked.path.rstrip("/").rpartition("/")[2]
-    path = f"./{name}/" if asked.path.endswith("/") else f"../{name}"
-    return RedirectResponse(f"{path}?{asked.query}" if asked.query else path)
+class _RedirectBeside(RedirectResponse):
+    """To the address asked for, with or without a slash at its end: relative to that, since a proxy
+    may have changed all before."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, query = scope["path"], scope["query_string"].decode("latin-1")
+        if path.endswith("//"):  # from which clients do not all go up in the same way
+            return await super().__call__(scope, receive, send)
+        name = path.rstrip("/").rpartition("/")[2]
+        there = f"../{name}" if path.endswith("/") else f"./{name}/"
+        await RedirectResponse(f"{there}?{query}" if query else there)(scope, receive, send)
 
 
 def _url_ok(url: str) -> bool:
