@@ -149,9 +149,10 @@ class Panel:
         session.changed = False  # before it is read: what changes meanwhile is told later
         said = bool(session.conversation.messages or session.forks)
         kept = [transcript.record(session, self._loading.name(session.model))] if said else []
+        left = self._records_of_left(session)
         facts = self._facts(session, request)
         # Facts take their time: the page may show another conversation by now, which has its own.
-        return [transcript.told(session, *kept), gr.skip() if session.successor else facts]
+        return [transcript.told(session, *left, *kept), gr.skip() if session.successor else facts]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
         """The same of a session that another has replaced: the conversations that were left before
@@ -159,14 +160,24 @@ class Panel:
 
         A busy browser notices the later of two messages only, so it is told all of them again.
         """
-        left, session.unrecorded = session.unrecorded, []
-        for one in [*left, *([session] if session.entry else [])]:
-            if one.name:
-                record = transcript.record(one, self._loading.name(one.model))
-                session.opened_with.append({**record, "once": secrets.token_hex(4)})
-            one.entry = None
+        if session.entry:
+            session.unrecorded.append(session)
+        self._records_of_left(session)
         told = transcript.told(session, *session.opened_with, settled=True)
         return [told, self._facts(session, request)]
+
+    def _records_of_left(self, session: Session) -> list[dict]:
+        """Of the conversations that were left, and not recorded since."""
+        left, session.unrecorded = session.unrecorded, []
+        records = []
+        for one in left:
+            one.changed = False  # before it is read
+            if one.name:
+                record = transcript.record(one, self._loading.name(one.model))
+                records.append({**record, "once": secrets.token_hex(4)})
+            one.entry = None
+        session.opened_with += records
+        return records
 
     def _facts(self, session: Session, request: gr.Request) -> dict:
         engine = self._loading.find(session.model)

@@ -240,6 +240,8 @@ class Turns:
             yield render.messages(session, request), box(False), status, gr.skip()
         if session.successor:  # even since then: what is sent last is what the page shows
             latest = session.latest
+            if session.changed:  # since it was left and recorded
+                latest.unrecorded.append(session)
             yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()
 
     async def _run(
