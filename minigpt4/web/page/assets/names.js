@@ -42,7 +42,7 @@
     "error_disk_full": /disk is full/i,
     "error_out_of_range": /^Value \S+ is (greater|less) than/,
     "error_upload": /^HTTP \d/, // a proxy's answer to an upload
-    "error_too_many_requests": /asked for too much without listening|queue is full/i,
+    "error_too_many_requests": /sent too many requests|queue is full/i,
   };
   // Gradio adds a second message to the notice that shows the first one.
   const isNotice = (node) => node.closest("[data-testid=toast-body]") || node.querySelector("[data-testid=toast-body]");
