@@ -140,7 +140,7 @@ def _shares(firsts: Sequence[Sequence[int]], logprobs: Sequence[float]) -> list[
 
 
 def _decision(question: Question, shares: list[float]) -> dict:
-    """A question's answer as OpenAI's object. A score is the mean of the levels' numbers, 1 and up."""
+    """OpenAI's object for an answer. A score is the mean of the levels' numbers, from 1."""
     head: dict[str, Any] = {"type": question.type, "name": question.name}
     if question.type == "predicate":
         return head | {"probability": shares[0]}
