@@ -231,7 +231,7 @@ def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> Iterator[li
     """The photos without an answer in the file `out`, so that a run that was interrupted goes on.
 
     The file is created, and locked in the block; lines of photos that got no answer are taken out,
-    since these are asked about again. OSError where it cannot be written, UserError where it holds
+    since these are asked about again. OSError if it cannot be written, UserError if it holds
     other things, or another run writes it.
     """
     file = _target(out)

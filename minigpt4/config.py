@@ -149,7 +149,7 @@ class ModelConfig:
 
     @property
     def features(self) -> Any:
-        """What the encoder gives: `Patches` or `Maps`. TypeError where the bridge reads another."""
+        """What the encoder gives: `Patches` or `Maps`. TypeError if the bridge reads another."""
         features = self.vision.features
         if not isinstance(features, self.bridge.reads):
             bridge, vision = type(self.bridge).__name__, type(self.vision).__name__

@@ -202,7 +202,7 @@ def read_ahead(
     """While the next question, with these pictures, is being typed: have all that comes before its
     text read, where that takes seconds. Its prompt then finds that in the key-value cache.
 
-    UserError where the engine refuses.
+    UserError if the engine refuses.
     """
     from minigpt4.engine import Sampling
 
@@ -326,7 +326,7 @@ def fit(
     The oldest question and its answer go first. The system text and every picture stay: pictures of
     a dropped turn move to the next question. reserve: max_new_tokens is a ceiling; turns are left
     out to keep so many tokens for the answer, at most, and the last question may leave fewer. None:
-    all of max_new_tokens are kept. UserError where the last question alone is too long.
+    all of max_new_tokens are kept. UserError if the last question alone is too long.
     """
     config = engine.model.config
     needed = max_new_tokens if reserve is None else 1

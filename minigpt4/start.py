@@ -190,7 +190,7 @@ def _load(
     report: Report,
     finish: "Finish[T]",
 ) -> "T":
-    """Check the memory, convert, load, finish. UserError where the memory is too small."""
+    """Check the memory, convert, load, finish. UserError if the memory is too small."""
     from minigpt4.engine.native import quantize as quantizer
     from minigpt4.weights.llm import choose_dtype
     from minigpt4.weights.load import bytes_to_load, load_model
@@ -297,7 +297,7 @@ def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "
 
 
 def _check_limit() -> None:
-    """UserError where the process may not have the memory of PyTorch alone, which would abort."""
+    """UserError if the process may not have the memory of PyTorch alone, which would abort."""
     with suppress(ImportError):  # Windows has no such limits
         import resource
 

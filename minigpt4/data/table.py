@@ -204,7 +204,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
 def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, cells) of each record. skipped: lines before `text`.
 
-    UserError where a quote seems not to be closed: it would swallow the lines after it.
+    UserError if a quote seems not to be closed: it would swallow the lines after it.
     """
     lines = [*io.StringIO(text), "\n"]  # an open quote reaches the added one
     reader = csv.reader(lines, delimiter=mark)

@@ -56,7 +56,7 @@ class Backend(Protocol):
     pause: float
 
     def check(self, request: Request) -> None:
-        """UserError where these processes cannot answer such a request."""
+        """UserError if these processes cannot answer such a request."""
 
     def encode(self, picture: Picture) -> Encoded:
         """What the language model takes of the picture. Blocks."""
@@ -66,7 +66,7 @@ class Backend(Protocol):
     ) -> AsyncGenerator[Part, None]:
         """At most `limit` tokens that follow the prompt and the tokens generated so far.
 
-        Unavailable where another try may succeed, UserError where none can.
+        Unavailable where another try may succeed, UserError if none can.
         """
 
     async def probe(self, seconds: float) -> bool:

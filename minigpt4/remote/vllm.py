@@ -191,7 +191,7 @@ class VllmServers:
         return any(outcome is None for outcome in outcomes.values())
 
     async def probe_all(self, seconds: float) -> dict[str, UserError | None]:
-        """Ask each server for a real token: by URL, None where it came, else what is wrong."""
+        """Ask each server for a real token: by URL, None if it came, else what is wrong."""
         request = Request(Prompt([0], [0]), {}, Sampling(temperature=0.0, repetition_penalty=1.0))
         body = body_of(request, self._encoded(request.prompt, [], {}), 1)
 
@@ -245,7 +245,7 @@ def body_of(request: Request, prompt_embeds: str, limit: int) -> dict[str, Any]:
 
 def part_of(event: dict) -> Part:
     """An event of the stream. Unavailable where it reports a failure; LookupError, TypeError or
-    ValueError where it is malformed."""
+    ValueError if it is malformed."""
     if "error" in event:
         raise Unavailable(str(event["error"])[:500])
     details = (event.get("usage") or {}).get("prompt_tokens_details") or {}

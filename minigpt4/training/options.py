@@ -160,7 +160,7 @@ def check_needs(options: Namespace, needs: Mapping[str, str]) -> None:
 
 
 def check_start(start: str | None, *written: Path) -> None:
-    """UserError where one of the files that a run writes is what it starts from."""
+    """UserError if one of the files that a run writes is what it starts from."""
     if start and Path(start).resolve() in {path.resolve() for path in written}:
         raise UserError(
             f"{start}, from which the run starts, would be overwritten: choose another folder "

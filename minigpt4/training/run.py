@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def _check_start(options: argparse.Namespace, config: ModelConfig) -> None:
-    """UserError where the projection to start from is not clear, or would be overwritten."""
+    """UserError if the projection to start from is not clear, or would be overwritten."""
     if options.init and options.projection:
         raise UserError(
             "“--init” and “--projection” (or MINIGPT4_PROJECTION) both name the projection to "

@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_finite(values: Tensor, step: int) -> None:
-    """UserError where a run has diverged."""
+    """UserError if a run has diverged."""
     if not values.isfinite().all():
         raise UserError(
             f"The run has diverged in step {step}, as its loss or weights are no finite numbers: "
@@ -86,9 +86,9 @@ def check_finite(values: Tensor, step: int) -> None:
 
 
 def read_run(path: Path, identity: str, device: str | torch.device = "cpu") -> dict | None:
-    """The state in a run's checkpoint, None where there is none yet.
+    """The state in a run's checkpoint, None if there is none yet.
 
-    UserError where it is damaged, or where its "identity" is another run's.
+    UserError if it is damaged, or where its "identity" is another run's.
     """
     if not path.exists():
         return None

@@ -50,7 +50,7 @@ class Supported:
         return " ".join(self.colours(sentence, probability) for sentence in chosen)
 
     def support(self, sentence: str, probability: list[float]) -> float:
-        """The mean probability of the words that it names; 0 where it says that something has an
+        """The mean probability of the words that it names; 0 if it says that something has an
         unseen colour."""
         terms = self.vocabulary.occurring(sentence)
         found = [probability[t] for t in terms if " " not in self.vocabulary.terms[t]]

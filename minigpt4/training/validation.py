@@ -30,7 +30,7 @@ class Validation:
     """Measures a trainer on held-out examples every `every` steps, and after the last one.
 
     The rows go into validation.csv. The projection with the lowest held-out loss is kept in
-    MODEL-best.safetensors, beside the last one. A resumed run continues both. UserError where it
+    MODEL-best.safetensors, beside the last one. A resumed run continues both. UserError if it
     would compare its losses with those on other held-out examples.
     """
 

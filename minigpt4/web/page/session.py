@@ -124,11 +124,11 @@ class Session:
 
     @property
     def last_answer(self) -> str:
-        """The last answer's text; "" where there is none."""
+        """The last answer's text; "" if there is none."""
         return self.answer_at(len(self.conversation.messages) - 1)
 
     def answer_at(self, index: int) -> str:
-        """The text of an answer; "" where message `index` is not one."""
+        """The text of an answer; "" if message `index` is not one."""
         messages = self.conversation.messages
         if not 0 <= index < len(messages) or messages[index].role != "assistant":
             return ""
