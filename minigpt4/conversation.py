@@ -56,7 +56,7 @@ class Conversation:
 
     @property
     def session(self) -> str:
-        """The same for a whole conversation: its first picture's key, or a hash of its start."""
+        """An id that stays the same: the first picture's key, or a hash of the first message."""
         if self.pictures:
             return next(iter(self.pictures))
         first = self.messages[0].parts if self.messages else ()

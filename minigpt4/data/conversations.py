@@ -46,7 +46,7 @@ def turns_of(row: dict) -> list | None:
 
 
 def check_record(row: dict) -> None:
-    """NotUsable if a record's answer is bad or one of two, or if it is not about a picture alone.
+    """NotUsable if a record's answer is bad or one of two, or if it is not only about pictures.
 
     row: with names in lower case.
     """

@@ -246,7 +246,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def lock(file: IO, refusal: str) -> None:
-    """Lock an open file until it is closed. UserError with this sentence where another run has it.
+    """Lock an open file until it is closed. UserError with this sentence if another run has it.
 
     Nothing is checked on disks that cannot lock, and on Windows.
     """

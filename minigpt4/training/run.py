@@ -31,7 +31,7 @@ from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
 def train(options: argparse.Namespace) -> None:
-    """Run one stage and report where the projection is."""
+    """Run one stage and report the projection's path."""
     config = get_model(DEFAULT_MODEL if options.model == "auto" else options.model)
     if config.recipe == "small":
         from minigpt4.training import small_run

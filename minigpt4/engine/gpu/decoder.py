@@ -21,7 +21,7 @@ from minigpt4.engine.scheduler import Outputs, Rows
 from minigpt4.engine.torch_decoder import TorchDecoder
 
 BUCKETS = (1, 2, 4, 8, 16, 32)  # rows of a step
-SEEN = 1024  # ids that the repetition penalty covers; the host samples where there are more
+SEEN = 1024  # ids that the repetition penalty covers; if there are more, the host samples
 
 
 # A step that allocates nothing and uses fixed memory -> a function that repeats it.

@@ -30,7 +30,7 @@ VARIANTS = {
 KINDS = dict(  # as GGUF numbers them
     F32=0, F16=1, Q4_0=2, Q4_1=3, Q5_0=6, Q5_1=7, Q8_0=8, Q4_K=12, Q5_K=13, Q6_K=14
 )
-BLOCK = 32  # rows and columns that lie together
+BLOCK = 32  # rows and columns that are stored together
 
 FAILED: dict[str, str] = {}  # variant -> why it could not be built or opened
 _tried: set[str] = set()  # variants that `library` has looked for in this process

@@ -128,7 +128,7 @@ class _BoundedRequest:
         self._scope, self._receive, self._send = scope, receive, send
         self._limit, self._end = limit, asyncio.get_running_loop().time() + seconds
         self._read = 0
-        self._complete = scope["method"] in ("GET", "HEAD")  # nobody reads the body of these
+        self._complete = scope["method"] in ("GET", "HEAD")  # their bodies are never read
         self._answered = False
         self._refusal: Response | None = None
 

@@ -1,4 +1,4 @@
-"""An answer's status lines and statistics: while it is awaited, when it ends, and behind its ⓘ."""
+"""An answer's status lines, while it is awaited and at its end, and its statistics (button ⓘ)."""
 
 import secrets
 from typing import TYPE_CHECKING

@@ -68,7 +68,7 @@ class Feedback:
 
 
 class Ratings:
-    """The row that asks for a reason, rendered where this is constructed, and its handlers."""
+    """The row that asks for a reason, created in the current gr.Blocks, and its handlers."""
 
     def __init__(self, loading: Loading, feedback: Feedback) -> None:
         self._loading = loading

@@ -1,4 +1,4 @@
-"""The chat page: its layout, and which event calls which handler. The handlers are beside this."""
+"""The chat page: its layout, and which event calls which handler of the modules beside this one."""
 
 import argparse
 import gc

@@ -141,7 +141,7 @@ class Panel:
         return [*values, preset_of(values, engine)]
 
     async def name_preset(self, session: Session, *values: float) -> str:
-        """The preset that has these values, "custom" where none has."""
+        """The preset that has these values, "custom" if none has."""
         return preset_of(values, self._loading.find(session.model))
 
     def record(self, session: Session, request: gr.Request) -> list:
@@ -228,7 +228,7 @@ class Panel:
 
 
 def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
-    """Sampling's fields, "seed" and "system" -> controls, rendered where this is called."""
+    """Sampling's fields, "seed" and "system" -> controls, created in the current gr.Blocks."""
     values = sampling_values(loading.engine)
     controls: dict[str, gr.components.Component] = {}
     for name, (low, high, step, _) in SLIDERS.items():
@@ -288,7 +288,7 @@ def remembered_texts(remembered: object) -> list:
 
 
 def preset_of(values: Sequence[float], engine: "AnyEngine | None") -> str:
-    """The preset whose sliders have these values, "custom" where none has."""
+    """The preset whose sliders have these values, "custom" if none has."""
     for name in PRESETS:
         if [*preset_values(name, engine).values()] == [*values]:
             return name
@@ -324,7 +324,7 @@ def describe(engine: "AnyEngine | None", request: gr.Request | None) -> str:
 
 
 def model_name(loading: Loading, chosen: str = "") -> str:
-    """The model's name, as HTML: where there are several, a selector; "" while they are loading."""
+    """The model's name as HTML; a selector if there are several; "" while they are loading."""
     shown = loading.name(chosen)
     if not loading.several or not shown:
         return html.escape(shown)

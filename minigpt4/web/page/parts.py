@@ -30,7 +30,7 @@ def asset(name: str) -> str:
 
 
 def fragment(name: str, value: Any = None, **settings: Any) -> gr.HTML:
-    """assets/NAME.html, with `value` where it says ${value}, and assets/NAME.js if there is one."""
+    """assets/NAME.html, with `value` in place of ${value}, and assets/NAME.js if there is one."""
     script = asset(f"{name}.js") if (ASSETS / f"{name}.js").exists() else None
     return gr.HTML(
         value, html_template=asset(f"{name}.html"), js_on_load=script, **PLAIN, **settings

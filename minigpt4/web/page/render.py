@@ -224,7 +224,7 @@ def make_thumbnails(conversation: Conversation) -> None:
 
 # --- the website in an answer ---------------------------------------------------------------------
 
-# A whole document, or the beginning of one, that stands in an answer without a code fence.
+# A whole document, or the beginning of one, in an answer without a code fence.
 _DOCUMENT = re.compile(
     r"<!doctype\s+html\b.*?(?:</html\s*>|\Z)|<html\b.*?(?:</html\s*>|\Z)|"
     r"<(?:head|body)\b.*?(?:</body\s*>|\Z)",

@@ -34,7 +34,7 @@ MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
 MAX_TITLE = 200
 MAX_REMARK = 500
-# What is kept of an answer's `Stats`.
+# The fields of an answer's `Stats` that are kept.
 FIGURES = ("prompt_tokens", "reused_tokens", "tokens", "seconds_to_first", "seconds")
 STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
 LAST_TIME = 8_640_000_000_000_000  # ms; browsers know no later date
@@ -170,7 +170,7 @@ def told(session: Session, *records: dict, settled: bool = False) -> dict:
     }
 
 
-# --- reading: whatever a file or a browser sends is checked here ----------------------------------
+# --- reading: all data from a file or a browser is checked here -----------------------------------
 
 
 def from_file(path: str) -> Session:
