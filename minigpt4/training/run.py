@@ -73,14 +73,14 @@ def train(options: argparse.Namespace) -> None:
         trainer = Trainer(model, examples, recipe, *others)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
-    with begun(trainer, held_out, options):
+    with prepared(trainer, held_out, options):
         path = trainer.run()
     if trainer.main:
         start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
 
 
 @contextmanager
-def begun(
+def prepared(
     trainer: Trainer, held_out: Sequence[Example], options: argparse.Namespace
 ) -> Iterator[None]:
     """The main process's preparations before the first step; in the block, it keeps other runs out

@@ -89,7 +89,7 @@ def _train(
         mixture.Mixture(objects),
         recipe,
         out,
-        lambda: beginning(model, trained, options.init is not None),
+        lambda: initial_projection(model, trained, options.init is not None),
         tokens_of(model, trained, objects),
         SmallValidation(kept, objects, out),
         {
@@ -372,7 +372,7 @@ def _source(data: DataSets, words: Found, rows: Sequence[int]) -> TrainingSource
     )
 
 
-def beginning(
+def initial_projection(
     model: MiniGPT4, trained: dict[str, TrainingSource], given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The initial (basis, weight, bias), from a ridge regression on a fixed draw of the pictures

@@ -157,7 +157,7 @@ def _from_pretrained(
             )
         case _:
             quantization = None
-    with _told(sum(file.stat().st_size for file in shards_of(folder)), count):
+    with _reporting(sum(file.stat().st_size for file in shards_of(folder)), count):
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -171,7 +171,7 @@ def _from_pretrained(
 
 
 @contextmanager
-def _told(size: int, count: Count) -> Iterator[None]:
+def _reporting(size: int, count: Count) -> Iterator[None]:
     """Inside this context, transformers' loops over parameters (of `size` bytes in all) report
     their progress to `count`, instead of drawing bars."""
     from transformers.utils import logging as transformers_logging
@@ -265,8 +265,8 @@ def _unpack_weights(folder: Path) -> None:
     say("Unpacking the language model for PyTorch (once) …")
     with (
         _cached("GGUFReader", "get_tensor_name_map"),
-        _replaced(modeling_gguf_pytorch_utils, tqdm=lambda items, **_: items),  # not by `_told`
-        _told(0, ignore),
+        _replaced(modeling_gguf_pytorch_utils, tqdm=lambda items, **_: items),  # no bar
+        _reporting(0, ignore),
     ):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -280,7 +280,7 @@ def _unpack_weights(folder: Path) -> None:
         with (
             replacing(folder / "model.safetensors") as partial,
             tempfile.TemporaryDirectory(dir=folder) as scratch,
-            _told(0, ignore),
+            _reporting(0, ignore),
         ):
             model.save_pretrained(scratch, max_shard_size="100GB")
             Path(scratch, "model.safetensors").replace(partial)

@@ -100,7 +100,7 @@ class Turns:
         if not await self._first_look.at_conversation(session) or session.busy or session.successor:
             return gr.skip(), gr.skip()
         session.rendered.clear()
-        return render.messages(session, request), self._told(session)
+        return render.messages(session, request), self._record(session)
 
     async def retry(
         self, session: Session, request: gr.Request, *settings: float | str | None
@@ -148,8 +148,8 @@ class Turns:
         self, value: dict | None, session: Session, shown: str | None, request: gr.Request
     ) -> tuple:
         """Put the last question back into the box, before what is in it, and remove its answer."""
-        if hindered := _hindered(session, shown, request):
-            return hindered
+        if blocked := _blocked(session, shown, request):
+            return blocked
         try:
             text, files = session.undo()
         except UserError as error:
@@ -166,8 +166,8 @@ class Turns:
         self, session: Session, shown: str | None, chosen: gr.SelectData, request: gr.Request
     ) -> tuple:
         """Show another version of the conversation from a place on."""
-        if hindered := _hindered(session, shown, request):
-            return hindered
+        if blocked := _blocked(session, shown, request):
+            return blocked
         value = chosen.value if isinstance(chosen.value, dict) else {}
         place, number = value.get("place"), value.get("number")
         try:
@@ -197,8 +197,8 @@ class Turns:
     ) -> AsyncGenerator[tuple, None]:
         """sent: the box's value, if it is to be emptied; seed: used if the settings have none."""
         *settings, shown = settings
-        if hindered := _hindered(session, str(shown or ""), request):
-            yield hindered
+        if blocked := _blocked(session, str(shown or ""), request):
+            yield blocked
             return
         accepted, status, failure, session.busy = False, "", "", True
         refused = False  # whether a picture in the box was refused
@@ -216,7 +216,7 @@ class Turns:
                     kept = gr.skip()
                     if time.monotonic() - recorded >= SECONDS_PER_RECORD:
                         recorded = time.monotonic()
-                        kept = self._told(session)
+                        kept = self._record(session)
                     yield render.messages(session, request, False), change, line, kept
             if not session.last_answer and session.stop_reason != "closed":
                 session.remark(translate("silent", request))
@@ -268,7 +268,7 @@ class Turns:
                 if not session.successor:  # else the page shows another conversation
                     yield answers.waiting(session, sampling.num_beams, request)
 
-    def _told(self, session: Session) -> dict:
+    def _record(self, session: Session) -> dict:
         return transcript.told(
             session, transcript.record(session, self._loading.name(session.model))
         )
@@ -304,7 +304,7 @@ class Turns:
         return sampling, str(system or "").strip() or None
 
 
-def _hindered(session: Session, shown: str | None, request: gr.Request | None) -> tuple | None:
+def _blocked(session: Session, shown: str | None, request: gr.Request | None) -> tuple | None:
     """The result of a handler that can do nothing now; None if it can."""
     if shown and not session.name:
         return (*UNCHANGED[:3], transcript.forgotten(shown))

@@ -177,7 +177,7 @@
       all.forEach((id) => removed.delete(id));
       await edit(all, { deleted: undefined });
       const sent = document.documentElement.hasAttribute("data-sending");
-      const idle = current === null && (asked === null || !sent); // New chat may be on its way
+      const idle = current === null && (opening === null || !sent); // New chat may be on its way
       if (before && idle) open(before); // else another one is shown by now
     }, UNDO);
     await edit(all, { deleted: Date.now() });
@@ -191,8 +191,8 @@
   // --- the conversation that is shown, and its address ---------------------------------------------
   let current = null; // its id
   let select = null; // the list's event, which opens a conversation
-  // `asked`: the conversation that is being opened, null for a new one; `wanted`: the one to open next.
-  let asked, wanted;
+  // `opening`: the conversation that is being opened, null for a new one; `wanted`: the one to open next.
+  let opening, wanted;
   let empty = false; // is "New chat" clicked by this script, for an address without a conversation?
   const addressed = () => {
     try { return decodeURIComponent(location.hash.match(/^#\/c\/([^/]+)$/)?.[1] ?? "") || null; }
@@ -220,7 +220,7 @@
   };
   const show = async (id) => {
     const before = current;
-    [asked, wanted] = [id, undefined];
+    [opening, wanted] = [id, undefined];
     document.documentElement.toggleAttribute("data-opening", true);
     set(id);
     if (!id) {
@@ -252,7 +252,7 @@
   const settle = (id) => {
     const next = wanted;
     window.minigpt4.forget(); // a question sent before belongs to the conversation that was left
-    [asked, wanted] = [undefined, undefined];
+    [opening, wanted] = [undefined, undefined];
     if (next !== undefined && next !== id) {
       show(next);
       return;
@@ -266,7 +266,7 @@
     // After a reload, the shown one is the one that is being opened.
     if (document.documentElement.dataset.opening !== "first") window.minigpt4.keepUnsent();
     document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
-    if (asked === undefined) show(id);
+    if (opening === undefined) show(id);
     else wanted = id;
   };
   // Show a stored conversation, or say that it is not stored here.
@@ -276,7 +276,7 @@
     if (!chat || chat.deleted) {
       notice(say("not_here"));
       address(current, true);
-      document.documentElement.toggleAttribute("data-opening", asked !== undefined);
+      document.documentElement.toggleAttribute("data-opening", opening !== undefined);
       return;
     }
     address(id, replace);
@@ -293,9 +293,9 @@
     for (const record of news.records) inTurn(() => keep(record));
     inTurn(() => {
       const id = news.shown ? places.get(news.shown)?.id ?? news.shown : null;
-      const opened = news.settled && asked === id; // the address may be another one by now
+      const opened = news.settled && opening === id; // the address may be another one by now
       if (news.settled) settle(id);
-      if (asked !== undefined) return;
+      if (opening !== undefined) return;
       if (!opened) address(id, !news.settled);
       set(id);
     });
@@ -309,8 +309,8 @@
   document.addEventListener("click", (event) => {
     if (!event.target.closest("#new-chat")) return;
     if (!empty) address(null);
-    if (asked === undefined) [asked, wanted] = [null, undefined];
-    else if (asked !== null) { // after the one that is being opened
+    if (opening === undefined) [opening, wanted] = [null, undefined];
+    else if (opening !== null) { // after the one that is being opened
       event.stopPropagation();
       wanted = null;
     }
@@ -362,7 +362,7 @@
   Object.assign(window.minigpt4, {
     chats: {
       all, search, edit, remove, told, about, open, start, loaded, target, get current() { return current; },
-      get opening() { return asked !== undefined; }, // also for New chat
+      get opening() { return opening !== undefined; }, // also for New chat
     },
   });
 })();

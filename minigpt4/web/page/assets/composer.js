@@ -100,7 +100,7 @@
     const empty = !text && !find("#box .thumbnail-wrapper");
     if (button && button.disabled !== empty) button.disabled = empty;
   };
-  const asked = (event) => {
+  const onSend = (event) => {
     const button = find("#box .submit-button");
     if (event.repeat || unaccepted() || button?.disabled) { // Enter is held, or pressed twice
       event.preventDefault();
@@ -126,7 +126,7 @@
       [sent, typed] = [null, null];
     } else typed = target.value;
   }, true);
-  beforeSending(asked);
+  beforeSending(onSend);
   new MutationObserver((changes) => {
     update();
     const notices = changes.flatMap(({ addedNodes }) => [...addedNodes])
