@@ -89,24 +89,26 @@
   const height = new ResizeObserver(([{ target }]) => {
     document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
   });
+  const isEmpty = () => !find("#box textarea")?.value.trim() && !find("#box .thumbnail-wrapper");
   const update = () => {
     if (early.length && find("#box input[type=file]")) attach(early.splice(0));
     const composer = find("#composer");
     if (composer && !composer.measured) {
       height.observe(Object.assign(composer, { measured: true }));
     }
-    const text = find("#box textarea")?.value.trim();
     const button = find("#box .submit-button");
-    const empty = !text && !find("#box .thumbnail-wrapper");
-    if (button && button.disabled !== empty) button.disabled = empty;
+    if (button && button.disabled !== isEmpty()) button.disabled = isEmpty();
   };
   const onSend = (event) => {
     const button = find("#box .submit-button");
-    if (event.repeat || unaccepted() || button?.disabled) { // Enter is held, or pressed twice
+    const again = event.repeat || unaccepted() || (!button && isEmpty()); // held, or pressed twice
+    if (again || button?.disabled) {
       event.preventDefault();
       event.stopImmediatePropagation();
       if (button?.disabled) window.minigpt4.notice(say("error_empty_message"));
-      else if (!event.repeat && sent !== find("#box textarea").value) window.minigpt4.notice(say("busy"));
+      else if (!event.repeat && unaccepted() && sent !== find("#box textarea").value) {
+        window.minigpt4.notice(say("busy"));
+      }
       return;
     }
     if (!button) return;
