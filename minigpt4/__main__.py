@@ -21,12 +21,14 @@ try:
     from minigpt4.options import (
         ASK,
         EMBEDDINGS_MB,
+        HUB_INTEGERS,
         PUSH,
         Parser,
         add_model_options,
         add_places,
         add_remote_llm_options,
         add_sampling_options,
+        check_integers,
     )
     from minigpt4.training import options as training
     from minigpt4.web import run as server
@@ -53,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         options = _parser().parse_args(arguments)
+        check_integers(HUB_INTEGERS)
         if sys.stdout is None and options.run in (_ask, _chat) and not getattr(options, "out", ""):
             raise UserError("Standard output is closed: open it, as answers are written there.")
         options.run(options)
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, MemoryError, ImportError) as error:
+    except (OSError, MemoryError, ImportError, RuntimeError) as error:
         if out_of_memory(error):
             print(f"minigpt4: {NO_MEMORY}", file=sys.stderr)
             return 2
@@ -337,6 +340,7 @@ def _need(*packages: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    start.check_limit()
     _need("matplotlib", "yaml")
     from minigpt4.training.run import train
 
@@ -344,6 +348,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    start.check_limit()
     if options.experiment in (None, "captions"):
         _need("pycocoevalcap")
     elif options.experiment == "abilities" and options.judge:
@@ -354,6 +359,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    start.check_limit()
     from minigpt4.config import model_of_projection
     from minigpt4.weights.adapters import trained_tensors
     from minigpt4.weights.checkpoint import save_projection
@@ -371,6 +377,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
+    start.check_limit()
     from minigpt4.weights.share import push
 
     start.say(
@@ -379,6 +386,7 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
+    start.check_limit()
     from minigpt4.weights.load import download_weights, find_weights
     from minigpt4.weights.sources import missing
 

@@ -172,6 +172,24 @@ class Option:
         return [] if self.many else self.default
 
 
+# Variables from which the Hugging Face hub's client makes integers without checking them.
+HUB_INTEGERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+
+
+def check_integers(names: Iterable[str]) -> None:
+    """UserError for one of these environment variables that a library would fail on."""
+    for name in names:
+        text = os.environ.get(name)
+        if text is None or (name.endswith("_CONCURRENCY_LIMIT") and text.lower() in ("", "none")):
+            continue
+        try:
+            int(text)
+        except ValueError:
+            raise UserError(
+                f"Environment variable {name} must be an integer, not “{text}”: correct it."
+            ) from None
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes options that are not on the command line from the
     environment."""
@@ -255,9 +273,13 @@ class Parser(argparse.ArgumentParser):
         if not path:
             return []
         options = {option.attribute: option for option in self._declared}
+        settings = read_settings(path)
+        attributes = [str(name).replace("-", "_") for name in settings]
         found = []
-        for name, value in read_settings(path).items():
-            option = options.get(str(name).replace("-", "_"))
+        for attribute, (name, value) in zip(attributes, settings.items(), strict=True):
+            option = options.get(attribute)
+            if attributes.count(attribute) > 1:
+                raise UserError(f"{path} has “{name}” twice, with “-” and “_”: remove one.")
             if option is None or option is own:
                 raise UserError(f"{path} has “{name}”, which is not an option of {self.prog}.")
             if option.many and any(a.partition("=")[0] == f"--{option.name}" for a in args):

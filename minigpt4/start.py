@@ -254,7 +254,7 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
 def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "T":
     """The result of `finish`, which gets the model and the progress of loading, to be completed. If
     there is too little memory, “auto” continues with a smaller model."""
-    _check_limit()
+    check_limit()
     from minigpt4.weights.load import download_weights, find_weights, owner_of
 
     if "/" in options.model:
@@ -296,7 +296,7 @@ def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "
     return load(config)
 
 
-def _check_limit() -> None:
+def check_limit() -> None:
     """UserError if the memory limit is too low even for PyTorch, which would abort."""
     with suppress(ImportError):  # Windows has no such limits
         import resource

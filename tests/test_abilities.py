@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -162,7 +163,9 @@ def test_verdicts_that_were_edited(suite, theirs, tmp_path, monkeypatch):
         options += ["--judge", url, "--judge-model", "j"]
         run(*options, out=tmp_path)
         kept.write_text(kept.read_text().replace('"score": 4', '"score": "5"'))
-        kept.write_text(kept.read_text().replace('"score": 2', '"score": [], "reason": 1'))
+        odd = re.sub(r'"score": 2, "reason": "[^"]*"', '"score": [], "reason": 1', kept.read_text())
+        assert odd != kept.read_text()
+        kept.write_text(odd)
         result, _ = run(*options, out=tmp_path)
         assert len(asked) == 2 and result["scores"]["nano"]["all"]["score"] == 5
 

@@ -454,6 +454,10 @@ def test_what_is_wrong_with_a_body_is_said(sentence, body):
     assert re.fullmatch(r"[^\n]+: [^\n]+\.|The body must be a JSON object\.", str(refused.value))
 
 
+def test_the_last_of_two_fields_of_a_name_counts():
+    assert parse_body(b'{"n": 1, "n": 2}') == {"n": 2}
+
+
 def test_a_compressed_body_is_refused(address):
     body = gzip.compress(json.dumps({"messages": HELLO}).encode())
     response = post(address, body, headers={"Content-Encoding": "gzip"})

@@ -532,6 +532,11 @@ def test_unknown_fields_are_ignored_and_named(address):
     assert "x-ignored-fields" not in post(address).headers
 
 
+def test_fields_that_change_no_answer_are_accepted():
+    fields = {"user": "Ann", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+    assert read_chat({"messages": HELLO, **fields})[1] == []
+
+
 def test_only_the_first_unknown_fields_are_named():
     _, ignored = read_chat({"messages": HELLO} | {f"field {n}": 1 for n in range(10_000)})
     assert len(ignored) == NAMED

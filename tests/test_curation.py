@@ -20,6 +20,7 @@ from minigpt4.curation.pictures import find_pictures, is_same, load_picture
 from minigpt4.curation.records import Records, read_records, write_records
 from minigpt4.curation.refine import LocalRefiner
 from minigpt4.data.examples import read_descriptions
+from minigpt4.data.files import prompt_text
 from minigpt4.engine import Engine, Sampling
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import CHATML, VICUNA
@@ -86,6 +87,7 @@ def test_a_last_line_without_its_end_is_kept(tmp_path):
     [
         ("{", "^Line 2 of .* is not JSON"),
         ("[]", "^Line 2 of .* must be a JSON object with “image_id”"),
+        ('{"image_id": "c", "text": "A", "text": ""}', "^Line 2 of .* has “text” more than once"),
         ('{"text": "no id"}', "^Line 2 of .* must be a JSON object with “image_id”"),
         ('{"image_id": ["no"]}', "^The record of line 2 of .* needs a text as “image_id”"),
     ],
@@ -298,6 +300,12 @@ def test_generate_resumes(model, folder, tmp_path, monkeypatch, capsys):
     assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 0
     assert len(halves.read_text().splitlines()) == lines + 1  # the broken one is tried again
 
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_text("no picture")
+    none = ["curate", "generate", str(tmp_path / "broken"), "--out", str(tmp_path / "none.jsonl")]
+    assert main(none) == 2
+    assert "1 of 1 pictures cannot be used, which is more than 50%" in capsys.readouterr().err
+
     # Another seed's, prompt's or projection's descriptions do not get into the same file.
     recorded = read_records(whole)["p0"]["options"]
     assert (recorded["seed"], recorded["max_new_tokens"], recorded["min_tokens"]) == (3, 6, 80)
@@ -305,11 +313,14 @@ def test_generate_resumes(model, folder, tmp_path, monkeypatch, capsys):
     assert main(["curate", "generate", str(folder), "--out", str(halves), *other]) == 2
     said = capsys.readouterr().err
     assert "contains descriptions with “--seed” 3, but now it is 4: choose another file" in said
-    with monkeypatch.context() as patch:
-        new = lambda name: "What is this?"  # noqa: E731
-        patch.setattr("minigpt4.curation.generate.prompt_text", new)
-        assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 2
-    assert "before prompts/describe.txt was changed" in capsys.readouterr().err
+    for file in ("describe.txt", "continue.txt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "minigpt4.curation.generate.prompt_text",
+                lambda name, file=file: "What?" if name == file else prompt_text(name),
+            )
+            assert main(["curate", "generate", str(folder), "--out", str(halves), *options]) == 2
+        assert f"before prompts/{file} was changed" in capsys.readouterr().err
     other = tiny_model()
     other.projection.weight.data += 0.1
     monkeypatch.setattr(start, "open_model", lambda options: other)

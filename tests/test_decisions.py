@@ -73,6 +73,15 @@ def test_every_kind_of_question(address):
     assert decision.usage.output_tokens == 4 and decision.usage.input_tokens_details.cached_tokens
 
 
+def test_the_picture_is_encoded_once(address, engine, monkeypatch):
+    encoded, encode = [], engine.model.encode_pictures
+    monkeypatch.setattr(engine.model, "encode_pictures", lambda p: encoded.extend(p) or encode(p))
+    url = data_url(picture_file("olive"))
+    about = [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+    client(address).decisions.create(model=MODEL, input=about, questions=QUESTIONS)
+    assert len(encoded) == 1
+
+
 def test_a_probability_is_the_models_own(address, engine):
     """Recomputed from the log-probabilities of all first tokens."""
     question = QUESTIONS[0]

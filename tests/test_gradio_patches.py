@@ -4,6 +4,7 @@ import ast
 import asyncio
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,11 +13,17 @@ from pathlib import Path
 
 import gradio as gr
 import httpx
+import huggingface_hub
 import pytest
 from gradio import component_meta, processing_utils
+from gradio.mcp import GradioMCPServer
 
+from minigpt4 import __main__, web
 from minigpt4.conversation import Conversation
+from minigpt4.errors import UserError
 from minigpt4.model import image
+from minigpt4.options import HUB_INTEGERS, check_integers
+from minigpt4.web import run
 from minigpt4.web.guard import gradio_patches
 from minigpt4.web.guard.gradio_patches import IDLE_POLL_SECONDS, Prepared
 from minigpt4.web.page import render
@@ -69,6 +76,49 @@ def test_gradio_is_imported_whatever_proxies_and_certificates_there_are():
     }
     environment = {**os.environ, **wrong}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+def test_variables_that_are_no_integers(monkeypatch, capsys):
+    """Each that the libraries read without a check, and no other."""
+    folders = Path(gr.__file__).parent, Path(huggingface_hub.__file__).parent
+    files = [file for folder in folders for file in folder.glob("*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    read = re.findall(r'int\(\s*os\.(?:getenv|environ\.get)\(\s*"((?:GRADIO|HF)_\w+)"', source)
+    others = {"GRADIO_DEFAULT_CONCURRENCY_LIMIT", "GRADIO_NUM_WORKERS", "WEB_CONCURRENCY"}
+    names = (*web.INTEGERS, *HUB_INTEGERS)
+    assert {*read} | others == {*names, "GRADIO_DEBUG"}
+    monkeypatch.setenv("GRADIO_DEFAULT_CONCURRENCY_LIMIT", "None")
+    check_integers(names)
+    for name in names:
+        monkeypatch.setenv(name, "1.5")
+        with pytest.raises(UserError, match=f"^Environment variable {name} must be an integer, "):
+            check_integers(names)
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("GRADIO_NUM_PORTS", "")
+    done = subprocess.run([sys.executable, "app.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("app.py: Environment variable GRADIO_NUM_PORTS must be")
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")
+    for main in (run.main, __main__.main):
+        assert main([] if main is run.main else ["download", "nano"]) == 2
+        assert "HF_HUB_ETAG_TIMEOUT must be an integer, not “soon”" in capsys.readouterr().err
+
+
+def test_a_variable_that_would_keep_the_server_from_starting(monkeypatch):
+    monkeypatch.setenv("GRADIO_DEBUG", "1")
+    with served(FakeEngine()) as address:
+        assert httpx.get(address + "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("said", ["Failed to validate request: 2 errors", "Tool '%s' not listed"])
+def test_mistakes_of_mcp_clients_are_not_logged(said, caplog, monkeypatch):
+    """As tests/test_mcp.py shows on a server, where the package is installed."""
+    monkeypatch.setattr(GradioMCPServer, "StreamableHTTPSessionManager", dict, raising=False)
+    gradio_patches.tune_mcp(1)
+    for name in gradio_patches.MCP_LOGGERS:
+        logging.getLogger(name).warning(said)
+        logging.getLogger(name).warning("A fault.")
+    assert caplog.messages == ["A fault."] * len(gradio_patches.MCP_LOGGERS)
 
 
 def test_a_log_is_not_filled_while_no_connection_can_be_accepted(caplog):

@@ -118,6 +118,23 @@ def test_a_client_that_goes_away_ends_its_question(address, engine, monkeypatch)
     assert at_rest(engine, 5)  # it would have taken much longer
 
 
+def test_a_clients_mistakes_are_not_logged(address, caplog):
+    for asked in (
+        {"id": 1, "method": "tools/none"},
+        {"id": 1, "method": "tools/call", "params": {"name": 5}},
+        {"id": 1, "method": "tools/call", "params": {"name": "none"}},
+        {"id": 1},
+        {"method": "notifications/none"},
+        {"method": "notifications/progress", "params": 5},
+        {"id": 1, "result": {}},
+        {"id": "x", "result": {}},
+    ):
+        body = {"jsonrpc": "2.0", **asked}
+        assert httpx.post(address + PATH, json=body, headers=HEADERS).status_code < 500, asked
+    assert httpx.post(address + PATH, content=b"{", headers=HEADERS).status_code == 400
+    assert not caplog.messages
+
+
 def test_without_the_key(address):
     for headers in ({}, {"authorization": "Bearer wrong"}):
         response = httpx.post(address + PATH, json={}, headers=headers)

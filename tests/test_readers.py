@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from minigpt4.data.captions import captions_in
+from minigpt4.__main__ import main
+from minigpt4.data import captions
+from minigpt4.data.captions import Reading, captions_in
 from minigpt4.data.datasets import read_captioned
 from minigpt4.data.examples import read_descriptions, read_instructions
 from minigpt4.data.files import SHOWN, printable, shortened
@@ -20,6 +22,7 @@ from minigpt4.data.huggingface import _pictures_in_rows
 from minigpt4.data.names import PictureFinder, is_hidden
 from minigpt4.errors import UserError
 from minigpt4.model import image
+from minigpt4.training.run import read_examples
 from tests.training_case import jpeg, picture
 
 
@@ -165,6 +168,19 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, capsys):
         assert part in line
 
 
+def test_the_account_of_a_large_set(capsys):
+    reading = Reading("captions.csv")
+    for number in range(7):
+        reading.leave_out(f"line {number}", captions.NO_CAPTION)
+    for number in range(5):
+        reading.leave_out(f"{number}.svg", captions.OTHER_KIND)
+    assert reading.finish(range(8091), "it needs captions") == [*range(8091)]
+    assert capsys.readouterr().err == (
+        "captions.csv: 8,091 pictures read; 12 left out: 7 without a caption (line 0; line 1; "
+        "line 2; …), 5 of a kind that is not read (0.svg; 1.svg; 2.svg; …).\n"
+    )
+
+
 def test_links_in_shards(tmp_path, capsys):
     """They lead to files there, before them or after; the others are empty files."""
     links = {"in/b.jpg": "../a.jpg", "in/c.jpg": "no.jpg"}
@@ -288,6 +304,26 @@ def test_descriptions(tmp_path, encoding, capsys):
     assert "1 with a caption that is not text (image/4.jpg)" in line
 
 
+@pytest.mark.parametrize(("stage", "limit"), [(1, None), (2, None), (1, 1), (2, 1)])
+def test_what_training_reads(tmp_path, stage, limit):
+    put(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "t.csv").write_text("image,caption\na.jpg,A dog.\nb.jpg,A cat.\n")
+    given = SimpleNamespace(stage=stage, data=str(tmp_path), instructions=None)
+    read = read_examples(given, limit) if limit else read_examples(given)
+    assert answers(read) == dict([("a.jpg", ["A dog."]), ("b.jpg", ["A cat."])][:limit])
+
+
+def test_data_are_read_before_the_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minigpt4.training.run._open", lambda *_: pytest.fail("it was loaded"))
+    put(tmp_path / "image", "1.jpg")
+    data = described(tmp_path, [{"image_id": "1", "caption": None}])
+    start = Path(__file__).parent.parent / "weights" / "nano.safetensors"
+    given = ["train", "--stage", "2", "--data", str(data), "--init", str(start)]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "1 without a caption (image/1.jpg)" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("image_id", "there"),
     [("1", "images/1.jpg"), ("image/1.jpg", "image/1.jpg"), ("images/1", "images/1.png")],
@@ -343,6 +379,12 @@ def test_instructions(tmp_path, capsys):
         ("'q'.jpg", "'q'.jpg"),
         ("a.jpg#4", "a.jpg"),
         ("file:///home/me/bilder/a%20b.jpg", "bilder/a b.jpg"),
+        ("bilder/a%20b%C3%BC.JPG", "bilder/a bü.jpg"),
+        ("a%20b.jpg", "a%20b.jpg"),
+        ("my dog.jpg", "my%20dog.jpg"),
+        ("1.0", "1.jpg"),
+        ("bilder/1.0.jpg", "bilder/1.jpg"),
+        ("1.0", "1.0.jpg"),
     ],
 )
 def test_names_from_other_systems(tmp_path, name, there):
@@ -357,6 +399,13 @@ def test_names_from_other_systems(tmp_path, name, there):
         ("a", ("a.jpg", "a.png"), {"a.jpg", "a.png"}),
         ("A.JPG", ("a.jpg", "a.Jpg"), {"a.jpg", "a.Jpg"}),
         ("b.jpg", ("a.jpg",), set()),
+        ("a%20b", ("a b.jpg", "a b.png"), {"a b.jpg", "a b.png"}),
+        ("a%2520b.jpg", ("a b.jpg",), set()),
+        ("1.0", ("1.jpg", "1.png"), {"1.jpg", "1.png"}),
+        ("1.05", ("1.jpg", "15.jpg"), set()),
+        ("v1.0.jpg", ("v1.jpg",), set()),
+        ("a b%20c.jpg", ("a b c.jpg", "a%20b%2520c.jpg"), {"a b c.jpg", "a%20b%2520c.jpg"}),
+        ("\ud83d.jpg", ("a.jpg",), set()),
     ],
 )
 def test_names_of_several_files_and_of_none(tmp_path, name, there, found):
@@ -711,6 +760,11 @@ def test_llava(tmp_path, capsys):
         {"id": "4", "image": "coco/train2017/a.jpg", "conversations": [{"from": "tool"}]},
         {"id": "5", "image": "coco/train2017/a.jpg", "conversations": [{"from": "chatbot"}]},
         {"id": "6", "conversations": [{"from": "user", "value": "<img>a.jpg</img>\nWhat?"}]},
+        {
+            "id": "7",
+            "image": "coco/train2017/a.jpg",
+            "conversation": [{"input": "q", "output": ""}],
+        },
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
     (example,) = read_captioned(str(tmp_path / "llava.json"))
@@ -723,7 +777,8 @@ def test_llava(tmp_path, capsys):
         "1 with several pictures (record 3)",
         "1 without a caption (record 4)",
         "1 with calls of tools (record 5)",
-        "1 with an unknown role (record 6)",
+        "2 with a role other than user, human, assistant, gpt, model, system, developer (record 6: "
+        "“chatbot”; record 8: none)",
         "1 with a picture named inside the text (<img>…</img>), which is not read (record 7)",
     ):
         assert part in line
@@ -922,7 +977,7 @@ def test_histories(tmp_path, history, earlier, capsys):
     (example,) = read_captioned(str(tmp_path))
     said = capsys.readouterr().err
     assert [t.earlier for t in example.texts] == [*([] if earlier is None else [earlier]), ()]
-    assert ("1 left out: 1 with a" in said and "(line 1)" in said) == (earlier is None)
+    assert ("1 left out: 1 with a" in said and "(line 1" in said) == (earlier is None)
 
 
 def test_instruction_records(tmp_path):
@@ -934,6 +989,48 @@ def test_instruction_records(tmp_path):
         "dog",
         ("Translate:\nchien",),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("d.jsonl", '{"image": "a.jpg", TWICE}\n{"image": "b.jpg", ONCE}', "line 1"),
+        ("d.jsonl", '{"image": "b.jpg", ONCE}\n{"image": "a.jpg", CASES}', "line 2"),
+        ("d.jsonl", '[{"image": "a.jpg", CASES}, {"image": "b.jpg", ONCE}]', "record 1"),
+        ("d.json", '[{"image": "a.jpg", TURNS}, {"image": "b.jpg", ONCE}]', "record 1"),
+        ("d.json", '{"images": [IMAGES], "annotations": [A, {"image_id": 2, ONCE}]}', "ann"),
+        ("d.json", '{"images": [IDS, IMAGES], "annotations": [{"image_id": 2, ONCE}]}', "image 1"),
+        ("filter_cap.json", '{"annotations": [A, {"image_id": "b", ONCE}]}', "annotation 1"),
+        ("a.json", "{TWICE}", "a.jpg"),
+        ("a.json", "{CASES}", "a.jpg"),
+    ],
+)
+def test_fields_that_are_there_more_than_once(tmp_path, name, text, place, capsys):
+    """Of such a record, none is taken; the other is read."""
+    put(tmp_path, "a.jpg", "b.jpg")
+    for mark, what in {
+        "TWICE": '"caption": "x", "caption": "y"',
+        "CASES": '"caption": "x", "Caption": "y"',
+        "ONCE": '"caption": "A cat.", "id": 1, "ID": 2',
+        "TURNS": '"conversations": [{"from": "user", "value": "x", "value": "y"}]',
+        "IMAGES": '{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}',
+        "IDS": '{"id": 3, "id": 4, "file_name": "a.jpg"}',
+        "A,": '{"image_id": 1, "caption": "x", "caption": "y"},',
+    }.items():
+        text = text.replace(mark, what)
+    (tmp_path / name).write_text(text)
+    if name == "a.json":
+        (tmp_path / "b.json").write_text('{"caption": "A cat."}')
+    assert [*answers(read_captioned(str(tmp_path))).values()] == [["A cat."]]
+    said = capsys.readouterr().err
+    assert f"1 with a field that is there more than once ({place}" in said
+
+
+@pytest.mark.parametrize("name", ["d.json", "filter_cap.json"])
+def test_lists_that_are_there_more_than_once(tmp_path, name):
+    (tmp_path / name).write_text('{"annotations": [], "annotations": []}')
+    with pytest.raises(UserError, match="json has “annotations” more than once: remove or rename"):
+        read_captioned(str(tmp_path))
 
 
 def test_files_of_img2dataset(tmp_path, capsys):

@@ -219,7 +219,7 @@ def test_a_ceiling_may_be_any_number(most):
 
 
 def test_an_empty_object_of_php():
-    assert not read_response({"input": "Hello?", "metadata": []})[1]
+    assert not read_response({"input": "Hello?", "metadata": [], "text": []})[1]
 
 
 def test_a_number_that_no_float_holds_is_not_echoed(address):
@@ -239,6 +239,17 @@ def test_a_number_that_no_float_holds_is_not_echoed(address):
         ("metadata must be an object of strings.", "metadata", {"metadata": {"a": {"b": "c"}}}),
         ("metadata must be an object of strings.", "metadata", {"metadata": ["a"]}),
         ("input is empty: write a question.", "input", {"input": " "}),
+        ("input is empty: write a question.", "input", {"input": []}),
+        (
+            "input[0] is empty: write a question.",
+            "input[0].content",
+            {"input": [{"role": "user", "content": []}]},
+        ),
+        (
+            "input[0].content[0].text must be a string.",
+            "input[0].content[0].text",
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": []}]}]},
+        ),
         (
             "background is not supported: leave it out, and wait for the answer or stream it.",
             "background",

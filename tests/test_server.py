@@ -30,6 +30,7 @@ from minigpt4.engine.stream import ENDING
 from minigpt4.errors import UserError
 from minigpt4.model.prompt import Prompt
 from minigpt4.web.api.access import Keys, cors
+from minigpt4.web.api.metrics import VLLM_HISTOGRAMS
 from minigpt4.web.api.routes import endpoints
 from minigpt4.web.api.service import ChatService
 from minigpt4.web.guard.image_url import ImageUrls
@@ -134,6 +135,14 @@ def test_under_a_proxys_path(engine):
             assert httpx.get(f"{address}/minigpt4/{icon['src']}").status_code == 200
         described = httpx.get(address + "/v1/openapi.json").json()
         assert described["servers"] == [{"url": "/minigpt4"}]
+        for end in ("/", "/?a=1"):
+            asked = httpx.URL("https://example.org/minigpt4/readyz" + end)  # of the proxy
+            redirect = httpx.get(address + asked.raw_path.decode().removeprefix("/minigpt4"))
+            assert redirect.status_code == 307
+            found = asked.join(redirect.headers["location"])
+            assert str(found) == "https://example.org/minigpt4/readyz" + end.strip("/")
+        doubled = httpx.get(address + "/readyz//").headers["location"]
+        assert doubled == address + "/readyz"
         for path, named in (("/minigpt4/x/models", "/x/models"), ("/minigpt4x/models",) * 2):
             assert f"no endpoint {named}:" in httpx.get(address + path).text
 
@@ -265,9 +274,10 @@ def test_metrics(address, engine):
         name = f'minigpt4_api_responses_total{{path="/v1/chat/completions",status="{status}"}}'
         assert grown[name] == 1
     label = f'{{model_name="{MODEL}"}}'
-    for name in ("inter_token_latency_seconds", "e2e_request_latency_seconds"):
-        assert grown[f"vllm:{name}_sum{label}"] > 0
-    assert grown[f"vllm:inter_token_latency_seconds_count{label}"] == 10  # of two answers
+    for name in VLLM_HISTOGRAMS:
+        assert grown[f"vllm:{name}_sum{label}"] > 0, name
+        between = name == "inter_token_latency_seconds"  # of two answers
+        assert grown[f"vllm:{name}_count{label}"] == (10 if between else 2), name
     assert grown[f"vllm:request_generation_tokens_sum{label}"] == 12
     assert grown[f"vllm:generation_tokens_total{label}"] == 12
     assert grown["llamacpp:tokens_predicted_total"] == 12
@@ -277,6 +287,19 @@ def test_metrics(address, engine):
     assert after["minigpt4_queue_length"] == after["minigpt4_active_chats"] == 0
     assert after[f'minigpt4_decoder_info{{name="{engine.decoder_name}"}}'] == 1
     assert after["process_resident_memory_bytes"] > 1e8
+
+
+def test_metrics_while_an_answer_runs(address, engine, monkeypatch):
+    monkeypatch.setattr(engine, "pace", 0.2)
+    settings = {"model": MODEL, "max_tokens": 20, "stream": True}
+    with client(address).chat.completions.create(messages=[question("Hello?")], **settings) as text:
+        next(text)
+        found = metrics(address)
+    label = f'{{model_name="{MODEL}"}}'
+    assert found["minigpt4_active_chats"] == found[f"vllm:num_requests_running{label}"] == 1
+    assert 0 < found[f"vllm:kv_cache_usage_perc{label}"] <= 1
+    assert found["llamacpp:kv_cache_usage_ratio"] == found[f"vllm:kv_cache_usage_perc{label}"]
+    assert at_rest(engine)
 
 
 def test_metrics_for_any_reader(address):

@@ -444,7 +444,7 @@ def test_a_folder_of_data_is_read(tmp_path):
         small_run.read(tmp_path / "coco")
 
 
-def test_what_is_wrong_in_the_data_is_left_out(tmp_path):
+def test_what_is_wrong_in_the_data_is_left_out(tmp_path, capsys):
     """Each of these ended a run with a traceback."""
     good = {"captions": ["A dog runs."], "description": "A dog. It runs."}
     contents = {
@@ -454,6 +454,7 @@ def test_what_is_wrong_in_the_data_is_left_out(tmp_path):
         "._cam_22.5mm.json": "\0damaged",
         "text.txt": "A cat.",
         "task.json": json.dumps(good | {"task": ["only"], "statements": "no", "knowledge": 3}),
+        "whole.json": json.dumps(good | {"task": ["Why?", "So."], "knowledge": None}),
     }
     for key in ("list", "damaged"):
         contents[f"{key}.txt"] = "A bird."
@@ -469,6 +470,8 @@ def test_what_is_wrong_in_the_data_is_left_out(tmp_path):
     assert found["x/cam_22.5mm"].pairs == (("Wet?", "No."),)
     assert found["x/task"].description and found["x/task"].task is None
     assert found["x/text"].captions == ("A cat.",)
+    said = "x.tar: texts of unknown form are left out of 2 (cam_22.5mm; task)."
+    assert said in capsys.readouterr().err
 
 
 class Called(torch.nn.Module):

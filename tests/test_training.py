@@ -524,6 +524,18 @@ def test_fewer_steps_warm_up_shorter():
     assert schedule_of(options, MODELS["vicuna-7b"]) == MODELS["vicuna-7b"].stage2
 
 
+@pytest.mark.parametrize("length", [3, 60])
+def test_long_texts_are_said_to_be_cut(tmp_path, length, capsys):
+    folder = write_captioned(tmp_path / "set", 3)
+    lines = [f"{i}.jpg,{'word ' * length}" for i in range(3)]
+    (folder / "captions.csv").write_text("\n".join(["file_name,caption", *lines]))
+    trainer = make(tiny_model(), read_captioned(str(folder)), PROMPTED, tmp_path / "run")
+    for step in range(2):
+        trainer.prompts(step, [0, 1])
+    told = capsys.readouterr().err.count("24 tokens are learned at most: that of 0.jpg is cut")
+    assert told == (length > 24)
+
+
 def test_published_captions():
     caption = 'A "Dog" (brown)  runs: fast! ' + "word " * 60
     cleaned = published_caption(caption)

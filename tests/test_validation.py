@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
@@ -236,6 +237,16 @@ def test_logs_for_weights_and_biases(examples, tmp_path, monkeypatch):
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_dashboards_that_cannot_be_used(tmp_path, monkeypatch):
+    def init(**_):
+        raise ValueError("mode\n  Input should be 'online'")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=True))
+    monkeypatch.setenv("WANDB_MODE", "x")
+    with pytest.raises(UserError, match="Weights & Biases takes no logs: check .WANDB_API_KEY, "):
+        dashboards(tmp_path, 0)
+
+
 # --- a file of options --------------------------------------------------------------------------
 
 
@@ -288,6 +299,8 @@ def test_options_from_a_file(tmp_path, name, text, monkeypatch):
         ("data: [", "is not TOML or YAML: check it near line"),
         ("data = 1\nsteps = \n", "check it near line 2 "),
         ("data = ", "check it near its end "),
+        ("data: a\nrate: 1\nrate: 2", "has “rate” more than once: remove or rename all but one"),
+        ("data: a\nbatch-size: 1\nbatch_size: 2", "has “batch-size” twice, with “-” and “_”"),
         ("data:\n  a: 1", "must have a line"),
         ("- data", "must have a line"),
     ],

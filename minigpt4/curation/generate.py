@@ -17,6 +17,9 @@ from minigpt4.errors import UserError
 from minigpt4.model.prompt import Template
 
 MIN_TOKENS = 80  # in the paper
+# Field of a record -> file in prompts/.
+PROMPT, CONTINUE = "prompt", "continue_prompt"
+PROMPT_FILES = {PROMPT: "describe.txt", CONTINUE: "continue.txt"}
 
 
 def paper_template(template: Template) -> Template:
@@ -56,8 +59,8 @@ class Generator:
         self._template = paper_template(batch.engine.model.config.template)
         self.model = name_of(batch.engine)
         self.options = asdict(sampling) | {"min_tokens": min_tokens, "continues": continues}
-        self.prompt = prompt_text("describe.txt")
-        self._continue = prompt_text("continue.txt")
+        used = (PROMPT, CONTINUE) if continues else (PROMPT,)
+        self.prompts = {name: prompt_text(PROMPT_FILES[name]) for name in used}
 
     def __call__(self, files: Sequence[PictureFile]) -> Iterator[dict]:
         """A record for each picture, as soon as it is described.
@@ -69,11 +72,11 @@ class Generator:
             if isinstance(outcome, UserError):
                 yield record | {"error": str(outcome)}
             else:
-                yield record | outcome | {"prompt": self.prompt, "options": self.options}
+                yield record | outcome | self.prompts | {"options": self.options}
 
     def _describe(self, file: PictureFile) -> Dialogue:
         conversation = Conversation(template=self._template)
-        conversation.add_question(self.prompt, [load_picture(file.picture)])
+        conversation.add_question(self.prompts[PROMPT], [load_picture(file.picture)])
         answer = ask(self._batch.engine, conversation, self._sampling)
         parts: list[str] = []
         tokens = 0
@@ -84,7 +87,7 @@ class Generator:
             if tokens >= self._min_tokens or len(parts) > self._continues:
                 break
             conversation.add_answer(completion.text)
-            conversation.add_question(self._continue)
+            conversation.add_question(self.prompts[CONTINUE])
             try:
                 answer = ask(self._batch.engine, conversation, self._sampling, trim=False)
             except UserError as error:

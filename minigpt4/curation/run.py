@@ -18,6 +18,7 @@ from minigpt4.curation import filters
 from minigpt4.curation import merge as merging
 from minigpt4.curation.pictures import PictureFile, find_pictures, is_same
 from minigpt4.curation.records import Records, read_records, write_records
+from minigpt4.data.examples import check_share
 from minigpt4.data.files import prompt_text
 from minigpt4.data.outputs import check_outputs, print_json
 from minigpt4.errors import UserError
@@ -63,16 +64,19 @@ def _check_described(
 ) -> None:
     """UserError if descriptions are by another model, with another prompt or other options, or of
     other pictures with the same ids."""
-    model, prompt = generator.model, generator.prompt
+    from minigpt4.curation.generate import PROMPT_FILES
+
+    model = generator.model
     for record in described.values():
         found = record.get("options")
         found = found if isinstance(found, dict) else {}
         changed = [n for n, v in generator.options.items() if found.get(n, v) != v]
+        edited = [n for n, text in generator.prompts.items() if record.get(n, text) != text]
         what = ""
         if record.get("model", model) != model:
             what = f"by {record['model']}, but this is {model}"
-        elif record.get("prompt", prompt) != prompt:
-            what = "from before prompts/describe.txt was changed"
+        elif edited:
+            what = f"from before prompts/{PROMPT_FILES[edited[0]]} was changed"
         elif changed:
             flag, value = changed[0].replace("_", "-"), generator.options[changed[0]]
             what = f"with “--{flag}” {found[changed[0]]}, but now it is {value}"
@@ -100,6 +104,7 @@ def _report_generated(records: list[dict], out: str) -> None:
     )
     for record in failed[:10]:
         start.say(f"  {record['error']}")
+    check_share(len(failed), len(records))
 
 
 def refine(options: argparse.Namespace) -> None:

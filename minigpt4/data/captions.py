@@ -15,6 +15,7 @@ NOT_TEXT = "with a caption that is not text"
 NOT_UTF8 = "with a caption that is not in UTF-8"
 NOT_JSON = "with damaged JSON"
 OTHER_KIND = "of a kind that is not read"
+REPEATED = "with a field that is there more than once"
 NO_PICTURE = "without a picture"
 SEVERAL_PICTURES = "with several pictures"
 SAME_NAME = "with the name of another picture"
@@ -31,7 +32,7 @@ NOT_LISTED = "with an “image_id” that is not in “images”"
 BOXES = "with boxes, which are not read"
 VIDEO = "with a video or sound"
 TOOLS = "with calls of tools"
-UNKNOWN_ROLE = "with an unknown role"
+UNKNOWN_ROLE = "with a role other than {}"
 BAD = "marked as bad (“label” or “kto_tag” false)"
 REJECTED = "marked as rejected (“is_rejected”)"
 PREFERENCES = "with a chosen and a rejected answer, which are not read"
@@ -84,8 +85,17 @@ _VALUE = re.compile(r"""\[[{'"]|\('|\{['"]|\[?(?:np\.)?(?:array|str_)\(""")
 Read = TypeVar("Read")
 
 
+def is_field(name: str) -> bool:
+    """Whether a field of this name, in lower case, may hold captions."""
+    return name in FIELDS or NUMBERED.fullmatch(name) is not None
+
+
 class NotUsable(Exception):
-    """A record that is left out; its text is the reason."""
+    """A record that is left out; its text is the reason. found: what is wrong in it."""
+
+    def __init__(self, reason: str, found: str = "") -> None:
+        super().__init__(reason)
+        self.found = found
 
 
 def captions_in(value: object, cells: bool = True) -> list[str]:
@@ -154,7 +164,7 @@ class Reading:
         try:
             yield
         except NotUsable as error:
-            self.leave_out(name, str(error))
+            self.leave_out(f"{name}: {error.found}" if error.found else name, str(error))
 
     def finish(self, read: Sequence[Read], needs: str) -> list[Read]:
         """Report what was read, and return it.

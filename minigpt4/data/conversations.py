@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from minigpt4.data import captions
 from minigpt4.data.captions import NotUsable
 from minigpt4.data.examples import Text
+from minigpt4.data.files import Repeated, shortened
 
-_TURNS = ("conversations", "messages", "conversation")
-_USER = {"user", "human"}
-_ASSISTANT = {"assistant", "gpt", "model"}
-_SYSTEM = {"system", "developer"}
+TURNS = ("conversations", "messages", "conversation")
+_USER = ("user", "human")
+_ASSISTANT = ("assistant", "gpt", "model")
+_SYSTEM = ("system", "developer")
+_ROLES = (*_USER, *_ASSISTANT, *_SYSTEM)
 _TOOLS = {
     "tool",
     "tools",
@@ -42,14 +44,17 @@ _UNLEARNED = ("loss", "weight", "train", "training")  # of a message, false or 0
 
 def turns_of(row: dict) -> list | None:
     """The turns of a record that is a conversation. row: with names in lower case."""
-    return next((row[name] for name in _TURNS if isinstance(row.get(name), list)), None)
+    return next((row[name] for name in TURNS if isinstance(row.get(name), list)), None)
 
 
 def check_record(row: dict) -> None:
-    """NotUsable if a record's answer is bad or one of two, or if it is not only about pictures.
+    """NotUsable if a record has a field more than once, if its answer is bad or one of two, or if
+    it is not only about pictures.
 
     row: with names in lower case.
     """
+    if isinstance(row, Repeated):
+        raise NotUsable(captions.REPEATED)
     if any(str(row.get(name)).strip().lower() == "false" for name in ("label", "kto_tag")):
         raise NotUsable(captions.BAD)
     if str(row.get("is_rejected")).strip().lower() in ("true", "1"):
@@ -166,9 +171,13 @@ def _joined(texts: list[str]) -> str:
 def _message(turn: object) -> tuple[str, str]:
     if not isinstance(turn, dict):
         raise NotUsable(captions.NOT_TEXT)
-    role = str(turn.get("role", turn.get("from"))).lower()
-    if role not in _USER | _ASSISTANT | _SYSTEM:
-        raise NotUsable(captions.TOOLS if role in _TOOLS else captions.UNKNOWN_ROLE)
+    named = turn.get("role", turn.get("from"))
+    role = str(named).lower()
+    if role in _TOOLS:
+        raise NotUsable(captions.TOOLS)
+    if role not in _ROLES:
+        reason = captions.UNKNOWN_ROLE.format(", ".join(_ROLES))
+        raise NotUsable(reason, "none" if named is None else f"“{shortened(named)}”")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         kinds = [str(part.get("type")) for part in content if isinstance(part, dict)]

@@ -18,6 +18,7 @@ from minigpt4.data.examples import (
     Text,
     captioned_files,
     fields_of,
+    once,
     picture_name,
     read_descriptions,
     read_shards,
@@ -314,7 +315,7 @@ def _names_by_id(images: object, reading: Reading) -> dict[str, str | None]:
         record = image if isinstance(image, dict) else {}
         with reading.record(f"image {number}"):
             # 7, 7.0 and "7" are the same.
-            image_id = picture_name(record.get("id"), captions.NO_OWN_ID).strip()
+            image_id = picture_name(once(record).get("id"), captions.NO_OWN_ID).strip()
             name = picture_name(record.get("file_name") or image_id, captions.NO_OWN_ID)
             found[image_id] = name if found.get(image_id, name) == name else None
     return found

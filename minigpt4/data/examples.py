@@ -1,12 +1,12 @@
 """Pictures with texts: from shards, or in the published layout of the second stage."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -14,11 +14,14 @@ from minigpt4.data import captions
 from minigpt4.data.captions import NotUsable, Reading, choose_captions
 from minigpt4.data.files import (
     decode,
+    load_json,
     parse_jsonl,
     printable,
     read_bytes,
     read_json,
     read_text,
+    repeated_in,
+    repeated_names,
     sample_of,
     shortened,
 )
@@ -214,25 +217,38 @@ def _captions_beside(
             continue
         try:
             content = decode(read(texts[suffix]))
-            value = json.loads(content) if suffix == "json" else content
+            value = load_json(content) if suffix == "json" else content
+            fields = fields_of(once(value))
         except UnicodeDecodeError:
             reason = captions.NOT_UTF8
         except (ValueError, RecursionError):
             reason = captions.NOT_JSON
+        except NotUsable as error:
+            reason = str(error)
         else:
-            found, why = choose_captions(fields_of(value))
+            found, why = choose_captions(fields)
             if found:
                 return found, ""
             reason = why if reason == captions.NO_CAPTION else reason
     return (), reason
 
 
+def once(record: Any) -> Any:
+    """The record. NotUsable if it has a field more than once, of which only one would be read."""
+    if repeated_in(record) is not None:
+        raise NotUsable(captions.REPEATED)
+    return record
+
+
 def fields_of(record: object) -> list[object]:
     """The values of a record's caption fields in the order in which they are tried. Any other value
-    is returned itself. "caption_2" is a part of "caption"."""
+    is returned itself. "caption_2" is a part of "caption". NotUsable if it has one in two cases."""
     if not isinstance(record, dict):
         return [record]
-    named = {str(name).strip().casefold(): value for name, value in record.items()}
+    names = [str(name).strip().casefold() for name in record]
+    named = dict(zip(names, record.values(), strict=True))
+    if len(named) < len(names) and any(map(captions.is_field, repeated_names(names))):
+        raise NotUsable(captions.REPEATED)
     more = [named[name] for name in named if captions.NUMBERED.fullmatch(name)]
     if more := [value for value in more if isinstance(value, str | list)]:
         named["caption"] = [named.get("caption"), *more]
@@ -255,7 +271,7 @@ def read_descriptions(folder: str | Path) -> list[Example]:
     for number, annotation in enumerate(annotations, 1):
         record = annotation if isinstance(annotation, dict) else {}
         with collected.reading.record(f"annotation {number}"):
-            key = picture_name(record.get("image_id"))
+            key = picture_name(once(record).get("image_id"))
             found, reason = choose_captions([record.get("caption")])
             shown = key if image.has_picture_name(key) else f"image/{key}.jpg"
             collected.add(key, tuple(map(Text, found)), reason, shown=shown)
@@ -266,9 +282,10 @@ def read_instructions(file: str | Path, folder: str | Path) -> list[Example]:
     """JSON lines {"image_id", "pairs": [{"instruction", "answer"}]}; pictures in folder/image, as
     for `read_descriptions`."""
     collected = Collected(file, _described_in(Path(folder)))
-    for number, record in parse_jsonl(file, read_text(file), "image_id", "pairs"):
+    lines = parse_jsonl(file, read_text(file), "image_id", "pairs", repeated=True)
+    for number, record in lines:
         with collected.reading.record(f"line {number}"):
-            key = picture_name(record["image_id"])
+            key = picture_name(once(record)["image_id"])
             pairs = record["pairs"] if isinstance(record["pairs"], list) else []
             for pair in (pair if isinstance(pair, dict) else {} for pair in pairs or [{}]):
                 questions, reason = choose_captions([pair.get("instruction")], cells=False)

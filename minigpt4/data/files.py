@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -120,14 +121,64 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def parse_json(path: str | os.PathLike, text: str) -> Any:
-    """The content of a JSON file's text. UserError names `path` if it is not JSON."""
+    """The content of a JSON file's text, as by `load_json`. UserError names `path` if it is not
+    JSON, or if the object itself has a name twice."""
     try:
-        return json.loads(text)
+        content = load_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{printable(path)} is not JSON: correct it{_column(error, ' at line {0.lineno},')}, "
             "or check that the file is complete."
         ) from error
+    if isinstance(content, Repeated):
+        raise _repeated(printable(path), content.names)
+    return content
+
+
+class Repeated(dict):
+    """A JSON object that has a name more than once, of which it holds the last value.
+
+    names: those that come more than once.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.names = repeated_names([name for name, _ in pairs])
+
+
+def _repeated(where: str, names: Sequence[str]) -> UserError:
+    return UserError(
+        f"{where} has “{shortened(names[0])}” more than once: remove or rename all but one."
+    )
+
+
+def load_json(text: str) -> Any:
+    """As `json.loads`; an object that has a name more than once is a `Repeated`."""
+    return json.loads(text, object_pairs_hook=_as_object)
+
+
+def _as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Repeated(pairs)
+
+
+def repeated_names(names: Sequence[str]) -> list[str]:
+    """The names that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def repeated_in(data: Any) -> Repeated | None:
+    """A `Repeated` anywhere in what `load_json` returned."""
+    left = [data]
+    while left:
+        item = left.pop()
+        if isinstance(item, Repeated):
+            return item
+        if isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+    return None
 
 
 def _column(error: Exception, line: str = " at") -> str:
@@ -157,20 +208,24 @@ def read_jsonl(path: str | os.PathLike, *required: str) -> list[dict]:
 
 
 def parse_jsonl(
-    path: str | os.PathLike, text: str, *required: str, cut_end: bool = False
+    path: str | os.PathLike,
+    text: str,
+    *required: str,
+    cut_end: bool = False,
+    repeated: bool = False,
 ) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line of `text` that is not blank.
 
     Only "\\n" ends a line: other line separators may occur inside strings. cut_end: skip a last
-    line that is incomplete, as a crash leaves it. UserError names `path` and the line that is not
-    an object with all `required` fields.
+    line that is incomplete, as a crash leaves it. repeated: also objects with a `Repeated` in them.
+    UserError names `path` and the line that is not an object with all `required` fields.
     """
     lines, shown = text.split("\n"), printable(path)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = load_json(line)
         except (ValueError, RecursionError) as error:
             if cut_end and number == len(lines):
                 return
@@ -182,6 +237,8 @@ def parse_jsonl(
         if missing or not isinstance(record, dict):
             having = f" with “{missing[0]}”" if missing else ""
             raise UserError(f"Line {number} of {shown} must be a JSON object{having}.")
+        if not repeated and (found := repeated_in(record)):
+            raise _repeated(f"Line {number} of {shown}", found.names)
         yield number, record
 
 
@@ -262,6 +319,7 @@ def lock(file: IO, refusal: str) -> None:
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The names and values in a TOML or YAML file. UserError if it is not one, or nested."""
     text = read_text(path)
+    names: list[str] = []  # which TOML lets come once only, and YAML's library several times
     try:
         if str(path).lower().endswith(".toml"):
             import tomllib
@@ -271,10 +329,15 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
             import yaml
 
             found = yaml.safe_load(text) or {}
+            node = yaml.compose(text, yaml.SafeLoader)
+            if isinstance(node, yaml.MappingNode):
+                names = [name.value for name, _ in node.value]
     except Exception as error:  # from either library
         raise UserError(
             f"{printable(path)} is not TOML or YAML: check it near {_place_of(error)}."
         ) from error
+    if twice := repeated_names(names):
+        raise _repeated(printable(path), twice)
     if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
         raise UserError(f"{printable(path)} must have a line “name: value” for each value.")
     return found

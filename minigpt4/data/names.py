@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from minigpt4.model.image import has_picture_name
 
@@ -24,7 +24,8 @@ class PictureFinder:
 
     A name is found as written, without blanks and quotes around it, with backslashes for slashes,
     in another Unicode normalization or case, and with another picture ending or without one. For an
-    absolute path from another machine, the longest end that exists counts.
+    absolute path from another machine, the longest end that exists counts. If nothing is
+    found, the name may be encoded as in a URL, or that of the file may, or be a number with ".0".
     """
 
     def __init__(self, groups: Sequence[Sequence[Path]]) -> None:
@@ -33,7 +34,10 @@ class PictureFinder:
 
     def find(self, name: str) -> list[Path]:
         """The file; several if the name is ambiguous, for example in the folders of one group."""
-        names = _readings(name)
+        others = (path for other in _changed(name) for path in self._find([other]))
+        return self._find(_readings(name)) or _distinct([*others])
+
+    def _find(self, names: list[str]) -> list[Path]:
         for written in names:
             for group in self._groups:
                 if found := [f / written for f in group if written and is_file(f / written)]:
@@ -78,6 +82,15 @@ def _readings(name: str) -> list[str]:
     if bare[:7].lower() == "file://":
         found.append(unquote(re.sub("(?i)^file://(localhost)?", "", bare)))
     return list(dict.fromkeys([*found, re.sub(r"(\.\w+)#\d+$", r"\1", bare)]))  # Flickr8k's a.jpg#0
+
+
+def _changed(name: str) -> list[str]:
+    """What programs may have made the name of, or of the name of its file: URLs, and numbers in a
+    table with empty cells, which pandas writes as 1.0."""
+    bare = name.strip().strip("\"'").replace("\\", "/")
+    whole = re.sub(r"(?<![^/])(\d+)\.0(?=(\.\w+)?$)", r"\1", bare)
+    found = dict.fromkeys([unquote(bare), quote(bare, errors="replace"), whole])
+    return [changed for changed in found if changed != bare]
 
 
 def _distinct(paths: list[Path]) -> list[Path]:

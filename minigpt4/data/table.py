@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -12,6 +11,7 @@ from minigpt4.data import captions
 from minigpt4.data.captions import NotUsable, choose_captions
 from minigpt4.data.conversations import (
     SYSTEM,
+    TURNS,
     check_record,
     history_of,
     pictures_in,
@@ -21,7 +21,18 @@ from minigpt4.data.conversations import (
     without_marks,
 )
 from minigpt4.data.examples import Collected, Example, Text, fields_of, picture_name
-from minigpt4.data.files import decode, local_path, parse_jsonl, printable, read_text, shortened
+from minigpt4.data.files import (
+    Repeated,
+    decode,
+    load_json,
+    local_path,
+    parse_jsonl,
+    printable,
+    read_text,
+    repeated_in,
+    repeated_names,
+    shortened,
+)
 from minigpt4.data.names import is_hidden
 from minigpt4.errors import UserError
 
@@ -46,7 +57,7 @@ PICTURE = (
 )
 INSTRUCTION = ("instruction", "question", "prompt", "query")
 # Columns that are read besides captions: a second one with the same name would hide the first.
-_READ = {*PICTURE, *INSTRUCTION, *SYSTEM, "input", "history"}
+_READ = {*PICTURE, *INSTRUCTION, *SYSTEM, *TURNS, "input", "history"}
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_TEXTS = 10  # text files in a folder that may be tables; more are one picture's captions each
 # A line of Flickr8k.token.txt, which has no header.
@@ -147,14 +158,14 @@ def _find(path: Path) -> Path:
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[str, Row]]:
     """(place, record with lower-case names) of JSON lines."""
-    for number, record in parse_jsonl(path, text):
+    for number, record in parse_jsonl(path, text, repeated=True):
         yield f"line {number}", with_lower_names(record)
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
     """As `json_lines`; also for one JSON list, since some programs give that the same ending."""
     try:
-        whole = json.loads(text)
+        whole = load_json(text)
     except (ValueError, RecursionError):
         whole = None  # several lines
     if isinstance(whole, dict) and "\n" in text.strip():
@@ -168,8 +179,11 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
 
 
 def with_lower_names(record: dict) -> Row:
-    """A record whose names are in lower case and stripped."""
-    return {str(name or "").strip().casefold(): value for name, value in record.items()}
+    """A record whose names are in lower case and stripped; a `Repeated` if it has one in it, or if
+    a field that is read is there in two cases."""
+    pairs = [(str(name or "").strip().casefold(), value) for name, value in record.items()]
+    twice = repeated_in(record) is not None or _read_twice([name for name, _ in pairs])
+    return Repeated(pairs) if twice else dict(pairs)
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
@@ -251,16 +265,22 @@ def _check_columns(path: Path, columns: list[str]) -> None:
             f"The first line of {printable(path)} must name the columns: “{PICTURE[0]}” and "
             "“caption”."
         )
-    twice = [name for name in columns if name and columns.count(name) > 1]
-    if twice := [name for name in twice if name in _READ or _has_captions([name])]:
+    if twice := _read_twice(columns):
         raise UserError(
             f"The first line of {printable(path)} names the column “{twice[0]}” more than once: "
             "rename or remove one."
         )
 
 
+def _read_twice(names: list[str]) -> list[str]:
+    """The names that are read, but come more than once."""
+    if len({*names}) == len(names):
+        return []
+    return [n for n in repeated_names(names) if n in _READ or captions.is_field(n)]
+
+
 def _has_captions(columns: Iterable[str]) -> bool:
-    return bool(fields_of(dict.fromkeys(columns, "")))
+    return any(map(captions.is_field, columns))
 
 
 def names_picture(row: Row) -> bool:

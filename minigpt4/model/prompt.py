@@ -141,12 +141,14 @@ class Prompt:
         prompts share the longest common prefix of their keys in a key-value cache.
     images: (first position, picture) in order.
     loss_mask: true if the token counts in the training loss.
+    is_cut: what is learned is the beginning of a longer text.
     """
 
     ids: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     images: list[tuple[int, ImageRef]] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
+    is_cut: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -363,4 +365,5 @@ def encode_training(
     if control:
         ids.append(tokenizer.convert_tokens_to_ids(end))
     writer.prompt.add_tokens(ids[:max_text_tokens], learn=True)
+    writer.prompt.is_cut = len(ids) > max_text_tokens
     return writer.prompt

@@ -5,7 +5,6 @@ Each time a picture is shown, several of its texts are drawn: they share the cos
 prompt.
 """
 
-import json
 import random
 import re
 from collections import Counter
@@ -15,9 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from minigpt4.data import examples, shards
+from minigpt4.data.captions import NAMED
 from minigpt4.data.examples import Example
-from minigpt4.data.files import prompt_lines
+from minigpt4.data.files import (
+    decode,
+    load_json,
+    printable,
+    prompt_lines,
+    repeated_in,
+    shortened,
+)
 from minigpt4.data.names import is_hidden
+from minigpt4.errors import say
 from minigpt4.training.questions import read_things
 from minigpt4.training.word_head import fold_of
 
@@ -35,6 +43,8 @@ DECISION = 6.0
 YES = 1.5
 # One in so many pictures is kept for validation.
 HELD_OUT = {"captioned": 4, "described": 20, "drawn": 20}
+# Fields of a shard's record: lists of pairs, of a text and what is given here.
+_PAIRED = {"questions": str, "statements": bool, "knowledge": str}
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
 _ASKED = (
     "Is there {} in the image?",
@@ -150,20 +160,24 @@ def read_pictures(pattern: str) -> list[TrainingPicture]:
     pictures = []
     for path in shards.expand(pattern):
         records = _records(path)
+        if odd := [key for key, record in records.items() if not _is_whole(record)]:
+            names = "; ".join(map(shortened, odd[:NAMED])) + ("; …" if len(odd) > NAMED else "")
+            say(f"{printable(path)}: texts of unknown form are left out of {len(odd):,} ({names}).")
         for example in examples.read_shards(str(path)):
             pictures.append(_picture(example, records.get(example.key.partition("/")[2], {})))
     return pictures
 
 
 def _records(shard: Path) -> dict[str, dict]:
-    """Key -> contents of KEY.json. Damaged ones are skipped; `read_shards` reports them."""
+    """Key -> contents of KEY.json. Damaged ones, and those that have a field more than once, are
+    skipped; `read_shards` reports them."""
     found = {}
     for name, place in shards.members(shard).items():
         if not name.lower().endswith(".json") or is_hidden(name):
             continue
         with suppress(ValueError, RecursionError):
-            record = json.loads(shards.read_at(shard, *place))
-            if isinstance(record, dict):
+            record = load_json(decode(shards.read_at(shard, *place)))
+            if isinstance(record, dict) and repeated_in(record) is None:
                 found[name.removeprefix("./").rpartition(".")[0]] = record
     return found
 
@@ -189,6 +203,16 @@ def _picture(example: Example, record: dict) -> TrainingPicture:
         _pairs(record.get("statements"), bool),
         _pairs(record.get("knowledge")),
     )
+
+
+def _is_whole(record: dict) -> bool:
+    """Whether all that `_picture` looks at in a record has the form that it takes."""
+    lists = [(record.get(name) or [], kind) for name, kind in _PAIRED.items()]
+    lists += [([task] if (task := record.get("task")) is not None else [], str)]
+    whole = (
+        isinstance(found, list) and len(_pairs(found, kind)) == len(found) for found, kind in lists
+    )
+    return isinstance(record.get("description") or "", str) and all(whole)
 
 
 def _pairs(given: object, kind: type = str) -> tuple:

@@ -41,7 +41,7 @@ def train(options: argparse.Namespace) -> None:
         raise UserError(f"{config.name} is trained in two stages: give --stage 1 or --stage 2.")
     schedule = schedule_of(options, config)
     _check(options, config)
-    examples = read_examples(options)[: options.limit]
+    examples = read_examples(options, options.limit)
     mixed = [(read_captioned(data, options.limit), weight) for data, weight in options.mix]
     mixture = [(len(examples), 1.0), *((len(more), weight) for more, weight in mixed)]
     examples += [example for more, _ in mixed for example in more]
@@ -213,8 +213,8 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
     return replace(schedule, floor_lr=floor, warmup_lr=warmup)
 
 
-def read_examples(options: argparse.Namespace) -> list[Example]:
-    """The data that the options name, in a fixed order."""
+def read_examples(options: argparse.Namespace, limit: int | None = None) -> list[Example]:
+    """The data that the options name, in a fixed order, or so many of the first examples."""
     captions = options.stage == 1 and is_table(options.data)  # may be beside filter_cap.json
     described = not captions and Path(options.data, "filter_cap.json").exists()
     if options.instructions and not described:
@@ -223,11 +223,11 @@ def read_examples(options: argparse.Namespace) -> list[Example]:
             "for other data into the data itself, such as a table's “instruction” column."
         )
     if captions:
-        return read_table(options.data)
-    found = read_captioned(options.data, options.limit)
+        return read_table(options.data)[:limit]
+    found = read_captioned(options.data, limit)
     if options.instructions:
         found = merge([*found, *read_instructions(options.instructions, options.data)])
-    return found
+    return found[:limit]
 
 
 def instructions(stage: int, config: ModelConfig) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from minigpt4.config import Schedule
 from minigpt4.data.examples import Example, Text
-from minigpt4.data.files import replacing
+from minigpt4.data.files import replacing, shortened
 from minigpt4.errors import UserError, say
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt
@@ -124,6 +124,7 @@ class Trainer:
         if model.device.type == "cpu":  # the backward pass of fused attention is many times slower
             model.torch_llm.set_attn_implementation("eager")
         projection = model.projection.float().requires_grad_(True)
+        self._told_of_cuts = False
         self.start = {k: v.detach().clone() for k, v in projection.state_dict().items()}
         self.identity = self._identity()
         self._prepare()
@@ -228,6 +229,12 @@ class Trainer:
             ref = ImageRef(f"{place:x}")
             weights = self._text_weights(example, texts)
             prompts = [self.prompt(ref, text, pick) for text in texts]
+            if self.main and not self._told_of_cuts and any(prompt.is_cut for prompt in prompts):
+                self._told_of_cuts = True
+                say(
+                    f"Of a text, {schedule.max_text_tokens} tokens are learned at most: that of "
+                    f"{shortened(example.key)} is cut there, as are others."
+                )
             rows.append(list(map(Learned, prompts, weights)))
             chosen.append((index, self._view(draw)))
         return rows, chosen

@@ -178,7 +178,14 @@ def dashboards(out: Path, step: int) -> list[Dashboard]:
         name = out.resolve()
         identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]  # the same for a resumed run
         project = os.environ.get("WANDB_PROJECT", "minigpt4")
-        run: Any = wandb.init(project=project, name=name.name, id=identity, resume="allow", dir=out)
+        told_where = {"project": project, "name": name.name, "id": identity, "dir": out}
+        try:
+            run: Any = wandb.init(**told_where, resume="allow")
+        except Exception as error:  # the library has many
+            raise UserError(
+                "Weights & Biases takes no logs: check $WANDB_API_KEY, $WANDB_MODE and the "
+                "connection, or unset both."
+            ) from error
         found.append(lambda values, step: run.log(values, step=step))
     return found
 

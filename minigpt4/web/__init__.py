@@ -3,7 +3,7 @@
 At every import, Gradio would compare type stubs (.pyi) with its sources and write them into its own
 folder. This takes half of the import's time and nothing here reads them: it is left out. The HTTP
 clients that Gradio makes during the import ignore the environment: unusable proxies or certificates
-in it would end the program, which needs none.
+in it would end the program, which needs none. Its own variables are checked first.
 """
 
 import sys
@@ -11,6 +11,20 @@ from functools import partialmethod
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
+
+from minigpt4.options import check_integers
+
+# Variables from which Gradio and Uvicorn make integers without checking them.
+INTEGERS = (
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY",
+    "GRADIO_ANALYTICS_MAX_EVENTS",
+    "GRADIO_DEFAULT_CONCURRENCY_LIMIT",
+    "GRADIO_NODE_NUM_PORTS",
+    "GRADIO_NUM_PORTS",
+    "GRADIO_NUM_WORKERS",
+    "GRADIO_SERVER_PORT",
+    "WEB_CONCURRENCY",
+)
 
 
 class _Finder(MetaPathFinder):
@@ -35,6 +49,7 @@ class _WithoutEnvironment(SourceFileLoader):
     def exec_module(self, module) -> None:
         import httpx
 
+        check_integers(INTEGERS)
         names = ("Client", "AsyncClient", "HTTPTransport", "AsyncHTTPTransport")
         parts: list[Any] = [getattr(httpx, name) for name in names]
         originals = [(part, part.__init__) for part in parts]

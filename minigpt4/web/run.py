@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from minigpt4 import start
 from minigpt4.config import get_model
 from minigpt4.errors import Unfailing, UserError
-from minigpt4.options import Parser
+from minigpt4.options import HUB_INTEGERS, Parser, check_integers
 from minigpt4.web.options import add_options
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def upload_folder() -> str:
 
 def serve(chosen: argparse.Namespace) -> None:
     """Run the server until it is told to end. UserError if it cannot start."""
+    start.check_limit()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = upload_folder()
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stderr = Unfailing(sys.stderr)  # as the command line does
     chosen = options(sys.argv[1:] if arguments is None else arguments)
     try:
+        check_integers(HUB_INTEGERS)
         serve(chosen)
     except UserError as error:
         print(f"app.py: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import argparse
 import html
 import logging
+import os
 import re
 import signal
 import socket
@@ -53,6 +54,7 @@ def start_server(
     gradio_patches.apply()
     gradio_patches.draw_first(first)
     gradio_patches.tune_queue(page)
+    os.environ.pop("GRADIO_DEBUG", None)  # with it, `launch` does not return
     host = options.host.strip().removeprefix("[").removesuffix("]")
     try:
         socket.getaddrinfo(host, options.port)

@@ -50,7 +50,7 @@ class AsSent(ApiError):
 class ResponsesBody(Object):
     """The fields that a chat completion does not have. The rest is read as a chat completion."""
 
-    text: dict[str, Any] | None = None
+    text: Annotated[dict[str, Any] | None, BeforeValidator(as_object)] = None
     include: list[Any] | None = None
     # Only strings: it is sent back, and could be nested too deeply for that.
     metadata: Annotated[
@@ -73,7 +73,8 @@ def read_response(body: dict, ignore_tools: bool = False) -> tuple[ChatRequest, 
         raise ApiError("input is missing: add it.", param="input")
     if not isinstance(body["input"], str | list):
         raise ApiError("input must be a string or a list of messages.", param="input")
-    if isinstance(body["input"], str) and not body["input"].strip():
+    asked = body["input"]
+    if not (asked.strip() if isinstance(asked, str) else asked):
         raise ApiError("input is empty: write a question.", param="input")
     apart = ("input", "text", "include", "max_output_tokens", "n", "messages")
     chat = _without(body, apart)

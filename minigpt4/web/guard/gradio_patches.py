@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
+import fastapi.routing
 import gradio as gr
 import gradio.blocks
 import gradio.queueing
@@ -27,6 +28,7 @@ from gradio.route_utils import CustomCORSMiddleware
 from gradio.server_messages import ProcessCompletedMessage
 from jinja2 import FunctionLoader
 from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse
 from starlette.types import Receive, Scope, Send
 
 from minigpt4.data.files import replace_surrogates
@@ -46,6 +48,12 @@ TOO_DEEP = "The request is nested too deeply."
 TOO_MANY_VALUES = "The list in `data` must have at most {count} values."
 NO_MORE_FILES = (
     "No further connection is accepted, since too many files are open: raise the limit (ulimit -n)."
+)
+# Who logs them, and how the lines begin about what MCP clients do wrong.
+MCP_LOGGERS = ("", "mcp.server.lowlevel.server", "mcp.server.transport_security")
+MISTAKES = (
+    *("Failed to validate ", "Received exception from stream", "Response ID "),
+    *("Tool '%s' not listed", "Missing Content-Type", "Invalid Content-Type"),
 )
 NOT_UPLOADED = "Upload the file to /gradio_api/upload first, and send the path that this returns."
 
@@ -104,6 +112,8 @@ def apply() -> None:
     gr.Chatbot.postprocess = _postprocess_chatbot
     # Gradio makes a new component and its JSON schema for each output that is skipped: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
+    # A redirect from /healthz/ to /healthz lacks the path under which a proxy serves this server.
+    fastapi.routing.RedirectResponse = _RedirectBeside  # type: ignore[misc]
     # Gradio calls its own server through the environment's proxies, which may not reach it.
     gradio.blocks.httpx = _DirectHttpx()
     networking.url_ok = _url_ok
@@ -138,12 +148,16 @@ def tune_queue(page: gr.Blocks) -> None:
 
 
 def tune_mcp(max_bytes: int) -> None:
-    """Allow requests to the MCP server of up to `max_bytes`; its package's limit is 4 MiB.
+    """Allow requests to the MCP server of up to `max_bytes`; its package's limit is 4 MiB. Keep
+    clients' mistakes out of the log.
 
     The attribute exists only with the package.
     """
     larger = partial(GradioMCPServer.StreamableHTTPSessionManager, max_request_body_size=max_bytes)
     GradioMCPServer.StreamableHTTPSessionManager = staticmethod(larger)
+    # It logs what is wrong with a client's request, which the client is told.
+    for name in MCP_LOGGERS:
+        logging.getLogger(name).addFilter(_is_no_clients_mistake)
 
 
 def tune_server(page: gr.Blocks) -> None:
@@ -173,6 +187,10 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
     WebSockets or HTTP/2, and for an address that cannot be bound, which we report ourselves."""
     upgrade = str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
     return not upgrade and not isinstance(record.msg, OSError)
+
+
+def _is_no_clients_mistake(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(MISTAKES)
 
 
 class _Punctual:
@@ -244,6 +262,19 @@ class _DirectHttpx:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(httpx, name)
+
+
+class _RedirectBeside(RedirectResponse):
+    """To the address asked for, with or without a slash at its end: relative to that, since a proxy
+    may have changed all before."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, query = scope["path"], scope["query_string"].decode("latin-1")
+        if path.endswith("//"):  # from which clients do not all go up in the same way
+            return await super().__call__(scope, receive, send)
+        name = path.rstrip("/").rpartition("/")[2]
+        there = f"../{name}" if path.endswith("/") else f"./{name}/"
+        await RedirectResponse(f"{there}?{query}" if query else there)(scope, receive, send)
 
 
 def _url_ok(url: str) -> bool:
