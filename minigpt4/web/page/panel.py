@@ -161,7 +161,7 @@ class Panel:
         A busy browser notices only the later of two messages, so each message repeats the records.
         """
         if session.entry:
-            session.unrecorded.append(session)
+            session.record_later(session)
         self._records_of_left(session)
         told = transcript.told(session, *session.opened_with, settled=True)
         return [told, self._facts(session, request)]

@@ -102,9 +102,14 @@ class Session:
         self.successor = successor
         successor.unrecorded, self.unrecorded = self.unrecorded, []
         if self.busy or self.changed or self.entry:
-            successor.unrecorded.append(self)
+            successor.record_later(self)
         self.stop()
         return successor
+
+    def record_later(self, left: "Session") -> None:
+        """Have the next record include a session that was left."""
+        if not any(session is left for session in self.unrecorded):
+            self.unrecorded.append(left)
 
     @property
     def latest(self) -> "Session":

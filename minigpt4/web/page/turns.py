@@ -241,7 +241,7 @@ class Turns:
         if session.successor:  # perhaps since that yield: the last update is what the page shows
             latest = session.latest
             if session.changed:  # since it was left and recorded
-                latest.unrecorded.append(session)
+                latest.record_later(session)
             yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()
 
     async def _run(
