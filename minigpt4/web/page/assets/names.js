@@ -85,6 +85,11 @@
     for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
       found.setAttribute("role", "group"); // a name without a role is not read out
     }
+    // Not a button: it holds the one that closes.
+    for (const found of all(".toast-header")) {
+      found.removeAttribute("role");
+      found.removeAttribute("tabindex");
+    }
     for (const found of all("#box .thumbnails")) found.setAttribute("role", "list");
     for (const found of all("#reason .submit-button")) set(found, { ariaLabel: say("submit"), title: say("submit") });
     for (const found of all("#chat :is(pre, table)")) found.setAttribute("tabindex", "0"); // they scroll

@@ -123,7 +123,7 @@
     window.minigpt4.notice(say("too_many").replace("{count}", count));
   }, true);
 
-  const overlay = make("div", { className: "dropping" });
+  const overlay = make("div", { className: "dropping", role: "status" });
   const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
   // A picture of another page may come as its address alone. A field for text may take that.
   const isAddress = ({ dataTransfer, target }) => dataTransfer?.types.includes("text/uri-list")
