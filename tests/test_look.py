@@ -530,6 +530,10 @@ def test_settings_are_closed_at_first_and_give_the_focus_back(visit):
     gear.press("Enter")
     expect(gear).to_have_attribute("aria-expanded", "true")
     expect(page.get_by_label("balanced")).to_be_visible()  # what is hidden takes no focus
+    advanced = page.get_by_role("button", name="Advanced", exact=True)
+    for opened in ("false", "true", "false"):
+        expect(advanced).to_have_attribute("aria-expanded", opened)
+        advanced.click()
     page.get_by_label("balanced").focus()
     page.keyboard.press("ArrowDown")  # one group: arrows go through it
     expect(page.get_by_label("creative")).to_be_checked()
