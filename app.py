@@ -4,7 +4,7 @@ import sys
 
 try:
     from minigpt4.web.run import load, main, options
-except KeyboardInterrupt:  # that takes a moment: no traceback for a Ctrl-C
+except KeyboardInterrupt:  # the imports above take a moment: no traceback for a Ctrl-C
     sys.exit(130)
 
 __all__ = ["load", "main", "options"]

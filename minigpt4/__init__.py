@@ -71,9 +71,9 @@ class Model:
 
     `with` closes it. Sampling is set by keyword arguments, as in `ask(…, temperature=0, seed=1)`:
     temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, num_beams, seed,
-    presence_penalty, frequency_penalty. By default, or where one is None, the model's configuration
-    decides. UserError for a picture that cannot be read, an
-    invalid value, or a question that is too long.
+    presence_penalty, frequency_penalty. By default, or if one is None, the model's configuration
+    decides. UserError for a picture that cannot be read, an invalid value, or a question that is
+    too long.
     """
 
     def __init__(self, engine: "AnyEngine") -> None:
@@ -100,7 +100,7 @@ class Model:
         question: str,
         **sampling: float | None,
     ) -> Generator[str, None, None]:
-        """The same, as text that comes in parts. Closing the iterator stops the answer."""
+        """The answer as text that comes in parts. Closing the iterator stops the answer."""
         return self.chat(pictures).stream(question, **sampling)
 
     def chat(
@@ -127,7 +127,7 @@ class Model:
 
 
 class Chat:
-    """A conversation: every question is asked with all that was said and shown before."""
+    """A conversation: every question is asked together with all earlier messages and pictures."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Chat:
         self._conversation = Conversation(system=system)
 
     def __deepcopy__(self, memo: object) -> "Chat":
-        """A chat with the same model that goes on from here on its own."""
+        """An independent copy of the chat, with the same model."""
         from dataclasses import replace
 
         chat, said = copy.copy(self), self._conversation
@@ -168,8 +168,8 @@ class Chat:
         return "".join(self.stream(question, **sampling))
 
     def stream(self, question: str, **sampling: float | None) -> Generator[str, None, None]:
-        """The same, as text that comes in parts. What came before an early end is remembered; a
-        question that failed is not."""
+        """The answer as text that comes in parts. If it is stopped early, its text so far stays in
+        the conversation; a question that failed does not."""
         from dataclasses import replace
 
         from minigpt4.conversation import ask

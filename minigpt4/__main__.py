@@ -31,7 +31,7 @@ try:
     from minigpt4.training import options as training
     from minigpt4.web import run as server
     from minigpt4.web.options import add_options
-except KeyboardInterrupt:  # that takes a moment: no traceback for a Ctrl-C
+except KeyboardInterrupt:  # the imports above take a moment: no traceback for a Ctrl-C
     sys.exit(130)
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ COMMANDS = "/image FILE adds a picture, /new starts again, /quit ends."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status."""
-    if sys.stderr is None:  # closed, as with 2>&-: what is meant for it would go elsewhere
+    """Run a command; returns the exit status."""
+    if sys.stderr is None:  # closed, as with 2>&-: messages for it would go elsewhere
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = Unfailing(sys.stderr)
     options = argparse.Namespace()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # characters that the terminal lacks are replaced
+        if hasattr(stream, "reconfigure"):  # so that characters the terminal lacks are replaced
             stream.reconfigure(errors="replace")
     try:
         options = _parser().parse_args(arguments)
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sentence_for(error: OSError, written: str | None) -> str:
-    """What the system refused, and what to do. written: the file or folder, if it is known."""
+    """What the system refused, and what to do. written: the output file or folder, if known."""
     name = error.filename or "A file"
     match error:
         case FileNotFoundError() | NotADirectoryError():
@@ -192,9 +192,9 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _photos(named: list[str]) -> list[Path]:
-    """The picture files, and those of folders. One that is missing is reported when it is its turn.
+    """The picture files, and those of folders. A missing one is reported when its turn comes.
 
-    UserError if half of what is named is missing or more.
+    UserError if half of the named files or more are missing.
     """
     from minigpt4.model import image
 
@@ -244,7 +244,7 @@ def _chat(options: argparse.Namespace) -> None:
     from minigpt4.conversation import Conversation
     from minigpt4.model import image
 
-    with suppress(ImportError):  # input() then edits lines, and remembers them
+    with suppress(ImportError):  # with it, input() edits lines and keeps a history
         import readline  # noqa: F401
 
     photos = [*map(os.path.expanduser, options.photos)]
@@ -294,11 +294,11 @@ def _typed(path: str) -> str:
 
 
 def _look_ahead(engine, conversation: "Conversation", pictures) -> None:
-    """Have the pictures encoded, and what comes before the question read, while the user types."""
+    """While the user types, encode the pictures and compute the prompt before the question."""
     from minigpt4.conversation import read_ahead
 
     def read(pictures: list) -> None:
-        with suppress(UserError):  # the answer will tell
+        with suppress(UserError):  # the answer reports it
             for picture in pictures:
                 engine.encode(picture)
             read_ahead(engine, conversation, pictures)
@@ -307,7 +307,8 @@ def _look_ahead(engine, conversation: "Conversation", pictures) -> None:
 
 
 def _turn(engine, conversation: "Conversation", question: str, pictures, sampling):
-    """Ask, print the answer as it comes; the conversation with both. Ctrl-C stops the answer."""
+    """Ask, and print the answer as it comes. Returns the conversation with both. Ctrl-C stops the
+    answer."""
     from minigpt4.conversation import Conversation, ask
 
     conversation = Conversation([*conversation.messages], {**conversation.pictures})

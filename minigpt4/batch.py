@@ -1,6 +1,6 @@
 """Many questions to one engine, answered together: for evaluation, curation and folders of photos.
 
-What is asked about one item is a dialogue: a generator that yields an `Answer` as soon as it has
+The questions about one item are a dialogue: a generator that yields an `Answer` as soon as it has
 asked for it, and is sent the `Completion` when the answer has ended. It may then ask again, or
 return a result:
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 TOGETHER = 16  # dialogues at once
 NAMED = 10  # items left out that are named; the others are only counted
-MOST_LEFT_OUT = 0.5  # of the questions of a job
-# The engine refuses one request; after an error of any other kind it would refuse the next as well.
+MOST_LEFT_OUT = 0.5  # the largest share of a job's questions that may be left out
+# Kinds of errors of a single request; after another kind, the engine would refuse the next as well.
 ITEM_ERRORS = {"request", "too_long", "memory"}
 
 
@@ -58,7 +58,7 @@ class Completion:
     """A complete answer.
 
     stop_reason: "stop", or the limit that ended it: "length" or "time". watched: log-probabilities
-    of the token ids that `Batch.answer` was to watch.
+    of the token ids that `Batch.answer` was asked to watch.
     """
 
     text: str
@@ -176,8 +176,8 @@ class Batch(Generic[BatchEngine]):
         """As `completions` with `next_seeds`, but with a progress bar of this name, and questions
         without an answer are reported and left out.
 
-        UserError if there was no answer at all, and if more than `MOST_LEFT_OUT` got none: then
-        early, once `NAMED` did not.
+        UserError if there was no answer at all, or if more than `MOST_LEFT_OUT` got none, which is
+        also checked early, after more than `NAMED` were left out.
         """
         answered = 0
         outcomes = self.completions(questions, sampling, watched, next_seeds=True)
@@ -199,7 +199,7 @@ class Batch(Generic[BatchEngine]):
         sampling: Sampling,
         progress: str = "answering",
     ) -> dict[str, Completion]:
-        """An example's key -> what `answer` gives to one instruction about its picture."""
+        """An example's key -> the answer to one instruction about its picture, as by `answer`."""
         questions = [PictureQuestion(e.key, instruction, e.read) for e in examples]
         return {q.key: found for q, found in self.answer(questions, sampling, progress=progress)}
 
@@ -228,11 +228,11 @@ class Batch(Generic[BatchEngine]):
 
 @contextmanager
 def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> Iterator[list[Path]]:
-    """The photos without an answer in the file `out`, so that a run that was interrupted goes on.
+    """The photos without an answer in the file `out`, so that an interrupted run is resumed.
 
-    The file is created, and locked in the block; lines of photos that got no answer are taken out,
-    since these are asked about again. OSError where it cannot be written, UserError where it holds
-    other things, or another run writes it.
+    The file is created, and locked in the block. Lines of photos that got no answer are removed,
+    since these are asked about again. OSError if it cannot be written, UserError if it has other
+    content, or another run writes it.
     """
     file = _target(out)
     if file.is_fifo() or file.is_char_device():
@@ -247,7 +247,7 @@ def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> Iterator[li
             return
         with replacing(file) as partial:
             after = partial.open("wb")
-            lock(after, busy)  # it replaces the one that is locked
+            lock(after, busy)  # this file replaces the locked one
             after.write(kept)
             after.flush()
         with after:
@@ -255,7 +255,7 @@ def not_asked_yet(paths: Sequence[Path], question: str, out: str) -> Iterator[li
 
 
 def _target(out: str) -> Path:
-    """The file that a link leads to, or /dev/stdout; a pipe or a device itself."""
+    """The file that a link (such as /dev/stdout) leads to; a pipe or a device itself."""
     file = Path(out)
     return file if file.is_fifo() or file.is_char_device() else Path(os.path.realpath(file))
 
@@ -283,7 +283,7 @@ def _left_of(
 
 
 def _answers_in(file: Path) -> list[dict] | None:
-    """The lines of a file that `ask_photos` wrote, the last one perhaps cut; None of another."""
+    """The lines of a file that `ask_photos` wrote (the last may be cut); None for another file."""
     text, start = read_text(file), '{"photo"'
     if text and not text.startswith(start) and not start.startswith(text):
         return None
@@ -301,10 +301,10 @@ def ask_photos(
     out: str | None,
     kept: int = 0,
 ) -> None:
-    """One question about many photos: JSON lines to the end of the file `out`, or text to standard
-    output; photos without an answer are named on standard error.
+    """Ask one question about many photos. Appends JSON lines to the file `out`, or prints text to
+    standard output; photos without an answer are named on standard error.
 
-    kept: how many answers about other photos the file has. UserError as of `check_answered`.
+    kept: how many answers about other photos the file has. UserError as by `check_answered`.
     """
     answered = kept
 
@@ -345,7 +345,7 @@ class _Finished:
 
 
 def _advance(dialogue: Dialogue, answer: Answer | None = None) -> Answer | _Finished:
-    """Resume a dialogue once its answer is complete: its next answer, or its result."""
+    """Resume a dialogue when its answer is complete. Returns its next answer, or its result."""
     try:
         return next(dialogue) if answer is None else dialogue.send(complete(answer))
     except StopIteration as end:

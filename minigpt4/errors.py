@@ -15,12 +15,12 @@ Kind = Literal[
 class UserError(Exception):
     """A mistake that a user can correct: one sentence that says what is wrong and what to do.
 
-    kind: the same for programs. "request": the request must change; "too_long": it does not fit the
-    model's context; "loading": there is no engine yet; the others are the engine's own, after which
-    the same request may succeed.
+    kind: the error's kind, for programs. "request": the request must change; "too_long": it does
+    not fit the model's context; "loading": there is no engine yet; the others are the engine's own,
+    after which the same request may succeed.
 
-    message_id, values: the sentence's name and parameters, by which the page finds it in the
-    visitor's language. Without a message_id, `kind` is looked up; what is not found stays English.
+    message_id, values: the sentence's key and parameters, with which the page translates it.
+    Without a message_id, `kind` is the key; without a translation, the sentence stays English.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class UserError(Exception):
         message_id: str = "",
         values: Mapping[str, object] | None = None,
     ) -> None:
-        # All of it goes into `args`, with which an exception is pickled.
+        # All arguments go into `args`, with which an exception is pickled.
         super().__init__(sentence, kind, message_id, dict(values or {}))
         self.sentence = sentence
         self.kind: Kind = kind
@@ -41,20 +41,20 @@ class UserError(Exception):
         return self.sentence
 
 
-DISK_FULL = {  # the rest of a sentence that begins with the disk
+DISK_FULL = {  # error number -> the rest of a sentence that begins with the disk
     errno.ENOSPC: "is full: make room",
     errno.EDQUOT: "is full up to your quota: make room",
     errno.EFBIG: "takes no larger file: raise the limit (ulimit -f), or name a file elsewhere",
 }
 _SHORT = (
     *("out of memory", "allocate memory", "bad_alloc", "not enough memory", "bad allocation"),
-    "failed to map segment",  # of a library that is to be imported
+    "failed to map segment",  # of a library that is being imported
 )
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Does an exception say that memory is short? Python's own, the system's, or any library's,
-    which raise it as a RuntimeError that says so (nothing of them is imported for this)."""
+    """Does an exception say that memory is short? It may be Python's, the system's, or a library's,
+    recognised by its name or text, so that no library is imported for this."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -64,15 +64,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def quiet_hub() -> None:
-    """Keep the Hugging Face hub's client from telling of each try, for half a minute: one sentence
-    comes in the end."""
+    """Keep the Hugging Face hub's client from logging each of its tries, which take half a minute:
+    our own sentence follows."""
     for name in ("file_download", "utils._http"):
         logging.getLogger(f"huggingface_hub.{name}").setLevel(logging.ERROR)
 
 
 class Step(str):
-    """A line about progress, in English; by its key and values the page finds it in the visitor's
-    language. A value may be a step of its own."""
+    """A line about progress, in English; the page translates it by its key and values. A value may
+    be a Step, too."""
 
     key: str
     values: dict[str, str]
@@ -83,15 +83,15 @@ class Step(str):
         return step
 
     def __getnewargs_ex__(self) -> tuple[tuple[str, str], dict[str, str]]:
-        """For `copy` and `pickle`, which restore the values by themselves."""
+        """For `copy` and `pickle`, which restore the values themselves."""
         return (self.key, str(self).replace("{", "{{").replace("}", "}}")), {}
 
 
-Count = Callable[[int], None]  # is told how many more bytes are done
+Count = Callable[[int], None]  # called with the number of further bytes that are done
 
 
 def ignore(count: int) -> None:
-    """A `Count` that nobody looks at."""
+    """A `Count` that does nothing."""
 
 
 class Report(Protocol):
@@ -101,16 +101,16 @@ class Report(Protocol):
 
 
 def say(line: str, passing: bool = False) -> None:
-    """Print a line to stderr. Passing ones are left out, as a progress bar shows the same."""
+    """Print a line to stderr, unless it is passing: a progress bar shows the same."""
     if not passing:
         print(line, file=sys.stderr, flush=True)
 
 
 class Unfailing:
-    """A stream that drops what cannot be written, instead of raising.
+    """A stream that drops text that cannot be written, instead of raising.
 
-    What is said on standard error comes before the answer: Gradio writes a traceback there before
-    it answers the visitor. If that raised, as with a log on a full disk, nothing would come.
+    For standard error: Gradio writes a traceback there before it answers the visitor. If that
+    raised, as with a log on a full disk, the visitor would get no answer.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -87,7 +87,7 @@ def a_name(text: str) -> str:
 
 
 def secret(text: str) -> str:
-    """A key as a header can hold it, without the line break that files of secrets end in."""
+    """A key that fits into a header, without the line break at the end of files of secrets."""
     key = text.strip()
     if not (key and key.isascii() and key.isprintable()):
         raise ArgumentTypeError("must be ASCII characters without line breaks, and not be empty")
@@ -128,10 +128,10 @@ class Option:
     """One option, for example `Option("max-queue", "Waiting requests.", 32, integer(1))`.
 
     read: turns its text into its value; raises ArgumentTypeError. `switch` makes a flag without a
-    value. many: may be given several times; the value is a list. bare: its text where it is given
-    without a value. variable: its environment variable where that is not the derived name.
-    fallback: a second one, read after the first. needs: other options, without which this one does
-    nothing: it is refused on the command line unless one of these has a value.
+    value. many: may be given several times; the value is a list. bare: the text if it is given
+    without a value. variable: its environment variable, if that is not the derived name. fallback:
+    a second variable, read if the first is not set. needs: other options, without which this one
+    does nothing: it is refused on the command line unless one of these has a value.
     """
 
     name: str
@@ -152,7 +152,7 @@ class Option:
         return self.name.replace("-", "_")
 
     def flag(self, value: Any) -> str:
-        """How the command line gives it this value."""
+        """The option as the command line gives it this value."""
         return f"--{'no-' if self.read is switch and value is False else ''}{self.name}"
 
     @property
@@ -173,13 +173,14 @@ class Option:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes what is not on the command line from the environment."""
+    """An argument parser that takes options that are not on the command line from the
+    environment."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.reads_file = ""  # the option that names a file of options, such as "--options"
-        self.gathers = ""  # the positional argument that may go on after options
+        self.gathers = ""  # the positional argument that may continue after options
         self._declared: list[Option] = []
 
     def add(self, options: Iterable[Option], title: str = "", prefix: str = "") -> None:
@@ -240,8 +241,8 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def _arguments_of_file(self, args: list[str]) -> list[str]:
-        """The options of the file that the arguments name, to stand before them; without those that
-        may be given several times and are among the arguments."""
+        """The options of the file that the arguments name, to be put before these. Options that may
+        be given several times are left out if they are among the arguments."""
         own = next(option for option in self._declared if f"--{option.name}" == self.reads_file)
         named = [i for i, text in enumerate(args) if text.partition("=")[0] == self.reads_file]
         if len(named) > 1:
@@ -274,7 +275,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        """One line, as every other mistake: the whole usage is a screen long."""
+        """Print one line, as for every other mistake, instead of the whole usage."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -292,7 +293,7 @@ def check_needs(values: Namespace, needs: Mapping[Option, Sequence[str]]) -> Non
 
 
 def from_mapping(options: Iterable[Option], given: Mapping[str, Any]) -> Namespace:
-    """Options given as NAME=VALUE, as Ray passes them, else from the environment.
+    """Options given as NAME=VALUE, as Ray passes them, or else from the environment.
 
     UserError for an unknown name or an invalid value.
     """
@@ -326,8 +327,8 @@ QUANTIZE = Option(
 )
 DTYPE = Option(
     "dtype",
-    "Floating-point type of a language model that is not quantized. auto: bfloat16 where the "
-    "device computes in it, otherwise float32.",
+    "Floating-point type of a language model that is not quantized. auto: float16 on a GPU "
+    "(bfloat16 in training); on a CPU, bfloat16 if the processor computes in it, else float32.",
     "auto",
     one_of("auto", "float32", "bfloat16"),
     metavar="{auto,float32,bfloat16}",
@@ -368,7 +369,7 @@ EMBEDDINGS_MB = Option(
     integer(0, 1_000_000),
     "MB",
 )
-# What minigpt4.load takes, or reads from the environment.
+# The options of minigpt4.load, which also reads them from the environment.
 LOADING = (MODEL, QUANTIZE, DTYPE, DEVICE, *PLACES, *REMOTE_LLM, EMBEDDINGS_MB)
 SAMPLING = tuple(
     Option(name, help, None, setting(name.replace("-", "_")))
@@ -412,5 +413,5 @@ def add_remote_llm_options(parser: Parser) -> None:
 
 
 def add_sampling_options(parser: Parser) -> None:
-    """--temperature, --top-p, ...; the model has defaults."""
+    """--temperature, --top-p, ...; their defaults are the model's."""
     parser.add(SAMPLING, "answer (by default as the model's configuration says)")

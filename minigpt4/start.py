@@ -1,4 +1,4 @@
-"""Options -> a loaded model or engine: what the command line, the page and Python share."""
+"""The start: options -> a loaded model or engine, for the command line, the page and Python."""
 
 import argparse
 import warnings
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
     Finish = Callable[[MiniGPT4, Progress], T]
 
-# If a step takes longer, the model hangs. One of a large model may take a minute on a CPU that is
+# If a step takes longer, the model hangs. A large model's step may take a minute on a CPU that is
 # busy and short of memory.
 HANG_SECONDS, SLOW_HANG_SECONDS = 60.0, 300.0
 SELECTED = "Model: {name}, because {why}."
 LEAST_MEMORY = 10**9  # bytes of address space: PyTorch alone takes 700 MB
 PROBE_SECONDS = 30.0  # for the first token of each server
-PROBE_MARGIN = 5.0  # for all of them to report that
+PROBE_MARGIN = 5.0  # seconds more, for all of them to report
 
 
 def given_places(options: argparse.Namespace) -> dict[str, str]:
-    """Role -> where the user's own weights for it are, as an option names it."""
+    """Role -> the user's own place of the weights for it, as an option names it."""
     roles = ("projection", "vision", "qformer", "llm")
     return {role: place for role in roles if (place := getattr(options, role, None))}
 
@@ -49,7 +49,7 @@ def given_sampling(options: argparse.Namespace) -> dict[str, float]:
 
     given = {f.name: getattr(options, f.name) for f in fields(Sampling)}
     given = {name: value for name, value in given.items() if value is not None}
-    Sampling(**given)  # so that a mistake is reported before minutes of loading
+    Sampling(**given)  # reports a mistake before minutes of loading
     return given
 
 
@@ -68,9 +68,9 @@ def default_sampling(config: ModelConfig, **given) -> "Sampling":
 def choose(free_gpu_bytes: int | None, free_bytes: int | None = None) -> tuple[ModelConfig, Step]:
     """The model that “auto” selects, and why: the largest that fits into the free memory.
 
-    On a GPU its weights are downloaded where they are missing. Without one, or where it is too
-    small, only models whose weights are here, or are a small download, are considered. free_bytes:
-    the computer's free memory; None: unknown, as on macOS and Windows.
+    On a GPU, missing weights are downloaded. Without a GPU, or if it is too small, only models are
+    considered whose weights are here or are a small download. free_bytes: the computer's free
+    memory; None: unknown, as on macOS and Windows.
     """
     from minigpt4.weights.sources import missing
 
@@ -141,8 +141,8 @@ def device_of(name: str) -> "torch.device":
 def quantize_of(
     name: Quantize, config: ModelConfig, device: "torch.device", report: Report = say
 ) -> Quantize:
-    """What “auto” means for this model here; for int4 the kernels are compiled where they are not
-    yet. UserError if int4 is requested but not available."""
+    """The precision, with “auto” resolved for this model and device. For int4, the kernels are
+    compiled if they are not yet. UserError if int4 is requested but not available."""
     if name not in ("auto", "int4") or (name == "auto" and not config.has_4bit_blocks):
         return name
     if device.type != "cpu":
@@ -165,8 +165,8 @@ def quantize_of(
 def prepare(
     config: ModelConfig, files: "WeightFiles", quantize: Quantize, report: Report = say
 ) -> "WeightFiles":
-    """The files to load: for “int4” the language model's 4-bit blocks and the large encoder's 8-bit
-    weights, converted where missing."""
+    """The files to load: for “int4”, the language model's 4-bit blocks and the large encoder's
+    8-bit weights, which are made if they are missing."""
     if quantize != "int4":
         return files
     from minigpt4.engine.decoder import threads
@@ -190,7 +190,7 @@ def _load(
     report: Report,
     finish: "Finish[T]",
 ) -> "T":
-    """Check the memory, convert, load, finish. UserError where the memory is too small."""
+    """Check the memory, convert, load, finish. UserError if the memory is too small."""
     from minigpt4.engine.native import quantize as quantizer
     from minigpt4.weights.llm import choose_dtype
     from minigpt4.weights.load import bytes_to_load, load_model
@@ -204,7 +204,7 @@ def _load(
         vision_dtype = computing if config.vision.large else None
         check_memory(config, files.llm, quantize, computing, vision_dtype)
 
-    def assemble(files: "WeightFiles") -> "T":  # its frame, which holds the model, ends with it
+    def assemble(files: "WeightFiles") -> "T":  # a function, so that its frame releases the model
         report(Step("opening", "Loading {name} …", name=config.name))
         read_here, read_by_engine = bytes_to_load(files, quantize)
         total = read_here + read_by_engine
@@ -227,7 +227,7 @@ def _load(
     except Exception as error:
         if not _too_large(error):
             raise
-    # Here the traceback, which holds the model, is gone: what is free is free.
+    # Here the traceback, which holds the model, is gone: the free memory is known.
     if on_cpu:
         raise too_little(config, quantize)
     raise UserError(
@@ -252,8 +252,8 @@ def open_model(options: argparse.Namespace, report: Report = say) -> "MiniGPT4":
 
 
 def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "T":
-    """What `finish` makes of the model, and of the progress of loading it, which it may complete.
-    Where it finds too little memory, “auto” goes on with a smaller model."""
+    """The result of `finish`, which gets the model and the progress of loading, to be completed. If
+    there is too little memory, “auto” continues with a smaller model."""
     _check_limit()
     from minigpt4.weights.load import download_weights, find_weights, owner_of
 
@@ -279,7 +279,7 @@ def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "
     from minigpt4.weights.memory import free_memory
 
     free_gpu = free_gpu_memory(device)
-    asked_for = device.type != "cpu" and options.device != "auto"  # this GPU, and no other device
+    asked_for = device.type != "cpu" and options.device != "auto"  # only this GPU is wanted
     config, why = choose(free_gpu, None if asked_for else free_memory())
     fits = free_gpu is None or 0 < config.gpu_gigabytes <= free_gpu / 1e9
     if not fits and not asked_for:
@@ -297,7 +297,7 @@ def _open(options: argparse.Namespace, report: Report, finish: "Finish[T]") -> "
 
 
 def _check_limit() -> None:
-    """UserError where the process may not have the memory of PyTorch alone, which would abort."""
+    """UserError if the memory limit is too low even for PyTorch, which would abort."""
     with suppress(ImportError):  # Windows has no such limits
         import resource
 
@@ -361,7 +361,7 @@ def open_engine(
 
 
 def _embedding_store(model: "MiniGPT4", megabytes: int) -> "EmbeddingStore | None":
-    """Where embeddings are kept that take seconds to compute, up to so many megabytes."""
+    """The store, of up to `megabytes`, for embeddings that take seconds to compute."""
     if model.device.type != "cpu" or not model.config.vision.large:
         return None
     from minigpt4.engine.pictures import EmbeddingStore

@@ -198,15 +198,15 @@ LEVELS = [{"label": "low"}, {"label": "low"}]
         ("questions[0].choices[0]", "must be an object", asked(choice("a", "b"))),
         ("questions[0].choices[0].value", "true or false", asked(choice({"value": 1}, B))),
         ("questions[0].choices[1].value", "is empty", asked(choice(A, {"value": ""}))),
-        ("questions[0].choices[1].value", "is there twice", asked(choice(A, A))),
+        ("questions[0].choices[1].value", "is given twice", asked(choice(A, A))),
         (
             "questions[0].levels[1].label",
-            "is there twice",
+            "is given twice",
             asked({"type": "score", "instructions": "How?", "levels": LEVELS}),
         ),
         (
             "questions[1].name",
-            "is there twice",
+            "is given twice",
             asked(predicate("It barks.", name="x"), predicate("It runs.", name="x")),
         ),
     ],

@@ -413,6 +413,8 @@ def test_enter_before_the_end_of_an_answer(visit, engine):
     for _ in range(3):
         box(page).press("Enter")
     expect(answers(page)).to_contain_text("word3")
+    box(page).press("Enter")
+    expect(answers(page)).to_contain_text("word30")
     expect(page.get_by_text("stop it first")).to_have_count(0)
     say(page, "And then?")
     expect(page.get_by_text("stop it first")).to_be_visible()

@@ -232,7 +232,7 @@ def test_a_number_that_no_float_holds_is_not_echoed(address):
     ("sentence", "param", "body"),
     [
         (
-            "text.format and guided_choice both bind the answer: send one of them.",
+            "text.format and guided_choice both constrain the answer: send one of them.",
             "guided_choice",
             {"text": {"format": {"type": "json_object"}}, "guided_choice": ["a"]},
         ),

@@ -201,11 +201,11 @@ def test_the_word_head_learns_and_is_kept(tmp_path):
 def test_pictures_of_few_captions(model, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(small_start, "start", lambda model, features, texts: (texts, 0, 0))
     single = [replace(picture, captions=picture.captions[:1]) for picture in pictures]
-    begun, _, _ = small_run.beginning(model, sources(model, single))
+    begun, _, _ = small_run.initial_projection(model, sources(model, single))
     assert sorted(begun) == sorted(picture.captions for picture in single)
     bare = [replace(picture, captions=()) for picture in pictures]
     with pytest.raises(UserError, match="have no captions"):
-        small_run.beginning(model, sources(model, bare))
+        small_run.initial_projection(model, sources(model, bare))
     encoded = SimpleNamespace(usable=lambda: list(range(7)))
     monkeypatch.setattr(small_run, "Features", lambda *_: encoded)
     of_set = small_run.DataSets(model, {"train": pictures[:7]}, tmp_path)

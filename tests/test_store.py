@@ -570,7 +570,7 @@ def test_pictures_are_dropped_and_pasted_anywhere(visit, photo):
     for place in ("#chat", "#box textarea"):
         assert page.evaluate(DROP, [place, "dragover", [address]])
         assert page.evaluate(DROP, [place, "drop", [address]])
-        expect(page.get_by_text("Only the picture's address has come")).to_be_visible()
+        expect(page.get_by_text("Only the picture's address has arrived")).to_be_visible()
         page.evaluate("document.querySelector('.notice').remove()")
 
     # What comes before the message box is there is added to it later.

@@ -10,7 +10,8 @@ from playwright.sync_api import Page, expect
 
 from minigpt4.web.page import answers as page_answers
 from minigpt4.web.page import transcript
-from tests.page_case import WIDE, answers, ask, attach, box, done, picture, questions, say
+from tests.fake_engine import FakeAnswer
+from tests.page_case import WIDE, answers, ask, attach, box, done, picture, questions, say, wait_for
 from tests.test_store import LEFT, new_chat, titles
 
 
@@ -104,6 +105,31 @@ def test_what_is_done_while_another_is_opened_does_not_reach_it(page, engine):
     expect(questions(page)).to_have_text("Fresh?")
     done(page)
     assert [len(asked.messages) for asked in engine.asked[count:]] == [2]
+
+
+def test_an_edit_that_is_accepted_after_its_conversation_was_left(page, monkeypatch):
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        gate.wait(30)
+        return FakeAnswer(*arguments)
+
+    monkeypatch.setattr("minigpt4.web.page.session.ask", slow)
+    box(page).press("ArrowUp")
+    page.locator("#chat textarea").fill("Bravo? And more?")
+    page.locator("#chat textarea").press("Control+Enter")
+    while not begun.is_set():
+        page.wait_for_timeout(20)
+    row(page, "Alpha").click()
+    opened(page, "Alpha")
+    gate.set()
+    wait_for(lambda: page.evaluate("minigpt4.chats.search('more').then(({ length }) => length)"))
+    row(page, "Bravo").click()
+    opened(page, "Bravo")
+    expect(questions(page)).to_have_text("Bravo? And more?")
+    page.get_by_role("button", name="Previous version").click()
+    expect(questions(page)).to_have_text("Bravo?")
 
 
 def test_what_is_told_late_of_a_conversation_that_was_left(page, engine, monkeypatch):

@@ -118,7 +118,7 @@ def test_losses_on_other_pictures_are_not_compared(examples, held_out, tmp_path,
 def test_all_processes_end_where_the_main_one_cannot_begin(monkeypatch):
     wrong = UserError("The held-out pictures are others.")
     monkeypatch.setattr(training, "broadcast_object_list", lambda found: [wrong])
-    begun = training.begun(SimpleNamespace(main=False), [], Namespace())
+    begun = training.prepared(SimpleNamespace(main=False), [], Namespace())
     with pytest.raises(UserError, match="are others"), begun:
         raise AssertionError("began")
 
@@ -131,9 +131,9 @@ def test_two_runs_do_not_write_one_folder(tmp_path, monkeypatch):
     given = Namespace(validate_every=1)
     for _ in range(2):  # one after the other may
         with (
-            training.begun(run, [], given),
+            training.prepared(run, [], given),
             pytest.raises(UserError, match="Another run is writing"),
-            training.begun(run, [], given),
+            training.prepared(run, [], given),
         ):
             raise AssertionError("began")
 

@@ -1,7 +1,7 @@
 """Data files of the package: `prompts`, and the projections trained in this repository (`weights`).
 
-In a checkout they lie at its root, where people edit them; setup.py copies them into this package
-when a wheel is built. Nobody else needs to know which of the two applies.
+In a checkout they are at its root, where people edit them; setup.py copies them into this package
+when a wheel is built. No other module needs to know which of the two applies.
 """
 
 import os
@@ -18,5 +18,5 @@ def folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what is made or downloaded is kept for this user: in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder for this user's downloads and builds: in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minigpt4")

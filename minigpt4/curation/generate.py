@@ -22,7 +22,7 @@ MIN_TOKENS = 80  # in the paper
 def paper_template(template: Template) -> Template:
     """The template in which the paper generates and trains: "###Human: … ###Assistant: ".
 
-    The published chat adds a system text, and omits the mark of its first turn.
+    The published chat adds a system text, and omits the marker before the first turn.
     """
     if not template.training_user:
         return replace(template, system="")
@@ -31,7 +31,7 @@ def paper_template(template: Template) -> Template:
         system="",
         user=template.training_user,
         user_end=template.training_user_end or template.user_end,
-        assistant_end=" " if template.assistant_end else "",  # the next turn begins with the mark
+        assistant_end=" " if template.assistant_end else "",  # the next turn begins with the marker
     )
 
 

@@ -82,7 +82,7 @@ class EndpointRefiner(Endpoint):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What refining will take. Four bytes of text count as one token."""
+    """The estimated work of refining. Four bytes of text count as one token."""
 
     requests: int
     prompt_tokens: int
@@ -94,7 +94,7 @@ class Estimate:
 
 
 def estimate(texts: Sequence[str], instruction: str) -> Estimate:
-    """For one request per text, with an answer of the same length."""
+    """The estimate for one request per text, with an answer of the same length."""
     asked = len(texts) * (_tokens(instruction) + MESSAGE_TOKENS)
     said = sum(map(_tokens, texts))
     return Estimate(len(texts), asked + said, said)
@@ -151,7 +151,8 @@ def _outcome(future: Future[Completion]) -> Completion | UserError | Failed:
     except Failed as error:
         return error
     except UserError as error:
-        # After an error that is not of this text (its length, say), later requests would fail, too.
+        # Other errors do not depend on this text (as on its length): later requests would fail,
+        # too.
         return error if error.kind in ("request", "too_long") else Failed(str(error))
 
 

@@ -78,7 +78,7 @@ class Review:
         return self._decided(image_id).get("text", self._items[image_id]["text"])
 
     def _decided(self, image_id: str) -> dict:
-        """The record of the decision on the present description; empty if there is none."""
+        """The record of the decision on the current description; empty if there is none."""
         record = self._records.records.get(image_id, {})
         now = self._items[image_id]["text"]
         return record if record.get("before", now) == now else {}

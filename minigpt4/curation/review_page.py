@@ -28,8 +28,9 @@ HELP = (
 class ReviewPage:
     """The event handlers of one review.
 
-    `shown` is "TURN ID", what the browser shows. Every event returns it, so that a decision is
-    about the picture that was seen; a new turn tells the browser that the next picture is there.
+    `shown` is "TURN ID" of the picture that the browser shows. Every event sends it, so that a
+    decision is about the picture that was seen; a new turn tells the browser that there is a new
+    picture.
     """
 
     def __init__(self, review: Review) -> None:
@@ -76,7 +77,7 @@ class ReviewPage:
         return page
 
     def begin(self) -> tuple:
-        """What a browser that has just come is shown."""
+        """The values for a browser that has just opened the page."""
         return self._show(self._review.next(), 0)
 
     def keep(self, shown: str, text: str) -> tuple:

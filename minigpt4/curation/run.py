@@ -1,4 +1,4 @@
-"""python -m minigpt4 curate STEP: what each step does with its options."""
+"""python -m minigpt4 curate STEP: runs each step with its options."""
 
 import argparse
 import os
@@ -49,7 +49,7 @@ def generate(options: argparse.Namespace) -> None:
         if done := len(files) - len(missing):
             start.say(
                 f"{done} of {len(files)} are described in {options.out} and stay as they are: to "
-                "describe them anew, choose another “--out”."
+                "describe them again, choose another “--out”."
             )
         with tqdm(total=len(files), initial=done, unit="picture") as bar:
             for record in generator(missing):

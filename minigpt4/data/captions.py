@@ -1,4 +1,4 @@
-"""Checks of captions, and the account of the records that a reader of data leaves out."""
+"""Checks of captions, and reports of the records that a reader of data leaves out."""
 
 import ast
 import re
@@ -64,7 +64,7 @@ FIELDS = (
 )
 # Further columns of captions, beside "caption" or without it.
 NUMBERED = re.compile(r"captions?[ _-]?\d+")
-# What programs write into a cell that has no value, and spreadsheets into one with an error.
+# Texts of cells without a value, as programs write them, and of spreadsheets' cells with an error.
 _EMPTY_CELLS = {
     *("nan", "NaN", "null", "NULL", "None", "#N/A", "N/A", "<NA>", "#NAME?", "#REF!", "#VALUE!"),
     *("#DIV/0!", "#NULL!", "#NUM!", "#SPILL!", "#CALC!", "#ERROR!"),
@@ -78,7 +78,7 @@ _LIST = re.compile(
     r"(?<=[\])}])(?:,\s*dtype=[^)]*\))?",
     re.DOTALL,
 )
-# What begins as such, or as an object, and is no text either.
+# Texts that begin like such a list or an object, and are no captions either.
 _VALUE = re.compile(r"""\[[{'"]|\('|\{['"]|\[?(?:np\.)?(?:array|str_)\(""")
 
 Read = TypeVar("Read")
@@ -120,7 +120,7 @@ def _unquoted(text: str) -> str:
 
 
 def choose_captions(values: Iterable[object], cells: bool = True) -> tuple[tuple[str, ...], str]:
-    """The captions of the first of several sources that has any; if none has, the reason.
+    """(the captions of the first value that has any, ""), or ((), the reason why none has).
 
     cells: as for `captions_in`.
     """
@@ -145,7 +145,7 @@ class Reading:
         self._left_out: dict[str, list[str]] = {}
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Count something that is left out. name: what the user finds it by."""
+        """Count something that is left out. name: its name in messages."""
         self._left_out.setdefault(reason, []).append(name)
 
     @contextmanager

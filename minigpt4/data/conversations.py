@@ -23,7 +23,7 @@ _TOOLS = {
     "ipython",
 }
 _NAMED = re.compile(r"(?i)<img>[^<]+</img>")  # Qwen-VL's way to name a picture
-# Marks that stand for a picture. “<img>” is also HTML: only at the ends of lines it is a mark.
+# Marks that stand for a picture. “<img>” is also HTML: it is a mark only at the ends of lines.
 _MARK = re.compile(
     r"\s*(<\|vision_start\|>\s*<\|?image(?:_pad)?\|?>\s*<\|vision_end\|>|\[IMG\]"
     r"|<\|?(?:image(?:[ _-]?\d+)?|ImageHere|image_(?:placeholder|pad|soft_token))\|?>"
@@ -31,7 +31,7 @@ _MARK = re.compile(
     r"|^[^\S\n]*<img>|<img>(?=\s*$))\s*",
     re.MULTILINE,
 )
-# Marks of other media, likewise; of boxes, as ms-swift, Qwen and InternVL write them.
+# Marks of other media, with the same rule; and of boxes, as ms-swift, Qwen and InternVL write them.
 _MEDIA = re.compile(
     r"(?im)<\|(?:video|audio)(?:_pad|_\d+)?\|>|^\s*<(?:video|audio)>|<(?:video|audio)>\s*$"
 )
@@ -46,7 +46,7 @@ def turns_of(row: dict) -> list | None:
 
 
 def check_record(row: dict) -> None:
-    """NotUsable if a record's answer is bad or one of two, or if it is not about a picture alone.
+    """NotUsable if a record's answer is bad or one of two, or if it is not only about pictures.
 
     row: with names in lower case.
     """
@@ -63,8 +63,9 @@ def check_record(row: dict) -> None:
 
 
 def texts_of(row: dict, turns: list) -> tuple[Text, ...]:
-    """Each answer of a conversation, after the turns before it. Those marked as not to be learned
-    are only such turns, as is a greeting before the first question. NotUsable if none is left."""
+    """Each answer of a conversation, with the turns before it. Answers that are marked as not to be
+    learned, and a greeting before the first question, are only such turns. NotUsable if no answer
+    is left."""
     found = [*_exchanges(turns)]
     exchanges = without_marks(with_system(row, [(q, a) for q, a, _ in found]))
     texts = tuple(
@@ -78,14 +79,14 @@ def texts_of(row: dict, turns: list) -> tuple[Text, ...]:
 
 
 def with_system(row: dict, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The exchanges, the record's system text in the first question as that of a message is."""
+    """The exchanges, with the record's system text in the first question, as for messages."""
     said, _ = captions.choose_captions((row.get(name) for name in SYSTEM), cells=False)
     return [(_joined([*said * (not n), q]), a) for n, (q, a) in enumerate(exchanges)]
 
 
 def history_of(row: dict) -> tuple[tuple[str, str], ...]:
-    """The earlier turns in a record's "history": pairs of question and answer, or messages; with
-    the marks of pictures.
+    """The earlier turns in a record's "history" (pairs of question and answer, or messages), still
+    with the marks of pictures.
 
     NotUsable if it has anything else.
     """
@@ -112,12 +113,12 @@ def pictures_in(row: dict) -> list[object]:
 
 
 def without_marks(exchanges: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """(question, answer) pairs, the questions without the mark that stands for the picture, which
-    comes first here. NotUsable if they have marks of several pictures, of other media or of boxes.
+    """(question, answer) pairs; the questions without the mark of the picture, which always comes
+    first here. NotUsable if they have marks of several pictures, of other media or of boxes.
     """
     marks = [[mark.strip() for mark in _MARK.findall(question)] for question, _ in exchanges]
     numbered = {mark for found in marks for mark in found if re.search(r"\d", mark)}
-    # Each may occur again, the others once in each question.
+    # A numbered mark may be repeated, one without a number may occur once in each question.
     others = max((sum(m not in numbered for m in found) for found in marks), default=0)
     if len(numbered) + others > 1:
         raise NotUsable(captions.MARKS)

@@ -51,7 +51,7 @@ from minigpt4.errors import UserError
 from minigpt4.model.image import has_picture_name
 
 HUB = "hf:"  # hf:USER/NAME[:SPLIT]
-# What is not read: the ending of a file -> what it is, and what to do.
+# Endings of files that are not read -> what the file is, and what to do.
 _OTHER_KINDS = {
     (".parquet",): "a Parquet file: install “datasets” and name its folder, or convert it to JSON "
     "lines and picture files",
@@ -71,7 +71,7 @@ _OTHER_KINDS = {
     "captions and picture files",
     (".yaml", ".yml", ".toml"): "a configuration file: name the data itself",
 }
-# What libraries write about the data beside them.
+# Files that libraries write beside the data.
 _OF_LIBRARIES = ("_stats.json", "dataset_info.json", ".parquet")
 _FORMATS = (
     "WebDataset shards, a table of captions (CSV or JSON lines), COCO's or LLaVA's JSON, or a "
@@ -83,7 +83,7 @@ def read_captioned(where: str, limit: int | None = None) -> list[Example]:
     """Captioned pictures in any of the formats of docs/own-data.md.
 
     where: a file, a folder, a glob or brace range of shards, or hf:USER/NAME[:SPLIT].
-    limit: read only the first examples. UserError if it is in no known format.
+    limit: read only the first examples. UserError if the format is unknown.
     """
     where = str(where)
     if where.startswith(HUB):
@@ -147,18 +147,20 @@ def _read_folder(folder: Path) -> list[Example]:
 
 
 def _is_annotation(path: Path) -> bool:
-    """Whether a JSON file beside no picture may be a data set's, not a program's own."""
+    """Whether a JSON file without a picture may be a data set's annotations, not a program's
+    file."""
     own = is_hidden(path.name) or not is_file(path)
     return not (own or path.name.endswith(_OF_LIBRARIES))
 
 
 def _read_files(folder: Path) -> list[Example]:
-    """KEY.jpg beside KEY.txt or KEY.json, in the folder and those in it: img2dataset's "files"."""
+    """KEY.jpg beside KEY.txt or KEY.json, in the folder and its subfolders: img2dataset's
+    "files"."""
     names = [name for name in _walk(folder) if not name.endswith(_OF_LIBRARIES)]
     if not any(name.lower().endswith((".txt", ".json")) for name in names):
         why = f"Name {table} itself." if (table := _annotation_in(folder, names)) else _why(names)
         raise UserError(f"{printable(folder)} contains no table of captions. {why}")
-    # Links may lead nowhere: a text that is not there is none.
+    # Links may lead nowhere: a text that does not exist is left out.
     names = [name for name in names if has_picture_name(name) or is_file(folder / name)]
     reading = Reading(folder)
     found = []
@@ -199,7 +201,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _why(names: list[str]) -> str:
-    """What a folder without captions is, and what to do."""
+    """What is wrong with a folder without captions, and what to do."""
     for name in names:
         for ends, kind in _OTHER_KINDS.items():
             if name.lower().endswith(ends):
@@ -306,7 +308,7 @@ def _read_coco(path: Path, content: dict) -> list[Example]:
 
 
 def _names_by_id(images: object, reading: Reading) -> dict[str, str | None]:
-    """The id of each of COCO's images -> its name; None for an id of several."""
+    """The id of each of COCO's images -> its name; None for an id that several have."""
     found: dict[str, str | None] = {}
     for number, image in enumerate(images if isinstance(images, list) else [], 1):
         record = image if isinstance(image, dict) else {}
@@ -334,9 +336,9 @@ _OTHER_COCO = {
 
 
 def _folders_of(path: Path) -> list[list[Path]]:
-    """Where the pictures of a JSON file are looked for, as for `PictureFinder`: beside it and, as
-    COCO's, beside `annotations/`; in the folders there whose names are in the file's, such as val/
-    for captions_val.json; then in the others."""
+    """The folders in which the pictures of a JSON file are looked for, as for `PictureFinder`: its
+    own and, as for COCO's, that of `annotations/`; then folders there whose names are in the
+    file's name, such as val/ for captions_val.json; then the other folders there."""
     around = [path.parent] + ([path.parent.parent] if path.parent.name == "annotations" else [])
     inner = [f for folder in around for f in folders_in(folder)]
     stem = path.stem.casefold()

@@ -29,7 +29,7 @@ from minigpt4.model import image
 
 MOST_UNUSABLE = 0.5  # of the pictures: with more, a result would be about something else
 LONGEST_PATH = 4096  # characters; a longer "name" is a picture's content
-_SHARD_BLOCKS = 64  # of a shard, which are read to tell it from others
+_SHARD_BLOCKS = 64  # blocks of a shard that are read to tell it from others
 NAMED = 10  # pictures that cannot be used; the others are only counted
 
 
@@ -53,7 +53,7 @@ class Example:
     read: Callable[[], bytes]
     texts: tuple[Text, ...]
     captions: tuple[str, ...] = ()
-    sample: Callable[[], str] = str  # what `version` is; called when it is first asked for
+    sample: Callable[[], str] = str  # computes `version`, when it is first needed
 
     @cached_property
     def version(self) -> str:
@@ -140,7 +140,7 @@ def read_shards(pattern: str) -> list[Example]:
 
 def _read_shard(shard: Path, shard_name: str, reading: Reading) -> Iterator[Example]:
     index = members(shard)
-    # Once for all of its pictures: there may be millions of them.
+    # Once for all pictures of the shard: there may be millions.
     whole = sample_of(shard, _SHARD_BLOCKS)
 
     def read(name: str) -> bytes:
@@ -158,8 +158,8 @@ def captioned_files(
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(key, picture's name, captions) of KEY.jpg beside KEY.json or KEY.txt, the JSON first.
 
-    An ending begins at the last dot of a name. Hidden files do not count; other files with a key,
-    such as KEY.svg or KEY.cls, are left out unless KEY has a picture.
+    An ending begins at the last dot of a name. Hidden files do not count; other files, such as
+    KEY.svg or KEY.cls, are reported as left out unless KEY has a picture.
     """
     pictures: dict[str, str] = {}
     texts: dict[str, dict[str, str]] = {}
@@ -228,8 +228,8 @@ def _captions_beside(
 
 
 def fields_of(record: object) -> list[object]:
-    """The values of a record's caption fields in the order in which they are tried; a value that is
-    no record itself. "caption_2" is a part of "caption"."""
+    """The values of a record's caption fields in the order in which they are tried. Any other value
+    is returned itself. "caption_2" is a part of "caption"."""
     if not isinstance(record, dict):
         return [record]
     named = {str(name).strip().casefold(): value for name, value in record.items()}
@@ -319,7 +319,7 @@ class Collected:
     ) -> None:
         """Add the texts of the picture `name`; without texts it is left out for this reason.
 
-        found: captions among them. shown: what the user finds the record by.
+        found: captions among them. shown: the record's name in messages.
         """
         shown = shown or name
         if name not in self._paths:

@@ -25,9 +25,9 @@ SHOWN = 80  # characters of a name that a message shows
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _WEB_PAGE = re.compile(r"(?i)\s*<(!doctype\s+html|html)\b")
 _ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|pipe:")
-# How torch.save, which gives no reason, and safetensors say that the disk refuses a file.
+# The messages of torch.save (without a reason) and safetensors if the disk refuses a file.
 _REFUSED = re.compile(r"inline_container\.cc|\(os error (\d+)\)")
-# Control characters, and those that turn the direction of what follows.
+# Control characters, and those that change the direction of the text after them.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 _ENCODINGS = (  # the longer marks first: UTF-32's begins with UTF-16's
@@ -53,7 +53,7 @@ def shortened(name: object) -> str:
 
 
 def local_path(where: str | os.PathLike) -> Path:
-    """The path that a user names; "~" is a home folder. UserError if there can be no such path."""
+    """The path that a user names; "~" is a home folder. UserError if it cannot be a path."""
     if not str(where).strip():
         raise UserError("A path is empty: check the variable or the line that it comes from.")
     if _ADDRESS.match(str(where)):
@@ -108,10 +108,10 @@ def read_text(path: str | os.PathLike) -> str:
         raise UserError(f"{printable(path)} is not in UTF-8: save it as UTF-8.") from error
     if _WEB_PAGE.match(text):
         raise UserError(
-            f"{printable(path)} is a web page, not the file itself: download the file anew."
+            f"{printable(path)} is a web page, not the file itself: download the file again."
         )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.replace("\n\ufeff", "\n")  # of files that were joined
+    return text.replace("\n\ufeff", "\n")  # marks inside, from files that were joined
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -131,7 +131,7 @@ def parse_json(path: str | os.PathLike, text: str) -> Any:
 
 
 def _column(error: Exception, line: str = " at") -> str:
-    """Where JSON is wrong; "" if that is not said."""
+    """The place at which JSON is wrong; "" if the error does not say."""
     if not isinstance(error, json.JSONDecodeError):
         return ""
     return f"{line.format(error)} column {error.colno}"
@@ -206,7 +206,7 @@ def repair_jsonl(path: str | os.PathLike) -> bytes:
 
 @contextmanager
 def naming(path: str | os.PathLike | None) -> Iterator[None]:
-    """An OSError in the block names the file: a write that the disk refuses does not by itself."""
+    """Adds the file's name to an OSError in the block: failed writes do not name the file."""
     try:
         yield
     except OSError as error:
@@ -217,11 +217,11 @@ def naming(path: str | os.PathLike | None) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Write a file whole or not at all: yields the path to write to, which replaces `path` at the
-    end of the block. After an error it is deleted, and `path` is as it was.
+    """Write a file completely or not at all: yields the path to write to, which replaces `path` at
+    the end of the block. After an error it is deleted, and `path` is unchanged.
 
     shared: other processes may write the same file at the same time. OSError if the disk refuses
-    it, whichever library writes.
+    the file, whichever library writes it.
     """
     mark = f".{os.getpid()}" if shared else ""
     partial = path.with_name(f"{path.name}{mark}.part")
@@ -230,7 +230,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         mode = partial.stat().st_mode
         with naming(path):
             yield partial
-        # Some libraries write for the owner alone, and some disks have no modes.
+        # Some libraries let only the owner read the file, and some disks have no modes.
         with suppress(OSError):
             partial.chmod(partial.stat().st_mode | mode)
         partial.replace(path)
@@ -246,7 +246,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def lock(file: IO, refusal: str) -> None:
-    """Lock an open file until it is closed. UserError with this sentence where another run has it.
+    """Lock an open file until it is closed. UserError with this sentence if another run has it.
 
     Nothing is checked on disks that cannot lock, and on Windows.
     """
@@ -271,7 +271,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
             import yaml
 
             found = yaml.safe_load(text) or {}
-    except Exception as error:  # of two libraries
+    except Exception as error:  # from either library
         raise UserError(
             f"{printable(path)} is not TOML or YAML: check it near {_place_of(error)}."
         ) from error

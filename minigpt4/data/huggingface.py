@@ -17,7 +17,7 @@ from minigpt4.data.table import PICTURE, picture_folders, read_rows, texts_of_ro
 from minigpt4.errors import UserError, quiet_hub, say
 from minigpt4.model.image import has_picture_name
 
-_BLOCKS = 64  # of each file, which are read to tell it from others
+_BLOCKS = 64  # blocks of each file that are read to tell it from others
 
 
 def is_saved(folder: Path) -> bool:
@@ -41,7 +41,7 @@ def read_saved(folder: Path) -> list[Example]:
             opened = datasets.load_from_disk(str(folder))
             if isinstance(opened, dict):
                 opened = opened["train"] if "train" in opened else next(iter(opened.values()))
-    # The library's own mark depends on where the files are.
+    # The library's own fingerprint depends on where the files are.
     sample = cache(lambda: " ".join(sample_of(file, _BLOCKS) for file in stored))
     return _examples(opened, str(folder), folder, sample)
 
@@ -69,16 +69,16 @@ def read_dataset(name: str, limit: int | None = None) -> list[Example]:
 
 @contextmanager
 def _loading(name: str, advice: str) -> Iterator[None]:
-    """UserError for whatever the library raises."""
+    """Turns any error of the library into a UserError."""
     try:
         yield
-    except Exception as error:  # of the library, the network or the data set
+    except Exception as error:  # from the library, the network or the data set
         first = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"The data set {name} cannot be loaded ({first}): {advice}.") from error
 
 
 def _first_rows(stream: Any, limit: int) -> Any:
-    """A data set in memory, its pictures as they are encoded."""
+    """A data set in memory; its pictures stay encoded."""
     import datasets
 
     encoded = datasets.Image(decode=False)
@@ -116,7 +116,7 @@ def _library(name: str) -> Any:
 
 
 def _picture_columns(dataset: Any, name: str) -> tuple[list[str], str]:
-    """(the columns of pictures, the one to use). UserError if there is none, or a choice."""
+    """(the columns of pictures, the one to use). UserError if there is none, or no obvious one."""
     import datasets
 
     kinds = {n: getattr(f, "feature", None) or f for n, f in dataset.features.items()}
@@ -144,7 +144,7 @@ def _examples(
 ) -> list[Example]:
     """The rows that have one picture and a text. Pictures stay in the library's files.
 
-    folder: where pictures are that the rows only name; None for the hub, which has none.
+    folder: where pictures are that the rows only name; None for a data set from the hub.
     sample: as for `Example`.
     """
     pictures, column = _picture_columns(dataset, name)

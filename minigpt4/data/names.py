@@ -20,10 +20,10 @@ def is_hidden(name: str) -> bool:
 
 
 class PictureFinder:
-    """Finds pictures in groups of folders, of which the first that has the name counts.
+    """Finds pictures in groups of folders; the first group that has the name counts.
 
-    A name is found as it stands, without blanks and quotes around it, with backslashes for slashes,
-    in another Unicode normalization or case, and with another picture ending or without one. Of an
+    A name is found as written, without blanks and quotes around it, with backslashes for slashes,
+    in another Unicode normalization or case, and with another picture ending or without one. For an
     absolute path from another machine, the longest end that exists counts.
     """
 
@@ -32,7 +32,7 @@ class PictureFinder:
         self._listings: dict[Path, _Listing] = {}
 
     def find(self, name: str) -> list[Path]:
-        """The file; several if that leaves a choice, as between the folders of one group."""
+        """The file; several if the name is ambiguous, for example in the folders of one group."""
         names = _readings(name)
         for written in names:
             for group in self._groups:
@@ -72,7 +72,7 @@ class PictureFinder:
 
 
 def _readings(name: str) -> list[str]:
-    """What a written name may mean, in the order in which it is tried."""
+    """The names that a written name may mean, in the order in which they are tried."""
     bare = name.strip().strip("\"'")
     found = [name, bare]
     if bare[:7].lower() == "file://":
@@ -100,7 +100,7 @@ class _Listing:
                 self._stems.setdefault(folded(_stem(name)), []).append(name)
 
     def exact(self, name: str) -> list[str]:
-        """The name itself, or else those that differ in normalization alone, or else in case."""
+        """The name itself, or else those that differ only in normalization, or else in case."""
         return _nearest(self._names.get(folded(name), []), name, str)
 
     def with_other_ending(self, name: str) -> list[str]:
@@ -112,7 +112,7 @@ class _Listing:
 
 
 def _nearest(names: list[str], wanted: str, part: Callable[[str], str]) -> list[str]:
-    """Those of the names whose part is most like the wanted one."""
+    """The names whose part is most similar to the wanted one."""
     for form in (str, _normal):
         if same := [name for name in names if form(part(name)) == form(wanted)]:
             return same
@@ -124,7 +124,7 @@ def _stem(name: str) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file, also at the end of links; False for what cannot be a path."""
+    """Whether there is a file, also at the end of links; False if this cannot be a path."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or contains a null byte
@@ -136,5 +136,5 @@ def _normal(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """A name without its case and Unicode form, which systems change."""
+    """A name without differences of case and Unicode form, which systems change."""
     return _normal(_normal(name).casefold())

@@ -10,7 +10,7 @@ from minigpt4.data.shards import expand
 from minigpt4.errors import UserError
 from minigpt4.model.image import has_picture_name
 
-_PAGES = (".md", ".html")  # no data; a report has its place in a page
+_PAGES = (".md", ".html")  # not data: a report is written into a page that has text already
 
 
 def print_json(result: dict, path: str | None) -> None:
@@ -41,20 +41,20 @@ def _write(path: str, text: str) -> None:
 def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:
     """UserError if an output is a folder, or would overwrite an input or another output.
 
-    outputs: option -> its file. inputs: files, patterns of them, and folders, which stand for all
-    files in them but pages.
+    outputs: option -> its file. inputs: files, patterns of files, and folders, which stand for all
+    their files except pages.
     """
     taken = set()
     for given in filter(None, inputs):
         place = Path(given).expanduser()
-        with suppress(UserError):  # reading it says that it is missing
+        with suppress(UserError):  # reading it reports that it is missing
             taken |= {file.resolve() for file in ([place] if place.exists() else expand(given))}
     for option, path in outputs.items():
         if path and Path(path).is_dir():
             raise UserError(f"“--{option} {path}” is a folder: name a file in it.")
         if path and (Path(path).is_file() or not Path(path).exists()):  # not a device or a pipe
             file = Path(path).resolve()
-            # An empty file is what a command leaves that ended before it wrote.
+            # An empty file may be overwritten: a command that ended early leaves one.
             filled = file.suffix not in _PAGES and file.exists() and file.stat().st_size
             among = has_picture_name(file.name) or not taken.isdisjoint(file.parents)
             if file in taken or (filled and among):

@@ -13,7 +13,7 @@ from pathlib import Path
 from minigpt4.data.files import check_pointer, local_path, printable, version_of
 from minigpt4.errors import UserError, say
 
-MOST_SHARDS = 300_000  # that a pattern may name; LAION-5B has 230,000
+MOST_SHARDS = 300_000  # the most that a pattern may name; LAION-5B has 230,000
 _BRACE = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 
 
@@ -40,8 +40,8 @@ def expand(pattern: str) -> list[Path]:
 
 
 def names_of(shards: Sequence[Path]) -> list[str]:
-    """A name for each shard that no other has: without its ending, and where several share that,
-    with its folders below the one that has them all."""
+    """A unique name for each shard: without its ending and, if several share that, with its folders
+    below their common folder."""
     stems = [shard.stem for shard in shards]
     if len({*stems}) == len(shards):
         return stems
@@ -64,8 +64,8 @@ def _in_braces(pattern: str) -> Iterator[str]:
 
 
 def members(shard: Path) -> dict[str, tuple[int, int]]:
-    """The name of each file in a shard -> (offset, size) in bytes. A link has its target's; one
-    that leads to no file there is an empty file.
+    """The name of each file in a shard -> (offset, size) in bytes. A link has those of its
+    target; a link whose target is not in the shard counts as an empty file.
 
     UserError if the shard is damaged, or compressed: then it has no offsets.
     """
@@ -95,7 +95,7 @@ def _index(shard: Path, version: str) -> dict[str, tuple[int, int]]:
 
 
 def _target(link: tarfile.TarInfo) -> str:
-    """The file that a link in a shard leads to: a hard link's by its name in the shard."""
+    """The file that a link leads to. A hard link's target is given by its name in the shard."""
     folder = posixpath.dirname(link.name) if link.issym() else ""
     return posixpath.normpath(posixpath.join(folder, link.linkname))
 

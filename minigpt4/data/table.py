@@ -27,7 +27,7 @@ from minigpt4.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", *JSON_LINES)
-TEXTS = (".txt", ".token")  # which may be tables
+TEXTS = (".txt", ".token")  # endings of text files that may be tables
 # Names that a column or a field may have; the first one with a value counts.
 PICTURE = (
     "file_name",
@@ -45,10 +45,10 @@ PICTURE = (
     "image_id",
 )
 INSTRUCTION = ("instruction", "question", "prompt", "query")
-# Columns that are read, beside captions, so that a second one of the name would hide the first.
+# Columns that are read besides captions: a second one with the same name would hide the first.
 _READ = {*PICTURE, *INSTRUCTION, *SYSTEM, "input", "history"}
 _DELIMITERS = (",", ";", "\t", "|")
-_MOST_TEXTS = 10  # in a folder; more are the captions of a picture each
+_MOST_TEXTS = 10  # text files in a folder that may be tables; more are one picture's captions each
 # A line of Flickr8k.token.txt, which has no header.
 _FLICKR = re.compile(r"\ufeff?[^\t\n]+\.\w+#\d+\t")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{10000}")
@@ -67,7 +67,7 @@ def is_table(where: str | Path) -> bool:
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The tables of a folder, without hidden files; text files where there is no other."""
+    """The tables of a folder, without hidden files; text files if there is no other."""
     files = [p for p in folder.iterdir() if not is_hidden(p.name)]
     tables = [p for p in files if p.suffix.lower() in SUFFIXES and p.is_file()]
     texts = [p for p in files if p.suffix.lower() in TEXTS and not _LEMMAS.fullmatch(p.name)]
@@ -103,8 +103,8 @@ def read_table(where: str | Path) -> list[Example]:
 
 
 def picture_folders(folder: Path) -> list[list[Path]]:
-    """Where the pictures of a table in this folder are looked for, as for `PictureFinder`: the
-    folder, its images/ or image/, then its other folders."""
+    """The folders in which the pictures of a table in this folder are looked for, as for
+    `PictureFinder`: the folder, its images/ or image/, then its other folders."""
     first = [[folder], [folder / "images"], [folder / "image"]]
     return [*first, [f for f in folders_in(folder) if [f] not in first]]
 
@@ -120,7 +120,7 @@ def read_rows(
     """The pictures that rows name with their captions, or with the answers of conversations.
 
     rows: (place, name in lower case -> value) each. folders: where the pictures are looked for.
-    cells: whether they are a spreadsheet's, which has no lists and no null.
+    cells: whether the rows are a spreadsheet's, which has no lists and no null.
     """
     collected = Collected(path, folders, by_path=True)
     for place, row in rows:
@@ -152,7 +152,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[str, Row]]:
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """As `json_lines`; also of one JSON list, to which some programs give the same ending."""
+    """As `json_lines`; also for one JSON list, since some programs give that the same ending."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -173,11 +173,11 @@ def with_lower_names(record: dict) -> Row:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """(place, column in lower case -> cell) of a spreadsheet's lines, which begin with the header.
+    """(place, column in lower case -> cell) of each line of a spreadsheet after its header.
 
-    The delimiter is the one that Excel's line "sep=;" names, or the header's.
+    The delimiter is the one that Excel's line "sep=;" names, or else the header's.
     """
-    if _FLICKR.match(text):  # no CSV: a caption's quotes are its own
+    if _FLICKR.match(text):  # not CSV: quotes belong to the caption
         for number, line in enumerate(text.split("\n"), 1):
             name, _, caption = line.partition("\t")
             if line.strip():
@@ -204,9 +204,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
 def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, cells) of each record. skipped: lines before `text`.
 
-    UserError where a quote seems not to be closed: it would swallow the lines after it.
+    UserError if a quote seems not to be closed: it would swallow the lines after it.
     """
-    lines = [*io.StringIO(text), "\n"]  # an open quote reaches the added one
+    lines = [*io.StringIO(text), "\n"]  # a quote that is not closed reaches the added line
     reader = csv.reader(lines, delimiter=mark)
     columns = 0
     while (first := reader.line_num) < len(lines):
@@ -277,7 +277,7 @@ def picture_of(row: Row) -> str:
     """The one picture that a row names. NotUsable if it names none, or several."""
     named = _named(row)
     if isinstance(named, dict) and all(name.startswith("<") for name in named):
-        named = [*named.values()]  # MiniCPM's, by their marks
+        named = [*named.values()]  # MiniCPM's pictures, by their marks
     found = named if isinstance(named, list) else [named]
     if any(isinstance(p, dict) and p.get("bytes") and not p.get("path") for p in found):
         raise NotUsable(captions.INSIDE)
@@ -293,7 +293,7 @@ def picture_of(row: Row) -> str:
 def texts_of_row(row: Row, cells: bool = False) -> tuple[tuple[Text, ...], tuple[str, ...]]:
     """(the texts of a row, the captions among them). NotUsable if there are none.
 
-    cells: as for `read_rows`. Elsewhere, a question may have the answer "None".
+    cells: as for `read_rows`. If false, "None" is an answer, not an empty cell.
     """
     check_record(row)
     if (turns := turns_of(row)) is not None:

@@ -1,6 +1,6 @@
-"""English words as the word head counts them: kinds of words, and a word without its plural.
+"""English words for the word head: lists of kinds of words, and the singular of a word.
 
-The kinds are in `prompts/word-lists.txt`, where people edit them. Plurals of no rule are there, too
+The lists are in `prompts/word-lists.txt`, where people edit them, as are irregular plurals
 ("men=man").
 """
 
@@ -24,7 +24,7 @@ _SINGULAR = dict(word.split("=") for word in WORD_LISTS["singular"])
 
 
 def tokens(text: str) -> list[str]:
-    """A caption's words, lower case, sentences set apart by "."."""
+    """A caption's words in lower case, with "." between sentences."""
     return re.findall(r"[a-z]+(?:'[a-z]+)?|\.", text.lower().replace("-", " "))
 
 

@@ -1,6 +1,6 @@
-"""AnyEngine: what every engine offers, wherever its model runs, and the queue that all share.
+"""AnyEngine: the interface of every engine, wherever its model runs, and the queue that all share.
 
-`ask`, the page and the API use no more of an engine than this. No torch.
+`ask`, the page and the API use nothing else of an engine. No torch.
 """
 
 import os
@@ -19,9 +19,10 @@ from minigpt4.model.image import Encoded, Picture
 
 
 class ModelInfo(Protocol):
-    """What is read of an engine's model: a `MiniGPT4`, or a description of one elsewhere.
+    """The attributes that are read of an engine's model: a `MiniGPT4`, or a description of one in
+    another process.
 
-    quantize: how its language model is loaded; device: where it runs; `str` names it.
+    quantize: how its language model is loaded; device: where it runs, named by `str`.
     """
 
     @property
@@ -40,8 +41,8 @@ class ModelInfo(Protocol):
 class AnyEngine(ABC):
     """`Engine`, `RemoteEngine` or `ZeroEngine`. Close it, or use it in `with`.
 
-    max_running: answers at once; max_waiting: requests that may wait. totals: what it has done
-    since it started. `_waiting` and `_running` are changed and iterated only while `_lock` is held.
+    max_running: answers at once; max_waiting: requests that may wait. totals: its statistics since
+    it started. `_waiting` and `_running` are changed and iterated only while `_lock` is held.
     """
 
     model: ModelInfo
@@ -64,13 +65,13 @@ class AnyEngine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End everything; requests that are not answered yet get an error."""
+        """End the engine; requests that are not answered yet get an error."""
 
     @abstractmethod
     def encode(self, picture: Picture) -> Encoded | None:
-        """What the language model takes of the picture, computed once.
+        """The picture's embeddings for the language model, computed once.
 
-        None where that is computed with the answer. UserError where that fails.
+        None if they are computed with the answer. UserError if encoding fails.
         """
 
     @abstractmethod
@@ -81,7 +82,7 @@ class AnyEngine(ABC):
     def _submit(self, request: Request) -> Stream: ...
 
     def submit(self, request: Request) -> Stream:
-        """Start answering. UserError where the queue is full or the request can never fit."""
+        """Start answering. UserError if the queue is full or the request can never fit."""
         self._refuse_fork()
         try:
             return self._submit(request)
@@ -91,8 +92,7 @@ class AnyEngine(ABC):
 
     @property
     def decoder_name(self) -> str:
-        """What runs the language model, for people: "CUDA graphs", "PyTorch" …; here, other
-        machines."""
+        """The decoder's name for people: "CUDA graphs", "PyTorch" …; here, "remote"."""
         return "remote"
 
     @property
@@ -102,7 +102,7 @@ class AnyEngine(ABC):
 
     @property
     def cache_use(self) -> float | None:
-        """The share of the key-value cache in use; None where it is in another process."""
+        """The share of the key-value cache in use; None if it is in another process."""
         return None
 
     @property
@@ -135,7 +135,7 @@ class AnyEngine(ABC):
             self._ending = True
         end = time.monotonic() + seconds
         while True:
-            with self._lock:  # a request moves from the one to the other under the lock
+            with self._lock:  # a request moves from waiting to running under the lock
                 if not (self._waiting or self._running):
                     return True
             if time.monotonic() > end:
@@ -154,12 +154,12 @@ class AnyEngine(ABC):
         """The lock is held."""
         self._refuse_if_ending()
         self._drop_closed()
-        # Who has just come is in the queue, although there may be a place to run.
+        # A new request is in the queue first, even if it can run at once: so count both.
         if len(self._waiting) + len(self._running) >= self.most:
             raise failure(FULL)
 
     def _drop_closed(self) -> None:
-        """Requests that ended while they waited leave the queue. The lock is held."""
+        """Remove requests that ended while they waited. The lock is held."""
         waiting = self._waiting
         self._waiting = deque(state for state in waiting if not state.stream.stop_reason)
         for state in waiting:
@@ -167,7 +167,7 @@ class AnyEngine(ABC):
                 self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
 
     def _position(self, stream: Stream) -> int:
-        """Place in the queue, from 1; 0 where it is not in the queue."""
+        """Place in the queue, from 1; 0 if it is not in the queue."""
         with self._lock:
             self._drop_closed()
             places = enumerate(self._waiting, 1)

@@ -25,18 +25,17 @@ GPU_SHARE = 0.3  # of the memory that is free once the model is loaded
 
 
 class Decoder(Protocol):
-    """What the engine needs of a decoder.
+    """The interface of a decoder.
 
-    name: which one runs, for people. chunk_rows: prompt rows in a step, without and with answers
-    beside them.
+    name: for people. chunk_rows: (prompt rows in a step without running answers, with some).
     """
 
     name: str
     chunk_rows: tuple[int, int]
 
     def forward(self, rows: "Rows") -> "Outputs":
-        """Float32 logits [vocabulary] of each wanted row, or the token that its draw chooses (-1
-        where the logits are not finite). Keys and values of every row are stored."""
+        """For each wanted row: float32 logits [vocabulary], or the token that its draw chooses (-1
+        if the logits are not finite). Keys and values of every row are stored."""
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target`."""
@@ -52,10 +51,9 @@ def build_decoder(
     """(the decoder for a model's language model, its number of blocks).
 
     megabytes: for keys and values; None: 30 % of a GPU's free memory or 384 MB on a CPU, at most
-    what `max_running` full contexts need. It is always enough for one context. Where the memory is
-    not available, the decoder gets less, and a line says so; UserError where even one context does
-    not fit.
-    eager: use no CUDA graphs. count: is told the bytes of weights that are read here.
+    what `max_running` full contexts need. The memory is always enough for one context. If it is not
+    available, the decoder gets less, and a line says so; UserError if not even one context fits.
+    eager: use no CUDA graphs. count: is called with the bytes of weights that are read here.
     """
     context = model.config.context
     if isinstance(model.llm, BlockLlama):
@@ -100,8 +98,8 @@ def build_decoder(
 
 
 def kept_blocks(device: "torch.device", blocks: int, megabytes: int | None) -> int:
-    """How many blocks finished conversations may keep from being used again: on a CPU, which gives
-    memory to blocks when they are first used, a quarter, unless the user sets the memory."""
+    """How many blocks may be used before those of finished conversations are used again. On a CPU,
+    where a block takes memory only when it is first used: a quarter, unless `megabytes` is set."""
     return blocks // 4 if device.type == "cpu" and megabytes is None else blocks
 
 
@@ -136,8 +134,8 @@ def _build_within_memory(
 
 
 def _compact_heap() -> None:
-    """Return what loading has left in glibc's heap, and keep the heap small: few arenas, and
-    buffers of a megabyte or more returned as soon as they are freed. Other systems: nothing."""
+    """Return free memory that loading has left in glibc's heap, and keep the heap small: few
+    arenas, and buffers of a megabyte or more are returned when freed. Without glibc: nothing."""
     arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
@@ -148,11 +146,11 @@ def _compact_heap() -> None:
 
 
 def thread_start(device: "torch.device", own_stream: bool = False) -> Callable[[], None]:
-    """What a new thread that computes on `device` calls first. own_stream: a GPU computes for it
-    beside other threads, not after them.
+    """The function that a new thread which computes on `device` calls first. own_stream: the GPU
+    works for it in parallel with other threads.
 
-    A new thread uses the first GPU, and on the CPU as many threads as any thread has set last, as
-    `suitable_threads` does for a moment: it is set to the caller's number.
+    By default, a new thread uses the first GPU. On the CPU it uses the number of threads that was
+    set last, which `suitable_threads` changes for a moment: it is set to the caller's number.
     """
     import torch
 
@@ -171,7 +169,7 @@ def thread_start(device: "torch.device", own_stream: bool = False) -> Callable[[
 
 
 def empty_cache(device: "torch.device") -> None:
-    """Return the memory that PyTorch caches but does not use to the GPU."""
+    """Give memory that PyTorch caches but does not use back to the GPU."""
     if device.type == "cuda":
         import torch
 
@@ -179,8 +177,8 @@ def empty_cache(device: "torch.device") -> None:
 
 
 def threads() -> int:
-    """Threads for a decoder: $OMP_NUM_THREADS, else as many as the system and the container allow;
-    at most eight, since more gain little."""
+    """The number of threads for a decoder: $OMP_NUM_THREADS, or else as many as the system and the
+    container allow, at most eight, since more gain little."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdecimal() and int(asked) > 0:
         return min(int(asked), 8)

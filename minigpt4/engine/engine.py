@@ -1,9 +1,9 @@
 """One model, many conversations: one thread owns the language model and answers all of them
 together; another one encodes pictures meanwhile.
 
-Each step schedules (lets waiting requests in, chooses rows), runs the model on a chunk of the
+Each step schedules (admits waiting requests, chooses rows), runs the model on a chunk of the
 prompts in prefill and one token of every running answer, and postprocesses the logits: each request
-gets its token. The engine knows no tokenizer and no template: it speaks token ids and picture keys.
+gets its token. The engine knows no tokenizer and no template, only token ids and pictures' keys.
 """
 
 import atexit
@@ -58,8 +58,8 @@ class Engine(AnyEngine):
     max_running: answers at once; max_waiting: requests that may wait; kv_megabytes: memory for keys
     and values of running and remembered conversations (None: see `build_decoder`); hang_seconds: a
     step that takes longer means that the model hangs; eager: use no CUDA graphs; store: keeps
-    pictures' embeddings on disk; count: is told the bytes of weights that are read here. UserError
-    where the memory is not available.
+    pictures' embeddings on disk; count: is called with the bytes of weights that are read here.
+    UserError if the memory is not available.
     """
 
     model: "MiniGPT4"
@@ -124,7 +124,7 @@ class Engine(AnyEngine):
         return future.result()
 
     def health(self, seconds: float = 10.0) -> bool:
-        """Does the model give a real token within `seconds`? The probe skips the queue."""
+        """Does the model generate a valid token within `seconds`? The probe skips the queue."""
         if self.fault:
             return False
         sampling = Sampling(temperature=0.0, max_new_tokens=1)
@@ -145,8 +145,8 @@ class Engine(AnyEngine):
     def close(self) -> None:
         """End the threads; requests that are not answered yet get an error.
 
-        It waits for all threads: one that returns from the model while the interpreter exits would
-        abort the program.
+        Waits for all threads: a thread that returns from the model while the interpreter exits
+        would abort the program.
         """
         atexit.unregister(self.close)
         if os.getpid() != self._process:
@@ -190,7 +190,7 @@ class Engine(AnyEngine):
     # --- the threads ---------------------------------------------------------------------------
 
     def _has_work(self) -> bool:
-        """Who only waits for a picture is no work. The lock is held."""
+        """Is there work? Requests that only wait for a picture do not count. The lock is held."""
         return bool(self._running) or any(
             state.has_pictures or state.is_late or state.stream.stop_reason
             for state in self._waiting
@@ -225,8 +225,8 @@ class Engine(AnyEngine):
                 self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
 
     def _admit(self) -> None:
-        """Let requests in, first come first served, while there are places and blocks. Who waits
-        for a picture holds nobody up."""
+        """Admit requests, first come first served, while there are places and blocks. A request
+        that waits for a picture does not delay others."""
         for state in [state for state in self._waiting if self._take_pictures(state)]:
             full = len(self._running) >= self.max_running and not state.probe
             if full or not self._scheduler.admit(state):
@@ -242,9 +242,10 @@ class Engine(AnyEngine):
                 )
 
     def _take_pictures(self, state: RequestState) -> bool:
-        """Does it have its pictures' embeddings? Where a picture has failed, so does the request.
+        """Takes the pictures' embeddings; false if there is one to come. If a picture has failed,
+        the request fails.
 
-        The pictures, which may be large, are released long before the answer ends.
+        The pictures, which may be large, are released here, long before the answer ends.
         """
         if not state.has_pictures:
             return False
@@ -261,10 +262,10 @@ class Engine(AnyEngine):
     # --- run -----------------------------------------------------------------------------------
 
     def _run(self, chunks: list[Chunk]) -> None:
-        """Compute the chunks, and give each request what comes out.
+        """Compute the chunks, and give each request its output.
 
-        Where that fails, the step is tried again in smaller parts, down to single requests: only
-        the request that fails on its own gets an error.
+        If that fails, the step is tried again in smaller parts, down to single requests: only a
+        request that fails on its own gets an error.
         """
         for chunk in chunks:
             self._scheduler.allocate(chunk)
@@ -277,15 +278,15 @@ class Engine(AnyEngine):
             self._postprocess(chunks, outputs)
 
     def _forward(self, chunks: list[Chunk]) -> tuple[Outputs | None, str]:
-        """(the decoder's output for each sequence that reaches its end, ""), or (None, what went
-        wrong): the exception must not live on, since its traceback holds the step's tensors."""
+        """(the decoder's output for each sequence that reaches its end, ""), or (None, the error's
+        sentence). Not the exception itself: its traceback would keep the step's tensors."""
         try:
             return self.decoder.forward(rows_of(chunks, self.model.config.llm_hidden_size)), ""
         except Exception as error:
             return None, self._note_failure(error, "while running the model")
 
     def _note_failure(self, error: Exception, where: str) -> str:
-        """Log an exception of the model; the sentence that describes it."""
+        """Log an exception of the model. Returns the sentence that describes it."""
         sentence = sentence_for(error)
         if sentence == NO_MEMORY:
             log.warning("out of memory %s", where)
@@ -326,13 +327,13 @@ class Engine(AnyEngine):
                     self._scheduler.advance(chunk)
                 if found:
                     self._choose(state, found)
-            except UserError as error:  # of the request's own constraint
+            except UserError as error:  # from the request's constraint
                 self._fail(state, error)
             except Exception as error:
                 self._fail(state, failure(self._note_failure(error, "while choosing a token")))
 
     def _choose(self, state: RequestState, found: list[np.ndarray | int]) -> None:
-        """What the decoder gives for the request's sequences -> its next token or tokens."""
+        """Decoder outputs for the request's sequences -> its next token (or its beams' tokens)."""
         if not all(_is_finite(output) for output in found):
             log.error("the model's logits are not finite")
             for sequence in state.sequences:  # no other conversation may continue from these
@@ -348,7 +349,7 @@ class Engine(AnyEngine):
     def _next_token(
         self, state: RequestState, output: np.ndarray | int
     ) -> tuple[int, float | None, list[tuple[int, float]]]:
-        """(the token, its log-probability, the most likely ones), where the request asks."""
+        """(the token, its log-probability, the most likely tokens), the last two if requested."""
         if isinstance(output, int):
             state.sampler.accept(output)
             return output, None, []
@@ -368,7 +369,7 @@ class Engine(AnyEngine):
         logprob: float | None = None,
         top: list[tuple[int, float]] | tuple[()] = (),
     ) -> None:
-        """Put a token into the stream, and end it where this is the last one."""
+        """Put a token into the stream, and end the stream if this is the last one."""
         stream = state.stream
         stream._put(token, logprob, top)
         if not state.probe:
@@ -416,21 +417,22 @@ class Engine(AnyEngine):
             self._fail(state, failure(sentence))
 
     def _fail_pictures(self, sentence: str) -> None:
-        """And with them the requests that wait for them."""
+        """Give pictures that are not encoded yet, and the requests that wait for them, an error."""
         with self._lock:
             self._pictures.fail_all(failure(sentence))
             self._lock.notify_all()
 
     def _watch(self) -> None:
-        """Notice threads that hang or have died, and tell everyone who waits for them.
+        """Notice threads that hang or have died, and end the requests that wait for them.
 
-        Time is counted in this thread's own ticks: a program suspended as a whole does not hang.
+        Time is counted in this thread's own ticks, so that a suspended program does not count as
+        hanging.
         """
         tick = min(0.5, self._hang_seconds / 4)
         answering, encoding = self._answering, self._encoding
         while not self._ended.wait(tick):
             for worker in (answering, encoding):
-                started = worker.started  # by which steps are told apart
+                started = worker.started  # a step's start identifies it
                 same = started is not None and started == worker.watched
                 worker.lasted = worker.lasted + tick if same else 0.0
                 worker.watched = started
@@ -447,7 +449,7 @@ class Engine(AnyEngine):
                 encoding.start()
             if self._waiting:
                 with self._lock:
-                    self._lock.notify_all()  # for those that were closed, or are late
+                    self._lock.notify_all()  # so that closed and late requests are removed
 
     def _restart_answering(self) -> None:
         log.error("the engine's thread died; starting it again")

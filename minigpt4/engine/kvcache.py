@@ -1,8 +1,9 @@
-"""Blocks of key-value memory: which conversations use them, and what finished ones leave. No torch.
+"""The blocks of the key-value cache, used by running conversations and kept from finished ones. No
+torch.
 
 A full block is registered under the hash of everything up to its end: pictures by content, text by
-token (`Prompt.keys`). A later prompt with the same beginning shares the block, whoever computed it:
-the next turn of a conversation, a retry, a common system text or picture.
+token (`Prompt.keys`). Later prompts with the same beginning share the block, even in another
+conversation: the next turn, a retry, a common system text or picture.
 """
 
 import hashlib
@@ -18,14 +19,14 @@ class BlockCache:
     Blocks are allocated from a reservation made when a request is admitted, so an admitted request
     never runs out of memory half-way. Used by one thread.
 
-    kept: once so many blocks have been used, unused ones are evicted before others are used for the
-    first time, which costs memory; None: all.
+    kept: after so many blocks have been used, registered ones are evicted before further ones are
+    used for the first time, which costs memory; None: `count`.
     """
 
     def __init__(self, count: int, kept: int | None = None) -> None:
         self.count, self.kept = count, count if kept is None else kept
         self._ref_counts = [0] * count
-        self._used = 0  # blocks from this one on have never been used
+        self._used = 0  # blocks with this number or a higher one have never been used
         self._free: list[int] = []
         self._by_hash: dict[bytes, int] = {}  # hash of all keys up to a block's end -> block
         self._hashes: dict[int, bytes] = {}
@@ -57,7 +58,7 @@ class BlockCache:
         self._ref_counts[block] += 1
 
     def reserve(self, blocks: int, spare: int = 0) -> bool:
-        """Reserve that many blocks; False where fewer than `spare` would remain available."""
+        """Reserve that many blocks; False if fewer than `spare` would remain available."""
         if blocks + spare > self.available:
             return False
         self._reserved += blocks
@@ -84,7 +85,7 @@ class BlockCache:
     def register(self, block: int, before: bytes, keys: Sequence[int]) -> bytes:
         """Make a full block available to other prompts; returns its hash.
 
-        before: the hash of the block in front of it, b"" for the first. keys: the block's own.
+        before: the hash of the block before it, b"" for the first. keys: the block's own.
         """
         block_hash = _extend(before, keys)
         if block_hash not in self._by_hash:

@@ -1,9 +1,9 @@
 // The forward pass of a Llama- or Qwen2-style model on a CPU, straight from a GGUF file's blocks.
 //
 // A call takes rows: tokens (or image embeddings) of any conversations, each with its position and
-// its conversation's table of key-value pages. All threads walk the same layers together and meet
-// at barriers. Every number of a row is computed in one order whatever else is in the call, so a
-// conversation gets the same bits alone and among others, in one chunk or in many.
+// its conversation's table of key-value pages. All threads go through the layers together and meet
+// at barriers. A row's sums are always computed in the same order, so a conversation gets the same
+// bits alone or with others, in one chunk or in many.
 //
 // `native.py` compiles this file for the machine it runs on and says what the arguments are.
 
@@ -33,7 +33,7 @@ typedef struct {
     uint32_t calls;
     int closing, threads;
     Phase *phases;
-    atomic_int rows, logit_rows, run_count;  // of the call; `batch` may be gone
+    atomic_int rows, logit_rows, run_count;  // of the call: a late thread must not read `batch`
     Bell bell;  // rung whenever a phase is complete
 } Pool;
 
@@ -41,9 +41,9 @@ enum { PHASES_A_LAYER = 8, OTHER_PHASES = 3, FEW_ROWS = 8 };
 
 // --- the work of a phase --------------------------------------------------------------------------
 
-// A phase is taken in pieces by whichever thread is free, and is complete when its pieces are done,
-// whoever did them: no thread waits for one that the system has put aside between two pieces. Such a
-// thread may come back when the call is over; it then gets no piece, and touches nothing else.
+// Free threads take a phase in pieces, and it is complete when its pieces are done, by whichever
+// thread: none waits for a thread that the system has suspended between two pieces. Such a thread
+// may resume after the call; it then gets no piece, and touches nothing else.
 typedef struct {
     Pool *pool;
     Scratch *own;
@@ -57,7 +57,7 @@ INLINE int grab(const Worker *w, int count, int step, int *from, int *to) {
     return 1;
 }
 
-// `n` of the phase's pieces are done.
+// Notes that `n` more of the phase's pieces are done.
 INLINE void done(const Worker *w, int n, int count) {
     if (complete(&w->pool->phases[w->phase], n, count)) ring(&w->pool->bell);
 }
@@ -89,10 +89,10 @@ static void prepare_rows(const Worker *w, const float *x, int width, const float
     }
 }
 
-// What a product's rows are made of: x, normed before if there is a norm, rounded.
+// The input of a product: rows of x, normalized if there is a norm, then rounded.
 typedef struct {
     const float *x, *norm;
-    int width, rows, chosen;  // chosen: the rows whose logits are wanted
+    int width, rows, chosen;  // chosen: only the rows whose logits are wanted
     const Activation *rounded;
 } Input;
 
@@ -143,7 +143,8 @@ static void embed(Worker *w) {
     finish(w, rows);
 }
 
-// One head of queries, keys or values of all rows: turned to their positions, keys and values kept.
+// One head of queries, keys or values of all rows. Queries and keys are rotated by their positions;
+// keys and values are stored.
 static void project_head(Worker *w, int l, int head, const Activation *x) {
     const Model *m = w->pool->model;
     const Batch *b = w->pool->batch;
@@ -180,7 +181,7 @@ static void project(Worker *w, int l) {
     finish(w, heads);
 }
 
-// Query heads from `head` on that share keys and values, of one run of rows.
+// Attention of one run of rows, for query heads from `head` on that share keys and values.
 static void attend_run(Worker *w, int l, int run, int head, int heads) {
     const Model *m = w->pool->model;
     const int row = w->pool->runs[run], count = w->pool->runs[run + 1] - row;
@@ -188,7 +189,7 @@ static void attend_run(Worker *w, int l, int run, int head, int heads) {
     Queries queries = {.out = mixed, .out_stride = m->head_width, .row = row,
                        .kv_head = head / (m->heads / m->kv_heads),
                        .first = w->pool->batch->positions[row]};
-    // Of one row its heads go together, of several rows one head after another.
+    // One row: its heads together. Several rows: together, one head after another.
     const int together = count == 1 ? TOGETHER : 1;
     for (const int end = head + heads; head < end; head += together) {
         const int n = count > 1 ? count : end - head < together ? end - head : together;
@@ -208,7 +209,7 @@ static void attend_phase(Worker *w, int l) {
     const Pool *pool = w->pool;
     const Model *m = pool->model;
     const int runs = pool->run_count, group = m->heads / m->kv_heads;
-    // The heads that share keys are one piece where there are enough for all threads.
+    // Heads that share keys are one piece, if this makes enough pieces for all threads.
     const int heads = runs * m->kv_heads >= 2 * pool->threads ? group : 1;
     const int pieces = runs * (m->heads / heads);
     int from, to;
@@ -331,7 +332,7 @@ static void *work(void *argument) {
 
 // --- what Python calls --------------------------------------------------------------------------
 
-// Bytes that a matrix takes.
+// The bytes of a matrix.
 size_t minigpt4_matrix_bytes(const Matrix *m) {
     const size_t panels = m->rows / PANEL;
     if (m->kind == F32) return panels * panel_bytes(F32, m->columns);
@@ -344,7 +345,7 @@ void minigpt4_pack(const Matrix *m, const uint8_t *from, int file_columns, int t
     pack(m, from, file_columns, to, rows);
 }
 
-// `count` finite numbers -> blocks of `kind`; 1 for a kind that is not written.
+// `count` finite numbers -> blocks of `kind`; returns 1 for a kind that cannot be written.
 int minigpt4_quantize(int kind, const float *x, size_t count, uint8_t *out) {
     return quantize(kind, x, count, out);
 }
@@ -422,7 +423,7 @@ static int make_buffers(Pool *pool, const Model *m) {
     return good;
 }
 
-// A pool of threads for calls of at most `max_rows` rows; NULL without the memory for it.
+// A pool of threads for calls of at most `max_rows` rows; NULL if there is no memory for it.
 Pool *minigpt4_open(const Model *m, int threads, int max_rows) {
     Pool *pool = calloc(1, sizeof *pool);
     if (!pool) return NULL;
@@ -447,7 +448,7 @@ Pool *minigpt4_open(const Model *m, int threads, int max_rows) {
     return NULL;
 }
 
-// Rows that follow each other in one conversation are taken together.
+// Finds runs: rows that follow each other in one conversation.
 static int find_runs(int32_t *runs, const Batch *b) {
     int found = 0;
     for (int i = 0, count; i < b->rows; i += count) {
@@ -461,12 +462,12 @@ static int find_runs(int32_t *runs, const Batch *b) {
     return found;
 }
 
-// 0, or 1 where a number of the batch points outside of what it is about: nothing is computed then.
+// Returns 0, or 1 if an index in the batch is out of range: then nothing is computed.
 int minigpt4_forward(Pool *pool, const Batch *batch) {
     if (!is_sound(pool->model, batch, pool->max_rows)) return 1;
     pthread_mutex_lock(&pool->mutex);
     const uint32_t call = ++pool->calls;
-    // First the phases, from which a thread of the last call learns that it is over.
+    // First the phases: they tell a thread of the last call that it is over.
     for (int i = 0; i < PHASES_A_LAYER * pool->model->layers + OTHER_PHASES; i++)
         begin(&pool->phases[i], call);
     pool->batch = batch;

@@ -22,7 +22,7 @@ from minigpt4.engine.scheduler import Rows
 from minigpt4.errors import Count, UserError, ignore
 from minigpt4.weights.gguf import BLOCKS, BlockLlama, BlockTensor
 
-MAX_ROWS = 256  # in one call of the library; longer ones are cut
+MAX_ROWS = 256  # in one call of the library; more rows take several calls
 _ALIGNMENT = 64  # bytes of a cache line
 
 
@@ -41,7 +41,7 @@ def _kernels(variant: str) -> ctypes.CDLL:
 def quantize(kind: str, numbers: np.ndarray, variant: str = "native") -> np.ndarray:
     """Finite float32 [rows, columns] -> blocks of Q4_1, Q8_0, Q4_K or Q6_K, uint8 [rows, bytes].
 
-    ValueError for another kind, OSError where the kernels could not be built.
+    ValueError for another kind, OSError if the kernels could not be built.
     """
     kernels = _kernels(variant)
     weights, size = BLOCKS[kind]
@@ -57,10 +57,10 @@ def quantize(kind: str, numbers: np.ndarray, variant: str = "native") -> np.ndar
 
 
 class PackedMatrices:
-    """Matrices in the kernels' order of blocks, in one piece of memory.
+    """Matrices in the kernels' order of blocks, in one allocation.
 
-    No weight changes. Rows and columns are filled up with zeros to whole blocks; `group` rows (a
-    head's) are filled up each.
+    No weight changes. Rows and columns are padded with zeros to whole blocks; if `group` is given,
+    each group of so many rows (a head) is padded.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -77,8 +77,8 @@ class PackedMatrices:
         return self._matrices[name]
 
     def pack(self, threads: int, done: Count = ignore) -> None:
-        """Take the memory for all matrices and fill it. `done` is told the bytes of each matrix
-        whose file's pages are needed no more."""
+        """Allocate the memory for all matrices and fill it. `done` is called with the bytes of each
+        matrix that no longer needs its file."""
         offsets, end = {}, 0
         for name, (tensor, group) in self._wanted.items():
             rows = tensor.shape[0] // group * whole_blocks(group)
@@ -118,10 +118,10 @@ class PackedMatrices:
 class NativeDecoder:
     """Runs rows through a `BlockLlama`.
 
-    A row's numbers are the same bits whatever else is computed beside it.
+    A row's results have the same bits whatever other rows are computed with it.
     kv_bits: 16 keeps keys and values as floats, 8 as integers with a scale for every 32 of them.
-    blocks: uint8 [count, layers, key or value, kv_heads, bytes]; memory that no conversation has
-    used yet is not taken from the system.
+    blocks: uint8 [count, layers, key or value, kv_heads, bytes]; a block takes memory from the
+    system only when it is first used.
     """
 
     name = "compiled"
@@ -212,21 +212,21 @@ class NativeDecoder:
                 setattr(layer, f"{name}_bias", self._floats(bias.data.reshape(-1, llama.head_dim)))
 
     def _floats(self, array: np.ndarray) -> int:
-        """The address of a float32 copy whose rows are filled up to whole blocks."""
+        """The address of a float32 copy whose rows are padded to whole blocks."""
         array = np.atleast_2d(array)
         padded: np.ndarray = np.zeros((len(array), whole_blocks(array.shape[1])), np.float32)
         padded[:, : array.shape[1]] = array
         return self._keep(padded)
 
     def _keep(self, array: np.ndarray) -> int:
-        """The address of the array as float32, which stays as long as the decoder."""
+        """The address of the array as float32, which is kept as long as the decoder."""
         self._kept.append(np.ascontiguousarray(array, np.float32))
         return self._kept[-1].ctypes.data
 
     def forward(self, rows: Rows) -> np.ndarray:
         """Logits float32 [wanted rows, vocabulary]; keys and values of all rows are kept.
 
-        ValueError where a number in `rows` is outside of what it points into.
+        ValueError if an index in `rows` is out of range.
         """
         parts = [self._call(part) for part in rows.split(MAX_ROWS)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -253,7 +253,7 @@ class NativeDecoder:
         self.blocks[target] = self.blocks[source]
 
     def close(self) -> None:
-        """End the threads and give the buffers back."""
+        """End the threads and free the buffers."""
         if self._pool:
             self._library.minigpt4_close(self._pool)
             self._pool = None
@@ -264,7 +264,7 @@ class NativeDecoder:
 
 
 def _head_bytes(llama: BlockLlama, kv_bits: int) -> int:
-    """Of a block's keys, or values, of one head in one layer."""
+    """Bytes of a block's keys, or values, of one head in one layer."""
     numbers = BLOCK_SIZE * whole_blocks(llama.head_dim)
     return numbers + numbers // BLOCK * 2 if kv_bits == 8 else numbers * 2
 

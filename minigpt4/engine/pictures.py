@@ -1,7 +1,7 @@
 """Pictures on their way through the visual encoder, and the embeddings of those already encoded.
 
-Embeddings are kept by the picture's content, in memory and on disk: what one person uploads is
-encoded for everybody, and once.
+Embeddings are kept by the picture's content, in memory and on disk: a picture is encoded only once,
+whoever uploads it.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from minigpt4.model.minigpt4 import MiniGPT4
 
 TOGETHER = 4  # encoded in one batch
-KEPT = 256  # most recently used: 60 KB each for nano
-_SAMPLE = 1024  # numbers of each weight that tell one model from another
+KEPT = 256  # embeddings in memory, the most recently used: 60 KB each for nano
+_SAMPLE = 1024  # numbers of each weight that enter the fingerprint
 
 
 class Pictures:
-    """Any thread may ask for a picture; one thread of the owner's encodes (on a GPU, in a stream of
+    """Any thread may request a picture; one thread of the owner encodes (on a GPU, in a stream of
     its own).
 
-    explain: an exception of the encoder -> the error that a user sees. store: keeps embeddings on
-    disk, too.
+    explain: exception of the encoder -> the error that a user sees. store: also keeps embeddings on
+    disk.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Pictures:
         return bool(self._requested)
 
     def find(self, key: str) -> Encoded | None:
-        """What the encoder made of a picture, None before that."""
+        """The picture's embeddings, None if it is not encoded yet."""
         with self._lock:
             return self._find(key)
 
@@ -67,7 +67,8 @@ class Pictures:
         return self._encoded.get(key)
 
     def request(self, picture: Picture) -> Future[Encoded]:
-        """What comes of a picture: known at once, or after `encode_some`, or a UserError."""
+        """A future of the picture's embeddings, or of a UserError; it is done at once, or after
+        `encode_some`."""
         with self._lock:
             encoded = self._find(picture.key)
             if encoded is None:
@@ -77,12 +78,12 @@ class Pictures:
         return known
 
     def encode_some(self, count: int = TOGETHER) -> None:
-        """Encode up to `count` pictures that have waited longest, and tell everyone who waits."""
+        """Encode the up to `count` pictures that have waited longest, and set their futures."""
         with self._lock:
             pictures = [self._requested[key][0] for key in list(self._requested)[:count]]
         if not pictures:
             return
-        # All in one batch; where that fails, one by one, so that a bad picture fails alone.
+        # All in one batch; if that fails, one by one, so that a bad picture fails alone.
         outcomes = self._encode_together(pictures) or map(self._encode_alone, pictures)
         pairs = list(zip(pictures, outcomes, strict=True))
         futures = []
@@ -91,7 +92,7 @@ class Pictures:
                 futures.append(self._requested.pop(picture.key, (picture, Future()))[1])
                 if not isinstance(outcome, UserError):
                     self._remember(picture.key, outcome)
-        # Without the lock: what waits for them may ask for pictures.
+        # Without the lock: the futures' callbacks may request pictures.
         for future, (_, outcome) in zip(futures, pairs, strict=True):
             if isinstance(outcome, UserError):
                 future.set_exception(outcome)
@@ -99,7 +100,7 @@ class Pictures:
                 future.set_result(outcome)
 
     def _encode_together(self, pictures: list[Picture]) -> list[Encoded] | None:
-        """None where it fails. The exception must not live on: its traceback holds tensors."""
+        """The embeddings, None if encoding fails. The exception is dropped: it holds tensors."""
         try:
             return self._finite(pictures)
         except Exception as error:
@@ -115,9 +116,9 @@ class Pictures:
             return self._explain(error)
 
     def _finite(self, pictures: list[Picture]) -> list[Encoded]:
-        """ArithmeticError for embeddings that are not finite: they are never used for an answer.
+        """The embeddings. ArithmeticError if they are not finite: these are never used.
 
-        They are on the host, so the stream that they were computed in is waited for.
+        They are on the host, so the GPU's stream has finished with them.
         """
         outcomes = list(self._model.encode_pictures([picture.rgb for picture in pictures]))
         if not all(np.isfinite(encoded.embeds).all() for encoded in outcomes):
@@ -133,7 +134,7 @@ class Pictures:
             self._encoded.popitem(last=False)
 
     def fail_all(self, error: UserError) -> None:
-        """Nothing that waits is encoded any more."""
+        """Give all pictures that wait this error."""
         with self._lock:
             futures = [future for _, future in self._requested.values()]
             self._requested.clear()
@@ -147,9 +148,9 @@ class Pictures:
 class EmbeddingStore:
     """A folder of embeddings, float32 [image_tokens, llm_hidden_size] each, of all models.
 
-    A file's name is that of the model's weights and of the picture's content: nothing else of a
-    picture is stored. Those used longest ago are deleted where the folder outgrows its limit. A
-    folder that cannot be used, and a damaged file, count as empty.
+    A file's name consists of hashes of the model's weights and of the picture's content: nothing
+    else of a picture is stored. The least recently used are deleted if the folder outgrows its
+    limit. A folder that cannot be used, and a damaged file, count as empty.
     """
 
     def __init__(self, folder: Path, model: "MiniGPT4", megabytes: int = 200) -> None:
@@ -173,7 +174,7 @@ class EmbeddingStore:
         return embeds if sound and np.isfinite(embeds).all() else None
 
     def keep(self, key: str, embeds: np.ndarray) -> None:
-        """Store them, and delete what has become too much."""
+        """Store the embeddings, and delete old ones above the limit."""
         place = self._place(key)
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -198,7 +199,7 @@ class EmbeddingStore:
 
 
 def fingerprint_of_weights(model: "MiniGPT4") -> str:
-    """Of all weights that embeddings depend on, by some numbers of each, and of their precision."""
+    """A hash of some numbers of each weight that embeddings depend on, and of their precision."""
     found = hashlib.sha256(repr((model.config.name, model.config.vision)).encode())
     for part in (model.encoder, model.bridge, model.projection):
         for name, weight in part.state_dict().items():

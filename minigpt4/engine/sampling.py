@@ -52,8 +52,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Draw:
-    """What the choice of one token needs besides the logits: the settings, the ids that the
-    repetition penalty covers, and a number from 0 to 1."""
+    """All that the choice of one token needs besides the logits: the settings, the ids that the
+    repetition penalty covers, and a random number from 0 to 1."""
 
     sampling: Sampling
     seen: list[int]
@@ -61,7 +61,7 @@ class Draw:
 
 
 class Constraint(Protocol):
-    """What an answer's tokens must keep to, such as a grammar. It serves one answer.
+    """A rule that an answer's tokens must follow, such as a grammar. It serves one answer.
 
     A UserError of its methods ends the answer.
     """
@@ -70,7 +70,7 @@ class Constraint(Protocol):
         """The logits [vocabulary], -inf for tokens that may not come next."""
 
     def accept(self, token: int) -> None:
-        """This token comes next."""
+        """Note that this token was chosen."""
 
 
 class Sampler:
@@ -103,14 +103,14 @@ class Sampler:
         return token
 
     def draw(self) -> Draw:
-        """What chooses the next token; the same until `accept`."""
+        """The draw that chooses the next token; the same until `accept`."""
         if self._draw is None:
             uniform = self._random.random() if self.sampling.temperature else 0.0
             self._draw = Draw(self.sampling, [*self._seen, *self._generated], uniform)
         return self._draw
 
     def accept(self, token: int) -> None:
-        """The next token is chosen: by this sampler, or elsewhere by its `draw`."""
+        """Note the token that was chosen, by this sampler or elsewhere by its `draw`."""
         if self._constraint is not None:
             self._constraint.accept(token)
         self._generated[token] += 1
@@ -123,7 +123,7 @@ class Sampler:
             return int(logits.argmax())
         scaled = (logits - logits.max()) / np.float32(s.temperature)
         weights = np.exp(scaled)
-        # The draw nearly always falls among few tokens, so the others need no sorting.
+        # The draw nearly always falls among a few tokens, so the others are not sorted at first.
         for floor in (1e-4, 1e-7, 0.0):
             token = _draw(weights, np.flatnonzero(weights >= floor), draw, s)
             if token is not None:
@@ -134,7 +134,7 @@ class Sampler:
 def _draw(weights: np.ndarray, candidates: np.ndarray, draw: float, s: Sampling) -> int | None:
     """The token at `draw` (0 to 1) of the distribution after top-k, top-p and min-p.
 
-    None where it may lie outside `candidates`, the likeliest tokens.
+    None if it may lie outside `candidates`, the likeliest tokens.
     """
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
     complete = len(order) == len(weights)
@@ -170,7 +170,7 @@ def penalize_all(
     logits: np.ndarray, seen: Sequence[int], generated: Counter[int], s: Sampling
 ) -> np.ndarray:
     """Logits [vocabulary] after the three penalties. seen: further ids for the repetition penalty;
-    generated: how often each token was."""
+    generated: token -> how often it was generated."""
     logits = penalize(logits, [*seen, *generated], s.repetition_penalty)
     if generated and (s.presence_penalty or s.frequency_penalty):
         logits = logits.copy()

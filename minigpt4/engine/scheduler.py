@@ -1,8 +1,8 @@
-"""The scheduler: requests, and the rows that one step computes of them. No torch.
+"""The scheduler: requests, and the rows of each step. No torch.
 
-`Scheduler` plans the steps of the engine that runs the language model here: it reserves blocks for
-a request, lets it in, and divides a step's rows among prompts (prefill) and running answers
-(decode).
+`Scheduler` plans the steps of the engine that runs the language model in this process: it reserves
+blocks for a request, admits it, and divides a step's rows among prompts (prefill) and running
+answers (decode).
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ from minigpt4.errors import UserError
 from minigpt4.model.image import Encoded, Picture
 from minigpt4.model.prompt import IMAGE_ID, Prompt
 
-PROBE_BLOCKS = 1  # never reserved by requests, so that a health probe always gets in
-STEP_SECONDS = 2.0  # that a step with prompts may take, so that words and probes keep flowing
-GOOD_STEPS = 200  # after which a step that was made smaller for want of memory doubles again
+PROBE_BLOCKS = 1  # never reserved by requests, so that a health probe is always admitted
+STEP_SECONDS = 2.0  # for a step with prompts: answers and probes must not wait long
+GOOD_STEPS = 200  # after so many, the row limit that a shortage of memory has halved doubles again
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -28,24 +28,24 @@ GOOD_STEPS = 200  # after which a step that was made smaller for want of memory 
 
 @dataclass(frozen=True)
 class Request:
-    """What to answer: the prompt, its pictures by key, how to sample, where to stop."""
+    """A request for an answer: the prompt, its pictures by key, how to sample, where to stop."""
 
     prompt: Prompt
     pictures: Mapping[str, Picture]
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer
-    stop_sequences: tuple[tuple[int, ...], ...] = ()  # that end a beam, since beams have no text
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # tokens that end a beam: it has no text yet
     penalized: tuple[int, ...] = ()  # ids the repetition penalty covers from the start
     logprobs: bool = False
-    top_logprobs: int = 0  # how many of the most likely tokens to note, with `logprobs`
-    constraint: Constraint | None = None  # what the answer must keep to; for this request alone
+    top_logprobs: int = 0  # how many of the most likely tokens to report, with `logprobs`
+    constraint: Constraint | None = None  # a rule that the answer follows; for this request alone
     watched: tuple[int, ...] = ()  # ids whose log-probability as the first token is wanted
     max_seconds: float = 600.0  # from submit; then the answer ends as it is
-    session: str = ""  # the same for a whole conversation, which stays at one machine
+    session: str = ""  # the same for a whole conversation, which stays on one machine
 
 
 def answer_limit(request: Request, context: int) -> int:
-    """The most tokens the answer may have; UserError where the prompt fills the context."""
+    """The maximum number of tokens of the answer; UserError if the prompt fills the context."""
     limit = min(request.sampling.max_new_tokens, context - len(request.prompt))
     if limit < 1:
         raise UserError(
@@ -57,12 +57,11 @@ def answer_limit(request: Request, context: int) -> int:
 
 
 def refuse_beyond_tokens(request: Request) -> None:
-    """UserError for what engines cannot do whose language model runs in another process."""
+    """UserError for features that need the language model to run in this process."""
     if request.top_logprobs or request.constraint is not None:
         what = "response_format" if request.constraint is not None else "top_logprobs"
         raise UserError(
-            f"{what} is not available where the language model runs in another process: leave it "
-            "out."
+            f"{what} is not available if the language model runs in another process: leave it out."
         )
 
 
@@ -85,8 +84,8 @@ class Sequence:
 class RequestState:
     """A request in the engine: waiting, in prefill, or decoding.
 
-    limit: the most tokens of its answer; probe: of the engine's health, which does not wait and is
-    not counted.
+    limit: the maximum number of tokens of its answer; probe: tests the engine's health, does not
+    wait and is not counted.
     """
 
     def __init__(self, request: Request, stream: Stream, limit: int, probe: bool = False) -> None:
@@ -98,19 +97,19 @@ class RequestState:
             self.search = BeamSearch(
                 sampling, request.stop_ids, request.stop_sequences, request.penalized
             )
-        self.pictures: dict[str, Future[Encoded]] = {}  # in the encoder, by key
+        self.pictures: dict[str, Future[Encoded]] = {}  # being encoded, by key
         self.embeds: dict[str, np.ndarray] = {}  # by picture key
         self.sequences: list[Sequence] = []
         self.reserved = 0  # blocks that are not allocated yet
 
     @property
     def has_pictures(self) -> bool:
-        """Has the encoder done with all of them, well or not?"""
+        """Has the encoder finished all pictures, successfully or not?"""
         return all(future.done() for future in self.pictures.values())
 
     @property
     def is_late(self) -> bool:
-        """Is its time over?"""
+        """Has the request exceeded its `max_seconds`?"""
         return self.stream._seconds() > self.request.max_seconds
 
     @property
@@ -120,12 +119,12 @@ class RequestState:
 
     @property
     def blocks_needed(self) -> int:
-        """At most, if nothing is reused."""
+        """The maximum number of blocks, if none is reused."""
         tokens = len(self.request.prompt) + self.limit
         return -(-tokens // BLOCK_SIZE) * (self.request.sampling.num_beams if self.search else 1)
 
     def draw(self) -> Draw | None:
-        """What chooses the next token; None where its logits are needed for more."""
+        """The draw for the next token; None if the logits are needed for something else, too."""
         request, sampling = self.request, self.request.sampling
         watched = request.watched and not self.stream.stats.tokens
         further = sampling.presence_penalty or sampling.frequency_penalty
@@ -170,9 +169,9 @@ def by_request(chunks: list[Chunk]) -> list[tuple[RequestState, list[Chunk]]]:
 class Scheduler:
     """Blocks for requests, and rows for steps. Used by the engine's thread alone.
 
-    blocks, kept: see `BlockCache`. chunk_rows: prompt rows in a step, without and with answers
-    beside them, which is also the fewest where the model is slow. row_limit: rows in a step, fewer
-    after a shortage of memory.
+    blocks, kept: see `BlockCache`. chunk_rows: (prompt rows in a step without running answers, with
+    some); a slow model gets fewer than the first, but no fewer than the second. row_limit: rows in
+    a step, fewer after a shortage of memory.
     """
 
     def __init__(
@@ -181,15 +180,15 @@ class Scheduler:
         self.cache = BlockCache(blocks, kept)
         self.chunk_rows = chunk_rows
         self.row_limit = chunk_rows[0]
-        self._prompt_rows = chunk_rows[1]  # as many as the last steps were fast enough for
+        self._prompt_rows = chunk_rows[1]  # as many as fit into STEP_SECONDS, by the last steps
         self._good_steps = 0
 
     def room(self, beams: int) -> int:
-        """Tokens of prompt and answer together that one request may have, at most."""
+        """The maximum number of tokens of one request, prompt and answer together."""
         return (self.cache.count - PROBE_BLOCKS) // beams * BLOCK_SIZE
 
     def admit(self, state: RequestState) -> bool:
-        """Share the known blocks of the prompt and reserve the rest; False where too few are
+        """Share the cached blocks of the prompt and reserve the rest; False if too few are
         available."""
         prompt = state.request.prompt
         known = self.cache.match(prompt.keys[:-1])  # the last token's logits are needed
@@ -240,7 +239,7 @@ class Scheduler:
         return self.cache.allocate()
 
     def advance(self, chunk: Chunk) -> None:
-        """The chunk's rows are computed: register the blocks that are full now."""
+        """Note that the chunk's rows are computed, and register the blocks that are full now."""
         sequence = chunk.sequence
         sequence.computed += chunk.count
         while (sequence.registered + 1) * BLOCK_SIZE <= sequence.computed:
@@ -287,10 +286,10 @@ class Scheduler:
         state.sequences, state.reserved = [], 0
 
     def note_success(self, chunks: list[Chunk], seconds: float) -> None:
-        """These chunks fitted into memory, and took so long."""
+        """Note that these chunks fitted into memory and took `seconds`."""
         most, least = self.chunk_rows
         rows = sum(chunk.count for chunk in chunks)
-        if rows >= least:  # fewer take little less, since each step reads all weights
+        if rows >= least:  # fewer take hardly less time, since each step reads all weights
             fitting = rows * STEP_SECONDS / max(seconds, 1e-9)
             self._prompt_rows = int(max(least, min(most, fitting)))
         self._good_steps += 1
@@ -298,7 +297,8 @@ class Scheduler:
             self.row_limit = min(self.chunk_rows[0], 2 * self.row_limit)
 
     def note_shortage(self, chunks: list[Chunk]) -> None:
-        """These chunks did not fit into memory: later steps have at most half as many rows."""
+        """Note that these chunks did not fit into memory: later steps have at most half as many
+        rows."""
         rows = sum(chunk.count for chunk in chunks)
         self.row_limit = max(1, min(self.row_limit, rows) // 2)
 
@@ -308,16 +308,15 @@ Outputs = np.ndarray | list[np.ndarray | int]  # of each wanted row: see `Decode
 
 @dataclass(frozen=True)
 class Rows:
-    """What a decoder computes in one call. A row is one position of one sequence.
+    """A decoder's input for one call. A row is one position of one sequence.
 
     tokens: int32 [rows], a token id, or -1 - i for row i of `embeds`.
     embeds: float32 [n, hidden_size], of pictures.
     positions: int32 [rows]; a sequence's rows are in order.
-    table_rows: int32 [rows], the sequence: which row of `tables`.
+    table_rows: int32 [rows], the row of `tables` that belongs to the row's sequence.
     tables: int32 [sequences, width], each sequence's blocks, in order; padded with 0.
     wanted: int32 [n], the rows whose logits are needed, ascending.
-    draws: for each of them, what chooses its token, if that is all that its logits are for; or
-    empty.
+    draws: for each wanted row its draw, if only the token is needed, or None; or empty.
     """
 
     tokens: np.ndarray

@@ -1,5 +1,5 @@
-"""An answer on its way from the engine's thread to its reader, and the engine's statistics and
-errors, as people and programs see them. No torch."""
+"""The stream of an answer from the engine's thread to its reader, and the engine's statistics and
+errors for people and programs. No torch."""
 
 import asyncio
 import contextlib
@@ -29,10 +29,10 @@ KINDS: dict[str, Kind] = {
     LOST: "broken",
     ENDING: "ending",
 }
-# A fork of the process has none of its threads, and locks may stay taken.
+# A forked process has none of the threads, and its locks may stay locked.
 FORKED = "This model was loaded in another process: load it in this one."
 
-# Upper bounds of the histograms' buckets: of an answer, of one token of it, and of tokens.
+# Upper bounds of the histograms' buckets: seconds of an answer, seconds of a token, tokens.
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 LENGTHS = (1, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -51,7 +51,7 @@ def explain(error: Exception) -> UserError:
 
 
 def sentence_for(error: Exception) -> str:
-    """The one of the sentences above that describes an exception."""
+    """The sentence above that describes an exception."""
     if out_of_memory(error):
         return NO_MEMORY
     return LOST if device_lost(error) else BROKEN
@@ -72,7 +72,7 @@ def device_lost(error: Exception) -> bool:
 
 @dataclass
 class Stats:
-    """What one answer took. Seconds count from `submit`, and are 0 until the event has happened.
+    """Statistics of one answer. Seconds count from `submit`; 0 until the event has happened.
 
     reused_tokens: positions of the prompt whose keys and values were in the cache; gaps: seconds
     between each token and the one before.
@@ -88,7 +88,7 @@ class Stats:
 
     @property
     def tokens_per_s(self) -> float:
-        """After the first token."""
+        """The speed after the first token."""
         lasted = self.seconds - self.seconds_to_first
         return (self.tokens - 1) / lasted if self.tokens > 1 and lasted > 0 else 0.0
 
@@ -120,10 +120,10 @@ def _histogram(bounds: Sequence[float]) -> Histogram:
 
 @dataclass
 class Totals:
-    """What an engine has done since it started, health probes excepted. The numbers only grow.
+    """Statistics of an engine since it started, without health probes. The numbers only grow.
 
-    errors: by `UserError.kind`, of requests that were refused or that failed; endings: answers by
-    stop reason; tokens_per_s: of each answer of two tokens or more, after its first; gaps: seconds
+    errors: requests that were refused or failed, by `UserError.kind`; endings: answers by stop
+    reason; tokens_per_s: of each answer of two tokens or more, after its first; gaps: seconds
     between two tokens. The other histograms are over answers that have a token: seconds from
     `submit` to the first token and to the end, in the queue, in prefill and after it; tokens of the
     prompt and of the answer. Several threads write: change it by its methods, and read several
@@ -154,12 +154,12 @@ class Totals:
                 setattr(self, name, getattr(self, name) + count)
 
     def add_error(self, kind: str) -> None:
-        """A request was refused or has failed."""
+        """Count a request that was refused or has failed."""
         with self._lock:
             self.errors[kind] += 1
 
     def add_answer(self, stats: Stats, ending: str = "") -> None:
-        """An answer has ended, for the reason `ending`."""
+        """Count an answer that has ended, for the reason `ending`."""
         with self._lock:
             self.endings[ending] += 1
             if stats.tokens_per_s:
@@ -181,7 +181,7 @@ class Totals:
             return Totals(**{name: copy.deepcopy(getattr(self, name)) for name in _COUNTED})
 
     def merge(self, other: "Totals") -> None:
-        """Count what another engine has done, too; `other` must be a snapshot."""
+        """Add another engine's totals; `other` must be a snapshot."""
         with self._lock:
             for name in _COUNTED:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -197,10 +197,10 @@ class Stream:
     """Token ids as they are generated, for `for` and `async for`; a stop id comes last.
 
     stop_reason: "" until the end, then "stop" (a stop id), "length", "time", "closed" or "error";
-    iterating raises the error, as a UserError. logprobs: of each token, where the request asks for
+    iterating raises the error, as a UserError. logprobs: of each token, if the request asks for
     them; top_logprobs: (id, log-probability) of each step's most likely tokens; watched:
-    log-probabilities of the ids that the request names, as the first token. `close`, from any
-    thread, ends the request within one step of the engine.
+    log-probabilities of `Request.watched` as the first token. `close`, from any thread, ends the
+    request within one step of the engine.
     """
 
     def __init__(self, position: Callable[["Stream"], int], prompt_tokens: int) -> None:
@@ -251,7 +251,7 @@ class Stream:
             self._notify()
 
     def _end(self, reason: StopReason, error: UserError | None = None) -> bool:
-        """End it, unless it has ended already; True where this call ended it."""
+        """End the stream, unless it has ended already; True if this call ended it."""
         with self._condition:
             ends = not self.stop_reason
             if ends:
@@ -270,7 +270,7 @@ class Stream:
     # --- the reader's side ---------------------------------------------------------------------
 
     def _take(self) -> int | None:
-        """The next token, None where there is none yet; at the end StopIteration or the error."""
+        """The next token, None if there is none yet; the end raises StopIteration or the error."""
         if self._tokens:
             return self._tokens.popleft()
         if self.stop_reason:

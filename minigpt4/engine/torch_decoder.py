@@ -17,10 +17,11 @@ MAX_ROWS = 1024  # in one call of the model
 class TorchDecoder:
     """Runs rows through a Hugging Face Llama, quantized or not.
 
-    Kernels for other shapes round differently, so the last bits of a row's numbers may depend on
-    what is computed with it. kv_bits: 16 keeps keys and values in the type that the model computes
-    in, 8 as int8 with a scale for each head's. keys_values: [layers, 2, slots, kv_heads, head_dim];
-    scales: float32 [layers, 2, slots, kv_heads], or None. A block's slots follow each other.
+    PyTorch's kernels round differently for other shapes, so the last bits of a row's results may
+    depend on the other rows in the call. kv_bits: 16 keeps keys and values in the type that the
+    model computes in, 8 as int8 with a scale for each slot and head. keys_values: [layers, 2,
+    slots, kv_heads, head_dim]; scales: float32 [layers, 2, slots, kv_heads], or None. A block's
+    slots are consecutive.
     """
 
     name = "PyTorch"
@@ -33,7 +34,7 @@ class TorchDecoder:
         self._head_dim = self._model.layers[0].self_attn.head_dim
         norm = self._model.norm.weight  # unquantized
         self.device, self.dtype = norm.device, norm.dtype
-        # A GPU is faster with many rows; a CPU's answers would stall.
+        # A GPU is faster with many rows; on a CPU, running answers would stall.
         self.chunk_rows = (1024, 512) if self.device.type == "cuda" else (256, 32)
         shape = (len(self._model.layers), 2, blocks * BLOCK_SIZE, self._kv_heads, self._head_dim)
         self.kv_bits = kv_bits
@@ -126,7 +127,7 @@ class TorchDecoder:
         self.scales[which][places] = scale.view(x.shape[:2])
 
     def _stored(self, which: tuple[int, int], places: Tensor) -> Tensor:
-        """What these slots hold, [*places, kv_heads, head_dim]."""
+        """The keys or values in these slots, [*places, kv_heads, head_dim]."""
         found = self.keys_values[which][places].to(self.dtype)
         if self.scales is None:
             return found

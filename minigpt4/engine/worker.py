@@ -8,11 +8,10 @@ from collections.abc import Callable
 class Worker:
     """Repeats `step` in a thread of its own until `closing` is set.
 
-    begin: is called first in each new thread. has_work: is asked with `lock` held, at the beginning
-    and whenever the lock is notified.
+    begin: is called first in each new thread. has_work: is called with `lock` held, at the
+    beginning and whenever the lock is notified.
 
-    started: when the present step began, None between steps. watched, lasted: for whoever watches;
-    see `Engine._watch`.
+    started: when the current step began, None between steps. watched, lasted: see `Engine._watch`.
     """
 
     def __init__(

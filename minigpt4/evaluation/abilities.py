@@ -131,9 +131,10 @@ def _by_id(records: Iterable[dict]) -> dict[str, Completion]:
 
 
 def stored_answers(options: argparse.Namespace) -> tuple[str, str | None, dict[str, Completion]]:
-    """(the model's name, how its answers were sampled, its answers), as the file `--answers` says.
+    """(the model's name, how its answers were sampled, its answers), from the file of `--answers`.
 
-    If the file does not name a model, it is `--model`; how it was sampled is then None.
+    If the file does not name a model, it is `--model`. How they were sampled is None if the file
+    does not say.
     """
     if not options.answers:
         raise UserError("“--reuse” reads answers from a file: name it with “--answers”.")

@@ -1,4 +1,5 @@
-"""Scores of captions against those of people: plain `evaluate`, and `--experiment captions`."""
+"""Scores of captions, compared to those of people: `evaluate` without an experiment, and
+`--experiment captions`."""
 
 import argparse
 import time

@@ -2,7 +2,7 @@
 
 Caption Hallucination Assessment with Image Relevance (Rohrbach et al., 2018), from any captioned
 set: an object is in a picture if one of its captions names it. objects.txt says which words name an
-object. Where the captions leave it open, as “animal” leaves a dog, it counts neither way.
+object. If the captions leave it open, as “animal” does for a dog, the object does not count.
 
 - CHAIR_i: the share of named objects that are not there, each once per description;
 - CHAIR_s: the share of descriptions that name at least one such object;
@@ -33,8 +33,8 @@ SHOWN = 10  # objects in the table
 
 @dataclass(frozen=True)
 class Judged:
-    """The objects that a description names: those that are there, those that are not, and those
-    that are there but are not named."""
+    """A description's objects: named and in the picture (right), named but not in it (wrong), and
+    in it but not named (missed)."""
 
     right: frozenset[str]
     wrong: frozenset[str]
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     """(rates, their table)."""
     objects = ObjectList(options.objects)
     examples = usable(read_references(options.shard, options.limit))
-    if not any(objects.mentioned(e.captions).present for e in examples):  # all would be invented
+    if not any(objects.mentioned(e.captions).present for e in examples):  # all would be wrong
         raise UserError(NONE_NAMED)
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         config = batch.engine.model.config

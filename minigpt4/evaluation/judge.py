@@ -31,7 +31,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Case:
-    """What is judged. about: what the picture shows, in words; "" if unknown."""
+    """An answer to judge. about: what the picture shows, in words; "" if unknown."""
 
     task: str
     instruction: str
@@ -188,8 +188,7 @@ def read_verdict(reply: str) -> Verdict | None:
 
 
 def _verdict(record: dict) -> Verdict:
-    """A verdict from a record with "fulfilled"; the score of one that gives no number from 1 to 5
-    is None."""
+    """A verdict from a record with "fulfilled"; without a number from 1 to 5, its score is None."""
     score = record.get("score")
     if isinstance(score, str | float) and re.fullmatch(r"\s*[1-5](\.0*)?\s*", str(score)):
         score = int(float(score))

@@ -54,7 +54,7 @@ def is_meaningless(text: str) -> bool:
     - more than one character in seven is neither a letter, a digit nor common punctuation, or more
       than one word in ten is misshapen (see `misshapen`), or one mixes two alphabets;
     - it has too few function words (“the”, “of”, “is”), as in a list of names: less than a tenth
-      of eight to nineteen words, less than a quarter of more; or too many, over four in five.
+      of 8 to 19 words, or less than a quarter of 20 or more; or too many, over four in five.
 
     Markup (a website) counts as one phrase. The rule does not ask whether a well-formed sentence is
     true: see `abilities` and `pope` for that.

@@ -106,7 +106,7 @@ def _words(text: str) -> list[str]:
 
 
 # What may follow the end of a sentence: closing quotes and brackets, emphasis, emoticons, emoji,
-# and an ellipsis, which does not say whether the sentence is complete. For a reversed text.
+# and an ellipsis, which does not say whether the sentence is complete. It matches a reversed text.
 _TAIL = re.compile(r"(?:[)(DP]-?[:;]|\.{2,}|_|[^\w.!?。！？।؟,:–—(\[{/&“‘-])*")
 _END = re.compile(r"[.!?。！？।؟]$")
 _LIST_MARK = re.compile(r"\n\s*(?:\d+[.)]|[-*•#]+)\s*$")

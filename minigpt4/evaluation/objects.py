@@ -48,7 +48,7 @@ class ObjectList:
             raise UserError(f"{path} names no objects: a line is “a dog: dog, puppy | animal”.")
 
     def mentioned(self, captions: Iterable[str]) -> Mentions:
-        """What all captions of one picture say together."""
+        """The objects that all captions of one picture name together."""
         present: set[str] = set()
         unclear: set[str] = set()
         sentences = (s for caption in captions for s in re.split(r"[.!?;]\s", caption))
@@ -58,9 +58,10 @@ class ObjectList:
         return Mentions(frozenset(present), frozenset(unclear - present))
 
     def _found(self, words: tuple[str, ...]) -> Iterable[tuple[str, bool]]:
-        """At each place of a sentence the longest phrase of the list; its words count once.
+        """(object, is it certain?) for the longest phrase of the list at each place of a sentence.
 
-        Nothing is certain after “no” or “without”: words alone do not say what they refer to.
+        A word belongs to one phrase only. Nothing is certain after “no” or “without”: the words
+        alone do not tell what these refer to.
         """
         start, denied = 0, False
         while start < len(words):
@@ -81,7 +82,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _forms(phrase: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """The phrase as it stands, and its regular plural."""
+    """The phrase itself, and its regular plural."""
     *first, last = phrase
     if re.search(r"[^aeiou]y$", last):
         plural = last[:-1] + "ies"

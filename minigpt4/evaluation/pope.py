@@ -4,8 +4,8 @@ Polling-based Object Probing Evaluation (Li et al., 2023), made from any caption
 dog in the image?” is asked about objects that a picture's captions name, and about as many that
 they do not name. The latter are chosen in three ways: at random; the most frequent objects of the
 set (popular); those that most often occur together with the picture's own (adversarial).
-objects.txt says which words name an object, and which leave it open, so that it is not asked about.
-Captions do not mention everything, so some “no” of the key are wrong, fewer with five captions per
+objects.txt says which words name an object, and which leave it open: then it is not asked about.
+Captions do not mention everything, so some expected “no” are wrong, fewer with five captions per
 picture than with one.
 
 Each answer is read in two ways, which are reported separately:
@@ -13,8 +13,8 @@ Each answer is read in two ways, which are reported separately:
 - *read*: the first “yes” or “no” of the greedy answer. An answer with neither is wrong, and does
   not count as “yes”.
 - *likelihood*: which of “Yes” and “No” (in any spelling of one token) is the more likely first
-  token, whatever the answer says. `auc` is the chance that an object that is there has higher
-  log-odds than one that is not: 0.5 is blind, whatever the preference for “yes”.
+  token, whatever the answer says. `auc` is the chance that a present object has higher log-odds
+  than an absent one: 0.5 for blind guesses, however strongly the model prefers “yes”.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
         raise UserError(NONE_NAMED)
     with Batch(Engine(start.open_model(options)), options.batch_size) as batch:
         model = batch.engine.model.config.name
-        pairs = sorted({(p.picture, p.object) for p in questions})  # one may occur in several ways
+        pairs = sorted({(p.picture, p.object) for p in questions})  # each once, in whatever way
         said = dict(ask_all(batch, examples, pairs, options.question))
     questions = [p for p in questions if (p.picture, p.object) in said]
     by_way = {
@@ -124,7 +124,7 @@ def make_questions(
     """For each picture and way, as many objects that are there as objects that are not.
 
     Frequencies are those of all `mentions`; objects that no picture has are not asked about. The
-    random choice depends on the number of the picture alone.
+    random choice depends only on the number of the picture.
     """
     frequency = Counter(name for m in mentions for name in m.present)
     beside = Counter(
@@ -140,7 +140,7 @@ def make_questions(
         count = min(per_picture, len(present), len(absent))
         present = draw.sample(present, count)
         for way in WAYS:
-            draw.shuffle(absent)  # what is equally frequent is drawn
+            draw.shuffle(absent)  # equally frequent objects come in random order
             if way == "popular":
                 absent.sort(key=lambda name: -frequency[name])
             elif way == "adversarial":

@@ -85,9 +85,9 @@ def _gpu() -> str:
 
 
 def circumstances(model: str, seconds: float, program: str = "minigpt4") -> dict[str, object]:
-    """When, where and how figures were measured, and in how many seconds.
+    """The date, machine and command of a measurement, and its seconds.
 
-    program: what `python -m` was given.
+    program: the module after `python -m`.
     """
     return {
         "model": model,
@@ -99,7 +99,7 @@ def circumstances(model: str, seconds: float, program: str = "minigpt4") -> dict
 
 
 def caption(result: dict) -> str:
-    """The line under a table; without the time where answers were only read again."""
+    """The line under a table; without the time if stored answers were used."""
     took = f", {result['seconds']:.0f} s" if result["seconds"] >= 0.5 else ""
     return (
         f"{result['model']}, {result['date']}, {result['machine']}{took}:\n\n"

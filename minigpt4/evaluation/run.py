@@ -15,7 +15,7 @@ from minigpt4.evaluation.suite import SUITE
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Run what the options name; print and write the result.
+    """Run the experiment that the options name; print and write the result.
 
     UserError if a file cannot be read or written, or if an option does not fit the experiment.
     """

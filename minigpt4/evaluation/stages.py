@@ -5,9 +5,9 @@ descriptions and poems, by repetition, fragments or irrelevant text, and hardly 
 second stage. Here the projections of both stages answer the same two requests about the same
 pictures. An answer fails by rule: `metrics.is_repetitive` or `meaning.stutters`,
 `metrics.is_fragment`, or `meaning.is_meaningless`. tests/labelled_texts.jsonl measures how well
-these rules agree with a reader. They do not ask whether an answer is true, or whether a poem is
-one. A model that captions whatever it is asked fails by none of them, so the share of answers of a
-single sentence is reported, too.
+these rules agree with a reader. They do not ask whether an answer is true, or whether a poem really
+is one. A model that answers every request with a caption breaks none of them, so the share of
+answers with a single sentence is reported, too.
 """
 
 import argparse

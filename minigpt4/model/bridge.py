@@ -56,17 +56,17 @@ class ConcatPatchesBridge(nn.Module):
 class PooledMapBridge(nn.Module):
     """Feature maps -> [batch, tokens, sum of their channels + classes].
 
-    A vector for each cell of the grid and one for the whole picture: the mean of every map there,
-    layer-normed (the colours as they are), the square root of the heat map's maximum where there is
-    one, and zeros for the classes. Then a vector that holds nothing but the classes' probabilities
-    by the encoder's own classifier and, where there is a heat map, one that holds nothing but its
-    maxima over the whole picture. The distances to objects' edges, which come last, are not read.
+    First a vector for each cell of the grid and one for the whole picture: the mean of every map
+    there, layer-normed (except the colours), the square roots of the heat map's maxima, if there is
+    a heat map, and zeros for the classes. Then a vector with only the classes' probabilities by the
+    encoder's own classifier and, if there is a heat map, one with only its maxima over the whole
+    picture. The distances to objects' edges, which come last, are not read.
     """
 
     def __init__(self, config: PooledMap, maps: Maps) -> None:
         super().__init__()
         self.grid, self.objects = config.grid, maps.objects
-        # Their place among the maps: the last, but for the features and heat map of objects.
+        # The colours' place among the maps: the last one, or before the detector's two.
         self.colours = len(maps.channels) - (3 if maps.objects else 1)
         self.classifier = nn.Linear(maps.channels[0], maps.classes)
 
@@ -85,7 +85,7 @@ class PooledMapBridge(nn.Module):
         return torch.cat(rows, dim=1)
 
     def _maxima(self, heat: Tensor) -> Tensor:
-        """`_means` of maxima. A root, since a weak sign of an object is a sign all the same."""
+        """As `_means`, but the square roots of maxima: so weak signs of an object count more."""
         cells = F.adaptive_max_pool2d(heat, self.grid).flatten(2).transpose(1, 2)
         return torch.cat([cells, heat.amax((2, 3))[:, None]], dim=1).sqrt()
 
@@ -104,7 +104,8 @@ def build_bridge(config: ModelConfig) -> nn.Module:
 
 
 def _means(feature_map: Tensor, grid: int) -> Tensor:
-    """[batch, channels, side, side] -> [batch, grid * grid + 1, channels], the whole last."""
+    """[batch, channels, side, side] -> means [batch, grid * grid + 1, channels], the whole's
+    last."""
     cells = F.adaptive_avg_pool2d(feature_map, grid).flatten(2).transpose(1, 2)
     return torch.cat([cells, feature_map.mean((2, 3))[:, None]], dim=1)
 

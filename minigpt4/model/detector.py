@@ -17,7 +17,7 @@ from minigpt4.model.parts import CenterNet
 
 @dataclass(frozen=True)
 class _Block:
-    """An inverted residual block of MobileNetV3: its sizes, and what it is made of."""
+    """The sizes and options of an inverted residual block of MobileNetV3."""
 
     kernel: int
     expanded: int
@@ -81,7 +81,7 @@ class _Separable(nn.Module):
 
 
 class _SqueezeExcite(nn.Module):
-    """Channels weighed by what the whole picture holds."""
+    """Squeeze-and-excitation: weights for the channels, computed from their means."""
 
     def __init__(self, channels: int, squeezed: int, gate: Callable, bias: bool = True) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _SqueezeExcite(nn.Module):
 
 
 class _InvertedResidual(nn.Module):
-    """Expand, filter by channel, project; returns the expanded features as well."""
+    """Expand, filter each channel, project. Returns the expanded features, too."""
 
     def __init__(self, channels: int, block: _Block) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class _InvertedResidual(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Two separable convolutions of different size, added, at twice the resolution."""
+    """The sum of two separable convolutions with different kernels, at twice the resolution."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def _double(hidden: Tensor, axis: int) -> Tensor:
 
 
 class _Lateral(nn.Module):
-    """What the head reads from the backbone at one resolution."""
+    """The head's branch from the backbone at one resolution."""
 
     def __init__(self, channels: int, between: int, out_channels: int) -> None:
         super().__init__()
@@ -153,11 +153,11 @@ class _Lateral(nn.Module):
 
 
 class Detector(nn.Module):
-    """RGB pixel values 0 to 255 [batch, 3, H, W], H and W multiples of 32 -> what is where.
+    """RGB pixel values 0 to 255 [batch, 3, H, W], H and W multiples of 32 -> objects.
 
     Returns the last features [batch, hidden_size, H/32, W/32]; the heat map of the classes
-    [batch, classes, H/4, W/4], 0 to 1: how surely an object's centre is at that place; and, for an
-    object with its centre there, how many pixels its left, top, right and bottom edges are away
+    [batch, classes, H/4, W/4], 0 to 1: how likely an object's centre is at that place; and the
+    distances in pixels from there to such an object's left, top, right and bottom edges
     [batch, 4, H/4, W/4].
     """
 
@@ -184,7 +184,7 @@ class Detector(nn.Module):
         kept, before = [], hidden
         for number, block in enumerate(self.blocks):
             hidden, expanded = block(before)
-            if number in (3, 5):  # before their stride
+            if number in (3, 5):  # the features before this block's stride
                 kept.append(expanded)
             elif number == 11:
                 kept.append(hidden)
@@ -213,10 +213,10 @@ _NAMES = (
     "refrigerator, book, clock, vase, scissors, teddy bear, hair dryer, toothbrush"
 )
 OBJECTS = tuple(_NAMES.split(", "))
-# From this height on, a peak of the heat map is an object that the page points at.
+# A peak of the heat map of at least this height is an object that the page outlines.
 SURE = 0.4
 MOST_DETECTIONS = 20
-# Of two boxes of one class that overlap by more (intersection over union), the surer one counts.
+# If two boxes of one class overlap by more (intersection over union), only the surer one counts.
 MOST_OVERLAP = 0.5
 STRIDE = 4  # pixels between two places of the heat map
 

@@ -22,9 +22,9 @@ from minigpt4.model import image_file
 from minigpt4.model.image_file import STRIPE, TooManyPixels
 
 HELD_PIXELS = 500_000_000  # of all pictures in use at a time: 2 GB, at 4 bytes each
-UNPACKED_PIXELS = 300_000  # of a picture in history that is not packed: about a megabyte
+UNPACKED_PIXELS = 300_000  # pictures in history up to this size are not packed: about a megabyte
 DECODED_AT_ONCE = 2  # each may take some hundred megabytes beside its pixels
-DECODING_WAIT = 60.0  # seconds for a turn to decode
+DECODING_WAIT = 60.0  # seconds to wait for a turn to decode
 BUSY = "Too many pictures are being opened at the moment: try again in a minute."
 NO_NAME = "The name of a picture is empty: check the variable that it comes from."
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
@@ -65,7 +65,7 @@ class Picture:
 
 class Packed(Picture):
     """A picture kept as a JPEG file, for history: a tenth of the memory. It is decoded whenever its
-    pixels are asked for, which is seldom: engines remember embeddings by the key."""
+    pixels are needed, which is seldom: engines keep embeddings by the key."""
 
     _content: bytes
 
@@ -75,7 +75,7 @@ class Packed(Picture):
 
     @property
     def rgb(self) -> Image.Image:
-        """Decoded anew."""
+        """The picture, decoded at each call."""
         return Image.open(io.BytesIO(self._content), formats=["JPEG"]).convert("RGB")
 
 
@@ -92,10 +92,10 @@ class Detection(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What the language model takes of a picture.
+    """An encoded picture, as the language model gets it.
 
-    embeds: float32 [image_tokens, llm_hidden_size]. words: what a word head lists of it, "" where
-    the model has none. objects: what a detector found, the surest first, if the model has one.
+    embeds: float32 [image_tokens, llm_hidden_size]. words: the word head's list, "" if there is
+    none. objects: the objects that a detector found, the surest first, if the model has one.
     """
 
     embeds: np.ndarray
@@ -109,8 +109,8 @@ class _Held:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pixels = 0
-        # A picture's finaliser gives back, and the garbage collector may run it anywhere, also in
-        # the locked regions below. So giving back takes no lock: it only appends.
+        # A picture's finaliser gives its pixels back. The garbage collector may run it anywhere,
+        # even inside the locked regions below, so it takes no lock: it only appends.
         self._returned: deque[int] = deque()
 
     @property
@@ -120,7 +120,7 @@ class _Held:
             return self._settle()
 
     def take(self, pixels: int) -> None:
-        """Count `pixels` more; UserError where that is too many."""
+        """Count `pixels` more; UserError if that is too many."""
         with self._lock:
             if self._settle() + pixels > HELD_PIXELS:
                 raise UserError(
@@ -145,7 +145,8 @@ held = _Held()
 
 
 def hold(rgb: Image.Image, key: str) -> Picture:
-    """A picture whose pixels are counted in `held` already, until nothing refers to it."""
+    """A picture whose pixels are counted in `held` already. They are given back once nothing refers
+    to it."""
     picture = Picture(rgb, key)
     weakref.finalize(picture, held.give_back, rgb.width * rgb.height).atexit = False
     return picture
@@ -172,7 +173,7 @@ def packed(picture: Picture, side: int) -> Picture:
 
 
 def fitted(rgb: Image.Image, side: int) -> Image.Image:
-    """Scaled so that the longer side is `side`; a thin strip keeps at least a pixel of width."""
+    """The picture, scaled so that its longer side is `side`. A thin strip stays a pixel wide."""
     scale = side / max(rgb.size)
     size = [max(1, round(length * scale)) for length in rgb.size]
     return rgb.resize(size, Image.Resampling.BICUBIC)
@@ -195,12 +196,12 @@ def jpeg(rgb: Image.Image, quality: int = 90) -> bytes:
 def load(source: str | os.PathLike | bytes, whole_path: bool = False) -> Picture:
     """Open a picture file, or the bytes of one; of an animation, the first frame.
 
-    whole_path: sentences about the file show it as given, not only the base name.
+    whole_path: error messages show the path as given, not only the base name.
 
-    A JPEG of up to `MAX_JPEG_PIXELS` is decoded at a smaller scale, a HEIC of up to
-    `MAX_HEIC_PIXELS` kept at one (see `image_file`). UserError where the file does not exist, is
-    not a readable picture or has more than `MAX_PIXELS` pixels (checked before they are decoded),
-    or where all pictures in use together have too many.
+    A larger JPEG of up to `MAX_JPEG_PIXELS` is decoded at a smaller scale, and a larger HEIC of up
+    to `MAX_HEIC_PIXELS` is scaled down (see `image_file`). UserError if the file does not exist, is
+    not a readable picture, has more than `MAX_PIXELS` pixels (checked before decoding), or if all
+    pictures in use together have too many.
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), "The picture")
@@ -218,23 +219,23 @@ def load(source: str | os.PathLike | bytes, whole_path: bool = False) -> Picture
 
 
 def has_picture_name(name: str) -> bool:
-    """Whether the name's ending, after its last dot, is one of a picture that `load` opens."""
+    """Whether the name has the extension of a picture format that `load` opens."""
     return bool(_SUFFIX.fullmatch(os.path.splitext(name)[1]))
 
 
 def list_pictures(path: str | os.PathLike) -> list[Path]:
     """The file itself, or a folder's picture files (by extension), sorted by name.
 
-    Hidden files and subfolders are skipped. UserError where there are no pictures.
+    Hidden files and subfolders are skipped. UserError if there are no pictures.
     """
     if path == "":
         raise UserError(NO_NAME)
     path = Path(path)
     name = shown_name(path, whole=True)
     if _is_address(path):
-        return [path]  # `load` says that it is none of this computer's
+        return [path]  # `load` reports that it is not a file of this computer
     with _file_errors(name):
-        path.stat()  # raises where there is nothing
+        path.stat()  # raises if nothing exists there
         if not path.is_dir():
             return [path]
         files = [p for p in path.iterdir() if not p.name.startswith(".") and p.is_file()]
@@ -269,7 +270,7 @@ def _file_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """One of the `DECODED_AT_ONCE` turns; UserError where none is free within DECODING_WAIT."""
+    """One of the `DECODED_AT_ONCE` turns; UserError if none is free within DECODING_WAIT."""
     if not _decoding.acquire(timeout=DECODING_WAIT):
         raise UserError(BUSY, "queue_full", "pictures_busy")
     try:
@@ -291,7 +292,7 @@ def _decode(file: BinaryIO, name: str) -> Picture:
 
 
 def convert(opened: Image.Image) -> Picture:
-    """The same as `load`, of a picture that Pillow has opened or made; that one stays as it is."""
+    """As `load`, for a picture that Pillow has opened or made, which is not changed."""
 
     def copied() -> Image.Image:
         if _is_closed(opened):
@@ -308,7 +309,7 @@ def convert(opened: Image.Image) -> Picture:
 
 
 def _is_closed(opened: Image.Image) -> bool:
-    """Is a Pillow image closed, or its file before it was read?"""
+    """Is a Pillow image closed, or was its file closed before it was read?"""
     if getattr(opened, "tile", None):
         file = getattr(opened, "fp", None)
         return file is None or getattr(file, "closed", False)
@@ -321,8 +322,8 @@ def _is_closed(opened: Image.Image) -> bool:
 def _converted(
     image: Image.Image, decode: Callable[[], Image.Image], original: Image.Image | None = None
 ) -> Picture:
-    """What `decode` makes of `image`, in upright RGB. original: has the EXIF data; by default what
-    is decoded."""
+    """The decoded `image` as a picture in upright RGB. original: the image with the EXIF data; by
+    default the decoded one."""
     taken = 0
     try:
         held.take(image.width * image.height)
@@ -344,7 +345,7 @@ def _converted(
 
 @contextmanager
 def _picture_errors(name: str, head: bytes) -> Iterator[None]:
-    """UserError for whatever the libraries raise. head: the file's first bytes."""
+    """Turns any error of the libraries into a UserError. head: the file's first bytes."""
     try:
         yield
     except UserError:
@@ -365,7 +366,7 @@ def _picture_errors(name: str, head: bytes) -> Iterator[None]:
 
 
 def _refusal(name: str, what: str, message_id: str, **values: object) -> UserError:
-    """The error for the picture `name`, by which the sentence begins."""
+    """The error for the picture `name`; the sentence begins with the name."""
     return UserError(f"{name} {what}", message_id=message_id, values={"name": name, **values})
 
 

@@ -1,7 +1,7 @@
-"""A picture file -> pixels, of any depth and in any colours. `image.load` is the way in.
+"""A picture file of any depth and colours -> pixels. Called through `image.load`.
 
-A hostile file may cost minutes or gigabytes, so there are bounds; slightly damaged files are
-mended, which other viewers would still show.
+A hostile file could cost minutes or gigabytes, so there are limits. Slightly damaged files, which
+other viewers show, are repaired.
 """
 
 import io
@@ -20,42 +20,42 @@ import pillow_heif
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
 
 MAX_PIXELS = 40_000_000  # after decoding
-MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then kept at half its size: phones have 48
+MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then halved: phones' have 48 million
 MAX_JPEG_PIXELS = 200_000_000  # of a JPEG file, which can be decoded at a half, fourth or eighth
-# With several scans, libjpeg keeps the coefficients of the whole picture, 6 bytes a pixel.
+# For several scans, libjpeg keeps the coefficients of the whole picture, 6 bytes a pixel.
 MAX_PROGRESSIVE_PIXELS = 64_000_000
 MAX_SCANS = 200  # of a JPEG file; cameras and editors write 1 to 12, each costs a full pass
-MAX_SEGMENTS = 1000  # of a JPEG file; joining those of its EXIF takes quadratic time
+MAX_SEGMENTS = 1000  # of a JPEG file; joining EXIF segments takes quadratic time
 MAX_COMMENTS = 1000  # blocks of 255 bytes of a GIF file; joining them takes quadratic time
 MAX_COMPRESSED = 200  # texts and profiles of a PNG file; each may expand to a megabyte
 MAX_PARTS = 100_000  # chunks of a PNG file, blocks before the first frame of a GIF
 MAX_TAGS = 4096  # of a TIFF or EXIF directory: libtiff's own limit
-MAX_NUMBERS = 2**18  # in such a directory; each becomes an object
-MAX_STRIPS = 2**16  # or tiles, or colours of a TIFF file, each of which costs time and memory
-MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even where it has only one
-MOST_MISSING = 0.05  # of the pixels of a file without its last bytes
-LITTLE_USED = 0.25  # of the range of 16 bits: less is stretched
-OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which may be faulty
+MAX_NUMBERS = 2**18  # in such a directory; each becomes a Python object
+MAX_STRIPS = 2**16  # strips, tiles or colours of a TIFF file; each costs time and memory
+MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even if it has only one
+MOST_MISSING = 0.05  # share of the pixels that may be missing in a file that was cut short
+LITTLE_USED = 0.25  # pictures that use a smaller share of the range of 16 bits are stretched
+OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which are ignored
 MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
 STRIPE = 64  # rows processed together
 
 # MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF comes before HEIF because
 # both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
 _FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
-_SHOWN_IN_PART = ("PNG", "GIF", "BMP", "TIFF")  # Pillow keeps what it could decode of these
+_SHOWN_IN_PART = ("PNG", "GIF", "BMP", "TIFF")  # Pillow keeps the part that it could decode
 _TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
 _TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
 _TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
 _PNG, _END_OF_JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # others occur within compressed data
-_UNDECODED = 128  # libjpeg fills what it has no data for with this grey
+_UNDECODED = 128  # libjpeg's grey for pixels without data
 _BAND = 8  # rows of a JPEG block
 
-# Pillow checks this before the limits here, which depend on the format.
+# Pillow checks this first; the limits here depend on the format.
 Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
 
-# The libraries' warnings about odd files are not for the user's terminal.
+# The user's terminal does not show the libraries' warnings about odd files.
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
@@ -74,8 +74,8 @@ class TooManyPixels(Exception):
 def opened(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     """The picture, not decoded yet. head: the file's first bytes.
 
-    TooManyPixels, ValueError where decoding it would take too long, and anything that the libraries
-    raise for a damaged file.
+    Raises TooManyPixels, ValueError if decoding would take too long, and anything that the
+    libraries raise for a damaged file.
     """
     _check_parts(file, head)
     image = _open(file, head)
@@ -111,7 +111,8 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
 
 
 def _have_libtiff_read(image: TiffImagePlugin.TiffImageFile) -> None:
-    """An uncompressed YCbCr file: Pillow takes each pixel for four bytes, and fails."""
+    """Change how an uncompressed YCbCr file is read: Pillow expects four bytes a pixel, and
+    fails."""
     ycbcr = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 6
     if ycbcr and image.tile and image.tile[0].codec_name == "raw":
         arguments = ("RGBX", "raw", False, image.tag_v2.offset)
@@ -120,8 +121,8 @@ def _have_libtiff_read(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
-    """The decoded picture, a large HEIC one at half its size; of a file without its last bytes,
-    which most formats allow, all but `MOST_MISSING`."""
+    """The decoded picture, a large HEIC one at half its size. In most formats, the end of the file
+    may be missing, with up to `MOST_MISSING` of the pixels."""
     try:
         image.load()
         large = image.format == "HEIF" and image.width * image.height > MAX_PIXELS
@@ -133,18 +134,18 @@ def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
             raise
     file.seek(0)
     data = file.read()
-    whole = _open(io.BytesIO(data + _END_OF_JPEG), data)  # libjpeg then decodes what there is
+    whole = _open(io.BytesIO(data + _END_OF_JPEG), data)  # so that libjpeg decodes what there is
     whole.load()
     if not _all_scans_begun(data) or _missing_share(whole) > MOST_MISSING:
         raise ValueError
     return whole
 
 
-# --- bounds -------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------
 
 
 def _check_parts(file: BinaryIO, head: bytes) -> None:
-    """ValueError where a file has more parts than any sound one: each part costs time."""
+    """ValueError if a file has more parts than any valid one has: each part costs time."""
     if head.startswith(b"MM\0\x2b"):  # a BigTIFF: libtiff's first directory is not Pillow's
         raise ValueError
     for start, (parts, most, costly, most_costly) in _PARTS.items():
@@ -158,7 +159,8 @@ def _check_parts(file: BinaryIO, head: bytes) -> None:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(kind, place of its length) of a JPEG file's markers before its end; a video may follow."""
+    """(kind, place of the length) of each marker of a JPEG file before its end marker, after which
+    there may be a video."""
     place = 0
     while (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
         kind, place = found[1][0], found.end()
@@ -194,7 +196,7 @@ def _gif_blocks(file: BinaryIO) -> Iterator[int]:
             yield kind
 
 
-# By a file's first bytes: (its parts, most of them, the costly kinds, most of those).
+# A file's first bytes -> (function that lists its parts, their limit, costly kinds, their limit).
 _PARTS = {
     b"\xff\xd8\xff": (_jpeg_kinds, MAX_SEGMENTS, (0xDA,), MAX_SCANS),
     b"\x89PNG": (_png_chunks, MAX_PARTS, (b"iCCP", b"iTXt", b"zTXt"), MAX_COMPRESSED),
@@ -206,9 +208,9 @@ _load_directory = _Directory.load
 
 
 def _load_bounded_directory(directory: _Directory, file: IO[bytes]) -> None:
-    """Pillow's `load`, after a check: it copies the data of every tag, and many may share theirs.
+    """Pillow's `load` after a check: `load` copies each tag's data, which many tags may share.
 
-    ValueError where the tags' data is longer than the file. Data beyond the file's end is left to
+    ValueError if the tags' data is longer than the file. Data beyond the file's end is left to
     Pillow, which stops there.
     """
     start = file.tell()
@@ -235,12 +237,12 @@ def _load_bounded_directory(directory: _Directory, file: IO[bytes]) -> None:
     _load_directory(directory, file)
 
 
-# Pillow reads TIFF and EXIF with this while it opens a file, while it loads it, and later.
+# Pillow calls this for TIFF and EXIF when it opens a file, when it loads the file, and later.
 _Directory.load = _load_bounded_directory  # type: ignore[method-assign, assignment]
 
 
 def _check_work(image: ImageFile.ImageFile) -> None:
-    """ValueError where decoding would write many more pixels than the picture has."""
+    """ValueError if decoding would write many more pixels than the picture has."""
     rle = image.format == "BMP" and image.tile[0].codec_name == "bmp_rle"
     if rle and image.width > MAX_RLE_WIDTH:
         raise ValueError
@@ -263,7 +265,7 @@ def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
     damaged = []
     while len(head := file.read(8)) == 8:
         start, length = file.tell() - 8, int.from_bytes(head[:4], "big")
-        if not head[4] & 0x20:  # critical: its decoder checks it
+        if not head[4] & 0x20:  # critical: the decoder checks it
             file.seek(length + 4, io.SEEK_CUR)
             continue
         body, checksum = file.read(length), file.read(4)
@@ -280,20 +282,20 @@ def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
 
 
 def _beginning(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
-    """What could be decoded of a file without its last bytes; the rest is black or transparent.
+    """The decoded part of a file without its last bytes; the rest is black or transparent.
 
-    ValueError where that is more than `MOST_MISSING`: it keeps what was there before, and so
-    differs from the same file decoded over white.
+    ValueError if the rest is more than `MOST_MISSING`. To find the rest, the file is decoded again
+    over white: the two results differ there.
     """
     file.seek(0)
     again = _open(file, file.read(len(_PNG)))
     bands = len(again.getbands())
     again.im = Image.new(again.mode, again.size, 255 if bands == 1 else (255,) * bands).im
     if again.format == "GIF":
-        again._frame_transparency = None  # type: ignore[attr-defined] # it would be put first
+        again._frame_transparency = None  # type: ignore[attr-defined] # it would replace the white
     with suppress(OSError):
         again.load()
-    image.tile, again.tile = [], []  # they count as decoded
+    image.tile, again.tile = [], []  # mark both as decoded
     missing = 0
     for top in range(0, image.height, STRIPE):
         box = (0, top, image.width, min(top + STRIPE, image.height))
@@ -307,7 +309,7 @@ def _beginning(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
 def _all_scans_begun(data: bytes) -> bool:
     """Whether a JPEG file has, at least in part, the last scan of each coefficient.
 
-    A progressive file that ends before shows the whole picture, but without its details.
+    A progressive file that ends earlier shows the whole picture, but without details.
     """
     open_coefficients: set[tuple[int, int]] = set()  # (component, number of the coefficient)
     for kind, place in _jpeg_segments(data):
@@ -352,7 +354,7 @@ def upright_rgb(image: Image.Image, original: Image.Image, deep: bool) -> Image.
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
-    with suppress(Exception):  # EXIF is often broken where the picture is sound
+    with suppress(Exception):  # EXIF is often broken in a valid picture
         orientation = original.getexif().get(ExifTags.Base.Orientation, 1)
         rgb.getexif()[ExifTags.Base.Orientation] = orientation
     ImageOps.exif_transpose(rgb, in_place=True)
@@ -360,8 +362,9 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Deep grey scaled to 8 bits: 16 bits from their full range, or from the range that they use if
-    that is small, as with thermal cameras and 12-bit sensors; other depths from what they use."""
+    """A deep grey picture scaled to 8 bits. 16 bits are scaled from their full range, or from the
+    range in use if that is small, as with thermal cameras and 12-bit sensors; other depths always
+    from the range in use."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
@@ -372,10 +375,10 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     elif low == high:  # nearly all pixels are the same
         extremes = [(p.min(), p.max()) for s in stripes if (p := s[np.isfinite(s)]).size]
         low, high = float(min(e[0] for e in extremes)), float(max(e[1] for e in extremes))
-        if low == high:  # a flat picture has no range: white is 1, or its own value above that
+        if low == high:  # a flat picture has no range: white is 1, or its value if that is higher
             low, high = min(low, 0.0), max(high, 1.0)
     eight = np.empty(values.shape, np.uint8)
-    for place, stripe in enumerate(stripes):  # numpy's copies are eight times as large
+    for place, stripe in enumerate(stripes):  # in stripes: numpy's copies take 8 bytes a number
         scaled = np.nan_to_num(np.interp(stripe, (low, high), (0, 255)))
         eight[place * STRIPE : (place + 1) * STRIPE] = np.rint(scaled)
     grey = Image.fromarray(eight)
@@ -397,9 +400,10 @@ def _is_little(used: float, whole: float) -> bool:
 
 
 def _brightened(image: Image.Image) -> Image.Image:
-    """A picture that was decoded from 16 bits a channel to 8, stretched if it uses little of them.
+    """A picture decoded from 16 bits a channel to 8, stretched if it uses a small part of the
+    range.
 
-    12-bit data in 16-bit files is dark; of their 4096 levels, 16 are left.
+    12-bit data in 16-bit files is dark: 16 of its 4096 levels are left.
     """
     count = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode, 0)  # without alpha
     if not count:
@@ -426,9 +430,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _srgb(image: Image.Image) -> Image.Image:
-    """RGB without alpha; an embedded profile is applied where it is sound and not sRGB.
+    """RGB without alpha. An embedded profile is applied if it is valid and not sRGB.
 
-    Profiles with multi-process elements are ignored: any number of them may take minutes to read.
+    Profiles with multi-process elements are ignored: many of these could take minutes to read.
     """
     profile = image.info.get("icc_profile")
     if not profile:

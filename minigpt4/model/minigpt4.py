@@ -37,9 +37,9 @@ class TrainingBatch:
     image_rows: [images, 2] row and first position of each image; row i shows picture i.
     attention_mask: [rows, 1, length, length], true where a position may attend to another.
     position_ids: [rows, length].
-    sources, targets, temperatures, weights: [learned tokens] the token at flat position
-        `sources[i]` predicts `targets[i]` at temperature `temperatures[i]`, and its loss counts
-        `weights[i]` times.
+    sources, targets, temperatures, weights: [learned tokens] the flat position `sources[i]`
+        predicts token `targets[i]` at temperature `temperatures[i]`; its loss counts `weights[i]`
+        times.
     """
 
     ids: Tensor
@@ -59,8 +59,8 @@ class TrainingBatch:
 class MiniGPT4(nn.Module):
     """The assembled model; only `projection` is ever trained.
 
-    llm: a transformers model, through which gradients can pass; or a GGUF file's blocks or the
-    token embedding alone, for an engine. quantize: how `llm` was loaded.
+    llm: a transformers model, through which gradients can pass; or, for an engine, a GGUF file's
+    blocks or only the token embedding. quantize: how `llm` was loaded.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class MiniGPT4(nn.Module):
 
     @property
     def torch_llm(self) -> "PreTrainedModel":
-        """`llm` where PyTorch runs it. TypeError for a GGUF file's blocks, which an engine runs."""
+        """`llm`, if PyTorch runs it. TypeError for a GGUF file's blocks, which an engine runs."""
         if not isinstance(self.llm, nn.Module):
             raise TypeError(f"PyTorch does not run the {type(self.llm).__name__} of this model")
         return self.llm
@@ -107,13 +107,13 @@ class MiniGPT4(nn.Module):
         return self.bridge(features)  # [batch, image_tokens, projection_in]
 
     def project(self, features: Tensor) -> Tensor:
-        """What `encode_features` gives -> image embeddings [batch, image_tokens, hidden]."""
+        """The output of `encode_features` -> image embeddings [batch, image_tokens, hidden]."""
         embeds = self.projection(features.to(self.projection.weight.dtype))
         return at_length(embeds, self.config.embedding_length)
 
     @torch.inference_mode()
     def find_words(self, features: Tensor) -> list[str]:
-        """What a prompt lists of each picture, "" where the model has no word head.
+        """The words that a prompt lists for each picture, "" if the model has no word head.
 
         features: [batch, image_tokens, projection_in], from `encode_features`.
         """
@@ -126,9 +126,9 @@ class MiniGPT4(nn.Module):
 
     @torch.inference_mode()
     def encode_pictures(self, pictures: Sequence[Image.Image]) -> list[Encoded]:
-        """RGB pictures -> what the language model takes of each.
+        """RGB pictures -> embeddings, words and objects of each.
 
-        Activations may overflow in float16: a single picture is then encoded again in 32 bit.
+        Activations may overflow in float16: then a single picture is encoded again in 32 bit.
         """
         with suitable_threads(self.config.vision):
             maps = self.encoder(self.pixel_values(pictures))

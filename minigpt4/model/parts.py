@@ -1,4 +1,4 @@
-"""Sizes of the frozen parts: encoders, what they give, and bridges. Nothing here imports torch."""
+"""Sizes of the frozen parts: encoders, their outputs, and bridges. Nothing here imports torch."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Patches:
-    """What an encoder gives: vectors [batch, 1 + count, width], the class token's first."""
+    """An encoder's output: vectors [batch, 1 + count, width], the class token's first."""
 
     count: int
     width: int
@@ -14,10 +14,10 @@ class Patches:
 
 @dataclass(frozen=True)
 class Maps:
-    """What an encoder gives: feature maps, each [batch, channels, side, side].
+    """An encoder's output: feature maps, each [batch, channels, side, side].
 
-    The first is the one that its `classes` are judged by. The last is the RGB picture; where the
-    encoder finds kinds of `objects`, the detector's features and heat map come after that.
+    The classifier of its `classes` reads the first. The last is the RGB picture; if the encoder
+    finds kinds of `objects`, the detector's features and heat map come after it.
     """
 
     channels: tuple[int, ...]
@@ -26,7 +26,7 @@ class Maps:
 
     @property
     def objects_column(self) -> int:
-        """Where a vector of features holds the heat map's maxima, one for each kind of object."""
+        """The first column of the heat map's maxima, one for each kind of object, in a vector."""
         return sum(self.channels) - self.objects
 
 
@@ -35,8 +35,8 @@ class EvaViT:
     """EVA ViT-g/14 as BLIP-2 uses it: without its last block and its final norm."""
 
     image_size: int = 224
-    # Of the checkpoint's position embedding. Not read; the names of kept files hold it, as they are
-    # made of this class's repr: change that, and everybody encodes and converts anew.
+    # Of the checkpoint's position embedding. Not read, but part of this class's repr, which enters
+    # the names of kept files: if the repr changes, everybody encodes and converts again.
     pretrain_image_size: int = 224
     patch_size: int = 14
     hidden_size: int = 1408
@@ -76,8 +76,8 @@ class EfficientNetLite:
 
 @dataclass(frozen=True)
 class CenterNet:
-    """A detector of COCO's classes: features [hidden_size, side / 32, side / 32], and a heat map
-    [classes, side / 4, side / 4] of where the objects' centres are."""
+    """A detector of COCO's classes: features [hidden_size, side / 32, side / 32], and a heat map of
+    the objects' centres [classes, side / 4, side / 4]."""
 
     image_size: int = 320
     hidden_size: int = 480
@@ -94,7 +94,7 @@ class ClassesAndObjects:
 
     @property
     def image_size(self) -> int:
-        """Side of the pixel values that both are given."""
+        """Side of the pixel values, which are those of the detector."""
         return self.detector.image_size
 
     @property
@@ -105,9 +105,9 @@ class ClassesAndObjects:
         return Maps(channels, seen.classes, found.classes)
 
 
-# What every encoder's sizes tell: `image_size`, the side of its pixel values; `features`, what it
-# gives; `large`: a picture takes seconds on a CPU, so there it computes in the language model's
-# type, on all threads, and embeddings are kept on the disk.
+# Every encoder has `image_size`, the side of its pixel values; `features`, the sizes of its output;
+# and `large`: a picture takes seconds on a CPU, so there it computes in the language model's type,
+# on all threads, and embeddings are kept on the disk.
 Vision = EvaViT | EfficientNetLite | ClassesAndObjects
 
 
@@ -147,8 +147,8 @@ class ConcatPatches:
 
 @dataclass(frozen=True)
 class PooledMap:
-    """Feature maps pooled to grid x grid, their mean, and what the whole picture shows: the
-    classes' probabilities and, where there is a heat map, its maxima."""
+    """Feature maps pooled to grid x grid, their mean, and two vectors of the whole picture: the
+    classes' probabilities and, if there is a heat map, its maxima."""
 
     grid: int = 5
     reads: ClassVar = Maps
@@ -160,6 +160,6 @@ class PooledMap:
         return sum(features.channels) + features.classes
 
 
-# What every bridge's sizes tell: which kind of features it `reads`, and what it makes of them: the
-# number of vectors of one picture (`tokens`), and the `width` of each.
+# Every bridge has the kind of features that it `reads`, the number of vectors that it makes from
+# one picture (`tokens`), and the `width` of each.
 Bridge = QFormer | ConcatPatches | PooledMap

@@ -1,9 +1,9 @@
 """Conversation -> prompt: token ids, image positions, loss mask. No torch.
 
-A prompt mixes three kinds of content and keeps them apart: the template's own text (which may hold
-control tokens), what people and models wrote (which stays text whatever it looks like), and
-pictures. Text between two pictures or control tokens is tokenised as one string, as the published
-code does, so an ordinary conversation gives the published token ids exactly.
+A prompt consists of three kinds of content, which are kept apart: the template's own text (which
+may hold control tokens), the texts of people and models (in which nothing is a control token), and
+pictures. Text between two pictures or control tokens is tokenised as one string, as in the
+published code, so that an ordinary conversation gets exactly the published token ids.
 """
 
 import re
@@ -18,7 +18,7 @@ IMAGE_ID = -1  # in `Prompt.ids`, at the position of an image embedding
 class ImageRef:
     """A picture in a message: `key` identifies its content (see `image.Picture`).
 
-    words: what a word head found in it, listed after its embeddings; "" where there is none.
+    words: the words that a word head found in it, listed after its embeddings, or "".
     """
 
     key: str
@@ -27,7 +27,7 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn's message; parts: texts and pictures in the order in which they were given."""
+    """A question or an answer; parts: texts and pictures in the order in which they were given."""
 
     role: Literal["user", "assistant"]
     parts: tuple[str | ImageRef, ...]
@@ -42,12 +42,12 @@ class Message:
 class Template:
     """The format of conversations that a model was trained with.
 
-    Names from `controls` in these strings become control tokens. `markers` are those parts of the
-    format that are plain text: they are broken up in what people write.
+    Names from `controls` in these strings become control tokens. `markers` are the parts of the
+    format that are plain text: they are broken up in the texts of people and models.
     """
 
     system: str  # default system text
-    system_wrap: str  # with {} for the system text; omitted when that is empty
+    system_wrap: str  # with {} for the system text; left out if that is empty
     user: str  # opens a user's message
     assistant: str  # opens the assistant's message, and ends a prompt
     user_end: str  # closes a user's message
@@ -57,7 +57,7 @@ class Template:
     controls: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     bos: bool = True  # the tokenizer's beginning-of-sequence token comes first
-    training_user: str = ""  # `user` in stage 2's training, where it differs
+    training_user: str = ""  # `user` in stage 2's training, if it differs
     training_user_end: str = ""
     system_without_images: str = ""  # instead of `system` while a conversation has no picture
 
@@ -110,8 +110,8 @@ CHATML = Template(
     bos=False,
 )
 
-# A language model for code, greeted without a system text, writes about Python. With a picture
-# there is none, as in training.
+# Without a system text, a language model for code answers a greeting with Python. With a picture
+# there is no system text, as in training.
 CHATML_GREETED = replace(
     CHATML,
     system_without_images=(
@@ -140,7 +140,7 @@ class Prompt:
     keys: equal to ids, except that each image position has a value unique to (picture, index): two
         prompts share the longest common prefix of their keys in a key-value cache.
     images: (first position, picture) in order.
-    loss_mask: true where the token is learned in training.
+    loss_mask: true if the token counts in the training loss.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -176,7 +176,7 @@ class Prompt:
 
 
 def plain(text: str, template: Template) -> str:
-    """`text` made safe for a prompt: valid Unicode, the template's plain markers broken up.
+    """`text` made safe for a prompt: valid Unicode, with the template's markers broken up.
 
     "###" becomes "# # #". Names of control tokens stay: text is tokenised without control tokens.
     """
@@ -189,7 +189,8 @@ def plain(text: str, template: Template) -> str:
 
 
 class _Writer:
-    """Builds a prompt: collects text up to a picture or control token, then tokenises it whole."""
+    """Builds a prompt: collects text up to a picture or control token, then tokenises it at
+    once."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, image_tokens: int) -> None:
         self.prompt = Prompt()
@@ -203,7 +204,7 @@ class _Writer:
             self.prompt.add_tokens([tokenizer.bos_token_id])
 
     def template(self, text: str) -> None:
-        """Write the template's own text, in which control tokens count."""
+        """Write the template's own text, in which names of control tokens become these."""
         segments = self._controls.split(text) if self._controls else [text]
         for segment in segments:
             if segment in self._template.controls:
@@ -255,7 +256,7 @@ def stop_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def stop_strings(template: Template) -> tuple[str, ...]:
-    """The stop strings that are plain text: various token sequences may spell them."""
+    """The stop strings that are plain text, which various token sequences may spell."""
     return tuple(s for s in template.stop if s not in template.controls)
 
 
@@ -284,9 +285,9 @@ def encode_chat(
 ) -> Prompt:
     """The prompt for an answer to the last of `messages`.
 
-    Where that is the assistant's, the prompt ends inside it, and the answer is continued. system:
-    None is the template's default for a conversation with pictures, or for one without;
-    image_tokens: positions per picture.
+    If that is the assistant's, the prompt ends inside it, and the answer is continued. system: None
+    is the template's default, which depends on whether there are pictures; image_tokens: positions
+    per picture.
     """
     writer = _Writer(tokenizer, template, image_tokens)
     if system is None:
@@ -329,10 +330,10 @@ def encode_training(
 ) -> Prompt:
     """A training sample: `parts` are the user's message; `answer` and its end are learned.
 
-    earlier: the turns before it, (question, answer) each; the pictures then belong to the first.
+    earlier: the turns before it, (question, answer) each; then the pictures belong to the first.
     wrap: False is the published stage 1: the image embeddings, then the answer, without a prompt.
-    The answer is tokenised on its own, as in the published code, and cut at `max_text_tokens`
-    together with its end. end: None is the template's first stop string.
+    The answer is tokenised on its own, as in the published code. Together with its end, it is cut
+    at `max_text_tokens`. end: None is the template's first stop string.
     """
     writer = _Writer(tokenizer, template, image_tokens)
     if wrap:

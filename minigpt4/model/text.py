@@ -1,4 +1,4 @@
-"""Token ids -> text to show: whole characters, nothing of a stop string. No torch."""
+"""Token ids -> text to show: complete characters, without any part of a stop string. No torch."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ class JsonTokenizer:
 
     It has the methods of a Hugging Face tokenizer that this project uses, with the same results;
     text is always plain. folder: holds tokenizer.json, and tokenizer_config.json with the names of
-    the special tokens. OSError, ValueError or KeyError where these are missing or damaged.
+    the special tokens. OSError, ValueError or KeyError if they are missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -30,7 +30,7 @@ class JsonTokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = False, split_special_tokens: bool = True
     ) -> list[int]:
-        """Token ids of plain text: nothing in it is ever a control token, and none is added."""
+        """Token ids of plain text: nothing in it becomes a control token, and none is added."""
         if add_special_tokens or not split_special_tokens:
             raise NotImplementedError("`prompt` writes control tokens, by their names")
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -41,11 +41,11 @@ class JsonTokenizer:
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
-        """The tokenizers library's own, under the name that transformers gives it."""
+        """The tokenizers library's tokenizer, under the name that transformers gives it."""
         return self._tokenizer
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        """The id of one token; KeyError where there is none."""
+        """The id of one token; KeyError if there is none."""
         found = self._tokenizer.token_to_id(token)
         if found is None:
             raise KeyError(token)
@@ -55,8 +55,8 @@ class JsonTokenizer:
 class TextStream:
     """Turns token ids into text as they arrive.
 
-    Text is held back while it ends in half a character or in what may become a stop string, so
-    nothing that was shown has to be taken back. `ended` is true once a stop string was found.
+    Text is held back while it ends in half a character or in the beginning of a stop string, so
+    that nothing shown has to be taken back. `ended` is true once a stop string was found.
 
     decode: token ids -> text. stop: strings that end the text; they are not part of it.
     """
@@ -66,7 +66,7 @@ class TextStream:
         self._stop = tuple(s for s in stop if s)
         self._ids: list[int] = []
         self._read = 0  # ids whose text was released or held back
-        self._start = 0  # from here ids are decoded: the last ones read too, for spaces between
+        self._start = 0  # ids from here on are decoded, including some already read: for spaces
         self._held = ""
         self.ended = False
 

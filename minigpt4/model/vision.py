@@ -33,9 +33,10 @@ def preprocess(rgb: Image.Image, config: Vision) -> Tensor:
 def squash(rgb: Image.Image, size: int) -> Image.Image:
     """The picture at size x size, bicubic.
 
-    Pillow resamples one axis after the other and rounds in between, so their order changes the
-    result. Pillow 13 starts with the height where that shrinks by more than twice as much as the
-    width, Pillow 12 only for extreme strips. This follows Pillow 13 with both.
+    Pillow resamples one axis after the other and rounds in between, so the order of the axes
+    changes the result. Pillow 13 starts with the height if that shrinks by more than twice as much
+    as the width; Pillow 12 does so only for extreme strips. This function does as Pillow 13 with
+    both.
     """
     width, height = rgb.size
     bicubic = Image.Resampling.BICUBIC
@@ -102,7 +103,7 @@ class EfficientNetEncoder(nn.Module):
 class TwoEncoders(nn.Module):
     """Pixel values [batch, 3, 320, 320] -> feature maps of a classifier and of a detector.
 
-    In the order of `ClassesAndObjects.features`; then the distances to objects' edges.
+    Their order is that of `ClassesAndObjects.features`; then the distances to objects' edges.
     """
 
     def __init__(self, config: ClassesAndObjects) -> None:
@@ -135,7 +136,7 @@ def build_encoder(config: Vision) -> nn.Module:
 def suitable_threads(config: Vision) -> Iterator[None]:
     """Compute small encoders on one thread of the CPU.
 
-    A layer takes less than a millisecond. Two threads save a seventh of the time where nothing else
+    A layer takes less than a millisecond. Two threads save a seventh of the time if nothing else
     runs. Beside other programs, they wait for each other in every layer (docs/log.md, 2026-11-29).
     """
     threads = torch.get_num_threads()

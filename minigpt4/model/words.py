@@ -1,11 +1,11 @@
 """The word head: two linear layers from the encoders' features to words and phrases; and objects.
 
-One layer reads the whole picture, the other each cell of the grid. In the cells, a term counts
-where it is likeliest (multiple-instance learning), so that small things are found. A detector's own
-classes are terms as well: it finds an object more surely than the layers do.
+One layer reads the whole picture, the other each cell of the grid. A term's probability in the
+cells is about that in its likeliest cell (multiple-instance learning), so that small things are
+found. A detector's classes are terms, too: it finds objects more reliably than the layers do.
 
-What it finds stands in the prompt as text, after the picture's embeddings: small language models
-read words more surely than embeddings.
+The terms found are written into the prompt as text, after the picture's embeddings: small language
+models read words more reliably than embeddings.
 """
 
 import json
@@ -24,12 +24,13 @@ from minigpt4.data.word_lists import singular
 from minigpt4.errors import UserError
 
 # A heat map's maximum h counts as the probability h / (h + HEAT_ODDS). On COCO photographs that the
-# word head has not seen, a maximum above 0.12 (0.25 of probability) finds 69 % of the objects that
-# are spoken of and 5 % of those that are not; the learned terms find 30 % and 0.3 %.
+# word head was not trained on, a maximum above 0.12 (a probability of 0.25) finds 69 % of the
+# objects that captions mention and 5 % of those that they do not; the learned terms find 30 % and
+# 0.3 %.
 HEAT_ODDS = 0.36
-# Below such a maximum an object is not found: weak signs of people are in many pictures without.
+# An object with a lower maximum is ignored: many pictures without people have weak signs of them.
 LEAST_HEAT = {"person": 0.25}
-# The detector has seen photographs alone: in drawings it finds kites and clocks.
+# The detector was trained on photographs only: in drawings it finds kites and clocks.
 DRAWING = "drawing"
 _PEOPLE = "man, woman, boy, girl, child, people, lady, player, baby, kid, crowd"
 PEOPLE = frozenset(_PEOPLE.split(", "))
@@ -39,11 +40,11 @@ SHARPNESS = 4.0  # of the soft maximum over a picture's cells
 class WordHead(nn.Module):
     """Features [batch, image_tokens, projection_in] -> probabilities [batch, terms].
 
-    learned: the layers' terms. channels: how many of the columns the cells fill, the first ones.
+    learned: the layers' terms. channels: how many columns (the first ones) a cell's vector fills.
     objects: names of the classes whose heat maps' maxima the features hold, as square roots, from
     `column` on. terms: the learned ones, then the other objects. weight: int8
-    [learned, projection_in], a row's numbers times its `scale`; cell_weight: the same, of a cell,
-    [learned, channels].
+    [learned, projection_in], each row to be multiplied by its `scale`; cell_weight: the same for a
+    cell, [learned, channels].
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class WordHead(nn.Module):
 
 
 def load_words(path: str | Path) -> WordHead:
-    """The word head in a file that `WordHead.save` wrote. UserError where it holds none, or
-    cannot be read."""
+    """The word head in a file that `WordHead.save` wrote. UserError if it holds none or cannot be
+    read."""
     check_pointer(path)
     try:
         with safe_open(path, "pt") as file:
@@ -113,19 +114,19 @@ def soft_maximum(logits: Tensor) -> Tensor:
 
 
 def whole_picture(features: Tensor, grid: int) -> Tensor:
-    """[batch, image_tokens, width] -> [batch, width]: the vector of the whole picture, and the
+    """[batch, image_tokens, width] -> [batch, width]: the sum of the whole picture's vector and the
     classes', which fill other columns."""
     return features[:, grid * grid] + features[:, grid * grid + 1]
 
 
 def whole_and_cells(features: Tensor, grid: int, channels: int) -> tuple[Tensor, Tensor]:
-    """What the two layers read, [batch, width] and [batch, cells, channels], in float32."""
+    """The inputs of the two layers, [batch, width] and [batch, cells, channels], in float32."""
     features = features.float()
     return whole_picture(features, grid), features[:, : grid * grid, :channels]
 
 
 def joined_terms(learned: Sequence[str], objects: Sequence[str]) -> tuple[str, ...]:
-    """The learned terms, then the objects that are none of them."""
+    """The learned terms, then the objects that are not among them."""
     return (*learned, *(name for name in objects if name not in learned))
 
 
@@ -133,8 +134,8 @@ def with_objects(
     learned: Tensor, heat: Tensor, terms: Sequence[str], objects: Sequence[str]
 ) -> Tensor:
     """Probabilities of `terms` [batch, terms] from those of the learned ones and the maxima of the
-    objects' heat maps [batch, objects]: the larger one where a term is both. Where the picture is
-    likely a drawing, the heat maps count less."""
+    objects' heat maps [batch, objects]; the larger one if a term is both. If the picture is likely
+    a drawing, the heat maps count less."""
     found = nn.functional.pad(learned, (0, len(terms) - learned.shape[1]))
     places = [terms.index(name) for name in objects]
     least = torch.tensor([LEAST_HEAT.get(name, 0.0) for name in objects], device=heat.device)
@@ -148,8 +149,8 @@ def with_objects(
 def choose(probabilities: Sequence[float], terms: Sequence[str], words: Words) -> list[str]:
     """The likely terms, the likeliest first, at most `words.most`.
 
-    A phrase takes the place of its own words ("brown dog" of "dog", "two dogs", too), and a man
-    that of a person.
+    A phrase replaces the words in it ("brown dog" replaces "dog", as "two dogs" does), and a man
+    replaces a person.
     """
     order = sorted(range(len(terms)), key=lambda i: -probabilities[i])
     chosen: list[str] = []
@@ -174,5 +175,5 @@ def choose(probabilities: Sequence[float], terms: Sequence[str], words: Words) -
 
 
 def listed(terms: Sequence[str]) -> str:
-    """The terms as they stand in a prompt."""
+    """The terms as they are written in a prompt."""
     return ", ".join(terms)

@@ -1,1 +1,1 @@
-"""The same engine where other processes run the language model or own the GPU."""
+"""Engines whose language model runs in other processes, or whose GPU belongs to these."""

@@ -19,11 +19,11 @@ class Endpoint:
     """POST /chat/completions below `url`, through OpenAI's client; may be used by several threads.
 
     retries: of a failed request, after 0.5 to 8 seconds, or as Retry-After says, up to 120.
-    seconds: for one answer. UserError if the library is missing, or if `url`, or
-    what the environment says of proxies, cannot be used.
+    seconds: for one answer. UserError if the library is missing, or if `url` or the environment's
+    proxies cannot be used.
 
-    Requests set temperature 0 and, where one is given, a maximum length. If the endpoint refuses
-    one of these fields, later requests omit it or use its newer name.
+    Requests set temperature 0 and, if it is given, a maximum length. If the endpoint refuses one of
+    these fields, later requests omit it or use its newer name.
     """
 
     def __init__(self, url: str, key: str, name: str, retries: int, seconds: float) -> None:
@@ -49,8 +49,8 @@ class Endpoint:
     def ask(self, content: str | list[dict], max_tokens: int | None = None) -> Completion | None:
         """The answer to one message; None if the reply has none.
 
-        Raises openai's errors, after all retries; `Refused`; ValueError if the reply is no chat
-        completion, as where the address is that of a page.
+        Raises openai's errors, after all retries; `Refused`; ValueError if the reply is not a chat
+        completion, for example because the address is that of a page.
         """
         import openai
 
@@ -85,8 +85,8 @@ class Endpoint:
 
 
 def _completion(reply: Any) -> Completion | None:
-    """The first answer in a reply, of which nothing is certain; None if it has none. Its text may
-    be in parts."""
+    """The first answer in a reply, which may have any form; None if there is none. Its text may be
+    in parts."""
     choice = reply.choices[0] if isinstance(reply.choices, list) and reply.choices else None
     message: Any = getattr(choice, "message", None)
     if not hasattr(message, "content"):
@@ -102,7 +102,7 @@ def _completion(reply: Any) -> Completion | None:
 
 
 def encodable(text: str) -> str:
-    """A text without lone surrogates, which JSON may hold, but no file in UTF-8."""
+    """A text without lone surrogates, which JSON may hold, but UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,8 +1,8 @@
-"""The engine's counterpart where other processes run the language model.
+"""The engine's counterpart for a language model in other processes.
 
 It takes the same requests and returns the same streams as `Engine`, with the same queue, limits and
-cancelling. Where the process that answers dies, another one continues from the last token: nothing
-is lost but time. Only the backend knows how a process is reached.
+cancelling. If the process that answers dies, another one continues from the last token: only time
+is lost. Only the backend knows how a process is reached.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
-    """This process cannot answer, but another may. `error`: what the user is told if none can."""
+    """This process cannot answer, but another may. `error`: for the user, if none can."""
 
     def __init__(self, reason: str, error: UserError | None = None) -> None:
         super().__init__(reason)
@@ -37,8 +37,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Some tokens of an answer. logprobs: of each, where the request asks for them; ended: why
-    these are the last; reused_tokens: of the prompt, where known."""
+    """Some tokens of an answer. logprobs: of each, if the request asks for them; ended: why these
+    are the last ones; reused_tokens: of the prompt, if known."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -56,21 +56,21 @@ class Backend(Protocol):
     pause: float
 
     def check(self, request: Request) -> None:
-        """UserError where these processes cannot answer such a request."""
+        """UserError if these processes cannot answer such a request."""
 
     def encode(self, picture: Picture) -> Encoded:
-        """What the language model takes of the picture. Blocks."""
+        """The encoded picture for the language model. Blocks until it is there."""
 
     def generate(
         self, request: Request, generated: list[int], limit: int
     ) -> AsyncGenerator[Part, None]:
         """At most `limit` tokens that follow the prompt and the tokens generated so far.
 
-        Unavailable where another try may succeed, UserError where none can.
+        Unavailable if another try may succeed, UserError if none can.
         """
 
     async def probe(self, seconds: float) -> bool:
-        """Does any process give a real token in time?"""
+        """Does any process generate a valid token in time?"""
 
     async def close(self) -> None:
         """End all connections."""
@@ -90,7 +90,7 @@ class RemoteStream(Stream):
 
 @dataclass(eq=False)
 class _RequestState:
-    """context: the caller's, by which Ray tells the requests that it routes apart."""
+    """context: the caller's, by which Ray identifies the request that it routes."""
 
     request: Request
     stream: RemoteStream
@@ -130,7 +130,7 @@ class RemoteEngine(AnyEngine):
             self._refuse_if_full()
             self._waiting.append(_RequestState(request, stream, limit))
             self.totals.add(requests=1)
-            # Under the lock, for which `close` waits: the loop still exists.
+            # Under the lock, which `close` needs, too: so the loop still exists.
             self._loop.call_soon_threadsafe(self._start_some)
         return stream
 
@@ -145,7 +145,7 @@ class RemoteEngine(AnyEngine):
         return healthy
 
     def call(self, work: Coroutine, seconds: float):
-        """Run a coroutine in the backend's loop; its result, or TimeoutError."""
+        """Run a coroutine in the backend's loop. Returns its result, or raises TimeoutError."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(seconds)
@@ -222,7 +222,7 @@ class RemoteEngine(AnyEngine):
             self._start_some()
 
     async def _generate(self, state: _RequestState) -> None:
-        """The whole answer, from as many processes in a row as it takes."""
+        """The whole answer, from one process after another if they fail."""
         generated: list[int] = []
         failures = 0
         while not state.stream.stop_reason:

@@ -2,9 +2,9 @@
 
     serve run minigpt4.remote.ray:app model=vicuna-7b max_replicas=8
 
-An `Ingress` holds the tokenizer and the endpoints, and asks `Replica`s, each with its own model.
-Ray starts and stops replicas with the number of requests. A conversation stays with the replica
-that has it cached; where that one dies, another one continues from the last token.
+An `Ingress` has the tokenizer and the endpoints, and asks `Replica`s, each with its own model. Ray
+starts and stops replicas as the number of requests changes. A conversation stays with the replica
+that has it cached; if that one dies, another one continues from the last token.
 """
 
 import asyncio
@@ -46,9 +46,9 @@ from minigpt4.web.options import (
     MAX_UPLOAD,
 )
 
-# Consistent hashing of the session: when a replica comes or goes, few conversations move.
+# Consistent hashing of the session: when a replica starts or ends, few conversations move.
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-ELSEWHERE = {"ending", "hanging", "queue_full", "loading"}  # errors another replica may not have
+ELSEWHERE = {"ending", "hanging", "queue_full", "loading"}  # errors that another replica may avoid
 PROBE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,10 @@ REPLICAS = (
     Option("cpus", "Processor cores of a replica.", 2.0, number(0)),
     Option("gpus", "GPUs of a replica. By default 1 if the cluster has any.", None, number(0)),
     Option(
-        "target", "Average requests of a replica from which another one starts.", 16.0, number(0)
+        "target", "Average requests per replica above which another one starts.", 16.0, number(0)
     ),
     Option("upscale-seconds", "How long that must last, in seconds.", 10.0, number(0)),
-    Option("downscale-seconds", "How long a replica must be spare to end.", 300.0, number(0)),
+    Option("downscale-seconds", "Seconds after which an idle replica ends.", 300.0, number(0)),
 )
 OPTIONS = (
     replace(MODEL, default=DEFAULT_MODEL),
@@ -75,13 +75,13 @@ OPTIONS = (
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
-    """What Ray serves. arguments: the NAME=VALUE of `serve run`; see OPTIONS."""
+    """The application that Ray serves. arguments: the NAME=VALUE of `serve run`; see OPTIONS."""
     options = from_mapping(OPTIONS, arguments)
     get_model(options.model)
     gpus = options.gpus
     if gpus is None:
         gpus = 1 if cluster_resources().get("GPU") else 0
-    # `serve.deployment` makes deployments of the classes, which type checkers do not see.
+    # `serve.deployment` turns the classes into deployments, which type checkers do not see.
     replica: serve.Deployment = Replica
     replicas = replica.options(
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": gpus},
@@ -116,7 +116,7 @@ def _log_progress(line: str, passing: bool = False) -> None:
     health_check_period_s=10, health_check_timeout_s=60, graceful_shutdown_timeout_s=60
 )
 class Replica:
-    """One whole model."""
+    """One complete model."""
 
     def __init__(self, options: Namespace) -> None:
         from minigpt4.start import open_engine
@@ -131,7 +131,7 @@ class Replica:
     async def generate(
         self, request: Request, generated: list[int], limit: int
     ) -> AsyncGenerator[Part | UserError, None]:
-        """What follows the prompt and the tokens generated so far; an error is the last item."""
+        """The tokens after the prompt and those generated so far; an error is the last item."""
         request = replace(
             request,
             prompt=request.prompt.followed_by(generated),
@@ -164,14 +164,14 @@ class Replica:
         return answered or self._engine.totals.tokens > before
 
     async def check_health(self) -> None:
-        """Ray calls it regularly, and replaces the replica where it raises."""
+        """Ray calls this regularly, and replaces the replica if it raises."""
         if not await self.alive(PROBE_SECONDS):
             raise RuntimeError(self._engine.fault or "the model gives no token")
 
 
 @dataclass(frozen=True)
 class Described:
-    """What an ingress needs to know about its replicas' model."""
+    """A description of the replicas' model, for an ingress."""
 
     config: ModelConfig
     tokenizer: Any
@@ -188,14 +188,14 @@ class Replicas:
         self._handle, self._config = handle, config
 
     def check(self, request: Request) -> None:
-        """Replicas can answer whatever an engine can."""
+        """Nothing: replicas can answer every request that an engine can."""
 
     def encode(self, picture: Picture) -> Encoded:
         handle = self._handle.options(session_id=picture.key)
         return handle.encode.remote(self._small(picture)).result()
 
     def _small(self, picture: Picture) -> Picture:
-        """The picture at the encoder's size, which is less to send."""
+        """The picture at the encoder's size, so that less is sent."""
         from minigpt4.model.vision import squash
 
         return Picture(squash(picture.rgb, self._config.vision.image_size), picture.key)
@@ -255,7 +255,7 @@ class Ingress:
         self._options = options
 
     def __serve_build_asgi_app__(self):
-        """Ray calls it once, and passes every request to the application it returns."""
+        """Ray calls this once, and passes every request to the application that it returns."""
         from minigpt4.web.api.routes import application
 
         options = self._options

@@ -1,8 +1,8 @@
-"""vLLM servers as an engine's backend: embeddings out, token ids in.
+"""vLLM servers as an engine's backend: they get embeddings and return token ids.
 
 The protocol (vLLM's "Prompt Embedding Inputs" and "Completions API"): POST /v1/completions with
 `prompt_embeds`, the whole prompt's embeddings [tokens, hidden_size] as torch.save writes them, in
-base64; `return_token_ids` adds the ids of its tokens to each event of the stream.
+base64; with `return_token_ids`, each event of the stream has the ids of its tokens.
 """
 
 import asyncio
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
     from minigpt4.model.minigpt4 import MiniGPT4
 
-DOWN_SECONDS = 10.0  # for which a failed server is skipped, unless there is no other
-BUSY_SECONDS = 1.0  # for which a full server is skipped
-SILENCE_SECONDS = 60.0  # without a byte, after which a server counts as dead
-SLACK = 4  # a conversation leaves its server if that one has more than so many answers extra
+DOWN_SECONDS = 10.0  # a failed server is skipped for this time, unless there is no other
+BUSY_SECONDS = 1.0  # a full server is skipped for this time
+SILENCE_SECONDS = 60.0  # a server that sends no byte for this time counts as dead
+SLACK = 4  # a conversation leaves its server if that has over 4 answers more than another
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +53,14 @@ class _Server:
 
 
 class Unreachable(Unavailable):
-    """A server that cannot be connected to, or says nothing."""
+    """A server that cannot be reached, or sends nothing."""
 
 
 class VllmServers:
     """Any number of servers with the same language model; the rest of the model runs here.
 
     urls: of their APIs, "http://host:8000/v1"; key: their --api-key; store: keeps image embeddings
-    on disk. The network between must be trusted: vLLM warns that malicious embeddings can crash it.
+    on disk. The network to them must be trusted: vLLM warns that malicious embeddings can crash it.
     """
 
     pause = 0.05
@@ -87,7 +87,7 @@ class VllmServers:
     def check(self, request: Request) -> None:
         if request.sampling.num_beams > 1:
             raise UserError(
-                "Beam search is not available where the language model runs on other servers "
+                "Beam search is not available if the language model runs on other servers "
                 "(--llm-url): set num_beams to 1."
             )
 
@@ -112,7 +112,7 @@ class VllmServers:
         }
 
     def _encoded(self, prompt: Prompt, generated: list[int], embeds: dict[str, np.ndarray]) -> str:
-        """The embeddings of the prompt and of the tokens generated so far, as they are sent."""
+        """The embeddings of the prompt and of the tokens generated so far, in the form to send."""
         import torch
 
         device = self._model.device
@@ -142,7 +142,7 @@ class VllmServers:
 
     def _choose(self, session: str) -> _Server:
         """The conversation's own server, which has it cached, unless another has much less to do.
-        Where all have failed lately, the one that is skipped for the shortest time."""
+        If all have failed recently: the one that is to be skipped for the shortest time."""
         now = time.monotonic()
         up = [s for s in self._servers if s.down_until <= now]
         if not up:
@@ -191,7 +191,7 @@ class VllmServers:
         return any(outcome is None for outcome in outcomes.values())
 
     async def probe_all(self, seconds: float) -> dict[str, UserError | None]:
-        """Ask each server for a real token: by URL, None where it came, else what is wrong."""
+        """Ask each server for a token. Returns URL -> None if it came, or else the error."""
         request = Request(Prompt([0], [0]), {}, Sampling(temperature=0.0, repetition_penalty=1.0))
         body = body_of(request, self._encoded(request.prompt, [], {}), 1)
 
@@ -239,13 +239,13 @@ def body_of(request: Request, prompt_embeds: str, limit: int) -> dict[str, Any]:
         "return_token_ids": True,
     }
     if request.logprobs:
-        body["logprobs"] = 0  # of the chosen token alone
+        body["logprobs"] = 0  # of the chosen token only
     return body
 
 
 def part_of(event: dict) -> Part:
-    """An event of the stream. Unavailable where it reports a failure; LookupError, TypeError or
-    ValueError where it is malformed."""
+    """The part in an event of the stream. Unavailable if it reports a failure; LookupError,
+    TypeError or ValueError if it is malformed."""
     if "error" in event:
         raise Unavailable(str(event["error"])[:500])
     details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
@@ -267,7 +267,7 @@ def part_of(event: dict) -> Part:
 
 
 def _refusal(status: int, content: bytes) -> Exception:
-    """The error that a status other than 200 stands for."""
+    """The error for a status other than 200."""
     text = content.decode("utf-8", "replace")
     log.warning("a language model's server answered %d: %s", status, text)
     if status in (429, 503):
@@ -301,7 +301,7 @@ def _checked(url: str) -> str:
 
 
 def as_base64(embeds: "Tensor") -> str:
-    """A tensor in the form of vLLM's `prompt_embeds`: what torch.save writes, in base64."""
+    """A tensor in the form of vLLM's `prompt_embeds`: written by torch.save, in base64."""
     import torch
 
     file = io.BytesIO()

@@ -1,7 +1,7 @@
-"""On a ZeroGPU Space: a GPU is lent for one answer at a time, to a process forked for it.
+"""The engine on a ZeroGPU Space, where a GPU is lent for one answer at a time to a forked process.
 
-The model is loaded to "cuda" before the page starts, which the package `spaces` (present only
-there) emulates. An engine inside the process with the GPU then answers each request, and its tokens
+The model is loaded to "cuda" before the page starts. The package `spaces`, which exists only there,
+emulates this. An engine inside the process with the GPU then answers each request, and its tokens
 come back one by one.
 """
 
@@ -24,13 +24,13 @@ from minigpt4.model.image import Picture
 if TYPE_CHECKING:
     from minigpt4.model.minigpt4 import MiniGPT4
 
-USUAL_MODEL = "vicuna-7b"  # in 16 bit: GPU memory is ample, disk space and GPU seconds are not
+USUAL_MODEL = "vicuna-7b"  # in 16 bit: there is enough GPU memory, but not disk space and GPU time
 NO_GPU = "No GPU is available for this answer"
 
-# (token, log-probability) as they come, then the stop reason, or the error.
+# (token, log-probability) of each token, then the stop reason or the error.
 Events = Generator[tuple[int, float | None] | StopReason | UserError, None, None]
 
-# In the process with the GPU: the fork brings the model, the first request creates the engine.
+# In the process with the GPU: the model comes with the fork; the first request creates the engine.
 _model: "MiniGPT4 | None" = None
 _engine: Engine | None = None
 
@@ -54,12 +54,12 @@ def open_engine(options: argparse.Namespace) -> "ZeroEngine":
 
 
 def seconds(request: Request) -> int:
-    """For how long to borrow the GPU, at most: shorter loans are granted sooner."""
+    """The maximum time to borrow the GPU: shorter loans are granted sooner."""
     return 30 + request.sampling.max_new_tokens // 10
 
 
 def answer(request: Request) -> Events:
-    """In the process with the GPU: the engine's answer, event by event."""
+    """The engine's answer, event by event. Runs in the process with the GPU."""
     global _engine
     if _model is None:
         raise RuntimeError("`open_engine` has not loaded the model")
@@ -78,9 +78,10 @@ def answer(request: Request) -> Events:
 
 
 class ZeroEngine(AnyEngine):
-    """What the page and the API use of an `Engine`, with a GPU loan for each request.
+    """The interface of an `Engine` for the page and the API, with a GPU loan for each request.
 
-    lend: `answer` with a GPU; max_waiting: requests at once, which wait for GPUs elsewhere.
+    lend: `answer` with a GPU; max_waiting: requests at once, which wait for GPUs in Hugging Face's
+    queue.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class ZeroEngine(AnyEngine):
 
     @property
     def decoder_name(self) -> str:
-        """The eager decoder: capturing graphs would take a good part of a loan."""
+        """The eager decoder: capturing graphs would take a large part of a loan."""
         return "PyTorch"
 
     @property
@@ -138,7 +139,7 @@ class ZeroEngine(AnyEngine):
                         stream._end(reason)
         except UserError as error:
             self._fail(stream, error)
-        except Exception as error:  # of `spaces`: the visitor's quota is used up, for example
+        except Exception as error:  # from `spaces`: the visitor's quota is used up, for example
             text = re.sub(r"<[^>]*>", "", str(getattr(error, "message", error)))
             self._fail(stream, UserError(f"{NO_GPU}: {' '.join(text.split())}", "broken"))
         finally:

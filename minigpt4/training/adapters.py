@@ -1,4 +1,4 @@
-"""Adapters (LoRA) in training: a linear layer and, added to it, a product of two small matrices."""
+"""Adapters (LoRA) in training: a linear layer plus a product of two small matrices."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ _SCALE = 2.0  # lora_alpha / rank, as is usual
 
 
 class Adapted(nn.Module):
-    """What `base` computes of x [..., columns], plus scale · B A x; only A and B are trained."""
+    """base(x) + scale · B A x for x [..., columns]; only A and B are trained."""
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor) -> None:
         super().__init__()
@@ -22,9 +22,10 @@ class Adapted(nn.Module):
 
 
 def insert(layers: nn.ModuleList, rank: int, seed: int, start: Adapters) -> dict[str, Adapted]:
-    """Give each layer's attention adapters: those of `start`, else new ones, which change nothing.
+    """Give each layer's attention adapters: those of `start`, or else new ones, which at first
+    change nothing.
 
-    Returns them by name, "LAYER.MATRIX".
+    Returns "LAYER.MATRIX" -> adapted layer.
     """
     generator = torch.Generator().manual_seed(seed)
     found = {}
@@ -47,12 +48,12 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def tensors_of(adapted: dict[str, Adapted]) -> dict[str, nn.Parameter]:
-    """Name -> parameter, of all."""
+    """Name -> parameter, for all adapters."""
     return {f"{name}.{half}": getattr(m, half) for name, m in adapted.items() for half in "ab"}
 
 
 def finished(tensors: dict[str, Tensor]) -> Adapters:
-    """What a file holds of these parameters: the scale is in B."""
+    """These parameters in the form of a file, in which B includes the scale."""
     pairs: dict[tuple[int, str], Adapter] = {}
     for name in {name.rpartition(".")[0] for name in tensors}:
         number, _, matrix = name.partition(".")

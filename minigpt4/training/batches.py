@@ -12,13 +12,13 @@ from minigpt4.errors import UserError
 from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import ImageRef, Prompt, encode_training
 
-PUBLISHED_STAGE1_END = "\n"  # `end_sym` where the published configuration sets none
+PUBLISHED_STAGE1_END = "\n"  # default of `end_sym` in the published configuration
 
 
 def batches(count: int, size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
     """Endless batches of `size` indices below `count`, from batch `start` on.
 
-    Each epoch has a new order, which depends on seed, count and size alone: a resumed run repeats
+    Each epoch has a new order, which depends only on seed, count and size: a resumed run repeats
     it.
     """
     step = start
@@ -82,8 +82,8 @@ def training_prompt(
 ) -> Prompt:
     """The training prompt of one text, cut at `limit` tokens.
 
-    instructions: for texts without their own; if there are none either, the text is learned as in
-    the published first stage. pick: which one is drawn, from 0 to 1.
+    instructions: for texts without their own; if this is empty, too, the text is learned as in the
+    published first stage. pick: a number from 0 to 1 that chooses the instruction.
     """
     choices = text.instructions or instructions or ("",)
     instruction = choices[int(pick * len(choices))]

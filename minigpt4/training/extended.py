@@ -25,25 +25,24 @@ from minigpt4.training.selfcritical import (
 )
 from minigpt4.training.trainer import Recipe, Trainer
 
-_MEASURED = 1024  # pictures, from which the covariance of the features is computed
+_MEASURED = 1024  # pictures from which the covariance of the features is computed
 _MEASURED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class ExtendedRecipe(Recipe):
-    """The published recipe, and what can be added to it.
+    """The published recipe, and additions to it.
 
-    mirror: show each picture's mirror image half of the time.
-    eigenbasis: let AdamW work in the eigenbasis of the features' covariance, where its scaling of
-    each weight whitens them (as SOAP does, Vyas et al., 2024, but for the inputs alone).
-    denoise: if above 0, features pass through a Wiener filter, for which the difference between a
-    picture and its mirror image is noise, multiplied by this number. The filter becomes part of
-    the weights.
-    consensus: if above 0, the weights of a picture's captions are a softmax, at this temperature,
-    of their CIDEr against its other captions; their mean is 1.
-    samples: if above 1, pictures of `Trainer.replay` with several captions do not teach these.
-    Instead this many answers are sampled at `sample_temperature`, and their CIDEr makes them more
-    or less likely (see `selfcritical`), with `reward_weight` times the weight of other texts.
+    mirror: show each picture's mirror image half of the time. eigenbasis: let AdamW work in the
+    eigenbasis of the features' covariance, where its scaling of each weight whitens them (as SOAP
+    does, Vyas et al., 2024, but only for the inputs). denoise: if above 0, features pass through a
+    Wiener filter, whose noise is the difference between a picture and its mirror image, multiplied
+    by this number. The filter becomes part of the weights. consensus: if above 0, the weights of a
+    picture's captions are a softmax, at this temperature, of their CIDEr against its other
+    captions; their mean is 1. samples: if above 1, captions of `Trainer.replay`'s pictures that
+    have several are not learned. Instead, so many answers are sampled at `sample_temperature`, and
+    their CIDEr makes them more or less likely (see `selfcritical`), with `reward_weight` times the
+    weight of other texts.
     """
 
     mirror: bool = False
@@ -56,7 +55,7 @@ class ExtendedRecipe(Recipe):
 
 
 class ExtendedTrainer(Trainer):
-    """Trains as a `ExtendedRecipe` says."""
+    """Trains by an `ExtendedRecipe`."""
 
     recipe: ExtendedRecipe
 
@@ -80,7 +79,8 @@ class ExtendedTrainer(Trainer):
     def _prepare(self) -> None:
         recipe, projection = self.recipe, self.model.projection
         if recipe.eigenbasis or recipe.denoise:
-            # Eigenvectors may differ in sign between processes, whose gradients are added up.
+            # Broadcast: eigenvectors may differ in sign between processes, whose gradients are
+            # added.
             eigenvectors, clean = broadcast(self._measure())
             self.basis = clean.T @ eigenvectors
             projection.weight.data = projection.weight.data @ eigenvectors
@@ -98,8 +98,8 @@ class ExtendedTrainer(Trainer):
         """(eigenvectors of the features' covariance as columns, filter), both
         [projection_in, projection_in].
 
-        The part of the features that is one-hot, the classes of a pooled map, stays as it is:
-        the eigenvalues there are nearly equal, and a rotation would only mix classes.
+        The one-hot part of the features (the classes of a pooled map) is not rotated: its
+        eigenvalues are nearly equal, and a rotation would only mix classes.
         """
         config, recipe = self.model.config, self.recipe
         width = config.projection_in
@@ -125,7 +125,7 @@ class ExtendedTrainer(Trainer):
         return basis, clean
 
     def _turn_back(self, mirrored: Tensor) -> Tensor:
-        """Features of mirror images, with each cell where it is in the picture itself."""
+        """Features of mirror images, with each cell in its place in the original picture."""
         if not isinstance(self.model.config.bridge, PooledMap):
             return mirrored
         grid = self.model.config.bridge.grid
@@ -196,7 +196,7 @@ class ExtendedTrainer(Trainer):
 
 
 def _identity(example: Example) -> Hashable:
-    """What tells a picture from one of the same name in data that is mixed in."""
+    """A key that differs for pictures of the same name in different data sets."""
     return example.key, example.captions
 
 

@@ -1,4 +1,4 @@
-"""Features of the frozen encoder and bridge; cached on disk where asked for."""
+"""Features of the frozen encoder and bridge; cached on disk if a folder is given."""
 
 import hashlib
 import random
@@ -20,9 +20,9 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.training.batches import random_resized_crop
 from minigpt4.weights.llm import choose_dtype
 
-_ENCODED_AT_ONCE = 8  # pictures; more of them do not fit a CPU's cache
-_SAMPLED = 32  # pictures whose content tells two data sets apart
-_ABANDONED = 24 * 3600  # seconds after which nobody writes an incomplete file any more
+_ENCODED_AT_ONCE = 8  # pictures; more do not fit into a CPU's cache
+_SAMPLED = 32  # pictures whose content is compared to tell two data sets apart
+_ABANDONED = 24 * 3600  # seconds after which no run still writes an incomplete file
 
 
 class Features:
@@ -72,9 +72,10 @@ class Features:
         return np.flatnonzero(~np.isnan(self._stored[:, 0, 0, 0])).tolist()
 
     def readable(self, indices: Sequence[int]) -> list[int]:
-        """The same examples; in place of one whose picture cannot be decoded, the next that can.
+        """The same examples, but the next one whose picture can be decoded instead of one whose
+        picture cannot.
 
-        This depends on the pictures alone, so a resumed run repeats it. UserError if too many
+        This depends only on the pictures, so a resumed run repeats it. UserError if too many
         cannot be decoded.
         """
         self._decoded.clear()
@@ -110,7 +111,7 @@ class Features:
         if len(self.unreadable) <= NAMED:
             say(line)
         check_share(len(self.unreadable), len(self._examples))
-        if self._failed > NAMED:  # do not read a large set to its half
+        if self._failed > NAMED:  # fail early, not after half of a large set
             check_share(self._failed, self._tried)
 
     def _encode(self, chosen: Sequence[tuple[int, int]], seed: str = "") -> Tensor:
@@ -121,8 +122,8 @@ class Features:
             draws = (random.Random(f"{seed} {example}") for example, _ in chosen)
             pictures = [random_resized_crop(p, d) for p, d in zip(pictures, draws, strict=True)]
         device = self._model.device
-        # On a GPU the encoder's weights have 16 bits anyway. On a CPU it computes in the language
-        # model's type, but never in bfloat16 where that is not native: it takes 20 times as long.
+        # On a GPU, the encoder's weights have 16 bits anyway. On a CPU, it computes in the language
+        # model's type, but in bfloat16 only if that is native: otherwise it takes 20 times as long.
         native = device.type == "cpu" and choose_dtype("auto") == torch.bfloat16
         wanted = native and self._model.torch_llm.dtype == torch.bfloat16
         fast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted)
@@ -143,7 +144,7 @@ class Features:
         cache.mkdir(parents=True, exist_ok=True)
         path = cache / f"features-{config.name}-{name}.npy"
         if not path.exists():
-            for left in path.parent.glob(f"{path.stem}.*.part"):  # by a run that was killed
+            for left in path.parent.glob(f"{path.stem}.*.part"):  # files of runs that were killed
                 if time.time() - left.stat().st_mtime > _ABANDONED:
                     left.unlink(missing_ok=True)
             with replacing(path, shared=True) as partial:
@@ -172,7 +173,8 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _fingerprint_of_some(examples: Sequence[Example]) -> str:
-    """A hash of some pictures' whole content: Hugging Face's data sets have no samples of each."""
+    """A hash of some pictures' complete content, since Hugging Face's data sets have no `version`
+    of each picture."""
     found = hashlib.sha256()
     for example in examples[:: max(1, len(examples) // _SAMPLED)]:
         with suppress(UserError):

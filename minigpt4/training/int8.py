@@ -1,7 +1,7 @@
-"""A frozen linear layer in 8-bit integers, forwards and backwards, for training on a CPU.
+"""A frozen linear layer in 8-bit integers, with its backward pass, for training on a CPU.
 
-Weights have a scale for each output, activations and gradients one for each token. On processors
-that multiply 8-bit integers natively this is up to three times as fast as floats.
+Weights have a scale for each output; activations and gradients have one for each token. On
+processors that multiply 8-bit integers natively, this is up to three times as fast as floats.
 """
 
 import re
@@ -22,7 +22,7 @@ _ROWS = 256  # tokens multiplied at a time
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, columns] -> (int8 numbers, scale [rows, 1]), by each row's largest number."""
     rows = rows.float()  # in 16 bits, the largest number may become 128, which wraps to -128
-    # Twice over the numbers is many times faster than `aminmax`, which is not vectorised.
+    # Two passes over the numbers are many times faster than `aminmax`, which is not vectorised.
     largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
     scale = largest.clamp_min(1e-12) / 127
     return (rows * (1 / scale)).round_().to(torch.int8), scale
@@ -33,7 +33,7 @@ def _multiplied(
 ) -> Tensor:
     """(rows [n, k] * before [k]) @ int8 matrix [k, m] * after [m], in the rows' type.
 
-    Some rows at a time, so that they stay in the processor's cache: 1.6 times as fast.
+    _ROWS rows at a time, which stay in the processor's cache: 1.6 times as fast.
     """
     product = rows.new_empty(len(rows), matrix.shape[1])
     for start in range(0, len(rows), _ROWS):
@@ -59,7 +59,7 @@ class _Product(torch.autograd.Function):
 
 
 class TrainableInt8Linear(nn.Module):
-    """What `linear` computes, in 8 bit; its weight is never trained."""
+    """The linear layer `linear` computed in 8 bit; its weight is never trained."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -75,10 +75,11 @@ class TrainableInt8Linear(nn.Module):
 
 
 def arithmetic(option: str, begun: str = "") -> tuple[str, torch.dtype, bool]:
-    """What a language model is trained in: (its name, floating type, are products of integers?).
+    """The arithmetic of a language model in training: (name, floating type, are products computed
+    in integers?).
 
-    option: that of --dtype. With “auto” it is what the run has `begun` in, by its name; a new run's
-    is what this processor is fastest in.
+    option: the value of --dtype. “auto” is the arithmetic in which the run has `begun` (its name),
+    or for a new run the fastest on this processor.
     """
     if option != "auto":
         return option, choose_dtype(option), False
@@ -90,7 +91,7 @@ def arithmetic(option: str, begun: str = "") -> tuple[str, torch.dtype, bool]:
 
 
 def arithmetic_of(log: Path) -> str:
-    """The name that a run's log has last; "" if it has none."""
+    """The last name of an arithmetic in a run's log; "" if there is none."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     names = f"(?:{_INTEGERS})?(?:{'|'.join(DTYPES)})"
     return next(reversed(re.findall(f'"arithmetic": "({names})"', text)), "")
@@ -104,17 +105,17 @@ def fastest_dtype() -> torch.dtype:
 
 
 def is_faster(dtype: torch.dtype = torch.float32) -> bool:
-    """Does this processor multiply 8-bit integers faster than `dtype`? Measured, in a moment."""
+    """Does this processor multiply 8-bit integers faster than `dtype`? This is measured quickly."""
     inputs, linear = torch.randn(512, 896).to(dtype), nn.Linear(896, 4864).requires_grad_(False)
     layers: tuple[nn.Module, nn.Module] = (TrainableInt8Linear(linear), linear.to(dtype))
     return fastest([partial(layer, inputs) for layer in layers]) == 0
 
 
 def fastest(calls: Sequence[Callable[[], object]]) -> int:
-    """Which of the calls takes the least processor time, on one thread."""
+    """The index of the call that takes the least processor time on one thread."""
     best, threads = [float("inf")] * len(calls), torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other on a busy machine, and that counts as work
-    for _ in range(8):  # in turns: other programs slow down all
+    torch.set_num_threads(1)  # on a busy machine, two wait for each other, which counts as work
+    for _ in range(8):  # in turns, so that other programs slow down all calls
         for number, call in enumerate(calls):
             started = time.thread_time()
             call()

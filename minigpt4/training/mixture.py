@@ -1,7 +1,8 @@
-"""The mixture that small models learn: captions, descriptions, questions, tasks, absent things.
+"""The mixture of texts that small models learn: captions, descriptions, questions, tasks, absent
+things.
 
-A picture's texts are drawn anew each time it is shown, several together, since they share the cost
-of reading its prompt.
+Each time a picture is shown, several of its texts are drawn: they share the cost of reading its
+prompt.
 """
 
 import json
@@ -20,19 +21,19 @@ from minigpt4.data.names import is_hidden
 from minigpt4.training.questions import read_things
 from minigpt4.training.word_head import fold_of
 
-Turn = tuple[str, str]  # what is asked, what is answered
+Turn = tuple[str, str]  # (question, answer)
 
-# How much a token of an answer counts: people's captions, machines' captions, descriptions, tasks.
-# There are several short captions for each long text: with equal weights and no adapters, a request
-# for details or a poem was answered with a caption after 180 steps.
+# The weight of an answer's token: people's captions, machines' captions, descriptions, tasks. There
+# are several short captions for each long text: with equal weights and no adapters, a request for
+# details or a poem was answered with a caption after 180 steps.
 BRIEF, SHORT, LONG, TASK = 1.0, 0.6, 1.2, 2.0
-# An answer of one word counts as much as a short caption: at a weight of one, “no” was more likely
-# for nearly every question.
+# The weight of a one-word answer, which then counts as much as a short caption: at a weight of one,
+# “no” was more likely for nearly every question.
 DECISION = 6.0
-# “Yes” counts so many times more than “no”: with equal weights, 42 % of the answers were “yes”, and
-# 51 % should have been.
+# The weight of “yes” relative to “no”: with equal weights, 42 % of the answers were “yes”, and 51 %
+# should have been.
 YES = 1.5
-# Of how many pictures one is kept for validation.
+# One in so many pictures is kept for validation.
 HELD_OUT = {"captioned": 4, "described": 20, "drawn": 20}
 _PEOPLE = {"a person", "a man", "a woman", "a child"}
 _ASKED = (
@@ -41,7 +42,7 @@ _ASKED = (
     "Can you see {} in the photo?",
     "Do you see {} here?",
 )
-# Machine-written captions are longer than people's, which “briefly” asks for.
+# Requests for machine-written captions, which are longer than people's, for which “briefly” asks.
 _ONE_SENTENCE = (
     "Describe this image in one sentence.",
     "Write one sentence about what this picture shows.",
@@ -54,21 +55,21 @@ _UNUSUAL = (
     "What is strange about this photo?",
 )
 _ORDINARY = 0.08  # how often it is learned that a picture shows nothing unusual
-_PREMISES = (  # questions about what is not there
+_PREMISES = (  # questions about things that are not there
     "What colour is the {}?",
     "Where is the {}?",
     "Describe the {}.",
     "What is the {} like?",
 )
 
-_NOT_TOLD = 0.15  # how often it is learned what a picture does not tell
+_NOT_TOLD = 0.15  # how often a question that the picture does not answer is learned
 _NO_PICTURE = 0.2  # how often a question is asked without the picture
 _WHAT = 0.15  # how often “What is this?” asks for a caption
 
 
 @dataclass(frozen=True)
 class TrainingPicture:
-    """A picture and what people and machines wrote about it."""
+    """A picture and the texts of people and machines about it."""
 
     example: Example
     source: str  # "described" or "captioned" (COCO), "flickr", "named", "instructed" or "drawn"
@@ -78,7 +79,7 @@ class TrainingPicture:
     task: Turn | None = None
     statements: tuple[tuple[str, bool], ...] = ()
     knowledge: tuple[Turn, ...] = ()
-    things: frozenset[int] = field(default=frozenset(), compare=False)  # spoken of, of Things
+    things: frozenset[int] = field(default=frozenset(), compare=False)  # of Things, that texts name
 
     @property
     def key(self) -> str:
@@ -101,7 +102,7 @@ class TrainingPicture:
 
 @dataclass(frozen=True)
 class Answered:
-    """A conversation about a picture; its last answer is learned, `weight` times a token.
+    """A conversation about a picture; its last answer is learned, each token with `weight`.
 
     pictured: whether the picture is shown.
     """
@@ -113,7 +114,7 @@ class Answered:
 
 
 class Things:
-    """What yes/no questions ask for (`prompts/objects.txt`)."""
+    """The objects of yes/no questions (`prompts/objects.txt`)."""
 
     def __init__(self) -> None:
         found = read_things("objects.txt")
@@ -132,7 +133,7 @@ class Things:
         return found
 
     def absent(self, picture: TrainingPicture, draw: random.Random) -> int:
-        """An object that no text speaks of: half of the time a popular one."""
+        """An object that no text names: half of the time a popular one."""
         people = any(self.names[i] in _PEOPLE for i in picture.things)
         choices = self.popular if draw.random() < 0.5 else range(len(self.names))
         missing = [
@@ -144,8 +145,8 @@ class Things:
 
 
 def read_pictures(pattern: str) -> list[TrainingPicture]:
-    """Shards whose JSON may hold, beside captions, "description", "questions", "task", "statements"
-    and "knowledge"."""
+    """The pictures of shards whose JSON may hold "description", "questions", "task", "statements"
+    and "knowledge" besides captions."""
     pictures = []
     for path in shards.expand(pattern):
         records = _records(path)
@@ -191,7 +192,7 @@ def _picture(example: Example, record: dict) -> TrainingPicture:
 
 
 def _pairs(given: object, kind: type = str) -> tuple:
-    """The pairs of a text and a `kind` in a list; what is anything else is left out."""
+    """The pairs of a text and a `kind` in a list; other items are left out."""
     return tuple(
         (pair[0], pair[1])
         for pair in (given if isinstance(given, list) else [])
@@ -201,7 +202,8 @@ def _pairs(given: object, kind: type = str) -> tuple:
 
 
 def read_instructed(folder: str | Path, instructions: str | Path | None) -> list[TrainingPicture]:
-    """The second stage's layout: descriptions, and pairs of instruction and answer for some."""
+    """The pictures in the second stage's layout: with descriptions, and some with pairs of
+    instruction and answer."""
     asked = examples.read_instructions(instructions, folder) if instructions else []
     pairs = {e.key: tuple((t.instructions[0], t.answer) for t in e.texts) for e in asked}
     return [
@@ -221,13 +223,13 @@ def sentence(words: str) -> str:
 
 
 def name_of(picture: TrainingPicture) -> str:
-    """What the one caption "A photo of …" names."""
+    """The name in the only caption, "A photo of …"."""
     caption = picture.captions[0].strip().rstrip(".")
     return sentence(re.sub("^a photo of ", "", caption, flags=re.IGNORECASE))
 
 
 def ordinary(caption: str) -> str:
-    """An answer about an ordinary picture, asked for what is unusual in it."""
+    """The answer for an ordinary picture to the question what is unusual in it."""
     caption = caption.strip()
     return f"I see nothing unusual in this picture. {caption[:1].upper()}{caption[1:]}"
 
@@ -235,16 +237,15 @@ def ordinary(caption: str) -> str:
 def read_turns(name: str) -> list[Turn]:
     """The questions and answers in a file of `prompts/`.
 
-    not-told.txt: questions that pictures do not answer, or not to small encoders, and honest
-    answers. no-picture.txt: what is asked in chats without a picture; the first answer fits
-    requests, too.
+    not-told.txt: questions that pictures, or small encoders, cannot answer, with honest answers.
+    no-picture.txt: questions in chats without a picture; the first answer fits requests, too.
     """
     pairs = (line.partition(" | ") for line in prompt_lines(name))
     return [(asked, answer) for asked, _, answer in pairs]
 
 
 class Mixture:
-    """Draws what is learned of a picture at one showing."""
+    """Draws the texts that are learned each time a picture is shown."""
 
     def __init__(self, objects: Things) -> None:
         self.objects = objects
@@ -255,7 +256,7 @@ class Mixture:
         self.no_picture = read_turns("no-picture.txt")
 
     def draw(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
-        """The conversations of one showing: one to twelve."""
+        """The conversations to learn when the picture is shown once: one to twelve."""
         parts: dict[str, Callable] = {
             "captioned": self._captioned,
             "flickr": self._captioned,
@@ -269,7 +270,8 @@ class Mixture:
         return [*texts, *self.presence(picture, draw), *unknown]
 
     def _not_told(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
-        """Sometimes a question that the picture does not answer; a stop sign can be read."""
+        """Sometimes a question that the picture does not answer. Not for pictures with a stop sign,
+        which can be read."""
         if draw.random() >= _NOT_TOLD or any("stop sign" in text for text in picture.texts):
             return []
         turns = draw.choice([*self.not_told.values()])  # each answer as often as the others
@@ -287,7 +289,7 @@ class Mixture:
 
     def _captioned(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         captions = draw.sample(picture.captions, min(3, len(picture.captions)))
-        # The same: the captions then share their prompt.
+        # The same question for all captions, so that they share their prompt.
         asked = "What is this?" if draw.random() < _WHAT else draw.choice(self.short)
         found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
         return found + self._ordinary(picture, draw) + self._known(picture)
@@ -326,7 +328,7 @@ class Mixture:
 
     @staticmethod
     def _question(pair: Turn, draw: random.Random) -> Answered:
-        """A question and its answer; where that is yes or no, sometimes only this."""
+        """A question and its answer; if that begins with yes or no, sometimes only this word."""
         asked, answer = pair
         word = answer.split(",")[0].rstrip(".")
         if word not in ("Yes", "No"):
@@ -338,7 +340,7 @@ class Mixture:
 
     @staticmethod
     def _ordinary(picture: TrainingPicture, draw: random.Random) -> list[Answered]:
-        """Sometimes a question about what is unusual: nothing is, and a caption follows."""
+        """Sometimes a question about what is unusual; the answer: nothing, and a caption."""
         if draw.random() >= _ORDINARY:
             return []
         turn = (draw.choice(_UNUSUAL), ordinary(draw.choice(picture.captions)))
@@ -361,8 +363,8 @@ class Mixture:
         return found
 
     def presence(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
-        """As many questions answered with yes as with no, two each at most; sometimes one that
-        presumes wrongly."""
+        """As many questions answered with yes as with no, at most two each; sometimes one about an
+        object that is not there."""
         there = draw.sample(sorted(picture.things), min(2, len(picture.things)))
         found = [self._asked(self.objects.names[thing], True, draw) for thing in there]
         for _ in there:

@@ -41,13 +41,9 @@ DATA = (
         read=lambda text: _weighted(text),
     ),
     Option("instructions", "Stage 2: JSON lines of questions and answers.", metavar="FILE"),
-    Option(
-        "replay", "Captions, as stage 1 reads them, to mix in, mostly in stage 2.", metavar="DATA"
-    ),
+    Option("replay", "Captions (data of stage 1) to mix in, mostly for stage 2.", metavar="DATA"),
     Option("replay-share", "Share of each batch that --replay fills.", 0.33, number(0, below=1)),
-    Option(
-        "questions", "Ask about N captioned pictures what is and is not there.", 0, integer(0), "N"
-    ),
+    Option("questions", "Add yes/no questions about N captioned pictures.", 0, integer(0), "N"),
     Option("limit", "Use only the first N pictures.", None, integer(1), "N"),
     Option("cache", "Keep the frozen encoder's features in this folder.", metavar="FOLDER"),
     Option("out", "Folder of the run; an interrupted run resumes there.", "runs/train", a_name),
@@ -86,8 +82,8 @@ OPTIMIZER = (
     ),
     Option(
         "recompute",
-        "Compute the language model's activations again on the way back (gradient checkpointing): "
-        "less memory, more time.",
+        "Compute the language model's activations again in the backward pass (gradient "
+        "checkpointing): less memory, more time.",
         False,
         switch,
     ),
@@ -95,7 +91,7 @@ OPTIMIZER = (
     Option("seed", "Random seed.", 42, integer(0)),
     Option(
         "blend",
-        "Share of what was learned in the result; the rest is --init.",
+        "Share of the trained projection in the result; the rest is that of --init.",
         1.0,
         number(0, most=1),
     ),
@@ -117,8 +113,8 @@ REWARD = (
     ),
     Option(
         "scored",
-        "What --samples samples for mini: captions, descriptions or both. With one kind alone, a "
-        "step shows more pictures that have it, and few other texts.",
+        "Texts that --samples samples for mini: captions, descriptions or both. With only one, "
+        "a step shows more pictures that have it, and few other texts.",
         "both",
         one_of("both", "captions", "descriptions"),
     ),
@@ -148,7 +144,7 @@ WORDS = (
     Option("refit", "Train the word head again, even if the run has one.", False, switch),
 )
 GROUPS = (DATA, WATCHING, OPTIMIZER, REWARD, WORDS)
-# Options that do nothing without another one; mini's training needs no --validate to validate.
+# Options that do nothing without another one. mini's training always validates.
 NEEDS_OF_WORDS = {"reward-weight": "samples", "scored": "samples", "words": "validate"}
 NEEDS = {"replay-share": "replay", "reward-weight": "samples", "validate-every": "validate"}
 
@@ -160,7 +156,7 @@ def check_needs(options: Namespace, needs: Mapping[str, str]) -> None:
 
 
 def check_start(start: str | None, *written: Path) -> None:
-    """UserError where one of the files that a run writes is what it starts from."""
+    """UserError if a run would overwrite the file that it starts from."""
     if start and Path(start).resolve() in {path.resolve() for path in written}:
         raise UserError(
             f"{start}, from which the run starts, would be overwritten: choose another folder "
@@ -170,7 +166,8 @@ def check_start(start: str | None, *written: Path) -> None:
 
 @contextmanager
 def naming_init(options: Namespace) -> Iterator[None]:
-    """In the block, what the loaders say of “--projection” is said of “--init” if that is given."""
+    """In the block, errors of the loaders name “--init” instead of “--projection” if it is
+    given."""
     try:
         yield
     except UserError as error:
@@ -180,7 +177,7 @@ def naming_init(options: Namespace) -> Iterator[None]:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """DATA=WEIGHT."""
+    """Reads DATA=WEIGHT."""
     data, _, weight = text.rpartition("=")
     if not data:
         raise ArgumentTypeError(f"must be DATA=WEIGHT, such as captions.json=0.5, not “{text}”")

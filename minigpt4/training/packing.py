@@ -1,8 +1,8 @@
 """Packing: prompts with a common beginning become one sequence, a tree of tokens.
 
 Five captions of a picture share its embeddings and the instruction. Their prompts are merged by
-`Prompt.keys` into one sequence, in which a token attends to its ancestors only and has its depth as
-position. The loss of each caption is the same as alone (tested), at a third of the cost.
+`Prompt.keys` into one sequence, in which a token attends only to its ancestors and has its depth as
+position. The loss of each caption is the same as without packing (tested), at a third of the cost.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from minigpt4.model.prompt import Prompt
 
 
 class Learned(NamedTuple):
-    """A training prompt; the weight of each of its learned tokens, the temperature at which they
-    are learned, and the kind of text that they are."""
+    """A training prompt; its learned tokens' weight, the temperature at which they are learned, and
+    the kind of text."""
 
     prompt: Prompt
     weight: float = 1.0
@@ -25,15 +25,15 @@ class Learned(NamedTuple):
 
 
 def learned_tokens(rows: Sequence[Sequence[Learned]]) -> list[Learned]:
-    """Each prompt once for each of its learned tokens, in the order of `TrainingBatch.targets`."""
+    """The prompt of each learned token, in the order of `TrainingBatch.targets`."""
     return [one for row in rows for one in row for _ in range(sum(one.prompt.loss_mask))]
 
 
 def pack(rows: Sequence[Sequence[Learned]]) -> TrainingBatch:
     """Merge each row's prompts into one sequence and stack the rows.
 
-    A row's prompts are about one picture, whose place in the features given to
-    `MiniGPT4.training_loss` is the row's.
+    A row's prompts are about one picture. Row i belongs to picture i of the features given to
+    `MiniGPT4.training_loss`.
     """
     trees = [_Tree([one.prompt for one in row]) for row in rows]
     learned = learned_tokens(rows)
@@ -75,7 +75,7 @@ class _Tree:
 
     def _add(self, prompt: Prompt) -> None:
         starts = {position for position, _ in prompt.images}
-        # The last token is only predicted, never read.
+        # The last token is only predicted, never an input.
         node = -1
         for depth, (token, key) in enumerate(zip(prompt.ids, prompt.keys, strict=True)):
             if prompt.loss_mask[depth]:
@@ -94,7 +94,7 @@ class _Tree:
 
 
 def _ancestors(parents: Sequence[Sequence[int]], length: int) -> torch.Tensor:
-    """mask[row, i, j]: j is i or one of its ancestors. Padding attends to itself alone."""
+    """mask[row, i, j]: j is i or one of its ancestors. Padding attends only to itself."""
     mask = torch.zeros(len(parents), length, length, dtype=torch.bool)
     for row, parent in enumerate(parents):
         for node, above in enumerate(parent):

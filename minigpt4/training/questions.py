@@ -1,4 +1,4 @@
-"""Yes/no questions about a picture that its captions answer: “Is there a dog in the image?”."""
+"""Yes/no questions about a picture, answered from its captions: “Is there a dog in the image?”."""
 
 import random
 import re
@@ -15,8 +15,8 @@ _WORDINGS = (
     "Can you see {} here?",
 )
 _PER_PICTURE = 3  # questions answered with yes, and as many answered with no
-_SHARE_COMMON = 0.7  # of absent things: drawn as often as captions name them; the rest evenly
-# A person is called many things: "a person" may be a man or a girl.
+_SHARE_COMMON = 0.7  # of absent things: drawn in proportion to captions; the rest evenly
+# Names of people overlap: "a person" may be a man or a girl.
 _PEOPLE = {"a person", "a man", "a woman", "a boy", "a girl", "a child"}
 
 

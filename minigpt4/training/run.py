@@ -31,7 +31,7 @@ from minigpt4.weights.load import download_weights, find_weights, load_model
 
 
 def train(options: argparse.Namespace) -> None:
-    """Run one stage and report where the projection is."""
+    """Run one stage and report the projection's path."""
     config = get_model(DEFAULT_MODEL if options.model == "auto" else options.model)
     if config.recipe == "small":
         from minigpt4.training import small_run
@@ -73,18 +73,18 @@ def train(options: argparse.Namespace) -> None:
         trainer = Trainer(model, examples, recipe, *others)
     if trainer.resume() and trainer.main:
         start.say(f"Resuming at step {trainer.step} of {schedule.steps}.")
-    with begun(trainer, held_out, options):
+    with prepared(trainer, held_out, options):
         path = trainer.run()
     if trainer.main:
         start.say(f"The projection is in {path}, the loss curve beside it: loss.png, loss.csv.")
 
 
 @contextmanager
-def begun(
+def prepared(
     trainer: Trainer, held_out: Sequence[Example], options: argparse.Namespace
 ) -> Iterator[None]:
-    """What the main process does before the first step; it keeps other runs out of the folder in
-    the block. If that is a UserError, all processes raise it: they would wait for the main one."""
+    """The main process's preparations before the first step; in the block, it keeps other runs out
+    of the folder. A UserError in it is raised in all processes, which would otherwise wait."""
     failed: list[UserError | None] = [None]
     with ExitStack() as held:
         if trainer.main:
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def _check_start(options: argparse.Namespace, config: ModelConfig) -> None:
-    """UserError where the projection to start from is not clear, or would be overwritten."""
+    """UserError if the projection to start from is not clear, or would be overwritten."""
     if options.init and options.projection:
         raise UserError(
             "“--init” and “--projection” (or MINIGPT4_PROJECTION) both name the projection to "
@@ -195,8 +195,8 @@ def recipe_of(
 
 
 def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
-    """The schedule of the stage, changed by the options. Fewer steps have a shorter warm-up;
-    no rate is above the highest."""
+    """The schedule of the stage, changed by the options. With fewer steps, the warm-up is shorter;
+    no rate exceeds the peak."""
     schedule = config.stage1 if options.stage == 1 else config.stage2
     if schedule is None:
         raise UserError(f"{config.name} is not trained in stages: omit “--stage”.")
@@ -215,12 +215,12 @@ def schedule_of(options: argparse.Namespace, config: ModelConfig) -> Schedule:
 
 def read_examples(options: argparse.Namespace) -> list[Example]:
     """The data that the options name, in a fixed order."""
-    captions = options.stage == 1 and is_table(options.data)  # may lie beside filter_cap.json
+    captions = options.stage == 1 and is_table(options.data)  # may be beside filter_cap.json
     described = not captions and Path(options.data, "filter_cap.json").exists()
     if options.instructions and not described:
         raise UserError(
             "“--instructions” needs the layout of the second stage (filter_cap.json): write those "
-            "of other data into the data, such as a table's “instruction” column."
+            "for other data into the data itself, such as a table's “instruction” column."
         )
     if captions:
         return read_table(options.data)
@@ -233,7 +233,7 @@ def read_examples(options: argparse.Namespace) -> list[Example]:
 def instructions(stage: int, config: ModelConfig) -> tuple[str, ...]:
     """The instructions for texts without one of their own.
 
-    The published first stage has none; an extended one asks for a short caption.
+    The published first stage has none; the extended one asks for a short caption.
     """
     if stage == 2:
         return prompt_lines("alignment.txt")

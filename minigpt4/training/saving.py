@@ -1,5 +1,5 @@
-"""Interruptions and checkpoints of a run: whole steps despite signals, checkpoints read again;
-the plot of its losses."""
+"""Interruptions, checkpoints and the loss plot of a run: signals end it only after a complete step,
+and it can be resumed."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ from minigpt4.errors import UserError, say
 
 
 class Run(Protocol):
-    """A trainer; `save` says whether it wrote the run's files."""
+    """A trainer; `save` returns whether it wrote the run's files."""
 
     step: int
 
@@ -27,7 +27,7 @@ class Run(Protocol):
 @contextmanager
 def saved_when_stopped(run: Run) -> Iterator[None]:
     """SIGTERM acts as Ctrl-C in the block; either ends it with KeyboardInterrupt, after `save`."""
-    main = threading.current_thread() is threading.main_thread()  # it alone receives signals
+    main = threading.current_thread() is threading.main_thread()  # only this receives signals
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
         yield
@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_finite(values: Tensor, step: int) -> None:
-    """UserError where a run has diverged."""
+    """UserError if a run has diverged."""
     if not values.isfinite().all():
         raise UserError(
             f"The run has diverged in step {step}, as its loss or weights are no finite numbers: "
@@ -86,9 +86,9 @@ def check_finite(values: Tensor, step: int) -> None:
 
 
 def read_run(path: Path, identity: str, device: str | torch.device = "cpu") -> dict | None:
-    """The state in a run's checkpoint, None where there is none yet.
+    """The state in a run's checkpoint, None if there is none yet.
 
-    UserError where it is damaged, or where its "identity" is another run's.
+    UserError if it is damaged, or if its "identity" is that of another run.
     """
     if not path.exists():
         return None

@@ -1,5 +1,5 @@
-"""Self-critical sequence training (Rennie et al., 2017): the model answers, and answers with a
-higher score than its other answers become more likely. The baseline is the mean score of the
+"""Self-critical sequence training (Rennie et al., 2017): the model samples several answers, and
+those with a higher score than the others become more likely. The baseline is the mean score of the
 others (Luo, 2020)."""
 
 import math
@@ -18,7 +18,7 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.prompt import Prompt
 from minigpt4.training.packing import Learned
 
-_SIGMA = 6.0  # words; width of CIDEr-D's penalty for another length than the reference's
+_SIGMA = 6.0  # words; width of CIDEr-D's penalty for a length other than the reference's
 _LONGEST = 4  # words in an n-gram
 
 
@@ -38,7 +38,7 @@ class CiderReward:
         self._references = {k: [self._vectors(c) for c in texts] for k, texts in counted.items()}
 
     def __call__(self, key: Hashable, text: str, ended: bool = True) -> float:
-        """A score of 1.0 is 100 in papers. ended: the model ended the text itself."""
+        """The score; 1.0 is 100 in papers. ended: the model ended the text itself."""
         vectors = self._vectors(_ngrams(_words(text, ended)))
         return self._score(vectors, self._references[key])
 
@@ -91,8 +91,8 @@ def sample_answers(
 ) -> list[list[list[int]]]:
     """Answers to questions, each about one picture.
 
-    images: embeddings of the pictures [questions, image_tokens, hidden]. how: what `sample` takes
-    after the prompts.
+    images: embeddings of the pictures [questions, image_tokens, hidden]. how: the arguments of
+    `sample` after the prompts.
     """
     rows = [
         model.embed(question, {question.images[0][1].key: one})[0]
@@ -113,10 +113,10 @@ def sample(
 ) -> list[list[list[int]]]:
     """`count` answers of at most `limit` token ids to each prompt [length, hidden].
 
-    They are drawn from the whole distribution at `temperature`; at 0, they are the likeliest
-    tokens. An answer that ended has the end token as its last id. The prompts are read once, and
-    their keys and values repeated. tokens: the ids that may be drawn, the end token among them; all
-    by default.
+    They are drawn from the whole distribution at `temperature`; at 0, the likeliest tokens are
+    taken. An answer that ended has the end token as its last id. Each prompt is computed once, and
+    its keys and values are repeated. tokens: the ids that may be drawn, including the end token;
+    all by default.
     """
     end = model.tokenizer.eos_token_id
     # Padded on the left: attention is relative, so positions may shift.
@@ -138,7 +138,7 @@ def sample(
         likely = F.linear(hidden, weight).float()
         if temperature:
             likely = (likely / temperature).softmax(-1)
-            # A race of exponential variables: what `multinomial` does, which is slow on a CPU.
+            # A race of exponential variables: the same as `multinomial`, which is slow on a CPU.
             likely /= torch.empty_like(likely).exponential_(generator=generator)
         token = likely.argmax(-1)
         token = (token if tokens is None else tokens[token])[:, None]
@@ -178,9 +178,9 @@ def compared(
     temperature: float,
     kind: str = "",
 ) -> tuple[list[Learned], float]:
-    """(answers' token ids to be learned, weighted by advantage; their mean score).
+    """(the answers to be learned, weighted by advantage; their mean score).
 
-    score: of a text, and of whether the model ended it itself.
+    score: function of a text and of whether the model ended it itself.
     """
     scores = [
         score(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == tokenizer.eos_token_id)

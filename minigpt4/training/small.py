@@ -1,8 +1,8 @@
-"""The trainer of small models' projection: a mixture of texts, resumable to the step.
+"""The trainer of small models' projection: a mixture of texts, resumable at any step.
 
-AdamW works in the eigenbasis of the encoders' features, from a ridge regression onto the words'
-embeddings. The language model is frozen, but for adapters, if there are any; its loss runs over the
-tokens that occur in the data.
+AdamW works in the eigenbasis of the encoders' features and starts from a ridge regression onto the
+words' embeddings. The language model is frozen, except for adapters, if there are any. The loss is
+computed over the tokens that occur in the data.
 """
 
 import hashlib
@@ -35,19 +35,19 @@ from minigpt4.weights.adapters import named
 from minigpt4.weights.checkpoint import save_projection
 
 PAUSE_SECONDS = 5.0
-_TOGETHER = 6  # pictures of a group, at most; a step's memory grows with them
+_TOGETHER = 6  # the most pictures in a group; a step's memory grows with them
 
 
 @dataclass(frozen=True)
 class SmallRecipe:
     """How the projection is trained.
 
-    sizes: pictures of each source in a step's groups; a group's pictures are read together, since
-    their texts are about as long. cool_down: the share of the steps, at the end, in which the rate
-    falls to nothing. average: decay of the running mean of the weights, which is what is written.
-    adapter_lr: the adapters' highest rate. without_words: the share of showings without the list of
-    words. sampled: how often texts are sampled where a reward covers the picture; others: how many
-    texts of other kinds are then learned at most.
+    sizes: for each group of a step, how many pictures of each source it has; the pictures of a
+    group are computed together, since their texts have similar lengths. cool_down: the share of the
+    steps, at the end, in which the rate falls to 0. average: decay of the running mean of the
+    weights, which is written to the file. adapter_lr: the adapters' peak rate. without_words: how
+    often a picture is shown without its list of words. sampled: how often texts are sampled for a
+    picture that a reward covers; others: the most texts of other kinds that are learned with these.
     """
 
     steps: int = 4000
@@ -73,8 +73,8 @@ class SmallRecipe:
     )
 
 
-# Where one kind of text alone is scored: many pictures that have it, and a few other texts, so that
-# nothing else is forgotten. Beside captions, drawings were new to the model.
+# If only one kind of text is scored: many pictures that have it, and a few other texts, so that
+# these are not forgotten. Besides captions: drawings, which were new to the model.
 SCORED: dict[str, dict[str, Any]] = {
     "both": {
         "sampled": 0.75,
@@ -100,8 +100,8 @@ SCORED: dict[str, dict[str, Any]] = {
 
 @dataclass
 class TrainingSource:
-    """Pictures of one source, their features, and the words found in them by a head that has not
-    seen them."""
+    """Pictures of one source, their features, and the words found in them by a head that was not
+    trained on them."""
 
     pictures: Sequence[TrainingPicture]
     features: Callable[[Sequence[int]], Tensor]
@@ -110,7 +110,8 @@ class TrainingSource:
 
 
 def learning_rate(recipe: SmallRecipe, step: int) -> float:
-    """Of step `step` (from 0), as a share of the highest: linear warm-up, level, linear to 0."""
+    """The rate of a step (from 0), as a share of the peak: linear warm-up, constant, linear to
+    0."""
     warm = min(1.0, (step + 1) / recipe.warmup_steps)
     left = (recipe.steps - step) / max(1.0, recipe.cool_down * recipe.steps)
     return min(warm, 1.0, left)
@@ -131,8 +132,8 @@ def occurring_tokens(tokenizer, answers: Iterator[str], end: int) -> Tensor:
 class SmallTrainer:
     """One run in the folder `out`: checkpoint.pt, log.jsonl, the projection.
 
-    A file “pause” in the folder lets the run wait. SIGTERM and Ctrl-C end it, saved; a validation
-    that has begun is finished first.
+    A file “pause” in the folder makes the run wait. SIGTERM and Ctrl-C save and end it; a
+    validation that has begun is finished first.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class SmallTrainer:
         self.rewards = rewards
         self.identity = self._identity(adapters or {})
         stored = read_run(self.out / "checkpoint.pt", self.identity)
-        # The weight [hidden, projection_in] is in the basis.
+        # The weight [hidden, projection_in] is relative to the basis.
         if stored:
             weight, bias = (stored["projection"][name] for name in ("weight", "bias"))
             self.basis = stored["basis"]
@@ -188,8 +189,8 @@ class SmallTrainer:
             self.optimizer.load_state_dict(stored["optimizer"])
 
     def _identity(self, adapters: dict[str, Adapted]) -> str:
-        """A hash of the model, data and recipe. The checkpoint of another run is not resumed, but a
-        run may be made longer or shorter."""
+        """A hash of the model, data and recipe. A checkpoint with another hash is not resumed. The
+        number of steps is not part of it: a run may be made longer or shorter."""
         recipe = replace(self.recipe, steps=0, checkpoint_every=0, validate_every=0)
         samples = [f"{reward.samples} of {reward.kind}" for reward in self.rewards]
         lines = [self.model.config.name, repr(recipe), *samples, *sorted(adapters)]
@@ -216,7 +217,7 @@ class SmallTrainer:
         return encode_chat(messages, config.template, self.model.tokenizer, config.image_tokens)
 
     def learned(self, ref: ImageRef, answered: Answered) -> Learned:
-        """The same with the answer, to be learned."""
+        """The prompt of a conversation with its last answer, which is to be learned."""
         prompt = self.conversation(ref if answered.pictured else None, answered.turns)
         ids = encode_text(self.model.tokenizer, answered.turns[-1][1])
         limit = self.recipe.max_answer_tokens
@@ -228,7 +229,7 @@ class SmallTrainer:
         return Learned(prompt, answered.weight, kind=answered.kind)
 
     def chosen(self, step: int) -> list[list[tuple[str, int]]]:
-        """The groups of a step: (source, picture) each. Depends on the seed and the step alone."""
+        """The groups of a step: (source, picture) each. Depends only on the seed and the step."""
         groups = []
         for sizes in self.recipe.sizes:
             group = []
@@ -268,9 +269,9 @@ class SmallTrainer:
         features: Tensor,
         draw: random.Random,
     ) -> dict[int, list[Learned]]:
-        """With rewards, place -> the sampled texts.
+        """With rewards: place -> the sampled texts.
 
-        They take the place of the texts of their kind, all but one.
+        They replace the texts of their kind, except one.
         """
         rewarded: dict[int, list[Learned]] = {}
         for reward in self.rewards:
@@ -294,7 +295,7 @@ class SmallTrainer:
     # --- the loss -------------------------------------------------------------------------------
 
     def embeddings(self, features: Tensor) -> Tensor:
-        """Features as the encoders give them -> image embeddings."""
+        """The encoders' features -> image embeddings."""
         projected = self.projection(features.float() @ self.basis)
         return at_length(projected, self.model.config.embedding_length)
 
@@ -302,7 +303,7 @@ class SmallTrainer:
         """The cross-entropy of each learned token."""
         hidden = self.model.hidden_states(images, batch).flatten(0, 1)[batch.sources]
         logits = F.linear(hidden, self._vocabulary).float() / batch.temperatures[:, None]
-        wanted = self._index[batch.targets]  # -1, not learned: a token that no other answer has
+        wanted = self._index[batch.targets]  # -1: not in the vocabulary of the loss, not learned
         return F.cross_entropy(logits, wanted, reduction="none", ignore_index=-1)
 
     # --- the run --------------------------------------------------------------------------------
@@ -319,8 +320,8 @@ class SmallTrainer:
         self.save()
 
     def one_step(self) -> dict:
-        """Learn from the next pictures; log the figures, which it returns, and validate if it is
-        time."""
+        """Learn from the next pictures, log the figures, and validate if it is time. Returns the
+        figures."""
         started, cpu = time.perf_counter(), time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(self.recipe, self.step)
@@ -364,7 +365,7 @@ class SmallTrainer:
         return record
 
     def log(self, record: dict) -> None:
-        """Say it, and add it to the run's log."""
+        """Print a record, and add it to the run's log."""
         line = json.dumps(record)
         say(line)
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -374,7 +375,7 @@ class SmallTrainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, what is trained has the mean of its latest weights."""
+        """Inside this context, the trained parameters have their averaged values."""
         trained = self._trained()
         latest = {name: parameter.data for name, parameter in trained.items()}
         for name, parameter in trained.items():
@@ -386,7 +387,7 @@ class SmallTrainer:
                 parameter.data = latest[name]
 
     def save(self) -> bool:
-        """Checkpoint and projection, each whole or not at all."""
+        """Write checkpoint and projection, each completely or not at all."""
         state = {
             "identity": self.identity,
             "projection": self.projection.state_dict(),

@@ -1,5 +1,5 @@
-"""Sampled texts of small models by their score (`selfcritical`): captions, by their CIDEr against
-people's, and descriptions, by how much of what they name is there."""
+"""Rewards for sampled texts of small models (`selfcritical`): for captions, their CIDEr against
+people's; for descriptions, how much of what they name is in the picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -21,8 +21,8 @@ PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
 class Reward:
     """Samples texts of the kind `kind` and compares each with the others of its picture.
 
-    samples: of each picture; weight: of a token whose text scores 1.0 above the others. They are
-    sampled at `temperature`, and learned at it; limit: their tokens.
+    samples: texts of each picture; weight: of a token whose text scores 1.0 above the others. Texts
+    are sampled and learned at `temperature`; limit: their maximum number of tokens.
     """
 
     kind = ""
@@ -39,7 +39,7 @@ class Reward:
         raise NotImplementedError
 
     def score(self, picture: TrainingPicture, text: str, ended: bool) -> float:
-        """From 0 up. ended: the model ended the text itself."""
+        """The score of a text, from 0 up. ended: the model ended the text itself."""
         raise NotImplementedError
 
     def __call__(
@@ -70,7 +70,7 @@ class Reward:
         question: Prompt,
         answers: Sequence[Sequence[int]],
     ) -> list[Learned]:
-        """Answers, as token ids, by their score against each other."""
+        """Answers (token ids) to learn, weighted by their scores relative to each other."""
         how = (partial(self.score, picture), self.weight, self.temperature, f"sampled {self.kind}")
         learned, mean = compared(model.tokenizer, question, answers, *how)
         self.scores.append(mean)
@@ -83,7 +83,7 @@ class Reward:
 
 
 class CaptionReward(Reward):
-    """People's captions: CIDEr against all of a picture's."""
+    """For captions: CIDEr against all of a picture's captions by people."""
 
     kind = "caption"
     limit = 20
@@ -103,7 +103,8 @@ class CaptionReward(Reward):
 
 
 class DescriptionReward(Reward):
-    """Descriptions: what they name that is also in the picture's texts, against what is not."""
+    """For descriptions: the terms they name that the picture's texts name, too, and those that
+    these do not name."""
 
     kind = "description"
     limit = 90
@@ -127,8 +128,8 @@ class DescriptionReward(Reward):
         return picture.key in self._there
 
     def score(self, picture: TrainingPicture, text: str, ended: bool) -> float:
-        """Near 1 where much is named and all of it is there; half for a single sentence; 0 for a
-        text that repeats itself or was cut off."""
+        """Near 1 if much is named and all of it is there; half for a single sentence; 0 for a text
+        that repeats itself or was cut off."""
         if not ended or is_repetitive(text):
             return 0.0
         named = self._vocabulary.occurring(text)

@@ -45,16 +45,16 @@ from minigpt4.weights.adapters import read_adapters
 from minigpt4.weights.load import find_weights, load_model
 
 _FOLDS = 4
-_TERMS = (1500, 800, 8)  # words, phrases, pictures that hold one at least
+_TERMS = (1500, 800, 8)  # words, phrases, and the fewest pictures whose texts have a term
 _UNREAD = {
     *("stage", "mix", "instructions", "replay", "replay-share", "questions"),
     *("batch-size", "accumulate", "recompute", "crop", "blend", "consensus", "denoise"),
 }
-_FITTED = 5000  # pictures that the start is fitted to
+_FITTED = 5000  # pictures to which the initial projection is fitted
 
 
 def train(options: argparse.Namespace, config: ModelConfig) -> None:
-    """Train, or go on where the run in `options.out` ended."""
+    """Train, or resume the run in `options.out`."""
     check_options(options, config)
     pictures = read(local_path(options.data))
     with nullcontext() if options.validate else locked(Path(options.out)):
@@ -89,7 +89,7 @@ def _train(
         mixture.Mixture(objects),
         recipe,
         out,
-        lambda: beginning(model, trained, options.init is not None),
+        lambda: initial_projection(model, trained, options.init is not None),
         tokens_of(model, trained, objects),
         SmallValidation(kept, objects, out),
         {
@@ -118,7 +118,7 @@ def opened(
 ) -> tuple[MiniGPT4, dict[str, adapters.Adapted], str]:
     """The model, its adapters, if any, and the name of the arithmetic in which it is trained.
 
-    begun: that in which the run began, or "".
+    begun: the arithmetic in which the run began, or "".
     """
     given = given_places(options)
     files = find_weights(config, options.init, new_projection=options.init is None, given=given)
@@ -138,7 +138,7 @@ def opened(
 
 
 def recipe_of(options: argparse.Namespace) -> SmallRecipe:
-    """The recipe, with what the options say of it."""
+    """The recipe, changed by the options."""
     given = {
         name: getattr(options, name)
         for name in ("steps", "peak_lr", "seed", "validate_every")
@@ -150,7 +150,7 @@ def recipe_of(options: argparse.Namespace) -> SmallRecipe:
 def rewards_of(
     options: argparse.Namespace, trained: dict[str, TrainingSource], words: "Found"
 ) -> list[Reward]:
-    """What texts are sampled and scored; the pictures still have all of their texts."""
+    """The rewards of sampled texts. Called while the pictures still have all of their texts."""
     if not options.samples:
         return []
     pictures = [picture for source in trained.values() for picture in source.pictures]
@@ -168,7 +168,8 @@ def count(
     kept: dict[str, TrainingSource],
     words: "Found",
 ) -> None:
-    """Note what each picture's texts speak of; then reduce those to be learned to what is found."""
+    """Note the objects that each picture's texts name; then reduce the texts to be learned to what
+    the word heads find."""
     counted = objects.count([p for source in trained.values() for p in source.pictures])
     for source in trained.values():
         of_one, counted = counted[: len(source.pictures)], counted[len(source.pictures) :]
@@ -228,10 +229,10 @@ def read(folder: Path) -> dict[str, list[mixture.TrainingPicture]]:
 
 
 class DataSets:
-    """The pictures of all data sets, one after the other, and their features, encoded once; those
-    that cannot be decoded are left out.
+    """The pictures of all data sets, one after the other, and their features, encoded once.
+    Pictures that cannot be decoded are left out.
 
-    names: each picture's data set; kept: whether a picture is for validation alone; mark: a hash of
+    names: each picture's data set; kept: whether a picture is only for validation; mark: a hash of
     the pictures and texts.
     """
 
@@ -264,7 +265,7 @@ class DataSets:
 
 
 class Found:
-    """The words found in every picture: by heads that have not seen it."""
+    """The words found in every picture, by word heads that were not trained on it."""
 
     def __init__(self, config: ModelConfig, data: DataSets, out: Path, refit: bool) -> None:
         bridge = config.bridge
@@ -331,13 +332,13 @@ class Found:
             torch.save(found | {"mark": data.mark}, partial)
 
     def supported(self, picture: mixture.TrainingPicture, row: int) -> mixture.TrainingPicture:
-        """The picture, of this row of the data sets, its texts reduced to what is found in it."""
+        """The picture (this row of the data sets) with its texts reduced to what is found in it."""
         return self._supported(picture, self._probabilities[row].tolist())
 
     def of(self, row: int, draw: random.Random | None) -> str:
-        """The list of words of a picture: its row in the data sets.
+        """The list of words of a picture, given by its row in the data sets.
 
-        With a draw the threshold, the number and the order vary; without one they are the model's.
+        With `draw`, the threshold, the number and the order vary; without, they are the model's.
         """
         found = self._probabilities[row].tolist()
         if draw is None:
@@ -352,7 +353,7 @@ class Found:
 def divided(
     data: DataSets, words: Found
 ) -> tuple[dict[str, TrainingSource], dict[str, TrainingSource]]:
-    """(sources to learn from, sources for validation): name -> pictures joined over data sets."""
+    """(sources to learn from, sources for validation): name -> its pictures of all data sets."""
     parts: dict[tuple[bool, str], list[int]] = {}
     for row, picture in enumerate(data.pictures):
         parts.setdefault((data.kept[row], picture.source), []).append(row)
@@ -371,11 +372,11 @@ def _source(data: DataSets, words: Found, rows: Sequence[int]) -> TrainingSource
     )
 
 
-def beginning(
+def initial_projection(
     model: MiniGPT4, trained: dict[str, TrainingSource], given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ridge's start, on a fixed draw of the pictures that have several captions, or of those
-    that have one where none has more.
+    """The initial (basis, weight, bias), from a ridge regression on a fixed draw of the pictures
+    with several captions, or with one if none has more.
 
     given: the weights are the model's own, those of `--init`. UserError without captions.
     """
@@ -402,7 +403,7 @@ def beginning(
 def tokens_of(
     model: MiniGPT4, trained: dict[str, TrainingSource], objects: mixture.Things
 ) -> Tensor:
-    """The tokens that the loss runs over: those of all answers that can be drawn."""
+    """The tokens over which the loss is computed: those of all answers that can be drawn."""
 
     def answers():
         for source in trained.values():

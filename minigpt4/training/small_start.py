@@ -1,7 +1,7 @@
-"""The start of a small model's projection: the embeddings of the words it should bring up.
+"""The initial projection of a small model, which maps features to embeddings of fitting words.
 
-Classes and objects begin at the mean embedding of their names' words; the rest is a ridge
-regression from the features onto the mean embedding of the captions' words.
+Classes and objects are mapped to the mean embedding of their names' words; the other features by a
+ridge regression onto the mean embedding of the captions' words.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,17 @@ from minigpt4.model.minigpt4 import MiniGPT4
 from minigpt4.model.parts import Maps, PooledMap
 from minigpt4.model.words import whole_picture
 
-_HEAT_SCALE = 3.0  # AdamW's steps are equal for all weights: few columns of heat count for more
+_HEAT_SCALE = 3.0  # the few heat columns learn faster: AdamW's steps are equal for all weights
 _PENALTY = 0.3  # of the ridge, in mean variances of the features
-_LENGTH = 0.5  # of a word's embedding, about
-_EMPTY = frozenset(prompt_lines("empty-words.txt"))  # nothing of them is to be seen
+_LENGTH = 0.5  # of a word's embedding, approximately
+_EMPTY = frozenset(prompt_lines("empty-words.txt"))  # words for nothing visible
 
 
 def eigenbasis(vectors: Tensor, maps: Maps) -> Tensor:
-    """[projection_in] * 2: the eigenvectors of each encoder's features [n, projection_in].
+    """The basis [projection_in, projection_in]: the eigenvectors of each encoder's features
+    [n, projection_in].
 
-    Heat and classes are left as they are, apart from the heat's scale.
+    Heat and classes are not rotated; the heat is scaled.
     """
     width = vectors.shape[-1]
     basis = torch.eye(width)
@@ -64,13 +65,14 @@ def start(
 
 
 def in_basis(projection: nn.Linear, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight, bias) that give a projection's outputs for features in the basis."""
+    """(weight, bias) of the same projection for features in the basis."""
     weight = projection.weight.detach().float()
     return torch.linalg.solve(basis, weight.T).T, projection.bias.detach().float()
 
 
 def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight, bias) whose outputs vary as far as a word's embedding is long."""
+    """(weight, bias) of a ridge regression, scaled so that its outputs vary by the length of a
+    word's embedding."""
     mean, centre = inputs.mean(0), wanted.mean(0)
     inputs, wanted = inputs - mean, wanted - centre
     covariance = inputs.T @ inputs / len(inputs)
@@ -81,7 +83,7 @@ def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _names(maps: Maps) -> list[str]:
-    """The detector's classes, then the classifier's: in the columns' order."""
+    """The detector's classes, then the classifier's, in the order of the columns."""
     names = [*prompt_lines("coco-classes.txt"), *prompt_lines("imagenet-classes.txt")]
     if len(names) != maps.objects + maps.classes:
         raise UserError("prompts/coco-classes.txt or imagenet-classes.txt lacks or repeats lines.")

@@ -1,7 +1,6 @@
-"""Validation of small models on pictures kept apart: loss, captions, yes/no, obedience.
+"""Validation of small models on held-out pictures: loss, captions, yes/no questions, obedience.
 
-Captions, yes/no questions and obedience pull in different directions, so they are measured
-together.
+Training may improve one of these and worsen another, so they are measured together.
 """
 
 import random
@@ -28,7 +27,7 @@ POEM = "Write a four-line poem about this picture."
 
 
 class SmallValidation:
-    """Measures the averaged projection; `sizes`: pictures for each figure."""
+    """Measures the averaged projection; `sizes`: figure -> number of pictures."""
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class SmallValidation:
 
     @torch.no_grad()
     def __call__(self, trainer: "SmallTrainer") -> dict:
-        """The figures; answers go to answers-STEP.txt."""
+        """The figures. Answers are written to answers-STEP.txt."""
         lines: list[str] = []
         with trainer.averaged():
             figures: dict = {"loss": self.loss(trainer)}
@@ -63,7 +62,7 @@ class SmallValidation:
         return ImageRef(f"{place:x}", source.words(number, None) if self.words else "")
 
     def loss(self, trainer: "SmallTrainer") -> dict[str, float]:
-        """Mean over the learned tokens of each kind of text."""
+        """The mean loss of the learned tokens of each kind of text."""
         found: dict[str, list[float]] = defaultdict(list)
         for name, source in self.kept.items():
             for number in range(min(self.sizes["loss"], len(source.pictures))):
@@ -78,7 +77,7 @@ class SmallValidation:
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
     def captions(self, trainer: "SmallTrainer", name: str, lines: list[str]) -> dict[str, float]:
-        """BLEU-4, CIDEr and words of greedy short captions."""
+        """BLEU-4, CIDEr and length in words of greedy short captions."""
         source = self.kept[name]
         numbers = range(min(self.sizes["captions"], len(source.pictures)))
         texts = self.answers(trainer, source, numbers, CAPTION, 40)
@@ -95,8 +94,9 @@ class SmallValidation:
         }
 
     def presence(self, trainer: "SmallTrainer", name: str) -> dict[str, float]:
-        """Accuracy (more likely yes than no; with the best threshold) and AUC of yes/no questions
-        about objects; as many answers are yes as no, half of these about popular objects."""
+        """Accuracy (is yes more likely than no? and with the best threshold) and AUC of yes/no
+        questions about objects. As many answers are yes as no; half of the latter are about popular
+        objects."""
         source, odds, right = self.kept[name], [], []
         tokenizer = trainer.model.tokenizer
         yes, no = (tokenizer.encode(w, add_special_tokens=False)[0] for w in ("Yes", "No"))
@@ -124,7 +124,7 @@ class SmallValidation:
         return yes_no_scores(odds, right)
 
     def obedience(self, trainer: "SmallTrainer", lines: list[str]) -> dict[str, dict]:
-        """How many sentences a detailed answer has, how many lines a poem; repetition."""
+        """The number of sentences of a detailed answer and of lines of a poem; repetition."""
         source, figures = self.kept["described"], {}
         numbers = range(min(self.sizes["detail"], len(source.pictures)))
         for what, asked in (("detail", DETAIL), ("poem", POEM)):
@@ -147,7 +147,7 @@ class SmallValidation:
         asked: str,
         limit: int,
     ) -> list[str]:
-        """Greedy answers, pictures together."""
+        """Greedy answers about several pictures at once."""
         found = []
         for first in range(0, len(numbers), _TOGETHER):
             some = numbers[first : first + _TOGETHER]
@@ -161,7 +161,7 @@ class SmallValidation:
 
 
 def yes_no_scores(odds: Sequence[float], right: Sequence[bool]) -> dict[str, float]:
-    """Of log-odds of yes and whether yes is right; of none, their number alone."""
+    """Scores from the log-odds of yes and whether yes is right; without any, only their number."""
     if not odds:
         return {"questions": 0}
     scores, truth = torch.tensor(odds), torch.tensor(right)

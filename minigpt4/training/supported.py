@@ -1,8 +1,9 @@
 """Texts reduced to what the features show.
 
-Small encoders see few colours of clothes, materials and small things. A model that is trained to
-name them learns to invent them. So sentences of a description are left out if a word head that has
-not seen the picture finds little of what they name, and colours if it does not find them.
+Small encoders hardly see colours of clothes, materials and small things. A model that is trained to
+name them learns to invent them. So a sentence of a description is left out if a word head that was
+not trained on the picture finds little of what the sentence names, and a colour if it does not find
+that.
 """
 
 import re
@@ -11,9 +12,9 @@ from dataclasses import replace
 from minigpt4.training.mixture import TrainingPicture
 from minigpt4.training.vocabulary import WORD_LISTS, Vocabulary, singular
 
-_FOUND = 0.12  # mean probability of a sentence's words, from which it is kept
-_COLOUR_FOUND = 0.12  # probability of "red shirt", from which "red" is kept
-_SENTENCES = 4  # of a description, at most
+_FOUND = 0.12  # a sentence whose words have this mean probability or more is kept
+_COLOUR_FOUND = 0.12  # "red" is kept if "red shirt" has this probability or more
+_SENTENCES = 4  # the most sentences of a description
 _TINT = "|".join(sorted(WORD_LISTS["tints"]))
 _NAMES = "|".join(sorted(WORD_LISTS["colours"]))
 _COLOUR = rf"(?:(?:{_TINT}|[a-z]+ish)[ -])*(?:(?:{_NAMES})(?:ish)?)"
@@ -24,14 +25,14 @@ _PHOTOGRAPHS = {"photo", "photograph", "picture", "image"}
 
 
 class Supported:
-    """Reduces pictures' texts; `probability`: of each term of the vocabulary, by the head."""
+    """Reduces pictures' texts; `probability`: the head's, of each term of the vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
     def __call__(self, picture: TrainingPicture, probability: list[float]) -> TrainingPicture:
-        """The picture with fewer sentences in its description, and fewer colours in it and in
-        captions written by machine."""
+        """The picture with fewer sentences in its description, and fewer colours in this and in
+        machine-written captions."""
         if picture.source not in ("described", "instructed"):
             return picture
         return replace(
@@ -41,7 +42,7 @@ class Supported:
         )
 
     def description(self, text: str, probability: list[float]) -> str:
-        """The first sentence, and those that are supported, two sentences at least."""
+        """The first sentence and the supported ones; at least two sentences."""
         first, *others = re.split(r"(?<=[.!?])\s+", text.strip())
         scores = [self.support(sentence, probability) for sentence in others]
         kept = sorted(range(len(others)), key=lambda i: -scores[i])
@@ -50,8 +51,8 @@ class Supported:
         return " ".join(self.colours(sentence, probability) for sentence in chosen)
 
     def support(self, sentence: str, probability: list[float]) -> float:
-        """The mean probability of the words that it names; 0 where it says that something has an
-        unseen colour."""
+        """The mean probability of the words in a sentence; 0 if it says that something has a colour
+        that is not found."""
         terms = self.vocabulary.occurring(sentence)
         found = [probability[t] for t in terms if " " not in self.vocabulary.terms[t]]
         if not found or _SAID.search(sentence):

@@ -1,4 +1,4 @@
-"""Trains the projection and nothing else, on one process or many (`accelerate launch`).
+"""The trainer, which trains only the projection, in one process or many (`accelerate launch`).
 
 This is the published recipe; `extended` adds what a small model needs to learn from few pictures.
 """
@@ -43,13 +43,12 @@ class Recipe:
     """How examples become training prompts, and how long they are trained on.
 
     instructions: one is drawn for each step, for texts without their own. If empty, as in the
-    published first stage: bare image embeddings, and cleaned, lower-case captions.
-    replay_share: share of each batch that comes from `Trainer.replay`.
-    blend: share of the trained projection in the one that is written; the rest is the initial one.
-    crop: show a random part of each picture, as the published training does.
-    accumulate: in how many parts a batch goes through the language model, to save memory.
-    mixture: (number of examples, weight) of each data set among the examples, in order. If empty,
-    all examples are alike.
+    published first stage: only image embeddings, and cleaned, lower-case captions. replay_share:
+    share of each batch that comes from `Trainer.replay`. blend: share of the trained projection in
+    the one that is written; the rest is the initial one. crop: show a random part of each picture,
+    as the published training does. accumulate: the number of parts in which a batch goes through
+    the language model, to save memory. mixture: (number of examples, weight) of each data set among
+    the examples, in order. If empty, all examples are alike.
     """
 
     schedule: Schedule
@@ -77,8 +76,8 @@ def learning_rate(schedule: Schedule, step: int) -> float:
 
 
 def recompute_activations(llm: Any) -> None:
-    """Have the language model compute activations again on the way back, to save memory."""
-    # transformers 5.0 has the old name alone, and version 6 will have only the new one.
+    """Have the language model compute activations again in the backward pass, to save memory."""
+    # transformers 5.0 has only the old name, and version 6 will have only the new one.
     enable = getattr(llm, "activation_checkpointing_enable", None)
     (enable or llm.gradient_checkpointing_enable)({"use_reentrant": False})
 
@@ -89,7 +88,7 @@ class Trainer:
     A subclass changes the recipe by overriding the methods under "what a recipe may change".
     """
 
-    views = 1  # of each picture: 2 with its mirror image
+    views = 1  # of each picture; 2 with its mirror image
 
     def __init__(
         self,
@@ -141,7 +140,7 @@ class Trainer:
         self.rows: list[dict[str, float]] = []  # loss.csv
 
     def _identity(self) -> str:
-        """A hash of the model, data and recipe. The checkpoint of another run is not resumed."""
+        """A hash of the model, data and recipe. A checkpoint with another hash is not resumed."""
         recipe = replace(self.recipe, metadata={}, checkpoint_every=0)
         lines = [self.model.config.name, self.model.quantize, repr(recipe), str(self.counts)]
         lines += [fingerprint(self.examples), *(str(source.crops) for source in self.sources)]
@@ -159,7 +158,7 @@ class Trainer:
         """Called once, before the optimizer is made."""
 
     def _view(self, draw: random.Random) -> int:
-        """Which view of a picture a step shows."""
+        """The view of a picture that a step shows."""
         return 0
 
     def _text_weights(self, example: Example, texts: Sequence[Text]) -> list[float]:
@@ -173,10 +172,10 @@ class Trainer:
         chosen: Sequence[tuple[int, int]],
         features: Tensor,
     ) -> None:
-        """Replace prompts in `rows` by answers of the model itself."""
+        """Replace prompts in `rows` by the model's own answers."""
 
     def in_basis(self, features: Tensor) -> Tensor:
-        """Features of pictures as the projection takes them while it is trained."""
+        """Features in the basis that the projection reads while it is trained."""
         return features
 
     def _weights_to_save(self) -> dict[str, Tensor]:
@@ -184,7 +183,7 @@ class Trainer:
         return projection_tensors(self.model)
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint contains."""
+        """The content of a checkpoint."""
         return {
             "projection": self.model.projection.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -203,7 +202,7 @@ class Trainer:
             source.unreadable.update(unreadable)
 
     def _progress(self) -> str:
-        """Shown behind the loss while training."""
+        """A text shown after the loss while training."""
         return ""
 
     # --- one step ---------------------------------------------------------------------------
@@ -213,7 +212,7 @@ class Trainer:
     ) -> tuple[list[list[Learned]], list[tuple[int, int]]]:
         """A step's training prompts, one row per picture; the (example, view) pairs to encode.
 
-        Random draws depend on the seed, the step and the example alone, so that a resumed or a
+        Random draws depend only on the seed, the step and the example, so that a resumed or
         distributed run repeats them.
         """
         schedule = self.recipe.schedule
@@ -234,7 +233,7 @@ class Trainer:
         return rows, chosen
 
     def prompt(self, ref: ImageRef, text: Text, pick: float) -> Prompt:
-        """The training prompt of one text. pick: which instruction is drawn, from 0 to 1."""
+        """The training prompt of one text. pick: as in `training_prompt`."""
         limit = self.recipe.schedule.max_text_tokens
         return training_prompt(self.model, ref, text, self.recipe.instructions, pick, limit)
 
@@ -253,8 +252,8 @@ class Trainer:
         return self.in_basis(joined[order.to(joined.device)])
 
     def _readable(self, indices: Sequence[int]) -> list[int]:
-        """The batch without pictures that cannot be decoded: others of the same source take their
-        places. Only this process's share is decoded."""
+        """The batch, in which pictures that cannot be decoded are replaced by others of the same
+        source. Only this process's share is decoded."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         found, offset = list(indices), 0
         for source, count in zip(self.sources, self.counts, strict=True):
@@ -287,7 +286,7 @@ class Trainer:
         total = self.accelerator.reduce(count, "sum")
         loss = torch.zeros((), device=features.device)
         llm = self.model.torch_llm
-        # transformers recomputes activations in training mode alone; there is no dropout.
+        # transformers recomputes activations only in training mode; there is no dropout.
         llm.train(any(getattr(m, "gradient_checkpointing", False) for m in llm.modules()))
         for part, batch in enumerate(batches):
             mean = self.model.training_loss(features[part::parts], batch.to(self.model.device))
@@ -355,7 +354,8 @@ class Trainer:
             self.save()
 
     def save(self) -> bool:
-        """Write checkpoint, projection, loss.csv and loss.png: the main process, after a step."""
+        """In the main process, after a step: write checkpoint, projection, loss.csv and
+        loss.png."""
         if not self.main or not self.rows:
             return False
         with replacing(self.out / "checkpoint.pt") as partial:
@@ -369,7 +369,7 @@ class Trainer:
         return True
 
     def save_weights(self, path: Path, **metadata: str) -> None:
-        """Write the projection of this step. metadata: what the file says beside the recipe's."""
+        """Write the projection of this step. metadata: added to the recipe's."""
         weights = self._weights_to_save()
         for name, start in self.start.items():  # weight averaging: WiSE-FT, Wortsman et al., 2022
             weights[name] = torch.lerp(start, weights[name].detach(), self.recipe.blend)

@@ -1,4 +1,4 @@
-"""Watches a run: held-out loss and caption score, the best projection, logs for dashboards."""
+"""The validation of a run: held-out loss and caption score, the best projection, dashboards."""
 
 import csv
 import hashlib
@@ -21,7 +21,7 @@ from minigpt4.training.packing import Learned, pack
 from minigpt4.training.selfcritical import CiderReward, question_of, sample_answers
 from minigpt4.training.trainer import Trainer
 
-PICTURES = 100  # of the held-out data, at most
+PICTURES = 100  # the most of the held-out data that are used
 CAPTION_TOKENS = 40  # longest caption that is scored
 _AT_ONCE = 8  # pictures in a batch
 
@@ -29,8 +29,8 @@ _AT_ONCE = 8  # pictures in a batch
 class Validation:
     """Measures a trainer on held-out examples every `every` steps, and after the last one.
 
-    The rows go into validation.csv. The projection with the lowest held-out loss is kept in
-    MODEL-best.safetensors, beside the last one. A resumed run continues both. UserError where it
+    The figures are written to validation.csv. The projection with the lowest held-out loss is kept
+    in MODEL-best.safetensors, besides the last one. A resumed run continues both. UserError if it
     would compare its losses with those on other held-out examples.
     """
 
@@ -63,7 +63,7 @@ class Validation:
         self._mark = mark.hexdigest()
         running = trainer.step < trainer.recipe.schedule.steps
         found = _metadata_of(best)
-        # The first step whose loss the next ones are compared with.
+        # Losses are compared with those from this step on.
         self._since = trainer.step + 1 if found is None else int(found.get("compared_since", 0))
         if running and rows and found and found.get("held_out", self._mark) != self._mark:
             raise UserError(
@@ -78,7 +78,7 @@ class Validation:
             return
         row = {"step": float(trainer.step)} | self.measure()
         others = [other for other in self.rows if other["step"] >= self._since]
-        # Not a number is no loss.
+        # A loss that is not finite is never the best.
         best = math.isfinite(row["loss"]) and not any(o["loss"] <= row["loss"] for o in others)
         self.rows.append(row)
         if best:
@@ -91,7 +91,7 @@ class Validation:
         self.report(row, ", the best so far" if best else "")
 
     def report(self, found: dict[str, float], more: str = "") -> None:
-        """Say what was measured."""
+        """Print the figures."""
         step = self._trainer.step
         say(f"Step {step}: held-out loss {found['loss']:.4f}, CIDEr {found['cider']:.4f}{more}.")
 
@@ -118,7 +118,7 @@ class Validation:
         return {"loss": total / count, "cider": sum(scores) / len(scores)}
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:
-        """(a caption without what follows its end, whether it has one)."""
+        """(a caption, cut at its end; whether it has an end)."""
         model = self._trainer.model
         text = model.tokenizer.decode(ids, skip_special_tokens=True)
         places = [text.find(stop) for stop in model.config.template.stop if stop in text]
@@ -136,8 +136,8 @@ class Validation:
 
 
 def _metadata_of(best: Path) -> dict[str, str] | None:
-    """What is written in the best projection's file: "held_out", the mark of the examples on which
-    it is the best, and "compared_since". None if there is no such file, or a damaged one."""
+    """The metadata of the best projection's file: "held_out", a hash of the examples on which it is
+    the best, and "compared_since". None if there is no such file, or a damaged one."""
     try:
         with safe_open(best, "pt") as file:
             return file.metadata() or {}
@@ -157,8 +157,8 @@ Dashboard = Callable[[dict[str, float], int], None]  # name -> value, of a step
 
 
 def dashboards(out: Path, step: int) -> list[Dashboard]:
-    """Logs of a run in the folder `out` for the packages that are installed: TensorBoard, and, if
-    it is told where to send them, Weights & Biases. step: from which the run goes on."""
+    """Logs of a run in the folder `out`, by the packages that are installed: TensorBoard and, if
+    $WANDB_API_KEY or $WANDB_MODE is set, Weights & Biases. step: from which the run continues."""
     found: list[Dashboard] = []
     if find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter
@@ -176,7 +176,7 @@ def dashboards(out: Path, step: int) -> list[Dashboard]:
         import wandb
 
         name = out.resolve()
-        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]  # a resumed run goes on
+        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]  # the same for a resumed run
         project = os.environ.get("WANDB_PROJECT", "minigpt4")
         run: Any = wandb.init(project=project, name=name.name, id=identity, resume="allow", dir=out)
         found.append(lambda values, step: run.log(values, step=step))
@@ -184,7 +184,7 @@ def dashboards(out: Path, step: int) -> list[Dashboard]:
 
 
 def watch(trainer: Trainer, held_out: Sequence[Example], every: int) -> None:
-    """Validate every so many steps where there are held-out examples; log to `dashboards`."""
+    """Validate every `every` steps if there are held-out examples; log to `dashboards`."""
     validation = Validation(trainer, held_out, every) if held_out else None
     if validation and trainer.step == trainer.recipe.schedule.steps:  # the run has ended before
         validation.report(validation.measure())

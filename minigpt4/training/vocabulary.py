@@ -1,8 +1,8 @@
-"""The words and phrases of captions that a picture can be searched for: what the word head finds.
+"""The vocabulary of the word head: words and phrases of captions that it looks for in pictures.
 
-A word is a thing ("truck"), a phrase a thing with its description ("yellow truck", "parking
-lot", "two dogs"): a loose colour in a list binds to whatever stands beside it. Verbs and words that
-fit any picture are left out (`prompts/word-lists.txt`).
+A word is a thing ("truck"), a phrase a thing with an attribute ("yellow truck", "parking lot", "two
+dogs"). A colour is never a term of its own: in a list, a model would apply it to any neighbouring
+word. Verbs and words that fit any picture are left out (`prompts/word-lists.txt`).
 """
 
 from collections import Counter
@@ -17,10 +17,10 @@ _FUNCTION, _VAGUE, _ENDS_IN_ING = (WORD_LISTS[n] for n in ("function", "vague", 
 
 
 class Vocabulary:
-    """Which words and phrases occur in a text.
+    """Finds the terms (words and phrases) in a text.
 
     terms: in the order of the head's outputs; a phrase is two words with a space between. numbers:
-    each one's place in it.
+    term -> its place in `terms`.
     """
 
     def __init__(self, terms: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ class Vocabulary:
                 firsts.update(sentence)
             single.update(found)
             double.update(found_pairs)
-        # A compound must hold together: its first word stands mostly before its second.
+        # A compound is kept only if its first word mostly occurs before its second.
         kept = {
             pair: count
             for pair, count in double.items()
@@ -58,7 +58,7 @@ class Vocabulary:
         return cls([*common, *(" ".join(pair) for pair in joined)])
 
     def occurring(self, text: str) -> set[int]:
-        """The numbers of the terms that a text holds."""
+        """The numbers of the terms in a text."""
         words = tokens(text)
         single = [singular(w) for w in words]
         found = {self.numbers[w] for w in single if w in self.numbers}
@@ -70,7 +70,7 @@ class Vocabulary:
 
 
 def _nouns(sentences: Iterable[list[str]]) -> set[str]:
-    """Words that stand mostly behind an article or a quality, and mostly end what it begins."""
+    """Words that mostly follow an article or an adjective, and mostly end the noun phrase."""
     before: Counter[str] = Counter()
     after: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -94,7 +94,7 @@ def _nouns(sentences: Iterable[list[str]]) -> set[str]:
 
 
 def _pairs(sentence: list[str], nouns: set[str]) -> list[tuple[str, str]]:
-    """What may be a phrase: a quality, a number or a noun, before a noun."""
+    """Pairs of words that may be a phrase: an adjective, a number or a noun before a noun."""
     found = []
     for i, (first, second) in enumerate(zip(sentence, sentence[1:], strict=False)):
         later = sentence[i + 2] if i + 2 < len(sentence) else "."

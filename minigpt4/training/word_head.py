@@ -1,7 +1,7 @@
 """The word head's training: binary cross-entropy on the words of the captions.
 
-A head is far too confident on the pictures it was trained on, so the projection is trained with
-words from heads that have not seen the picture (`cross_fitted`).
+A head is far too confident on the pictures it was trained on. So the projection is trained with
+words from heads that were not trained on the picture (`cross_fitted`).
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from minigpt4.training.vocabulary import Vocabulary
 from minigpt4.weights.int8 import quantize_rows
 
 _EPOCHS, _PEAK_LR, _WEIGHT_DECAY, _DROPOUT, _BATCH = 5, 4e-4, 0.5, 0.5, 128
-_FLOOR = 0.02  # added to each input's deviation: rarely seen classes are not blown up
-_MEASURED = 2000  # pictures that say what mean and deviation are
+_FLOOR = 0.02  # added to each input's deviation, so that rare classes are not scaled up too much
+_MEASURED = 2000  # pictures from which mean and deviation are computed
 
 
 def targets(vocabulary: Vocabulary, texts: Sequence[Sequence[str]]) -> Tensor:
-    """[pictures, terms]: 1 where a picture's texts hold the term; less where one of many does."""
+    """[pictures, terms]: 1 if a picture's texts have the term; less if only one of many has it."""
     wanted = torch.zeros(len(texts), len(vocabulary.terms))
     for row, of_one in enumerate(texts):
         for text in of_one:
@@ -34,12 +34,12 @@ def targets(vocabulary: Vocabulary, texts: Sequence[Sequence[str]]) -> Tensor:
 
 
 def fold_of(key: str, folds: int) -> int:
-    """Which fold a picture is in: by its key alone, so that it stays there."""
+    """The picture's fold, which depends only on its key and so never changes."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % folds
 
 
 class Layer(nn.Module):
-    """What is learned of a word head."""
+    """The trained layers of a word head."""
 
     def __init__(self, width: int, channels: int, terms: int) -> None:
         super().__init__()
@@ -53,10 +53,10 @@ class Layer(nn.Module):
 
 
 class Inputs:
-    """The pictures' features, standardised as a word head does it.
+    """The pictures' features, standardised as in a word head.
 
     read: numbers of pictures -> features [pictures, image_tokens, width]. learned: the pictures to
-    learn from, some of which say what mean and deviation are.
+    learn from; mean and deviation are computed from some of them.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ def fit(
     nn.init.zeros_(layer.whole.weight)
     nn.init.zeros_(layer.cells.weight)
     layer.whole.bias.data = torch.logit(wanted[rows].mean(0).clamp(1e-4, 0.99))
-    # Biases say how common a term is; pulled towards 0 they would make all terms likely.
+    # No decay for biases, which express how common a term is: it would make all terms likely.
     groups = [
         {"params": [layer.whole.weight, layer.cells.weight], "weight_decay": _WEIGHT_DECAY},
         {"params": [layer.whole.bias], "weight_decay": 0.0},
@@ -115,7 +115,7 @@ def fit(
 
 @torch.no_grad()
 def probabilities(inputs: Inputs, rows: Tensor, layer: Layer) -> Tensor:
-    """[rows, terms], 16 bit."""
+    """The terms' probabilities [rows, terms], 16 bit."""
     return torch.cat(
         [layer(*inputs(some.tolist())).sigmoid().half() for some in rows.split(_BATCH)]
     )
@@ -126,7 +126,7 @@ def cross_fitted(
 ) -> Tensor:
     """Probabilities [rows, terms], each by a head fitted to the other folds' pictures.
 
-    folds: [pictures], the number of each one's.
+    folds: [pictures], the number of each picture's fold.
     """
     found = torch.zeros(len(rows), wanted.shape[1], dtype=torch.float16)
     for fold in folds[rows].unique():
@@ -152,7 +152,7 @@ def finished(layer: Layer, inputs: Inputs, vocabulary: Vocabulary, column: int) 
 
 
 def mean_average_precision(wanted: Tensor, probabilities: Tensor, least: int = 5) -> float:
-    """Mean over the terms that stand in at least `least` pictures' texts."""
+    """The mean over the terms that occur in the texts of at least `least` pictures."""
     scores = []
     for term in range(wanted.shape[1]):
         right = wanted[:, term] > 0

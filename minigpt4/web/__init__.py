@@ -1,9 +1,9 @@
 """The server: the chat page (Gradio), the HTTP API, and the limits on what both accept.
 
-Gradio is imported without the type stubs (.pyi) that it would compare with its sources, and write
-into its own folder, at every import: nothing reads them here, and they take half of that time. The
-HTTP clients that it makes meanwhile get nothing from the environment: proxies and certificates that
-cannot be used would end the program, which needs none of them.
+At every import, Gradio would compare type stubs (.pyi) with its sources and write them into its own
+folder. This takes half of the import's time and nothing here reads them: it is left out. The HTTP
+clients that Gradio makes during the import ignore the environment: unusable proxies or certificates
+in it would end the program, which needs none.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules that are imported in another way."""
+    """Finds the modules that get a loader of their own."""
 
     def find_spec(self, name: str, path, target=None) -> ModuleSpec | None:
         if name not in _LOADERS:

@@ -1,4 +1,4 @@
-"""The server's options, of `app.py` and `minigpt4 serve`; Ray's ingress takes some of them."""
+"""The server's options, for `app.py` and `minigpt4 serve`; Ray's ingress takes some of them."""
 
 from minigpt4.options import (
     EMBEDDINGS_MB,

@@ -1,4 +1,4 @@
-"""`app.py` and `minigpt4 serve`: options -> model, page and API in one server."""
+"""The start of `app.py` and `minigpt4 serve`: options -> model, page and API in one server."""
 
 import argparse
 import contextlib
@@ -31,14 +31,14 @@ def options(arguments: list[str]) -> argparse.Namespace:
 
 
 def one_by_one(chosen: argparse.Namespace) -> list[argparse.Namespace]:
-    """The options for each of the models that --model names. UserError where they do not fit."""
+    """The options for each model that --model names. UserError if they contradict each other."""
     names = [name.strip() for name in chosen.model.split(",")]
     if len(names) == 1:
         return [chosen]
     for name in names:
         get_model(name)
     if len({*names}) < len(names):
-        raise UserError("--model names a model twice.")
+        raise UserError("--model names a model twice: name each once.")
     from minigpt4.remote import zerogpu
 
     if start.given_places(chosen) or chosen.llm_url or zerogpu.is_here():
@@ -85,7 +85,7 @@ def upload_folder() -> str:
 
 
 def serve(chosen: argparse.Namespace) -> None:
-    """Run the server until it is told to end. UserError for what keeps it from starting."""
+    """Run the server until it is told to end. UserError if it cannot start."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = upload_folder()
@@ -107,7 +107,7 @@ def serve(chosen: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """app.py: start the server; the exit status."""
+    """The main function of app.py: start the server; returns the exit status."""
     sys.stderr = Unfailing(sys.stderr)  # as the command line does
     chosen = options(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -37,7 +37,7 @@ from minigpt4.web.guard.uploads import sweeping
 from minigpt4.web.page.examples import in_folder
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
-FLUSH_SECONDS = 0.5  # for the last of the answers to reach the page
+FLUSH_SECONDS = 0.5  # for the end of the last answers to reach the page
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def start_server(
 ) -> str:
     """Serve the page in the background and return its address.
 
-    first: HTML for its <head> that is drawn before its scripts are loaded. settings: further ones
-    of `Blocks.launch`. UserError where options.host and options.port cannot be used.
+    first: HTML for its <head> that is drawn before its scripts are loaded. settings: further
+    arguments of `Blocks.launch`. UserError if options.host or options.port cannot be used.
     """
     gradio_patches.apply()
     gradio_patches.draw_first(first)
@@ -80,7 +80,7 @@ def start_server(
 
 
 def warn(text: str | UserError, seconds: float = 10, mark: str = "") -> None:
-    """Show a note on the page that disappears after `seconds`. mark: a class, for its scripts."""
+    """Show a note on the page that disappears after `seconds`. mark: a CSS class, for scripts."""
     shown = html.escape(str(text))  # Gradio shows it as HTML
     if mark:
         shown = f'<span class="{mark}">{shown}</span>'
@@ -88,7 +88,7 @@ def warn(text: str | UserError, seconds: float = 10, mark: str = "") -> None:
 
 
 class Server:
-    """The endpoints for programs, behind the page's password and address, and the shutdown.
+    """The endpoints for programs, the page's password and address, and the shutdown.
 
     find_engines: the models' engines, none while they are loading; options: those of app.py.
     """
@@ -111,15 +111,15 @@ class Server:
 
     @property
     def routes(self) -> list[BaseRoute]:
-        """They come before the page's own."""
+        """The routes that come before the page's own."""
         origins = self._options.cors_origins
         programs = endpoints(self.chat_service, self._keys, self._max_bytes, origins)
         return [Route("/manifest.json", _manifest), *programs]
 
     @property
     def launching(self) -> dict[str, Any]:
-        """Arguments of `gr.Blocks.launch`, which can share, log visitors in and serve under a path;
-        the endpoints become routes of the application that it makes."""
+        """Arguments of `gr.Blocks.launch` for the password, the path, MCP and the application that
+        it makes, which gets the endpoints as routes."""
         return {
             "mcp_server": self.offers_mcp,
             "app_kwargs": {
@@ -145,13 +145,13 @@ class Server:
         """On SIGTERM or Ctrl-C, refuse new questions and give running answers `shutdown_seconds`. A
         second one ends the program at once. KeyboardInterrupt after Ctrl-C."""
 
-        # nohup, and a script's background, ignore some: that stays.
+        # Signals that are ignored, as under nohup or in a script's background, stay ignored.
         heard = [ending for ending in ENDING if signal.getsignal(ending) is not signal.SIG_IGN]
 
         def terminate(number: int, _: object) -> None:
             for ending in heard:
                 signal.signal(ending, signal.SIG_DFL)
-            self._ended_by = number  # Python drops what is raised inside a finalizer: `wait` looks
+            self._ended_by = number  # for `wait`: Python drops an exception inside a finalizer
             raise _Terminated(number)
 
         before = {ending: signal.signal(ending, terminate) for ending in heard}
@@ -167,8 +167,8 @@ class Server:
                 signal.signal(ending, handler)
 
     def wait(self, page: gr.Blocks) -> None:
-        """As long as the page is served. UserError once a GPU has failed and everybody has been
-        told: what started the program can start it again."""
+        """Wait while the page is served. UserError after a GPU has failed and all visitors were
+        told: a supervisor can then restart the program."""
         while page.is_running:
             if self._ended_by is not None:
                 raise _Terminated(self._ended_by)
@@ -194,7 +194,7 @@ class Server:
 
 
 async def _manifest(_: Request) -> Response:
-    """Gradio's own names icons outside --root-path."""
+    """The page's manifest. In Gradio's own, the icons' addresses are outside --root-path."""
     icons = [
         {"src": f"pwa_icon/{size}", "sizes": f"{size}x{size}", "type": "image/png"}
         for size in (192, 512)
@@ -211,32 +211,32 @@ async def _manifest(_: Request) -> Response:
 
 
 async def _no_such_event(request: Request, error: KeyError) -> Response:
-    """Gradio looks an event's number up without checking that there is one."""
+    """The answer to an unknown event: Gradio looks up its number without a check."""
     if request.url.path.endswith(("/queue/join", "/run/predict")):
         return PlainTextResponse("The page has no such event: reload it.\n", 404)
     raise error
 
 
 async def _no_such_host(_: Request, error: httpx.InvalidURL) -> Response:
-    """Gradio makes the page's address from what a proxy says of it."""
+    """The answer to a wrong header of a proxy, from which Gradio makes the page's address."""
     sentence = "The header X-Forwarded-Host is not a host: check the proxy that sends it.\n"
     return PlainTextResponse(sentence, 400)
 
 
 class _Terminated(BaseException):
-    """The signal's number. Like KeyboardInterrupt, not an Exception: no other handler may catch
-    it."""
+    """Raised with the signal's number. Like KeyboardInterrupt, it is not an Exception, so that no
+    other handler catches it."""
 
 
 def _root_path(text: str | None) -> str | None:
-    """With a slash at its beginning and none at its end; a whole address stays one."""
+    """The path with a slash at its beginning and none at its end; a full address is allowed."""
     if text is None:
         return None
     path = text.strip(" /")
     if re.search(r"[\s?#]", path):
         raise UserError(f"--root-path is “{text}”: it must be a path such as /chat.")
     if address := re.match("https?://", path, re.IGNORECASE):
-        return address[0].lower() + path[address.end() :]  # Gradio knows it in lower case only
+        return address[0].lower() + path[address.end() :]  # Gradio needs http(s) in lower case
     return f"/{path}" if path else path
 
 

@@ -1,9 +1,9 @@
-"""Adapters (LoRA): a small trained matrix of low rank for each of a frozen language model's.
+"""Adapters (LoRA): trained low-rank matrices that are added to those of a frozen language model.
 
-They lie in the projection's file, since they are trained together: two tensors for each adapted
+They are in the projection's file, since both are trained together: two tensors for each adapted
 matrix W, under the PEFT library's names: A [rank, columns] and B [rows, rank]. The model computes
-with W + B·A; B holds PEFT's factor lora_alpha / rank. The language model's own file stays as it is:
-the sum is made whenever the model is loaded.
+with W + B·A; B includes PEFT's factor lora_alpha / rank. The language model's own file does not
+change: the sum is computed whenever the model is loaded.
 """
 
 import re
@@ -28,11 +28,11 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")  # of a layer's attention
 _NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(\w+)\.lora_([AB])\.(?:default\.)?weight$")
 
 Adapter = tuple[Tensor, Tensor]  # A, B
-Adapters = dict[tuple[int, str], Adapter]  # of (layer, matrix)
+Adapters = dict[tuple[int, str], Adapter]  # (layer, matrix) -> its adapter
 
 
 def read_adapters(path: str | Path) -> Adapters:
-    """The adapters in a projection's file, none or many. UserError where one is not whole."""
+    """The adapters in a projection's file, none or many. UserError if one is incomplete."""
     halves: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in read_checkpoint(path).items():
         if ".lora_" not in name:
@@ -61,7 +61,7 @@ def named(adapters: Mapping[tuple[int, str], Adapter]) -> dict[str, Tensor]:
 
 
 def trained_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All that a projection's file is read for: the projection, and adapters where it holds any."""
+    """The tensors that are read from a projection's file: the projection and any adapters."""
     return read_projection(path) | named(read_adapters(path))
 
 
@@ -71,10 +71,10 @@ def adapted(
     config: ModelConfig,
     quantize: Quantizer | None = None,
 ) -> Union["PreTrainedModel", BlockLlama]:
-    """The language model with the adapters in a projection's file, if any. UserError where they do
+    """The language model with the adapters in a projection's file, if any. UserError if they do
     not fit.
 
-    quantize: makes a BlockLlama's new blocks; by default the gguf library, which is slower.
+    quantize: makes a BlockLlama's new blocks; by default the gguf library does, more slowly.
     """
     adapters = read_adapters(path)
     if not adapters:
@@ -118,7 +118,7 @@ def _quantize(kind: str, numbers: np.ndarray) -> np.ndarray:
 
 
 def _adapted_blocks(llm: BlockLlama, adapters: Adapters, quantize: Quantizer) -> BlockLlama:
-    """The sums in 8 bit: adapters change a weight by less than a step of 4 bits."""
+    """The sums, in 8 bit: adapters change a weight by less than a step of 4 bits."""
     tensors = dict(llm.tensors)
     for (layer, matrix), (a, b) in adapters.items():
         name = f"blk.{layer}.{LAYER_NAMES[f'self_attn.{matrix}']}.weight"

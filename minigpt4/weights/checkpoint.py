@@ -1,7 +1,7 @@
 """Weight files: read them safely, rename the publishers' tensors, load all or nothing.
 
-A file that is missing, cut short or of another kind or model, a tensor that is missing or has
-another shape: each is one UserError that names the file, what was expected and what to do.
+A file that is missing, cut short or of another kind or model, or a tensor that is missing or has
+another shape, gives one UserError: it names the file, what was expected and what to do.
 """
 
 import ctypes
@@ -23,11 +23,11 @@ from minigpt4.data.files import check_pointer, replacing
 from minigpt4.errors import Count, UserError, ignore, out_of_memory
 from minigpt4.model.parts import EvaViT
 
-LARGE = 2**20  # bytes of a tensor whose memory is worth a system call
+LARGE = 2**20  # bytes; `forget` leaves smaller tensors alone
 
-# Where training programs nest a model's tensors: the published code, Lightning, others.
+# Keys under which training programs nest a model's tensors: the published code, Lightning, others.
 _NESTS = ("model", "state_dict", "model_state_dict", "module")
-_OPTIMIZER = "optim"  # how the names begin under which they keep an optimizer's tensors
+_OPTIMIZER = "optim"  # the beginning of keys under which they keep an optimizer's tensors
 LONGEST_NAME = 1000  # of a tensor; nested dictionaries may be endless
 
 # --- reading ----------------------------------------------------------------------------------
@@ -36,9 +36,9 @@ LONGEST_NAME = 1000  # of a tensor; nested dictionaries may be endless
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Name -> tensor of a .pth or .safetensors file; nothing in the file is executed.
 
-    A .pth file is mapped into memory, not read. The published files nest their tensors in "model",
-    others elsewhere: these names are left out, and other nests become part of the tensors' names.
-    UserError where the file is missing, unreadable, damaged or holds anything other than tensors.
+    A .pth file is mapped into memory, not read. The published files nest their tensors under
+    "model", others under another of `_NESTS`: these are left out of the names, other keys are not.
+    UserError if the file is missing, unreadable, damaged or holds anything other than tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -91,7 +91,7 @@ def _flattened(state: dict) -> dict[str, Tensor]:
     ):
         nest, state = f"{nest}{found}.", state[found]
     short = {name.removeprefix(nest): tensor for name, tensor in tensors.items()}
-    return short if len(short) == len(tensors) else tensors  # else two have the same name
+    return short if len(short) == len(tensors) else tensors  # short names must be unique
 
 
 def _is_plain(value: object) -> bool:
@@ -107,14 +107,15 @@ def load_strict(
     dtype: torch.dtype,
     count: Count = ignore,
 ) -> None:
-    """Put `tensors` into `module`, which may be on the meta device; others are left alone.
+    """Load the module's tensors from `tensors`, which may hold others, too. The module may be on
+    the meta device.
 
-    Each is converted to `dtype` once (integers stay integers). UserError where one of the module's
+    Each is converted to `dtype` once (integers stay integers). UserError if one of the module's
     is missing or has another shape.
     """
     wanted_tensors = module.state_dict()
     check_tensors(wanted_tensors, tensors, path, what)
-    # A copy each: the file may be mapped, and may be replaced while the model runs.
+    # Copies, since the file may be mapped, and may be replaced while the model runs.
     copies = {}
     for name in wanted_tensors:
         tensor = tensors[name]
@@ -128,7 +129,7 @@ def load_strict(
 def check_tensors(
     wanted_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, what: str
 ) -> None:
-    """UserError where one of those wanted is missing in `tensors` or has another shape."""
+    """UserError if one of `wanted_tensors` is missing in `tensors` or has another shape."""
     for name, wanted in wanted_tensors.items():
         if name not in tensors:
             raise UserError(
@@ -143,7 +144,7 @@ def check_tensors(
 
 
 def forget(tensor: Tensor) -> None:
-    """Let go of the memory that a mapped file's large tensor takes; it is read again when used."""
+    """Release the memory of a mapped file's large tensor, which is read again when it is used."""
     if tensor.nbytes < LARGE or not _is_of_a_file(tensor.data_ptr()):
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -153,7 +154,7 @@ def forget(tensor: Tensor) -> None:
 
 
 def _is_of_a_file(address: int) -> bool:
-    """Does a mapped file lie there? False on systems without /proc."""
+    """Is this address in a mapped file? False on systems without /proc."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -208,9 +209,9 @@ def efficientnet_tensors(state: Mapping[str, Tensor]) -> tuple[dict, dict]:
 def eva_tensors(state: Mapping[str, Tensor], config: EvaViT) -> dict[str, Tensor]:
     """EVA ViT-g's tensors under this project's names, from `eva_vit_g.pth` or the hub's copy.
 
-    state: `ln_vision` included, which other files bring. q_bias, zeros and v_bias make up the one
-    qkv bias. Where the image size differs from the checkpoint's, position embeddings are resized
-    bicubically, except the class token's.
+    state: including `ln_vision`, which comes from other files. q_bias, zeros and v_bias are joined
+    into the qkv bias. If the image size differs from the checkpoint's, position embeddings are
+    resized bicubically, except the class token's.
     """
     tensors = {_rename(k, _EVA_RENAMES): v for k, v in state.items()}
     for i in range(config.layers):
@@ -246,9 +247,9 @@ def qformer_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A projection file's "weight" and "bias", and "ln_vision.*" where it has them.
+    """A projection file's "weight" and "bias", and "ln_vision.*" if it has them.
 
-    UserError where it holds no projection, or one that was never trained.
+    UserError if it holds no projection, or one that was never trained.
     """
     state = read_checkpoint(path)
     if state and all(".lora_" in name for name in state):
@@ -259,7 +260,7 @@ def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
     tensors = {n: _by_suffix(state, f"llama_proj.{n}", path) for n in ("weight", "bias")}
     if any(tensor is None for tensor in tensors.values()):
         rest = {name: tensor for name, tensor in state.items() if "ln_vision." not in name}
-        wrapped = rest if len(rest) == 2 else {}  # else "weight" may be of another layer
+        wrapped = rest if len(rest) == 2 else {}  # with more, "weight" may be another layer's
         tensors = {n: rest.get(n, _by_suffix(wrapped, n, path)) for n in ("weight", "bias")}
     found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if {"weight", "bias"} - found.keys() or found["weight"].ndim != 2:
@@ -277,9 +278,9 @@ def read_projection(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _by_suffix(state: Mapping[str, Tensor], name: str, path: str | os.PathLike) -> Tensor | None:
-    """The tensor of this name, behind whatever prefixes wrappers have added; None without one.
+    """The tensor of this name, with any prefix that wrappers have added; None if there is none.
 
-    UserError where several differ, such as a model and its moving average.
+    UserError if several differ, such as a model and its moving average.
     """
     found = [v for k, v in state.items() if k == name or k.endswith(f".{name}")]
     if any(not torch.equal(found[0], other) for other in found[1:]):
@@ -291,7 +292,7 @@ def _by_suffix(state: Mapping[str, Tensor], name: str, path: str | os.PathLike) 
 
 
 def check_projection(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
-    """UserError where the projection belongs to another model."""
+    """UserError if the projection belongs to another model."""
     rows, columns = tensors["weight"].shape
     if (rows, columns) == (config.llm_hidden_size, config.projection_in):
         return
@@ -319,10 +320,10 @@ def save_projection(
 
 
 def keep_tensors(shards: Sequence[Path], beginnings: tuple[str, ...], target: Path) -> None:
-    """Write the tensors with these beginnings of their names into one file.
+    """Write the tensors whose names begin with one of `beginnings` into one file.
 
-    shards: of BLIP-2, as the hub has them. Its last vision norm becomes `ln_vision` beside the
-    Q-Former, as in the publisher's own file.
+    shards: of BLIP-2, as the hub has them. The last vision norm becomes `ln_vision` and is kept
+    with the Q-Former, as in the publisher's own file.
     """
     kept = {}
     for shard in shards:
@@ -335,7 +336,7 @@ def keep_tensors(shards: Sequence[Path], beginnings: tuple[str, ...], target: Pa
 
 
 def tensors_of(shard: Path, beginnings: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a shard's tensors with these beginnings of their names."""
+    """(name, tensor) of a shard's tensors whose names begin with one of `beginnings`."""
     if shard.suffix != ".safetensors":
         state = read_checkpoint(shard)
         yield from ((name, t) for name, t in state.items() if name.startswith(beginnings))

@@ -1,8 +1,9 @@
-"""A language model for the CPU: a Hugging Face folder -> a GGUF file of 4-bit blocks, once.
+"""The conversion of a language model for the CPU, made once: a Hugging Face folder -> a GGUF file
+of 4-bit blocks.
 
-Tensors are read one after the other, quantized and written to their places; the shards stay as they
-are. Matrices get the kinds of llama.cpp's Q4_K_M: 6 bits for embedding and head, and for `attn_v`
-and `ffn_down` in half of the layers; 4 bits for the rest.
+Tensors are read one after the other, quantized and written to their places; the shards are not
+changed. Matrices get the kinds of llama.cpp's Q4_K_M: 6 bits for embedding and head, and for
+`attn_v` and `ffn_down` in half of the layers; 4 bits for the rest.
 """
 
 import glob
@@ -65,11 +66,12 @@ _OUTER = {
 
 
 def blocks_folder(llm: Path) -> Path:
-    """Where the 4-bit blocks of a language model (a folder or a GGUF file) are or will be.
+    """The folder of a language model's 4-bit blocks, which may not exist yet. llm: a folder or a
+    GGUF file.
 
-    In a folder of the weights folder beside its 16-bit files; the blocks of a user's own files in a
-    folder of their own in the weights folder, whose name changes with these files. Where these were
-    deleted, as they may be, it is the newest folder that was made of them.
+    For a model in the weights folder, it is beside the 16-bit files. For a user's own files, it is
+    a folder in the weights folder whose name changes with these files. If they were deleted, as
+    they may be, it is the newest folder that was made from them.
     """
     if (llm / INDEX).exists():
         return llm
@@ -81,7 +83,7 @@ def blocks_folder(llm: Path) -> Path:
     if llm.is_dir():
         try:
             files = shards_of(llm)
-        except ValueError:  # converting them tells
+        except ValueError:  # the conversion reports it
             files = []
     if not files or not all(file.exists() for file in files):
         made = [i.parent for i in weights.glob(f"{glob.escape(name)}-*-{INT4}/{INDEX}")]
@@ -92,9 +94,9 @@ def blocks_folder(llm: Path) -> Path:
 def make_blocks(
     config: ModelConfig, llm: Path, quantize: Quantizer, threads: int, report: Report
 ) -> Path:
-    """The folder with the blocks of a language model; it is made where it is missing.
+    """The folder with the blocks of a language model; it is made if it is missing.
 
-    UserError where the model is incomplete, of another kind, or the disk is full or read-only.
+    UserError if the model is incomplete, of another kind, or the disk is full or read-only.
     """
     target = blocks_folder(llm)
     if (target / INDEX).exists():
@@ -126,8 +128,8 @@ def make_blocks(
 
 
 def _advice(llm: Path, target: Path) -> str:
-    """How to free the space of the 16-bit files; of links, as in the hub's cache, that of the files
-    that they lead to."""
+    """How to free the space of the 16-bit files, or of the files that they link to, as in the hub's
+    cache."""
     shards = shards_of(llm)
     size = in_words(sum(shard.stat().st_size for shard in shards))
     names = f"{shards[0].name.split('-')[0].removesuffix(shards[0].suffix)}*{shards[0].suffix}"
@@ -141,7 +143,7 @@ def _advice(llm: Path, target: Path) -> str:
 
 
 def _adopt_gguf(gguf: Path, target: Path, report: Report) -> None:
-    """A folder for a user's own GGUF file, which stays where it is."""
+    """Make a folder for a user's own GGUF file, which stays where it is."""
     report(Step("reading", "Reading {name} (once) …", name=gguf.name))
     link = target / gguf.name
     link.symlink_to(gguf.resolve())
@@ -179,7 +181,7 @@ def _convert_folder(
     try:
         sizes, tied = read_sizes(folder)
         parts = _plan(sizes, tied)
-        # A warning of another vocabulary comes when the blocks are loaded.
+        # A warning about another vocabulary comes when the blocks are loaded.
         check_shape((config.llm_vocabulary, sizes["hidden_size"]), folder, config)
         tokenizer = load_tokenizer(folder)
         check_tokens(tokenizer, sizes["vocabulary"], folder)
@@ -216,8 +218,8 @@ def _check_space(target: Path, size: int, total: int, report: Report) -> None:
 
 
 def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
-    """(what `BlockLlama` wants to know out of a Hugging Face folder's config.json, does one matrix
-    serve as embedding and head).
+    """(the sizes for `BlockLlama` from a Hugging Face folder's config.json, is one matrix both
+    embedding and head?).
 
     ValueError for a model that is computed in another way; OSError, ValueError, KeyError or
     TypeError for a damaged file.
@@ -226,7 +228,7 @@ def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
     kind = settings["model_type"]
     if kind not in ROPE_HALVES:
         raise ValueError(f"models of the type {kind} are not supported")
-    # Of both, transformers takes the older one.
+    # If both are given, transformers takes the older one.
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     for name, found, expected in (
         ("hidden_act", settings.get("hidden_act", "silu"), "silu"),
@@ -257,12 +259,12 @@ def read_sizes(folder: Path) -> tuple[dict[str, Any], bool]:
 
 def planned_bytes(folder: Path) -> int:
     """Bytes that a folder's language model will take in 4 bit. ValueError, KeyError, TypeError or
-    OSError where it cannot be converted."""
+    OSError if it cannot be converted."""
     return sum(part.size for part in _plan(*read_sizes(folder)).values())
 
 
 def kind_of(name: str, shape: tuple[int, ...], layers: int) -> str:
-    """The kind of block that a tensor of this name (a GGUF file's) is written in."""
+    """The kind of block in which a tensor with this name (that of GGUF files) is written."""
     if len(shape) == 1:
         return "F32"
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
@@ -276,7 +278,8 @@ def kind_of(name: str, shape: tuple[int, ...], layers: int) -> str:
 
 
 def _is_fine(layer: int, layers: int) -> bool:
-    """The first and the last eighth of the layers, and every third between, as in llama.cpp."""
+    """Does this layer get 6 bits? The first and the last eighth of the layers do, and every third
+    between, as in llama.cpp."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
@@ -337,7 +340,7 @@ def _write(
 def _write_tensor(
     file: BinaryIO, part: _Part, tensor: Tensor, quantize: Quantizer, pool: ThreadPoolExecutor
 ) -> str:
-    """Quantize and write it; the SHA-256 of what was written."""
+    """Quantize and write a tensor. Returns the SHA-256 of the bytes written."""
 
     def blocks(rows: Tensor) -> np.ndarray:
         numbers = np.ascontiguousarray(rows.float().numpy())
@@ -356,7 +359,7 @@ def _write_tensor(
 
 
 def _write_header(path: Path, sizes: Mapping[str, Any], parts: Mapping[str, _Part]) -> int:
-    """Write all but the tensors, for which there is room; the first tensor's place."""
+    """Write the file without the tensors. Returns the first tensor's place."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, "qwen2" if sizes["rope_halves"] else "llama")

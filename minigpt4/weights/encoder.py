@@ -1,7 +1,7 @@
-"""EVA ViT-g for the CPU: its linear layers in int8, in a file of its own that is made once.
+"""EVA ViT-g for the CPU: its linear layers in int8, in a separate file that is made once.
 
-The file is mapped: no tensor is copied. A weight's rows have one scale each, and what is multiplied
-is the numbers themselves, which bfloat16 holds exactly.
+The file is mapped: no tensor is copied. Each row of a weight has a scale. Matrices are multiplied
+with the int8 numbers themselves, which bfloat16 holds exactly.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from minigpt4.weights.sources import mark_of, weights_folder
 from minigpt4.weights.transfer import Progress
 
 INT8 = "-int8.safetensors"  # the end of the file's name
-ROWS = 256  # of a weight that are converted at once, and then lie in the processor's cache
+ROWS = 256  # of a weight, converted at once: so many fit into the processor's cache
 NORM = "vit.post_layernorm."  # BLIP-2's final norm, which comes from another file
 
 
@@ -45,9 +45,9 @@ class Int8EncoderLinear(nn.Module):
 
 
 def make_int8(config: EvaViT, vision: Path, report: Report) -> Path:
-    """The file with the encoder in int8; it is made where it is missing.
+    """The file with the encoder in int8; it is made if it is missing.
 
-    UserError where the encoder's own file is damaged, or the disk is full or read-only.
+    UserError if the encoder's own file is damaged, or the disk is full or read-only.
     """
     if vision.name.endswith(INT8):
         return vision
@@ -71,8 +71,8 @@ def make_int8(config: EvaViT, vision: Path, report: Report) -> Path:
 
 
 def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that an encoder of `Int8EncoderLinear` layers holds, but for the norm;
-    what is not quantized is in 32 bit."""
+    """(name, tensor) of everything in an encoder of `Int8EncoderLinear` layers, except the norm.
+    Tensors that are not quantized are in 32 bit."""
     tensors = eva_tensors(read_checkpoint(vision), config)
     encoder = _on_meta(config)
     linears = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
@@ -98,7 +98,7 @@ def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[s
 def load_int8_encoder(
     config: EvaViT, path: Path, norm: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
-    """The encoder from such a file. norm: `ln_vision`. UserError where the file is damaged."""
+    """The encoder from such a file. norm: `ln_vision`. UserError if the file is damaged."""
     check_pointer(path)
     encoder = _on_meta(config)
     for name, module in [*encoder.named_modules()]:

@@ -13,29 +13,29 @@ from minigpt4.errors import Count, UserError, ignore
 from minigpt4.weights.checkpoint import forget, tensors_of
 from minigpt4.weights.gguf import INDEX, INT4, gguf_of
 
-# The name of a whole weight file. Where there are several, an index has it with “.index.json”.
+# The name of a single weight file; with “.index.json” added, that of an index of shards.
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"  # a Llama's first and last
-HEAD = "lm_head.weight"  # where it is not the embedding
-_TYPES = ("llama", "qwen2", "mistral")  # of models that are computed alike
+HEAD = "lm_head.weight"  # if it is not the embedding
+_TYPES = ("llama", "qwen2", "mistral")  # types of models that are computed alike
 LLAMA_VOCABULARY = 32_000
 # Vicuna v0 added one token, for padding, to LLaMA's; later versions did not.
 _KNOWN = {32_001: "Vicuna v0", LLAMA_VOCABULARY: "LLaMA, Llama-2 and Vicuna since v1.1"}
-# A delta is what training changed: its embeddings are a hundred times smaller than a model's, and
-# its last norm lies around 0, not 1 and above.
+# A delta is the difference that training made: its embeddings are a hundred times smaller than a
+# model's, and its last norm is around 0, not 1 and above.
 DELTA_EMBEDDING_STD, DELTA_NORM = 0.003, 0.1
 
 log = logging.getLogger(__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Its config.json. OSError or ValueError where it cannot be read."""
+    """The folder's config.json. OSError or ValueError if it cannot be read."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor's name -> name of its file, without any folder, as an index of shards says. OSError or
-    ValueError where it cannot be read."""
+    """Tensor's name -> name of its file, without a folder, according to an index of shards. OSError
+    or ValueError if it cannot be read."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: Path(file).name for name, file in places.items()}
@@ -46,7 +46,7 @@ def read_index(index: Path) -> dict[str, str]:
 def shards_of(folder: Path) -> list[Path]:
     """The files that hold the folder's weights; safetensors first. ValueError for a damaged index.
 
-    Where neither form is complete: those that an index names, or none.
+    If neither form is complete: the files that an index names, or none.
     """
     found: list[Path] = []
     for whole in WHOLE:
@@ -60,9 +60,9 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path, count: Count = ignore) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all its weight files; one tensor is read at a time.
+    """(name, tensor) of all the folder's weight files; one tensor is read at a time.
 
-    count: is told each one's bytes once it is used. UserError for a damaged file.
+    count: is called with each tensor's bytes after its use. UserError for a damaged file.
     """
     for shard in shards_of(folder):
         for name, tensor in tensors_of(shard, ("",)):
@@ -72,7 +72,7 @@ def read_tensors(folder: Path, count: Count = ignore) -> Iterator[tuple[str, Ten
 
 
 def read_tensor(folder: Path, name: str) -> Tensor:
-    """One tensor; shards that do not hold it may be missing. ValueError where there is none."""
+    """One tensor; shards that do not hold it may be missing. ValueError if there is none."""
     for shard in filter(Path.is_file, shards_of(folder)):
         for found, tensor in tensors_of(shard, (name,)):
             if found == name:
@@ -81,8 +81,8 @@ def read_tensor(folder: Path, name: str) -> Tensor:
 
 
 def has_own_head(folder: Path) -> bool:
-    """Is there a head that differs from the embedding? It counts, as in transformers, whatever
-    "tie_word_embeddings" says."""
+    """Is there a head that differs from the embedding? If so, it is used, as in transformers,
+    whatever "tie_word_embeddings" says."""
     try:
         head = read_tensor(folder, HEAD)
     except ValueError:
@@ -91,11 +91,11 @@ def has_own_head(folder: Path) -> bool:
     return head.dtype != embedding.dtype or not head.equal(embedding)
 
 
-# --- is it whole, and the right one? --------------------------------------------------------------
+# --- is it complete, and the right one? -----------------------------------------------------------
 
 
 def check_folder(folder: Path, config: ModelConfig) -> None:
-    """UserError where files are missing, or hold a model of a type that is not computed here."""
+    """UserError if files are missing, or hold a type of model that is not supported."""
     fetch = (
         f"move it away and fetch the whole folder with “python -m minigpt4 download {config.name}”"
     )
@@ -119,8 +119,8 @@ def check_folder(folder: Path, config: ModelConfig) -> None:
 
 
 def check_type(folder: Path, config: ModelConfig) -> None:
-    """UserError where config.json cannot be read, or is of a model that is computed in another way
-    than a Llama, which would answer nonsense."""
+    """UserError if config.json cannot be read, or is that of a model that is not computed as a
+    Llama and would answer nonsense."""
     try:
         settings = read_config(folder)
         kind = settings["model_type"]
@@ -134,7 +134,7 @@ def check_type(folder: Path, config: ModelConfig) -> None:
         ) from error
     if not known:
         raise UserError(
-            f"{folder} holds a model of the type “{kind}”, which is not computed here: give one of "
+            f"{folder} holds a model of the type “{kind}”, which is not supported: give one of "
             f"the type {', '.join(_TYPES[:-1])} or {_TYPES[-1]}."
         )
     if narrow:
@@ -145,14 +145,14 @@ def check_type(folder: Path, config: ModelConfig) -> None:
 
 
 def check_shards(folder: Path) -> None:
-    """UserError, which names it, where a weight file is damaged, as far as its header tells."""
+    """UserError if a weight file's header shows that it is damaged."""
     for shard in shards_of(folder):
         next(tensors_of(shard, ("no tensor",)), None)
 
 
 def check_shape(shape: Sequence[int], folder: Path, config: ModelConfig) -> None:
-    """UserError where the token embedding's [vocabulary, hidden_size] has another width than the
-    model's; a warning where it has another vocabulary."""
+    """UserError if the token embedding [vocabulary, hidden_size] has another width than the
+    model's; a warning if it has another vocabulary."""
     vocabulary, width = shape[0], shape[-1]
     if width != config.llm_hidden_size:
         raise UserError(
@@ -175,9 +175,9 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def missing_weights(folder: Path, blocks: bool = True) -> str:
-    """The name of a weight file that is missing; "" where the weights are complete.
+    """The name of a missing weight file; "" if the weights are complete.
 
-    blocks: a GGUF file with its index counts, too.
+    blocks: a GGUF file with its index counts as complete, too.
     """
     if blocks and (folder / INDEX).is_file():
         file = gguf_of(folder)
@@ -198,9 +198,9 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_is_no_delta(embedding: Tensor, norm: Tensor, folder: Path, config: ModelConfig) -> None:
-    """UserError where the weights are the difference between Vicuna's and LLaMA's.
+    """UserError if the weights are the difference between Vicuna's and LLaMA's.
 
-    embedding: [tokens, hidden_size], of the first tokens at least; norm: the last one's weight.
+    embedding: [tokens, hidden_size], at least of the first tokens; norm: the last norm's weight.
     """
     spread = embedding[:LLAMA_VOCABULARY].float().std().item()  # without an added token's
     norm_size = norm.float().mean().abs().item()

@@ -1,8 +1,7 @@
-"""A language model as a GGUF file holds it: blocks of quantized weights, mapped into memory. No
-torch.
+"""A language model in a GGUF file: blocks of quantized weights, mapped into memory. No torch.
 
-Reading a GGUF file's header takes seconds (its vocabulary is in there), so `write_index` notes once
-where the tensors lie, and `BlockLlama.open` maps the file by that note in milliseconds.
+Reading a GGUF file's header takes seconds (the vocabulary is in there), so `write_index` writes
+once an index of the tensors' places, with which `BlockLlama.open` maps the file in milliseconds.
 """
 
 import hashlib
@@ -37,9 +36,9 @@ BLOCKS = {
 }
 # (kind, float32 [rows, columns]) -> the blocks, uint8 [rows, bytes]
 Quantizer = Callable[[str, np.ndarray], np.ndarray]
-# Architecture -> does its rotary embedding turn the halves of a head (else neighbouring pairs)?
+# Architecture -> does its rotary embedding rotate the halves of a head (else neighbouring pairs)?
 ROPE_HALVES = {"llama": False, "qwen2": True}
-LAYER_NAMES = {  # a Hugging Face layer's -> a GGUF file's
+LAYER_NAMES = {  # name in a Hugging Face layer -> in a GGUF file
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -51,7 +50,7 @@ LAYER_NAMES = {  # a Hugging Face layer's -> a GGUF file's
     "post_attention_layernorm": "ffn_norm",
 }
 MOST_HEAD_DIM = 256
-MOST_ERROR = 0.08  # of a matrix in 4-bit blocks; of mini's, in 8 and 5 bits, the two differ by 0.05
+MOST_ERROR = 0.08  # between two copies of one matrix in 4-bit blocks; mini's (8 and 5 bits): 0.05
 _MOST_LAYERS = 1024
 _MOST = 2**24  # of any size: far more than models have, and no product of two overflows 64 bits
 
@@ -60,7 +59,7 @@ _MOST = 2**24  # of any size: far more than models have, and no product of two o
 class BlockTensor:
     """A tensor's place in memory: `data` is uint8 [rows, bytes] in blocks, or float32 for "F32".
 
-    sha256: of its bytes, where the file's index has it; "" where it has none.
+    sha256: of its bytes, if the file's index has it, or "".
     """
 
     kind: str  # of BLOCKS
@@ -69,11 +68,11 @@ class BlockTensor:
     sha256: str = ""
 
     def is_sound(self) -> bool:
-        """Are the bytes those that were written, as far as the index tells?"""
+        """Are the bytes unchanged since they were written? True if the index has no hash."""
         return not self.sha256 or hashlib.sha256(self.data.data).hexdigest() == self.sha256
 
     def numbers(self) -> np.ndarray:
-        """Its weights as float32 [rows, columns]."""
+        """The weights as float32 [rows, columns]."""
         if self.kind == "F32":
             return self.data
         from gguf import GGMLQuantizationType
@@ -86,10 +85,10 @@ class BlockTensor:
 class BlockLlama:
     """Sizes and tensors (under GGUF's names) of one Llama- or Qwen2-style model.
 
-    rope_halves: rotary embeddings turn number i of a head with number i + head_dim / 2 (Qwen2), not
-    with its neighbour (Llama, whose q and k rows GGUF files have in that order).
-    Where one matrix serves as embedding and head, only one of their tensors is there. ValueError
-    where a tensor is missing, unknown or of another size than the others ask for.
+    rope_halves: rotary embeddings rotate number i of a head with number i + head_dim / 2 (Qwen2),
+    not with its neighbour (Llama, for which GGUF files reorder the rows of q and k).
+    If one matrix is both embedding and head, there is only one of their tensors. ValueError if a
+    tensor is missing, unknown or does not fit the others' sizes.
     """
 
     hidden_size: int
@@ -124,8 +123,8 @@ class BlockLlama:
 
     @classmethod
     def open(cls, folder: str | Path) -> "BlockLlama":
-        """Map the file that `folder`'s index describes. OSError or ValueError where file or index
-        are missing, cut or do not fit each other."""
+        """Map the file that `folder`'s index describes. OSError or ValueError if file or index are
+        missing, cut short or do not fit each other."""
         try:
             return cls._open(Path(folder))
         except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
@@ -149,13 +148,13 @@ class BlockLlama:
         return cls(**index["sizes"], tensors=tensors, mapping=mapping)
 
     def release(self) -> None:
-        """Let go of the memory that read parts of the file take; they are read again when used."""
+        """Release the memory of the file's parts that were read; they are read again when used."""
         if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def size_of(name: str, kind: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor; ValueError where there is no such tensor."""
+    """Bytes of a tensor; ValueError if there is no such tensor."""
     if kind not in BLOCKS:
         raise ValueError(
             f"{name} is of kind {kind}, which is not supported: {', '.join(BLOCKS)} are"
@@ -169,14 +168,14 @@ def size_of(name: str, kind: str, shape: Sequence[int]) -> int:
 
 
 def neighbours(rows: Any, head_dim: int) -> Any:
-    """Rows of q or k [heads * head_dim, ...], an array or tensor in the order of Hugging Face's
-    Llamas, so that the rotary embedding turns each with its neighbour in its head."""
+    """Reorder rows of q or k [heads * head_dim, ...] (array or tensor, in the order of Hugging
+    Face's Llamas) so that the rotary embedding rotates each with its neighbour."""
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def check_sizes(sizes: Mapping[str, Any]) -> None:
-    """ValueError where a model of these sizes (`BlockLlama`'s) cannot be, or be computed."""
+    """ValueError if a model with these sizes (`BlockLlama`'s) cannot exist or is not supported."""
     names = "hidden_size layers heads kv_heads intermediate_size vocabulary context head_dim"
     for name in names.split():
         value, most = sizes[name], _MOST_LAYERS if name == "layers" else _MOST
@@ -221,7 +220,7 @@ def shapes_of(
     head_dim: int,
     **_: Any,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of the tensors that may and of those that must be there, by name."""
+    """Name -> shape: (of the tensors that may be there, of those that must be)."""
     hidden, inner = hidden_size, intermediate_size
     q, kv = heads * head_dim, kv_heads * head_dim
     optional: dict[str, tuple[int, ...]] = {
@@ -253,13 +252,13 @@ def shapes_of(
 
 
 def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> Path:
-    """Note beside a GGUF file of a Llama or Qwen2 where its tensors lie; the note's own place.
+    """Write an index of the tensors' places beside a GGUF file of a Llama or Qwen2. Returns the
+    index's path.
 
-    digests: SHA-256 of the tensors, which are checked whenever the model is opened.
-    Where `token_embd` and `output` are one matrix, only `output` is noted: with digests, where
-    these are equal; else where the two differ by no more than quantizing one matrix twice changes.
-    ValueError where the file holds another kind of model or of block; any other error where it is
-    damaged.
+    digests: SHA-256 of the tensors, which are checked whenever the model is opened. If `token_embd`
+    and `output` are one matrix, the index has only `output`. They are if their digests are equal;
+    without digests, if they differ by no more than quantization explains. ValueError if the file
+    holds another kind of model or of block; any other error if it is damaged.
     """
     gguf = Path(gguf)
     reader = _reader(gguf)
@@ -272,7 +271,7 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
         blocks[name] = BlockTensor(kind, shape, tensor.data)
     sizes = _read_sizes({name: reader.fields[name].contents for name in reader.fields})
     sizes["vocabulary"] = tensors["token_embd.weight"][1][0]
-    BlockLlama(**sizes, tensors=blocks)  # are they all there?
+    BlockLlama(**sizes, tensors=blocks)  # raises if one is missing
     first, last = "token_embd.weight", "output.weight"
     if last in blocks and (
         digests[first] == digests[last] if digests else _same(blocks[first], blocks[last])
@@ -285,7 +284,8 @@ def write_index(gguf: str | Path, digests: Mapping[str, str] | None = None) -> P
 
 
 def _reader(gguf: Path) -> "GGUFReader":
-    """Its header. ValueError where it is of a kind that is not read, EOFError where it is cut."""
+    """The file's header. ValueError for a kind that is not supported, EOFError if it is cut
+    short."""
     from gguf import GGUFReader
 
     with gguf.open("rb") as file:
@@ -295,13 +295,13 @@ def _reader(gguf: Path) -> "GGUFReader":
     if len(version) == 4 and version not in (b"\2\0\0\0", b"\3\0\0\0"):
         raise ValueError("it is not of version 2 or 3, or is big-endian")
     try:
-        return GGUFReader(str(gguf))  # by its name, as transformers asks: it may be read already
-    except ValueError as error:  # of NumPy
+        return GGUFReader(str(gguf))  # a string, as from transformers: it may be cached (llm.py)
+    except ValueError as error:  # from NumPy
         raise EOFError(str(error)) from error
 
 
 def read_width(gguf: Path) -> int:
-    """The hidden size in a GGUF file's header. Any exception where it cannot be read."""
+    """The hidden size in a GGUF file's header. Any exception if it cannot be read."""
     from gguf import GGUFReader
 
     fields = GGUFReader(str(gguf)).fields
@@ -310,7 +310,8 @@ def read_width(gguf: Path) -> int:
 
 
 def gguf_of(folder: Path) -> Path:
-    """The GGUF file that the folder's index names; one that does not exist where it is broken."""
+    """The GGUF file that the folder's index names; if the index is broken, one that does not
+    exist."""
     try:
         return folder / json.loads((folder / INDEX).read_text(encoding="utf-8"))["file"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -318,10 +319,10 @@ def gguf_of(folder: Path) -> Path:
 
 
 def _read_sizes(fields: Mapping) -> dict[str, Any]:
-    """What `BlockLlama` wants to know out of a GGUF file's fields (name -> function that reads it).
+    """The sizes for `BlockLlama` from a GGUF file's fields (name -> function that reads it).
 
-    The values are of whatever type the file holds; `BlockLlama` checks them. ValueError for a model
-    that is computed in another way.
+    The values have the types that the file gives them; `BlockLlama` checks them. ValueError for a
+    model that is computed in another way.
     """
     architecture = fields["general.architecture"]()
     if architecture not in ROPE_HALVES:
@@ -367,7 +368,7 @@ def _read_sizes(fields: Mapping) -> dict[str, Any]:
 
 
 def _same(embedding: BlockTensor, head: BlockTensor, rows: int = 4096) -> bool:
-    """Are these two one matrix, up to what quantization changes?"""
+    """Are these two the same matrix, apart from quantization?"""
     if embedding.shape != head.shape:
         return False
     for start in range(0, embedding.shape[0], rows):

@@ -48,7 +48,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Module(nn.Module):
-    """A linear or embedding layer's weight, in int8; `dtype` is what it computes in."""
+    """A linear or embedding layer's weight, in int8; it computes in `dtype`."""
 
     def __init__(self, stored: Int8Weight, dtype: torch.dtype) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Int8Module(nn.Module):
         return self.stored.numbers.to(self.dtype) * self.stored.scale.to(self.dtype)[:, None]
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Take over "weight" [out, in] or "bias" [out]. ValueError for another shape."""
+        """Store the tensor "weight" [out, in] or "bias" [out]. ValueError for another shape."""
         target = self.stored.numbers if name == "weight" else self.stored.bias
         if target is None or tensor.shape != target.shape:
             raise ValueError(f"{name} has the shape {[*tensor.shape]}")
@@ -90,7 +90,7 @@ class Int8Embedding(Int8Module):
 def load_int8(
     folder: Path, device: torch.device, dtype: torch.dtype, count: Count = ignore
 ) -> tuple["PreTrainedModel", dict]:
-    """(model, report of what the files lack, as transformers') from a Hugging Face folder."""
+    """(model, report of missing tensors, in transformers' form) from a Hugging Face folder."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -125,7 +125,7 @@ def build_int8(
 
 
 def _replace_modules(llm: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model on "meta" int8 layers on the device, and its rotary embedding, whose numbers are
+    """Give a model on "meta" int8 layers on the device, and a rotary embedding, whose numbers are
     computed, not loaded."""
     decoder = llm.get_decoder()
     for layer in decoder.layers:
@@ -144,7 +144,7 @@ def _replace_modules(llm: "PreTrainedModel", device: torch.device, dtype: torch.
 def _fuse(
     module: nn.Module, members: tuple[str, ...], device: torch.device, dtype: torch.dtype
 ) -> Int8Weight:
-    """Replace the linears by int8 ones whose weights lie one after the other."""
+    """Replace the linears by int8 ones with consecutive weights. Returns the whole weight."""
     linears = [getattr(module, member) for member in members]
     whole, start = _empty(linears, device, dtype), 0
     for member, linear in zip(members, linears, strict=True):

@@ -1,9 +1,9 @@
 """The language model and its tokenizer, from a folder.
 
-The folder is a Hugging Face Llama's. It is loaded in PyTorch, quantized or not; as the blocks of a
-GGUF file beside it ("int4"); or as its token embedding alone ("remote"), where other machines run
-the model. The usual mistakes (no tokenizer, missing shards, delta weights, another Vicuna) each end
-in one sentence.
+The folder is that of a Hugging Face Llama. It is loaded into PyTorch, quantized or not; or as the
+blocks of a GGUF file in it ("int4"); or only its token embedding ("remote"), if other machines run
+the model. The usual mistakes (no tokenizer, missing shards, delta weights, another Vicuna) each
+give one sentence.
 """
 
 import functools
@@ -51,9 +51,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def choose_dtype(name: str | None = None, device: torch.device = CPU) -> torch.dtype:
     """The type that a language model computes in.
 
-    name: "float32", "bfloat16" or "auto"; None: what $MINIGPT4_DTYPE says, else "auto".
-    "auto": float16 on a GPU; on a CPU, bfloat16 where the processor multiplies it natively (twice
-    as fast), else float32. UserError for any other name.
+    name: "float32", "bfloat16" or "auto"; None: $MINIGPT4_DTYPE, or else "auto".
+    "auto": float16 on a GPU; on a CPU, bfloat16 if the processor multiplies it natively (twice as
+    fast), else float32. UserError for any other name.
     """
     name = name or DTYPE.from_environment()
     if name == "auto":
@@ -78,10 +78,10 @@ def load_llm(
     dtype: torch.dtype | str | None = None,
     count: Count = ignore,
 ):
-    """(language model, tokenizer) from a folder; UserError where it is not a whole, fitting model.
+    """(language model, tokenizer) from a folder; UserError if it is not a complete, fitting model.
 
-    quantize: "int4" reads the GGUF file and its index in the folder; "remote" reads the token
-    embedding alone. dtype: a type, or a name for `choose_dtype`. count: is told the bytes of
+    quantize: "int4" reads the GGUF file and its index in the folder; "remote" reads only the token
+    embedding. dtype: a type, or a name for `choose_dtype`. count: is called with the bytes of
     weights that are read here.
     """
     if quantize == "int4":
@@ -139,7 +139,7 @@ def _from_pretrained(
     dtype: torch.dtype,
     count: Count = ignore,
 ) -> tuple["PreTrainedModel", dict]:
-    """(model, transformers' report of what the files lacked)."""
+    """(model, transformers' report of missing tensors)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
@@ -157,23 +157,23 @@ def _from_pretrained(
             )
         case _:
             quantization = None
-    with _told(sum(file.stat().st_size for file in shards_of(folder)), count):
+    with _reporting(sum(file.stat().st_size for file in shards_of(folder)), count):
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device},
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, which is checked
+            ignore_mismatched_sizes=True,  # the report names them, and is checked
             local_files_only=True,
             trust_remote_code=False,
         )
 
 
 @contextmanager
-def _told(size: int, count: Count) -> Iterator[None]:
-    """Within, transformers' loops over parameters, of `size` bytes in all, tell `count` how far
-    they are, instead of drawing bars of their own."""
+def _reporting(size: int, count: Count) -> Iterator[None]:
+    """Inside this context, transformers' loops over parameters (of `size` bytes in all) report
+    their progress to `count`, instead of drawing bars."""
     from transformers.utils import logging as transformers_logging
 
     def counted(items: Collection) -> Iterator:
@@ -194,7 +194,7 @@ def _told(size: int, count: Count) -> Iterator[None]:
 
 
 def _check_complete(report: dict, folder: Path) -> None:
-    """UserError where transformers left parameters at random values, which it only logs."""
+    """UserError if transformers left parameters at random values, which it only logs."""
     lost = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     lost += map(str, report["error_msgs"])
     if lost:
@@ -210,7 +210,7 @@ def _check_complete(report: dict, folder: Path) -> None:
 def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTokenizer]:
     try:
         llm, tokenizer = BlockLlama.open(folder), JsonTokenizer(folder)
-    except Exception as error:  # of anything that a damaged index may hold
+    except Exception as error:  # anything, for a damaged index
         if out_of_memory(error):
             raise MemoryError from error
         log.debug("loading %s", folder, exc_info=True)
@@ -228,8 +228,8 @@ def _load_blocks(config: ModelConfig, folder: Path) -> tuple[BlockLlama, JsonTok
 def describe_gguf(path: Path, shown: str) -> None:
     """Write a GGUF file's index, tokenizer and configuration beside it.
 
-    The folder then loads in a tenth of a second instead of 14. UserError, which calls the file
-    `shown`, where it is damaged or of a kind that cannot be read.
+    Then the folder loads in a tenth of a second instead of 14 seconds. UserError if the file, which
+    the sentence calls `shown`, is damaged or of a kind that cannot be read.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -239,7 +239,7 @@ def describe_gguf(path: Path, shown: str) -> None:
             write_index(path)
             AutoTokenizer.from_pretrained(folder, **options).save_pretrained(folder)
             AutoConfig.from_pretrained(folder, **options).save_pretrained(folder)
-    except Exception as error:  # of anything that a damaged file may hold
+    except Exception as error:  # anything, for a damaged file
         if out_of_memory(error) or (isinstance(error, OSError) and error.errno):  # the disk
             raise
         if not isinstance(error, ValueError):
@@ -255,18 +255,18 @@ def describe_gguf(path: Path, shown: str) -> None:
 
 
 def _unpack_weights(folder: Path) -> None:
-    """Write the weights of a folder's GGUF file in 16 bit beside it, once: PyTorch reads these.
+    """Write the weights of a folder's GGUF file in 16 bit beside it, once, for PyTorch.
 
-    Q4_1 holds 4-bit steps between 16-bit scales: 16 bits are enough for what is in the file.
-    UserError where the folder cannot be written to.
+    Q4_1 holds 4-bit steps with 16-bit scales: 16 bits are enough for its values. UserError if the
+    folder cannot be written to.
     """
     from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 
     say("Unpacking the language model for PyTorch (once) …")
     with (
         _cached("GGUFReader", "get_tensor_name_map"),
-        _replaced(modeling_gguf_pytorch_utils, tqdm=lambda items, **_: items),  # not by `_told`
-        _told(0, ignore),
+        _replaced(modeling_gguf_pytorch_utils, tqdm=lambda items, **_: items),  # no bar
+        _reporting(0, ignore),
     ):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -280,7 +280,7 @@ def _unpack_weights(folder: Path) -> None:
         with (
             replacing(folder / "model.safetensors") as partial,
             tempfile.TemporaryDirectory(dir=folder) as scratch,
-            _told(0, ignore),
+            _reporting(0, ignore),
         ):
             model.save_pretrained(scratch, max_shard_size="100GB")
             Path(scratch, "model.safetensors").replace(partial)
@@ -293,7 +293,7 @@ def _unpack_weights(folder: Path) -> None:
 
 def _cached(*names: str) -> AbstractContextManager:
     """Cache these functions of the gguf library: transformers reads the file's header three times,
-    some seconds each, and maps the tensors' names 400 times.
+    a few seconds each, and maps the tensors' names 400 times.
     """
     import gguf
 
@@ -302,7 +302,7 @@ def _cached(*names: str) -> AbstractContextManager:
 
 @contextmanager
 def _replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
-    """Within, the module has these functions under these names."""
+    """Inside this context, the module has these functions under these names."""
     originals = {name: getattr(module, name) for name in functions}
     vars(module).update(functions)
     try:
@@ -317,9 +317,9 @@ def _replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
 class TokenEmbedding(nn.Module):
     """Token ids [...] -> token embeddings [..., hidden_size].
 
-    weight: [vocabulary, hidden_size], in the file's own precision; or a GGUF file's blocks: of
-    these, only the rows asked for are dequantized, to the float32 numbers that the engine's own
-    decoder reads.
+    weight: [vocabulary, hidden_size], in the file's own precision; or a GGUF file's blocks, of
+    which only the requested rows are dequantized, to the same float32 numbers as in the engine's
+    decoder.
     """
 
     def __init__(self, weight: Tensor | BlockTensor) -> None:
@@ -330,7 +330,7 @@ class TokenEmbedding(nn.Module):
         self.shape = tuple(weight.shape)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Itself: the same method as a whole language model's."""
+        """Itself: a complete language model has this method, too."""
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -345,7 +345,7 @@ class TokenEmbedding(nn.Module):
 def load_embedding(config: ModelConfig, folder: Path, device: torch.device):
     """(token embedding, tokenizer) from a language model's folder; no other weight is read.
 
-    UserError where the folder does not hold them.
+    UserError if the folder does not hold them.
     """
     try:
         if (folder / INDEX).exists():

@@ -45,8 +45,8 @@ from minigpt4.weights.sources import (
 class WeightFiles:
     """The files that one model is assembled from.
 
-    llm: a Hugging Face Llama's folder; projection: None only where a new one is to be trained;
-    qformer: None only where the bridge is not a Q-Former.
+    llm: a Hugging Face Llama's folder; projection: None only if a new one is to be trained;
+    qformer: None only if the bridge is not a Q-Former.
     """
 
     vision: Path
@@ -58,8 +58,8 @@ class WeightFiles:
 
 
 def owner_of(given: Mapping[str, str], report: Report = say) -> str | None:
-    """The one model that the user's own weights (role -> place) fit, by the shapes of those that
-    are on this machine; None where nothing is given. UserError where it is not one."""
+    """The one model that the user's own weights (role -> place) fit, according to the shapes of
+    those on this machine; None if none are given. UserError if no model fits, or several do."""
     if not given:
         return None
     shape = width = None
@@ -88,8 +88,8 @@ def owner_of(given: Mapping[str, str], report: Report = say) -> str | None:
 
 
 def _width_of(llm: Path, report: Report) -> int | None:
-    """The hidden size of a language model (a folder or a GGUF file); None where it cannot be read,
-    which loading it explains."""
+    """The hidden size of a language model (a folder or a GGUF file); None if it cannot be read:
+    loading reports why."""
     try:
         if (made := blocks_folder(llm) / INDEX).exists():
             return BlockLlama.open(made.parent).hidden_size
@@ -97,7 +97,7 @@ def _width_of(llm: Path, report: Report) -> int | None:
             return int(read_config(llm)["hidden_size"])
         report(Step("reading", "Reading {name} (once) …", name=llm.name))
         return read_width(llm)
-    except Exception:  # of anything that a damaged file may hold
+    except Exception:  # anything, for a damaged file
         return None
 
 
@@ -106,7 +106,7 @@ def download_weights(
 ) -> None:
     """Download what is missing of a model's weights, and report the progress.
 
-    given: role -> the user's own place for it, as an option names it. UserError where a part is not
+    given: role -> the user's own place for it, as an option names it. UserError if a part is not
     available.
     """
     if missing(config, given or {}):
@@ -153,15 +153,15 @@ def find_weights(
 
 
 def _wanted(config: ModelConfig, role: str, given: Mapping[str, str]) -> str:
-    """What a missing part is called: the user's place for it, or its file's name."""
+    """The name of a missing part in messages: the user's place for it, or its file's name."""
     choices = sources(config, role)
     own = file_name(config, role, choices[0]) if choices else config.projection_file
     return given.get(role) or own
 
 
 def projection_tensors(model: MiniGPT4) -> dict[str, Tensor]:
-    """The content of a model's projection file: the projection, and `ln_vision` where no Q-Former's
-    file brings it."""
+    """The content of a model's projection file: the projection, and `ln_vision` if it is not in the
+    Q-Former's file."""
     tensors = dict(model.projection.state_dict())
     if _brings_norm(model.config):
         norm = model.encoder.vit.post_layernorm
@@ -183,14 +183,14 @@ def load_model(
 ) -> MiniGPT4:
     """Assemble the model from its files.
 
-    quantize: of the language model alone; "auto" is w8a16 for the big models on a GPU, else none.
-    llm_dtype: a type, or a name for `llm.choose_dtype`. seed: a new projection is drawn from it
-    where `files` names none, which is for training only. vision_dtype: of encoder, bridge and
-    projection; None is 16 bit on a GPU and 32 bit on the CPU. count: is told the bytes of the large
-    files as they are read. adapters: add those of the projection's file to the language model,
-    which their training does not want. quantizer: see `adapters.adapted`.
+    quantize: of the language model only; "auto" is w8a16 for the big models on a GPU, else none.
+    llm_dtype: a type, or a name for `llm.choose_dtype`. seed: of a new, random projection, for
+    training, if `files` names none. vision_dtype: of encoder, bridge and projection; None is 16 bit
+    on a GPU and 32 bit on the CPU. count: is called with the bytes of the large files as they are
+    read. adapters: add those in the projection's file to the language model (False while they are
+    trained). quantizer: see `adapters.adapted`.
 
-    UserError where a file is missing or does not fit, or would leave any weight unloaded.
+    UserError if a file is missing or does not fit, or would leave any weight unloaded.
     """
     device = torch.device(device)
     dtype = vision_dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -208,14 +208,14 @@ def load_model(
 
 
 def bytes_to_load(files: WeightFiles, quantize: Quantize) -> tuple[int, int]:
-    """Bytes of the large files that `load_model` reads, and of 4-bit blocks, which the engine
-    reads. Small encoders are not counted."""
+    """(bytes of the large files that `load_model` reads, bytes of 4-bit blocks, which the engine
+    reads). Small encoders are not counted."""
     vision = _size(files.vision) + _size(files.qformer)
     if quantize == "int4":
         return vision, _size(gguf_of(files.llm))
     shards: list[Path] = []
     if quantize != "remote":
-        with suppress(OSError, ValueError):  # loading them tells
+        with suppress(OSError, ValueError):  # loading reports it
             shards = shards_of(files.llm)
     return vision + sum(map(_size, shards)), 0
 
@@ -275,7 +275,7 @@ def _load_encoder(
     dtype: torch.dtype,
     count: Count,
 ) -> nn.Module:
-    """The encoder with its weights; the bridge gets those that are in the encoder's file.
+    """The encoder with its weights; the bridge's weights in the encoder's file are loaded, too.
 
     norm: the ViT's final norm, from another file.
     """
@@ -308,7 +308,7 @@ def _load_encoder(
 
 
 def refuse_unloaded(part: nn.Module) -> None:
-    """UserError where a parameter or buffer has no values yet; `llm` checks its own part."""
+    """UserError if a parameter or buffer has no values yet; `llm.py` checks the language model."""
     for name, tensor in (*part.named_parameters(), *part.named_buffers()):
         if tensor.is_meta:
             raise UserError(
@@ -318,7 +318,8 @@ def refuse_unloaded(part: nn.Module) -> None:
 
 
 def _new_projection(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Small weights, so that the image embeddings do not drown the words' in the first steps."""
+    """A random projection. Its weights are small, so that the image embeddings do not overwhelm
+    those of words in the first steps."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(config.llm_hidden_size, config.projection_in, generator=generator)
     weight *= 0.06 / config.projection_in**0.5
@@ -330,5 +331,5 @@ def _new_projection(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def _brings_norm(config: ModelConfig) -> bool:
-    """Does the projection's file bring the ViT's final norm, as no Q-Former's file does?"""
+    """Is the ViT's final norm in the projection's file? It is if there is no Q-Former's file."""
     return isinstance(config.vision, EvaViT) and not isinstance(config.bridge, QFormer)

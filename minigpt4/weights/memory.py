@@ -1,4 +1,4 @@
-"""The memory that a model needs on the CPU, and the memory that is free: known before loading."""
+"""The memory that a model needs on the CPU, and the free memory: compared before loading."""
 
 import math
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(mapped: int = 0) -> int | None:
-    """Bytes that this process can still take; None where the system does not tell.
+    """Bytes that this process can still allocate; None if the system does not tell.
 
-    The least of what the machine has free, what its control groups (containers) allow, and what is
-    left of its address space, in which `mapped` bytes of files will lie too.
+    This is the minimum of the machine's free memory, the limits of the process's control groups
+    (containers), and the rest of its address space after `mapped` bytes of files.
     """
     found = [*_machine(), *_control_groups(), *(n - mapped for n in _address_space())]
     return max(0, min(found)) if found else None
@@ -50,7 +50,8 @@ def _control_groups() -> Iterator[int]:
 
 
 def _group(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterator[int]:
-    """Of a group and all that it is in: the limit less what is used, files' pages not counted."""
+    """For a group and each group that contains it: its limit minus its memory in use, without the
+    pages of files."""
     folder = root / path.lstrip("/")
     for group in (folder, *folder.parents):
         if not group.is_relative_to(root):
@@ -66,7 +67,7 @@ def _group(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterato
 
 
 def _number(file: Path) -> int | None:
-    """None where there is no such file, or no limit."""
+    """The number in a file; None if there is no such file, or no limit."""
     text = next(iter(_lines(file)), "")
     return int(text) if text.isdecimal() and int(text) < 2**60 else None
 
@@ -101,11 +102,11 @@ def check_memory(
     llm_dtype: torch.dtype,
     vision_dtype: torch.dtype | None,
 ) -> None:
-    """UserError where the CPU's memory is too small for the model, the libraries and a short
-    conversation: how much is needed, is free, and would fit.
+    """UserError if the CPU's memory is too small for the model, the libraries and a conversation.
+    It says how much is needed and free, and what would fit.
 
     llm_dtype: of a language model that is not quantized; vision_dtype: of the encoder (None: 32
-    bit). A language model's folder that cannot be read is left to the loader.
+    bit). If a language model's folder cannot be read, the loader reports it.
     """
     size = (vision_dtype or torch.float32).itemsize
     eight_bit = quantize == "int4" and isinstance(config.vision, EvaViT)
@@ -143,7 +144,7 @@ def _advice(config: ModelConfig, quantize: Quantize, free: int | None) -> str:
 
 
 def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
-    """Bytes of the language model's weights, those that are not quantized in `size` bytes each;
+    """Bytes of the language model's weights. Weights that are not quantized have `size` bytes each;
     bitsandbytes holds them in 16 bit while it loads."""
     if quantize == "int4":
         folder = blocks_folder(llm)
@@ -156,14 +157,14 @@ def llm_bytes(llm: Path, quantize: Quantize, size: int) -> int:
     for name in ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]:
         required[name] = optional[name]
     counts = [math.prod(shape) for shape in required.values()]
-    if quantize == "w8a16":  # and while one matrix is quantized, and used, two copies in 32 bit
+    if quantize == "w8a16":  # plus two copies in 32 bit of the matrix being quantized or used
         return sum(counts) + 8 * max(counts)
     return sum(counts) * (size if quantize == "none" else 2)
 
 
 def chat_bytes(config: ModelConfig, llm: Path, quantize: Quantize, llm_dtype: torch.dtype) -> int:
-    """Keys and values of the longest conversation: as many as the cache of a large model may grow
-    to. Many conversations with a small one need more."""
+    """Bytes of the keys and values of the longest conversation, to which the cache of a large model
+    may grow. Many conversations with a small one need more."""
     if quantize == "int4" and (blocks_folder(llm) / INDEX).exists():
         sizes = vars(BlockLlama.open(blocks_folder(llm)))
     elif llm.is_dir():
@@ -171,17 +172,17 @@ def chat_bytes(config: ModelConfig, llm: Path, quantize: Quantize, llm_dtype: to
     else:
         return 0
     width = sizes["kv_heads"] * sizes["head_dim"]
-    if quantize == "int4":  # of 8 bits, 32 numbers have a scale of 16
+    if quantize == "int4":  # with 8 bits, 32 numbers share a scale of 16 bits
         size = 2.0 if config.kv_bits == 16 else 17 / 16
-    else:  # of 8 bits, a head's numbers have a scale of 32
+    else:  # with 8 bits, a head's numbers share a scale of 32 bits
         size = 1 + 4 / sizes["head_dim"] if config.kv_bits == 8 else llm_dtype.itemsize
     positions = (-(-config.context // _BLOCK) + 1) * _BLOCK
     return int(positions * sizes["layers"] * 2 * width * size)
 
 
 def vision_bytes(config: ModelConfig, size: int, encoder_size: int) -> int:
-    """Bytes of encoder, bridge and projection with numbers of `size` bytes, of the encoder's with
-    `encoder_size`."""
+    """Bytes of bridge and projection, with `size` bytes a number, and of the encoder, with
+    `encoder_size` bytes a number."""
     with torch.device("meta"):
         encoder, bridge = build_encoder(config.vision), build_bridge(config)
     counts = [sum(p.numel() for p in part.parameters()) for part in (encoder, bridge)]

@@ -19,11 +19,11 @@ from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import check_projection, save_projection
 
 CONFIG = "minigpt4.json"  # in the repository: {"model": NAME, "projection": FILE}
-_SENT = ("model", "stage", "step", "pictures", "command")  # of what `train` wrote into a file
+_SENT = ("model", "stage", "step", "pictures", "command")  # the metadata of `train` that is sent
 _HUB = re.compile(
     r"hf:\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?(=[\d.]+)?"
 )  # data of the hub, with its weight
-_RECENT = 100  # steps whose mean loss is on the card
+_RECENT = 100  # steps whose mean loss is shown on the card
 
 quiet_hub()
 
@@ -32,7 +32,7 @@ def push(place: str, repository: str, private: bool = False) -> str:
     """Send a projection to the hub; returns the address of its page.
 
     place: a projection that `train` wrote, or the folder of a run, whose best projection is sent.
-    repository: USER/NAME. UserError where the file says not which model it belongs to, or the hub
+    repository: USER/NAME. UserError if the file does not say which model it belongs to, or the hub
     refuses.
     """
     if repository.count("/") != 1:
@@ -65,7 +65,7 @@ def push(place: str, repository: str, private: bool = False) -> str:
 
 def resolve(name: str) -> tuple[str, str] | None:
     """(model, place of its projection) of a repository that `push` wrote; None if the name is not
-    USER/NAME. UserError where the hub has no such repository."""
+    USER/NAME. UserError if the hub has no such repository."""
     if name in MODELS or name.count("/") != 1:
         return None
     try:
@@ -129,7 +129,7 @@ def _held_out(run: Path) -> str:
 
 
 def _rows(path: Path, *columns: str) -> list[dict[str, float]]:
-    """These columns of a file of a run. UserError where another program has changed the file."""
+    """These columns of a CSV file of a run. UserError if another program has changed the file."""
     if not path.exists():
         return []
     try:
@@ -154,7 +154,7 @@ def _find(place: Path) -> Path:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """What `train` wrote into the file, without the names of this machine's folders."""
+    """The metadata that `train` wrote into the file, without names of this machine's folders."""
     check_pointer(path)
     try:
         with safe_open(path, "pt") as file:
@@ -174,7 +174,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _without_folders(word: str) -> str:
-    """An argument; of a path, the last part. What looks like a path is taken for one."""
+    """A command's argument, of which only the last part is kept if it looks like a path."""
     option = found[0] if (found := re.match(r"--[\w-]+=", word)) else ""
     value = word.removeprefix(option)
     if _HUB.fullmatch(value):

@@ -12,7 +12,7 @@ from minigpt4.config import ModelConfig, Source
 from minigpt4.errors import UserError
 
 WEIGHTS = _data.folder("weights")  # the projections trained here
-PARTS = ".parts"  # within the weights folder: what is not complete yet
+PARTS = ".parts"  # within the weights folder: incomplete downloads
 ROLES = ("vision", "detector", "words", "qformer", "llm", "projection")
 _HUB = re.compile(r"(?P<ref>(spaces/)?[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<member>[\w./-]+))?")
 _FILES = (".gguf", ".pth", ".pt", ".bin", ".safetensors")  # how weight files' names end
@@ -23,9 +23,9 @@ _UNNAMED = (
 
 
 def weights_folder() -> Path:
-    """Where fetched weights are kept.
+    """The folder in which fetched weights are kept.
 
-    $MINIGPT4_WEIGHTS; else `weights/` of the checkout that this package is in; else, where the
+    $MINIGPT4_WEIGHTS; or else `weights/` of the checkout that this package is in; or else, if the
     package is installed, `weights` in the user's cache folder.
     """
     if own := os.environ.get("MINIGPT4_WEIGHTS"):
@@ -36,16 +36,17 @@ def weights_folder() -> Path:
 
 
 def mark_of(files: Sequence[Path], *others: object) -> str:
-    """A name's part that changes with these files, by size and time, and with `others`."""
+    """A part for a name that changes with these files (by name, size and time) and with
+    `others`."""
     facts = [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
     return hashlib.sha256(repr((facts, *others)).encode()).hexdigest()[:8]
 
 
 def locate(config: ModelConfig, role: str, place: str | None = None) -> Path | None:
-    """The local file or folder that has this role; None where it must be fetched.
+    """The local file or folder for this role; None if it must be fetched.
 
     place: the user's own instead of the model's: a path, the name of a projection that comes with
-    this package, or where it was fetched from.
+    this package, or the source that it was fetched from.
     """
     if place and (path := local_place(place)):
         return path
@@ -76,7 +77,7 @@ def _names(config: ModelConfig, role: str, place: str | None) -> Iterator[str]:
 
 
 def sources(config: ModelConfig, role: str, place: str | None = None) -> tuple[Source, ...]:
-    """Where a part can be fetched from, in order of preference.
+    """The sources of a part, in order of preference.
 
     UserError if `place` is neither a path, an address nor a repository.
     """
@@ -97,7 +98,7 @@ def sources(config: ModelConfig, role: str, place: str | None = None) -> tuple[S
 
 
 def _wanted_tensors(config: ModelConfig, role: str, place: str) -> tuple[str, ...]:
-    """The tensors that this role takes out of a whole repository, as the model's mirror does."""
+    """The tensors that this role needs from a complete repository, as for the model's mirror."""
     own = config.files.get(role)
     for mirror in own.mirrors if own else ():
         if mirror.tensors:
@@ -106,7 +107,7 @@ def _wanted_tensors(config: ModelConfig, role: str, place: str) -> tuple[str, ..
 
 
 def file_name(config: ModelConfig, role: str, source: Source, place: str | None = None) -> str:
-    """The name in the weights folder of what is fetched from `source`."""
+    """The name in the weights folder for the file or folder that is fetched from `source`."""
     if role == "llm":
         name = f"{config.name}-llm"
     elif source.tensors:
@@ -115,7 +116,7 @@ def file_name(config: ModelConfig, role: str, source: Source, place: str | None 
         name = source.file_name
     if role == "projection":  # two tensors are kept of a training checkpoint
         name = f"{Path(name).stem}.safetensors"
-    if place:  # not the model's own, which must not be mistaken for it
+    if place:  # the user's own, which must not be mistaken for the model's
         mark = hashlib.sha256(place.encode()).hexdigest()[:8]
         name = f"{Path(name).stem}-{mark}{Path(name).suffix if role != 'llm' else ''}"
     return name

@@ -11,7 +11,7 @@ from minigpt4.weights.gguf import INDEX
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-# What the conversions of 2023 get wrong: prefixes, spaces, line ends, bytes, other scripts.
+# Texts that the conversions of 2023 get wrong: prefixes, spaces, line ends, bytes, other scripts.
 PROBES = (
     "Hello world",
     "###Human: what is it? ###Assistant:",
@@ -24,9 +24,9 @@ _ROLES = ("bos", "eos", "unk")
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.
 
-    Where tokenizer.model exists, it decides: the class is Llama's, whatever
-    tokenizer_config.json calls it, and `PROBES` must get SentencePiece's ids. UserError where they
-    do not; other errors are the libraries' own.
+    If tokenizer.model exists, the class is Llama's, whatever tokenizer_config.json says, and
+    `PROBES` must get SentencePiece's ids. UserError if they do not; other errors are the libraries'
+    own.
     """
     if (folder / INDEX).exists():
         return JsonTokenizer(folder)
@@ -38,14 +38,14 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, **options)
     try:
         tokenizer = LlamaTokenizer.from_pretrained(folder, **options, **_names(folder, pieces))
-    except Exception as error:  # of anything that these files may hold
+    except Exception as error:  # anything, for damaged files
         raise UserError(_refusal(folder)) from error
     _check(tokenizer, pieces, folder)
     return tokenizer
 
 
 def _pieces(path: Path) -> "SentencePieceProcessor | None":
-    """The SentencePiece model; None where there is none, as with Llama 3's tokenizer.model."""
+    """The SentencePiece model; None if there is none, as with Llama 3's tokenizer.model."""
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -76,7 +76,7 @@ def _names(folder: Path, pieces: "SentencePieceProcessor") -> dict[str, str]:
 
 
 def _check(tokenizer: Any, pieces: "SentencePieceProcessor", folder: Path) -> None:
-    """UserError where its ids are not SentencePiece's, or where it has no special tokens."""
+    """UserError if its ids are not SentencePiece's, or if it has no special tokens."""
     same = all(
         tokenizer.encode(text, add_special_tokens=False) == pieces.encode(text) for text in PROBES
     )
@@ -85,8 +85,8 @@ def _check(tokenizer: Any, pieces: "SentencePieceProcessor", folder: Path) -> No
 
 
 def check_tokens(tokenizer: Any, rows: int, folder: Path) -> None:
-    """UserError where text may become ids beyond the `rows` of the token embedding. Control tokens
-    beyond them, such as one for padding, do no harm: no text becomes them."""
+    """UserError if text may become ids beyond the `rows` of the token embedding. Control tokens
+    beyond, such as one for padding, are allowed: no text becomes them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return

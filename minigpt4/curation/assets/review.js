@@ -1,11 +1,11 @@
-// Keys of the review page. A key is passed over until the answer to the one before is there, so
-// that no decision is made about a picture that was not seen.
+// Keys of the review page. A key is ignored until the server has answered the previous one, so that
+// no decision is made about a picture that was not seen.
 (() => {
   const shown = () => document.querySelector("#shown textarea, #shown input")?.value ?? "";
   const typing = (target) => target.closest?.("textarea, input, select");
   let waitingFor = null;
 
-  // What is typed is sent when the typing pauses. Gradio's own event misses pasting and deleting.
+  // The text is sent when typing pauses. Gradio's own event misses pasting and deleting.
   let pause;
   document.addEventListener("input", (event) => {
     if (!event.target.closest?.("#text")) return;

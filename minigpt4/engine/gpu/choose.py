@@ -1,8 +1,8 @@
-"""The choice of a GPU's decoder: that with CUDA graphs, where it is available and proves itself.
+"""The choice of a GPU's decoder: the one with CUDA graphs, if it is available and passes a test.
 
-At the start, both decoders continue the same made-up conversations with the same weights. Where the
-new one raises, or its logits differ by more than rounding explains, one line says so, and the eager
-decoder serves.
+At the start, both decoders continue the same made-up conversations with the same weights. If the
+one with CUDA graphs raises, or its logits differ by more than rounding explains, one line says so,
+and the eager decoder is used.
 """
 
 import importlib.util
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from minigpt4.engine.torch_decoder import TorchDecoder
 
 BOUND = 0.03  # root mean square of the difference, in standard deviations of the logits
-STEPS = 4  # that each made-up conversation continues, over the edge of a block
-SEQUENCE_BLOCKS = 3  # of a made-up conversation
-ROWS = (1, 3, 32)
+STEPS = 4  # by which each made-up conversation continues, into another block
+SEQUENCE_BLOCKS = 3  # blocks of a made-up conversation
+ROWS = (1, 3, 32)  # rows of the tested steps
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def faster(
     eager: "TorchDecoder", llm: "PreTrainedModel", context: int
 ) -> "GpuDecoder | TorchDecoder":
-    """The decoder with CUDA graphs, or `eager` where that one does not run here."""
+    """The decoder with CUDA graphs, or `eager` if that one does not run here."""
     try:
         reason = _why_not(eager.device)
         if not reason:
@@ -59,8 +59,8 @@ def _why_not(device: torch.device) -> str:
 
 
 def build(eager: "TorchDecoder", llm: "PreTrainedModel", context: int) -> "GpuDecoder":
-    """Without tensor cores that Triton uses (before Ampere), a row costs as much as reading all
-    weights, and from 5 rows on the eager decoder is faster."""
+    """Build the decoder. Without tensor cores that Triton uses (before Ampere), a row costs as much
+    as reading all weights: from 5 rows on, the eager decoder is faster and is used."""
     from minigpt4.engine.gpu.decoder import BUCKETS, GpuDecoder, capture_graph
 
     dot = torch.cuda.get_device_capability(eager.device) >= (8, 0)
@@ -68,7 +68,7 @@ def build(eager: "TorchDecoder", llm: "PreTrainedModel", context: int) -> "GpuDe
 
 
 def difference(decoder: "GpuDecoder | TorchDecoder", eager: "TorchDecoder") -> str:
-    """What distinguishes the decoder's logits from the eager one's, "" where nothing does.
+    """How the decoder's logits differ from the eager one's, "" if they do not.
 
     Both share one cache, which is zeroed before and after.
     """
@@ -96,7 +96,7 @@ def _chooses_as_the_host(decoder: "GpuDecoder | TorchDecoder") -> bool:
 def _logits_of(
     decoder: "GpuDecoder | TorchDecoder", eager: "TorchDecoder", count: int
 ) -> np.ndarray:
-    """The logits of `count` made-up conversations, one more of which joins in the last step."""
+    """The logits of `count` made-up conversations; another one joins in the last step."""
     eager.clear()
     draw = np.random.default_rng(0)
     lengths = draw.integers(BLOCK_SIZE - STEPS, BLOCK_SIZE + 1, count)

@@ -1,8 +1,8 @@
 """The decoder for int8 weights on a GPU.
 
-Answers take a step together: their newest tokens go through the kernels, which a CUDA graph for the
-number of rows, rounded up to a bucket, launches at once. Prompts go through the eager decoder, in
-large chunks, with the same weights and the same key-value cache.
+All answers take a step together: their newest tokens go through the kernels, which one CUDA graph
+launches. There is a graph for each number of rows in BUCKETS. Prompts go through the eager decoder,
+in large chunks, with the same weights and the same key-value cache.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from minigpt4.engine.scheduler import Outputs, Rows
 from minigpt4.engine.torch_decoder import TorchDecoder
 
 BUCKETS = (1, 2, 4, 8, 16, 32)  # rows of a step
-SEEN = 1024  # ids that the repetition penalty covers; the host samples where there are more
+SEEN = 1024  # ids that the repetition penalty covers; if there are more, the host samples
 
 
-# A step, which allocates nothing and reads and writes fixed memory -> a call that repeats it.
+# A step that allocates nothing and uses fixed memory -> a function that repeats it.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -45,8 +45,8 @@ class GpuDecoder:
     """Runs a Llama with `weights.int8` layers.
 
     eager: runs the same model, and owns the cache. context: positions of the longest sequence.
-    dot: use tensor cores; without, a step with more rows than the largest bucket goes to `eager`,
-    which is faster then.
+    dot: use tensor cores. Without them, a step that decodes more rows than the largest bucket
+    goes to `eager`, which is then faster.
     """
 
     name = "CUDA graphs"
@@ -78,7 +78,7 @@ class GpuDecoder:
         answers = [output for part in first for output in self._launch(part)()]
         wait = self._launch(last)
         prompts: Outputs = []
-        if not decoding.all():  # while the GPU computes the answers
+        if not decoding.all():  # meanwhile, the GPU computes the answers
             prompts = self._eager.forward(rows.take(np.flatnonzero(~decoding)))
         from_answers, from_prompts = iter(answers + wait()), iter(prompts)
         return [next(from_answers if decoding[row] else from_prompts) for row in rows.wanted]
@@ -87,7 +87,7 @@ class GpuDecoder:
         self._eager.copy_block(source, target)
 
     def _launch(self, rows: Rows) -> Callable[[], list[np.ndarray | int]]:
-        """Start one step; the call waits for its outputs, and comes before the next step."""
+        """Start one step. The function returned waits for its outputs; call it before the next."""
         buffers, count = self._buffers, len(rows.tokens)
         bucket = min(size for size in self._replays if size >= count)
         inputs = buffers.inputs.host.numpy()
@@ -107,14 +107,14 @@ class GpuDecoder:
         return partial(self._outputs, rows.wanted)
 
     def _outputs(self, wanted: np.ndarray) -> list[np.ndarray | int]:
-        """Wait for the step; these rows' tokens, or logits where no token was chosen."""
+        """Wait for the step; then these rows' tokens, or logits if no token was chosen."""
         if self._eager.device.type == "cuda":
             torch.cuda.current_stream(self._eager.device).synchronize()
         logits, tokens = self._buffers.logits.host.numpy(), self._buffers.tokens.host.tolist()
         return [logits[row].copy() if tokens[row] == UNDECIDED else tokens[row] for row in wanted]
 
     def _step(self, rows: int) -> None:
-        """What a graph records: 7 kernels a layer, and the choice of tokens."""
+        """The step that a graph records: 7 kernels a layer, and the choice of tokens."""
         buffers = self._buffers
         inputs, x, qkv = buffers.inputs.device[:rows], buffers.x[:rows], buffers.qkv[:rows]
         attended, gated = buffers.attended[:rows], buffers.gated[:rows]
@@ -172,7 +172,7 @@ class _Buffers:
 
 
 def _decoding(rows: Rows) -> np.ndarray:
-    """bool [rows]: the only row of its sequence, and no picture's."""
+    """bool [rows]: is it the only row of its sequence, and a token, not part of a picture?"""
     counts = np.bincount(rows.table_rows)
     return (counts[rows.table_rows] == 1) & (rows.tokens >= 0)
 

@@ -15,8 +15,8 @@ from minigpt4.engine.kvcache import BLOCK_SIZE
 from minigpt4.weights.int8 import Int8Weight
 
 TILE = 32  # positions that one step of attention's loop reads
-SPLITS = 8  # programs that share one head's positions
-NONE = (None, None)  # the scales of a cache that needs none
+SPLITS = 8  # programs among which one head's positions are divided
+NONE = (None, None)  # for a cache without scales
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def embed_kernel(inputs, stride, weight, scale, out, K: tl.constexpr, BLOCK_K: t
 
 @triton.jit
 def multiply(x, numbers, sums, DOT: tl.constexpr):
-    """sums + x [M, K] @ numbers [K, N]: on tensor cores, or where there are none by float32."""
+    """sums + x [M, K] @ numbers [K, N], on tensor cores (DOT) or else in float32."""
     if DOT:
         return tl.dot(x, numbers.to(x.dtype), sums, input_precision="ieee")
     return sums + tl.sum(x.to(tl.float32)[:, :, None] * numbers.to(tl.float32)[None, :, :], 1)
@@ -93,7 +93,7 @@ def linear_kernel(
 
 @triton.jit
 def store_head(cache, scales, place, first, second, d, HALF: tl.constexpr):
-    """A head's two halves -> the cache, as int8 where it has scales."""
+    """A head's two halves -> the cache, as int8 if it has scales."""
     inside = d < HALF
     if scales is not None:
         largest = tl.maximum(
@@ -240,13 +240,13 @@ def linear(
 
 
 def linear_blocks(rows: int, n: int, k: int, dot: bool) -> dict[str, int]:
-    """The part of the product that one program computes. Few outputs are divided among more
-    programs, so that every multiprocessor reads weights."""
+    """The part of the product that one program computes. If there are few outputs, the parts are
+    smaller, so that every multiprocessor reads weights."""
     block_k = max(16, min(128, triton.next_power_of_2(k)))
     if not dot:
         return {"BLOCK_M": 1, "BLOCK_N": 16, "BLOCK_K": block_k}
     block_n = 16 if n <= 8192 else 32
-    if rows <= 16 and n <= 8192:  # room for more bytes on their way
+    if rows <= 16 and n <= 8192:  # there is room to load more bytes at once
         block_k = max(16, min(256, triton.next_power_of_2(k)))
     return {"BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": block_n, "BLOCK_K": block_k}
 
@@ -278,7 +278,7 @@ def attend(
     """Attention of each row's queries over its keys and values -> out [rows, heads, head_dim].
 
     cache, scales: see `rotate_and_store`. partial: float32 [rows * heads * SPLITS * (head_dim + 1)]
-    or more, for what lies between the two kernels.
+    or more, for the results that the first kernel passes to the second.
     """
     rows, heads, head_dim = out.shape
     kv_heads = cache.shape[2]

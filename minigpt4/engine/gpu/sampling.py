@@ -1,8 +1,8 @@
 """Tokens from logits, as `engine.sampling` chooses them, for all rows of a step at once.
 
-Only the `LIKELIEST` tokens are sorted. Where a draw may fall outside of them, or asks for more, the
-host chooses that row's token. A CUDA graph records `choose`, so it may not wait for
-the GPU, nor copy from the host.
+Only the `LIKELIEST` tokens are sorted. If a draw may fall outside of them, or its settings need
+more, the host chooses that row's token. A CUDA graph records `choose`, so it may neither wait for
+the GPU nor copy from the host.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, UNIFORM = range(6)  # columns of `set
 
 
 def fits(draw: Draw, seen: int) -> bool:
-    """Can `choose` decide this draw, with room for so many penalised ids?"""
+    """Can `choose` decide this draw, with room for `seen` penalised ids?"""
     return draw.sampling.top_k <= LIKELIEST and len(draw.seen) <= seen
 
 
@@ -60,7 +60,7 @@ def choose(logits: Tensor, settings: Tensor, seen: Tensor) -> Tensor:
 
 
 def _penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    wide = F.pad(logits, (0, 1))  # a column for what fills `seen` up
+    wide = F.pad(logits, (0, 1))  # a column for the padding of `seen`
     seen = seen.masked_fill(seen < 0, logits.shape[1])
     chosen = wide.gather(1, seen)
     wide = wide.scatter(1, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
@@ -72,8 +72,9 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """(place among the likeliest [rows, 1], whether it may lie outside of them).
 
-    top: float64 [rows, n], their weights, descending; total: of all weights [rows, 1]. top-k, top-p
-    and min-p each shorten the list, which is `complete` once it holds all that can be drawn.
+    top: float64 [rows, n], their weights, descending; total: the sum of all weights [rows, 1].
+    top-k, top-p and min-p each shorten the list, which is `complete` once it holds every token that
+    can be drawn.
     """
     complete = torch.full_like(total, top.shape[1] == vocabulary, dtype=torch.bool)
     missed = torch.zeros_like(complete)
@@ -95,5 +96,5 @@ def _draw(
     likely = top >= min_p * top[:, :1]
     shorten(min_p > 0, likely, (likely | ~kept).all(1, keepdim=True))
     place = ((top * kept).cumsum(1) <= column[UNIFORM] * total).sum(1, keepdim=True)
-    last = (kept.sum(1, keepdim=True) - 1).clamp_min(0)  # logits may be no numbers
+    last = (kept.sum(1, keepdim=True) - 1).clamp_min(0)  # 0: all logits may be NaN
     return place.clamp_max(last), missed | ~complete & (place > last)

@@ -1,1 +1,1 @@
-"""The compiled decoder's source (see ../native.c), and what builds it."""
+"""The compiled decoder's headers (for ../native.c), and the code that builds it."""

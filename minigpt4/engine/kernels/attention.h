@@ -3,8 +3,8 @@
 #pragma once
 #include "model.h"
 
-// Turns a head's pairs of numbers by their position's angles: neighbours (Llama's GGUF files), or
-// a number and the one half a head further on (Qwen2's).
+// Rotates a head's pairs of numbers by their position's angles. A pair is two neighbours (Llama's
+// GGUF files), or a number and the one half a head further on (Qwen2's).
 static void rotate(const Model *m, float *head, int position) {
     const int count = m->head_dim / 2, step = m->rope_halves ? 1 : 2;
     const int other = m->rope_halves ? count : 1;
@@ -19,9 +19,9 @@ static void rotate(const Model *m, float *head, int position) {
 }
 
 // A page's keys are [head_width, PAGE], so that a vector holds one number of several keys; its
-// values are [PAGE, head_width]. Numbers of 16 bits are floats. Those of 8 bits are integers, and
-// behind a page's numbers lie the scales of each key's or value's blocks: [head_width / BLOCK, PAGE]
-// or [PAGE, head_width / BLOCK] floats of 16 bits.
+// values are [PAGE, head_width]. Numbers of 16 bits are floats. Those of 8 bits are integers; the
+// scales of each key's or value's blocks follow a page's numbers: [head_width / BLOCK, PAGE] or
+// [PAGE, head_width / BLOCK] floats of 16 bits.
 INLINE size_t page_bytes(const Model *m) {
     const size_t numbers = (size_t)PAGE * m->head_width;
     return m->kv_bits == 8 ? numbers + numbers / BLOCK * sizeof(half) : numbers * sizeof(half);
@@ -38,8 +38,8 @@ INLINE half *page_scales(const Model *m, uint8_t *page) {
     return (half *)(page + (size_t)PAGE * m->head_width);
 }
 
-// BLOCK numbers as integers from -127 to 127, `stride` apart; their scale, which is not finite
-// where a number is not.
+// Writes BLOCK numbers as integers from -127 to 127, `stride` apart. Returns their scale, which is
+// not finite if a number is not.
 static half keep_block(const float *x, int8_t *to, int stride) {
     float most = 0;
     for (int i = 0; i < BLOCK; i++) {
@@ -76,8 +76,9 @@ static void keep(const Model *m, const Batch *b, int row, int layer, int value, 
     }
 }
 
-// Queries that meet the same keys and values: `step` 0: heads of one row; 1: one head of rows that
-// follow each other. Query i is at q + i * q_stride and looks at positions up to first + i * step.
+// Queries that share keys and values. `step` 0: several heads of one row; 1: one head of
+// consecutive rows. Query i is at q + i * q_stride and attends to positions up to first + i *
+// step.
 typedef struct {
     const float *q;
     float *out;
@@ -92,7 +93,7 @@ INLINE vec load_kept(const uint8_t *page, size_t i, int bits) {
     return bits == 8 ? load_signed8((const int8_t *)page + i) : load_half((const half *)page + i);
 }
 
-// scores[i][t] = q[i] . key[t] / sqrt(head_dim), and each query's highest.
+// scores[i][t] = q[i] . key[t] / sqrt(head_dim), and each query's highest score.
 INLINE void score(int count, int bits, const Model *m, const Batch *b, int layer, const Queries *own,
                   float *scores, int width, float *highest) {
     const int last = own->first + (count - 1) * own->step;
@@ -130,7 +131,7 @@ INLINE void score(int count, int bits, const Model *m, const Batch *b, int layer
     for (int i = 0; i < count; i++) highest[i] = highest_of(most[i]);
 }
 
-// scores -> e^(score - highest), 0 where a query does not look; their sum.
+// scores -> e^(score - highest), 0 at positions that a query does not attend to. Returns their sum.
 INLINE float weigh(float *scores, float highest, int limit, int last) {
     vec total = splat(0);
     for (int t = 0; t <= last; t += LANES) {
@@ -146,7 +147,7 @@ INLINE float weigh(float *scores, float highest, int limit, int last) {
     return sum(total);
 }
 
-// softmax(q . keys) . values for `count` queries (a constant, and so is `bits`).
+// softmax(q . keys) . values for `count` queries. `count` and `bits` are constants.
 INLINE void attend(int count, int bits, const Model *m, const Batch *b, int layer, const Queries *own,
                    float *scores) {
     const int last = own->first + (count - 1) * own->step, width = m->context + PAGE;
@@ -183,7 +184,7 @@ INLINE void attend(int count, int bits, const Model *m, const Batch *b, int laye
     }
 }
 
-// Any number of queries, as many together as the registers allow.
+// The same for any number of queries, as many together as the registers allow.
 INLINE void attend_some(int bits, const Model *m, const Batch *b, int layer, Queries own, int count,
                         float *scores) {
     while (count > 0) {

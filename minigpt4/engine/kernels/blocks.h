@@ -1,10 +1,10 @@
-// Weights in GGUF's blocks, and how they lie in memory here.
+// Weights in GGUF's blocks, and their layout in memory.
 //
-// A matrix's rows are taken 32 at a time, a panel, and its columns 32 at a time. What a GGUF block
-// holds of 32 columns of one row stands beside the same of the panel's other 31 rows, so that one
-// vector meets two columns of LANES rows, and its sums are LANES different rows': nothing is ever
-// added across a vector. No weight changes: the same bits in another order, and the 6-bit scales of
-// the K kinds in bytes.
+// A matrix is divided into panels of 32 rows, and these into 32 columns at a time. The part of a
+// GGUF block for 32 columns of one row is beside the same part of the panel's other 31 rows. So one
+// vector holds two columns of LANES rows, and its sums belong to LANES different rows: nothing is
+// ever added across a vector. No weight changes: the bits are the same in another order, except
+// that the 6-bit scales of the K kinds are stored as bytes.
 //
 //   header, for each 32 columns or each 256 (K kinds): [32] half scales, and [32] half minimums
 //   body, for each 32 columns:  K kinds: [32] scales, [32] minimums (Q6_K: of each 16 columns)
@@ -12,15 +12,15 @@
 //                               Q4, Q5, Q6: [4][32] 8 low nibbles; Q8: [16][32] 2 bytes
 //                               F16, F32: [32][32] numbers, by column
 //
-// Of a 4-byte group of nibbles, nibble t of its lower (upper) 16 bits is column 8 g + 2 t (+ 1),
-// and pair 4 g + t of columns has bit 4 g + t of the high bits.
+// In 4-byte group g of nibbles, nibble t of the lower (upper) 16 bits is column 8 g + 2 t (+ 1).
+// Pair 4 g + t of columns has bit 4 g + t of the high bits.
 
 #pragma once
 #include <stdlib.h>
 #include "vectors.h"
 
-// Kernels are compiled for each kind, each pair of columns and each number of rows; by the
-// compiler's own vectors, which are slower anyway, once for all.
+// Kernels are compiled separately for each kind, pair of columns and number of rows; with the
+// compiler's own vectors, which are slower anyway, once for all of these.
 #if defined(MINIGPT4_AVX512) || defined(MINIGPT4_AVX2)
 #define KERNEL INLINE
 #define FOR_KIND(kind, f, ...)                                                                    \
@@ -61,9 +61,9 @@ INLINE int has_high_bits(int kind) { return kind == Q5_0 || kind == Q5_1 || kind
 INLINE int has_minimums(int kind) {
     return kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K || kind == TILE_MINIMUMS;
 }
-// Two scales for 32 columns?
+// Does it have two scales for 32 columns?
 INLINE int has_halves(int kind) { return kind == Q6_K || kind == TILE_HALVES; }
-// What is taken off the unsigned codes.
+// The number that is subtracted from the unsigned codes.
 INLINE int offset_of(int kind) {
     return kind == Q4_0 ? 8 : kind == Q5_0 ? 16 : kind == Q6_K ? 32 : 0;
 }
@@ -90,7 +90,7 @@ INLINE size_t panel_bytes(int kind, int columns) {
     return (size_t)columns / BLOCK / blocks_a_header(kind) * group_bytes(kind);
 }
 
-// Where 32 columns of a panel lie.
+// Pointers to 32 columns of a panel.
 typedef struct {
     const uint8_t *header, *body;
 } Place;
@@ -101,7 +101,7 @@ INLINE Place place_of(int kind, const uint8_t *panel, int block) {
     return (Place){header, header + header_bytes(kind) + block % n * body_bytes(kind)};
 }
 
-// Of LANES rows from `row` on: column pair `pair` (a constant), as 16-bit codes.
+// Column pair `pair` (a constant) of LANES rows from `row` on, as 16-bit codes.
 KERNEL ivec codes_of(int kind, const uint8_t *body, int row, int pair) {
     if (kind >= TILE) return iload(body + 8 * PANEL + (pair * PANEL + row) * 4);
     if (kind == Q8_0) return load_signed8_as16((const int8_t *)body + (pair * PANEL + row) * 2);
@@ -122,7 +122,7 @@ KERNEL ivec codes_of(int kind, const uint8_t *body, int row, int pair) {
     return codes;
 }
 
-// Of LANES rows: the scale, and the minimum or the scale of the last 16 columns.
+// For LANES rows: the scale, and the minimum or the scale of the last 16 columns.
 typedef struct {
     vec first, second;
 } Scales;
@@ -168,8 +168,8 @@ KERNEL void fill_tile(int kind, const uint8_t *panel, int first, int count, uint
 
 // --- from GGUF's own order ------------------------------------------------------------------------
 
-// A row's 32 columns, as a GGUF file has them. Of eight bytes read as one number the lowest is the
-// first: GGUF files are for processors that read them so.
+// A row's 32 columns, as in a GGUF file. Eight bytes are read as one number, whose lowest byte is
+// the first: GGUF files are little-endian.
 enum { EIGHTS = BLOCK / 8 };
 #define LOW_NIBBLES 0x0f0f0f0f0f0f0f0full
 #define EVEN_BYTES 0x00ff00ff00ff00ffull
@@ -179,7 +179,7 @@ typedef struct {
     uint64_t codes[EIGHTS];  // a byte a column, unsigned (Q8_0: as in the file)
 } Plain;
 
-INLINE int file_bytes(int kind) {  // of a header's worth of one row
+INLINE int file_bytes(int kind) {  // of the columns of one row that share a header
     switch (kind) {
     case F32: return 4 * BLOCK;
     case F16: return 2 * BLOCK;
@@ -221,7 +221,7 @@ INLINE void read_32(int kind, const uint8_t *p, Plain *to) {
     }
 }
 
-// Part `part` of 8 of 256 columns of kind Q4_K or Q5_K.
+// Part `part` (of 8) of 256 columns of kind Q4_K or Q5_K.
 INLINE void read_k(int kind, const uint8_t *p, int part, Plain *to) {
     memcpy(&to->scale, p, 2);
     memcpy(&to->minimum, p + 2, 2);
@@ -251,14 +251,14 @@ INLINE void read_q6_k(const uint8_t *p, int part, Plain *to) {
                        (read_8(high + 8 * g) >> 2 * quarter & 0x0303030303030303ull) << 4;
 }
 
-// Four 16-bit numbers below 2^width -> side by side; no two of the product's terms overlap.
+// Four 16-bit numbers below 2^width -> side by side; the product's terms do not overlap.
 INLINE uint32_t join(uint64_t numbers, int width) {
     const uint64_t places = 1ull << 48 | 1ull << (32 + width) | 1ull << (16 + 2 * width) |
                             1ull << 3 * width;
     return numbers * places >> 48;
 }
 
-// Of eight columns the even ones' bits below 16 bits of the odd ones'.
+// Eight columns -> the even ones in the lower 16 bits, the odd ones in the upper.
 INLINE uint32_t join_sides(uint64_t codes, int width) {
     return join(codes & EVEN_BYTES, width) | join(codes >> 8 & EVEN_BYTES, width) << 16;
 }

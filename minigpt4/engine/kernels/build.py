@@ -19,7 +19,8 @@ from minigpt4.data.files import replacing, shortened
 
 _SOURCE = Path(__file__).parent.with_name("native.c")
 _FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
-# What a build may use. Tests compare them; the product uses the first that compiles.
+# Compiler options of each variant. "native" is used, or "plain" if it does not compile; tests
+# compare them.
 VARIANTS = {
     "native": ("-march=native",),
     "avx2": ("-march=x86-64-v3",),
@@ -29,7 +30,7 @@ VARIANTS = {
 KINDS = dict(  # as GGUF numbers them
     F32=0, F16=1, Q4_0=2, Q4_1=3, Q5_0=6, Q5_1=7, Q8_0=8, Q4_K=12, Q5_K=13, Q6_K=14
 )
-BLOCK = 32  # rows and columns that lie together
+BLOCK = 32  # rows and columns that are stored together
 
 FAILED: dict[str, str] = {}  # variant -> why it could not be built or opened
 _tried: set[str] = set()  # variants that `library` has looked for in this process
@@ -96,7 +97,7 @@ _FUNCTIONS: dict[str, tuple[Any, list]] = {  # name -> (result, arguments)
 
 @functools.cache
 def library(variant: str = "native") -> ctypes.CDLL | None:
-    """The compiled `native.c`, built the first time (seconds); None where that is not possible."""
+    """The compiled `native.c`, built the first time (seconds); None if that is not possible."""
     _tried.add(variant)
     try:
         loaded = ctypes.CDLL(str(_find_or_build(variant)))
@@ -105,7 +106,7 @@ def library(variant: str = "native") -> ctypes.CDLL | None:
         FAILED[variant] = shortened(getattr(error, "strerror", None) or error)
         return None
     finally:
-        if _scratch_folder.cache_info().currsize:  # what is open needs no file
+        if _scratch_folder.cache_info().currsize:  # a library that is open needs no file
             shutil.rmtree(_scratch_folder(), ignore_errors=True)
             _scratch_folder.cache_clear()
     for name, (result, arguments) in _FUNCTIONS.items():
@@ -121,7 +122,7 @@ def must_compile(variant: str = "native") -> bool:
 
 
 def why_not(variant: str = "native") -> tuple[str, str]:
-    """Why `library` gave None, and what to do: the beginning and the end of a sentence."""
+    """Why `library` returned None, and what to do: the beginning and the end of a sentence."""
     compiler, reason = _compiler(), FAILED.get(variant)
     if compiler is None:
         return "No C compiler was found", "install gcc or clang, or set $CC"
@@ -136,7 +137,7 @@ def _place(folder: Path, variant: str) -> Path:
 
 
 def _find_or_build(variant: str) -> Path:
-    """Where the build is. OSError without a compiler, or where it fails."""
+    """The path of the build, made if necessary. OSError if there is no compiler or it fails."""
     if kept := _kept(variant):
         return kept
     compiler = _compiler()
@@ -153,7 +154,7 @@ def _find_or_build(variant: str) -> Path:
 
 
 def _kept(variant: str) -> Path | None:
-    """A build that is there already, also where nothing can be written; not another user's."""
+    """An existing build, even in a folder that cannot be written; not one of another user."""
     try:
         place = _place(_build_folder() or cache_folder(), variant)
         own = place.stat().st_uid in (0, getattr(os, "getuid", int)())
@@ -171,8 +172,8 @@ def _compiler() -> list[str] | None:
 
 
 def _fingerprint(variant: str) -> str:
-    """Of the sources, $CC, the options, and the processor it was built for. Not of the compiler
-    that was found: a build is good without it."""
+    """A hash of the sources, $CC, the options, and the processor. Not of the compiler that was
+    found: an existing build can be used without one."""
     processor = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -187,8 +188,8 @@ def _fingerprint(variant: str) -> str:
 
 
 def _build_folder() -> Path | None:
-    """Where a build can be kept; a folder of this user alone, since what lies there is executed.
-    None where there can be none."""
+    """A folder in which a build can be kept, or None. Only this user may write to it, since its
+    files are executed."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

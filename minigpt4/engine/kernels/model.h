@@ -1,4 +1,5 @@
-// A Llama- or Qwen2-style model, and what is computed of it in one call. `native.py` has the same.
+// A Llama- or Qwen2-style model, and the input of one call. `kernels/build.py` has the same
+// structures.
 
 #pragma once
 #include "products.h"
@@ -8,10 +9,10 @@ enum { PAGE = 16, MAX_HEAD_WIDTH = 256 };
 typedef struct {
     const float *attention_norm, *mlp_norm;     // [hidden_width]
     const float *q_bias, *k_bias, *v_bias;      // [heads, head_width] or NULL
-    Matrix q, k, v, o, gate, up, down;          // of q, k and v head_width rows are a head's
+    Matrix q, k, v, o, gate, up, down;          // a head has head_width rows of q, k and v
 } Layer;
 
-// Widths are sizes rounded up to whole blocks; what lies beyond a size is 0.
+// Widths are sizes rounded up to whole blocks; the padding is 0.
 typedef struct {
     int32_t hidden, hidden_width, layers, heads, kv_heads, head_dim, head_width, inner_width;
     int32_t vocabulary, context, rope_halves, kv_bits;
@@ -26,16 +27,16 @@ typedef struct {
     const int32_t *tokens;      // [rows]; below 0: row -1 - token of `embeds`
     const float *embeds;        // [embed_rows, hidden]
     const int32_t *positions;   // [rows]
-    const int32_t *table_rows;  // [rows] which row of `tables`
+    const int32_t *table_rows;  // [rows] each row's row of `tables`
     const int32_t *tables;      // [conversations, table_width] pages of a conversation, in order
-    const int32_t *wanted;      // [logit_rows] rows whose logits are asked for
+    const int32_t *wanted;      // [logit_rows] rows whose logits are wanted
     uint8_t *pages;             // [page_count, layers, key or value, kv_heads, page_bytes]
     float *logits;              // [logit_rows, vocabulary]
 } Batch;
 
 INLINE int within(int32_t n, int32_t end) { return n >= 0 && n < end; }
 
-// Does every number of a batch point into what it is about?
+// Is every index of a batch in its range?
 static int is_sound(const Model *m, const Batch *b, int max_rows) {
     if (b->rows < 1 || b->rows > max_rows || !within(b->logit_rows, b->rows + 1)) return 0;
     for (int i = 0; i < b->rows; i++) {

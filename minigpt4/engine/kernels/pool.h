@@ -1,4 +1,4 @@
-// Threads that walk the same phases together and meet after each.
+// Threads that go through the same phases together and meet after each.
 
 #pragma once
 #define _GNU_SOURCE
@@ -13,12 +13,13 @@
 #include <unistd.h>
 #endif
 
-// How much of a phase is taken, and how much is done, each beside the number of the call.
+// The pieces of a phase that are taken, and those that are done. The upper half of each is the
+// number of the call.
 typedef struct {
     _Atomic uint64_t taken, done;
 } Phase;
 
-// What waiting threads sleep by.
+// Waiting threads sleep until `rung` changes; asleep: their number.
 typedef struct {
     atomic_int rung, asleep;
 } Bell;
@@ -46,7 +47,7 @@ static void begin(Phase *phase, uint32_t call) {
     atomic_store(&phase->taken, (uint64_t)call << 32);
 }
 
-// Takes `step` of `count`, from *from on; 0 where nothing is left, or the call is over.
+// Takes `step` of `count` pieces, from *from on. Returns 0 if none is left, or the call is over.
 static int take(Phase *phase, uint32_t call, int count, int step, int *from) {
     uint64_t seen = atomic_load(&phase->taken);
     do {
@@ -56,7 +57,7 @@ static int take(Phase *phase, uint32_t call, int count, int step, int *from) {
     return 1;
 }
 
-// Of `count`, n more are done; are those all?
+// Notes that n more of `count` pieces are done. Returns whether all are.
 static int complete(Phase *phase, int n, int count) {
     return (uint32_t)atomic_fetch_add(&phase->done, n) + n == (uint32_t)count;
 }
@@ -71,8 +72,8 @@ static int is_over(Phase *phase, uint32_t call, int count) {
     return seen >> 32 != call || (uint32_t)seen >= (uint32_t)count;
 }
 
-// Until `count` are done, or the call is over: looking for some microseconds, then asleep. On a busy
-// machine the thread that has the last piece has been put aside, and gets the processor of one that
+// Waits until `count` are done or the call is over: spins for some microseconds, then sleeps. On a
+// busy machine, the thread with the last piece may be suspended, and gets the processor of one that
 // sleeps.
 static void await(Phase *phase, uint32_t call, int count, Bell *bell) {
     for (int i = 0; i < SPINS; i++) {

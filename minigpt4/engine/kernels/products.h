@@ -1,8 +1,9 @@
 // Products of rows of numbers with a matrix of blocks.
 //
-// The numbers are rounded to 16 bits, in blocks of 32 with a scale each. The sums of products of
-// integers are exact, so their order is free; what is added as floats is added block by block from
-// the first column on, by every kernel. A row's numbers are thus the same whatever is beside it.
+// The numbers are rounded to 16 bits, in blocks of 32 with a scale each. Sums of products of
+// integers are exact, so their order does not matter. Floats are added block by block from the
+// first column on, by every kernel. So a row's results are the same whatever other rows are in the
+// call.
 
 #pragma once
 #include "blocks.h"
@@ -10,7 +11,7 @@
 typedef struct {
     int16_t codes[BLOCK];
     float scale, plus;  // plus: scale times the sum of all codes
-    int32_t sums[2];    // of the first and the last 16 codes
+    int32_t sums[2];    // sums of the first and the last 16 codes
 } Activation;
 
 enum { MOST_CODE = 32767, SMALLEST_EXPONENT = -100 };
@@ -36,7 +37,7 @@ INLINE void round_row(const float *x, int columns, Activation *to) {
 
 enum { VECTORS = 2, MOST_ROWS = 4, VECTORS_A_PANEL = PANEL / LANES };
 
-// The sums of a block's products -> floats, scaled, onto the totals.
+// Scales the sums of a block's products and adds them to the totals.
 INLINE void add_scaled(int kind, int count, const ivec dots[VECTORS][MOST_ROWS],
                        const Scales scales[VECTORS], const Activation *const x[MOST_ROWS], int part,
                        vec total[MOST_ROWS][VECTORS_A_PANEL], int first) {
@@ -120,7 +121,7 @@ KERNEL void panel_times(int kind, int count, const uint8_t *panel, int blocks, c
                         go_on);                                                                   \
     } while (0)
 
-// Columns of F16 and F32: float products, in the order of the columns.
+// The same for F16 and F32: products of floats, in the order of the columns.
 INLINE void panel_times_floats(int kind, const uint8_t *panel, int blocks, const Activation *x,
                                float *out) {
     for (int v = 0; v < PANEL; v += LANES) {
@@ -186,7 +187,7 @@ static void unpack(const Matrix *m, int row, float *out) {
     else FOR_KIND(m->kind, unpack_row, panel, m->columns, row % PANEL, out);
 }
 
-// Rows in GGUF's order, `file_columns` of them with weights -> row `to` and the following.
+// `rows` rows in GGUF's order, of `file_columns` weights, -> row `to` of m and the following.
 static void pack(const Matrix *m, const uint8_t *from, int file_columns, int to, int rows) {
     const int size = m->kind == F32 ? 4 : 2;
     for (int row = to; row < to + rows; row++) {

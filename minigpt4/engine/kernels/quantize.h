@@ -1,8 +1,8 @@
-// Floats -> GGUF's blocks. The scale (and minimum) of each block is searched: of many roundings the
-// one is kept whose weighted squared error is least, with the scale that fits its codes best.
+// Floats -> GGUF's blocks. For each block, many scales (and minimums) are tried: the rounding with
+// the least weighted squared error is kept, with the scale that fits its codes best.
 //
-// A weight's error counts in proportion to its size plus the root mean square of its row's part: a
-// large weight moves an output more.
+// A weight's error counts in proportion to its size plus the root mean square of its part of the
+// row, since a large weight affects an output more.
 
 #pragma once
 #include "blocks.h"
@@ -18,15 +18,15 @@ static void importances(const float *x, int count, float *weights) {
     for (int i = 0; i < count; i++) weights[i] = root + fabsf(x[i]);
 }
 
-// x is about scale * code + minimum.
+// x is approximately scale * code + minimum.
 typedef struct {
     float scale, minimum, error;
 } Line;
 
-// What a fit of 32 numbers needs to know, whatever their codes.
+// The data for fits of 32 numbers that do not depend on their codes.
 typedef struct {
     const float *x, *weights;
-    float low, high, w, wx, wxx;  // w: the weights' sum; wx: that of weight times x ...
+    float low, high, w, wx, wxx;  // w: the sum of the weights; wx: of weight times x ...
     int most;                     // the highest code
 } Block;
 
@@ -123,7 +123,7 @@ static void quantize_q4_1(const float *x, uint8_t *out) {
     for (int i = 0; i < 16; i++) out[4 + i] = codes[i] | codes[16 + i] << 4;
 }
 
-// The whole steps of scale and minimum, each next to what was fitted, with the least error.
+// The integer steps of scale and minimum next to the fitted ones that have the least error.
 static void choose_steps(const Block *b, const Line *line, float scale, float minimum,
                          uint8_t *steps) {
     const int s = scale ? (int)rintf(line->scale / scale) : 0;
@@ -172,7 +172,7 @@ static void quantize_q4_k(const float *x, uint8_t *out) {
         for (int k = 0; k < BLOCK; k++) low[i / 2 * BLOCK + k] = codes[i][k] | codes[i + 1][k] << 4;
 }
 
-// The scale with which 16 codes of -32 to 31 come nearest to x.
+// The scale with which 16 codes from -32 to 31 approximate x best.
 static float fit_scale(const float *x, const float *weights) {
     float widest = 0, best = 0, best_scale = 0;
     for (int i = 0; i < HALF_BLOCK; i++) widest = fabsf(x[i]) > fabsf(widest) ? x[i] : widest;
@@ -232,7 +232,8 @@ static void quantize_q8_0(const float *x, uint8_t *out) {
     for (int i = 0; i < BLOCK; i++) out[2 + i] = (uint8_t)clamp((int)rintf(x[i] * inverse), -127, 127);
 }
 
-// `count` finite numbers, in whole blocks, -> blocks in GGUF's order. 1 for a kind that is not written.
+// `count` finite numbers, in whole blocks, -> blocks in GGUF's order. 1 if the kind cannot be
+// written.
 static int quantize(int kind, const float *x, size_t count, uint8_t *out) {
     const int size = is_k(kind) ? SUPER : BLOCK;
     for (size_t i = 0; i < count; i += size, x += size, out += file_bytes(kind)) {

@@ -67,7 +67,7 @@ INLINE vec load_signed8(const int8_t *p) {
 INLINE ivec load_signed8_as16(const int8_t *p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 }
-// sums += in each lane, the two products of 16-bit integers.
+// Adds to each lane of `sums` its two products of 16-bit integers.
 INLINE ivec dot2(ivec sums, ivec a, ivec b) {
 #if defined(__AVX512VNNI__)
     return _mm512_dpwssd_epi32(sums, a, b);

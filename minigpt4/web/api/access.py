@@ -17,15 +17,15 @@ from minigpt4.errors import UserError
 from minigpt4.web.api.errors import ApiError, quotable
 from minigpt4.web.guard.limits import read_rest, request_bytes
 
-BODY_SECONDS = 120  # to send a request
+BODY_SECONDS = 120  # the time that a client has to send a request
 THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 class Keys:
-    """Who may use the API and read the metrics.
+    """Decides who may use the API and read the metrics.
 
-    key: what programs must send. "" lets everybody in, unless the page has a password: then the
-    API is closed until it has a key, because it would be a way around the password.
+    key: programs must send it. "" lets everybody in, unless the page has a password: then the API
+    is closed until it has a key, because it would be a way around the password.
     """
 
     def __init__(self, key: str = "", page_has_password: bool = False) -> None:
@@ -33,11 +33,11 @@ class Keys:
         self._closed = page_has_password and not key
 
     def check(self, request: Request) -> None:
-        """ApiError 401 without the key."""
+        """Raises ApiError 401 without the key."""
         if self._closed:
             raise self._unauthorized("The API is closed: its operator must set an API key.")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Compared in constant time: how long it takes tells nothing about the key.
+        # Compared in constant time, so that the time taken tells nothing about the key.
         matches = hmac.compare_digest(given.strip(" \t").encode("latin-1"), self._key)
         if self._key and not (matches and scheme.lower() == "bearer"):
             sentence = "The API key is missing or wrong: send “Authorization: Bearer KEY”."
@@ -50,8 +50,9 @@ class Keys:
 
 
 class Cors(CORSMiddleware):
-    """Says who can allow what it refuses, and refuses what browsers send without asking before: a
-    foreign page could not read the answer, but have it generated."""
+    """CORS whose refusals say who can allow the request. It also refuses foreign pages' requests
+    that browsers send without a preflight: such a page could not read the answer, but have it
+    generated."""
 
     async def simple_response(
         self, scope: Scope, receive: Receive, send: Send, request_headers: Headers
@@ -86,9 +87,9 @@ def _foreign(origin: str) -> str:
 
 
 def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
-    """Lets scripts of web pages from these origins use the API, with the key that they have.
+    """Lets scripts of web pages from these origins use the API, if they have the key.
 
-    origins: as in --cors-origins, None for those of this machine; headers: those of the answers
+    origins: as in --cors-origins, None for those of this machine; headers: the answers' headers
     that scripts may read.
     """
     named = [_origin(origin.strip()) for origin in (origins or "").split(",") if origin.strip()]
@@ -104,8 +105,8 @@ def cors(origins: str | None, headers: Sequence[str] = ()) -> Middleware:
 
 
 def _origin(text: str) -> str:
-    """An origin as browsers send it: in lower case, without the usual port. Those of applications
-    have schemes of their own, such as app://obsidian.md, and files have the origin null."""
+    """An origin as browsers send it: in lower case, without the default port. Applications' origins
+    have schemes of their own, such as app://obsidian.md; that of files is null."""
     if text in ("*", "null"):
         return text
     try:
@@ -123,8 +124,7 @@ def _origin(text: str) -> str:
 async def read_body(request: Request, max_picture_bytes: int) -> bytearray:
     """The whole body, of at most `request_bytes`.
 
-    ApiError 413 where it is larger, 408 where it takes more than `BODY_SECONDS`, 400 where it is
-    compressed.
+    ApiError 413 if it is larger, 408 if it takes more than `BODY_SECONDS`, 400 if it is compressed.
     """
     if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError("The body is compressed: send plain JSON, without Content-Encoding.")

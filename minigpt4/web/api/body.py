@@ -1,4 +1,4 @@
-"""The body of a request: its JSON object, the request in it, and the fields that are not read."""
+"""The body of a request: its JSON object, the request in it, and the fields that are ignored."""
 
 import json
 import math
@@ -14,17 +14,17 @@ from minigpt4.web.api.schemas import ChatRequest, Object
 from minigpt4.web.api.validation_errors import validated
 
 NAMED = 20  # ignored fields that are named; a request may hold millions
-ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's, Ollama's and LM Studio's name
+ALIASES = {"repeat_penalty": "repetition_penalty"}  # as llama.cpp, Ollama and LM Studio call it
 JSON_TYPES = ("json_object", "json_schema")  # of `response_format`
-# What vLLM lets an answer be held to: is the value one, and what it must be.
+# vLLM's constraints on an answer -> (is the value valid?, what it must be).
 GUIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "json": (lambda value: isinstance(value, dict), "an object: a JSON schema"),
     "regex": (lambda value: isinstance(value, str), "a string: a regular expression"),
     "choice": (lambda value: _are_texts(value), "a list of texts, one of which is the answer"),
     "json_object": (lambda value: value is True, "true"),
 }
-# What would bind an answer, too: an answer that is not bound would be worse than none. llama.cpp's,
-# SGLang's, Ollama's, Gemini's and vLLM's names.
+# Further constraints, as llama.cpp, SGLang, Ollama, Gemini and vLLM call them. They are refused: an
+# answer that does not keep to them would be worse than none.
 UNBOUND = (
     "grammar",
     "json_schema",
@@ -34,18 +34,18 @@ UNBOUND = (
     "structural_tag",
     "allowed_token_ids",
 )
-# How the names of fields begin that say how an answer is bound, not to what.
+# Prefixes of fields that say how a constraint is applied, not what it is.
 MANNER = ("disable_", "whitespace_", "decoding_", "_")
-CALLS = {"tool_choice": "tools", "function_call": "functions"}  # by today's and the older name
+CALLS = {"tool_choice": "tools", "function_call": "functions"}  # today's and the older names
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 FORM = re.compile(rb"--|[\w.%+\[\]-]+=")  # how a body of form data begins
 COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
 
 
 def read_chat(body: dict, ignore_tools: bool = False) -> tuple[ChatRequest, list[str]]:
-    """(the request, JSON paths of the first fields that are ignored). ApiError about a mistake.
+    """(the request, JSON paths of the first fields that are ignored). ApiError for a mistake.
 
-    ignore_tools: also where the model might call them; not where it must.
+    ignore_tools: ignore tools that the model may call; those that it must call are refused.
     """
     sent = body
     body, guide = _renamed(body)
@@ -66,8 +66,8 @@ def read_chat(body: dict, ignore_tools: bool = False) -> tuple[ChatRequest, list
 
 
 def _renamed(body: dict) -> tuple[dict, str]:
-    """(the fields under OpenAI's names, which of vLLM's `response_format` comes from, or ""). A
-    field that is there under both names keeps OpenAI's value."""
+    """(the fields under OpenAI's names, the field of vLLM from which `response_format` comes, or
+    ""). If a field is given under both names, OpenAI's counts."""
     renamed = {ALIASES.get(name, name): value for name, value in body.items()}
     renamed |= {name: value for name, value in body.items() if name not in ALIASES}
     wanted = renamed.get("response_format")
@@ -79,17 +79,17 @@ def _renamed(body: dict) -> tuple[dict, str]:
         raise _both("response_format", guide)
     if isinstance(wanted, dict) and wanted.get("type") in JSON_TYPES:
         rest = {name: value for name, value in wanted.items() if name != "schema"}
-        schema = wanted.get("schema")  # llama.cpp's, Together's and Fireworks'
+        schema = wanted.get("schema")  # as llama.cpp, Together and Fireworks take it
         if schema is not None and "json_schema" not in wanted:
             renamed["response_format"] = _as_schema(rest, schema)
-    elif isinstance(wanted, dict) and wanted.get("type") == "json":  # TGI's
+    elif isinstance(wanted, dict) and wanted.get("type") == "json":  # as TGI takes it
         renamed["response_format"] = _as_schema({}, wanted.get("value"))
     return renamed, ""
 
 
 def _taken_guide(body: dict) -> tuple[str, dict | None]:
-    """(the field that binds the answer, it as `response_format`): vLLM's `structured_outputs`, or a
-    field of its older name, which are taken out of the body. SGLang's `regex` is one, too."""
+    """(the name of the field that constrains the answer, the same as `response_format`). Takes the
+    fields out of the body: vLLM's `structured_outputs`, its older names, and SGLang's `regex`."""
     outputs = body.pop("structured_outputs", None) or {}
     if not isinstance(outputs, dict):
         raise ApiError("structured_outputs must be an object.", param="structured_outputs")
@@ -103,7 +103,7 @@ def _taken_guide(body: dict) -> tuple[str, dict | None]:
         if kind in GUIDES:
             found.append((name, _of_guide(name, kind, value)))
         elif kind.startswith(MANNER):
-            body[name] = value  # named as ignored
+            body[name] = value  # to be named as ignored
         else:
             name = quotable(name)
             sentence = f"{name} is not supported: use response_format, or leave it out."
@@ -114,7 +114,7 @@ def _taken_guide(body: dict) -> tuple[str, dict | None]:
 
 
 def _both(first: str, second: str) -> ApiError:
-    sentence = f"{first} and {second} both bind the answer: send one of them."
+    sentence = f"{first} and {second} both constrain the answer: send one of them."
     return ApiError(sentence, param=second)
 
 
@@ -143,8 +143,8 @@ def _as_schema(rest: dict, schema: Any) -> dict:
 
 
 def unread(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[str]:
-    """JSON paths of the fields that an `Object`, or one inside it, does not know; null ones ask for
-    nothing."""
+    """JSON paths of the fields that an `Object`, or one inside it, does not know. Those that are
+    null are left out: they ask for nothing."""
     if isinstance(value, Object):
         for name, other in (value.model_extra or {}).items():
             if other is not None:
@@ -153,7 +153,7 @@ def unread(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[str]:
             (getattr(value, name), (*location, field.alias or name))
             for name, field in type(value).model_fields.items()
         ]
-        # Lists come last: they may have more such fields than are named.
+        # Lists come last: they may have more such fields than the limit.
         for field_value, place in sorted(inner, key=lambda pair: isinstance(pair[0], list)):
             yield from unread(field_value, place)
     elif isinstance(value, list):
@@ -165,7 +165,7 @@ def unread(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[str]:
 
 
 def parse_body(body: bytes | bytearray) -> dict:
-    """The body's JSON object, with "?" for each lone surrogate. ApiError that says why not."""
+    """The body's JSON object, with "?" for each lone surrogate. ApiError if there is none."""
     overflows: list[str] = []
 
     def number(text: str) -> float:
@@ -196,7 +196,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _overflowing(value: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
-    """Where the numbers stand that no float holds."""
+    """The places of numbers that are too large for a float."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _overflowing(inner, (*path, name))

@@ -1,8 +1,9 @@
 """POST /v1/decisions: questions about one input, answered with probabilities.
 
-Each question ends a conversation that begins with the input, so the engine's cache computes the
-input once. Its answer is read from the distribution of the answer's first token over the labels
-that the question allows: yes and no, or a letter for each choice or level. Nothing is sampled.
+Each question ends a conversation that begins with the input, so that the engine computes the input
+once and then takes it from its cache. The answer is the distribution of the next token over the
+labels that the question allows: yes and no, or a letter for each choice or level. Nothing is
+sampled.
 """
 
 import asyncio
@@ -29,14 +30,14 @@ from minigpt4.web.api.validation_errors import validated
 
 TOGETHER = 4  # questions at once, so that other requests get their turn
 FIRST_TOKEN = Sampling(temperature=0.0, max_new_tokens=1, repetition_penalty=1.0)
-NOT_WATCHED = "Decisions are not available where the language model runs in another process."
+NOT_WATCHED = "Decisions are not available if the language model runs in another process."
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was asked: the conversation of the input, and the questions about it.
+    """A request for decisions: the conversation of the input, and the questions about it.
 
-    ignored: JSON paths of the first fields that are not read.
+    ignored: JSON paths of the first fields that are ignored.
     """
 
     about: ChatRequest
@@ -45,7 +46,7 @@ class Decisions:
 
 
 def read_decisions(body: dict) -> Decisions:
-    """ApiError about the first mistake."""
+    """The request in a body. ApiError for the first mistake."""
     request = validated(DecisionRequest, body)
     request.check()
     kept = {name: body.get(name) for name in KEPT_STATE}
@@ -57,7 +58,7 @@ def read_decisions(body: dict) -> Decisions:
 
 
 async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions) -> dict:
-    """OpenAI's decision. UserError where a question cannot be asked."""
+    """OpenAI's decision object. UserError if a question cannot be asked."""
     room = asyncio.Semaphore(TOGETHER)
 
     async def answer(place: int) -> tuple[Answer, dict]:
@@ -67,7 +68,7 @@ async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions
             except UserError as error:
                 raise _too_long(asked, place) if error.kind == "too_long" else error from None
 
-    found = [await answer(0)]  # after which the cache has the input
+    found = [await answer(0)]  # then the input is in the cache
     tasks = [asyncio.ensure_future(answer(place)) for place in range(1, len(asked.questions))]
     try:
         found += await asyncio.gather(*tasks)
@@ -83,7 +84,7 @@ async def decide(engine: AnyEngine, conversation: Conversation, asked: Decisions
 
 
 def _too_long(asked: Decisions, place: int) -> ApiError:
-    """What to shorten: the longest of the texts that a question is asked with."""
+    """The error that names what to shorten: the longest of the question's texts, or the input."""
     lengths = {"input": sum(len(message.text) for message in asked.about.messages)}
     for location, text in asked.questions[place].texts:
         lengths[json_path(("questions", place, *location))] = len(text)
@@ -139,7 +140,7 @@ def _shares(firsts: Sequence[Sequence[int]], logprobs: Sequence[float]) -> list[
 
 
 def _decision(question: Question, shares: list[float]) -> dict:
-    """OpenAI's answer to a question. A score is the mean of the levels' numbers, from 1."""
+    """OpenAI's object for an answer. A score is the mean of the levels' numbers, from 1."""
     head: dict[str, Any] = {"type": question.type, "name": question.name}
     if question.type == "predicate":
         return head | {"probability": shares[0]}

@@ -22,10 +22,10 @@ STATUS: dict[str, tuple[int, str]] = {
 
 
 class ApiError(UserError):
-    """A refusal with everything a program is told.
+    """An error with everything that a program is told.
 
-    code: OpenAI's, None where there is none; param: the JSON path of the field at fault, such as
-    messages[0].content; headers: further ones of the response.
+    code: OpenAI's, None if there is none; param: the JSON path of the wrong field, such as
+    messages[0].content; headers: further headers of the response.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ApiError(UserError):
 
     @classmethod
     def of(cls, error: UserError, param: str | None = None) -> "ApiError":
-        """The refusal that any UserError amounts to; `param` where it does not name its own."""
+        """Any UserError as an ApiError; `param` is used if the error does not name a field."""
         if isinstance(error, cls):
             return error
         if isinstance(error, TooLarge):
@@ -52,7 +52,7 @@ class ApiError(UserError):
         return cls(str(error), status, code, param, retry)
 
     def sent_as(self, name: str, sent: str) -> "ApiError":
-        """The same, where the field at fault is `name` and the client sent it as `sent`."""
+        """The same error; a wrong field `name` is called `sent`, as the client sent it."""
         if self.param != name:
             return self
         return ApiError(str(self).replace(name, sent), self.status, self.code, sent, self.headers)
@@ -72,12 +72,12 @@ class ApiError(UserError):
 
 
 def plain(error: ApiError) -> Response:
-    """The refusal for what is not OpenAI's: its sentence alone."""
+    """The response for endpoints that are not OpenAI's: the sentence alone."""
     return PlainTextResponse(f"{error}\n", error.status, error.headers)
 
 
 def json_path(location: tuple[int | str, ...]) -> str:
-    """("messages", 0, "role") -> messages[0].role; names are cut and made fit for one line."""
+    """("messages", 0, "role") -> messages[0].role; names as `quotable` makes them."""
     path = ""
     for step in location:
         if isinstance(step, int):
@@ -88,7 +88,7 @@ def json_path(location: tuple[int | str, ...]) -> str:
 
 
 def quotable(name: str, most: int = 60) -> str:
-    """A name from a request, cut and made fit for one line."""
+    """A name from a request, shortened, with "?" for characters that could break a message."""
     return "".join(c if c.isprintable() and c not in "<>“”" else "?" for c in name[:most])
 
 

@@ -39,7 +39,7 @@ def add_chat_endpoint(service: ChatService) -> None:
             messages = _messages(message, history, system)
             body = {
                 "messages": messages,
-                # A conversation that is too long is refused: no header could say more.
+                # Too long a conversation is refused: no header could say that turns were dropped.
                 "truncation": "disabled",
                 "temperature": temperature,
                 "top_p": top_p,
@@ -60,7 +60,7 @@ def add_chat_endpoint(service: ChatService) -> None:
 
 
 def _messages(message: Any, history: Any, system: Any) -> list:
-    """In the form of OpenAI's API, which `read_chat` checks."""
+    """The messages in the form of OpenAI's API, which `read_chat` checks."""
     if not isinstance(history or [], list):
         raise UserError("history must be a list of messages.")
     if not isinstance(system or "", str):
@@ -70,7 +70,7 @@ def _messages(message: Any, history: Any, system: Any) -> list:
 
 
 def _renamed(sentence: str, has_system: bool, last: int) -> str:
-    """An error about a message, by the argument that it came in."""
+    """An error about a message, which it names by the argument that held it."""
 
     def name(found: re.Match) -> str:
         place, rest = int(found[1]), found[2] or ""

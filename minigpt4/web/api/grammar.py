@@ -1,4 +1,4 @@
-"""A JSON schema or a regular expression -> what an answer's tokens must keep to, by the library
+"""A JSON schema or a regular expression -> a constraint on an answer's tokens, by the library
 llguidance."""
 
 import functools
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_CHARACTERS = 100_000  # of a schema
-# Of a regular expression, whose optional parts cost time and memory by their square; of choices.
+# Characters of a regular expression, whose optional parts cost the square of their number in time
+# and memory; characters of choices.
 MAX_EXPRESSION, MAX_CHOICES = 2_000, 10_000
 PARAM = "response_format"
 MISSING = (
     "response_format needs the package llguidance: the operator must install it. Leave it out."
 )
-# Without line breaks and indentation, in which a small model could go on for ever.
+# No line breaks and indentation: a small model could write these for ever.
 COMPACT: Any = {"whitespace_flexible": False}
 MAX_NUMBER = 2**53 - 1  # the library rounds larger ones, and -2**63 ends the process
-FIRST_BYTES = 200  # of what every answer begins with: followed before an answer is begun
+FIRST_BYTES = 200  # of the text that every answer begins with: tried before an answer is started
 TOO_LARGE = "it is too large or too deep; simplify it"
-# What the library says -> what we say. The first that is found counts.
+# Part of the library's message -> our message. The first match counts.
 REASONS = {
     "lexer precomputation": TOO_LARGE,
     "look-around, including": "it has a regular expression with look-around; write it without",
@@ -67,7 +68,7 @@ OF_EXPRESSIONS = {
     "NoExtension": "no text matches it; correct it",
     **dict.fromkeys(("oo many", "too large", "too big", "Unable to determine"), TOO_LARGE),
 }
-# Keywords whose keys are names, not keywords, and those whose values are no schemas.
+# Keywords that hold names as keys, and keywords whose values are not schemas.
 NAMING = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 VALUES = ("const", "enum", "default", "examples")
 OTHER_REASON = "it has something that is not supported; simplify it"
@@ -78,7 +79,7 @@ log = logging.getLogger(__name__)
 class FormatConstraint:
     """A `Constraint`: the answer follows a schema or an expression, and then ends.
 
-    ApiError, which ends the answer, where that turns out to be too much.
+    An ApiError ends the answer if the format turns out to be too large.
     """
 
     def __init__(self, matcher: "LLMatcher", param: str) -> None:
@@ -94,7 +95,7 @@ class FormatConstraint:
         return masked
 
     def accept(self, token: int) -> None:
-        """This token comes next."""
+        """Note that this token was chosen."""
         self._check(self._matcher.consume_token(token))
 
     def _check(self, followed: bool) -> None:
@@ -106,8 +107,8 @@ class FormatConstraint:
 
 @dataclass(frozen=True)
 class Format:
-    """What an answer must be: JSON that follows `schema`, or a text that `expression` matches as a
-    whole. param: the field that asks for it."""
+    """The form of an answer: JSON that follows `schema`, or a text that `expression` matches as a
+    whole. param: the request's field that asks for it."""
 
     schema: dict[str, Any] | None = None
     expression: str | None = None
@@ -116,7 +117,7 @@ class Format:
 
 
 def constraints(engine: AnyEngine, wanted: Format, count: int) -> list[FormatConstraint]:
-    """For `count` answers. ApiError where the format cannot be followed."""
+    """Constraints for `count` answers. ApiError if the format cannot be followed."""
     try:
         matcher = _matcher(engine, wanted)
     except _Unfollowed as error:
@@ -163,7 +164,7 @@ def _checked_expression(wanted: Format) -> str:
 
 
 def _checked_schema(schema: dict[str, Any]) -> str:
-    if "x-guidance" in schema:  # the library's own settings, which lift what we promise
+    if "x-guidance" in schema:  # the library's own settings, which could lift our limits
         raise _Unfollowed("x-guidance is not supported; leave it out")
     try:
         _check_numbers(schema)
@@ -176,7 +177,7 @@ def _checked_schema(schema: dict[str, Any]) -> str:
 
 
 def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer", wanted: Format) -> None:
-    """_Unfollowed where the format already fails in what every answer begins with."""
+    """_Unfollowed if the format already fails in the text that every answer begins with."""
     begun = matcher.compute_ff_bytes()[:FIRST_BYTES].decode("utf-8", "ignore")
     matcher.consume_tokens(vocabulary.tokenize_bytes(begun.encode()))
     matcher.compute_bitmask()
@@ -188,8 +189,8 @@ def _try_beginning(matcher: "LLMatcher", vocabulary: "LLTokenizer", wanted: Form
 
 
 def _without_any_names(schema: Any, names: bool = False) -> Any:
-    """Without each propertyNames that allows all names, as zod's records have: the library refuses
-    the keyword. names: the keys are names; PHP writes none as []."""
+    """The schema without each propertyNames that allows all names, as zod's records have: the
+    library refuses the keyword. names: the keys are names. [], PHP's empty object, becomes {}."""
     if isinstance(schema, list):
         return [_without_any_names(inner) for inner in schema] or ({} if names else [])
     if not isinstance(schema, dict):
@@ -204,7 +205,7 @@ def _without_any_names(schema: Any, names: bool = False) -> Any:
 
 
 def _check_numbers(schema: Any) -> None:
-    """_Unfollowed where a number, wherever it stands, is more than the library can keep to."""
+    """_Unfollowed if a number anywhere is larger than the library can handle."""
     if isinstance(schema, dict | list):
         for value in schema.values() if isinstance(schema, dict) else schema:
             _check_numbers(value)
@@ -213,7 +214,7 @@ def _check_numbers(schema: Any) -> None:
 
 
 def _reason(error: str, wanted: Format) -> str:
-    """Why a format is refused, in our words."""
+    """Why a format is refused, as our message."""
     first = error.strip()
     if wanted.expression is not None:
         return next((ours for theirs, ours in OF_EXPRESSIONS.items() if theirs in first), DAMAGED)

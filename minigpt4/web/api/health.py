@@ -16,7 +16,7 @@ from minigpt4.web.api.service import LOADING
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 10.0
-FRESH_SECONDS = 1.0  # a younger result is given again
+FRESH_SECONDS = 1.0  # a result this young is reused
 NO_TOKEN = "The model generates no tokens."
 
 

@@ -1,7 +1,7 @@
 """--mcp: questions about pictures as a tool of the Model Context Protocol, through Gradio's server.
 
-Gradio answers at /gradio_api/mcp/. The tool asks through the same service as /v1, so that pictures,
-lengths and the queue have the same limits, and `McpGate` asks for the same key.
+Gradio answers at /gradio_api/mcp/. The tool uses the same service as /v1, so that pictures, lengths
+and the queue have the same limits, and `McpGate` requires the same key.
 """
 
 from contextlib import aclosing
@@ -23,7 +23,7 @@ TOOL = "ask_about_picture"
 
 
 def check_package() -> None:
-    """UserError without an `mcp` that Gradio can use and whose requests can be large enough."""
+    """UserError unless an `mcp` is installed that Gradio can use and that allows large requests."""
     try:
         major, minor = version("mcp").split(".")[:2]
     except PackageNotFoundError:
@@ -33,7 +33,7 @@ def check_package() -> None:
 
 
 class ToolError(gr.Error):
-    """What the tool refuses, in its own words: Gradio's error would be shown in quotes."""
+    """The tool's error as a plain sentence: Gradio would show its own error in quotes."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence, print_exception=False)
@@ -65,12 +65,12 @@ def add_tool(service: ChatService) -> None:
             raise ToolError(str(error)) from None
         return answer.strip()
 
-    # Not through Gradio's queue, which would come back over HTTP as a client without the key.
+    # Not through Gradio's queue: it calls the server over HTTP, as a client without the key.
     gr.api(ask_about_picture, api_name=TOOL, queue=False)
 
 
 class McpGate:
-    """ASGI middleware: of Gradio's MCP routes only the one without sessions, and the API's key."""
+    """ASGI middleware: lets through only Gradio's MCP route without sessions, and needs the key."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app, self._keys = app, keys

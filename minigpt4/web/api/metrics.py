@@ -1,4 +1,4 @@
-"""GET /metrics: what the engine has done for the page and the API, as Prometheus reads it."""
+"""GET /metrics: the engines' counts for the page and the API, in Prometheus's format."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
@@ -22,7 +22,7 @@ from minigpt4.errors import Kind
 from minigpt4.web.api.access import Keys
 from minigpt4.web.api.errors import ApiError, plain
 
-# vLLM's names of histograms: the field of `Totals`, and what it stands for.
+# vLLM's name of a histogram -> (the field of `Totals`, its description).
 VLLM_HISTOGRAMS = {
     "time_to_first_token_seconds": (
         "seconds_to_first",
@@ -42,8 +42,8 @@ VLLM_HISTOGRAMS = {
 
 
 class Metrics(Collector):
-    """find_engines: the models' engines, none while they are loading; responses: how many the API
-    gave, by endpoint and status."""
+    """find_engines: the models' engines, none while they are loading; responses: the API's number
+    of responses by endpoint and status."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class Metrics(Collector):
         return Response(encode(self._registry), media_type=content_type)
 
     def describe(self) -> list[Metric]:
-        """Nothing: the registry need not collect to know the names."""
+        """Nothing, so that the registry does not collect when this is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """What the engines and the API counted, read when it is asked for."""
+        """The counts of the engines and the API, read at each request."""
         api = CounterMetricFamily(
             "minigpt4_api_responses",
             "Responses of the API by endpoint and status.",
@@ -87,8 +87,8 @@ class Metrics(Collector):
 
 
 def _of_engines(engines: Sequence[AnyEngine]) -> Iterator[Metric]:
-    """Of all models together, what llama.cpp reports too under its names as well: its dashboards
-    work. Under vLLM's names, of each model."""
+    """The sums over all models, also under llama.cpp's names; each model's counts under vLLM's
+    names. So dashboards for llama.cpp and vLLM work."""
     each = [engine.totals.snapshot() for engine in engines]
     totals = Totals()
     for one in each:
@@ -137,7 +137,7 @@ def _of_engines(engines: Sequence[AnyEngine]) -> Iterator[Metric]:
 
 
 def _under_vllms_names(engines: Sequence[AnyEngine], each: Sequence[Totals]) -> Iterator[Metric]:
-    """What vLLM reports too, of each model: its dashboards work. each: the engines' totals."""
+    """Each model's metrics that vLLM has, too, so that its dashboards work. each: their totals."""
     names = [engine.model.config.name for engine in engines]
     prompts, hits = [t.prompt_tokens for t in each], [t.reused_tokens for t in each]
     looked_up = "Tokens of prompts that were looked up in the cache."

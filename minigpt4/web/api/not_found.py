@@ -33,31 +33,31 @@ MEANT = {
     "messages": "/v1/chat/completions",
     "generate": "/v1/chat/completions",
 }
-UNSAID = ((404, "Not Found"), (405, "Method Not Allowed"))  # as the library refuses
-# What Gradio's page asks for reads Gradio's own errors.
+UNSAID = ((404, "Not Found"), (405, "Method Not Allowed"))  # the library's own refusals
+# Requests of Gradio's page get Gradio's own errors, which it can read.
 PAGES_OWN = ("/gradio_api", "/static", "/assets", "/svelte", "/theme.css", "/custom_component")
 
 
 def nowhere(path: str, method: str) -> ApiError:
-    """The refusal of an address that nothing answers, or not with this method."""
+    """The error for an unknown address, or for a known one with a wrong method."""
     path = quotable(path, 100)
     parts = [part for part in path.split("/") if part]
     while [part.lower() for part in parts[:2]] in (["v1", "v1"], ["api", "v1"], ["openai", "v1"]):
         del parts[0]
     whole = "/".join(parts)
     inner = "/".join(parts[1:]) if whole.lower().startswith("v1/") else whole
-    models = inner.startswith("models/")  # followed by a name, which has its own letters
+    models = inner.startswith("models/")  # a name follows, which keeps its upper case
     inner = inner if models else inner.lower()
     allowed = ENDPOINTS.get("models" if models else inner)
     if allowed and path == f"/v1/{inner}":
         sentence = f"This endpoint takes {allowed} only: use that method."
         return ApiError(sentence, 405, "wrong_method", headers={"Allow": allowed})
-    asks = method == "POST" and inner.count("/") == 1  # as does OpenAI's responses/input_tokens
+    asks = method == "POST" and inner.count("/") == 1  # such as OpenAI's responses/input_tokens
     if inner.startswith("responses/") and not asks:
         sentence = "This server keeps no responses: read each as it is answered, or as events."
         return ApiError(sentence, 404, "unknown_endpoint")
     meant = f"/v1/{inner}" if allowed else MEANT.get(whole.lower(), MEANT.get(inner, ""))
-    # After the base URL of another program, or one that is an endpoint itself.
+    # The client's base URL may end in another program's path, or in that of an endpoint.
     ending = next((f"/v1/{name}" for name in ENDPOINTS if inner.endswith(f"/{name}")), "")
     if meant := meant or ending:
         base = meant.startswith("/v1/") and (not path.startswith("/v1/") or meant == ending)

@@ -1,6 +1,6 @@
 """The API's own description in OpenAPI 3.1, GET /v1/openapi.json, with the schemas of its answers.
 
-Only code can say what fits: a request may follow the description and still get a 400.
+The description cannot express every rule: a request may follow it and still get a 400.
 """
 
 import functools
@@ -17,9 +17,9 @@ TEXT = {"schema": {"type": "string"}}
 IGNORED, DROPPED = "X-Ignored-Fields", "X-Dropped-Turns"  # headers of an answer
 # Fields of chat completions that the Responses API has, too.
 SHARED = ("model", "instructions", "temperature", "top_p", "truncation", "stream", "user", "tools")
-# What a status says in its header: how long to wait, how to log in.
+# Status -> its header: how long to wait, or how to log in.
 HEADERS = {429: "Retry-After", 503: "Retry-After", 401: "WWW-Authenticate"}
-ANSWERING = (400, 401, 404, 408, 413, 429, 500, 503)  # errors of all that the model answers
+ANSWERING = (400, 401, 404, 408, 413, 429, 500, 503)  # errors of endpoints that ask the model
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -78,7 +78,7 @@ class ChatCompletion(Response):
 
 
 class ResponseObject(BaseModel):
-    """A response of OpenAI's Responses API: the fields that all have."""
+    """A response of OpenAI's Responses API: the fields that every response has."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -92,7 +92,7 @@ class ResponseObject(BaseModel):
 
 
 class Decision(Response):
-    """Each answer is a predicate's, a choice's or a score's, as OpenAI's client reads it."""
+    """Each answer is that of a predicate, a choice or a score, as OpenAI's client reads it."""
 
     model: str
     answers: list[dict[str, Any]]
@@ -168,7 +168,7 @@ def description() -> Schema:
     }
 
 
-# vLLM's, which body.py turns into `response_format`.
+# vLLM's field, which body.py turns into `response_format`.
 STRUCTURED_OUTPUTS = {
     "type": "object",
     "description": "What the answer must be: {json: a schema}, {regex: a regular expression}, "
@@ -232,7 +232,7 @@ def _schemas() -> Schema:
 
 
 def _responses_request(chat: Schema) -> Schema:
-    """The fields that it shares with a chat completion, and its own."""
+    """The schema of a Responses request: fields shared with chat completions, and its own."""
     shared = {name: chat["properties"][name] for name in SHARED}
     item = {"type": "object", "description": "a message of OpenAI's Responses API"}
     own = {
@@ -244,7 +244,7 @@ def _responses_request(chat: Schema) -> Schema:
 
 
 def _untitled(schema: Any) -> Any:
-    """Without the titles that pydantic makes of every field's name."""
+    """The schema without the titles that pydantic makes from every field's name."""
     if isinstance(schema, list):
         return [_untitled(item) for item in schema]
     if isinstance(schema, dict):

@@ -14,7 +14,7 @@ from minigpt4.web.api.schemas import Object
 MAX_QUESTIONS = 400
 # The field with a question's answers, by its type.
 ANSWERS = {"choice": "choices", "score": "levels"}
-LABELS = {"choices": "value", "levels": "label"}  # what an answer is called in it
+LABELS = {"choices": "value", "levels": "label"}  # the key of an answer's name in that field
 
 
 def _filled(value: Any) -> Any:
@@ -23,7 +23,7 @@ def _filled(value: Any) -> Any:
     return value
 
 
-Filled = AfterValidator(_filled)  # a text that says something
+Filled = AfterValidator(_filled)  # a text that is not empty
 
 
 class QuestionPart(Object):
@@ -78,7 +78,7 @@ class Question(Object):
 
     @property
     def texts(self) -> Iterator[tuple[tuple[int | str, ...], str]]:
-        """(place in the question, text) of each that the model is asked with."""
+        """(place in the question, text) of each text in the prompt."""
         for number, part in enumerate(self.instructions):
             alone = len(self.instructions) == 1  # which may have been sent as a string
             yield ("instructions",) if alone else ("instructions", number, "text"), part.text
@@ -89,7 +89,7 @@ class Question(Object):
 
     @property
     def text(self) -> str:
-        """The question as the model is asked."""
+        """The prompt's question."""
         asked = _joined(self.instructions)
         if self.type == "predicate":
             return f"{asked}\nIs this true? Answer with Yes or No."
@@ -107,7 +107,7 @@ class DecisionRequest(Object):
     questions: Annotated[list[Question], FailFast(), Field(min_length=1, max_length=MAX_QUESTIONS)]
 
     def check(self) -> None:
-        """ApiError about answers that are missing, or names and answers that are there twice."""
+        """ApiError for answers that are missing, and for names or answers that are given twice."""
         names: set[str] = set()
         for place, question in enumerate(self.questions):
             path = f"questions[{place}]"
@@ -123,7 +123,7 @@ class DecisionRequest(Object):
 
 
 def unread_in(questions: Sequence[Question]) -> Iterator[str]:
-    """JSON paths of what is not read of them: the answers of another type, too."""
+    """JSON paths of the ignored fields, including the answers of another type of question."""
     for place, question in enumerate(questions):
         others = {name: None for kind, name in ANSWERS.items() if kind != question.type}
         for name in others:
@@ -134,7 +134,7 @@ def unread_in(questions: Sequence[Question]) -> Iterator[str]:
 
 def _refuse_again(text: str, known: set[str], path: str, kind: str) -> None:
     if text in known:
-        raise ApiError(f"{path} is there twice: give each its own {kind}.", param=path)
+        raise ApiError(f"{path} is given twice: give each its own {kind}.", param=path)
     known.add(text)
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class ChoiceWriter:
-    """One answer as a choice of OpenAI's completions; request: what was asked."""
+    """One answer as a choice of OpenAI's completions."""
 
     def __init__(self, engine: AnyEngine, answer: Answer, index: int, request: ChatRequest) -> None:
         self._decode = engine.model.tokenizer.decode
@@ -68,7 +68,7 @@ class ChoiceWriter:
 
     def _logprob(self, token: int, logprob: float) -> dict:
         text = self._decode([token])
-        whole = "\ufffd" not in text  # the bytes of part of a character are not known here
+        whole = "\ufffd" not in text  # if it is part of a character, its bytes are unknown here
         return {
             "token": text,
             "logprob": logprob if math.isfinite(logprob) else -9999.0,
@@ -133,14 +133,14 @@ class CompletionReply:
 
 
 def used(answers: Sequence[Answer]) -> tuple[int, int, int]:
-    """(tokens of the prompt, which the answers share; tokens generated; reused ones of the
-    prompt)."""
+    """(tokens of the prompt, which the answers share; tokens generated; tokens of the prompt that
+    were reused)."""
     first = answers[0].stats
     return first.prompt_tokens, sum(a.stats.tokens for a in answers), first.reused_tokens
 
 
 def refusal(error: Exception) -> ApiError:
-    """What ended an answer, as a program is told; unexpected errors are logged."""
+    """The error that ended an answer, as an ApiError; unexpected errors are logged."""
     if not isinstance(error, UserError):
         log.error("An answer to a program failed.", exc_info=error)
         error = explain(error)

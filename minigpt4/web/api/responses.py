@@ -21,10 +21,10 @@ from minigpt4.web.api.reply import HEARTBEAT, HEARTBEAT_SECONDS, ChoiceWriter, e
 from minigpt4.web.api.schemas import ChatRequest, Object, as_object
 from minigpt4.web.api.validation_errors import validated
 
-# What is called otherwise here than in chat completions, as errors name it.
+# Fields' names in chat completions, which errors use -> their names in this API.
 NAMES = {"messages": "input", "response_format": "text.format"}
 FIELDS = r"^messages\b|\bmessages(?=\[)|(?<![.\w])response_format\b"
-# What looks otherwise here, in sentences and paths.
+# Other parts of sentences and paths that differ in this API.
 FORMS = {
     '{"type": "text", "text": …}': '{"type": "input_text", "text": …}',
     '{"type": "image_url", "image_url": {"url": …}}': '{"type": "input_image", "image_url": …}',
@@ -38,7 +38,7 @@ KEPT_STATE = {
     "background": "leave it out, and wait for the answer or stream it.",
     "prompt": "this server has no stored prompts. Send the text as instructions and input.",
 }
-# What this API gives a message and its text, and clients send back.
+# Fields that this API adds to a message and to its text. Clients send them back.
 ECHOED, ECHOED_IN_TEXT = ("type", "id", "status"), ("annotations", "logprobs")
 LOGPROBS = "message.output_text.logprobs"  # in `include`
 
@@ -48,11 +48,11 @@ class AsSent(ApiError):
 
 
 class ResponsesBody(Object):
-    """What is read before the rest is a chat completion."""
+    """The fields that a chat completion does not have. The rest is read as a chat completion."""
 
     text: dict[str, Any] | None = None
     include: list[Any] | None = None
-    # It is given back, and could be nested as deeply as no answer may be.
+    # Only strings: it is sent back, and could be nested too deeply for that.
     metadata: Annotated[
         dict[str, str] | None,
         Field(description="must be an object of strings."),
@@ -102,7 +102,7 @@ def read_response(body: dict, ignore_tools: bool = False) -> tuple[ChatRequest, 
 
 
 def renamed(error: ApiError) -> ApiError:
-    """An error about a chat completion, in the Responses API's words."""
+    """An error about a chat completion, with the names of the Responses API."""
     if isinstance(error, AsSent):
         return error
     param = _rename(error.param) if error.param else error.param
@@ -123,7 +123,7 @@ def _messages(items: str | list) -> list:
 
 
 def _message(item: Any, place: int) -> Any:
-    """A message for an item; an item of reasoning, which clients send back, says nothing."""
+    """A message for an item; that for an item of reasoning, which clients send back, is empty."""
     if not isinstance(item, dict):
         return item
     kind = item.get("type") or "message"
@@ -267,7 +267,7 @@ class ResponseReply:
         }
 
     def _new_logprobs(self) -> list[dict]:
-        """Since the last call. Their bytes are always a list here."""
+        """The log-probabilities since the last call. Here, `bytes` is always a list."""
 
         def listed(token: dict) -> dict:
             return token | {"bytes": token["bytes"] or []}
@@ -280,7 +280,7 @@ class ResponseReply:
 
 
 def usage(prompt: int, tokens: int, reused: int) -> dict:
-    """Tokens of the prompt, those generated, and those of the prompt that were reused."""
+    """OpenAI's usage. reused: tokens of the prompt that were taken from the cache."""
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},

@@ -44,10 +44,10 @@ from minigpt4.web.guard.image_url import ImageUrls
 from minigpt4.web.guard.limits import read_rest, waits
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
-# A JSON object, are tools ignored -> (the request, fields that are ignored).
+# (JSON object, are tools ignored?) -> (the request, fields that are ignored).
 Read = Callable[[dict, bool], tuple[ChatRequest, list[str]]]
 T = TypeVar("T")
-# How many requests of more than a megabyte are read and opened at once, before the queue has them.
+# A large request has more bytes than this; so many of them are read at once, before the queue.
 LARGE, MOST_LARGE = 2**20, 16
 CLIENT_GONE = 499  # nginx's status for a client that closed the connection
 
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 def endpoints(
     service: ChatService, keys: Keys, max_picture_bytes: int, cors_origins: str | None = None
 ) -> list[BaseRoute]:
-    """Everything programs may ask. These routes come before the page's own, if there is one."""
+    """All routes for programs. They come before the page's own, if there is one."""
     api = Api(service, keys, max_picture_bytes, cors(cors_origins, (IGNORED, DROPPED)))
     metrics = Metrics(service.find_engines, api.responses, keys)
     return [*api.routes, *Health(service.find_engines).routes, *metrics.routes]
@@ -81,7 +81,7 @@ def application(
 class Api:
     """The endpoints under /v1.
 
-    responses: how many there were, by endpoint and status.
+    responses: their number by endpoint and status.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Api:
         self._started = int(time.time())
         self._large = 0  # requests that are being read or opened
         self.responses: Counter[tuple[str, int]] = Counter()
-        # Routes, not a mounted application: a mounted one would not recognise its own paths behind
-        # a proxy that strips --root-path.
+        # Routes, not a mounted application, which would not recognise its own paths behind a proxy
+        # that strips --root-path.
         self.routes = [
             self._route("/v1/chat/completions", self._complete, ["POST"]),
             self._route("/v1/responses", self._respond, ["POST"]),
@@ -109,7 +109,7 @@ class Api:
     def _route(
         self, path: str, handle: Callable[[Request], Awaitable[Response]], methods: list[str]
     ) -> Route:
-        """Whatever goes wrong becomes OpenAI's error object."""
+        """A route on which every error becomes OpenAI's error object."""
         name = path.partition("/{")[0]
 
         async def endpoint(request: Request) -> Response:
@@ -131,7 +131,7 @@ class Api:
         return Route(path, endpoint, methods=methods, middleware=[self._cors])
 
     async def _other(self, request: Request) -> Response:
-        """No endpoint, or not with this method."""
+        """An unknown endpoint, or a wrong method."""
         path = request.path_params.get("other", "")
         raise nowhere(f"/v1/{path}", request.method)
 
@@ -158,7 +158,7 @@ class Api:
             "created": self._started,
             "owned_by": "minigpt4",
             "max_model_len": engine.model.config.context,  # vLLM's name
-            "context_length": engine.model.config.context,  # OpenRouter's, as the next one
+            "context_length": engine.model.config.context,  # OpenRouter's name, as the next
             "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
         }
 
@@ -173,8 +173,8 @@ class Api:
 
     @contextmanager
     def _room(self, request: Request) -> Iterator[None]:
-        """Room for reading the request and opening its pictures. ApiError 429 where many large ones
-        are being read, or where the only engine is full: before the body is read."""
+        """Reserves room to read the request and open its pictures. ApiError 429 before the body is
+        read if many large ones are being read, or if the only engine is full."""
         engine = self._service.engine()
         if len(self._service.engines) == 1:
             engine.refuse_if_full()
@@ -207,7 +207,7 @@ class Api:
     ) -> Response:
         with self._room(request):
             body = await read_body(request, self._max_picture_bytes)
-            # JSON of up to 28 MB takes its time.
+            # In a thread: JSON of up to 28 MB takes long.
             tools = self._service.ignore_tools
             asked, ignored = await run_in_threadpool(_read, read, body, tools)
             del body
@@ -241,7 +241,7 @@ class _Events(StreamingResponse):
     async def __call__(self, *connection: Any) -> None:
         try:
             await super().__call__(*connection)
-        finally:  # even where it never began
+        finally:  # even if the response never began
             _close(self._answers)
 
 
@@ -250,7 +250,7 @@ def _read(read: Callable[..., T], body: bytearray, *settings: bool) -> T:
 
 
 def _headers(ignored: Sequence[str], dropped_turns: int) -> dict[str, str]:
-    """What a program should know about its answer beside the answer."""
+    """The headers that tell a program about ignored fields and dropped turns."""
     headers = {}
     if ignored:
         headers[IGNORED] = ", ".join(ignored).encode("ascii", "replace").decode()
@@ -271,7 +271,7 @@ async def _gone(request: Request) -> None:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result. ClientDisconnect, and the work ends, where the client goes away before."""
+    """The work's result. If the client goes away before, the work ends, with ClientDisconnect."""
     task, watch = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)

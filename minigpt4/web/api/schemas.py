@@ -1,6 +1,6 @@
 """Schemas of POST /v1/chat/completions: one source for parsing, error messages and OpenAPI.
 
-What clients send in their own ways is read beside the field that it concerns.
+Validators beside the fields turn the variants that clients send into ours.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ from minigpt4.web.guard.limits import FILES_AT_ONCE
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 200_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 200
 MAX_ANSWERS, MAX_TOP_LOGPROBS = 8, 20
-LOWEST_TOP_P = 1e-6  # keeps the most likely token alone, which is what clients mean by 0
-# Other types of parts: of the Responses API, which some clients send here, too.
+LOWEST_TOP_P = 1e-6  # keeps only the most likely token, which is what clients mean by 0
+# The types of parts in the Responses API, which some clients send here, too.
 PART_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
 
 
@@ -40,32 +40,32 @@ class Object(BaseModel):
         strict=True,
         frozen=True,
         extra="allow",
-        json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # true anyway
+        json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # true by default
     )
 
 
-# --- what clients send in their own ways -> ours; what is wrong stays as it is --------------------
+# --- clients' variants of values -> ours; invalid values stay as they are -------------------------
 
 
 def _whole(value: Any) -> Any:
-    """Languages without integers send 1.0."""
+    """1.0 -> 1: languages without integers send that."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _or_none(value: Any) -> Any:
-    """-1 stands for "not set", as vLLM, llama.cpp and LM Studio read it."""
+    """-1 -> None: it means "not set" for vLLM, llama.cpp and LM Studio."""
     value = _whole(value)
     return None if value == -1 else value
 
 
 def _most(value: Any) -> Any:
-    """A ceiling may be any number: this one is out of reach already."""
+    """A limit may be any number; those above 2**63 - 1 make no difference."""
     value = _or_none(value)
     return min(value, 2**63 - 1) if isinstance(value, int) else value
 
 
 def _temperature(value: Any) -> Any:
-    """Below the lowest, clients mean 0."""
+    """A temperature below the lowest -> 0, as clients mean it."""
     return 0.0 if isinstance(value, float) and 0 < value < LOWEST_TEMPERATURE else value
 
 
@@ -74,7 +74,7 @@ def _top_p(value: Any) -> Any:
 
 
 def as_object(value: Any) -> Any:
-    """PHP writes an empty object as []."""
+    """[] -> {}: PHP writes an empty object so."""
     return {} if value == [] else value
 
 
@@ -92,7 +92,7 @@ def _as_url(value: Any) -> Any:
 
 
 def _as_part(part: Any) -> Any:
-    """With its type by its name in chat completions."""
+    """The part with its type's name in chat completions."""
     kind = part.get("type") if isinstance(part, dict) else None
     return part | {"type": PART_TYPES.get(kind, kind)} if isinstance(kind, str) else part
 
@@ -117,12 +117,12 @@ class ImageUrl(Object):
 
 class ImagePart(Object):
     type: Literal["image_url"]
-    file_id: None = None  # before `image_url`, which is then missing
+    file_id: None = None  # before `image_url`, which is missing then: this is the clearer error
     image_url: Annotated[ImageUrl, BeforeValidator(_as_url, json_schema_input_type=str | ImageUrl)]
 
 
 class RefusalPart(Object):
-    """What OpenAI's models say instead of an answer, as clients send it back."""
+    """A refusal by one of OpenAI's models, which clients send back in the history."""
 
     type: Literal["refusal"]
     refusal: str
@@ -150,8 +150,8 @@ Part = Annotated[
 
 
 def _number(name: str, unset: str = "") -> Any:
-    """A field with the range of the setting `name`. unset: what the message adds where another
-    value stands for "not set"."""
+    """A field with the range of the setting `name`. unset: the message's addition if another value
+    means "not set"."""
     low, high, inclusive = SAMPLING_RANGES[name]
     sentence = f"{setting_range(name).replace('above', 'from')}{unset}."  # clients may send it
     if inclusive:
@@ -162,7 +162,7 @@ def _number(name: str, unset: str = "") -> Any:
 def _accepting(
     kind: type, low: int, read: Callable[[Any], Any], high: float | None = 2**63 - 1
 ) -> BeforeValidator:
-    """For a number that clients may send from `low` on, which `read` turns into ours."""
+    """A validator for a number of at least `low`, which `read` turns into ours."""
     return BeforeValidator(
         read, json_schema_input_type=Annotated[kind, Field(ge=low, le=high)] | None
     )
@@ -170,7 +170,7 @@ def _accepting(
 
 WHOLE = BeforeValidator(_whole)
 UNSET = ", or -1 for the model's default"
-# The longest answer wanted, which may be longer than fits. None, and -1: as long as fits.
+# The maximum length of an answer, which may exceed what fits. None and -1: as long as fits.
 MaxTokens = Annotated[
     int | None,
     Field(
@@ -182,7 +182,7 @@ MaxTokens = Annotated[
 
 
 def _only(sentence: str, **constraints: Any) -> Any:
-    """A field that is accepted while it asks for nothing."""
+    """A field that is accepted only with values that ask for nothing."""
     return Field(description=sentence, **constraints)
 
 
@@ -193,10 +193,10 @@ NO_OFFER = _only(
     "with --ignore-tools.",
     max_length=0,
 )
-# Ollama's form. Without the pictures, the answer would be invented.
+# Ollama's field. It is refused: without the pictures, the answer would be invented.
 AS_PART = 'is not read: send each picture as a part {"type": "image_url", "image_url": {"url": …}}.'
 NO_PICTURES = _only(AS_PART, alias="images", max_length=0)
-# Names of the same elsewhere: llama.cpp's, and of parts that are called a text.
+# Other names for pictures: llama.cpp's, and those in parts whose type is text.
 OTHER_PICTURES = ("image", "image_url", "image_urls", "image_data", "image_base64")
 NoTool = Annotated[Literal["none", "auto"] | None, _only('must be "none" or "auto".')]
 
@@ -221,7 +221,7 @@ class ChatMessage(Object):
     @model_validator(mode="before")
     @classmethod
     def _without_content(cls, message: Any) -> Any:
-        """An assistant's message needs no content, such as one with a refusal or with calls."""
+        """An assistant's message needs no content: it may hold a refusal or calls instead."""
         said = isinstance(message, dict) and (
             message.get("role") == "assistant" or message.get("refusal") is not None
         )
@@ -253,7 +253,7 @@ class StreamOptions(Object):
 
 
 class JsonSchema(Object):
-    """`schema` is a JSON schema; the answer follows it, strict or not."""
+    """`schema` is a JSON schema. The answer follows it, whatever `strict` says."""
 
     name: Any = None
     description: Any = None
@@ -262,7 +262,7 @@ class JsonSchema(Object):
 
 
 class ResponseFormat(Object):
-    """`regex` is TGI's: the answer as a whole matches the regular expression `value`."""
+    """The type `regex` is TGI's: the regular expression `value` matches the whole answer."""
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchema | None = None
@@ -270,12 +270,12 @@ class ResponseFormat(Object):
     _sent_as: str = PrivateAttr("response_format")
 
     def comes_from(self, name: str) -> None:
-        """The client sent it as this field of vLLM's."""
+        """Note that the client sent it as this field of vLLM."""
         self._sent_as = name
 
     @property
     def of_answer(self) -> Format | None:
-        """What the answer must be, None where it is plain text."""
+        """The answer's format, None for plain text."""
         if self.type == "regex":
             most = MAX_CHOICES if self._sent_as.endswith("choice") else MAX_EXPRESSION
             return Format(expression=self.value, most=most, param=self._sent_as)
@@ -290,7 +290,7 @@ Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
 class ChatRequest(Object):
-    """The body. A setting that is left out, or null, is the model's default."""
+    """The body. A setting that is left out, or null, has the model's default."""
 
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
@@ -341,7 +341,7 @@ class ChatRequest(Object):
             '"json_schema": {"schema": …}} or {"type": "regex", "value": …}.'
         ),
     ] = None
-    # Accepted while they ask for nothing.
+    # Accepted only with values that ask for nothing.
     logit_bias: Annotated[dict | None, EMPTY, BeforeValidator(_without_zeros)] = None
     images_field: Annotated[list | None, NO_PICTURES] = None
     tools: Annotated[list | None, NO_OFFER] = None
@@ -352,7 +352,7 @@ class ChatRequest(Object):
     modalities: Annotated[
         list[Literal["text"]] | None, _only('must be ["text"].', min_length=1, max_length=1)
     ] = None
-    # Accepted and not read: they change no answer here.
+    # Accepted and ignored: they change no answer here.
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -373,7 +373,7 @@ class ChatRequest(Object):
         return self
 
     def _check_format(self) -> None:
-        """ApiError where the format cannot be kept to."""
+        """ApiError if the answer cannot keep to the format."""
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return
@@ -393,7 +393,7 @@ class ChatRequest(Object):
 
     @property
     def system(self) -> str | None:
-        """The instructions and system messages; None: the model's own system text."""
+        """The instructions and system messages; None for the model's own system text."""
         texts = [message.text for message in self.messages if message.is_system]
         texts = [text for text in (self.instructions, *texts) if text]
         return "\n".join(texts) if texts else None
@@ -403,7 +403,7 @@ class ChatRequest(Object):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, config: ModelConfig) -> Sampling:
-        """The settings, over the model's defaults; without a maximum, as long as fits."""
+        """The model's defaults with the given settings; without max_tokens, as long as fits."""
         given = {name: getattr(self, name, None) for name in SAMPLING_RANGES}
         # The newer name wins.
         most = self.max_completion_tokens or self.max_tokens or config.context
@@ -412,7 +412,7 @@ class ChatRequest(Object):
 
 
 def _check_places_of_pictures(request: ChatRequest) -> None:
-    """ApiError for a picture that is in a field which is not read."""
+    """ApiError for a picture in a field that would be ignored."""
     places: list[tuple[str, Object]] = [("", request)]
     for i, message in enumerate(request.messages):
         where = f"messages[{i}]."
@@ -425,7 +425,7 @@ def _check_places_of_pictures(request: ChatRequest) -> None:
 
 
 def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "") -> None:
-    """ApiError where the messages do not make a conversation, or are too much of one."""
+    """ApiError if the messages are not a valid conversation, or are too many or too long."""
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
         if message.images and message.role != "user":
@@ -437,7 +437,7 @@ def _check_conversation(messages: Sequence[ChatMessage], instructions: str = "")
     asked = [place for place, message in enumerate(messages) if message.role == "user"]
     if not asked:
         _refuse("messages must hold a user's message: add a question.")
-    if messages[asked[-1]].is_empty:  # earlier ones say nothing: clients keep such turns
+    if messages[asked[-1]].is_empty:  # earlier ones may be empty: clients keep such turns
         where = f"messages[{asked[-1]}]"
         _refuse(f"{where} is empty: write a question.", f"{where}.content")
     if sum(len(message.images) for message in messages) > FILES_AT_ONCE:

@@ -24,12 +24,12 @@ from minigpt4.web.guard.image_url import ImageUrls
 
 OPENED_AT_ONCE = 2  # decoding one picture may take hundreds of megabytes
 MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
-MAX_PREPARING = 16  # requests whose format is being prepared, or waits for that
+MAX_PREPARING = 16  # requests whose format is being prepared, or waits to be
 LOADING = "The model is still loading: try again in a minute."
 
 
 class ChatService:
-    """Puts programs' requests to the engines, whichever endpoint they come through.
+    """Asks the engines for programs, whichever endpoint a request comes through.
 
     find_engines: the models' engines, none while they are loading. ignore_tools: see `read_chat`.
     """
@@ -48,7 +48,7 @@ class ChatService:
 
     @property
     def engines(self) -> Sequence[AnyEngine]:
-        """UserError while they are loading."""
+        """The engines. UserError while they are loading."""
         engines = self.find_engines()
         if not engines:
             raise UserError(LOADING, "loading")
@@ -57,8 +57,8 @@ class ChatService:
     def engine(
         self, model: str | None = None, otherwise: str = ", or leave model out"
     ) -> AnyEngine:
-        """That of the model of this name, by default the first. ApiError where there is none:
-        ask for another, or do `otherwise`."""
+        """The engine of the model of this name, by default the first. ApiError if there is none.
+        otherwise: what its message offers besides the other names."""
         engines = self.engines
         if model is None:
             return engines[0]
@@ -73,7 +73,7 @@ class ChatService:
         """Start `request.n` answers, to be read by the caller. `pictures`: files for the last
         question.
 
-        UserError where it cannot be asked.
+        UserError if the request cannot be answered.
         """
         engine = self.engine(request.model)
         if (request.n or 1) > engine.most:
@@ -85,8 +85,8 @@ class ChatService:
         return await run_in_threadpool(_submit, engine, conversation, request, bound)
 
     async def texts(self, body: dict, files: Sequence[bytes] = ()) -> AsyncGenerator[str, None]:
-        """One answer to a chat completion's body, as far as it has come; the last one is complete.
-        Without max_tokens, it is as long as the model's default. UserError as in `ask`."""
+        """Yields the answer so far to a chat completion's body; the last text is complete. Without
+        max_tokens, the model's default is the maximum. UserError as in `ask`."""
         if body.get("max_tokens") is None:
             most = default_sampling(self.engine().model.config).max_new_tokens
             body = body | {"max_tokens": most}
@@ -103,8 +103,8 @@ class ChatService:
     async def _constraints(
         self, engine: AnyEngine, request: ChatRequest
     ) -> Sequence[FormatConstraint | None]:
-        """For each of the answers, None where they are free. ApiError where they cannot be kept to,
-        or many wait for theirs: one at a time is prepared."""
+        """A constraint for each answer, None without a format. ApiError if it cannot be followed,
+        or if many requests wait for theirs: one at a time is prepared."""
         count, wanted = request.n or 1, request.response_format
         format_ = wanted.of_answer if wanted else None
         if format_ is None:
@@ -143,8 +143,8 @@ class ChatService:
 
     @staticmethod
     def _add_answer(conversation: Conversation, message: ChatMessage, last: bool) -> None:
-        """The last message of a request may be an answer to continue: how it ends matters. An empty
-        one begins the answer, as a question in its place does."""
+        """Add an assistant's message. If it is the last one, it is an answer to continue, so its
+        end matters. If that is empty, a new answer begins, as after a question."""
         if not last:
             conversation.add_answer(message.text)
         elif text := message.text.lstrip():
@@ -163,8 +163,8 @@ class ChatService:
         return pictures
 
     async def _open(self, content: bytes, size: int, opened: list[int]) -> Picture:
-        """The picture at the encoder's size, in pixels: an answer takes no more of it, and many
-        may wait."""
+        """The picture at the encoder's size, in pixels. An answer uses no more, and many pictures
+        may be waiting in memory."""
         async with self._opening:
             picture = await run_in_threadpool(decoding.load, content)
             opened.append(picture.rgb.width * picture.rgb.height)
@@ -177,7 +177,7 @@ def _submit(
     request: ChatRequest,
     bound: Sequence[FormatConstraint | None],
 ) -> list[Answer]:
-    """Where the seed is given, each answer has the next one. All are asked, or none."""
+    """Start all answers, or none. If a seed is given, each further answer has the next number."""
     config = engine.model.config
     sampling = request.sampling(config)
     answers: list[Answer] = []

@@ -14,8 +14,8 @@ EITHER: dict[int | str, str] = {
     "instructions": "a string or a list of parts",
     "image_url": "a URL or an object with one",
 }
-# pydantic's error types -> the end of our sentence, which begins with the field's path. Where a
-# field has a description, that is the end.
+# pydantic's error types -> the end of our sentence, which begins with the field's path. If a field
+# has a description, that is the end instead.
 SENTENCES = {
     "missing": "is missing: add it.",
     "string_type": "must be a string.",
@@ -33,7 +33,7 @@ SENTENCES = {
 
 
 def validated(model: type[T], body: dict) -> T:
-    """The body as this model. ApiError about the first field that is wrong."""
+    """The body as this model. ApiError for the first field that is wrong."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
@@ -41,7 +41,7 @@ def validated(model: type[T], body: dict) -> T:
 
 
 def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
-    """The first thing that pydantic refuses, in our words."""
+    """pydantic's first error as our sentence."""
     first = error.errors(include_url=False)[0]
     kind, (location, sentence) = first["type"], _located(first["loc"], model)
     path = json_path(location)
@@ -62,8 +62,8 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
 def _located(
     location: tuple[int | str, ...], model: type[BaseModel]
 ) -> tuple[tuple[int | str, ...], str | None]:
-    """(the location without the types of a union, the sentence of the first field on the way that
-    has a description)."""
+    """(the location without the types of a union, the description of the first field on the way
+    that has one)."""
     models, sentence = [model], None
     for place, step in enumerate(location):
         if isinstance(step, int) or step.startswith("<"):
@@ -83,7 +83,7 @@ def _located(
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a field's type has anywhere."""
+    """The models anywhere inside a field's type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from minigpt4.web.guard.limits import inner_path
 
 FRONTEND = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
-# Plays video streams, which this page has none of: Gradio's chat loads it all the same, 156 KB.
+# A player of video streams (156 KB), which Gradio's chat always loads. This page has no videos.
 UNUSED = re.compile(r"hls-[\w-]+\.js")
-# A hash of the content is part of the name. Gradio serves what has other names.
+# The names of assets contain a hash of the content. Gradio serves files with other names.
 _ASSET = re.compile(r"/assets/([\w-]+-[\w-]{8}\.(js|css))")
 _GZIP = re.compile(r"(?i)\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 _EXPORTS = re.compile(r"export\s*\{([^}]*)\}")
@@ -26,8 +26,8 @@ _EXPORTS = re.compile(r"export\s*\{([^}]*)\}")
 
 class Compression:
     """ASGI middleware. The page itself is compressed each time it is sent; Gradio's assets only
-    when they are first asked for, and browsers may keep them. UNUSED modules are replaced by
-    modules that export nothing useful."""
+    when they are first requested, and browsers may cache them. UNUSED modules are replaced by
+    modules with the same exports that do nothing."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app, self._compressed = app, GZipMiddleware(app, minimum_size=1000)
@@ -64,7 +64,7 @@ def _names() -> frozenset[str]:
 
 @cache
 def _compressed(name: str) -> bytes:
-    """A file of Gradio's, or what is sent in its place."""
+    """A file of Gradio, or its replacement."""
     body = (FRONTEND / name).read_bytes()
     return gzip.compress(_stub(body.decode()).encode() if UNUSED.fullmatch(name) else body)
 

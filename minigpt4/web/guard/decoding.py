@@ -1,7 +1,8 @@
-"""Opens strangers' pictures in processes of their own, whose time and memory are bounded.
+"""Opens strangers' pictures in separate processes, whose time and memory are limited.
 
-`image.load` refuses what is known to be too much. Whatever it does not foresee ends such a process,
-not the server: the file is refused, and the next one gets a new process.
+`image.load` refuses pictures that are known to be too large. A picture that exceeds the limits in
+another way ends such a process, not the server: the file is refused, and the next one gets a new
+process.
 """
 
 import json
@@ -23,7 +24,7 @@ from minigpt4.model.image import Picture
 
 try:
     import resource
-except ImportError:  # Windows has no such limits; the clock's remains
+except ImportError:  # Windows has no such limits; CLOCK_SECONDS still holds
     resource = None  # type: ignore[assignment]
 
 CPU_SECONDS = 20  # for one picture; the largest allowed ones take about two
@@ -37,7 +38,7 @@ _NO_MEMORY = "There is not enough memory to open the picture: try again in a min
 
 
 class Decoders:
-    """`count` processes, started when they are needed. They end with this one."""
+    """`count` processes, started when they are needed. They end with the current process."""
 
     def __init__(self, count: int = image.DECODED_AT_ONCE, **limits: int) -> None:
         self._free: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
@@ -45,7 +46,7 @@ class Decoders:
             self._free.put(_Decoder(**limits))
 
     def load(self, source: str | os.PathLike | bytes) -> Picture:
-        """As `image.load`. UserError also where opening takes too long or too much memory."""
+        """As `image.load`; also UserError if opening takes too long or too much memory."""
         try:
             decoder = self._free.get(timeout=image.DECODING_WAIT)
         except queue.Empty:
@@ -70,7 +71,7 @@ class _Decoder:
         self.process: subprocess.Popen | None = None
 
     def load(self, source: str | os.PathLike | bytes) -> Picture:
-        """UserError where the picture is refused, or the process ends over it."""
+        """The picture. UserError if it is refused, or if the process ends while opening it."""
         try:
             reply = self._ask(source)
         except MemoryError:
@@ -79,7 +80,7 @@ class _Decoder:
         except (OSError, EOFError, ValueError, LookupError, TypeError):
             self._end()
             raise UserError(_HOPELESS, message_id="picture_hopeless") from None
-        except BaseException:  # Ctrl-C, say
+        except BaseException:  # Ctrl-C, for example
             self._end()  # its pipes may hold half a picture
             raise
         if isinstance(reply, UserError):
@@ -87,7 +88,7 @@ class _Decoder:
         return _picture(*reply)
 
     def _ask(self, source: str | os.PathLike | bytes) -> _Decoded | UserError:
-        """What the process makes of the picture. EOFError and others where its reply is broken."""
+        """The process's reply to the picture. EOFError and others if the reply is incomplete."""
         if self.process is None or self.process.poll() is not None:
             self._end()
             self.process = self._start()
@@ -116,7 +117,7 @@ class _Decoder:
         self.process.kill()
         self.process.wait()
         for pipe in _pipes(self.process):
-            with suppress(OSError):  # what was not sent is not wanted any more
+            with suppress(OSError):  # unsent data is no longer needed
                 pipe.close()
         self.process = None
 
@@ -146,12 +147,12 @@ class _Decoder:
 
 
 def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
-    """Its standard input and output."""
+    """The process's standard input and output."""
     return cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
 
 
 def _picture(width: int, height: int, pixels: bytes, key: str) -> Picture:
-    """The picture, counted as held until nobody has it."""
+    """The picture, which counts in `image.held` until nothing refers to it."""
     image.held.take(width * height)
     try:
         return image.hold(Image.frombytes("RGB", (width, height), pixels), key)
@@ -171,7 +172,7 @@ load = _decoders.load
 
 
 def serve() -> None:
-    """Open what standard input names, until it ends, and write the pixels to standard output."""
+    """Open the pictures that standard input names, and write their pixels to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the server
     at_start = _address_space()
     while line := sys.stdin.buffer.readline():
@@ -188,8 +189,8 @@ def serve() -> None:
 
 
 def limit(cpu_seconds: int, address_space: int) -> None:
-    """Bound this process from now on. The system ends it when it takes more processor time, and
-    refuses it further bytes of memory."""
+    """Limit this process from now on. Beyond that, the system ends it (processor time) or refuses
+    it further memory."""
     if resource is None:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -1,8 +1,8 @@
-"""Everything of Gradio's (and Uvicorn's) that this project replaces: what, where and why.
+"""All parts of Gradio (and Uvicorn) that this project replaces, each with the reason.
 
-Gradio has no option for any of these. `apply` and the functions behind it replace them, each with
-its reason: a test checks that the installed Gradio still has each attribute, and others that each
-patch does what it is for. What must be replaced while Gradio is imported is in `minigpt4.web`.
+Gradio has no option for any of these. `apply` and the functions after it replace them. A test
+checks that the installed Gradio still has each attribute, and further tests that each patch works.
+Patches that are needed while Gradio is imported are in `minigpt4.web`.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ from minigpt4.web.guard.limits import parts_of
 
 IDLE_POLL_SECONDS = 0.05  # between two looks at an empty queue; a pushed event ends the wait
 PROGRESS_POLL_SECONDS = 0.1  # the page has no progress bars
-# Seconds that a connection waits for its next request: longer than a proxy keeps it open (nginx:
-# 60), or a question that is sent while the server closes it meets a reset.
+# Seconds that a connection waits for its next request. Longer than a proxy keeps it open (nginx:
+# 60); otherwise a question that is sent just when the server closes the connection would be lost.
 KEEP_ALIVE_SECONDS = 75
-MAX_UNREAD_EVENTS = 32  # of one page, whose end it has not been told yet
-# After the end of a page's last event, until the page has surely closed their stream.
+MAX_UNREAD_EVENTS = 32  # events of one page that has not read their ends yet
+# Within this time after the end of a page's last event, the page closes the stream of its events.
 CLOSING_SECONDS = 0.2
-MAX_SESSIONS = 10_000  # whose last event's end is kept
-TOO_MANY = "This page has asked for too much without listening: load it again."
+MAX_SESSIONS = 10_000  # for which the time of the last event's end is kept
+TOO_MANY = "This page has sent too many requests without reading the answers: load it again."
 TOO_DEEP = "The request is nested too deeply."
 TOO_MANY_VALUES = "The list in `data` must have at most {count} values."
 NO_MORE_FILES = (
@@ -51,13 +51,13 @@ NOT_UPLOADED = "Upload the file to /gradio_api/upload first, and send the path t
 
 
 class Prepared(list):
-    """Messages for gr.Chatbot, each a dict as the browser gets it: Gradio passes them on as is.
+    """Messages for gr.Chatbot, as dicts for the browser, which Gradio passes on unchanged.
 
     Paths in `url` begin with a slash; `at` puts the page's address in front of them.
     """
 
     def at(self, root_url: str) -> "Prepared":
-        """The same messages with whole addresses; messages without a file are not copied."""
+        """The same messages with full addresses; messages without a file are not copied."""
         return Prepared(_with_root(message, root_url) for message in self)
 
 
@@ -74,51 +74,51 @@ def _with_root(message: dict, root_url: str) -> dict:
 
 
 def apply() -> None:
-    """Replace what belongs to modules and classes. Further calls change nothing."""
+    """Replace attributes of modules and classes. Further calls change nothing."""
     global _applied
     if _applied:
         return
     _applied = True
-    # Gradio keeps events without end for pages that do not listen, and fails on lone surrogates and
-    # on deeply nested JSON. An event that joins just when the stream of the ones before is closed
-    # is lost: the client closes that stream and opens no other.
+    # Gradio keeps events for ever for pages that do not read them, and fails on lone surrogates and
+    # on deeply nested JSON. An event that comes just when the page closes the stream of its earlier
+    # events is lost: the client opens no other stream.
     Queue.push = _push
-    # When a session's last event has ended must be known for that.
+    # Notes when a session's last event ended, which `_push` needs.
     Queue.send_message = _send_message
-    # It says nothing of a path that is not an uploaded file's.
+    # Gradio's answer to a path that is not an uploaded file's does not say what is wrong.
     gradio.queueing.error_payload = _error_payload
-    # A sleep of the queue's loop must end when an event is pushed, or polling less often would
+    # An event that is pushed must end the sleep of the queue's loop, or polling less often would
     # delay every answer.
     gradio.queueing.asyncio = _QueueAsyncio()
-    # It downloads whatever public address a client names as an uploaded file, of any size.
+    # Gradio downloads any public address that a client names as an uploaded file, of any size.
     processing_utils.async_ssrf_protected_get = _fetch_nothing
-    # It looks up all pictures of a conversation on the disk at every update, on the loop.
+    # At every update, Gradio looks up all pictures of a conversation on disk, on the event loop.
     processing_utils.async_move_files_to_cache = _move_files_to_cache
-    # It lets every web page use a server that is not localhost, and its API with it.
+    # Gradio lets every web page use a server that is not localhost, including its API.
     gradio.routes.CustomCORSMiddleware = PageCORS
-    # It walks through the whole conversation at every update.
+    # Gradio walks through the whole conversation at every update.
     processing_utils.add_root_url = _add_root_url
-    # It makes every endpoint a tool: /chat is for gradio_client.
+    # Gradio makes every endpoint a tool, but /chat is for gradio_client.
     GradioMCPServer.get_tool_to_endpoint = _get_tool_to_endpoint
-    # It builds every message again at every update.
+    # Gradio builds every message again at every update.
     gr.Chatbot.postprocess = _postprocess_chatbot
-    # For each output that is skipped it makes a new component and its JSON schema: 3 ms.
+    # Gradio makes a new component and its JSON schema for each output that is skipped: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
-    # It asks its own server through the environment's proxies, which need not reach this machine.
+    # Gradio calls its own server through the environment's proxies, which may not reach it.
     gradio.blocks.httpx = _DirectHttpx()
     networking.url_ok = _url_ok
-    # It imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its
+    # Gradio imports matplotlib on the event loop at the first event (a second, 40 MB) and sets its
     # backend at every update.
     utils.MatplotlibBackendMananger = nullcontext
     logging.getLogger("uvicorn.error").addFilter(_is_worth_saying)
-    # While no file can be opened, it writes thousands of tracebacks a second.
+    # While no file can be opened, asyncio logs thousands of tracebacks a second.
     logging.getLogger("asyncio").addFilter(_SaysOnce())
 
 
 def draw_first(html: str) -> None:
-    """Put this into the page's <head>, for what is drawn before Gradio's scripts are loaded."""
+    """Put this into the page's <head>, so that it is drawn before Gradio's scripts are loaded."""
 
-    # Gradio's own setting, `head`, comes with its scripts: until then the page is empty.
+    # Gradio's own setting, `head`, works only with its scripts: until then the page is empty.
     def read(name: str) -> str:
         text, _, _ = _original_loader.get_source(gradio.routes.templates.env, name)
         return text.replace("</head>", f"{{% raw %}}{html}{{% endraw %}}</head>", 1)
@@ -127,31 +127,31 @@ def draw_first(html: str) -> None:
 
 
 def tune_queue(page: gr.Blocks) -> None:
-    """Set what belongs to a page's queue, before the page is launched."""
+    """Change a page's queue, before the page is launched."""
     queue = page._queue
-    # It looks for events every millisecond: 7 % of a core for nothing.
+    # The queue looks for events every millisecond: 7 % of a core for nothing.
     queue.sleep_when_free = IDLE_POLL_SECONDS
-    # It looks for progress bars every 10 ms.
+    # The queue looks for progress bars every 10 ms.
     queue.progress_update_sleep_when_free = PROGRESS_POLL_SECONDS
-    # After each event it makes a pandas table of the last 10,000.
+    # After each event, the queue makes a pandas table of the last 10,000.
     queue.ANALYTICS_MAX_EVENTS = 1
 
 
 def tune_mcp(max_bytes: int) -> None:
-    """Let requests to the MCP server be so large, where its package stops at 4 MiB.
+    """Allow requests to the MCP server of up to `max_bytes`; its package's limit is 4 MiB.
 
-    The attribute is there only with the package.
+    The attribute exists only with the package.
     """
     larger = partial(GradioMCPServer.StreamableHTTPSessionManager, max_request_body_size=max_bytes)
     GradioMCPServer.StreamableHTTPSessionManager = staticmethod(larger)
 
 
 def tune_server(page: gr.Blocks) -> None:
-    """Set what belongs to a launched page's server; connections read it when they are made."""
+    """Change a launched page's server; connections read these settings when they are made."""
     config = page.server.config
     # Blocks.launch does not pass Uvicorn's option on.
     config.timeout_keep_alive = KEEP_ALIVE_SECONDS
-    # It keeps a connection for ever on which no request comes, or a part of its head.
+    # Uvicorn keeps a connection for ever if no request, or only a part of its head, arrives.
     config.http_protocol_class = type("Punctual", (_Punctual, config.http_protocol_class), {})
 
 
@@ -169,15 +169,15 @@ _original_url_ok = networking.url_ok
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
-    """Uvicorn advises to install a library whenever a client offers WebSockets or HTTP/2, and says
-    beside our sentence why an address cannot be bound."""
+    """False for Uvicorn's advice to install a library, which it gives whenever a client offers
+    WebSockets or HTTP/2, and for an address that cannot be bound, which we report ourselves."""
     upgrade = str(record.msg).startswith(("Unsupported upgrade", "No supported WebSocket"))
     return not upgrade and not isinstance(record.msg, OSError)
 
 
 class _Punctual:
-    """Mixed into Uvicorn's protocol: closes a connection whose next request's head does not arrive
-    in `KEEP_ALIVE_SECONDS` from its beginning, or from that of the connection."""
+    """Mixed into Uvicorn's protocol: closes a connection if the head of a request does not arrive
+    within `KEEP_ALIVE_SECONDS` from its first byte, or from the connection's beginning."""
 
     cycle: Any
     transport: Any
@@ -209,8 +209,8 @@ class _Punctual:
 
 
 class _SaysOnce(logging.Filter):
-    """One sentence a minute, in place of the event loop's tracebacks, where no connection can be
-    accepted."""
+    """While no connection can be accepted, replaces the event loop's tracebacks by one sentence a
+    minute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class _SaysOnce(logging.Filter):
 
 
 class PageCORS(CustomCORSMiddleware):
-    """Gradio's, for the page; the API has its own rule (--cors-origins)."""
+    """Gradio's CORS, for the page only; the API has its own rule (--cors-origins)."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and parts_of(scope)[:1] == ("v1",):
@@ -247,7 +247,8 @@ class _DirectHttpx:
 
 
 def _url_ok(url: str) -> bool:
-    """The server's own address (http) has just answered `get`; a public link may not do yet."""
+    """Always true for the server's own address (http), which has just answered `get`. A public link
+    may not answer yet."""
     return url.startswith("http://") or _original_url_ok(url)
 
 
@@ -264,7 +265,7 @@ class _QueueAsyncio:
         return getattr(asyncio, name)
 
     async def sleep(self, delay: float, result: Any = None) -> Any:
-        """Wait so long, or, for IDLE_POLL_SECONDS, until `wake` is called in the same loop."""
+        """Sleep. A sleep of IDLE_POLL_SECONDS ends early if `wake` is called in the same loop."""
         if delay != IDLE_POLL_SECONDS:
             return await asyncio.sleep(delay, result)
         loop = asyncio.get_running_loop()
@@ -293,7 +294,7 @@ def _finish(future: asyncio.Future) -> None:
 
 
 async def _push(self: Queue, body: Any, **others: Any) -> tuple:
-    """HTTPException 429 where the page does not listen, 400 where its JSON is too deep."""
+    """HTTPException 429 if the page does not read its events, 400 if its JSON is too deep."""
     if len(self.pending_event_ids_session.get(body.session_hash, ())) >= MAX_UNREAD_EVENTS:
         raise HTTPException(429, TOO_MANY)
     try:
@@ -313,8 +314,8 @@ async def _push(self: Queue, body: Any, **others: Any) -> tuple:
 
 
 async def _until_closed(queue: Queue, session: str) -> None:
-    """Wait until the page has closed the stream of an event that has just ended, unless another
-    event keeps it open. Gradio ends a stream when it has sent the end of the last event."""
+    """If a session's event has just ended, wait until the page has closed its stream, unless
+    another event keeps the stream open. Gradio ends it after the end of the last event."""
     ended = _ended.get(session, 0.0)
     while (left := ended + CLOSING_SECONDS - time.monotonic()) > 0:
         waiting = queue.pending_event_ids_session.get(session, ())
@@ -324,7 +325,7 @@ async def _until_closed(queue: Queue, session: str) -> None:
 
 
 def _send_message(self: Queue, event: Any, event_message: Any) -> None:
-    """As Gradio does; the time at which an event of a session has ended is kept."""
+    """Gradio's method; also keeps the time at which a session's event ended."""
     _original_send_message(self, event, event_message)
     if isinstance(event_message, ProcessCompletedMessage):
         now = time.monotonic()
@@ -370,7 +371,7 @@ def _postprocess_chatbot(self: gr.Chatbot, value: Any) -> Any:
 
 
 async def _postprocess_data(self: gr.Blocks, block_fn: Any, predictions: Any, state: Any) -> list:
-    """The outputs that are not skipped go through Gradio's own method; the others stay as is."""
+    """Only outputs that are not skipped go through Gradio's own method."""
     outputs = list(block_fn.outputs)
     plain = not isinstance(predictions, Mapping) and not block_fn.batch
     if not plain or len(outputs) < 2 or len(predictions) != len(outputs):

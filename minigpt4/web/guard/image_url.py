@@ -18,9 +18,9 @@ SECONDS = 15  # to fetch one picture
 REDIRECTS = 3
 MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
-STANDARD = bytes.maketrans(b"-_", b"+/")  # from the alphabet for URLs
+STANDARD = bytes.maketrans(b"-_", b"+/")  # base64's alphabet for URLs -> the standard one
 COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
-ALIEN = re.compile(r"(?![\w+/=%<>-])[!-~]")  # as in another “data:”, or in Python's b'…'
+ALIEN = re.compile(r"(?![\w+/=%<>-])[!-~]")  # such as from a second “data:”, or Python's b'…'
 
 
 class TooLarge(UserError):
@@ -39,7 +39,7 @@ class ImageUrls:
         self.max_bytes = max_bytes
 
     async def read(self, url: str) -> bytes:
-        """The picture file's bytes. UserError where it is refused or not available."""
+        """The picture file's bytes. UserError if it is refused or not available."""
         url = url.strip()
         if url[:5].lower() == "data:":
             return await run_in_threadpool(self._decode, url)
@@ -52,7 +52,7 @@ class ImageUrls:
         if len(data) > self.max_bytes * 11 // 8 + 4096:  # line breaks included
             raise self._too_large()
         try:
-            # Some clients break it into lines. Splitting it there could make millions of strings.
+            # Some clients break base64 into lines. `split` could make millions of strings.
             plain = data.encode("ascii")
             plain = unquote_to_bytes(plain) if b"%" in plain else plain
             plain = _with_plus(plain.strip()).translate(STANDARD, BLANKS).rstrip(b"=")
@@ -68,7 +68,7 @@ class ImageUrls:
         return content
 
     async def _fetch(self, url: str) -> bytes:
-        """Follow redirects while they stay with allowed hosts."""
+        """Download the picture; follow redirects to allowed hosts only."""
         tls = await run_in_threadpool(_tls)
         try:
             async with (
@@ -100,7 +100,7 @@ class ImageUrls:
                 f"{response.status_code}."
             )
         coded = re.split(r"[\s,]+", response.headers.get("content-encoding", "").lower())
-        if not COMPRESSED.isdisjoint(coded):  # others, such as S3's aws-chunked, change nothing
+        if not COMPRESSED.isdisjoint(coded):  # other codings (S3's aws-chunked) are harmless
             raise UserError("The picture's host compresses it unasked: send a data: URL.")
         content = bytearray()
         async for chunk in response.aiter_raw(65536):
@@ -131,8 +131,8 @@ class ImageUrls:
 
 
 def _with_plus(plain: bytes) -> bytes:
-    """Base64 whose "+" a form turned into spaces, with them again; not where spaces alone stand at
-    equal distances, as instead of line breaks."""
+    """Base64 with each space turned back into the "+" that it was before a form was decoded. Spaces
+    at equal distances stay: they stand for line breaks."""
     spaces = plain.count(b" ")
     others = len(plain) - spaces > len(plain.translate(None, BLANKS))
     if not spaces or others or len(plain) % 4:
@@ -160,5 +160,5 @@ def _host(text: str) -> str:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """Made once, and not on the event loop: it reads every certificate authority."""
+    """The TLS settings, made once and in a thread: this reads every certificate authority."""
     return httpx.create_ssl_context(trust_env=False)

@@ -1,6 +1,6 @@
-"""Limits of every request, the page's own included: its size, its time, its address.
+"""Limits on every request, including the page's own: its size, its time, its address.
 
-Gradio bounds uploaded files, but no other body, and has routes that this page does not need: one
+Gradio limits uploaded files, but no other body, and has routes that this page does not need: one
 starts another program, one writes conversations to the disk.
 """
 
@@ -16,11 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minigpt4.errors import DISK_FULL
 
 FILES_AT_ONCE = 16  # pictures of one upload, or of one conversation
-TEXT_BYTES = 16 * 2**20  # of what the page sends: a conversation with small pictures, at most
+TEXT_BYTES = 16 * 2**20  # the page's largest request: a conversation with small pictures
 MCP_PICTURE_BYTES = 5 * 2**20
 BODY_SECONDS = 120.0
-# For the rest of a refused body to arrive, and how much of it: a connection that is closed over
-# unread bytes is reset, and the client loses the answer.
+# How long, and how much, to read on after a body was refused: closing a connection with unread
+# bytes resets it, and the client loses the answer.
 REST_SECONDS, REST_BYTES = 1.0, 64 * 2**20
 _AUTHORITY = "(?i)^https?://[^/]*"
 # The first part of gradio's paths, after /gradio_api.
@@ -43,8 +43,8 @@ CLOSED = {
 class Limits:
     """ASGI middleware. max_bytes: the largest picture file.
 
-    A body that is too large gets 413, one that takes too long 408, one that the disk has no room
-    for 507, and a closed route 404. /v1 bounds its own bodies, and answers with OpenAI's errors.
+    A body that is too large gets 413, one that takes too long 408, one that finds no room on the
+    disk 507, and a closed route 404. /v1 limits its own bodies, and answers with OpenAI's errors.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
@@ -58,7 +58,7 @@ class Limits:
             await self._app(scope, receive, send)
             return
         if not scope["path"].startswith("/"):
-            # As a client addresses a proxy: a server, too, must accept it (RFC 9112, 3.2.2).
+            # A full address, as sent to a proxy: a server must accept it, too (RFC 9112, 3.2.2).
             scope["path"] = re.sub(_AUTHORITY, "", scope["path"]) or "/"
             raw_path = scope.get("raw_path") or b""
             scope["raw_path"] = re.sub(_AUTHORITY.encode(), b"", raw_path) or None
@@ -76,7 +76,7 @@ class Limits:
 
 
 def closed(parts: tuple[str, ...]) -> bool:
-    """Is this one of gradio's routes that the page does not need?"""
+    """Is this one of Gradio's routes that the page does not need?"""
     inner = parts[1:] if parts[:1] == ("gradio_api",) else parts
     return bool(inner) and (inner[0] in CLOSED or inner[0].startswith("proxy="))
 
@@ -87,19 +87,19 @@ def request_bytes(max_picture_bytes: int) -> int:
 
 
 def mcp_bytes(max_picture_bytes: int) -> int:
-    """The largest body for the MCP tool, which the package reads on the event loop: one of 27 MB
-    would hold up everybody's answers for half a second."""
+    """The largest body for the MCP tool. Its package reads bodies on the event loop: 27 MB would
+    delay everybody's answers for half a second."""
     return request_bytes(min(max_picture_bytes, MCP_PICTURE_BYTES))
 
 
 def inner_path(scope: Scope) -> str:
-    """The path without the prefix that a proxy may have left."""
+    """The path without --root-path, which a proxy may or may not have removed."""
     path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
     return path.removeprefix(prefix) if f"{path}/".startswith(f"{prefix}/") else path
 
 
 def parts_of(scope: Scope) -> tuple[str, ...]:
-    """The parts of the `inner_path`."""
+    """The parts of the `inner_path` between slashes."""
     return tuple(part for part in inner_path(scope).split("/") if part)
 
 
@@ -109,7 +109,7 @@ def waits(scope: Scope) -> bool:
 
 
 async def read_rest(request: Request, most: int = REST_BYTES) -> None:
-    """Read on before a refusal, up to about `most` bytes: see REST_SECONDS."""
+    """Read the rest of a refused body, up to about `most` bytes: see REST_SECONDS."""
     # RuntimeError: all of it has been read.
     with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
         async with asyncio.timeout(REST_SECONDS):
@@ -120,7 +120,7 @@ async def read_rest(request: Request, most: int = REST_BYTES) -> None:
 
 
 class _BoundedRequest:
-    """One request, whose body may have at most `limit` bytes and take so many seconds."""
+    """One request, whose body may have at most `limit` bytes and take at most `seconds`."""
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, limit: int, seconds: float
@@ -128,7 +128,7 @@ class _BoundedRequest:
         self._scope, self._receive, self._send = scope, receive, send
         self._limit, self._end = limit, asyncio.get_running_loop().time() + seconds
         self._read = 0
-        self._complete = scope["method"] in ("GET", "HEAD")  # nobody reads the body of these
+        self._complete = scope["method"] in ("GET", "HEAD")  # their bodies are never read
         self._answered = False
         self._refusal: Response | None = None
 
@@ -141,7 +141,7 @@ class _BoundedRequest:
             await self._ask(app)
         if self._refusal is not None and not self._answered:
             await self._read_rest(self._limit + REST_BYTES)
-            self._refusal.headers["connection"] = "close"  # more of the body is not read
+            self._refusal.headers["connection"] = "close"  # the rest of the body is not read
             await self._refusal(self._scope, self._receive, self._send)
 
     async def _ask(self, app: ASGIApp) -> None:
@@ -151,7 +151,7 @@ class _BoundedRequest:
             pass
         except Exception as error:
             if self._answered and isinstance(error.__cause__, HTTPException):
-                # A stream of gradio's that has said why it ends: not a fault of this program.
+                # Gradio's stream has already said why it ends: not a fault of this program.
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
             elif isinstance(error, OSError) and error.errno in DISK_FULL and not self._answered:
                 self._refusal = PlainTextResponse("The server's disk is full: try later.\n", 507)
@@ -159,7 +159,7 @@ class _BoundedRequest:
                 raise
 
     async def _bounded_receive(self) -> Message:
-        if self._complete:  # what comes now is that the client goes away
+        if self._complete:  # the next message is that the client has gone
             return await self._receive()
         if self._refusal is None:
             try:
@@ -172,7 +172,7 @@ class _BoundedRequest:
                 sentence = "The request took too long to arrive: send it again.\n"
                 self._refusal = PlainTextResponse(sentence, 408)
         self._complete = False
-        return {"type": "http.disconnect"}  # whoever reads the body gives up
+        return {"type": "http.disconnect"}  # so that the reader of the body gives up
 
     async def _bounded_send(self, message: Message) -> None:
         if self._refusal is None or self._answered:
@@ -182,7 +182,7 @@ class _BoundedRequest:
             await self._send(message)
 
     async def _read_rest(self, most: int) -> None:
-        """Read on, up to `most` bytes in all, unless the client has not been asked for any."""
+        """Read the rest, up to `most` bytes in all, unless the client still waits to be asked."""
         if not self._complete and (self._read or not waits(self._scope)):
             await read_rest(Request(self._scope, self._counted), most - self._read)
 

@@ -1,9 +1,8 @@
 """Uploaded files: which of them a visitor may name, and when they are deleted.
 
-Gradio checks most of what comes in, but allows the current folder and all temporary files. Its
-`delete_cache`, which `sweeping` replaces, knows nothing of uploads that were cut off or that a
-killed process left behind, and stops for good when a file arrives while it looks (gradio 6.31:
-"Set changed size during iteration").
+Gradio checks most paths, but allows the current folder and all temporary files. `sweeping` replaces
+its `delete_cache`, which deletes neither interrupted uploads nor those of a killed process, and
+stops for good if a file arrives while it runs (gradio 6.31: "Set changed size during iteration").
 """
 
 import asyncio
@@ -21,14 +20,14 @@ from gradio.utils import get_upload_folder
 from minigpt4.errors import UserError
 
 EVERY_SECONDS = 60
-CUT_SECONDS = 600  # no upload takes as long (limits.BODY_SECONDS)
+CUT_SECONDS = 600  # an older upload was interrupted: none takes as long (limits.BODY_SECONDS)
 KEPT_SECONDS = 24 * 3600  # conversations and uploaded files of visitors who have gone quiet
 
 log = logging.getLogger(__name__)
 
 
 def uploaded(path: object) -> str:
-    """The path. UserError where it is not a file in the folder of uploads."""
+    """The path. UserError if it is not a file in the folder of uploads."""
     folder = Path(get_upload_folder()).resolve()
     if isinstance(path, str):
         with contextlib.suppress(OSError, ValueError):  # too long, or with a NUL
@@ -41,14 +40,14 @@ def uploaded(path: object) -> str:
 def sweep(folder: Path, kept: Collection[str] = ()) -> None:
     """Delete files that were not written to for `KEPT_SECONDS`, and interrupted uploads sooner.
 
-    Files in `kept` stay, and get a fresh date so that other processes keep them, too.
+    Files in `kept` stay, and get the current date so that other processes keep them, too.
     """
     now = time.time()
     for name in kept:
         os.utime(name)
-    # Not Path.rglob, which raises where a folder disappears meanwhile.
+    # Not Path.rglob, which raises if a folder disappears meanwhile.
     for path in [Path(root, file) for root, _, files in os.walk(folder) for file in files]:
-        with contextlib.suppress(OSError):  # somebody else deleted it
+        with contextlib.suppress(OSError):  # another process deleted it
             cut = path.parent == folder and path.name.startswith("tmp")
             if now - path.stat().st_mtime > (CUT_SECONDS if cut else KEPT_SECONDS):
                 _delete(path, folder)
@@ -60,7 +59,7 @@ async def sweeping(
 ) -> AsyncIterator[None]:
     """A lifespan: sweep every minute while the server runs; at its end, delete its own uploads.
 
-    kept: the files of a folder that must stay, such as the examples' pictures.
+    kept: folder -> the files in it that must stay, such as the examples' pictures.
     """
     folder = Path(get_upload_folder())
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,10 +68,10 @@ async def sweeping(
         while True:
             try:
                 await asyncio.to_thread(lambda: sweep(folder, kept(folder)))
-                # Gradio keeps sets of what was uploaded; they must not grow for ever.
+                # Gradio keeps sets of uploaded files' paths, which must not grow for ever.
                 for files in app.get_blocks().temp_file_sets:
                     files -= await asyncio.to_thread(_missing, list(files))
-            except Exception:  # the next attempt may succeed; without any the disk would fill
+            except Exception:  # go on: the next attempt may succeed
                 log.exception("Old uploads could not be deleted.")
             await asyncio.sleep(EVERY_SECONDS)
 
@@ -94,4 +93,4 @@ def _missing(paths: list[str]) -> set[str]:
 def _delete(path: Path, folder: Path) -> None:
     path.unlink()
     if path.parent != folder:
-        path.parent.rmdir()  # OSError where there is more in it
+        path.parent.rmdir()  # OSError if it is not empty

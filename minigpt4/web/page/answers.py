@@ -1,4 +1,4 @@
-"""An answer's status lines and statistics: while it is awaited, when it ends, and behind its ⓘ."""
+"""An answer's status lines, while it is awaited and at its end, and its statistics (button ⓘ)."""
 
 import secrets
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def waiting(session: Session, beams: int, request: gr.Request | None) -> str:
-    """What the visitor waits for: the queue, or the answer."""
+    """The status line of a running answer: its place in the queue, or that it is being written."""
     if session.answer and (place := session.answer.position):
         if place == 1:
             return translate("next", request)
@@ -31,8 +31,8 @@ ENDINGS = {
 
 
 def ending(session: Session, request: gr.Request | None) -> str:
-    """Why the last answer was cut off; "" if it was not. Of a conversation's first answer, also
-    that there was no picture: models answer questions about one all the same."""
+    """Why the last answer was cut off; "" if it was not. After a first question without a picture,
+    a hint to add one: models answer as if they saw one."""
     messages = session.conversation.messages
     if not session.last_answer:
         return ""
@@ -44,10 +44,10 @@ def ending(session: Session, request: gr.Request | None) -> str:
 
 
 def facts(session: Session, request: gr.Request | None) -> dict:
-    """Place among the shown messages -> what is known of that answer, and the versions that there
-    are of it; where the objects of each picture are. For assets/facts.js and versions.js.
+    """For the page's scripts: place among the shown messages -> the answer's statistics
+    (assets/facts.js) and its versions (versions.js); the objects in each picture (where.js).
 
-    The mark is new each time: the script is to be called whenever a turn has ended.
+    The mark is new each time, so that the scripts are called after every turn.
     """
     _, places = render.show(session)
     known = {
@@ -59,7 +59,7 @@ def facts(session: Session, request: gr.Request | None) -> dict:
     for place, fork in session.forks.items():
         if len(fork.tails) > 1 and fork.shown >= 0:
             rows = [i for i, p in enumerate(places) if p == place]
-            # An answer that failed is not shown; what the page says of it, at the end, is.
+            # A failed answer is not shown: its versions go to the page's remark at the end.
             row = rows[-1] if rows else len(render.messages(session, request)) - 1
             versions[str(row)] = {
                 "place": place,

@@ -21,8 +21,8 @@ HIDE_JS = "() => [{ __type__: 'update', visible: false }, '']"
 
 @dataclass
 class Rating:
-    """What a visitor thinks of an answer. A reason given later, or another opinion, is another line
-    with the same id, which replaces the first. liked: None takes the rating back."""
+    """A visitor's rating of an answer. A reason given later, or a changed rating, is written as
+    another line with the same id, which replaces the first. liked: None withdraws the rating."""
 
     liked: bool | None
     model: str
@@ -68,7 +68,7 @@ class Feedback:
 
 
 class Ratings:
-    """The row that asks for a reason, rendered where this is constructed, and its handlers."""
+    """The row that asks for a reason, created in the current gr.Blocks, and its handlers."""
 
     def __init__(self, loading: Loading, feedback: Feedback) -> None:
         self._loading = loading
@@ -86,14 +86,14 @@ class Ratings:
             self._close = gr.Button(label("close"), elem_id="no-reason")
 
     def wire(self, chatbot: gr.Chatbot, session: gr.State, left: list, event: dict) -> None:
-        """Connect the parts to their handlers. left: the events that leave the answer."""
+        """Connect the parts to their handlers. left: the events that hide the row."""
         outputs = [self._rating, self._row, self._reason]
         chatbot.like(self.like, session, outputs, **event)
         self._reason.submit(self.explain, [self._rating, self._reason], outputs, **event)
         gr.on([self._close.click, *left], None, None, [self._row, self._reason], js=HIDE_JS)
 
     def like(self, session: Session, liked: gr.LikeData) -> tuple:
-        """Store a like or a dislike and ask for a reason; or that it was taken back."""
+        """Store a like or a dislike and ask for a reason, or store that it was withdrawn."""
         _, places = render.show(session)
         index = liked.index
         place = places[index] if isinstance(index, int) and 0 <= index < len(places) else -1

@@ -47,16 +47,16 @@ class Loading:
 
     @property
     def engine(self) -> "AnyEngine | None":
-        """That of the first model; None until it is loaded."""
+        """The first model's engine; None until all are loaded."""
         return self.engines[0] if self.engines else None
 
     def find(self, model: str) -> "AnyEngine | None":
-        """That of the model of this name, or else of the first; None until it is loaded."""
+        """The engine of the model of this name, or else the first; None until all are loaded."""
         named = (engine for engine in self.engines if engine.model.config.name == model)
         return next(named, self.engine)
 
     def name(self, model: str) -> str:
-        """The name of the model that `find` finds; "" until it is loaded."""
+        """The name of the model that `find` finds; "" until all are loaded."""
         engine = self.find(model)
         return engine.model.config.name if engine else ""
 
@@ -70,15 +70,15 @@ class Loading:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until all are loaded. Raises the error that loading failed with."""
+        """Wait until all are loaded. Raises the error if loading failed."""
         self._thread.join()
         if self.error is not None:
             raise self.error
 
     def leave(self, status: int) -> None:
-        """If loading still goes on, end the program with this status: the interpreter's own end
-        would meet a thread that is inside torch, and abort."""
-        # Not is_alive(): a signal amid join() has Python 3.11 say False.
+        """If models are still loading, end the program with this status. A normal exit would
+        abort, because the loading thread is inside torch."""
+        # Not is_alive(): in Python 3.11 it is False after a signal has interrupted join().
         if self._thread.ident and not self.engines and self.error is None:
             atexit._run_exitfuncs()
             for stream in filter(None, (sys.stdout, sys.stderr)):

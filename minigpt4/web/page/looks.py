@@ -1,7 +1,7 @@
 """First looks at a picture, before anyone asks: a short caption, and the places of objects.
 
-Kept by the picture's content, with its small copy, for the page's alternative texts, titles and
-marks.
+They are kept by the picture's content, together with its thumbnail. The page uses them for
+alternative texts, titles and outlines.
 """
 
 import asyncio
@@ -40,10 +40,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Look:
-    """A picture's caption, "" where there is none, and its objects, the surest first.
+    """A picture's caption, "" if there is none, and its objects, the surest first.
 
-    objects: None where nobody has looked for them; thumbnail: the path of the picture's small copy,
-    in a file that the page may show, "" where there is none.
+    objects: None if nobody has looked for them; thumbnail: the path of the picture's small copy,
+    which the page may show, "" if there is none.
     """
 
     caption: str = ""
@@ -56,13 +56,13 @@ _kept: OrderedDict[str, Look] = OrderedDict()  # picture's key -> the look, the 
 
 
 def find(key: str) -> Look:
-    """An empty look where there is none."""
+    """The picture's look; an empty one if there is none."""
     with _lock:
         return _kept.get(key, Look())
 
 
 def note(key: str, **seen: Any) -> None:
-    """Add what was seen: Look's fields."""
+    """Set some of the look's fields; the others stay."""
     with _lock:
         _kept[key] = replace(_kept.get(key, Look()), **seen)
         _kept.move_to_end(key)
@@ -71,21 +71,21 @@ def note(key: str, **seen: Any) -> None:
 
 
 def note_objects(picture: Picture, encoded: Encoded | None) -> None:
-    """Keep what the encoder found; another model's may find more."""
+    """Keep the objects that the encoder found, if any: another model's encoder may find some."""
     if encoded is not None and encoded.objects:
         note(picture.key, objects=encoded.objects)
 
 
 def find_objects(engine: "AnyEngine | None", pictures: Iterable[Picture]) -> None:
-    """Look for the objects of pictures that nobody has looked at, if the model has a detector.
+    """If the model has a detector, look for the objects of pictures that have not been looked at.
 
-    Not for the event loop: what the engine has forgotten is encoded again.
+    Not for the event loop: pictures that the engine no longer keeps are encoded again.
     """
     if engine is None or not engine.model.config.detects:
         return
     for picture in pictures:
         if find(picture.key).objects is None:
-            with suppress(UserError):  # the answer says so
+            with suppress(UserError):  # the answer reports it
                 encoded = engine.encode(picture)
                 note(picture.key, objects=encoded.objects if encoded else ())
 
@@ -94,7 +94,7 @@ def find_objects(engine: "AnyEngine | None", pictures: Iterable[Picture]) -> Non
 
 
 class FirstLook:
-    """The page's handler that has new pictures captioned while the visitor types."""
+    """Captions new pictures while the visitor types."""
 
     def __init__(self, loading: Loading) -> None:
         self._loading = loading
@@ -102,7 +102,7 @@ class FirstLook:
     async def caption(self, value: dict, session: Session) -> dict[str, str]:
         """The captions of the pictures in the box, by their paths.
 
-        Only where the model is small, and only while it has nothing else to do.
+        Only a small model writes them, and only while it is idle.
         """
         captions = {}
         for path in value["files"]:
@@ -115,7 +115,7 @@ class FirstLook:
         return captions
 
     async def at_conversation(self, session: Session) -> bool:
-        """Whether a picture of the conversation has got its caption now."""
+        """Caption the conversation's pictures that have no caption; returns whether any got one."""
         pictures = session.conversation.pictures.values()
         new = [p for p in pictures if not (find(p.key).caption or p.key in session.captions)]
         for picture in new:
@@ -139,7 +139,7 @@ class FirstLook:
 
 
 async def _caption(engine: "AnyEngine", picture: Picture, session: Session) -> str:
-    """One sentence; "" where somebody asked something meanwhile."""
+    """One sentence; "" if somebody asked something meanwhile."""
     from minigpt4.engine import Sampling
 
     conversation = Conversation()
@@ -158,7 +158,7 @@ async def _caption(engine: "AnyEngine", picture: Picture, session: Session) -> s
 
 
 def first_sentence(text: str) -> str:
-    """Without “This image shows”; "…" at the end where it is cut off."""
+    """The first sentence, without “This image shows”; "…" at the end if it is cut off."""
     text = text.strip()
     end = _SENTENCE_END.search(text)
     sentence = text[: end.start()] if end else text

@@ -1,4 +1,4 @@
-"""The chat page: its layout, and which event calls which handler. The handlers are beside this."""
+"""The chat page: its layout, and which event calls which handler of the modules beside this one."""
 
 import argparse
 import gc
@@ -27,11 +27,12 @@ from minigpt4.web.server import Server, start_server
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine
 
-FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]  # those some systems do not know
-MAX_VISITORS = 500  # whose conversations are kept; the one idle the longest goes first
-MAX_EVENTS = 500  # of all visitors' pages that may wait to begin
+# Some systems do not know that files with these extensions are images.
+FILE_TYPES = ["image", ".heic", ".heif", ".hif", ".avif", ".jfif"]
+MAX_VISITORS = 500  # sessions that are kept; the one idle the longest is dropped first
+MAX_EVENTS = 500  # events of all visitors' pages that may wait to begin
 OTHER_EVENTS = 40  # at once, besides the answers: New chat, pictures being read, pages loading
-# Whatever an answer holds, the browser fetches nothing from elsewhere, and no frame navigates.
+# Whatever an answer contains, the browser loads nothing from other hosts and no frame navigates.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'none'; "
     "object-src 'none'; form-action 'self'"
@@ -43,46 +44,48 @@ LOOK = {  # for Blocks.launch, or gr.mount_gradio_app
     # The style is here, not in `css`: Gradio would prefix its selectors, `body` among them.
     "head": f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n' + parts.head(),
     "i18n": texts.I18N,
-    "allowed_paths": [str(FOLDER)],  # from whichever folder the program is started
+    "allowed_paths": [str(FOLDER)],
 }
 # Screen readers read this line out when it changes.
 LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
-# The box without the files that were refused; a reload does not bring them back either.
+# Removes refused files from the box, and from the draft that survives a reload.
 WITHOUT_REFUSED = (
     "(refused, box) => refused?.length ? minigpt4.draft.keep({...box, files: box.files.filter("
     "(file) => !refused.includes(file.path))}) : {__type__: 'update'}"
 )
-# "The picture is ready" goes with the last picture.
+# Clears the status "The picture is ready" when the last picture leaves the box.
 CHANGED_JS = (
     "(box, status) => [minigpt4.draft.changed(box), box?.files?.length || "
     "status !== minigpt4.say('looked') ? {__type__: 'update'} : '']"
 )
 CAPTIONS_JS = "watch('value', () => minigpt4.captions(props.value));"
-# A conversation that is opened before would be lost: `renew` would put the first session back.
+# Conversations are opened only after this: `renew` would replace them by the first session.
 LOADED_JS = "() => { minigpt4.chats.loaded(); }"
-# A turn's last input: the browser's name of the conversation that the page shows.
+# Sets a turn's last input: the browser's id of the conversation that the page shows.
 SHOWN_JS = "(...inputs) => [...inputs.slice(0, -1), minigpt4.chats.current]"
-# Of a question also its text at the moment of sending: Gradio reads the box somewhat later.
+# Sets also the question's text to that at the moment of sending: Gradio reads the box later.
 ASK_JS = f"(box, ...inputs) => [minigpt4.asSent(box), ...({SHOWN_JS})(...inputs)]"
 ENDED_JS = "() => { minigpt4.ended(); }"
 SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
-# New chats have the visitor's own system prompt, not that of the conversation that was shown.
+# New chats get the visitor's own system prompt, not that of the conversation shown before.
 OWN_SYSTEM_JS = "() => [minigpt4.settings.load().system ?? '']"
-# Each event's options. Questions wait in the engine's own queue, not here: it knows their places.
+# Options of every event. Questions wait in the engine's queue, which knows their places, so
+# Gradio's own queue is not limited.
 EVENT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-# What follows an event: Gradio would drop it while it still runs for the event before.
+# Options of a step that follows an event (`then`). By default, Gradio would drop the step while an
+# earlier run of it has not ended.
 NEXT = {**EVENT, "trigger_mode": "multiple"}
 
 
 def build_page(
     source: "AnyEngine | Loading", feedback: Feedback | None = None, server: Server | None = None
 ) -> gr.Blocks:
-    """The page of an engine that is loaded, or still loading; `serve` serves it.
+    """Build the page for an engine that is loaded or still loading; `serve` serves it.
 
-    With a server for programs, the page has the endpoint /chat as well, and the tool of --mcp.
+    With a server for programs, the page also has the endpoint /chat and the tool of --mcp.
     """
     loading = source if isinstance(source, Loading) else Loading.done(source)
-    # Otherwise the page has the width that Gradio likes until it has the styles of its own.
+    # Without these, the page has Gradio's default width until its own styles are loaded.
     wide: dict[str, bool] = {"fill_height": True, "fill_width": True}
     with gr.Blocks(title="MiniGPT-4", analytics_enabled=False, **wide) as page:
         ChatPage(page, loading, feedback)
@@ -95,14 +98,14 @@ def build_page(
 
 
 class ChatPage:
-    """The parts of the page, rendered in the Blocks that are open, and their events."""
+    """The page's components, created inside the current gr.Blocks, and their events."""
 
     def __init__(self, page: gr.Blocks, loading: Loading, feedback: Feedback | None) -> None:
         self._page, self._loading = page, loading
         self._known_when_built = loading.engine is not None
         self._session = gr.State(Session(), time_to_live=KEPT_SECONDS)
         self._panel = side = Panel(loading)
-        # No drawer of a phone covers it.
+        # Outside the columns, which a phone's drawers make inert: screen readers always find it.
         gr.HTML('<h1 class="heard">MiniGPT-4</h1>', elem_id="name", **PLAIN)
         with gr.Column(elem_id="rail", min_width=0):
             self._new_chat = side.build_rail()
@@ -115,7 +118,7 @@ class ChatPage:
         side.build_drawers()
         sliders = [side.settings[name] for name in panel.SLIDERS]
         told = [self._head, side.foot, self._note, side.model]
-        self._model_parts = [*told, *sliders, side.preset]  # that depend on the model
+        self._model_parts = [*told, *sliders, side.preset]  # components that depend on the model
         self._remembered = gr.JSON(visible=False)  # the settings that the browser keeps
 
         self._wire_turns()
@@ -158,7 +161,7 @@ class ChatPage:
                 placeholder=label("ask_here"),
                 file_types=FILE_TYPES,
                 file_count="multiple",
-                max_plain_text_length=10**9,  # Gradio makes a file of what is longer
+                max_plain_text_length=10**9,  # Gradio makes a file of a longer text
                 autofocus=True,
             )
         opening = "" if self._known_when_built else '<span data-say="opening"></span>'
@@ -177,8 +180,8 @@ class ChatPage:
         event_of_turn: dict[str, Any] = {**EVENT, "js": SHOWN_JS}
         asked = [box, session, *settings]
         events = [
-            # By default Gradio drops a question until it has been told that the last answer has
-            # ended, even where New chat has ended it.
+            # By default, Gradio drops a question while the last one's event still runs, even if
+            # New chat has ended the answer.
             box.submit(turns.ask, asked, shown, trigger_mode="multiple", js=ASK_JS, **EVENT),
             chatbot.retry(turns.retry, [session, *settings], shown, **event_of_turn),
             chatbot.edit(turns.edit, [session, *settings], shown, **event_of_turn),
@@ -210,7 +213,7 @@ class ChatPage:
         looked.then(first_look.caption, [box, session], self._captions, **NEXT)
 
     def _wire_conversations(self, uploads: Uploads) -> None:
-        """What shows another conversation: New chat, the browser's list, a downloaded file."""
+        """The events that show another conversation: New chat, the browser's list, a file."""
         session, side = self._session, self._panel
         replaced = [session, self._chatbot, self._box, self._status]
         opened = [*replaced, side.settings["system"]]
@@ -246,7 +249,7 @@ class ChatPage:
         renewed = page.load(renew, self._session, self._session, **EVENT)
         greeting: dict[str, Any] = {**EVENT, "fn": self.greet, "inputs": known, "js": SETTINGS_JS}
         greeting["outputs"] = [self._status, *model]
-        if self._loading.several:  # it would show the first session's model beside another session
+        if self._loading.several:  # after `renew`, which may change the session and its model
             renewed = renewed.then(**greeting)
         else:
             page.load(**greeting)
@@ -259,9 +262,9 @@ class ChatPage:
     def _wire_models(self) -> None:
         """The selector of models in the head."""
         known = [self._remembered, self._session]
-        shown = self._model_parts[1:]  # the selector shows the choice, and keeps the focus
+        shown = self._model_parts[1:]  # not the selector: it shows the choice and has the focus
         chosen = self._head.input(self.choose_model, self._session, None, **EVENT)
-        # Only then, so that it comes after what a new chat's events show of the model before.
+        # A second step, so that it comes after a new chat's events, which show the former model.
         beside = chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **NEXT)
         beside.then(None, None, None, js=panel.SETTLED_JS)
 
@@ -299,13 +302,13 @@ class ChatPage:
         return self.show_model(remembered, session.latest, request)[1:]
 
     def show_model(self, remembered: object, session: Session, request: gr.Request) -> list[Any]:
-        """What the page says of the session's model, and the settings that are its own."""
+        """The page's texts about the session's model, and the settings' values for this model."""
         engine = self._loading.find(session.model)
         values = panel.remembered_values(remembered, engine)
         sliders: list[Any] = [gr.update(value=value, interactive=True) for value in values.values()]
         preset: Any = panel.preset_of([*values.values()], engine)
         first = self._known_when_built and not self._loading.several
-        if first and not remembered:  # all of it is shown already
+        if first and not remembered:  # the page was built with these values
             sliders, preset = [gr.skip()] * len(sliders), gr.skip()
         return [
             panel.model_name(self._loading, session.model),
@@ -318,14 +321,15 @@ class ChatPage:
 
 
 async def renew(session: Session) -> Session:
-    """Gradio keeps a state for a time after it was last an output; without that, for ever."""
+    """Return the session, so that it is an output: Gradio deletes a state some time after its last
+    output, and never deletes a state that was not an output."""
     return session.latest
 
 
 def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = None) -> str:
-    """Start the server in the background, endpoints for programs included; returns its address."""
+    """Start the server and its endpoints for programs in the background; returns its address."""
     page.queue(api_open=False, max_size=MAX_EVENTS, default_concurrency_limit=None)
-    # An answer occupies one of Gradio's threads from its place in the engine's queue to its end.
+    # An answer occupies one of Gradio's threads from when it enters the engine's queue to its end.
     machines = (options.llm_url or "").count(",") + 1
     answers = options.max_running * machines + options.max_queue
     return start_server(
@@ -345,14 +349,13 @@ def serve(page: gr.Blocks, options: argparse.Namespace, server: Server | None = 
 
 
 def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, server: Server) -> None:
-    """Serve until the program is told to end. Raises the error that loading failed with, or that
-    a GPU failed."""
+    """Serve until the program is told to end. Raises the error if loading or a GPU failed."""
     try:
         with server.until_terminated(page):
             print(f"Open {serve(page, options, server)}", flush=True)
             loading.start()
             loading.wait()
-            # Not in this thread: a signal amid a finalizer would print a traceback.
+            # Not in this thread: a signal during a finalizer would print a traceback.
             freezing = threading.Thread(target=freeze_objects, name="freezing", daemon=True)
             freezing.start()
             freezing.join()
@@ -364,9 +367,9 @@ def launch(page: gr.Blocks, options: argparse.Namespace, loading: Loading, serve
 
 
 def freeze_objects() -> None:
-    """Exempt from garbage collection what exists now, and stays: modules, the page, the model.
+    """Exempt what exists now (modules, the page, the model) from garbage collection: it stays.
 
-    Otherwise a full collection looks at all of it, and blocks the event loop for 120 ms or more.
+    Otherwise a full collection visits all of it and blocks the event loop for 120 ms or more.
     """
     gc.collect()
     gc.freeze()

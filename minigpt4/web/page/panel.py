@@ -1,4 +1,4 @@
-"""The panel beside the conversation: the list of them, the settings, the website in an answer."""
+"""The panels beside the conversation: the list of chats, the settings, an answer's website."""
 
 import html
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KEEP_JS = "watch('value', () => minigpt4.chats.told(props.value));"
 KEEP_SETTING_JS = "(value) => minigpt4.settings.keep('{name}', value)"
-SETTLED_JS = "() => { minigpt4.settle(-1); }"  # what is sent waits for the values: see upload.js
+SETTLED_JS = "() => { minigpt4.settle(-1); }"  # questions wait for the values: see upload.js
 FACTS_JS = (
     "watch('value', () => { minigpt4.facts(props.value); minigpt4.versions(props.value, "
     "(chosen) => trigger('select', chosen)); });"
@@ -48,7 +48,7 @@ PRESETS = ("precise", "balanced", "creative")
 
 
 class Panel:
-    """What is beside the conversation: the rail, the settings and the website, and its handlers.
+    """The panels beside the conversation (the rail, the settings, the website) and their handlers.
 
     settings: Sampling's fields, "seed" and "system" -> their controls.
     """
@@ -60,7 +60,7 @@ class Panel:
         """The list of conversations; returns the button for a new one."""
         fragment("brand")
         new_chat = gr.Button(label("new_chat"), elem_id="new-chat", elem_classes="line")
-        # Pass the conversation to the script that stores it, and what is known of its answers.
+        # These pass data to scripts: the conversation, which is stored, and facts on its answers.
         self.keeper = gr.HTML(html_template="", js_on_load=KEEP_JS, elem_classes="unseen")
         self.facts = gr.HTML(html_template="", js_on_load=FACTS_JS, elem_classes="unseen")
         self.recent = fragment("recent", elem_id="conversations")
@@ -78,7 +78,7 @@ class Panel:
         with gr.Column(elem_id="website", elem_classes="drawer", min_width=0):
             fragment("drawer", "website")
             self._build_website()
-        # Passes what is to be saved to the browser; the server writes no file.
+        # Passes a file's content to the browser, which saves it; the server writes no file.
         self.saved = gr.JSON(visible=False)
 
     def _build_settings(self) -> None:
@@ -96,7 +96,7 @@ class Panel:
             self.download = gr.Button(label("download_page"))
             gr.Markdown(label("download_info"), elem_classes="hint")
             with gr.Accordion(label("code_tab"), open=False):
-                # Not gr.Code: its editor would be a quarter of what a first visit loads.
+                # Not gr.Code: its editor would be a quarter of a first visit's download.
                 self.code = gr.Textbox(
                     interactive=False, elem_id="code", show_label=False, label="HTML", max_lines=24
                 )
@@ -133,7 +133,7 @@ class Panel:
         self.version.input(self.show_version, [self.version, session], self.site, **event)
         self.download.click(None, self.code, None, js=SAVE_WEBSITE_JS)
 
-    # On the event loop: threads would answer in no order.
+    # Coroutines: they answer in order, threads would not.
     async def choose_preset(self, session: Session, chosen: gr.SelectData) -> list:
         """The values of the sliders that a preset sets, and its name."""
         engine = self._loading.find(session.model)
@@ -141,32 +141,43 @@ class Panel:
         return [*values, preset_of(values, engine)]
 
     async def name_preset(self, session: Session, *values: float) -> str:
-        """The preset that has these values, "custom" where none has."""
+        """The preset that has these values, "custom" if none has."""
         return preset_of(values, self._loading.find(session.model))
 
     def record(self, session: Session, request: gr.Request) -> list:
-        """The conversation for the browser's store, and what is known of its answers."""
-        session.changed = False  # before it is read: what changes meanwhile is told later
+        """The conversation for the browser's store, and the facts on its answers."""
+        session.changed = False  # before reading it: a change meanwhile is recorded later
         said = bool(session.conversation.messages or session.forks)
         kept = [transcript.record(session, self._loading.name(session.model))] if said else []
+        left = self._records_of_left(session)
         facts = self._facts(session, request)
-        # Facts take their time: the page may show another conversation by now, which has its own.
-        return [transcript.told(session, *kept), gr.skip() if session.successor else facts]
+        # Computing the facts takes time: by now the page may show another conversation.
+        return [transcript.told(session, *left, *kept), gr.skip() if session.successor else facts]
 
     def record_left(self, session: Session, request: gr.Request) -> list:
-        """The same of a session that another has replaced: the conversations that were left before
-        a turn's end was recorded, as far as it had come, and those that files have brought.
+        """Record the sessions that were left before a turn's end was recorded, as far as the turn
+        had come, and this session if it was opened from a file.
 
-        A busy browser notices the later of two messages only, so it is told all of them again.
+        A busy browser notices only the later of two messages, so each message repeats the records.
         """
-        left, session.unrecorded = session.unrecorded, []
-        for one in [*left, *([session] if session.entry else [])]:
-            if one.name:
-                record = transcript.record(one, self._loading.name(one.model))
-                session.opened_with.append({**record, "once": secrets.token_hex(4)})
-            one.entry = None
+        if session.entry:
+            session.unrecorded.append(session)
+        self._records_of_left(session)
         told = transcript.told(session, *session.opened_with, settled=True)
         return [told, self._facts(session, request)]
+
+    def _records_of_left(self, session: Session) -> list[dict]:
+        """The records of sessions that were left and are not recorded yet."""
+        left, session.unrecorded = session.unrecorded, []
+        records = []
+        for one in left:
+            one.changed = False  # before reading it
+            if one.name:
+                record = transcript.record(one, self._loading.name(one.model))
+                records.append({**record, "once": secrets.token_hex(4)})
+            one.entry = None
+        session.opened_with += records
+        return records
 
     def _facts(self, session: Session, request: gr.Request) -> dict:
         engine = self._loading.find(session.model)
@@ -193,13 +204,13 @@ class Panel:
         return {"name": f"{name}.json", "type": "application/json", "text": text}
 
     def show_website(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> list:
-        """The last answer's website, if that is the button that was clicked."""
+        """The last answer's website, if “Preview the website” was clicked."""
         if chosen.value != "preview":
             return [gr.skip()] * 5
         return self.show_version(len(render.websites(session)) - 1, session, request)
 
     def show_version(self, number: int, session: Session, request: gr.Request) -> list:
-        """The website of this number among those of the answers."""
+        """Show the website with this number, counting those of all answers."""
         sites = render.websites(session)
         if not 0 <= number < len(sites):
             return [gr.skip()] * 5
@@ -217,7 +228,7 @@ class Panel:
 
 
 def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
-    """Sampling's fields, "seed" and "system" -> controls, rendered where this is called."""
+    """Sampling's fields, "seed" and "system" -> controls, created in the current gr.Blocks."""
     values = sampling_values(loading.engine)
     controls: dict[str, gr.components.Component] = {}
     for name, (low, high, step, _) in SLIDERS.items():
@@ -229,8 +240,8 @@ def build_controls(loading: Loading) -> dict[str, gr.components.Component]:
             precision=0 if isinstance(step, int) else None,
             label=label(name),
             info=label(f"{name}_info"),
-            interactive=loading.engine is not None,  # the model's own values come with it
-            buttons=[],  # Gradio's reset knows one model's value; a preset resets to each one's
+            interactive=loading.engine is not None,  # until then, the values are not the model's
+            buttons=[],  # no reset: it knows one model's values; presets know each model's
         )
     controls["seed"] = gr.Textbox(
         label=label("seed"),
@@ -277,7 +288,7 @@ def remembered_texts(remembered: object) -> list:
 
 
 def preset_of(values: Sequence[float], engine: "AnyEngine | None") -> str:
-    """The preset whose sliders have these values, "custom" where none has."""
+    """The preset whose sliders have these values, "custom" if none has."""
     for name in PRESETS:
         if [*preset_values(name, engine).values()] == [*values]:
             return name
@@ -313,7 +324,7 @@ def describe(engine: "AnyEngine | None", request: gr.Request | None) -> str:
 
 
 def model_name(loading: Loading, chosen: str = "") -> str:
-    """The model's name, as HTML: where there are several, a selector; "" while they are loading."""
+    """The model's name as HTML; a selector if there are several; "" while they are loading."""
     shown = loading.name(chosen)
     if not loading.several or not shown:
         return html.escape(shown)

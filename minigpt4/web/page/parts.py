@@ -15,7 +15,7 @@ SCRIPTS = (
     *("versions", "speak", "keys", "settings", "draft", "notice", "store", "chats"),
 )
 _COMMENT = re.compile(r"^[ \t]*//.*\n|[ \t]*/\*[\s\S]*?\*/\n?", re.MULTILINE)  # no // behind code
-# A gr.HTML without Gradio's own look.
+# Settings of a gr.HTML without Gradio's own styles.
 PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}
 # names.js fills in the texts: see `complete` there.
 CARD = (
@@ -30,7 +30,7 @@ def asset(name: str) -> str:
 
 
 def fragment(name: str, value: Any = None, **settings: Any) -> gr.HTML:
-    """assets/NAME.html, with `value` where it says ${value}, and assets/NAME.js if there is one."""
+    """assets/NAME.html, with `value` in place of ${value}, and assets/NAME.js if there is one."""
     script = asset(f"{name}.js") if (ASSETS / f"{name}.js").exists() else None
     return gr.HTML(
         value, html_template=asset(f"{name}.html"), js_on_load=script, **PLAIN, **settings
@@ -48,7 +48,7 @@ def hello() -> gr.HTML:
 
 
 def head() -> str:
-    """The page's styles and scripts, for its <head>. Every visit loads it: no comments."""
+    """The page's styles and scripts, for its <head>; without comments, as every visit loads it."""
     styles = [f"<style>\n{_COMMENT.sub('', asset(f'{name}.css'))}</style>\n" for name in STYLES]
     scripts = [f"<script>\n{_COMMENT.sub('', asset(f'{name}.js'))}</script>\n" for name in SCRIPTS]
     return asset("app.html") + "".join(styles + scripts)

@@ -1,4 +1,4 @@
-"""A conversation as gr.Chatbot shows it. Whatever the texts hold, none of it runs in the page."""
+"""A conversation as gr.Chatbot shows it, escaped so that nothing in the texts runs in the page."""
 
 import html
 import json
@@ -27,8 +27,8 @@ from minigpt4.web.page.texts import translate
 
 THUMBNAIL_SIDE = 1024  # pixels
 FILE_URL = "/gradio_api/file="
-# Markdown would read some characters as markup. They are written with zeros that nobody else
-# writes, so that assets/page.js can turn them back where a message is copied or edited.
+# Characters that Markdown would read as markup are written as entities with leading zeros, which
+# nobody else uses: assets/page.js turns them back when a message is copied or edited.
 _ENTITY = re.compile(r"&#00(\d{2,3});")
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]|^\s|(?<=[ \t])[ \t]|\d(?=[.)])", re.MULTILINE)
 # Code is shown as it is: a fence, a span of backticks in one paragraph, or lines that are indented.
@@ -39,12 +39,12 @@ _CODE = re.compile(
     r"(?:\A|(?<=\n\n))(?P<indented>(?:(?: {4}|\t)[^\n]*(?:\n|\Z))+\n*)",
     re.DOTALL | re.MULTILINE,
 )
-_IN_LIST = re.compile(r"\s|(?:[-*+]|\d+[.)])\s")  # where lines that are indented are no code
+_IN_LIST = re.compile(r"\s|(?:[-*+]|\d+[.)])\s")  # after such a line, indented lines are no code
 _TAG = re.compile(r"<(?!https?://[^\s<>]+>)")  # <https://…> is a link
-# $x^2$, but no amounts of money: no space inside the dollars, no digit behind them (Pandoc's rule).
+# $x^2$, but no amounts of money: no space inside the dollars, no digit after them (Pandoc's rule).
 _FORMULA = re.compile(r"(?<![\\$\w])\$(?![\s$])([^$\n]{1,500})(?<![\s\\])\$(?![\w$])")
 _MARKED_FORMULA = re.compile(r"\\\(\{\}(.*?)\\\)")
-# How gr.Chatbot finds formulas. A single dollar is none of its marks: it would take amounts, too.
+# How gr.Chatbot finds formulas. Not by single dollars: amounts of money would be taken for some.
 FORMULAS = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
@@ -53,14 +53,14 @@ FORMULAS = [
 
 
 def literal(text: str) -> str:
-    """Markdown that shows formulas, but tags and picture links as they were written.
+    """Markdown that renders formulas, but shows tags and picture links as they were written.
 
-    A formula's {} is the mark by which assets/page.js knows the dollars again.
+    The {} in a formula tells assets/page.js that it was written with dollars.
     """
     shown, done, at = "", 0, 0
     while found := _CODE.search(text, at):
         at = found.end()
-        if found["indented"] and found.start() > done:  # no code's next paragraph
+        if found["indented"] and found.start() > done:  # not the next paragraph of code
             before = text[: found.start()].rstrip()
             if _IN_LIST.match(before, before.rfind("\n") + 1):
                 at = found.start() + 1
@@ -71,7 +71,7 @@ def literal(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without code: `literal` of a part of a message."""
+    """`literal` for a part of a message that has no code."""
     text = _TAG.sub(_entity("<"), text).replace("![", "!" + _entity("["))
     return _FORMULA.sub(lambda f: f"\\({{}}{f[1]}\\)" if _balanced(f[1]) else f[0], text)
 
@@ -126,7 +126,7 @@ def show(session: Session) -> tuple[Prepared, list[int]]:
 
 
 def messages(session: Session, request: gr.Request | None, done: bool = True) -> Prepared:
-    """The conversation for gr.Chatbot; `done`: with buttons for what the last answer allows."""
+    """The conversation for gr.Chatbot; `done`: with the buttons that the last answer allows."""
     shown, places = show(session)
     last = len(session.conversation.messages) - 1
     explained = any(remark.before > last for remark in session.remarks)
@@ -144,7 +144,7 @@ def messages(session: Session, request: gr.Request | None, done: bool = True) ->
 
 
 def objects(session: Session) -> list[tuple[Detection, ...]]:
-    """Of each picture that is shown, what was found in it, for assets/where.js."""
+    """The objects found in each picture that is shown, for assets/where.js."""
     seen = (looks.find(i.key) for m in session.conversation.messages for i in m.images)
     return [look.objects or () for look in seen if look.thumbnail]
 
@@ -175,13 +175,14 @@ def _message(role: str, content: list) -> dict:
 
 
 def _pictures(message: Message, session: Session) -> list[dict]:
-    """Behind the "#" of its address is what assets/pictures.js says of each in the visitor's
-    language: its number, of how many, its file's name, its caption, the path of its upload."""
+    """A message for each picture. After the "#" in its address are the facts from which
+    assets/pictures.js writes its name in the visitor's language: its number, their count, its
+    file's name, its caption, the path of its upload."""
     shown = []
     for number, reference in enumerate(message.images, 1):
         seen = looks.find(reference.key)
         path = seen.thumbnail
-        if not path:  # the disk is full, or was
+        if not path:  # there was no room on the disk
             shown.append(_message("user", [TextMessage(text="(picture)")]))
             continue
         whole = session.files.get(reference.key, "")
@@ -196,11 +197,11 @@ def _pictures(message: Message, session: Session) -> list[dict]:
 # --- thumbnails -----------------------------------------------------------------------------------
 
 
-thumbnail_files: set[str] = set()  # all that were written, for the server to delete at its end
+thumbnail_files: set[str] = set()  # all that were written; the server deletes them at its end
 
 
 def make_thumbnail(picture: Picture) -> None:
-    """Write the file unless it exists: old ones are deleted. Takes tens of milliseconds."""
+    """Write the thumbnail unless it exists (old ones are deleted). Takes tens of milliseconds."""
     path = looks.find(picture.key).thumbnail
     if path and Path(path).exists():
         return
@@ -223,13 +224,13 @@ def make_thumbnails(conversation: Conversation) -> None:
 
 # --- the website in an answer ---------------------------------------------------------------------
 
-# A whole document, or the beginning of one, that stands in an answer without a code fence.
+# A whole document, or the beginning of one, in an answer without a code fence.
 _DOCUMENT = re.compile(
     r"<!doctype\s+html\b.*?(?:</html\s*>|\Z)|<html\b.*?(?:</html\s*>|\Z)|"
     r"<(?:head|body)\b.*?(?:</body\s*>|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
-# Possessive and atomic parts (*+, ?>): whatever stands there is read once, in linear time.
+# Possessive and atomic parts (*+, ?>) do not backtrack, so that the search takes linear time.
 _FENCE = re.compile(r"```[ \t]*+([\w+-]*+)[^\n]*+(?:\n(.*?)(?:```|\Z)|\Z)", re.DOTALL)
 _MARKUP = re.compile(
     r"\s*+(?><!--.*?-->\s*+)*+<(?:!doctype\s+html|html|head|body|div|main|section|header|h1|h2|form|p|"
@@ -245,13 +246,13 @@ FRAME_POLICY = (
 )
 # Removes WebRTC, which no policy covers.
 _FIRST_SCRIPT = asset("frame.js")
-# What would make a shadow root of markup.
+# The attribute that makes a shadow root from markup.
 _SHADOW = re.compile("shadowrootmode", re.IGNORECASE)
 
 
 def website(answer: str) -> str:
-    """The HTML in an answer, "" where there is none. CSS and scripts in further code blocks, as
-    models like to write them, are put inside."""
+    """The HTML in an answer, "" if there is none. CSS and scripts that the model wrote in further
+    code blocks are put inside."""
     document, styles, scripts = "", [], []
     for language, code in _FENCE.findall(answer):
         language = language.lower()

@@ -1,4 +1,4 @@
-"""One visitor's conversation: how it is asked, repeated, edited and written down as it comes."""
+"""One visitor's conversation: questions, retries, edits, and the answers, written as they come."""
 
 import asyncio
 import secrets
@@ -20,17 +20,17 @@ from minigpt4.web.page.versions import Fork, Forks, Tail
 if TYPE_CHECKING:
     from minigpt4.engine import AnyEngine, Sampling, Stats
 
-KEPT_SIDE = 1024  # pixels; the engine sees pictures whole, afterwards they are kept smaller
-SECONDS_PER_UPDATE = 0.15  # rest between two updates of the page, at least: phones are slow
+KEPT_SIDE = 1024  # pixels; the engine sees pictures at full size, then they are kept smaller
+SECONDS_PER_UPDATE = 0.15  # shortest pause between two updates of the page: phones are slow
 SECONDS_PER_WARNING = 5.0  # before the same one is shown again
 SECONDS_PER_LOOK = 1.0  # how often the place in the queue is shown, and a closed tab is noticed
-# Stop reasons after which an answer may be continued; "interrupted": the page was gone at its end.
+# Stop reasons after which an answer may be continued; "interrupted": the page left before its end.
 CUT_OFF = {"length", "time", "closed", "interrupted"}
 
 
 @dataclass
 class Remark:
-    """A line by the page itself, shown before the message `before`; the model never sees it."""
+    """A line by the page itself, shown before message number `before`; no model sees it."""
 
     before: int
     text: str
@@ -50,34 +50,34 @@ class About:
 
 @dataclass
 class Session:
-    """What one visitor has: the conversation, the page's remarks, pictures that are not sent yet.
+    """One visitor's data: the conversation, the page's remarks, pictures that are not sent yet.
 
-    Whatever fails before the engine accepts a question leaves all of it as it was.
+    A failure before the engine has accepted a question changes none of it.
     """
 
     conversation: Conversation = field(default_factory=Conversation)
     remarks: list[Remark] = field(default_factory=list)
-    # Path -> picture, not sent yet: those that the engine has seen, at most KEPT_SIDE long.
+    # Path -> picture in the box that the engine has seen; its longest side is KEPT_SIDE at most.
     uploads: dict[str, Picture] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # picture's key -> path of its upload
     keys: dict[str, str] = field(default_factory=dict)  # picture's key -> its key in the browser
-    captions: dict[str, str] = field(default_factory=dict)  # picture's key -> as it was opened with
-    entry: About | None = None  # of the browser's list, where a file told it
+    captions: dict[str, str] = field(default_factory=dict)  # picture's key -> its stored caption
+    entry: About | None = None  # of the browser's list, if it was opened from a file
     answer: Answer | None = None  # the running one, or the last one
     busy: bool = False  # while an answer is running
-    changed: bool = False  # since the browser was last told of a turn's end
+    changed: bool = False  # since the browser last got a record of it
     # The session that the page shows instead of this one.
     successor: "Session | None" = field(default=None, repr=False, compare=False)
-    # Those that were left before the browser knew all of them, until they are recorded.
+    # Sessions that were left before the browser had recorded all of them.
     unrecorded: "list[Session]" = field(default_factory=list, repr=False, compare=False)
-    # What was told when this one was opened: it is told again with each record of that kind.
+    # Records that were sent when this session was opened: `record_left` repeats them.
     opened_with: list[dict] = field(default_factory=list, repr=False, compare=False)
     # The last warning and when it came.
     warned: tuple[str, float] = field(default=("", 0.0), repr=False, compare=False)
     stop_reason: str = ""  # of the last answer
-    sent: dict | None = None  # what the message box held, once it was asked
-    model: str = ""  # that answers; "" is the first of those that are offered
-    name: str = ""  # among the visitor's recent conversations; given with the first question
+    sent: dict | None = None  # the message box's value when the engine accepted the question
+    model: str = ""  # the model's name; "" is the first of those that are offered
+    name: str = ""  # its id in the browser's list; given with the first question
     statistics: dict[int, "Stats"] = field(default_factory=dict)  # place -> its answer's
     forks: Forks = field(default_factory=dict)  # other versions of what is shown
     # Place -> the message and how it is shown, so that each is rendered once (see render.py).
@@ -91,8 +91,8 @@ class Session:
         self.changed = True
 
     def is_news(self, warning: str) -> bool:
-        """Whether the visitor has not been warned of the same a moment ago: of a bad file that is
-        sent at once, its look and its question both tell."""
+        """Whether this warning was not shown a moment ago. If a bad file is sent at once, both the
+        first look at it and the question cause the same warning."""
         (before, then), now = self.warned, time.monotonic()
         self.warned = warning, now
         return warning != before or now - then > SECONDS_PER_WARNING
@@ -117,18 +117,18 @@ class Session:
             self.answer.close()
 
     def load_picture(self, path: str) -> Picture:
-        """The picture in an uploaded file. UserError where it is not a picture."""
+        """The picture in an uploaded file. UserError if it is not a picture."""
         picture = self.uploads.get(path) or decoding.load(path)
         self.files[picture.key] = path
         return picture
 
     @property
     def last_answer(self) -> str:
-        """The last answer's text; "" where there is none."""
+        """The last answer's text; "" if there is none."""
         return self.answer_at(len(self.conversation.messages) - 1)
 
     def answer_at(self, index: int) -> str:
-        """The text of an answer; "" where message `index` is not one."""
+        """The text of an answer; "" if message `index` is not one."""
         messages = self.conversation.messages
         if not 0 <= index < len(messages) or messages[index].role != "assistant":
             return ""
@@ -136,18 +136,18 @@ class Session:
 
     @property
     def unanswered(self) -> bool:
-        """Whether the last question's answer has not a word."""
+        """Whether the last question has no answer, or an empty one."""
         return bool(self.conversation.messages) and not self.last_answer
 
     @property
     def can_continue(self) -> bool:
-        """Whether the last answer was cut off."""
+        """Whether the last answer is missing or was cut off."""
         return self.unanswered or (bool(self.last_answer) and self.stop_reason in CUT_OFF)
 
     # --- the next conversation to answer; the session's own stays as it is ---------------------
 
     def with_question(self, text: str, files: list[str]) -> Conversation:
-        """The conversation and another question. UserError where a file is not a picture."""
+        """The conversation with a further question. UserError if a file is not a picture."""
         pictures = [self.load_picture(path) for path in files]
         conversation = self._up_to(len(self.conversation.messages))
         if conversation.messages and conversation.messages[-1].role == "user":
@@ -174,14 +174,13 @@ class Session:
         return conversation
 
     def to_continue(self) -> Conversation:
-        """The conversation unchanged, so that its last answer can be continued; without an answer
-        that has not a word."""
+        """The conversation with its last answer, which is to be continued, unless it is empty."""
         if self.unanswered:
             return self.to_retry()
         return self._up_to(len(self.conversation.messages))
 
     def undo(self) -> tuple[str, list[str]]:
-        """Take back the last question and its answer: its text, and the paths of its pictures."""
+        """Remove the last question and its answer. Returns its text and its pictures' paths."""
         index = self._last_question()
         question = self.conversation.messages[index]
         self._put_away(index)
@@ -199,7 +198,7 @@ class Session:
         return Conversation(old.messages[:end], {**old.pictures}, old.system)
 
     def replace_conversation(self, conversation: Conversation) -> None:
-        """Make this the conversation; remarks on removed messages go, too."""
+        """Make this the conversation; remarks on removed messages are removed, too."""
         self.conversation, self.changed = conversation, True
         count = len(conversation.messages)
         self.remarks = [r for r in self.remarks if r.before < count]
@@ -209,7 +208,7 @@ class Session:
     # --- versions ------------------------------------------------------------------------------
 
     def show_version(self, place: int, number: int) -> None:
-        """Show another version from `place` on. UserError where there is none."""
+        """Show another version from `place` on. UserError if there is none."""
         fork = self.forks.get(place)
         if fork is None or not 0 <= number < len(fork.tails) or fork.shown < 0:
             raise no_version()
@@ -236,7 +235,7 @@ class Session:
         self.stop_reason = ""
 
     def _branch(self, conversation: Conversation) -> None:
-        """What `conversation`, which is to be shown, leaves out becomes a version."""
+        """Keep as a version what is shown now and is not in `conversation`, shown next."""
         old, new = self.conversation.messages, conversation.messages
         common = (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a is not b)
         place = next(common, len(old))
@@ -252,8 +251,8 @@ class Session:
         """Have `conversation` answered and write the answer down as it comes.
 
         Yields whenever there is something new to show, first when the engine has accepted the
-        question; UserError before that changes nothing. However this ends, cancelled at any
-        `await` included, the answer is closed.
+        question. A UserError before that changes nothing. The answer is always closed at the end,
+        also if this is cancelled at some `await`.
         """
         answer = await start(engine, conversation, sampling)
         try:
@@ -289,10 +288,10 @@ class Session:
                     if text is not None:
                         self._write(place, head + answer.text)
                     elif number is not None:
-                        break  # its end
+                        break  # the answer has ended
                     if time.monotonic() - updated >= SECONDS_PER_UPDATE:
                         yield
-                        # After the yield: however long the page took, the loop then rests.
+                        # After the yield, so that the pause does not include the page's work.
                         updated = time.monotonic()
         finally:
             answer.close()
@@ -307,12 +306,12 @@ class Session:
 
 
 def no_version() -> UserError:
-    """What is raised where a version is asked for that is none."""
+    """The error for a version that does not exist."""
     return UserError("There is no such version of this message.", message_id="no_version")
 
 
 def too_many_pictures() -> UserError:
-    """What is raised, or shown, where a conversation would have more than FILES_AT_ONCE."""
+    """The error for a conversation with more than FILES_AT_ONCE pictures."""
     return UserError(
         f"A conversation may hold at most {FILES_AT_ONCE} pictures.",
         message_id="too_many_pictures",
@@ -321,7 +320,7 @@ def too_many_pictures() -> UserError:
 
 
 async def start(engine: "AnyEngine", conversation: Conversation, sampling: "Sampling") -> Answer:
-    """`ask` in a thread. Where this is cancelled meanwhile, the answer is closed once it exists."""
+    """`ask` in a thread. If this is cancelled meanwhile, the answer is closed once it exists."""
     asked = asyncio.ensure_future(asyncio.to_thread(ask, engine, conversation, sampling))
     try:
         return await asyncio.shield(asked)
@@ -329,7 +328,7 @@ async def start(engine: "AnyEngine", conversation: Conversation, sampling: "Samp
         asked.add_done_callback(_close_answer)
         raise
     finally:
-        del asked  # an error in it refers to this frame: the cycle would keep the pictures
+        del asked  # its error refers to this frame: the cycle would keep the pictures in memory
 
 
 def _close_answer(asked: "asyncio.Future[Answer]") -> None:

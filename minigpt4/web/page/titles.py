@@ -8,7 +8,7 @@ from minigpt4.web.page import looks
 from minigpt4.web.page.looks import first_sentence
 
 TITLE_LENGTH = 60
-# A question of these words alone fits any picture: what is in the picture says more.
+# A question of these words alone fits any picture: a caption makes a better title.
 _WORDS = """a about ad advert advertisement an and ask asks briefly can caption could describe
     detail detailed do explain explains for four funny give happening happens here i image in is it
     joke line lines me of one photo photograph picture please poem product recipe see sentence
@@ -24,15 +24,15 @@ _ANY_PICTURE = set(_WORDS.split())
 
 
 def title(conversation: Conversation, captions: Mapping[str, str] | None = None) -> str:
-    """The beginning of what it is about; "" where there are only pictures. captions: by the
-    pictures' keys, where `looks` has none."""
+    """The beginning of the conversation's subject; "" if there are only pictures. captions:
+    picture's key -> a caption to use if `looks` has none."""
     line = " ".join(_subject(conversation, captions or {}).split())
     return line[:TITLE_LENGTH].rstrip(" ,") + ("…" if len(line) > TITLE_LENGTH else "")
 
 
 def _subject(conversation: Conversation, captions: Mapping[str, str]) -> str:
-    """The first question; where it fits any picture, the first picture's caption, or the beginning
-    of the answer. "" where there are only pictures."""
+    """The first question. If it fits any picture: the first picture's caption, or else the first
+    answer. "" if there are only pictures."""
     question = _text(conversation, "user")
     if conversation.pictures and not _words(question) - _ANY_PICTURE:
         key = next(iter(conversation.pictures))

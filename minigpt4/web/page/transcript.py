@@ -1,5 +1,5 @@
-"""A conversation written down: as Markdown to be read, as JSON and for the browser's store to be
-opened again."""
+"""A conversation written down: as Markdown, to be read; as JSON, in a file or in the browser's
+store, to be opened again."""
 
 import base64
 import json
@@ -34,19 +34,19 @@ MAX_MESSAGES = 1000
 MAX_CHARACTERS = 1_000_000
 MAX_TITLE = 200
 MAX_REMARK = 500
-# What is kept of an answer's `Stats`.
+# The fields of an answer's `Stats` that are kept.
 FIGURES = ("prompt_tokens", "reused_tokens", "tokens", "seconds_to_first", "seconds")
 STOP_REASONS = {"stop", "length", "time", "closed", "interrupted"}
 LAST_TIME = 8_640_000_000_000_000  # ms; browsers know no later date
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an entry of the browser's list
-_DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # characters that turn a text around
+_DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # characters that change the direction
 
 
 def to_data(session: Session, model: str = "", side: int | None = FULL_SIDE) -> dict:
     """Plain data for JSON; pictures as JPEG `data:` URLs, at most `side` pixels long.
 
-    side: None leaves the pictures out, for the browser, which has its own keys of them. An answer
-    that is running is written down as if it were interrupted here.
+    side: None leaves the pictures out, for the browser, which has its own keys for them. A running
+    answer is written down as if it were interrupted now.
     """
     conversation, keys = session.conversation, session.keys if side is None else {}
     used = used_pictures(conversation, session.forks)
@@ -136,7 +136,7 @@ def _part(part: str | ImageRef, keys: Mapping[str, str]) -> dict:
 
 
 def record(session: Session, model: str) -> dict:
-    """The conversation as it is now, but for its pictures, which the browser fetches and keeps."""
+    """The conversation as it is now, without its pictures, which the browser fetches and keeps."""
     keys = session.keys
     used = used_pictures(session.conversation, session.forks)
     return {
@@ -152,15 +152,15 @@ def record(session: Session, model: str) -> dict:
 
 
 def forgotten(name: str) -> dict:
-    """What assets/chats.js is told where the server no longer has the conversation it shows."""
+    """Tells assets/chats.js that the server no longer has the conversation that the page shows."""
     return {"mark": secrets.token_hex(4), "forgotten": name, "records": []}
 
 
 def told(session: Session, *records: dict, settled: bool = False) -> dict:
-    """What assets/chats.js is told: records, and the name of the conversation that the page shows.
+    """A message for assets/chats.js: records, and the name of the conversation that the page shows.
 
-    settled: the page has just been made to show it. The mark is new each time, so that nothing that
-    is told goes unnoticed.
+    settled: the page has just switched to it. The mark is new each time, so that the browser
+    notices every message.
     """
     return {
         "mark": secrets.token_hex(4),
@@ -170,11 +170,11 @@ def told(session: Session, *records: dict, settled: bool = False) -> dict:
     }
 
 
-# --- reading: whatever a file or a browser sends is checked here ----------------------------------
+# --- reading: all data from a file or a browser is checked here -----------------------------------
 
 
 def from_file(path: str) -> Session:
-    """What is in a downloaded JSON file. UserError where it is something else."""
+    """The session in a downloaded JSON file. UserError if it is something else."""
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_BYTES + 1)
@@ -186,8 +186,8 @@ def from_file(path: str) -> Session:
 
 
 def from_record(record: object) -> Session:
-    """What a browser kept: its pictures are files that it has uploaded. UserError where it is
-    something else."""
+    """The session in a browser's record; its pictures are files that the browser has uploaded.
+    UserError if it is something else."""
     files: dict[str, str] = {}
 
     def load(path: object) -> Picture:
@@ -204,7 +204,7 @@ def from_record(record: object) -> Session:
 
 
 def read_about(data: object) -> About:
-    """An entry of the browser's list; what is wrong in it is left out."""
+    """An entry of the browser's list; invalid values are left out."""
     given = data if isinstance(data, dict) else {}
     name, title, time = given.get("id"), given.get("title"), given.get("time")
     return About(
@@ -217,8 +217,8 @@ def read_about(data: object) -> About:
 
 
 def from_data(data: object, load: Callable[[object], Picture] | None = None) -> Session:
-    """What `to_data` wrote. UserError where the data is something else. load: opens a picture that
-    the browser keeps; by default, pictures are `data:` URLs."""
+    """The session that `to_data` wrote. UserError if the data is something else. load: opens a
+    picture that the browser keeps; by default, pictures are `data:` URLs."""
     fields = _typed(data, dict)
     _require(fields.get("format") == FORMAT and fields.get("version") == VERSION)
     given = _typed(fields.get("pictures"), dict)
@@ -250,7 +250,7 @@ def from_data(data: object, load: Callable[[object], Picture] | None = None) -> 
 
 
 def _remarks(data: object, last: int) -> list[Remark]:
-    """The page's remarks, before place `last` at most; what is wrong is left out."""
+    """The page's remarks, before place `last` at most; invalid ones are left out."""
     given = data if isinstance(data, list) else []
     pairs = [pair for pair in given[:MAX_MESSAGES] if isinstance(pair, list) and len(pair) == 2]
     return [
@@ -261,7 +261,7 @@ def _remarks(data: object, last: int) -> list[Remark]:
 
 
 def _captions(data: object, pictures: Mapping[str, Picture]) -> dict[str, str]:
-    """Picture's key -> its caption; what is wrong is left out."""
+    """Picture's key -> its caption; invalid ones are left out."""
     return {
         pictures[key].key: caption[:MAX_TITLE]
         for key, caption in (data if isinstance(data, dict) else {}).items()
@@ -294,7 +294,7 @@ def _read_tail(data: object, start: int, pictures: dict[str, Picture], before: s
 
 
 def _read_figures(data: object) -> dict[int, Stats]:
-    """What `_figures` wrote; what is wrong in it is left out."""
+    """The statistics that `_figures` wrote; invalid ones are left out."""
     found = {}
     for place, given in (data if isinstance(data, dict) else {}).items():
         numbers = given if isinstance(given, list) else []
@@ -334,7 +334,7 @@ def _read_part(data: object, pictures: dict[str, Picture]) -> str | ImageRef:
         return _typed(part.get("text"), str)
     key = _typed(part.get("key"), str)
     _require(key in pictures)
-    return ImageRef(pictures[key].key)  # decoded again, the picture has another key
+    return ImageRef(pictures[key].key)  # the decoded copy has a key of its own
 
 
 def _of_url(url: object) -> Picture:
@@ -348,7 +348,7 @@ def _of_url(url: object) -> Picture:
 
 
 def _checked(picture: Picture) -> Picture:
-    _require(max(picture.rgb.size) <= FULL_SIDE)  # nothing that was written here is larger
+    _require(max(picture.rgb.size) <= FULL_SIDE)  # `to_data` writes no larger ones
     return picture
 
 

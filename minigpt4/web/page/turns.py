@@ -33,17 +33,17 @@ log = logging.getLogger(__name__)
 
 
 def box(answering: bool, **changes: object) -> dict:
-    """The message box: with a button that sends, or one that stops."""
+    """An update of the message box: it gets a stop button while answering, else a send button."""
     return gr.update(submit_btn=not answering, stop_btn=answering, **changes)
 
 
 class Turns:
-    """The page's handlers; those that answer yield (messages, box, status, what is kept).
+    """The page's handlers. Those that answer yield (messages, box, status, record for the browser).
 
-    names: the fields of Sampling that the page has controls for, in the order their values come;
-    the system prompt comes after them, and then `shown`: the browser's name of the conversation
-    that the page shows. Where the session knows nothing of it, as after a day, nothing is done: the
-    page opens it again.
+    names: the fields of Sampling that the page has controls for, in the order of their values. The
+    system prompt comes after these, and then `shown`, the browser's id of the conversation on the
+    page. If the session no longer has that conversation, as after a day, the handler does nothing
+    else than have the page open it again.
     """
 
     def __init__(self, loading: Loading, names: Sequence[str]) -> None:
@@ -65,8 +65,8 @@ class Turns:
                 yield step
 
     def empty(self, value: dict, session: Session) -> dict:
-        """Empty the box of what has been asked: on a busy computer the browser takes the updates of
-        a whole turn at once, and the one that empties the box is lost among them."""
+        """Empty the box again after the turn: a busy browser may apply all updates of a turn at
+        once, and then loses the update that empties the box."""
         sent, session.sent = session.sent, None
         if not sent or value["text"] != sent["text"] or not {*sent["files"]} <= {*value["files"]}:
             return gr.skip()
@@ -96,11 +96,11 @@ class Turns:
                 yield step
 
     async def look(self, session: Session, request: gr.Request) -> tuple:
-        """Have captioned what was sent at once, after its answer: (messages, what is kept)."""
+        """After the answer, caption pictures that were sent at once: (messages, record)."""
         if not await self._first_look.at_conversation(session) or session.busy or session.successor:
             return gr.skip(), gr.skip()
         session.rendered.clear()
-        return render.messages(session, request), self._told(session)
+        return render.messages(session, request), self._record(session)
 
     async def retry(
         self, session: Session, request: gr.Request, *settings: float | str | None
@@ -117,11 +117,11 @@ class Turns:
         request: gr.Request,
         *settings: float | str | None,
     ) -> AsyncGenerator[tuple, None]:
-        """Answer an earlier question with another text; what followed it is removed."""
+        """Answer an earlier question with another text; what followed becomes a version."""
 
         def conversation() -> Conversation:
             _, places = render.show(session)
-            known = edited.index in range(len(places))  # another one may be shown by now
+            known = edited.index in range(len(places))  # the conversation may have changed
             text = render.unescape(edited.value)
             return session.with_edit(places[edited.index] if known else -1, text)
 
@@ -148,8 +148,8 @@ class Turns:
         self, value: dict | None, session: Session, shown: str | None, request: gr.Request
     ) -> tuple:
         """Put the last question back into the box, before what is in it, and remove its answer."""
-        if hindered := _hindered(session, shown, request):
-            return hindered
+        if blocked := _blocked(session, shown, request):
+            return blocked
         try:
             text, files = session.undo()
         except UserError as error:
@@ -166,8 +166,8 @@ class Turns:
         self, session: Session, shown: str | None, chosen: gr.SelectData, request: gr.Request
     ) -> tuple:
         """Show another version of the conversation from a place on."""
-        if hindered := _hindered(session, shown, request):
-            return hindered
+        if blocked := _blocked(session, shown, request):
+            return blocked
         value = chosen.value if isinstance(chosen.value, dict) else {}
         place, number = value.get("place"), value.get("number")
         try:
@@ -195,13 +195,13 @@ class Turns:
         sent: dict | None = None,
         seed: int | None = None,
     ) -> AsyncGenerator[tuple, None]:
-        """sent: what the box holds, if it is to be emptied; seed: where the settings have none."""
+        """sent: the box's value, if it is to be emptied; seed: used if the settings have none."""
         *settings, shown = settings
-        if hindered := _hindered(session, str(shown or ""), request):
-            yield hindered
+        if blocked := _blocked(session, str(shown or ""), request):
+            yield blocked
             return
         accepted, status, failure, session.busy = False, "", "", True
-        refused = False  # a picture of the box
+        refused = False  # whether a picture in the box was refused
         recorded = 0.0
         try:
             steps = self._run(session, build, request, settings, seed)
@@ -216,7 +216,7 @@ class Turns:
                     kept = gr.skip()
                     if time.monotonic() - recorded >= SECONDS_PER_RECORD:
                         recorded = time.monotonic()
-                        kept = self._told(session)
+                        kept = self._record(session)
                     yield render.messages(session, request, False), change, line, kept
             if not session.last_answer and session.stop_reason != "closed":
                 session.remark(translate("silent", request))
@@ -238,8 +238,10 @@ class Turns:
                 warn(translate("unsent", request))
         if not session.successor:
             yield render.messages(session, request), box(False), status, gr.skip()
-        if session.successor:  # even since then: what is sent last is what the page shows
+        if session.successor:  # perhaps since that yield: the last update is what the page shows
             latest = session.latest
+            if session.changed:  # since it was left and recorded
+                latest.unrecorded.append(session)
             yield render.messages(latest, request), box(latest.busy), gr.skip(), gr.skip()
 
     async def _run(
@@ -250,7 +252,7 @@ class Turns:
         settings: Sequence[float | str | None],
         seed: int | None,
     ) -> AsyncGenerator[str, None]:
-        """Answer what `build` returns; the status line at each step that has something to show."""
+        """Answer the conversation that `build` returns; yields the status line at each step."""
         engine = self._engine(session, request)
         sampling, system = self._sampling(settings, request)
         if sampling.seed is None:
@@ -266,7 +268,7 @@ class Turns:
                 if not session.successor:  # else the page shows another conversation
                     yield answers.waiting(session, sampling.num_beams, request)
 
-    def _told(self, session: Session) -> dict:
+    def _record(self, session: Session) -> dict:
         return transcript.told(
             session, transcript.record(session, self._loading.name(session.model))
         )
@@ -277,7 +279,7 @@ class Turns:
             session.remarks.append(Remark(len(session.conversation.messages) - 1, text))
 
     def _engine(self, session: Session, request: gr.Request | None) -> "AnyEngine":
-        """That of the session's model. UserError while it is being loaded."""
+        """The engine of the session's model. UserError while it is being loaded."""
         engine = self._loading.find(session.model)
         if engine is None:
             error = self._loading.error
@@ -289,7 +291,7 @@ class Turns:
     def _sampling(
         self, settings: Sequence[float | str | None], request: gr.Request | None
     ) -> tuple["Sampling", str | None]:
-        """The settings and the system prompt. UserError where they are not valid."""
+        """The settings and the system prompt. UserError if they are not valid."""
         from minigpt4.engine import Sampling
 
         *values, system = settings
@@ -302,8 +304,8 @@ class Turns:
         return sampling, str(system or "").strip() or None
 
 
-def _hindered(session: Session, shown: str | None, request: gr.Request | None) -> tuple | None:
-    """What a handler returns where it can do nothing now; None where it can."""
+def _blocked(session: Session, shown: str | None, request: gr.Request | None) -> tuple | None:
+    """The result of a handler that can do nothing now; None if it can."""
     if shown and not session.name:
         return (*UNCHANGED[:3], transcript.forgotten(shown))
     if session.busy:  # a second Enter, for example

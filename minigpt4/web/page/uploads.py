@@ -1,7 +1,6 @@
 """Handlers of uploads: pictures, examples, saved conversations.
 
-All handlers here are plain functions: Gradio runs them in threads, where opening pictures may take
-its time.
+All handlers here are plain functions, since opening pictures is slow: Gradio runs them in threads.
 """
 
 import logging
@@ -35,8 +34,8 @@ class Uploads:
     def attach(self, value: dict, session: Session, request: gr.Request) -> Iterator[tuple]:
         """Look at pictures as soon as they are in the box.
 
-        Yields (paths that must leave the box, status, small copies of the others, for browsers that
-        cannot show the files): not the box itself, in which the visitor may be typing.
+        Yields (paths to remove from the box, status, small copies of the others, for browsers that
+        cannot show the files). The box itself is no output: the visitor may be typing in it.
         """
         yield gr.skip(), translate("looking", request), gr.skip()
         good, status = self._look_at(value["files"], session, request)
@@ -53,11 +52,10 @@ class Uploads:
     def _look_at(
         self, paths: list[str], session: Session, request: gr.Request
     ) -> tuple[list[str], str | dict]:
-        """Have pictures encoded while the question is being typed: (paths that are pictures,
-        status).
+        """Encode pictures while the question is being typed: (paths that are pictures, status).
 
-        One after another, and only what the engine has seen is kept, at most KEPT_SIDE long: of all
-        that a visitor attaches, one picture at a time is in memory at full size.
+        Pictures are encoded one after another, and then kept with a longest side of at most
+        KEPT_SIDE, so that only one is in memory at full size.
         """
         # Pictures that were removed from the box are not kept.
         session.uploads = uploads = {p: u for p, u in session.uploads.items() if p in paths}
@@ -78,7 +76,7 @@ class Uploads:
                     looks.note_objects(picture, engine.encode(picture))
                     uploads[path] = image.smaller(picture, KEPT_SIDE)
                     render.make_thumbnail(uploads[path])
-            except Exception:  # only a head start: the answer will tell
+            except Exception:  # only a head start: the answer reports the error
                 log.exception("while encoding a picture")
         if session.busy or session.uploads is not uploads:  # a question has been sent
             return good, gr.skip()
@@ -92,7 +90,7 @@ class Uploads:
     def open(self, path: str, session: Session, request: gr.Request) -> tuple:
         """The conversation in a file that was downloaded earlier.
 
-        Returns what `new_chat` does, and the system prompt, which is the conversation's own.
+        Returns the same as `new_chat`, and the conversation's system prompt.
         """
         return self._show(lambda: transcript.from_file(uploaded(path)), False, session, request)
 
@@ -103,7 +101,7 @@ class Uploads:
     def _show(
         self, read: Callable[[], Session], listed: bool, old: Session, request: gr.Request
     ) -> tuple:
-        """listed: whether the browser's list has the conversation; otherwise it gets it."""
+        """listed: whether the browser's list has the conversation; if not, it is added."""
         try:
             opened = read()
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Versions of a conversation: texts that Retry, Edit and Undo replaced stay beside the new ones."""
+"""Versions of a conversation: texts that Retry, Edit and Undo replaced, beside the new ones."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,15 +29,15 @@ class Tail:
 class Fork:
     """The versions of a conversation from one place on.
 
-    tails: None in the place of the version that is shown; shown: its number, -1 where none is (the
-    question was taken back).
+    tails: None in the place of the version that is shown; shown: its number, -1 if none is shown
+    (the question was taken back).
     """
 
     tails: list[Tail | None]
     shown: int
 
     def put_away(self, tail: Tail) -> None:
-        """Keep what was shown until now; nothing is shown."""
+        """Keep the version that was shown until now; then none is shown."""
         if self.shown >= 0 and tail.says_something:
             self.tails[self.shown] = tail
         elif self.shown >= 0:
@@ -47,7 +47,7 @@ class Fork:
         self.shown = -1
 
     def take(self, number: int) -> Tail | None:
-        """Show a version, or, with the number of none, a new one (None)."""
+        """Show a version and return its tail; with a number past the last, a new one (None)."""
         if number >= len(self.tails):
             self.tails.append(None)
         self.shown = number

@@ -2,13 +2,13 @@
 (() => {
   const { say, make, store, notice } = window.minigpt4;
   const OLD = "minigpt4:chat:"; // keys in localStorage, where conversations used to be
-  const SIDE = 96, UNDO = 10_000; // of a thumbnail, in pixels; how long a deletion can be undone, in ms
+  const SIDE = 96, UNDO = 10_000; // a thumbnail's side in pixels; how long Undo is offered, in ms
   const channel = window.BroadcastChannel ? new BroadcastChannel("minigpt4") : null;
   const random = () => Array.from(crypto.getRandomValues(new Uint8Array(8)),
     (byte) => byte.toString(16).padStart(2, "0")).join("");
 
   // --- the list ---------------------------------------------------------------------------------
-  let list = new Map(); // id -> what is shown of it
+  let list = new Map(); // id -> its entry in the list
   const draw = () => dispatchEvent(new Event("minigpt4:chats"));
   const changed = () => {
     draw();
@@ -42,7 +42,7 @@
   };
 
   // --- writing ----------------------------------------------------------------------------------
-  // Conversations are written one after another; where there is no room, the oldest make some.
+  // Conversations are written one after another; if there is no room, the oldest are deleted.
   let last = Promise.resolve();
   const inTurn = (act) => (last = last.then(act, act));
   const withRoom = async (act) => {
@@ -77,7 +77,7 @@
       side, side, 0, 0, SIDE, SIDE);
     return canvas.toDataURL("image/jpeg", 0.8);
   };
-  // Keep a picture, unless it is kept already or on its way; `fetched` gets its file.
+  // Store a picture, unless it is stored or being fetched already; `fetched` fetches its file.
   const coming = new Map(); // key -> a promise
   const keepPicture = (key, name, fetched) => {
     const write = async () => {
@@ -99,8 +99,8 @@
     changed();
   };
 
-  // A conversation's name -> the id and time at which this page last wrote or opened it. If two
-  // pages go on with one conversation, the later to write it uses another id.
+  // A conversation's name on the server -> its id here, and the time at which this page last wrote or
+  // opened it. If two pages continue one conversation, the second to write it uses another id.
   const places = new Map();
   const removed = new Set(); // what this page deleted
   const fileOf = ({ path }) => async () => {
@@ -118,12 +118,12 @@
     const keys = [...new Set(partsOf(data).filter(({ type }) => type === "image").map(({ key }) => key))];
     const before = JSON.stringify(all().map(({ id, title }) => [id, title]));
     const write = (id, mine) => change([id], (chat, talk) => {
-      // A file whose conversation is kept, but is another by now, does not replace it.
+      // A conversation from a file does not replace the stored one if their texts differ.
       const differs = about ? talk && textOf(talk) !== textOf(said)
         : chat && !chat.deleted && mine && chat.time !== mine.time;
       if (differs) return undefined;
       const entry = { pinned: about?.pinned, named: about?.named, ...chat };
-      const more = said.messages.length > (talk?.messages.length ?? 0); // another page deleted it
+      const more = said.messages.length > (talk?.messages.length ?? 0); // it grew after another page deleted it
       if (about || (more && !removed.has(id))) delete entry.deleted;
       entry.title = chat?.named ? chat.title : (about?.title || title);
       const time = about ? chat?.time || about.time || Date.now()
@@ -146,8 +146,8 @@
       .then(() => list.get(id)?.thumb || inTurn(() => thumbnail(id, keys)));
   };
 
-  // A picture that is kept. A page that was left a moment after sending has not fetched it yet: the
-  // server may still have it.
+  // A stored picture. A page that was left right after sending has not fetched it: the server may
+  // still have it.
   const readPicture = async ({ files }, key) => {
     if (files?.[key]) await keepPicture(key, files[key].name, fileOf(files[key]));
     return (await store).get("pictures", key);
@@ -162,9 +162,9 @@
     await (await store).sweep();
     coming.clear();
   };
-  // The conversations leave the list at once, and the browser when that can no longer be undone:
-  // together with those deleted just before.
-  let undo = null, gone = [], left; // the notice; what it brings back; which of them was shown
+  // Conversations leave the list at once, and the store when Undo is no longer offered. While its
+  // notice is shown, Undo also brings back those deleted before.
+  let undo = null, gone = [], left; // the notice; what Undo brings back; which of these was shown
   const remove = async (ids) => {
     if (!undo?.isConnected) [gone, left] = [[], null];
     const all = gone = [...new Set([...gone, ...ids])];
@@ -177,8 +177,8 @@
       all.forEach((id) => removed.delete(id));
       await edit(all, { deleted: undefined });
       const sent = document.documentElement.hasAttribute("data-sending");
-      const idle = current === null && (asked === null || !sent); // New chat may be on its way
-      if (before && idle) open(before); // else the visitor is in another one by now
+      const idle = current === null && (opening === null || !sent); // New chat may be on its way
+      if (before && idle) open(before); // else another one is shown by now
     }, UNDO);
     await edit(all, { deleted: Date.now() });
     if (shown) {
@@ -191,8 +191,8 @@
   // --- the conversation that is shown, and its address ---------------------------------------------
   let current = null; // its id
   let select = null; // the list's event, which opens a conversation
-  // The page is asked to show one conversation at a time; `wanted` is the one to be shown next.
-  let asked, wanted;
+  // `opening`: the conversation that is being opened, null for a new one; `wanted`: the one to open next.
+  let opening, wanted;
   let empty = false; // is "New chat" clicked by this script, for an address without a conversation?
   const addressed = () => {
     try { return decodeURIComponent(location.hash.match(/^#\/c\/([^/]+)$/)?.[1] ?? "") || null; }
@@ -220,7 +220,7 @@
   };
   const show = async (id) => {
     const before = current;
-    [asked, wanted] = [id, undefined];
+    [opening, wanted] = [id, undefined];
     document.documentElement.toggleAttribute("data-opening", true);
     set(id);
     if (!id) {
@@ -231,28 +231,28 @@
     }
     const base = await store;
     const [chat, talk] = [await base.get("chats", id), await base.get("talks", id)];
-    if (chat) places.set(id, { id, time: chat.time }); // what was left may still be written meanwhile
+    if (chat) places.set(id, { id, time: chat.time }); // first: a late record may change it meanwhile
     try {
       const found = (await Promise.all(talk.keys.map((key) => readPicture(talk, key)))).filter(Boolean);
       const files = found.map(({ blob, name, key }) => new File([blob], name || `${key.slice(0, 8)}.jpg`));
       const paths = await upload(files);
       const pictures = Object.fromEntries(found.map(({ key }, place) => [key, paths[place]]));
-      for (const part of partsOf(talk)) { // a picture that is lost
+      for (const part of partsOf(talk)) { // a lost picture becomes "…"
         if (part.type === "image" && !(part.key in pictures)) Object.assign(part, { type: "text", text: "…" });
       }
       const data = { ...talk, format: "minigpt4-conversation", version: 1, pictures };
       select({ index: 0, value: { about: { id }, data } });
     } catch {
       window.minigpt4.keepUnsent();
-      if (before) address(before, true); // after a reload, another one tries again
+      if (before) address(before, true); // none after a reload: the address stays for another try
       settle(before || "");
       notice(say("error_connection"));
     }
   };
   const settle = (id) => {
     const next = wanted;
-    window.minigpt4.forget(); // what was sent before is asked there, or not at all
-    [asked, wanted] = [undefined, undefined];
+    window.minigpt4.forget(); // a question sent before belongs to the conversation that was left
+    [opening, wanted] = [undefined, undefined];
     if (next !== undefined && next !== id) {
       show(next);
       return;
@@ -262,26 +262,27 @@
   };
   const target = () => (wanted === undefined ? current : wanted);
   const want = (id) => {
-    // What waits for its pictures belongs to what is shown. After a reload that is yet to be opened.
+    // A question that waits for uploads belongs to the shown conversation: it is not sent in another.
+    // After a reload, the shown one is the one that is being opened.
     if (document.documentElement.dataset.opening !== "first") window.minigpt4.keepUnsent();
     document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
-    if (asked === undefined) show(id);
+    if (opening === undefined) show(id);
     else wanted = id;
   };
-  // Show a conversation that is kept, or else say that it is not.
+  // Show a stored conversation, or say that it is not stored here.
   const open = async (id, replace) => {
     await begun;
     const chat = await (await store).get("chats", id);
     if (!chat || chat.deleted) {
       notice(say("not_here"));
       address(current, true);
-      document.documentElement.toggleAttribute("data-opening", asked !== undefined);
+      document.documentElement.toggleAttribute("data-opening", opening !== undefined);
       return;
     }
     address(id, replace);
     want(id);
   };
-  // What transcript.py tells: conversations to be kept, and which one the page shows.
+  // Handle a message from transcript.py: conversations to store, and which one the page shows.
   const told = (news) => {
     if (!news) return;
     if (news.forgotten) {
@@ -292,14 +293,14 @@
     for (const record of news.records) inTurn(() => keep(record));
     inTurn(() => {
       const id = news.shown ? places.get(news.shown)?.id ?? news.shown : null;
-      const opened = news.settled && asked === id; // the address may be another one by now
+      const opened = news.settled && opening === id; // the address may be another one by now
       if (news.settled) settle(id);
-      if (asked !== undefined) return;
+      if (opening !== undefined) return;
       if (!opened) address(id, !news.settled);
       set(id);
     });
   };
-  // What is known of the conversation that is shown, for its download.
+  // The entry of the conversation that is shown, for its download.
   const about = () => {
     const { id, title, time, named, pinned } = list.get(current) ?? {};
     return { id, title, time, named, pinned };
@@ -308,8 +309,8 @@
   document.addEventListener("click", (event) => {
     if (!event.target.closest("#new-chat")) return;
     if (!empty) address(null);
-    if (asked === undefined) [asked, wanted] = [null, undefined];
-    else if (asked !== null) { // when the other conversation is there
+    if (opening === undefined) [opening, wanted] = [null, undefined];
+    else if (opening !== null) { // after the one that is being opened
       event.stopPropagation();
       wanted = null;
     }
@@ -347,7 +348,7 @@
     await inTurn(() => sweep(6 * UNDO)); // another page may still undo what was deleted there
     draw();
   })();
-  // The list and the server's session are there: open what the address names.
+  // Once the list and the server's session are loaded, open the conversation in the address.
   let loaded;
   const session = new Promise((resolve) => { loaded = resolve; });
   const start = async (event) => {
@@ -361,7 +362,7 @@
   Object.assign(window.minigpt4, {
     chats: {
       all, search, edit, remove, told, about, open, start, loaded, target, get current() { return current; },
-      get opening() { return asked !== undefined; }, // New chat is, too
+      get opening() { return opening !== undefined; }, // also for New chat
     },
   });
 })();

@@ -16,18 +16,18 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
     find("#box textarea").focus();
   };
-  // The next picture's × moves to the place of the one that was clicked: a Space must not press it.
+  // After a click on ×, the next picture's × takes its place: with the focus, a Space would press it.
   document.addEventListener("click", ({ target }) => {
     if (target.closest("#box .delete-button")) find("#box textarea").focus();
   }, true);
   const choose = () => {
     const input = find("#box input[type=file]");
-    input.value = ""; // the same file once more is a change, too
+    input.value = ""; // so that choosing the same file again is a change
     input.click();
   };
 
-  // Three dots from the moment of sending until the turn has ended. It can be stopped once the engine
-  // has accepted it.
+  // Three dots are shown from sending until the turn ends. A stop before the engine has accepted the
+  // question waits for that.
   let stopping = false;
   const stop = () => {
     const button = find("#box .stop-button");
@@ -38,20 +38,20 @@
     document.documentElement.toggleAttribute("data-sending", now);
     stopping = false;
   };
-  // What is typed between sending and the engine's acceptance, which empties the box, is kept.
-  let sent = null, typed = null, questions = 0;
+  // When the engine accepts a question, the box is emptied; what was typed since sending is kept.
+  let sent = null, typed = null, questions = 0; // the texts sent and typed since; questions sent
   const unaccepted = () => sent !== null;
   const asSent = (box) => (unaccepted() ? { ...box, text: sent } : box);
   const forget = () => {
     [sent, typed] = [null, null];
     window.minigpt4.draft.send(false);
   };
-  // A question has been answered or refused. Where it was quick, the box is emptied a moment later.
+  // A question was answered or refused. After a quick answer, the box is emptied a moment later.
   const ended = () => {
     const question = questions;
     setTimeout(() => { if (question === questions) forget(); }, 100);
   };
-  // It has not reached the server.
+  // The question has not reached the server.
   const failed = () => {
     sending(false);
     forget();
@@ -68,8 +68,8 @@
     field.value = more;
     field.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  // So is what is typed between a click on Undo and the return of its question.
-  let undoing = null; // what was in the box at the click, and what is in it by now
+  // What is typed between a click on Undo and the question's return to the box is kept, too.
+  let undoing = null; // the box's text at the click, and its text now
   const undone = () => {
     const field = find("#box textarea");
     if (!undoing || !field || field.value === undoing.now) return;
@@ -89,24 +89,26 @@
   const height = new ResizeObserver(([{ target }]) => {
     document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
   });
+  const isEmpty = () => !find("#box textarea")?.value.trim() && !find("#box .thumbnail-wrapper");
   const update = () => {
     if (early.length && find("#box input[type=file]")) attach(early.splice(0));
     const composer = find("#composer");
     if (composer && !composer.measured) {
       height.observe(Object.assign(composer, { measured: true }));
     }
-    const text = find("#box textarea")?.value.trim();
     const button = find("#box .submit-button");
-    const empty = !text && !find("#box .thumbnail-wrapper");
-    if (button && button.disabled !== empty) button.disabled = empty;
+    if (button && button.disabled !== isEmpty()) button.disabled = isEmpty();
   };
-  const asked = (event) => {
+  const onSend = (event) => {
     const button = find("#box .submit-button");
-    if (event.repeat || unaccepted() || button?.disabled) { // Enter is held, or pressed twice
+    const again = event.repeat || unaccepted() || (!button && isEmpty()); // held, or pressed twice
+    if (again || button?.disabled) {
       event.preventDefault();
       event.stopImmediatePropagation();
       if (button?.disabled) window.minigpt4.notice(say("error_empty_message"));
-      else if (!event.repeat && sent !== find("#box textarea").value) window.minigpt4.notice(say("busy"));
+      else if (!event.repeat && unaccepted() && sent !== find("#box textarea").value) {
+        window.minigpt4.notice(say("busy"));
+      }
       return;
     }
     if (!button) return;
@@ -121,19 +123,19 @@
     update();
     if (undoing && target.matches("#box textarea")) undoing.now = target.value;
     if (sent === null || !target.matches("#box textarea")) return;
-    if (typed?.startsWith(sent) && !target.value.startsWith(sent)) { // it was emptied in between
+    if (typed?.startsWith(sent) && !target.value.startsWith(sent)) { // the box was emptied between
       target.value = typed.slice(sent.length).trimStart() + target.value;
       [sent, typed] = [null, null];
     } else typed = target.value;
   }, true);
-  beforeSending(asked);
+  beforeSending(onSend);
   new MutationObserver((changes) => {
     update();
     const notices = changes.flatMap(({ addedNodes }) => [...addedNodes])
       .map((node) => node.nodeType === Node.ELEMENT_NODE && isNotice(node)).filter(Boolean);
     const button = find("#box .stop-button");
     if (notices.some(({ classList }) => classList.contains("error")) && !button) failed();
-    // The notice can be acted on at once, before the turn has ended.
+    // After this notice one can ask again at once, before the turn has ended.
     if (notices.some((notice) => notice.querySelector(".refused"))) forget();
     if (stopping && button) stop();
   }).observe(document.documentElement, { childList: true, subtree: true });
@@ -154,7 +156,7 @@
         const stream = await navigator.mediaDevices.getUserMedia({
           video: { facingMode: facing, width: { ideal: 1920 } },
         });
-        if (!dialog.open || number !== latest) return stop(stream); // nobody would stop it later
+        if (!dialog.open || number !== latest) return stop(stream); // nothing would stop it later
         none.replaceWith(video);
         video.srcObject = stream;
       } catch { // no camera, no permission, or a page without HTTPS

@@ -1,8 +1,8 @@
 // Crop: a part of a picture goes into the message box as a picture of its own.
 (() => {
   const { say, button, make, set, makeDialog, showDialog, attach } = window.minigpt4;
-  const LEAST = 0.05; // width and height of the frame, as shares of the picture's
-  const STEP = 0.02; // of an arrow key
+  const LEAST = 0.05; // smallest width and height of the frame, as shares of the picture's
+  const STEP = 0.02; // how far an arrow key moves it, as a share
   const MOST_PIXELS = 16e6; // some phones' canvases hold no more
   const KEYS = { ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP] };
   const within = (value, least, most) => Math.min(Math.max(value, least), most);
@@ -36,24 +36,24 @@
     });
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
-    context.fillStyle = "#fff"; // under what is transparent, as the server does
+    context.fillStyle = "#fff"; // behind transparent parts, as on the server
     context.fillRect(0, 0, canvas.width, canvas.height);
     context.drawImage(image, x * w, y * h, width * w, height * h, 0, 0, canvas.width, canvas.height);
     return new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.95));
   };
 
-  // shown: the picture's <img>; address: that of the whole one at its full size, if it is known;
-  // name: of its file; taken: what to do once there is a crop.
+  // shown: the picture's <img>; address: the picture at its full size, if it is known; name: of its
+  // file; taken: is called once there is a crop.
   const crop = async (shown, { address = shown.src, name = "", taken = () => {} } = {}) => {
     const { src } = shown;
     if (!shown.complete) await shown.decode().catch(() => {}); // it is still being loaded
-    // Meanwhile, there was a second click, or another picture is shown.
+    // There was a second click meanwhile, or another picture is shown.
     if (document.getElementById("crop") || shown.src !== src) return;
     if (!shown.naturalWidth) { // a format that this browser does not show
       window.minigpt4.notice(say("no_crop"));
       return;
     }
-    const whole = loaded(address).catch(() => shown); // the server deletes what is a day old
+    const whole = loaded(address).catch(() => shown); // the server deletes files after a day
     const dialog = makeDialog("crop", say("crop_title"));
     const stage = make("div", { className: "stage" });
     const region = make("div", { className: "region", tabIndex: 0, role: "application", ariaLabel: say("crop_frame") });
@@ -87,8 +87,8 @@
       attach([new File([blob], `${stem}-crop.jpg`, { type: "image/jpeg" })]);
     };
 
-    // A corner is dragged away from the one opposite; inside, the frame is moved; outside, a new one
-    // begins.
+    // Dragging a corner leaves the opposite one in place; dragging inside moves the frame; dragging
+    // outside begins a new one.
     let drag = null;
     const at = ({ clientX, clientY }) => {
       const box = stage.getBoundingClientRect();
@@ -140,7 +140,7 @@
     region.focus();
   };
 
-  // Each thumbnail of the message box is a button to it.
+  // Each thumbnail in the message box gets a button that crops it.
   window.minigpt4.whenRedrawn(() => {
     for (const thumbnail of document.querySelectorAll("#box .thumbnail-item:has(> img):not(:has(> .crop))")) {
       const image = thumbnail.querySelector("img");

@@ -1,7 +1,7 @@
-// What is in the message box and has not been kept elsewhere survives a reload of this tab.
+// The draft: what is in the message box survives a reload of this tab, until it is stored elsewhere.
 (() => {
   const KEY = "minigpt4:draft";
-  const SENT = "minigpt4:sent"; // what the engine has accepted, until its conversation is kept
+  const SENT = "minigpt4:sent"; // the question that was accepted, until its conversation is stored
   const read = (key) => {
     try { return JSON.parse(sessionStorage.getItem(key)); } catch { return null; }
   };
@@ -12,14 +12,14 @@
     } catch { /* there is no room */ }
   };
   const words = (text) => text.replace(/\s/g, "");
-  let sent = null; // what has been sent and is still in the box
+  let sent = null; // the draft that was sent and is still in the box
   const send = (now) => { sent = now ? read(KEY) : null; };
   const keep = (box) => {
     write(box);
     if (!box?.text) setTimeout(window.minigpt4.emptied);
     return box;
   };
-  // The box has changed. Where it was emptied of what was sent, it gets back what came meanwhile.
+  // The box has changed. If it was emptied after sending, what was added meanwhile is put back.
   const changed = (box) => {
     const files = read(KEY)?.files ?? [];
     keep(box);
@@ -32,7 +32,7 @@
     if (!later.length) return { __type__: "update" };
     return { text: window.minigpt4.surplus(), files: later };
   };
-  // A conversation with this text is kept.
+  // A conversation with this text has been stored.
   const kept = (text) => {
     if (words(text).includes(words(read(SENT)?.text ?? ""))) write(null, SENT);
   };
@@ -43,7 +43,7 @@
     const text = [before.text, now?.text].filter(Boolean).join("\n");
     return { text, files: [...before.files ?? [], ...now?.files ?? []] };
   };
-  // Gradio does not tell what is typed while a picture is on its way.
+  // Gradio does not report what is typed while a picture is being uploaded.
   document.addEventListener("input", ({ target }) => {
     if (target.matches("#box textarea")) write({ files: [], ...read(KEY), text: target.value });
   });

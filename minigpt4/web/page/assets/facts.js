@@ -1,4 +1,4 @@
-// What is known of each answer, behind a button of its own.
+// The facts on each answer (its speed, for example), behind a button of its own.
 (() => {
   const { forMessages, button, make, set } = window.minigpt4;
   let answers = {};

@@ -1,11 +1,11 @@
-// A link or a form would leave an empty frame: the page's policy lets none be followed. Links to a
-// place in the website itself work.
+// The page's policy blocks the targets of links and forms, which would leave an empty frame: none is
+// followed. Links to a place in the website itself work.
 addEventListener("click", (event) => {
   const link = event.target.closest?.("a[href], area[href]");
   if (link && !link.getAttribute("href").startsWith("#")) event.preventDefault();
 });
 addEventListener("submit", (event) => event.preventDefault());
-// A file that is dropped here would take the page's place.
+// A file that is dropped here would replace the page.
 for (const type of ["dragover", "drop"]) {
   addEventListener(type, (event) => {
     const taken = event.target.matches?.("[type=file]") || !event.dataTransfer?.types.includes("Files");
@@ -26,7 +26,8 @@ for (const type of ["dragover", "drop"]) {
     for (let frame; (frame = first()); ) remove(frame);
   }).observe(document, { childList: true, subtree: true });
 
-  // A frame in a shadow root would not be found: neither calls nor markup (see render.py) make one.
+  // A frame in a shadow root would not be found, so neither calls nor markup (see render.py) can make
+  // such a root.
   delete Element.prototype.attachShadow;
   for (const maker of [Element.prototype, Document, Document.prototype]) {
     for (const name of Object.getOwnPropertyNames(maker)) {

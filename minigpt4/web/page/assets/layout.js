@@ -13,20 +13,20 @@
     for (const button of document.querySelectorAll("[data-drawer]:not(html)")) {
       set(button, { ariaExpanded: button.dataset.drawer === name });
     }
-    // What a drawer covers is out of the keyboard's reach.
+    // The keyboard cannot reach what a drawer covers.
     for (const id of ["rail", "main"]) {
       const part = document.getElementById(id);
       if (part) part.inert = Boolean(name) && PHONE.matches && id !== name;
     }
     const enter = () => {
-      if (document.documentElement.dataset.drawer !== name) return; // it was closed at once
+      if (document.documentElement.dataset.drawer !== name) return; // it has been closed again
       if (!document.activeElement.closest(`#${name}`)) find(`#${name} [data-close]`)?.focus();
     };
-    if (name) setTimeout(enter, 50); // then it can be seen
+    if (name) setTimeout(enter, 50); // once it is visible
     else if (opener?.isConnected) opener.focus();
   };
   PHONE.addEventListener("change", () => drawer(""));
-  addEventListener("popstate", () => { if (PHONE.matches) drawer(""); }); // it covers what is shown next
+  addEventListener("popstate", () => { if (PHONE.matches) drawer(""); }); // it would cover the page
 
   const close = (menu, focus) => {
     menu.hidden = true;
@@ -69,8 +69,8 @@
     } else if (menu && event.key === "Tab") close(menu, false);
   });
 
-  // What is focused may go away with what it did (Retry, Delete), or be hidden or disabled before it
-  // does: then the message box has it.
+  // A focused button may disappear after its action (Retry, Delete), or be hidden or disabled first:
+  // then the message box gets the focus.
   let focused = null;
   const usable = (node) => node.isConnected && !node.disabled && node.getClientRects().length > 0;
   const lost = () => {
@@ -81,14 +81,14 @@
   document.addEventListener("focusin", ({ target }) => { focused = target; });
   document.addEventListener("focusout", ({ target, relatedTarget }) => {
     if (relatedTarget) return;
-    setTimeout(() => { // browsers say so before they take the element away
+    setTimeout(() => { // the event comes before the element is removed
       if (usable(target) && focused === target) focused = null;
       else lost();
     });
   });
   new MutationObserver(lost).observe(document.documentElement, { childList: true, subtree: true });
 
-  // A button with an icon, named by a text and what it is about.
+  // A button with an icon; its name is a text, and what it is about.
   const button = (key, icon, act, about = "") => {
     const name = about ? `${say(key)}: ${about}` : say(key);
     const made = make("button", { type: "button", className: "icon", title: name, ariaLabel: name });
@@ -96,8 +96,7 @@
     made.addEventListener("click", act);
     return made;
   };
-  // A window over the page, not shown yet. When it closes it goes away, and the browser gives the
-  // focus back.
+  // A dialog, not shown yet. It is removed when it closes, and the browser restores the focus.
   const makeDialog = (id, label) => {
     const made = make("dialog", { id, ariaLabel: label });
     made.addEventListener("close", () => made.remove());

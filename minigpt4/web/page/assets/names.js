@@ -6,7 +6,7 @@
   const language = () => navigator.languages.map((tag) => tag.split("-")[0]).find((tag) => tag in texts()) ?? "en";
   const say = (key) => texts()[language()]?.[`page_${key}`] ?? "";
 
-  // Gradio's name -> the text that stands for it; what is written for "*" is kept.
+  // Gradio's name -> the key of the text that replaces it; what "*" stands for is kept.
   const NAMES = {
     "chatbot conversation": "conversation", "user's message: *": "you", "bot's message: *": "bot",
     "Select example *": "example", "Copy message": "copy_message", "Copy": "copy", "copy": "copy",
@@ -33,7 +33,7 @@
     }
   };
 
-  // What a request that fails is answered with: see web/guard and Gradio's client.
+  // The text's key -> the errors that it replaces, from web/guard and from Gradio's client.
   const ERRORS = {
     "error_connection": /connection to the server was lost|connection errored out|failed to fetch/i,
     "error_too_large": /the request is larger than|file size exceeds|^HTTP 413/i,
@@ -41,8 +41,8 @@
     "error_too_slow": /took too long to arrive|^HTTP (408|504)/i,
     "error_disk_full": /disk is full/i,
     "error_out_of_range": /^Value \S+ is (greater|less) than/,
-    "error_upload": /^HTTP \d/, // what a proxy answers an upload with
-    "error_too_many_requests": /asked for too much without listening|queue is full/i,
+    "error_upload": /^HTTP \d/, // a proxy's answer to an upload
+    "error_too_many_requests": /sent too many requests|queue is full/i,
   };
   // Gradio adds a second message to the notice that shows the first one.
   const isNotice = (node) => node.closest("[data-testid=toast-body]") || node.querySelector("[data-testid=toast-body]");
@@ -64,7 +64,7 @@
     }
     return element;
   };
-  // The texts of the page's own parts, which name them.
+  // Write the texts of the page's own parts, whose data attributes name them.
   const write = (part) => {
     const { say: text, label, placeholder } = part.dataset;
     if (text && part.textContent !== say(text)) part.textContent = say(text);
@@ -103,7 +103,7 @@
     for (const found of all("#box .thumbnails")) found.setAttribute("role", "list");
     for (const found of all("#reason .submit-button")) set(found, { ariaLabel: say("submit"), title: say("submit") });
     for (const found of all("#chat :is(pre, table)")) found.setAttribute("tabindex", "0"); // they scroll
-    for (const found of all("#chat .md :is(ul, ol, blockquote)")) found.dir = "auto"; // its markers' side
+    for (const found of all("#chat .md :is(ul, ol, blockquote)")) found.dir = "auto"; // markers on the right side
   };
   new MutationObserver((changes) => {
     for (const { type, target, addedNodes } of changes) {
@@ -111,10 +111,10 @@
       if (target.dataset?.say || target.dataset?.label) write(target); // a part that was redrawn
       for (const node of addedNodes) if (node.nodeType === Node.ELEMENT_NODE) complete(node);
     }
-    // Gradio calls a language English that it does not know itself.
+    // Gradio sets the page's language to English if it does not have the visitor's.
     const page = document.documentElement;
     if (page.lang.split("-")[0] !== language()) page.lang = language();
-    // An answer is read out when it is whole, not word by word.
+    // Screen readers read an answer when it is complete, not word by word.
     const busy = String(document.querySelector("#box .stop-button") !== null);
     const log = document.querySelector("#chat [role=log]");
     if (log && log.getAttribute("aria-busy") !== busy) set(log, { ariaBusy: busy });
@@ -122,7 +122,7 @@
     childList: true, subtree: true, attributeFilter: ["aria-label"],
   });
   const find = (selector) => document.querySelector(selector);
-  // Act once before the next frame after any part of the page has come or gone.
+  // Call `act` once before the next frame whenever elements were added or removed.
   const whenRedrawn = (act) => {
     let waiting = false;
     new MutationObserver(() => {
@@ -134,8 +134,8 @@
       });
     }).observe(document.documentElement, { childList: true, subtree: true });
   };
-  // Act on each message of the chat and the buttons below it, whenever any has changed; returns the
-  // function that does so.
+  // Call `act` with each message of the chat and its buttons whenever the page was redrawn; returns
+  // the function that does so.
   const forMessages = (act) => {
     const update = () => document.querySelectorAll("#chat .message-row").forEach((row, place) => {
       const buttons = row.nextElementSibling;

@@ -14,7 +14,7 @@
     shown[Boolean(label)]?.remove();
     shown[Boolean(label)] = box;
     area.append(box);
-    // What a drawer on a phone or a window covers is out of reach.
+    // In an open dialog, or else in the body: a dialog or a phone's drawer blocks what it covers.
     (document.querySelector("dialog[open]") ?? document.body).append(area);
     setTimeout(end, time);
     return box;

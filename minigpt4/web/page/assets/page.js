@@ -1,23 +1,23 @@
-// What Gradio has no part for: keys, copying what was written, saving files, light and dark.
+// What Gradio lacks: copying and editing as written, reading while it scrolls, keys, saving, dark mode.
 (() => {
   const { say, make } = window.minigpt4;
-  // Gradio's link leads past the path under which a proxy may serve the page.
+  // Gradio's link ignores the path under which a proxy may serve the page.
   const manifest = `${window.gradio_config?.root ?? "."}/manifest.json`;
   document.querySelector("link[rel=manifest]")?.setAttribute("href", manifest);
-  // A button names in data-act which of the scripts' functions it calls.
+  // A button's data-act names the function of window.minigpt4 that it calls.
   document.addEventListener("click", ({ target }) => {
     const act = target.closest("[data-act]")?.dataset.act;
     if (act) window.minigpt4[act]();
   });
-  // render.py escapes characters so that they stay text, and marks formulas; copied or edited, they
-  // are what was written.
+  // render.py escapes characters so that they stay text, and marks formulas. This restores the text as
+  // it was written, to be copied or edited.
   const written = (text) => text.replace(/\\\(\{\}(.*?)\\\)/g, "$$$1$$")
     .replace(/&#00(\d{2,3});/g, (_, code) => String.fromCharCode(code));
   if (navigator.clipboard?.writeText) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => write(written(String(text)));
   }
-  // Without https, the browser has no clipboard to write to, and Gradio copies out of a hidden box.
+  // Without HTTPS, there is no navigator.clipboard, and Gradio copies from a hidden textarea.
   document.addEventListener("copy", (event) => {
     if (!event.target.matches?.("body > textarea")) return;
     event.clipboardData.setData("text/plain", written(event.target.value));
@@ -42,14 +42,14 @@
     }
   }).observe(document.documentElement, { childList: true, subtree: true });
 
-  // Gradio keeps the place that is edited, even where another message comes to stand there.
+  // Gradio keeps editing the message at a place even if another message moves there: end it before.
   const editButtons = (box) => [
     ...box.closest(".message-row").nextElementSibling?.querySelectorAll("button") ?? [],
   ];
   const endEditing = () => {
     for (const box of document.querySelectorAll("#chat textarea")) editButtons(box)[1]?.click();
   };
-  // Below an answer are Retry and Undo; what stands to the right of them is the question's own.
+  // Retry and Undo below an answer, if the target is among its buttons; others belong to a question.
   const turns = (target) => [...target.closest("#chat .message-buttons-left")?.querySelectorAll(".icon-button") ?? []]
     .filter((button) => button.getAttribute("aria-label") !== say("copy_message")).slice(0, 2);
   const goesOn = (target) => {
@@ -58,8 +58,8 @@
   };
   const saved = (target) => [...document.querySelectorAll("#chat textarea")]
     .some((box) => editButtons(box)[0]?.contains(target));
-  // Until the engine has accepted a question, nothing else is asked or taken back; nor in what is
-  // about to be replaced by another conversation.
+  // No other turn begins until the engine has accepted the question, nor while another conversation is
+  // being opened.
   document.addEventListener("click", (event) => {
     const { target } = event;
     const other = target.closest("#chat .version button, #hello .card");
@@ -74,15 +74,15 @@
     const button = target.closest("#chat .message-buttons-left .icon-button");
     if (button && button.getAttribute("aria-label") !== say("copy_message")) endEditing();
   }, true);
-  // Retry, Continue and an edited question are on their way at once.
+  // Retry, Continue and saving an edited question send at once.
   document.addEventListener("click", ({ target }) => {
     if (goesOn(target) || saved(target) || turns(target)[0]?.contains(target)) window.minigpt4.sending(true);
   }, true);
 
-  // Gradio goes to the end at each update. Who has scrolled up to read stays there, until the end is
-  // reached again or something is asked.
+  // Gradio scrolls to the end at each update. Visitors who have scrolled up to read stay there until
+  // they reach the end again or ask something.
   const NEAR = 40; // pixels
-  let reading = false, asked = false, last = 0, count = 0; // the place that is shown; questions
+  let reading = false, asked = false, last = 0, count = 0; // the scroll position; the number of questions
   const resized = new ResizeObserver(([{ target }]) => { // a phone's keyboard opens, for example
     if (!reading) target.scrollTop = target.scrollHeight;
   });
@@ -119,7 +119,7 @@
       if (event.key === "Escape") cancel?.click();
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save?.click();
     } else if (event.key === "Escape" && !event.target.closest?.("#rail, .drawer, dialog, .menu")) {
-      window.minigpt4.keepUnsent(); // there, Escape ends something else
+      window.minigpt4.keepUnsent(); // in those, Escape closes them
       window.minigpt4.stop();
     }
   }, true);

@@ -1,8 +1,8 @@
 // The pictures of a conversation: their names, and the window that shows them large.
 (() => {
   const { say, button, make, set, makeDialog, showDialog, where, crop } = window.minigpt4;
-  // render.py writes behind the "#" of its address: [2, 5, "dog.jpg", "A dog on a beach", "/…/dog.jpg"],
-  // the last of them the path of the whole picture, if it is known.
+  // After the "#" in its address, render.py writes [2, 5, "dog.jpg", "A dog on a beach", "/…/dog.jpg"]:
+  // the last is the path of the picture at its full size, if it is known.
   const told = (address) => JSON.parse(decodeURIComponent(address.split("#")[1]));
   const named = (address) => {
     try {
@@ -17,8 +17,8 @@
     picture.alt = text;
     set(picture.closest("button"), { ariaLabel: `${say("enlarge")}: ${text}` });
   };
-  // The captions of the pictures in the message box, and their small copies, by their files' paths on
-  // the server. A copy is shown where the browser cannot show the file; until then, a blank tile.
+  // Captions and small copies of the pictures in the message box, by their files' paths on the server.
+  // If the browser cannot show a file, it shows a blank tile until the small copy comes.
   let small = {};
   const inBox = () => [...document.querySelectorAll("#box .thumbnail-image")];
   const shows = (picture, path) => path && decodeURI(picture.src).endsWith(path);

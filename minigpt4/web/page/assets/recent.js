@@ -41,7 +41,7 @@ const makeRow = (chat, today) => {
     input.addEventListener("keydown", (event) => {
       event.stopPropagation();
       if (!["Enter", "Escape"].includes(event.key) || event.isComposing) return;
-      event.preventDefault(); // what has the focus afterwards must not get the key, too
+      event.preventDefault(); // the element that is focused next must not get the key, too
       finish(event.key === "Enter", true);
     });
     input.addEventListener("blur", () => finish(true));
@@ -77,8 +77,8 @@ const arrange = (parent, children) => {
   });
 };
 
-// While the list is pressed, its rows stay where they are: if they were redrawn, the click would
-// miss its row or hit another one.
+// The list is not redrawn while a pointer is pressed on it: the click would miss its row or hit
+// another one.
 let pressed = false, late = false, releasing;
 const release = () => {
   pressed = false;
@@ -88,7 +88,7 @@ list.addEventListener("pointerdown", () => {
   clearTimeout(releasing);
   pressed = true;
 });
-// A double click would hit the row that has moved there, or end what the first click has begun.
+// The second click of a double click would hit another row that has moved there, or undo the first.
 list.addEventListener("click", (event) => {
   if (event.detail > 1 && event.target.closest("button:not(.title)")) event.stopPropagation();
 }, true);
@@ -114,11 +114,11 @@ const groups = (found) => {
   });
 };
 const show = (found) => {
-  if (list.querySelector("input")) return; // a name is being edited; that draws when it ends
+  if (list.querySelector("input")) return; // a name is being edited; its end redraws the list
   late = pressed;
   if (late) return;
-  // The keyboard stays where it was: in the same chat's row, on the same button. Where the row is
-  // gone, the next one has it; without one, what layout.js gives it, or the search in a drawer.
+  // The focus stays on the same button of the same chat's row. If the row is gone, the next one gets
+  // it; without a next one, the search in a drawer, or else the element that layout.js focuses.
   const focused = list.contains(document.activeElement) && document.activeElement;
   const within = focused && focused.closest("li");
   const place = within ? [...within.children].indexOf(focused) : -1;

@@ -9,13 +9,13 @@
     const values = { seed, system, model, ...(name === "preset" ? {} : sampling), [name]: value };
     try { localStorage.setItem(KEY, JSON.stringify(values)); } catch { /* there is no room */ }
   };
-  // Gradio tells of a text when it has been left; the page may be left before that.
+  // Gradio reports a text when its field loses the focus; the page may be left before that.
   document.addEventListener("input", ({ target }) => {
     const name = target.closest("#set-seed, #set-system")?.id.slice("set-".length);
     if (name) keep(name, target.value);
   });
-  // Gradio would tell of a number at every key, in its range or not: it learns of the number that is
-  // possible once one has typed it. An emptied field takes back what it had.
+  // Gradio would report a number at every key, in its range or not. Instead it gets the nearest
+  // possible number when typing has ended. An emptied field gets its former number back.
   const NUMBER = "#advanced input[type=number]";
   let before = "";
   document.addEventListener("focusin", ({ target }) => { if (target.matches(NUMBER)) before = target.value; });
@@ -29,7 +29,7 @@
     before = target.value = Number.isInteger(Number(step)) ? Math.round(number) : number;
     target.dispatchEvent(new Event("input", { bubbles: true }));
   }, true);
-  // At the start: a conversation that is being opened has a system prompt of its own.
+  // The settings at the start: without the system prompt if a conversation is opened, which has one.
   const begin = () => {
     const { system, ...others } = load();
     return location.hash.startsWith("#/c/") ? others : load();

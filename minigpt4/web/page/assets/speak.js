@@ -4,7 +4,7 @@
   const voice = window.speechSynthesis;
   let reading = null; // its button
 
-  // The commonest words tell apart the languages that the page speaks.
+  // The commonest words tell the page's languages apart.
   const COMMON = {
     en: /\b(the|and|is|of|with|it)\b/gi, de: /\b(der|die|das|und|ist|mit|ein)\b/gi,
     es: /\b(el|la|los|y|es|con|una|que)\b/gi, zh: /[\u4e00-\u9fff]/g,
@@ -18,7 +18,8 @@
     if (reading) set(reading, { ariaPressed: "false", title: say("read") });
     reading = null;
   };
-  // Without code; a formula as it was written, not both as it looks and as it was written.
+  // The answer's text without code. A formula is in the page both as drawn and as written: only the
+  // latter is read.
   const heard = (answer) => {
     const copy = answer.cloneNode(true);
     for (const part of copy.querySelectorAll(".katex, .code_wrap, br")) {

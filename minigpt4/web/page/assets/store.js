@@ -1,9 +1,9 @@
-// Where conversations are kept: this browser's IndexedDB, or, where there is none, memory.
+// The store of conversations: this browser's IndexedDB, or memory if there is none.
 //
 // chats: what the list shows of each conversation; talks: what was said in it, and the keys of its
 // pictures; pictures: their files, each kept once, however many conversations show it.
 (() => {
-  const TALK = ["chats", "talks"]; // the parts with what belongs to one conversation
+  const TALK = ["chats", "talks"]; // the parts with entries of one conversation
   const done = (request) => new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
@@ -38,7 +38,7 @@
     }
     put(name, entry) { return this.write([name], (part) => part.put(entry)); }
     // Change conversations in one transaction: `act` gets each one's entries, or undefined, and
-    // returns what takes their places; nothing where it returns nothing. Returns what it returned.
+    // returns the new ones, or nothing if none is to change. Returns the new ones.
     async change(ids, act) {
       const changed = [];
       await this.write(TALK, (chats, talks) => ids.forEach((id) => {

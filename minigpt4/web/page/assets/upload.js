@@ -1,13 +1,13 @@
-// Pictures on their way to the server: dropped or pasted anywhere on the page; their progress; what
-// is sent meanwhile waits for them.
+// Uploads: pictures dropped or pasted anywhere on the page; their progress; a question that is sent
+// meanwhile waits for them.
 (() => {
   const { say, find, make } = window.minigpt4;
   const MOST = 16; // pictures of a conversation: see web/guard/limits.py
   const root = document.documentElement;
 
-  // --- progress: Gradio uploads with `fetch`, which tells none --------------------------------------
+  // --- progress: Gradio uploads with `fetch`, which reports none ------------------------------------
   let running = 0; // uploads
-  let waiting = false; // is the question to be sent once they have come?
+  let waiting = false; // is a question to be sent when they are complete?
   let line = null;
   const tell = (share, sizes) => {
     line ??= make("div", { className: "uploading", role: "status" });
@@ -44,8 +44,8 @@
     request.withCredentials = credentials === "include";
     new Headers(headers).forEach((value, name) => request.setRequestHeader(name, value));
     request.upload.onprogress = ({ loaded, total }) => tell(loaded / total, sizes);
-    // A question that waits for a picture is not sent without it. What is no JSON comes from something
-    // in between, such as a page to log in at.
+    // A question that waits for a picture is not sent without it. An answer that is not JSON comes
+    // from something in between, such as a login page.
     request.onload = () => {
       const answered = /json/.test(request.getResponseHeader("content-type"));
       const status = request.status < 400 && !answered ? 502 : request.status;
@@ -56,7 +56,7 @@
       keepUnsent();
       reject(new TypeError("Failed to fetch"));
     };
-    request.onloadend = () => setTimeout(end); // after what the page does with the answer
+    request.onloadend = () => setTimeout(end); // after the page has handled the answer
     running += 1;
     tell(0, sizes);
     request.send(body);
@@ -66,7 +66,7 @@
     const told = options?.body instanceof FormData && /\/gradio_api\/upload(\?|$)/.test(address);
     if (told && !options.quiet) return upload(address, options);
     return plain(resource, options).catch((error) => {
-      // While the server is away, Gradio sends nothing, and asks again and again whether it is back.
+      // While the server is unreachable, Gradio sends nothing and keeps requesting /app_id.
       if (address.endsWith("/app_id")) window.minigpt4.failed();
       throw error;
     });
@@ -74,14 +74,14 @@
 
   // --- sending: not before the pictures and the model's settings are there, nor while a conversation
   // is being opened ----------------------------------------------------------------------------------
-  let unsettled = 0, until = 0; // settings whose values are to come from the server; how long that may take
+  let unsettled = 0, until = 0; // changes whose settings the server has yet to send; how long to wait
   const settle = (change) => {
     unsettled = Math.max(0, unsettled + change);
     if (change > 0) until = Date.now() + 10_000;
   };
   const held = () => running > 0 || root.hasAttribute("data-opening") || window.minigpt4.chats.opening || find("#status [data-say=opening]")
     || (unsettled > 0 && Date.now() < until);
-  let asking = 0; // again and again, whether it is still held: nothing tells of all that can hold it
+  let asking = 0; // the timer that checks whether sending is still held: no event covers all reasons
   const send = () => {
     if (waiting && held()) return;
     clearInterval(asking);
@@ -98,7 +98,7 @@
     asking = setInterval(send, 100);
     if (line) line.textContent += ` ${say("sent_afterwards")}`;
   };
-  // Act before what is in the message box is sent, by the button or by Enter.
+  // Call `act` before the message box is sent, by its button or by Enter.
   const beforeSending = (act) => {
     document.addEventListener("click", (event) => {
       if (event.target.closest("#box .submit-button")) act(event);
@@ -125,7 +125,7 @@
 
   const overlay = make("div", { className: "dropping", role: "status" });
   const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
-  // A picture of another page may come as its address alone. A field for text may take that.
+  // A picture dragged from another page may come as an address only, which text fields may take.
   const isAddress = ({ dataTransfer, target }) => dataTransfer?.types.includes("text/uri-list")
     && !target.matches?.("input, textarea:not(#box *)");
   document.addEventListener("dragenter", (event) => {
@@ -133,12 +133,12 @@
     overlay.textContent = say("drop_anywhere");
     document.body.append(overlay);
   }, true);
-  // Wherever a file is dropped, the browser does not leave the page for it.
+  // The browser must not leave the page for a file that is dropped anywhere.
   document.addEventListener("dragover", (event) => {
     if (hasFiles(event) || isAddress(event)) event.preventDefault();
   }, true);
   document.addEventListener("dragleave", (event) => {
-    if (!event.relatedTarget) overlay.remove(); // it has left the window
+    if (!event.relatedTarget) overlay.remove(); // the pointer has left the window
   }, true);
   document.addEventListener("drop", (event) => {
     overlay.remove();
@@ -150,7 +150,7 @@
   }, true);
   document.addEventListener("paste", (event) => {
     const { files, types } = event.clipboardData;
-    // Word processors add a picture of the text, which is not what is meant.
+    // Word processors add a picture of the copied text, which nobody wants to attach.
     if (!files.length || types.includes("text/plain") || find("dialog[open]")) return;
     event.preventDefault();
     event.stopImmediatePropagation();

@@ -1,4 +1,4 @@
-// ‹ 1/2 › below what has further versions: see versions.py.
+// ‹ 1/2 › below a message that has further versions: see versions.py.
 (() => {
   const { say, forMessages, button, make } = window.minigpt4;
   let known = {}, select = () => {};

@@ -2,7 +2,7 @@
 // focused or touched. The server finds the objects (looks.py); this finds their words.
 (() => {
   const { make } = window.minigpt4;
-  // What else a detector's classes are called. A plural is found with "s" or "es".
+  // Other words for the detector's classes. Plurals with "s" or "es" are found anyway.
   const OTHERS = {
     person: "people man men woman women boy girl child children kid baby lady player guy",
     bicycle: "bike", motorcycle: "motorbike scooter", airplane: "plane aeroplane aircraft jet",
@@ -27,7 +27,7 @@
 
   // --- outlines ------------------------------------------------------------------------------
 
-  // Where the picture's own left, top, width and height are in its element's box.
+  // The left, top, width and height of the picture itself within its element's box.
   const drawn = (image) => {
     const { width, height } = image.getBoundingClientRect();
     const { naturalWidth: w, naturalHeight: h } = image;
@@ -90,7 +90,7 @@
       }
     }
   };
-  // What an answer names may be in any picture above it.
+  // An object that an answer names may be in any picture above it.
   const update = () => {
     if (!pictures.length || document.documentElement.hasAttribute("data-sending")) return;
     const names = new Set();
@@ -113,7 +113,7 @@
     if (seen) show(seen.dataset.name, seen.textContent);
   };
   for (const type of ["pointerover", "focusin"]) document.addEventListener(type, over);
-  // Touched, a word also brings its picture back that has been scrolled away.
+  // A touched word also scrolls its picture back into view.
   document.addEventListener("click", (event) => {
     const seen = event.target.closest(".seen");
     if (!seen) return;
@@ -124,7 +124,7 @@
       return box.bottom > top && box.top < bottom;
     };
     if (!named.some(inView)) named.at(-1)?.scrollIntoView({ block: "center", behavior: "instant" });
-    // Later, as scrolling hides outlines: this, or what has brought the word under the pointer.
+    // Two frames later, because scrolling (here, or to reach the word) hides outlines.
     requestAnimationFrame(() => requestAnimationFrame(() => over(event)));
   });
   for (const type of ["pointerout", "focusout"]) {
@@ -133,7 +133,7 @@
   document.addEventListener("scroll", hide, { capture: true, passive: true });
   addEventListener("resize", hide);
 
-  // Names of what is in a picture, for the window that shows it large.
+  // The names of the objects in a picture, for the window that shows it large.
   const objects = (place) => [...new Set(pictures[place]?.map(({ name }) => name))];
   const point = (image, place, name) => {
     hide();

@@ -13,8 +13,8 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Example:
-    """picture: its file's name. seed: of the answer that a click shows, which was read with mini's
-    weights of 2026-11-30. caption: what the picture shows."""
+    """picture: its file's name. seed: chosen by reading the answers that mini gives with it
+    (weights of 2026-11-30). caption: what the picture shows."""
 
     picture: str
     question: str
@@ -30,7 +30,7 @@ class Example:
         return str(FOLDER / "small" / f"{self.picture}.jpg")
 
 
-# Name of the label -> example. The models were trained on English.
+# Key of the card's text -> example. The questions are English, as were the models' training data.
 EXAMPLES = {
     "poem": Example(
         "tower",
@@ -47,8 +47,8 @@ EXAMPLES = {
 
 
 def in_folder(folder: Path) -> set[str]:
-    """The paths of Gradio's copies of the pictures, which are made where they are missing and the
-    disk has room."""
+    """The paths of Gradio's copies of the pictures. Missing copies are made if the disk has
+    room."""
     found, failed = set(), None
     for example in EXAMPLES.values():
         try:
