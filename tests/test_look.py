@@ -24,6 +24,7 @@ from tests.page_case import (
     picture,
     questions,
     say,
+    status,
     wait_for,
 )
 
@@ -82,6 +83,12 @@ MIDDLE = """async (image) => {
   context.drawImage(image, 0, 0);
   return [width, height, ...context.getImageData(width / 2, height / 2, 1, 1).data];
 }"""
+KEPT_SIZES = """async () => Promise.all((await (await minigpt4.store).all("pictures"))
+  .filter(({ blob }) => blob).map(async ({ blob }) => {
+    const { width, height } = await createImageBitmap(blob);
+    return [width, height];
+  }))"""
+FRAME_AND_BUTTON = ("full-container", "submit-button")
 SHIFT = """(since) => new Promise((resolve) => {
   let sum = 0;
   const unasked = (e) => e.startTime > since && !e.hadRecentInput;
@@ -211,6 +218,7 @@ def test_a_part_of_a_picture_is_asked_about(visit, photo):
     expect(thumbnails).to_have_count(2)
     ask(page, "Count them.")
     expect(answers(page)).to_have_text("I see 2 pictures.")
+    wait_for(lambda: [1024, 768] in page.evaluate(KEPT_SIZES))  # of 2,000 x 1,500
 
     # By keyboard, from the large view, which is smaller than the file.
     page.get_by_role("button", name="Enlarge: Picture 1 of 2").click()
@@ -424,8 +432,18 @@ def test_the_wait_is_shown_from_the_moment_of_sending(visit, engine):
     engine.ahead = 1
     page = visit()
     say(page, "Hello?")
+    dots = """() => [["#composer", "::before"], ["#chat .message-wrap", "::after"]].filter(
+        ([part, where]) => {
+            const shown = document.querySelector(part);
+            const style = shown && getComputedStyle(shown, where);
+            return style && style.content !== "none" && style.display !== "none";
+        }).map(([part]) => part)"""
     assert page.evaluate("document.documentElement.hasAttribute('data-sending')")
-    engine.ahead = 0
+    expect(status(page)).to_have_text("You are next.")
+    assert page.evaluate(dots) == ["#chat .message-wrap"]  # until the first word
+    engine.ahead, engine.word_seconds = 0, 0.05
+    expect(answers(page)).to_contain_text("The red")
+    assert page.evaluate(dots) == []
     done(page)
 
 
@@ -440,6 +458,7 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     pictures = page.locator("#chat .image-frame img")
     expect(pictures).to_have_count(3)
     assert pictures.last.bounding_box()["y"] == pictures.first.bounding_box()["y"]
+    expect(page.get_by_role("button", name=re.compile("full.?screen", re.I))).to_have_count(0)
     first, second = (pictures.nth(place).bounding_box() for place in (0, 1))
     assert first["y"] == second["y"] and first["x"] < second["x"]
 
@@ -511,6 +530,10 @@ def test_settings_are_closed_at_first_and_give_the_focus_back(visit):
     gear.press("Enter")
     expect(gear).to_have_attribute("aria-expanded", "true")
     expect(page.get_by_label("balanced")).to_be_visible()  # what is hidden takes no focus
+    advanced = page.get_by_role("button", name="Advanced", exact=True)
+    for opened in ("false", "true", "false"):
+        expect(advanced).to_have_attribute("aria-expanded", opened)
+        advanced.click()
     page.get_by_label("balanced").focus()
     page.keyboard.press("ArrowDown")  # one group: arrows go through it
     expect(page.get_by_label("creative")).to_be_checked()
@@ -550,9 +573,12 @@ def test_fingers_hit_what_they_mean(visit, photo, state):
     page = visit(has_touch=True, **PHONE)
     if state != "empty":
         attach(page, photo)
-        ask(page, "Hello?")
+        ask(page, "Make a website of it." if state == "chat" else "Hello?")
     if state == "chat":
         figures(page)
+        page.get_by_role("button", name="Dislike", exact=True).click()
+        expect(page.get_by_label("Why? (optional)")).to_be_visible()
+        attach(page, photo, picture(photo.with_name("b.png"), "navy"))
     if state == "settings":
         open_settings(page)
     if state == "list":
@@ -573,12 +599,14 @@ def test_fingers_hit_what_they_mean(visit, photo, state):
 
 
 def too_small(page: Page) -> list:
-    """What is to be touched and less than 40 pixels high or wide."""
+    """What is to be touched, and with all that counts as it has less than 40 pixels."""
     return page.evaluate(
         """() => [...document.querySelectorAll("button, summary, [role=button]")].filter(button => {
-            const { width, height } = button.getBoundingClientRect();
+            const { x, y, width, height } = button.getBoundingClientRect();
+            const hit = [[-19, -19], [19, -19], [-19, 19], [19, 19]].every(([right, down]) =>
+                document.elementFromPoint(x + width / 2 + right, y + height / 2 + down) === button);
             return button.checkVisibility({ visibilityProperty: true, opacityProperty: true })
-                && width && (width < 40 || height < 40);
+                && width && (width < 40 || height < 40) && !hit;
         }).map((button) => button.outerHTML.slice(0, 120))"""
     )
 
@@ -609,6 +637,13 @@ def test_the_column(visit):
     for part in (answers(page), page.locator("#composer")):
         assert part.bounding_box()["width"] <= 46 * 16
     assert answers(page).evaluate("e => getComputedStyle(e.parentElement).borderTopWidth") == "0px"
+    row, settings = (page.locator(s).bounding_box() for s in ("#conversations li", "#foot .line"))
+    assert (row["x"], row["width"]) == (settings["x"], settings["width"])
+    frame, send = (page.locator(f"#box .{s}").bounding_box() for s in FRAME_AND_BUTTON)
+    assert abs(frame["y"] + frame["height"] / 2 - send["y"] - send["height"] / 2) < 1
+    muted = page.locator("#note").evaluate("e => getComputedStyle(e).color")
+    for icon in ("#add .icon", "#head .end .icon"):
+        expect(page.locator(icon).first).to_have_css("color", muted)
     page.emulate_media(forced_colors="active")  # Windows' high contrast: icons are still seen
     ground = "(part, before) => getComputedStyle(part, before).backgroundColor"
     for part in ("#new-chat", "#foot button", "#box .submit-button"):

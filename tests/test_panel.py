@@ -25,6 +25,7 @@ from tests.page_case import (
     download_as,
     figures,
     open_settings,
+    picture,
     questions,
     say,
     served,
@@ -33,6 +34,11 @@ from tests.page_case import (
 )
 
 TEXTS = Path(__file__).parent.parent / "minigpt4" / "web" / "page" / "texts"
+DRAG = """() => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([""], "a.png"));
+    document.body.dispatchEvent(new DragEvent("dragenter", { dataTransfer, bubbles: true }));
+}"""
 AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
 
 
@@ -325,6 +331,15 @@ def test_accessibility(visit, photo, scheme, language, size):
     _assert_accessible(page, "settings")
     page.keyboard.press("Escape")
     if size == PHONE:  # the other states differ in their words alone
+        page.locator("#box input[type=file]").set_input_files(TEXTS / "en.json")
+        expect(page.get_by_test_id("toast-body")).to_be_visible()
+        attach(page, photo)
+        page.route("**/gradio_api/upload*", lambda route: None)
+        page.locator("#box input[type=file]").set_input_files(picture(photo.with_name("b.png")))
+        expect(page.locator(".uploading")).to_be_visible()
+        page.evaluate(DRAG)
+        _assert_accessible(page, "a picture on its way, a warning, another one over the page")
+        page.evaluate("document.querySelector('.dropping').remove()")
         page.get_by_role("button", name=said["page_conversations"]).click()
         page.evaluate("minigpt4.notice('Deleted.', 'Undo', () => {})")
         _assert_accessible(page, "list")

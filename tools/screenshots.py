@@ -10,11 +10,11 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from minigpt4.web.page.examples import EXAMPLES
+from minigpt4.web.page.examples import EXAMPLES, FOLDER
 
 ROOT = Path(__file__).parent.parent
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True}
 SECONDS = 120_000  # for an answer, in ms
 
 
@@ -64,6 +64,22 @@ def take(browser: Browser, address: str, out: Path) -> None:
     page.get_by_role("button", name="Advanced").click()
     shoot(page, "settings.png")
 
+    page = visit(**DESKTOP)
+    attach(page, "cat", "coffee", "dahlia")
+    page.locator("#box textarea").fill("Suggest a title for these pictures.")
+    page.keyboard.press("Enter")
+    answered(page)
+    attach(page, "tower")
+    page.locator("#box textarea").fill("And for this one?")
+    shoot(page, "several.jpg")
+    page.evaluate("""localStorage.setItem("minigpt4:settings", '{"num_beams": 8}')""")
+    page.goto(address)  # with beams, the first word comes at the end; the draft is kept
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(1, timeout=SECONDS)
+    page.locator("#box textarea").fill("Describe this image in detail.")
+    page.keyboard.press("Enter")
+    expect(page.locator("#box .stop-button")).to_be_visible(timeout=SECONDS)
+    shoot(page, "waiting.jpg")
+
     page = visit(color_scheme="dark", **DESKTOP)
     answer_example(page, "poem")
     shoot(page, "dark.png")
@@ -79,6 +95,14 @@ def answer_example(page: Page, name: str) -> None:
     """Click on an example's card, and wait for the answer."""
     page.locator("#hello .cards button").nth([*EXAMPLES].index(name)).click()
     answered(page)
+
+
+def attach(page: Page, *names: str) -> None:
+    """Put pictures of the examples into the message box."""
+    files = [FOLDER / f"{name}.jpg" for name in names]
+    page.locator("#box input[type=file]").set_input_files(files)
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(len(names), timeout=SECONDS)
+    page.locator("#box textarea").focus()
 
 
 def answered(page: Page) -> None:

@@ -14,7 +14,7 @@ SCRIPTS = (
     *("names", "page", "layout", "upload", "composer", "where", "crop", "pictures", "facts"),
     *("versions", "speak", "keys", "settings", "draft", "notice", "store", "chats"),
 )
-_COMMENT = re.compile(r"^[ \t]*(//.*|/\*[\s\S]*?\*/)\n", re.MULTILINE)  # on lines of its own
+_COMMENT = re.compile(r"^[ \t]*//.*\n|[ \t]*/\*[\s\S]*?\*/\n?", re.MULTILINE)  # no // behind code
 # Settings of a gr.HTML without Gradio's own styles.
 PLAIN: dict[str, Any] = {"padding": False, "apply_default_css": False}
 # names.js fills in the texts: see `complete` there.

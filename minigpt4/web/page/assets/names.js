@@ -73,6 +73,15 @@
     set(part, { ariaLabel: say(label) });
     if (part.matches("button")) part.title = say(label);
   };
+  // Gradio's accordions do not tell whether they are open, and their sign is read out.
+  const expanded = (button) => {
+    set(button, { ariaExpanded: button.classList.contains("open") });
+    set(button.querySelector(".icon"), { ariaHidden: "true" });
+  };
+  document.addEventListener("click", ({ target }) => {
+    const button = target.closest(".label-wrap");
+    if (button) setTimeout(expanded, 0, button);
+  });
   const complete = (node) => {
     const all = (selector) => [
       ...(node.matches(selector) ? [node] : []), ...node.querySelectorAll(selector),
@@ -84,6 +93,12 @@
     all("[data-label]").forEach(write);
     for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
       found.setAttribute("role", "group"); // a name without a role is not read out
+    }
+    all(".label-wrap").forEach(expanded);
+    // Not a button: it holds the one that closes.
+    for (const found of all(".toast-header")) {
+      found.removeAttribute("role");
+      found.removeAttribute("tabindex");
     }
     for (const found of all("#box .thumbnails")) found.setAttribute("role", "list");
     for (const found of all("#reason .submit-button")) set(found, { ariaLabel: say("submit"), title: say("submit") });

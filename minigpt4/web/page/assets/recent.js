@@ -98,15 +98,16 @@ for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => {
   releasing = setTimeout(release, 300); // a finger's click may come a moment later, or never
 });
 
-// Pinned ones first, then those of today, then the others.
-const headed = Object.fromEntries(["pinned", "today", "earlier"].map((name) => [
+// Pinned ones first, then those of today, of the last seven days, and the others.
+const headed = Object.fromEntries(["pinned", "today", "week", "earlier"].map((name) => [
   name, [make("h2", { textContent: say(name) }), make("ul", { className: "recent" })],
 ]));
 const groups = (found) => {
   [before, drawn] = [drawn, new Map()];
   const today = new Date().setHours(0, 0, 0, 0);
-  const sorted = { pinned: [], today: [], earlier: [] };
-  for (const chat of found) sorted[chat.pinned ? "pinned" : chat.time >= today ? "today" : "earlier"].push(chat);
+  const age = (time) => (time >= today ? "today" : time >= today - 7 * 864e5 ? "week" : "earlier");
+  const sorted = { pinned: [], today: [], week: [], earlier: [] };
+  for (const chat of found) sorted[chat.pinned ? "pinned" : age(chat.time)].push(chat);
   return Object.entries(sorted).filter(([, some]) => some.length).flatMap(([name, some]) => {
     arrange(headed[name][1], some.map(row));
     return headed[name];

@@ -123,7 +123,7 @@
     window.minigpt4.notice(say("too_many").replace("{count}", count));
   }, true);
 
-  const overlay = make("div", { className: "dropping" });
+  const overlay = make("div", { className: "dropping", role: "status" });
   const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
   // A picture dragged from another page may come as an address only, which text fields may take.
   const isAddress = ({ dataTransfer, target }) => dataTransfer?.types.includes("text/uri-list")
