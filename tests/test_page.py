@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from playwright.sync_api import Page, expect
 
+from minigpt4.web.page.feedback import Feedback
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.page.session import Session
 from tests import api_case
@@ -465,7 +466,7 @@ def test_copying_gives_what_was_written(visit):
     assert copied.startswith("<img src=x onerror=") and "![x](http" in copied
 
 
-def test_likes_are_stored_with_a_reason(visit, folder):
+def test_likes_are_stored_with_a_reason(visit, folder, monkeypatch):
     page = visit()
     ask(page, "Describe it.")
     page.locator("#chat").get_by_role("button", name="Dislike", exact=True).click()
@@ -485,6 +486,15 @@ def test_likes_are_stored_with_a_reason(visit, folder):
         page.locator("#chat").get_by_role("button", name=button, exact=True).click()
         wait_for(lambda liked=liked: lines()[-1]["liked"] is liked)
         assert lines()[-1]["id"] == first["id"] and not lines()[-1]["reason"]
+    store = Feedback.store
+    monkeypatch.setattr(Feedback, "store", lambda *given: (time.sleep(0.6), store(*given)))
+    page.evaluate(  # a quick change of mind
+        """() => ["Liked", "Dislike"].forEach((name, number) => setTimeout(
+            () => document.querySelector(`#chat button[aria-label="${name}"]`).click(),
+            300 * number,
+        ))"""
+    )
+    wait_for(lambda: lines()[-1]["liked"] is False)
 
 
 def test_a_reason_is_asked_for_beside_its_answer_only(visit):

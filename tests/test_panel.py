@@ -389,7 +389,12 @@ def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
         page.get_by_role("button", name="New chat").click()
         expect(answers(page)).to_have_count(0)
 
-        model.select_option("mini")  # perhaps while the new chat is still being shown
+        model.evaluate(  # an arrow key pressed twice, perhaps while the new chat is being shown
+            """(model) => ["nano", "mini"].forEach((value) => {
+                model.value = value;
+                model.dispatchEvent(new Event("change", { bubbles: true }));
+            })"""
+        )
         expect(foot).to_contain_text("mini")
         ask(page, "And you?")
         assert (len(nano.asked), len(mini.asked)) == (1, 1)

@@ -88,7 +88,7 @@ class Ratings:
     def wire(self, chatbot: gr.Chatbot, session: gr.State, left: list, event: dict) -> None:
         """Connect the parts to their handlers. left: the events that hide the row."""
         outputs = [self._rating, self._row, self._reason]
-        chatbot.like(self.like, session, outputs, **event)
+        chatbot.like(self.like, session, outputs, trigger_mode="multiple", **event)
         self._reason.submit(self.explain, [self._rating, self._reason], outputs, **event)
         gr.on([self._close.click, *left], None, None, [self._row, self._reason], js=HIDE_JS)
 

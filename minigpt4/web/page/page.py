@@ -263,7 +263,7 @@ class ChatPage:
         """The selector of models in the head."""
         known = [self._remembered, self._session]
         shown = self._model_parts[1:]  # not the selector: it shows the choice and has the focus
-        chosen = self._head.input(self.choose_model, self._session, None, **EVENT)
+        chosen = self._head.input(self.choose_model, self._session, None, **NEXT)
         # A second step, so that it comes after a new chat's events, which show the former model.
         beside = chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **NEXT)
         beside.then(None, None, None, js=panel.SETTLED_JS)
@@ -294,15 +294,22 @@ class ChatPage:
         return [line, gr.skip(), *unchanged]
 
     def choose_model(self, session: Session, chosen: gr.EventData) -> None:
-        """Have another model answer from the next question on."""
-        session.latest.model = self._loading.name(str(chosen.value))
+        """Have another model answer from the next question on.
+
+        chosen.value: [model, time of the choice], since quick choices may arrive in another order.
+        """
+        name, when = chosen.value
+        latest = session.latest
+        if when >= latest.model_chosen:
+            latest.model, latest.model_chosen = self._loading.name(str(name)), when
 
     def show_model_beside(self, remembered: object, session: Session, request: gr.Request) -> list:
         """The same as `show_model`, without the selector."""
-        return self.show_model(remembered, session.latest, request)[1:]
+        return self.show_model(remembered, session, request)[1:]
 
     def show_model(self, remembered: object, session: Session, request: gr.Request) -> list[Any]:
         """The page's texts about the session's model, and the settings' values for this model."""
+        session = session.latest  # another conversation may be shown by now
         engine = self._loading.find(session.model)
         values = panel.remembered_values(remembered, engine)
         sliders: list[Any] = [gr.update(value=value, interactive=True) for value in values.values()]

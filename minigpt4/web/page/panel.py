@@ -127,10 +127,11 @@ class Panel:
             trigger_mode="always_last",
             **event,
         )
-        saving = head.select(self.save, session, self.saved, **event)
+        saving = head.select(self.save, session, self.saved, trigger_mode="multiple", **event)
         saving.then(None, self.saved, None, js=SAVE_JS)
         chatbot.option_select(self.show_website, session, self.site, **event)
-        self.version.input(self.show_version, [self.version, session], self.site, **event)
+        shown = [self.version, session]
+        self.version.input(self.show_version, shown, self.site, trigger_mode="always_last", **event)
         self.download.click(None, self.code, None, js=SAVE_WEBSITE_JS)
 
     # Coroutines: they answer in order, threads would not.
@@ -333,7 +334,10 @@ def model_name(loading: Loading, chosen: str = "") -> str:
         f"<option{' selected' if name == shown else ''}>{html.escape(name)}</option>"
         for name in names
     )
-    return f'<select data-label="model_choice">{options}</select>'
+    # The mark is new each time: Gradio renders only a value that differs from its last one, and the
+    # visitor's choice, which is in the browser alone, may differ from both.
+    mark = secrets.token_hex(4)
+    return f'<select data-label="model_choice" data-mark="{mark}">{options}</select>'
 
 
 def language_note(engine: "AnyEngine | None", request: gr.Request | None) -> str:

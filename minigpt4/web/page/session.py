@@ -77,6 +77,7 @@ class Session:
     stop_reason: str = ""  # of the last answer
     sent: dict | None = None  # the message box's value when the engine accepted the question
     model: str = ""  # the model's name; "" is the first of those that are offered
+    model_chosen: float = 0.0  # when the visitor chose it, in ms of the browser's clock
     name: str = ""  # its id in the browser's list; given with the first question
     statistics: dict[int, "Stats"] = field(default_factory=dict)  # place -> its answer's
     forks: Forks = field(default_factory=dict)  # other versions of what is shown

@@ -6,5 +6,10 @@ element.addEventListener("click", (event) => {
 element.addEventListener("change", ({ target }) => {
   minigpt4.settings.keep("model", target.value);
   minigpt4.settle(1);
-  trigger("input", { value: target.value });
+  trigger("input", { value: [target.value, performance.now()] });
+});
+// An option that was once chosen by hand no longer follows its attribute.
+watch("value", () => {
+  const option = element.querySelector("option[selected]");
+  if (option) option.selected = true;
 });
