@@ -623,8 +623,9 @@ LMMS_EVAL = {  # its model "openai"
         }
     ],
     "model": MODEL,
-    "max_tokens": 16,
+    "max_tokens": 128,
     "temperature": 0,
+    "top_p": 1.0,
 }
 VLMEVALKIT = {  # its GPT and LMDeploy wrappers; the latter sends no detail
     "model": MODEL,
