@@ -29,7 +29,6 @@ PICTURE = data_url(picture_file("navy"))
 
 @pytest.fixture(scope="module")
 def address(engine):
-    pytest.importorskip("mcp", reason="pip install 'mcp>=1.30,<2'")
     arguments = ("--mcp", "--api-key", "sesame", "--max-upload-mb", "20")
     with served(lambda: engine, engine, *arguments) as address:
         yield address

@@ -1,12 +1,12 @@
-"""Client libraries that build on OpenAI's: `pip install langchain-openai litellm` to try them.
-
-They are too large for the test requirements, so these tests are skipped without them.
+"""Client libraries that build on OpenAI's. LiteLLM is too large for the test requirements: `pip
+install litellm` to try it, else its test is skipped.
 """
 
 import asyncio
 
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 from tests.api_case import MODEL, address_fixture, data_url, engine_fixture, picture_file
@@ -24,8 +24,7 @@ class Seen(BaseModel):
 
 @pytest.fixture
 def chat(address):
-    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
-    return langchain.ChatOpenAI(
+    return ChatOpenAI(
         model=MODEL, base_url=address + "/v1", api_key="none", max_tokens=6, temperature=0
     )
 
