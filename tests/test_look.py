@@ -522,14 +522,19 @@ def test_the_list_on_a_phone(visit):
     expect(answers(page)).to_have_count(1)
 
 
-def test_settings_are_closed_at_first_and_give_the_focus_back(visit):
-    page = visit(**WIDE)
-    gear = page.get_by_role("button", name="Settings")
+@pytest.mark.parametrize("width", [1440, 1024])
+def test_settings_are_closed_at_first_and_give_the_focus_back(visit, width):
+    page = visit(viewport={"width": width, "height": 768})
+    gear = page.locator("#foot").get_by_role("button", name="Settings", include_hidden=True)
     expect(gear).to_have_attribute("aria-expanded", "false")
     expect(page.get_by_label("precise")).to_be_hidden()
     gear.press("Enter")
     expect(gear).to_have_attribute("aria-expanded", "true")
     expect(page.get_by_label("balanced")).to_be_visible()  # what is hidden takes no focus
+    page.wait_for_function(  # nothing lies over the message box
+        """() => document.querySelector("#composer").getBoundingClientRect().right
+            <= document.querySelector("#settings").offsetLeft"""
+    )
     advanced = page.get_by_role("button", name="Advanced", exact=True)
     for opened in ("false", "true", "false"):
         expect(advanced).to_have_attribute("aria-expanded", opened)

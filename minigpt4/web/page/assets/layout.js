@@ -22,8 +22,9 @@
       if (document.documentElement.dataset.drawer !== name) return; // it has been closed again
       if (!document.activeElement.closest(`#${name}`)) find(`#${name} [data-close]`)?.focus();
     };
-    if (name) setTimeout(enter, 50); // once it is visible
-    else if (opener?.isConnected) opener.focus();
+    const leave = () => { if (!document.documentElement.dataset.drawer) opener?.focus(); };
+    if (!name) leave();
+    setTimeout(name ? enter : leave, 50); // what was hidden is visible by then
   };
   PHONE.addEventListener("change", () => drawer(""));
   addEventListener("popstate", () => { if (PHONE.matches) drawer(""); }); // it would cover the page
