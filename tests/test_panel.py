@@ -5,6 +5,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -12,6 +13,8 @@ from playwright.sync_api import Page, expect
 from minigpt4.config import MODELS
 from minigpt4.errors import Step
 from minigpt4.web.page.loading import Loading
+from minigpt4.web.page.page import ChatPage
+from minigpt4.web.page.session import Session
 from tests.fake_engine import FakeEngine
 from tests.page_case import (
     PHONE,
@@ -368,6 +371,20 @@ def _assert_accessible(page: Page, state: str) -> None:
         for v in found
     ]
     assert not faults, f"{state}:\n" + "\n".join(faults)
+
+
+def test_choices_of_a_model_in_another_order_or_form():
+    page = object.__new__(ChatPage)
+    page._loading, session = Loading.done(FakeEngine(), FakeEngine(name="mini")), Session()
+
+    def choose(value) -> str:
+        page.choose_model(session, SimpleNamespace(value=value))
+        return session.model
+
+    assert choose({"model": "mini", "when": 20.5}) == "mini"
+    for bad in ({"model": "nano", "when": 20}, {"model": "nano"}, {"when": "x"}, ["nano"], None):
+        assert choose(bad) == "mini"
+    assert choose({"model": "nano", "when": 21}) == "nano"
 
 
 def test_visitors_choose_among_the_models_offered(browser, monkeypatch):

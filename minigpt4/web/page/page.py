@@ -263,7 +263,9 @@ class ChatPage:
         """The selector of models in the head."""
         known = [self._remembered, self._session]
         shown = self._model_parts[1:]  # not the selector: it shows the choice and has the focus
-        chosen = self._head.input(self.choose_model, self._session, None, **NEXT)
+        chosen = self._head.input(
+            self.choose_model, self._session, None, trigger_mode="multiple", **EVENT
+        )
         # A second step, so that it comes after a new chat's events, which show the former model.
         beside = chosen.then(self.show_model_beside, known, shown, js=SETTINGS_JS, **NEXT)
         beside.then(None, None, None, js=panel.SETTLED_JS)
@@ -296,12 +298,14 @@ class ChatPage:
     def choose_model(self, session: Session, chosen: gr.EventData) -> None:
         """Have another model answer from the next question on.
 
-        chosen.value: [model, time of the choice], since quick choices may arrive in another order.
+        chosen.value: the model and the time of the choice, since quick choices may arrive out of
+        order.
         """
-        name, when = chosen.value
-        latest = session.latest
-        if when >= latest.model_chosen:
-            latest.model, latest.model_chosen = self._loading.name(str(name)), when
+        value = chosen.value if isinstance(chosen.value, dict) else {}
+        latest, when = session.latest, value.get("when")
+        if isinstance(when, int | float) and when >= latest.model_chosen:
+            latest.model_chosen = when
+            latest.model = self._loading.name(str(value.get("model")))
 
     def show_model_beside(self, remembered: object, session: Session, request: gr.Request) -> list:
         """The same as `show_model`, without the selector."""

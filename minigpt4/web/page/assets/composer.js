@@ -96,8 +96,8 @@
     if (composer && !composer.measured) {
       height.observe(Object.assign(composer, { measured: true }));
     }
-    const button = find("#box .submit-button");
-    if (button && button.disabled !== isEmpty()) button.disabled = isEmpty();
+    const button = find("#box .submit-button"), empty = isEmpty();
+    if (button && button.disabled !== empty) button.disabled = empty;
   };
   const onSend = (event) => {
     const button = find("#box .submit-button");

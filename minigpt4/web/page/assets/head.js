@@ -6,7 +6,7 @@ element.addEventListener("click", (event) => {
 element.addEventListener("change", ({ target }) => {
   minigpt4.settings.keep("model", target.value);
   minigpt4.settle(1);
-  trigger("input", { value: [target.value, performance.now()] });
+  trigger("input", { value: { model: target.value, when: performance.now() } });
 });
 // An option that was once chosen by hand no longer follows its attribute.
 watch("value", () => {
