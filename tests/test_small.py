@@ -37,6 +37,7 @@ from minigpt4.training.mixture import (
     TrainingPicture,
     read_pictures,
     read_turns,
+    with_texts,
 )
 from minigpt4.training.packing import pack
 from minigpt4.training.selfcritical import sample
@@ -442,6 +443,49 @@ def test_a_folder_of_data_is_read(tmp_path):
     assert [p.source for p in found["stage2"]] == ["instructed"] * 2
     with pytest.raises(UserError):
         small_run.read(tmp_path / "coco")
+
+
+def test_further_texts_about_pictures_are_learned(tmp_path, capsys):
+    (tmp_path / "stage1").mkdir()
+    write_shard(tmp_path / "stage1" / "train-0.tar", 3)
+    write_shard(tmp_path / "stage1" / "val-0.tar", 1)
+    before = small_run.read(tmp_path)
+    first, kept = before["train-0"][0], before["val-0"][0]
+    record = {
+        "key": first.key,
+        "description": "A dog runs. It is fast.",
+        "questions": [["What runs?", "A dog runs."]],
+        "task": ["Write a line.", "Run, dog!"],
+    }
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, (record, record | {"key": kept.key}))))
+    found = small_run.read(tmp_path)
+    assert (
+        "texts.jsonl: 1 are about no picture to learn from (val-0/00000)."
+        in capsys.readouterr().err
+    )
+    written, *others = found["train-0"]
+    assert [p.source for p in [*others, *found["val-0"]]] == ["flickr"] * 3
+    assert (written.source, written.captions) == ("written", first.captions)
+    drawn = Mixture(Things()).draw(written, random.Random(0))
+    answers = {text.turns[-1][1] for text in drawn}
+    assert {"A dog runs. It is fast.", "A dog runs.", "Run, dog!"} < answers
+    assert any(caption.strip() in answers for caption in first.captions)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([{"key": "a", "task": ["Write a line."]}], "Line 1 of .*texts.jsonl must have texts as"),
+        ([{"key": 1}], "Line 1 of"),
+        ([{"key": "a"}, {"key": "a"}], "Line 2 of .* earlier line"),
+    ],
+)
+def test_further_texts_of_unknown_form_are_refused(lines, said, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=said):
+        with_texts({}, file)
 
 
 def test_what_is_wrong_in_the_data_is_left_out(tmp_path, capsys):

@@ -19,13 +19,15 @@ from minigpt4.data.examples import Example
 from minigpt4.data.files import (
     decode,
     load_json,
+    parse_jsonl,
     printable,
     prompt_lines,
+    read_text,
     repeated_in,
     shortened,
 )
 from minigpt4.data.names import is_hidden
-from minigpt4.errors import say
+from minigpt4.errors import UserError, say
 from minigpt4.training.questions import read_things
 from minigpt4.training.word_head import fold_of
 
@@ -82,7 +84,9 @@ class TrainingPicture:
     """A picture and the texts of people and machines about it."""
 
     example: Example
-    source: str  # "described" or "captioned" (COCO), "flickr", "named", "instructed" or "drawn"
+    # "described" or "captioned" (COCO), "flickr", "written" (of these two, with texts from a file),
+    # "named", "instructed" or "drawn"
+    source: str
     captions: tuple[str, ...] = ()
     description: str = ""
     pairs: tuple[Turn, ...] = ()
@@ -241,6 +245,52 @@ def read_instructed(folder: str | Path, instructions: str | Path | None) -> list
     ]
 
 
+def is_for_validation(name: str) -> bool:
+    """Are all pictures of the data set with this name kept for validation?"""
+    return name.startswith("val")
+
+
+def with_texts(
+    sets: dict[str, list[TrainingPicture]], file: Path
+) -> dict[str, list[TrainingPicture]]:
+    """The data sets, with further texts about pictures that have people's captions.
+
+    file: JSON lines of a picture's "key" and "description", "questions" or "task", as in a shard.
+    Pictures kept for validation stay as they are. UserError for texts of unknown form.
+    """
+    texts = {}
+    for number, record in parse_jsonl(file, read_text(file), "key"):
+        key = record["key"]
+        if not (isinstance(key, str) and _is_whole(record)):
+            raise UserError(
+                f"Line {number} of {printable(file)} must have texts as “key” and “description”, a "
+                "pair of texts as “task”, and a list of such pairs as “questions”: correct it."
+            )
+        if key in texts:
+            raise UserError(
+                f"Line {number} of {printable(file)} is about a picture that an earlier line is "
+                "about: make one line of both."
+            )
+        texts[key] = record
+
+    def told(picture: TrainingPicture) -> TrainingPicture:
+        if picture.source not in ("captioned", "flickr") or picture.held_out:
+            return picture
+        if (record := texts.pop(picture.key, None)) is None:
+            return picture
+        written = _picture(picture.example, record)
+        return replace(written, source="written", knowledge=picture.knowledge)
+
+    found = {
+        name: pictures if is_for_validation(name) else list(map(told, pictures))
+        for name, pictures in sets.items()
+    }
+    if texts:
+        names = "; ".join(map(shortened, list(texts)[:NAMED])) + "; …" * (len(texts) > NAMED)
+        say(f"{printable(file)}: {len(texts):,} are about no picture to learn from ({names}).")
+    return found
+
+
 def sentence(words: str) -> str:
     """A word or two, written as a sentence."""
     return words[:1].upper() + words[1:] + "."
@@ -284,6 +334,7 @@ class Mixture:
         parts: dict[str, Callable] = {
             "captioned": self._captioned,
             "flickr": self._captioned,
+            "written": self._written,
             "described": self._described,
             "named": self._named,
             "instructed": self._instructed,
@@ -317,6 +368,16 @@ class Mixture:
         asked = "What is this?" if draw.random() < _WHAT else draw.choice(self.short)
         found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
         return found + self._ordinary(picture, draw) + self._known(picture)
+
+    def _written(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
+        found = self._captioned(picture, draw)
+        if picture.description:
+            detail = (draw.choice(self.detailed), picture.description)
+            found.append(Answered((detail,), LONG, "description"))
+        found += [self._question(pair, draw) for pair in picture.pairs]
+        if picture.task:
+            found.append(Answered((picture.task,), TASK, "task"))
+        return found
 
     def _described(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
         caption = (draw.choice(_ONE_SENTENCE), draw.choice(picture.captions).strip())

@@ -67,7 +67,7 @@ class SmallRecipe:
     validate_every: int = 100
     seed: int = 42
     sizes: tuple[tuple[tuple[str, int], ...], ...] = (
-        (("described", 2), ("instructed", 1)),
+        (("described", 2), ("instructed", 1), ("written", 2)),
         (("flickr", 8), ("captioned", 2), ("named", 1)),
         (("drawn", 2),),
     )
@@ -80,8 +80,8 @@ SCORED: dict[str, dict[str, Any]] = {
         "sampled": 0.75,
         "others": 6,
         "sizes": (
-            (("described", 3), ("instructed", 2)),
-            (("flickr", 8), ("captioned", 3)),
+            (("described", 2), ("instructed", 1), ("written", 3)),
+            (("flickr", 7), ("captioned", 3)),
             (("drawn", 3),),
         ),
     },

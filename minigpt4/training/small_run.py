@@ -210,7 +210,7 @@ def check_options(options: argparse.Namespace, config: ModelConfig) -> None:
 def read(folder: Path) -> dict[str, list[mixture.TrainingPicture]]:
     """Data set -> its pictures: `stage1`, `coco`, `drawn`, `stage2` and `instruct` in a folder.
 
-    Each is optional, but there must be one at least.
+    Each is optional, but there must be one at least. `texts.jsonl`: see `mixture.with_texts`.
     """
     found = {}
     for pattern in ("coco/*.tar", "stage1/*.tar", "drawn/*.tar"):
@@ -225,7 +225,8 @@ def read(folder: Path) -> dict[str, list[mixture.TrainingPicture]]:
         raise UserError(
             f"{folder} holds no data: it needs coco/*.tar, stage1/*.tar or drawn/*.tar."
         )
-    return found
+    texts = folder / "texts.jsonl"
+    return mixture.with_texts(found, texts) if texts.exists() else found
 
 
 class DataSets:
@@ -256,7 +257,7 @@ class DataSets:
             lines.append(f"{name} {fingerprint(examples)} {texts}")
         self.mark = hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
         named = zip(self.names, self.pictures, strict=True)
-        self.kept = [name.startswith("val") or picture.held_out for name, picture in named]
+        self.kept = [mixture.is_for_validation(name) or one.held_out for name, one in named]
 
     def features(self, rows: Sequence[int]) -> Tensor:
         """[rows, image_tokens, projection_in], 16 bit."""
@@ -317,7 +318,7 @@ class Found:
         head.save(path.with_name(config.files["words"].member))
         if len(others):
             probabilities[others] = word_head.probabilities(inputs, others, layer)
-        flickr = torch.tensor([name.startswith("val") for name in data.names])
+        flickr = torch.tensor([mixture.is_for_validation(name) for name in data.names])
         for what, rows in (
             ("trained (other folds)", ~kept),
             ("Flickr8k val", flickr),
