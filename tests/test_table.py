@@ -91,6 +91,11 @@ def test_json_lines(folder):
         ),
         (
             "c.jsonl",
+            '{"file_name": "a.jpg", "caption": "x", "caption_2": 7}\n',
+            "caption that is not text .line 1",
+        ),
+        (
+            "c.jsonl",
             '{"file_name": ["a.jpg", "b.png"], "caption": "x"}\n',
             "several pictures .line 1",
         ),

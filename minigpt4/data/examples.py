@@ -249,8 +249,7 @@ def fields_of(record: object) -> list[object]:
     named = dict(zip(names, record.values(), strict=True))
     if len(named) < len(names) and any(map(captions.is_field, repeated_names(names))):
         raise NotUsable(captions.REPEATED)
-    more = [named[name] for name in named if captions.NUMBERED.fullmatch(name)]
-    if more := [value for value in more if isinstance(value, str | list)]:
+    if more := [named[name] for name in named if captions.NUMBERED.fullmatch(name)]:
         named["caption"] = [named.get("caption"), *more]
     return [named[name] for name in captions.FIELDS if name in named]
 
