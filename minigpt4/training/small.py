@@ -78,10 +78,10 @@ class SmallRecipe:
 SCORED: dict[str, dict[str, Any]] = {
     "both": {
         "sampled": 0.75,
-        "others": 6,
+        "others": 8,
         "sizes": (
-            (("described", 2), ("instructed", 1), ("written", 3)),
-            (("flickr", 7), ("captioned", 3)),
+            (("described", 1), ("instructed", 1), ("written", 4)),
+            (("flickr", 4), ("captioned", 2)),
             (("drawn", 3),),
         ),
     },
