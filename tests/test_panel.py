@@ -387,7 +387,7 @@ def test_choices_of_a_model_in_another_order_or_form():
     assert choose({"model": "nano", "when": 21}) == "nano"
 
 
-def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
+def test_visitors_choose_among_the_models_offered(browser, monkeypatch, photo):
     from minigpt4.web.page import session
     from tests.fake_engine import FakeAnswer
 
@@ -413,8 +413,16 @@ def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
             })"""
         )
         expect(foot).to_contain_text("mini")
+        attach(page, photo)
         ask(page, "And you?")
         assert (len(nano.asked), len(mini.asked)) == (1, 1)
+        expect(page.locator(".seen")).to_have_text("boat")  # mini has a detector, nano has none
+        model.select_option("nano")
+        expect(foot).to_contain_text("nano")
+        ask(page, "Still the same?")
+        expect(page.locator(".seen")).to_have_count(0)
+        model.select_option("mini")
+        expect(foot).to_contain_text("mini")
         page.get_by_role("button", name="New chat").click()
         expect(answers(page)).to_have_count(0)
         expect(model).to_have_value("mini")
@@ -423,7 +431,7 @@ def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
         expect(model).to_have_value("nano")
         expect(foot).to_contain_text("nano")
         ask(page, "Still there?")
-        assert (len(nano.asked), len(mini.asked)) == (2, 1)
+        assert (len(nano.asked), len(mini.asked)) == (3, 1)
         page.goto(address)  # a new visit begins with what was chosen last
         expect(model).to_have_value("mini")
         page.goto(first)
