@@ -76,7 +76,8 @@ class FakeEngine:
 
     def encode(self, picture) -> Encoded:
         self.pictures.append(picture.key)
-        return Encoded(np.zeros((1, 1), np.float32), "", OBJECTS)
+        found = OBJECTS if self.model.config.detects else ()
+        return Encoded(np.zeros((1, 1), np.float32), "", found)
 
     def close(self) -> None:
         self.closed = True

@@ -30,8 +30,8 @@ def served(source, feedback=None) -> Iterator[str]:
         yield address
 
 
-@contextmanager
-def chromium() -> Iterator[Browser]:
+def starting() -> dict:
+    """Playwright's arguments for starting Chromium."""
     # Debian's headless shell takes a seventh less of the processor.
     names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
@@ -40,13 +40,15 @@ def chromium() -> Iterator[Browser]:
             "install chromium: apt-get install chromium"
         )
     quiet = ["background-networking", "component-update", "sync"]
+    args = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+    args += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    return {"executable_path": path, "args": args + [f"--disable-{name}" for name in quiet]}
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path,
-            args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
-            + ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-            + [f"--disable-{name}" for name in quiet],
-        )
+        browser = playwright.chromium.launch(**starting())
         yield browser
         browser.close()
 

@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 from gradio import component_meta, processing_utils
 from gradio.mcp import GradioMCPServer
+from gradio.state_holder import SessionState
 
 from minigpt4 import __main__, web
 from minigpt4.conversation import Conversation
@@ -235,6 +236,19 @@ def test_skipped_outputs_cost_nothing(monkeypatch):
     assert not made and event
 
 
+def test_no_description_of_the_page_is_kept_for_each_visitor():
+    """A full garbage collection, which blocks the event loop, would visit all of them."""
+    gradio_patches.apply()
+    with gr.Blocks() as page:
+        name, chosen = gr.Textbox(), gr.State(None)
+    visitor = SessionState(page)
+    visitor[chosen._id] = 7
+    visitor._update_value_in_config(name._id, "what it shows")
+    assert not [*visitor.components]
+    assert visitor[chosen._id] == 7 and visitor[name._id] is name
+    assert page.default_config.get_config()["components"][0]["props"]  # the page's own is there
+
+
 def test_the_idle_queue_wakes_for_an_event():
     patched = gradio_patches._QueueAsyncio()
 
@@ -267,7 +281,6 @@ def test_an_update_reads_no_files_and_builds_no_components(session, monkeypatch)
 
         monkeypatch.setattr(owner, name, counting)
 
-    from gradio.state_holder import SessionState
     from gradio.utils import get_upload_folder
 
     Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from minigpt4.config import MODELS
 from tests import fake_engine
 from tests.fake_engine import FORMULAS
 from tests.page_case import (
@@ -162,7 +163,8 @@ def test_a_first_look_names_the_picture_and_the_conversation(visit, photo):
     expect(page.locator("#conversations li")).to_contain_text("A red house beside a lake")
 
 
-def test_an_answer_shows_where(visit, photo):
+def test_an_answer_shows_where(visit, photo, engine, monkeypatch):
+    monkeypatch.setattr(engine.model, "config", MODELS["mini"])
     page = visit(**WIDE)
     attach(page, photo)
     ask(page, "Describe it.")

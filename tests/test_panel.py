@@ -42,6 +42,10 @@ DRAG = """() => {
     dataTransfer.items.add(new File([""], "a.png"));
     document.body.dispatchEvent(new DragEvent("dragenter", { dataTransfer, bubbles: true }));
 }"""
+# Until what moves or fades has arrived.
+SETTLED = """() => Promise.all(document.getAnimations()
+    .filter(({ effect }) => effect.getComputedTiming().endTime < Infinity)
+    .map(({ finished }) => finished.catch(() => {})))"""
 AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
 
 
@@ -312,8 +316,13 @@ def test_phone_in_the_dark(visit, photo):
 
 @pytest.mark.parametrize(
     ("scheme", "language", "size"),
-    [("dark", "de", WIDE), ("light", "zh-CN", PHONE)],
-    ids=["dark, German", "Chinese, on a phone"],
+    [
+        ("light", "en", WIDE),
+        ("dark", "de", WIDE),
+        ("light", "zh-CN", PHONE),
+        ("dark", "es", PHONE),
+    ],
+    ids=["English", "dark, German", "Chinese, on a phone", "dark, Spanish, on a phone"],
 )
 def test_accessibility(visit, photo, scheme, language, size):
     if not AXE.exists():
@@ -322,18 +331,20 @@ def test_accessibility(visit, photo, scheme, language, size):
         )
     said = json.loads((TEXTS / f"{language[:2]}.json").read_text(encoding="utf-8"))
     page = visit(color_scheme=scheme, locale=language, **size)
-    _assert_accessible(page, "empty")
+    _assert_accessible(page, "empty", both=True)
     attach(page, photo)
     ask(page, "Make a website of this.")
     figures(page)
     expect(page.locator("#conversations li")).to_have_count(1)
-    _assert_accessible(page, "answered")
+    _assert_accessible(page, "answered", both=True)
+    if language in ("en", "es"):  # the other states differ in their words alone
+        return
     page.get_by_role("button", name=said["page_settings"]).click()
     page.get_by_role("button", name=said["page_advanced"]).click()
     expect(page.get_by_label(said["page_seed"])).to_be_visible()
     _assert_accessible(page, "settings")
     page.keyboard.press("Escape")
-    if size == PHONE:  # the other states differ in their words alone
+    if size == PHONE:
         page.locator("#box input[type=file]").set_input_files(TEXTS / "en.json")
         expect(page.get_by_test_id("toast-body")).to_be_visible()
         attach(page, photo)
@@ -352,16 +363,25 @@ def test_accessibility(visit, photo, scheme, language, size):
     _assert_accessible(page, "preview")
     page.keyboard.press("Escape")
     page.locator("#chat .image-container > button").click()
+    expect(page.locator("#lightbox")).to_be_visible()
     _assert_accessible(page, "lightbox")
     page.get_by_role("button", name=said["page_crop"], exact=True).click()
+    expect(page.locator("#crop .region")).to_be_focused()
     _assert_accessible(page, "crop")
-    page.keyboard.press("Escape")
+    for _ in ("crop", "lightbox"):
+        page.keyboard.press("Escape")
     page.keyboard.press("?")
+    expect(page.locator("#shortcuts")).to_be_visible()
     _assert_accessible(page, "shortcuts")
 
 
-def _assert_accessible(page: Page, state: str) -> None:
-    time.sleep(0.5)  # colours fade in
+def _assert_accessible(page: Page, state: str, both: bool = False) -> None:
+    """both: in the light and the dark theme."""
+    if both:
+        page.evaluate("minigpt4.theme()")
+        _assert_accessible(page, f"{state}, in the other theme")
+        page.evaluate("minigpt4.theme()")
+    page.evaluate(SETTLED)  # colours have faded in
     page.evaluate(AXE.read_text())
     found = page.evaluate("axe.run(document, {iframes: false, resultTypes: ['violations']})")[
         "violations"
@@ -387,7 +407,7 @@ def test_choices_of_a_model_in_another_order_or_form():
     assert choose({"model": "nano", "when": 21}) == "nano"
 
 
-def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
+def test_visitors_choose_among_the_models_offered(browser, monkeypatch, photo):
     from minigpt4.web.page import session
     from tests.fake_engine import FakeAnswer
 
@@ -413,8 +433,16 @@ def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
             })"""
         )
         expect(foot).to_contain_text("mini")
+        attach(page, photo)
         ask(page, "And you?")
         assert (len(nano.asked), len(mini.asked)) == (1, 1)
+        expect(page.locator(".seen")).to_have_text("boat")  # mini has a detector, nano has none
+        model.select_option("nano")
+        expect(foot).to_contain_text("nano")
+        ask(page, "Still the same?")
+        expect(page.locator(".seen")).to_have_count(0)
+        model.select_option("mini")
+        expect(foot).to_contain_text("mini")
         page.get_by_role("button", name="New chat").click()
         expect(answers(page)).to_have_count(0)
         expect(model).to_have_value("mini")
@@ -423,7 +451,7 @@ def test_visitors_choose_among_the_models_offered(browser, monkeypatch):
         expect(model).to_have_value("nano")
         expect(foot).to_contain_text("nano")
         ask(page, "Still there?")
-        assert (len(nano.asked), len(mini.asked)) == (2, 1)
+        assert (len(nano.asked), len(mini.asked)) == (3, 1)
         page.goto(address)  # a new visit begins with what was chosen last
         expect(model).to_have_value("mini")
         page.goto(first)

@@ -6,7 +6,9 @@ import re
 import socket
 import threading
 from contextlib import suppress
+from functools import partial
 
+import psutil
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
@@ -29,6 +31,7 @@ from tests.page_case import (
     picture,
     questions,
     say,
+    starting,
     status,
     wait_for,
 )
@@ -97,6 +100,29 @@ def test_a_reload_in_mid_answer_brings_everything_back(visit, engine, photo, siz
     assert page.evaluate("minigpt4.chats.all().length") == 1
     expect(figures(page)).to_contain_text("Answered in")
     visit.expected(LEFT)
+
+
+def test_a_crash_in_mid_answer_brings_everything_back(browser, address, engine, photo, tmp_path):
+    engine.word_seconds, engine.ahead = 0.05, 0
+    start = partial(browser.browser_type.launch_persistent_context, tmp_path / "me", **starting())
+    page = start().pages[0]
+    page.goto(address)
+    attach(page, photo)
+    say(page, "A long one, please.")
+    expect(answers(page)).to_contain_text("word12")
+    page.wait_for_function("location.hash.startsWith('#/c/')")
+    shown, there = answers(page).inner_text().split(), page.url
+    wait_for(lambda: page.evaluate(KEPT, shown[-1]))  # within half a second
+    for process in psutil.Process().children(recursive=True):
+        if any(str(tmp_path / "me") in argument for argument in process.cmdline()):
+            process.kill()
+    (page,) = start().pages
+    page.goto(there)
+    expect(answers(page)).to_contain_text(" ".join(shown))
+    expect(questions(page).last).to_have_text("A long one, please.")
+    page.wait_for_function("document.querySelector('#chat .image-frame img')?.naturalWidth === 320")
+    expect(status(page)).to_contain_text("The answer was interrupted")
+    page.context.close()
 
 
 def test_a_reload_before_the_picture_was_kept(visit, engine, photo):

@@ -38,6 +38,14 @@ def opened(page: Page, name: str) -> None:
     assert page.evaluate("location.hash") == f"#/c/{shown}"
 
 
+def edit(page: Page, text: str) -> None:
+    """Ask the last question again, with another text."""
+    box(page).press("ArrowUp")
+    expect(page.locator("#chat textarea")).to_have_value("Bravo?")  # no longer escaped
+    page.locator("#chat textarea").fill(text)
+    page.locator("#chat textarea").press("Control+Enter")
+
+
 def test_an_edit_ends_where_something_else_is_shown(page, engine):
     edited = page.locator("#chat textarea")
 
@@ -107,18 +115,32 @@ def test_what_is_done_while_another_is_opened_does_not_reach_it(page, engine):
     assert [len(asked.messages) for asked in engine.asked[count:]] == [2]
 
 
-def test_an_edit_that_is_accepted_after_its_conversation_was_left(page, monkeypatch):
+def test_an_edit_that_is_not_accepted_is_kept(page, engine):
+    engine.full = True
+    edit(page, "Bravo? And more?")
+    expect(page.get_by_text("Too many people are waiting")).to_be_visible()
+    expect(questions(page)).to_have_text("Bravo? And more?")
+    expect(page.locator("#chat .version")).to_have_text("2/2")
+    engine.full = False
+    done(page)
+    page.get_by_role("button", name="Answer now").click()
+    expect(answers(page)).to_contain_text("red house")
+    done(page)
+    assert [len(asked.messages) for asked in engine.asked[-1:]] == [2]
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_an_edit_of_a_conversation_that_was_left(page, monkeypatch, engine, accepted):
     begun, gate = threading.Event(), threading.Event()
 
     def slow(*arguments):
         begun.set()
         gate.wait(30)
+        engine.full = not accepted
         return FakeAnswer(*arguments)
 
     monkeypatch.setattr("minigpt4.web.page.session.ask", slow)
-    box(page).press("ArrowUp")
-    page.locator("#chat textarea").fill("Bravo? And more?")
-    page.locator("#chat textarea").press("Control+Enter")
+    edit(page, "Bravo? And more?")
     while not begun.is_set():
         page.wait_for_timeout(20)
     row(page, "Alpha").click()

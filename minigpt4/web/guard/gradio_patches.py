@@ -19,8 +19,10 @@ import gradio as gr
 import gradio.blocks
 import gradio.queueing
 import gradio.routes
+import gradio.state_holder
 import httpx
 from gradio import networking, processing_utils, utils
+from gradio.blocks import BlocksConfig
 from gradio.exceptions import InvalidPathError
 from gradio.mcp import GradioMCPServer
 from gradio.queueing import Queue
@@ -112,6 +114,9 @@ def apply() -> None:
     gr.Chatbot.postprocess = _postprocess_chatbot
     # Gradio makes a new component and its JSON schema for each output that is skipped: 3 ms.
     gr.Blocks.postprocess_data = _postprocess_data
+    # For deep links, which the page does not have, Gradio describes all components for each new
+    # visitor (6 ms) and keeps what they last showed: most of what a full garbage collection visits.
+    gradio.state_holder.copy = _config_of_session
     # A redirect from /healthz/ to /healthz lacks the path under which a proxy serves this server.
     fastapi.routing.RedirectResponse = _RedirectBeside  # type: ignore[misc]
     # Gradio calls its own server through the environment's proxies, which may not reach it.
@@ -426,6 +431,12 @@ async def _postprocess_data(self: gr.Blocks, block_fn: Any, predictions: Any, st
 
 def _is_skip(value: Any) -> bool:
     return isinstance(value, dict) and value == {"__type__": "update"}
+
+
+def _config_of_session(config: BlocksConfig) -> BlocksConfig:
+    copied = copy.copy(config)
+    copied.config_for_block = lambda *_: {}
+    return copied
 
 
 async def _fetch_nothing(url: str) -> NoReturn:

@@ -43,9 +43,12 @@ def ending(session: Session, request: gr.Request | None) -> str:
     return ""
 
 
-def facts(session: Session, request: gr.Request | None) -> dict:
+def facts(session: Session, request: gr.Request | None, detects: bool) -> dict:
     """For the page's scripts: place among the shown messages -> the answer's statistics
     (assets/facts.js) and its versions (versions.js); the objects in each picture (where.js).
+
+    detects: whether the model has a detector; if not, no objects: another model's may have found
+    some.
 
     The mark is new each time, so that the scripts are called after every turn.
     """
@@ -66,7 +69,8 @@ def facts(session: Session, request: gr.Request | None) -> dict:
                 "number": fork.shown,
                 "count": len(fork.tails),
             }
-    objects = [[one._asdict() for one in found] for found in render.objects(session)]
+    seen = render.objects(session) if detects else []
+    objects = [[one._asdict() for one in found] for found in seen]
     mark = secrets.token_hex(4)
     return {"mark": mark, "answers": known, "versions": versions, "objects": objects}
 

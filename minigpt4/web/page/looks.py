@@ -76,13 +76,11 @@ def note_objects(picture: Picture, encoded: Encoded | None) -> None:
         note(picture.key, objects=encoded.objects)
 
 
-def find_objects(engine: "AnyEngine | None", pictures: Iterable[Picture]) -> None:
-    """If the model has a detector, look for the objects of pictures that have not been looked at.
+def find_objects(engine: "AnyEngine", pictures: Iterable[Picture]) -> None:
+    """With a model's detector, look for the objects of pictures that have not been looked at.
 
     Not for the event loop: pictures that the engine no longer keeps are encoded again.
     """
-    if engine is None or not engine.model.config.detects:
-        return
     for picture in pictures:
         if find(picture.key).objects is None:
             with suppress(UserError):  # the answer reports it

@@ -182,8 +182,10 @@ class Panel:
 
     def _facts(self, session: Session, request: gr.Request) -> dict:
         engine = self._loading.find(session.model)
-        looks.find_objects(engine, session.conversation.pictures.values())
-        return answers.facts(session, request)
+        detects = engine is not None and engine.model.config.detects
+        if engine and detects:
+            looks.find_objects(engine, session.conversation.pictures.values())
+        return answers.facts(session, request, detects)
 
     def save(self, session: Session, chosen: gr.SelectData, request: gr.Request) -> dict | None:
         """The conversation as a Markdown file, or as a JSON file that can be opened again.

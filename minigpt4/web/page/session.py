@@ -52,7 +52,8 @@ class About:
 class Session:
     """One visitor's data: the conversation, the page's remarks, pictures that are not sent yet.
 
-    A failure before the engine has accepted a question changes none of it.
+    A failure before the engine has accepted a question changes none of it, unless it was an edited
+    one: that is kept without an answer.
     """
 
     conversation: Conversation = field(default_factory=Conversation)
@@ -273,16 +274,22 @@ class Session:
         finally:
             answer.close()
 
+    def keep_unanswered(self, conversation: Conversation) -> None:
+        """Show a conversation whose last question the engine has not accepted."""
+        conversation.add_answer("")
+        self._branch(conversation)
+        self.replace_conversation(conversation)
+        self.stop_reason = ""
+
     async def _write_down(
         self, answer: Answer, conversation: Conversation
     ) -> AsyncGenerator[None, None]:
         head = ""
         if conversation.messages[-1].role == "assistant":
             head = self.last_answer
+            self.replace_conversation(conversation)
         else:
-            conversation.add_answer("")
-            self._branch(conversation)
-        self.replace_conversation(conversation)
+            self.keep_unanswered(conversation)
         self.stop_reason, self.uploads = "", {}
         self.name = self.name or secrets.token_hex(8)
         place = len(conversation.messages) - 1

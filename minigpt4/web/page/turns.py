@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,8 @@ class Turns:
         request: gr.Request,
         *settings: float | str | None,
     ) -> AsyncGenerator[tuple, None]:
-        """Answer an earlier question with another text; what followed becomes a version."""
+        """Answer an earlier question with another text; what followed becomes a version. If it is
+        not accepted, it is shown without an answer: its text is nowhere else."""
 
         def conversation() -> Conversation:
             _, places = render.show(session)
@@ -125,7 +126,8 @@ class Turns:
             text = render.unescape(edited.value)
             return session.with_edit(places[edited.index] if known else -1, text)
 
-        async with aclosing(self._answer(session, conversation, request, settings)) as steps:
+        steps = self._answer(session, conversation, request, settings, keep=True)
+        async with aclosing(steps):
             async for step in steps:
                 yield step
 
@@ -194,18 +196,18 @@ class Turns:
         settings: Sequence[float | str | None],
         sent: dict | None = None,
         seed: int | None = None,
+        keep: bool = False,
     ) -> AsyncGenerator[tuple, None]:
-        """sent: the box's value, if it is to be emptied; seed: used if the settings have none."""
+        """sent: the box's value, if it is to be emptied; seed: used if the settings have none;
+        keep: also a question that is not accepted."""
         *settings, shown = settings
         if blocked := _blocked(session, str(shown or ""), request):
             yield blocked
             return
         accepted, status, failure, session.busy = False, "", "", True
-        refused = False  # whether a picture in the box was refused
-        recorded = 0.0
+        refused, recorded = False, 0.0  # refused: a picture in the box
         try:
-            steps = self._run(session, build, request, settings, seed)
-            async with aclosing(steps):
+            async with aclosing(self._run(session, build, request, settings, seed)) as steps:
                 async for now in steps:
                     line, status = gr.skip() if now == status else now, now
                     change = gr.skip()
@@ -234,6 +236,9 @@ class Turns:
                 session.remark(failure)
             elif session.is_news(failure):
                 warn(failure, mark="refused" if sent else "")
+            if keep and not accepted:
+                with suppress(UserError):  # which was the failure
+                    session.keep_unanswered(build())
             if refused and sent and (sent["text"].strip() or len(sent["files"]) > 1):
                 warn(translate("unsent", request))
         if not session.successor:

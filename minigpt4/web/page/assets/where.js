@@ -106,6 +106,9 @@
   };
   const where = (found) => {
     pictures = found ?? [];
+    if (!pictures.length) { // a model without a detector may answer by now
+      for (const seen of document.querySelectorAll(".seen")) seen.replaceWith(...seen.childNodes);
+    }
     update();
   };
   const over = ({ target }) => {
