@@ -20,6 +20,7 @@ from tests.page_case import (
     box,
     done,
     figures,
+    inside,
     open_settings,
     picture,
     questions,
@@ -293,6 +294,9 @@ def test_shortcuts_and_their_list(visit):
     edited = page.locator("#chat textarea")
     expect(edited).to_be_focused()
     assert edited.bounding_box()["width"] > 0.9 * answers(page).bounding_box()["width"]
+    edges = page.locator("#chat .message:has(textarea)")
+    for name in ("Send", "Cancel"):
+        assert inside(page.locator("#chat").get_by_role("button", name=name), edges)
     page.keyboard.press("Escape")
     expect(edited).to_have_count(0)
     expect(box(page)).to_be_focused()
@@ -458,6 +462,17 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     pictures = page.locator("#chat .image-frame img")
     expect(pictures).to_have_count(3)
     assert pictures.last.bounding_box()["y"] == pictures.first.bounding_box()["y"]
+    expect(page.get_by_role("group", name="You")).to_have_count(1)  # for screen readers
+    expect(page.locator("#chat [role=log]")).to_match_aria_snapshot(
+        """
+        - group "You":
+          - button /Picture 1 of 3/
+          - button /Picture 2 of 3/
+          - button /Picture 3 of 3/
+          - paragraph: Count them.
+        - button "Copy message"
+        """
+    )
     expect(page.get_by_role("button", name=re.compile("full.?screen", re.I))).to_have_count(0)
     first, second = (pictures.nth(place).bounding_box() for place in (0, 1))
     assert first["y"] == second["y"] and first["x"] < second["x"]
@@ -668,6 +683,25 @@ def test_the_column(visit):
     assert page.locator("#rail").bounding_box()["width"] <= 0.3 * 1440
 
 
+def test_the_symbols_of_a_message_are_of_one_kind(visit):
+    page = visit(**WIDE)
+    ask(page, "Say it again.")
+    symbol = """(button) => {
+        const { maskImage, width, height } = getComputedStyle(button, "::before");
+        return [maskImage.match(/stroke-width=.*/)[0], width, height];
+    }"""
+    buttons = page.locator("#chat .message-buttons button:not([aria-label=Share])")
+    symbols = [button.evaluate(symbol) for button in buttons.all()]
+    assert len(symbols) == 9  # two below the question, seven below the answer
+    assert {(*size,) for _, *size in symbols} == {("17px", "17px")}
+    drawn = [mask for mask, *_ in symbols]
+    assert len({*drawn}) == 7  # both can be copied; "Dislike" is "Like" turned over
+    assert all('stroke-width="1.75"' in mask.replace("\\", "") for mask in drawn)
+    page.locator("#chat").get_by_role("button", name="Like", exact=True).click()
+    liked = page.locator("#chat").get_by_role("button", name="Liked")
+    assert "fill=" in liked.evaluate(symbol)[0]
+
+
 def test_the_box_is_emptied_on_a_busy_computer(visit, photo, engine):
     """The browser gets all of a short turn's updates at once."""
     page = visit()
@@ -694,8 +728,16 @@ def test_every_state_fits_every_screen(visit, photo, width, height):
     fits()
     attach(page, photo)
     fits()
+    page.locator("#add button").first.click()
+    menu, thumbnail = page.locator("#add .menu"), page.locator("#box .thumbnail-wrapper")
+    assert inside(menu, page.locator("#main"))
+    edge = menu.bounding_box()
+    assert edge["y"] + edge["height"] <= thumbnail.bounding_box()["y"]
+    page.keyboard.press("Escape")
     ask(page, "Hello?")
     fits()
+    column, box = (page.locator(f"#{s}").bounding_box() for s in ("chat .message-wrap", "composer"))
+    assert (column["x"], column["width"]) == (box["x"], box["width"])
     page.get_by_role("button", name="Settings").first.click()
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
 
