@@ -138,6 +138,11 @@ def test_an_answer_in_markdown(visit, monkeypatch):
     style = "(found, name) => getComputedStyle(found)[name]"
     sizes = [item.evaluate(style, "fontSize") for item in shown.locator("li, p").all()]
     assert len(sizes) == 7 and len(set(sizes)) == 1
+    assert shown.locator("ul").first.evaluate(style, "listStyleType") == "disc"
+    gap = "part => part.getBoundingClientRect().top - "
+    gap += "part.previousElementSibling.getBoundingClientRect().bottom"
+    code, table_after = shown.locator("> .code_wrap, > table").all()
+    assert code.evaluate(gap) == table_after.evaluate(gap) >= 12
     assert shown.locator("ul").last.evaluate(style, "paddingRight") != "0px"
     ticked, open_ = (box.evaluate(style, "backgroundColor") for box in shown.locator("input").all())
     assert ticked != open_
@@ -448,7 +453,10 @@ def test_the_wait_is_shown_from_the_moment_of_sending(visit, engine):
     engine.ahead, engine.word_seconds = 0, 0.05
     expect(answers(page)).to_contain_text("The red")
     assert page.evaluate(dots) == []
+    buttons = page.locator("#chat .message-buttons-left")
+    expect(buttons).to_be_hidden()  # each line would move them
     done(page)
+    expect(buttons).to_be_visible()
 
 
 def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
@@ -554,6 +562,8 @@ def test_settings_are_closed_at_first_and_give_the_focus_back(visit, width):
     for opened in ("false", "true", "false"):
         expect(advanced).to_have_attribute("aria-expanded", opened)
         advanced.click()
+    fields = page.locator("#settings input[type=number]")
+    assert len({field.evaluate("e => e.offsetWidth") for field in fields.all()}) == 1
     page.get_by_label("balanced").focus()
     page.keyboard.press("ArrowDown")  # one group: arrows go through it
     expect(page.get_by_label("creative")).to_be_checked()
@@ -697,6 +707,7 @@ def test_the_symbols_of_a_message_are_of_one_kind(visit):
     drawn = [mask for mask, *_ in symbols]
     assert len({*drawn}) == 7  # both can be copied; "Dislike" is "Like" turned over
     assert all('stroke-width="1.75"' in mask.replace("\\", "") for mask in drawn)
+    expect(figures(page).locator("dl > div")).to_have_count(5)  # no number without its name
     page.locator("#chat").get_by_role("button", name="Like", exact=True).click()
     liked = page.locator("#chat").get_by_role("button", name="Liked")
     assert "fill=" in liked.evaluate(symbol)[0]
@@ -754,7 +765,11 @@ def test_a_phone_on_its_side_with_its_keyboard(visit):
     page.get_by_role("button", name="Settings").first.click()
     left, *starts = page.evaluate(lines)
     assert len(starts) > 1 and min(starts) > left + 60  # below the licence, not below its label
-    page.get_by_role("button", name="Close").last.click()
+    page.get_by_role("button", name="Close").last.evaluate(
+        "close => { close.click(); document.querySelector('#box textarea').focus(); }"
+    )
+    page.wait_for_timeout(150)  # the button that opened them does not take the focus later
+    expect(box(page)).to_be_focused()
     ask(page, "Hello?")
     for height in (390, 200):
         page.wait_for_timeout(300)  # what the answer's end redraws
