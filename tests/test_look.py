@@ -669,6 +669,9 @@ def test_the_column(visit):
     assert answers(page).evaluate("e => getComputedStyle(e.parentElement).borderTopWidth") == "0px"
     row, settings = (page.locator(s).bounding_box() for s in ("#conversations li", "#foot .line"))
     assert (row["x"], row["width"]) == (settings["x"], settings["width"])
+    page.locator("#conversations .all").evaluate("all => { all.hidden = false; }")
+    assert page.locator("#conversations .all").bounding_box()["x"] == settings["x"]
+    expect(page.locator("#conversations li .blank")).to_have_attribute("data-icon", "chat")
     frame, send = (page.locator(f"#box .{s}").bounding_box() for s in FRAME_AND_BUTTON)
     assert abs(frame["y"] + frame["height"] / 2 - send["y"] - send["height"] / 2) < 1
     muted = page.locator("#note").evaluate("e => getComputedStyle(e).color")

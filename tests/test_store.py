@@ -590,6 +590,9 @@ def test_a_question_waits_for_its_pictures(visit, tmp_path, engine):
     network.send("Network.emulateNetworkConditions", slow)
     page.locator("#box input[type=file]").set_input_files(files)
     expect(page.get_by_text(re.compile(r"Uploading [23] of 3 · \d\d %"))).to_be_visible()
+    line, frame = (page.locator(s).bounding_box() for s in (".uploading", "#composer"))
+    assert line["y"] >= frame["y"] + frame["height"]  # it covers no message
+    assert line["height"] < 40
     say(page, "Count them.")
     expect(page.get_by_text("then it is sent")).to_be_visible()
     expect(questions(page)).to_have_count(0)
