@@ -210,6 +210,16 @@ def status(page: Page) -> Locator:
     return page.locator("#status")
 
 
+def inside(part: Locator, whole: Locator) -> bool:
+    """Is the part shown within the other element's edges?"""
+    (x, y, width, height), outer = (
+        [found.bounding_box()[side] for side in ("x", "y", "width", "height")]
+        for found in (part, whole)
+    )
+    right, bottom = outer[0] + outer[2], outer[1] + outer[3]
+    return x >= outer[0] and y >= outer[1] and x + width <= right and y + height <= bottom
+
+
 def wait_for(condition) -> None:
     end = time.monotonic() + SECONDS / 1000
     while not condition():

@@ -20,6 +20,7 @@ def test_the_page_is_compressed_and_brings_nothing_unused():
         assert len(b"".join(response.iter_raw())) < 64_000
     plain = client.get("/", headers={"accept-encoding": "gzip;q=0.0, identity"})
     assert "content-encoding" not in plain.headers and "MiniGPT-4" in plain.text
+    assert "page_step_" not in plain.text  # a text that only the server says
 
     (unused,) = FRONTEND.glob("hls-*.js")
     assert UNUSED.fullmatch(unused.name)

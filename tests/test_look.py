@@ -21,6 +21,7 @@ from tests.page_case import (
     box,
     done,
     figures,
+    inside,
     open_settings,
     picture,
     questions,
@@ -138,6 +139,11 @@ def test_an_answer_in_markdown(visit, monkeypatch):
     style = "(found, name) => getComputedStyle(found)[name]"
     sizes = [item.evaluate(style, "fontSize") for item in shown.locator("li, p").all()]
     assert len(sizes) == 7 and len(set(sizes)) == 1
+    assert shown.locator("ul").first.evaluate(style, "listStyleType") == "disc"
+    gap = "part => part.getBoundingClientRect().top - "
+    gap += "part.previousElementSibling.getBoundingClientRect().bottom"
+    code, table_after = shown.locator("> .code_wrap, > table").all()
+    assert code.evaluate(gap) == table_after.evaluate(gap) >= 12
     assert shown.locator("ul").last.evaluate(style, "paddingRight") != "0px"
     ticked, open_ = (box.evaluate(style, "backgroundColor") for box in shown.locator("input").all())
     assert ticked != open_
@@ -295,6 +301,9 @@ def test_shortcuts_and_their_list(visit):
     edited = page.locator("#chat textarea")
     expect(edited).to_be_focused()
     assert edited.bounding_box()["width"] > 0.9 * answers(page).bounding_box()["width"]
+    edges = page.locator("#chat .message:has(textarea)")
+    for name in ("Send", "Cancel"):
+        assert inside(page.locator("#chat").get_by_role("button", name=name), edges)
     page.keyboard.press("Escape")
     expect(edited).to_have_count(0)
     expect(box(page)).to_be_focused()
@@ -446,7 +455,10 @@ def test_the_wait_is_shown_from_the_moment_of_sending(visit, engine):
     engine.ahead, engine.word_seconds = 0, 0.05
     expect(answers(page)).to_contain_text("The red")
     assert page.evaluate(dots) == []
+    buttons = page.locator("#chat .message-buttons-left")
+    expect(buttons).to_be_hidden()  # each line would move them
     done(page)
+    expect(buttons).to_be_visible()
 
 
 def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
@@ -460,6 +472,17 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     pictures = page.locator("#chat .image-frame img")
     expect(pictures).to_have_count(3)
     assert pictures.last.bounding_box()["y"] == pictures.first.bounding_box()["y"]
+    expect(page.get_by_role("group", name="You")).to_have_count(1)  # for screen readers
+    expect(page.locator("#chat [role=log]")).to_match_aria_snapshot(
+        """
+        - group "You":
+          - button /Picture 1 of 3/
+          - button /Picture 2 of 3/
+          - button /Picture 3 of 3/
+          - paragraph: Count them.
+        - button "Copy message"
+        """
+    )
     expect(page.get_by_role("button", name=re.compile("full.?screen", re.I))).to_have_count(0)
     first, second = (pictures.nth(place).bounding_box() for place in (0, 1))
     assert first["y"] == second["y"] and first["x"] < second["x"]
@@ -541,6 +564,8 @@ def test_settings_are_closed_at_first_and_give_the_focus_back(visit, width):
     for opened in ("false", "true", "false"):
         expect(advanced).to_have_attribute("aria-expanded", opened)
         advanced.click()
+    fields = page.locator("#settings input[type=number]")
+    assert len({field.evaluate("e => e.offsetWidth") for field in fields.all()}) == 1
     page.get_by_label("balanced").focus()
     page.keyboard.press("ArrowDown")  # one group: arrows go through it
     expect(page.get_by_label("creative")).to_be_checked()
@@ -646,6 +671,9 @@ def test_the_column(visit):
     assert answers(page).evaluate("e => getComputedStyle(e.parentElement).borderTopWidth") == "0px"
     row, settings = (page.locator(s).bounding_box() for s in ("#conversations li", "#foot .line"))
     assert (row["x"], row["width"]) == (settings["x"], settings["width"])
+    page.locator("#conversations .all").evaluate("all => { all.hidden = false; }")
+    assert page.locator("#conversations .all").bounding_box()["x"] == settings["x"]
+    expect(page.locator("#conversations li .blank")).to_have_attribute("data-icon", "chat")
     frame, send = (page.locator(f"#box .{s}").bounding_box() for s in FRAME_AND_BUTTON)
     assert abs(frame["y"] + frame["height"] / 2 - send["y"] - send["height"] / 2) < 1
     muted = page.locator("#note").evaluate("e => getComputedStyle(e).color")
@@ -668,6 +696,26 @@ def test_the_column(visit):
     assert dots.evaluate(style, ["::before", "animationName"]) == "none"
     page.evaluate("document.documentElement.style.fontSize = '48px'")  # a very large type
     assert page.locator("#rail").bounding_box()["width"] <= 0.3 * 1440
+
+
+def test_the_symbols_of_a_message_are_of_one_kind(visit):
+    page = visit(**WIDE)
+    ask(page, "Say it again.")
+    symbol = """(button) => {
+        const { maskImage, width, height } = getComputedStyle(button, "::before");
+        return [maskImage.match(/stroke-width=.*/)[0], width, height];
+    }"""
+    buttons = page.locator("#chat .message-buttons button:not([aria-label=Share])")
+    symbols = [button.evaluate(symbol) for button in buttons.all()]
+    assert len(symbols) == 9  # two below the question, seven below the answer
+    assert {(*size,) for _, *size in symbols} == {("17px", "17px")}
+    drawn = [mask for mask, *_ in symbols]
+    assert len({*drawn}) == 7  # both can be copied; "Dislike" is "Like" turned over
+    assert all('stroke-width="1.75"' in mask.replace("\\", "") for mask in drawn)
+    expect(figures(page).locator("dl > div")).to_have_count(5)  # no number without its name
+    page.locator("#chat").get_by_role("button", name="Like", exact=True).click()
+    liked = page.locator("#chat").get_by_role("button", name="Liked")
+    assert "fill=" in liked.evaluate(symbol)[0]
 
 
 def test_the_box_is_emptied_on_a_busy_computer(visit, photo, engine):
@@ -696,8 +744,16 @@ def test_every_state_fits_every_screen(visit, photo, width, height):
     fits()
     attach(page, photo)
     fits()
+    page.locator("#add button").first.click()
+    menu, thumbnail = page.locator("#add .menu"), page.locator("#box .thumbnail-wrapper")
+    assert inside(menu, page.locator("#main"))
+    edge = menu.bounding_box()
+    assert edge["y"] + edge["height"] <= thumbnail.bounding_box()["y"]
+    page.keyboard.press("Escape")
     ask(page, "Hello?")
     fits()
+    column, box = (page.locator(f"#{s}").bounding_box() for s in ("chat .message-wrap", "composer"))
+    assert (column["x"], column["width"]) == (box["x"], box["width"])
     page.get_by_role("button", name="Settings").first.click()
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
 
@@ -714,7 +770,11 @@ def test_a_phone_on_its_side_with_its_keyboard(visit):
     page.get_by_role("button", name="Settings").first.click()
     left, *starts = page.evaluate(lines)
     assert len(starts) > 1 and min(starts) > left + 60  # below the licence, not below its label
-    page.get_by_role("button", name="Close").last.click()
+    page.get_by_role("button", name="Close").last.evaluate(
+        "close => { close.click(); document.querySelector('#box textarea').focus(); }"
+    )
+    page.wait_for_timeout(150)  # the button that opened them does not take the focus later
+    expect(box(page)).to_be_focused()
     ask(page, "Hello?")
     for height in (390, 200):
         page.wait_for_timeout(300)  # what the answer's end redraws

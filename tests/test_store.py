@@ -615,9 +615,12 @@ def test_a_question_waits_for_its_pictures(visit, tmp_path, engine):
     slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 200_000}
     network.send("Network.emulateNetworkConditions", slow)
     page.locator("#box input[type=file]").set_input_files(files)
-    expect(page.get_by_text(re.compile(r"Uploading [23] of 3: \d\d %"))).to_be_visible()
+    expect(page.get_by_text(re.compile(r"Uploading [23] of 3 · \d\d %"))).to_be_visible()
+    line, frame = (page.locator(s).bounding_box() for s in (".uploading", "#composer"))
+    assert line["y"] >= frame["y"] + frame["height"]  # it covers no message
+    assert line["height"] < 40
     say(page, "Count them.")
-    expect(page.get_by_text("The question is sent afterwards.")).to_be_visible()
+    expect(page.get_by_text("then it is sent")).to_be_visible()
     expect(questions(page)).to_have_count(0)
     expect(answers(page)).to_contain_text("I see 3 pictures.")
     expect(page.get_by_text("Uploading")).to_have_count(0)
@@ -631,7 +634,7 @@ def test_a_question_is_not_sent_without_the_picture_it_waits_for(visit, photo):
     page.locator("#box input[type=file]").set_input_files(photo)
     expect(page.locator(".uploading")).to_be_visible()
     say(page, "What is this?")
-    expect(page.get_by_text("The question is sent afterwards.")).to_be_visible()
+    expect(page.get_by_text("then it is sent")).to_be_visible()
     assert page.evaluate("minigpt4.draft.load()") == {"files": [], "text": "What is this?"}
     uploads[0].fulfill(status=413, body="<h1>413 Request Entity Too Large</h1>")  # a proxy's
     expect(

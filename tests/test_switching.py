@@ -80,7 +80,7 @@ def test_a_question_that_waits_for_its_picture_is_not_asked_elsewhere(page, engi
     page.locator("#box input[type=file]").set_input_files(photo)
     expect(page.locator(".uploading")).to_be_visible()
     say(page, "What is in MY picture?")
-    expect(page.get_by_text("The question is sent afterwards.")).to_be_visible()
+    expect(page.get_by_text("then it is sent")).to_be_visible()
     row(page, "Alpha").click()
     count = len(engine.asked)
     held[0].continue_()  # Gradio opens a conversation when nothing is on its way

@@ -14,6 +14,8 @@ from minigpt4.web.page.examples import EXAMPLES, FOLDER
 
 ROOT = Path(__file__).parent.parent
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
+TABLET = {"viewport": {"width": 1024, "height": 768}}
+SIDEWAYS = {"viewport": {"width": 844, "height": 390}, "is_mobile": True, "has_touch": True}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True}
 SECONDS = 120_000  # for an answer, in ms
 
@@ -83,6 +85,12 @@ def take(browser: Browser, address: str, out: Path) -> None:
     page = visit(color_scheme="dark", **DESKTOP)
     answer_example(page, "poem")
     shoot(page, "dark.png")
+    page = visit(**TABLET)
+    answer_example(page, "story")
+    shoot(page, "tablet.jpg")
+    page = visit(**SIDEWAYS)
+    answer_example(page, "entitle")
+    shoot(page, "phone-side.jpg")
     page = visit(has_touch=True, **PHONE)
     shoot(page, "phone-empty.jpg")
     answer_example(page, "advertisement")

@@ -4,9 +4,8 @@
   let answers = {};
 
   const described = ({ line, figures }) => {
-    const list = figures.flatMap(([name, value]) => [
-      make("dt", { textContent: name }), make("dd", { textContent: value }),
-    ]);
+    const list = figures.map(([name, value]) => make("div", {},
+      make("dt", { textContent: name }), make("dd", { textContent: value })));
     const all = make("details", {}, make("summary", { textContent: line }), make("dl", {}, ...list));
     return make("span", { className: "facts", hidden: true }, all);
   };

@@ -22,7 +22,9 @@
       if (document.documentElement.dataset.drawer !== name) return; // it has been closed again
       if (!document.activeElement.closest(`#${name}`)) find(`#${name} [data-close]`)?.focus();
     };
-    const leave = () => { if (!document.documentElement.dataset.drawer) opener?.focus(); };
+    const leave = () => { // not from what the visitor has focused meanwhile
+      if (!document.documentElement.dataset.drawer && !document.activeElement.closest("#main")) opener?.focus();
+    };
     if (!name) leave();
     setTimeout(name ? enter : leave, 50); // what was hidden is visible by then
   };

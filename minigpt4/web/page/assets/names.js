@@ -91,9 +91,6 @@
     if (isNotice(node)) explain(node);
     all("[data-say]").forEach(write);
     all("[data-label]").forEach(write);
-    for (const found of all("#chat [data-testid=user], #chat [data-testid=bot]")) {
-      found.setAttribute("role", "group"); // a name without a role is not read out
-    }
     all(".label-wrap").forEach(expanded);
     // Not a button: it holds the one that closes.
     for (const found of all(".toast-header")) {
@@ -144,6 +141,28 @@
     whenRedrawn(update);
     return update;
   };
+  // For screen readers, the pictures and the text of a question, each a message of Gradio's, are one
+  // group: its first part has the name and owns the others.
+  const mark = (part, name, value) => {
+    if (!part || part.getAttribute(name) === value) return;
+    if (value) part.setAttribute(name, value); else part.removeAttribute(name);
+  };
+  whenRedrawn(() => {
+    const groups = [];
+    let before;
+    document.querySelectorAll("#chat .message-row").forEach((row, place) => {
+      row.id = `row-${place}`;
+      if (row.matches(".user-row") && before?.matches(".user-row:has(.component)")) groups.at(-1).push(row);
+      else groups.push([row]);
+      before = row;
+    });
+    for (const rows of groups) for (const row of rows) {
+      const part = row.querySelector("[data-testid]"), [first, ...others] = rows;
+      mark(part, "role", row === first ? "group" : "none"); // a name without a role is not read out
+      mark(part, "aria-label", row === first ? say(row.matches(".user-row") ? "you" : "bot") : null);
+      mark(part, "aria-owns", row === first ? others.map(({ id }) => id).join(" ") || null : null);
+    }
+  });
   // An element with these properties and children.
   const make = (tag, values = {}, ...children) => {
     const made = set(document.createElement(tag), values);

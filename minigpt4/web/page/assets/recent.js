@@ -11,7 +11,10 @@ const makeRow = (chat, today) => {
   const title = chat.title || say("untitled");
   const picture = make(chat.thumb ? "img" : "span");
   if (/^data:image\/jpeg;base64,/.test(chat.thumb)) { picture.src = chat.thumb; picture.alt = ""; }
-  else picture.className = "blank";
+  else {
+    picture.className = "blank";
+    picture.dataset.icon = "chat";
+  }
   const open = make("button", { type: "button", className: "title", textContent: title });
   if (chat.id === chats.current) open.setAttribute("aria-current", "page");
   const asked = new Date(chat.time);

@@ -8,16 +8,19 @@
   // --- progress: Gradio uploads with `fetch`, which reports none ------------------------------------
   let running = 0; // uploads
   let waiting = false; // is a question to be sent when they are complete?
-  let line = null;
+  let line = null, told = ""; // the progress, and its text
+  const write = () => {
+    if (line) line.textContent = waiting ? `${told} · ${say("sent_afterwards")}` : told;
+  };
   const tell = (share, sizes) => {
     line ??= make("div", { className: "uploading", role: "status" });
     if (!line.isConnected) find("#composer").prepend(line);
     const total = sizes.reduce((sum, size) => sum + size, 0);
     let number = 0, come = 0;
     while (number < sizes.length - 1 && (come += sizes[number]) <= share * total) number += 1;
-    const text = say("uploading").replace("{number}", number + 1).replace("{count}", sizes.length)
+    told = say("uploading").replace("{number}", number + 1).replace("{count}", sizes.length)
       .replace("{percent}", Math.floor(share * 100));
-    line.textContent = waiting ? `${text} ${say("sent_afterwards")}` : text;
+    write();
     line.style.setProperty("--share", `${share * 100}%`);
   };
   const end = () => {
@@ -27,8 +30,8 @@
     line = null;
   };
   const keepUnsent = () => {
-    if (waiting && line) line.textContent = line.textContent.replace(` ${say("sent_afterwards")}`, "");
     waiting = false;
+    write();
   };
   document.addEventListener("input", ({ target }) => {
     if (target.matches("#box textarea") && !target.value.trim()) keepUnsent();
@@ -96,7 +99,7 @@
     waiting = true;
     clearInterval(asking);
     asking = setInterval(send, 100);
-    if (line) line.textContent += ` ${say("sent_afterwards")}`;
+    write();
   };
   // Call `act` before the message box is sent, by its button or by Enter.
   const beforeSending = (act) => {

@@ -18,8 +18,13 @@ TEXTS: dict[str, dict[str, str]] = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted(Path(__file__).parent.glob("*.json"))
 }
+# What a page loads: without the errors and steps of which en.json has no text.
+_LOADED = {
+    name: {key: text for key, text in texts.items() if key in TEXTS["en"]}
+    for name, texts in TEXTS.items()
+}
 # Gradio's own locales call simplified Chinese zh-CN.
-I18N = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
+I18N = gr.I18n(**_LOADED, **{"zh-CN": _LOADED["zh"]})
 PREFIX = "page_"  # sets the page's keys apart from Gradio's
 
 
