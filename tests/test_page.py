@@ -119,6 +119,7 @@ def test_an_answer_cut_at_its_length_goes_on(visit):
     open_settings(page)
     page.get_by_label("Maximum length, number").fill("20")
     page.get_by_label("Maximum length, number").press("Tab")
+    expect(page.get_by_label("custom")).to_be_checked()
     ask(page, "A long one, please.")
     expect(status(page)).to_contain_text("Stopped at the maximum length")
     page.get_by_role("button", name="Continue").click()
