@@ -717,6 +717,14 @@ def test_a_conversation_that_the_server_forgot_is_opened_again(browser, engine, 
     done(page)
     assert len(engine.asked[-1].pictures) == 1
     page_of_all.app.state_holder.session_data.clear()
+    page.get_by_role("button", name="Edit").first.click()
+    page.locator("#chat textarea").fill("Count the *legs*.")
+    page.locator("#chat textarea").press("Control+Enter")
+    expect(box(page)).to_have_value("Count the *legs*.")
+    page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")
+    expect(answers(page)).to_have_count(2)
+    assert len(engine.asked) == asked + 1
+    page_of_all.app.state_holder.session_data.clear()
     page.get_by_role("button", name="Retry").click()
     expect(page.get_by_text("The server no longer had this conversation.").last).to_be_visible()
     page.wait_for_function("!document.documentElement.hasAttribute('data-opening')")

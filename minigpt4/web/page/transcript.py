@@ -151,9 +151,12 @@ def record(session: Session, model: str) -> dict:
     }
 
 
-def forgotten(name: str) -> dict:
-    """Tells assets/chats.js that the server no longer has the conversation that the page shows."""
-    return {"mark": secrets.token_hex(4), "forgotten": name, "records": []}
+def forgotten(name: str, text: str = "") -> dict:
+    """Tells assets/chats.js that the server no longer has the conversation that the page shows.
+
+    text: an edited question, which the page puts into the message box.
+    """
+    return {"mark": secrets.token_hex(4), "forgotten": name, "text": text, "records": []}
 
 
 def told(session: Session, *records: dict, settled: bool = False) -> dict:

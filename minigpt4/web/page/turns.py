@@ -119,14 +119,14 @@ class Turns:
     ) -> AsyncGenerator[tuple, None]:
         """Answer an earlier question with another text; what followed becomes a version. If it is
         not accepted, it is shown without an answer: its text is nowhere else."""
+        text = render.unescape(edited.value)
 
         def conversation() -> Conversation:
             _, places = render.show(session)
             known = edited.index in range(len(places))  # the conversation may have changed
-            text = render.unescape(edited.value)
             return session.with_edit(places[edited.index] if known else -1, text)
 
-        steps = self._answer(session, conversation, request, settings, keep=True)
+        steps = self._answer(session, conversation, request, settings, edited=text)
         async with aclosing(steps):
             async for step in steps:
                 yield step
@@ -196,12 +196,12 @@ class Turns:
         settings: Sequence[float | str | None],
         sent: dict | None = None,
         seed: int | None = None,
-        keep: bool = False,
+        edited: str = "",
     ) -> AsyncGenerator[tuple, None]:
         """sent: the box's value, if it is to be emptied; seed: used if the settings have none;
-        keep: also a question that is not accepted."""
+        edited: an edited question's text, which is kept also if it is not accepted."""
         *settings, shown = settings
-        if blocked := _blocked(session, str(shown or ""), request):
+        if blocked := _blocked(session, str(shown or ""), request, edited):
             yield blocked
             return
         accepted, status, failure, session.busy = False, "", "", True
@@ -236,7 +236,7 @@ class Turns:
                 session.remark(failure)
             elif session.is_news(failure):
                 warn(failure, mark="refused" if sent else "")
-            if keep and not accepted:
+            if edited and not accepted:
                 with suppress(UserError):  # which was the failure
                     session.keep_unanswered(build())
             if refused and sent and (sent["text"].strip() or len(sent["files"]) > 1):
@@ -309,10 +309,12 @@ class Turns:
         return sampling, str(system or "").strip() or None
 
 
-def _blocked(session: Session, shown: str | None, request: gr.Request | None) -> tuple | None:
+def _blocked(
+    session: Session, shown: str | None, request: gr.Request | None, edited: str = ""
+) -> tuple | None:
     """The result of a handler that can do nothing now; None if it can."""
     if shown and not session.name:
-        return (*UNCHANGED[:3], transcript.forgotten(shown))
+        return (*UNCHANGED[:3], transcript.forgotten(shown, edited))
     if session.busy:  # a second Enter, for example
         warn(translate("busy", request))
         return UNCHANGED

@@ -287,6 +287,7 @@
     if (!news) return;
     if (news.forgotten) {
       notice(say("forgotten"));
+      window.minigpt4.putBack(news.text);
       open(news.forgotten, true);
       return;
     }

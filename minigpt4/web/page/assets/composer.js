@@ -56,6 +56,10 @@
     sending(false);
     forget();
   };
+  const write = (field, text) => {
+    field.value = text;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
   const surplus = () => {
     const [before, now] = [sent, typed];
     [sent, typed] = [null, null];
@@ -64,9 +68,12 @@
   };
   const emptied = () => {
     const more = surplus(), field = find("#box textarea");
-    if (!more || !field) return;
-    field.value = more;
-    field.dispatchEvent(new Event("input", { bubbles: true }));
+    if (more && field) write(field, more);
+  };
+  // Put a text into the box, before what is in it.
+  const putBack = (text) => {
+    const field = find("#box textarea");
+    if (text) write(field, [text, field.value].filter(Boolean).join("\n"));
   };
   // What is typed between a click on Undo and the question's return to the box is kept, too.
   let undoing = null; // the box's text at the click, and its text now
@@ -77,8 +84,7 @@
     undoing = null;
     if (now === before || !value.endsWith(before)) return;
     const question = value.slice(0, value.length - before.length).trimEnd();
-    field.value = question ? `${question}\n${now}` : now;
-    field.dispatchEvent(new Event("input", { bubbles: true }));
+    write(field, question ? `${question}\n${now}` : now);
   };
   document.addEventListener("click", ({ target }) => {
     const field = target.closest("#chat .message-buttons-left") && find("#box textarea");
@@ -184,5 +190,5 @@
     showDialog(dialog);
     start();
   };
-  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, asSent, forget, ended, failed, surplus, emptied, undone, stop, camera });
+  Object.assign(window.minigpt4, { attach, choose, sending, unaccepted, asSent, forget, ended, failed, surplus, emptied, putBack, undone, stop, camera });
 })();
