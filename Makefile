@@ -11,11 +11,12 @@ demo: setup
 	$(BIN)/python app.py
 
 # Downloads, lint and types run side by side. The tests run in the order of their files: sorted by
-# their number, files with few and long tests would come last, alone.
+# their number, files with few and long tests would come last, alone. Two processes would leave two
+# cores idle a third of the time.
 test: setup
 	@$(MAKE) --no-print-directory --jobs --output-sync=target \
 		mini-weights node_modules/installed lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # A Ray cluster on this machine. Its environment is separate, as Ray changes the server's packages.
 test-ray: setup weights .venv-ray/installed

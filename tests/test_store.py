@@ -114,8 +114,9 @@ def test_a_crash_in_mid_answer_brings_everything_back(browser, address, engine, 
     shown, there = answers(page).inner_text().split(), page.url
     wait_for(lambda: page.evaluate(KEPT, shown[-1]))  # within half a second
     for process in psutil.Process().children(recursive=True):
-        if any(str(tmp_path / "me") in argument for argument in process.cmdline()):
-            process.kill()
+        with suppress(psutil.NoSuchProcess):  # those of other tests may end meanwhile
+            if any(str(tmp_path / "me") in argument for argument in process.cmdline()):
+                process.kill()
     (page,) = start().pages
     page.goto(there)
     expect(answers(page)).to_contain_text(" ".join(shown))
