@@ -11,6 +11,11 @@ Kind = Literal[
     "request", "too_long", "queue_full", "loading", "memory", "broken", "hanging", "ending"
 ]
 
+UNUSABLE_PROXY = (
+    "The environment names a proxy or certificates that cannot be used: check HTTP_PROXY, "
+    "HTTPS_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE."
+)
+
 
 class UserError(Exception):
     """A mistake that a user can correct: one sentence that says what is wrong and what to do.
@@ -68,6 +73,18 @@ def quiet_hub() -> None:
     our own sentence follows."""
     for name in ("file_download", "utils._http"):
         logging.getLogger(f"huggingface_hub.{name}").setLevel(logging.ERROR)
+
+
+def hub_has_client() -> bool:
+    """Whether the hub's client can be made, which fails if the environment's proxies, such as
+    Ubuntu's socks://…, cannot be used."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session()
+    except Exception:
+        return False
+    return True
 
 
 class Step(str):

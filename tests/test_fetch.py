@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants, file_download, hf_hub_download
+from huggingface_hub import close_session, constants, file_download, hf_hub_download
 from safetensors.torch import load_file, save_file
 
 import app
@@ -26,12 +26,13 @@ from minigpt4.__main__ import main
 from minigpt4.config import Source
 from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
-from minigpt4.errors import UserError
+from minigpt4.errors import UNUSABLE_PROXY, UserError
 from minigpt4.model import image
 from minigpt4.weights import download as fetch
 from minigpt4.weights import transfer
 from minigpt4.weights.folder import check_shape
 from minigpt4.weights.load import download_weights, find_weights, load_model
+from minigpt4.weights.share import resolve
 from tests.hub_case import COMMIT, PARITY, TOKEN, hub_server, publish, tiny_vicuna
 from tests.parity_case import ParityCase
 
@@ -276,6 +277,17 @@ def test_a_place_that_is_not_here_where_the_hub_cannot_be_reached(hub, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     said = complaint(download_weights, hub.config, lambda *_, **__: None, {"llm": "models/vicuna"})
     assert "because HF_HUB_OFFLINE is set: unset it, or give your own" in said
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1080/", "http://proxy:port"])
+def test_a_proxy_that_cannot_be_used_is_not_taken_for_the_connection(hub, monkeypatch, proxy):
+    """Ubuntu's settings write socks://."""
+    with monkeypatch.context() as patched:
+        patched.setenv("ALL_PROXY", proxy)
+        close_session()
+        said = complaint(download_weights, hub.config, lambda *_, **__: None)
+        assert said == UNUSABLE_PROXY == complaint(resolve, "me/mine")
+    close_session()
 
 
 @pytest.mark.parametrize(

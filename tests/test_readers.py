@@ -385,6 +385,10 @@ def test_instructions(tmp_path, capsys):
         ("1.0", "1.jpg"),
         ("bilder/1.0.jpg", "bilder/1.jpg"),
         ("1.0", "1.0.jpg"),
+        ("at 3.07 PM.png", "at 3.07\u202fPM.png"),  # a screenshot of macOS
+        ("a\xa0b.jpg", "a b.jpg"),
+        ("\u202aC:\\me\\a.jpg\u202c", "a.jpg"),  # a path copied in Windows' properties
+        ("\ufeffa\u200b.jpg", "a.jpg"),
     ],
 )
 def test_names_from_other_systems(tmp_path, name, there):
@@ -406,6 +410,8 @@ def test_names_from_other_systems(tmp_path, name, there):
         ("v1.0.jpg", ("v1.jpg",), set()),
         ("a b%20c.jpg", ("a b c.jpg", "a%20b%2520c.jpg"), {"a b c.jpg", "a%20b%2520c.jpg"}),
         ("\ud83d.jpg", ("a.jpg",), set()),
+        ("a b.jpg", ("a\xa0b.jpg", "a\u202fb.jpg"), {"a\xa0b.jpg", "a\u202fb.jpg"}),
+        ("ab.jpg", ("a b.jpg",), set()),
     ],
 )
 def test_names_of_several_files_and_of_none(tmp_path, name, there, found):

@@ -23,7 +23,7 @@ class PictureFinder:
     """Finds pictures in groups of folders; the first group that has the name counts.
 
     A name is found as written, without blanks and quotes around it, with backslashes for slashes,
-    in another Unicode normalization or case, and with another picture ending or without one. For an
+    with differences that `folded` removes, and with another picture ending or without one. For an
     absolute path from another machine, the longest end that exists counts. If nothing is
     found, the name may be encoded as in a URL, or that of the file may, or be a number with ".0".
     """
@@ -78,7 +78,7 @@ class PictureFinder:
 def _readings(name: str) -> list[str]:
     """The names that a written name may mean, in the order in which they are tried."""
     bare = name.strip().strip("\"'")
-    found = [name, bare]
+    found = [name, bare, _visible(bare)]
     if bare[:7].lower() == "file://":
         found.append(unquote(re.sub("(?i)^file://(localhost)?", "", bare)))
     return list(dict.fromkeys([*found, re.sub(r"(\.\w+)#\d+$", r"\1", bare)]))  # Flickr8k's a.jpg#0
@@ -149,5 +149,14 @@ def _normal(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """A name without differences of case and Unicode form, which systems change."""
-    return _normal(_normal(name).casefold())
+    """A name without differences that systems make and nobody sees: of case, Unicode form and kind
+    of blank (macOS puts U+202F into a screenshot's name), and invisible characters (Windows puts
+    U+202A before a copied path)."""
+    if name.isascii():
+        return name.casefold()
+    blanks = "".join(" " if c.isspace() else c for c in _visible(name))
+    return _normal(_normal(blanks).casefold())
+
+
+def _visible(name: str) -> str:
+    return "".join(c for c in name if unicodedata.category(c) != "Cf")

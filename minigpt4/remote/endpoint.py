@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from minigpt4.batch import Completion
-from minigpt4.errors import UserError
+from minigpt4.errors import UNUSABLE_PROXY, UserError
 
 _PLAIN = re.compile(r"https?://(\w[\w.-]{0,250}|\[[\da-f:]+\])(:\d{1,5})?(/[!-~]{0,1000})?")
 LIMITS = ("max_tokens", "max_completion_tokens")  # an answer's length, by its older and newer name
@@ -39,10 +39,7 @@ class Endpoint:
         except Exception as error:
             sentence = f"“{url}” is not an address: use http://HOST:PORT/v1."
             if _PLAIN.fullmatch(url):
-                sentence = (
-                    "The environment names a proxy or certificates that cannot be used: check "
-                    "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE."
-                )
+                sentence = UNUSABLE_PROXY
             raise UserError(sentence) from error
         self._refused: set[str] = set()  # fields
 

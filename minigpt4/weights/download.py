@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from minigpt4.config import ModelConfig, Source
-from minigpt4.errors import Report, Step, UserError
+from minigpt4.errors import UNUSABLE_PROXY, Report, Step, UserError, hub_has_client
 from minigpt4.weights import transfer
 from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import keep_tensors, save_projection
@@ -357,6 +357,8 @@ def _explain(error: Exception, source: Source, plan: Plan) -> str:
             return f"{where} answered {error.response.status_code}: try again later, {own}."
         case _ if constants.HF_HUB_OFFLINE and source.kind != "wheel":
             return f"{part} is not fetched, because HF_HUB_OFFLINE is set: unset it, {own}."
+        case _ if source.kind != "wheel" and not hub_has_client():
+            return UNUSABLE_PROXY
         case _:
             host, mirror = {
                 "url": (source.ref, ""),

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from minigpt4.config import MODELS, get_model
 from minigpt4.data.files import check_pointer
-from minigpt4.errors import UserError, quiet_hub
+from minigpt4.errors import UNUSABLE_PROXY, UserError, hub_has_client, quiet_hub
 from minigpt4.weights.adapters import trained_tensors
 from minigpt4.weights.checkpoint import check_projection, save_projection
 
@@ -196,4 +196,6 @@ def _explain(error: Exception, repository: str) -> str:
         return f"{page} answered {status}: try again later."
     if constants.HF_HUB_OFFLINE:
         return f"{page} is not asked, because HF_HUB_OFFLINE is set: unset it."
+    if not hub_has_client():
+        return UNUSABLE_PROXY
     return f"{page} cannot be reached: check the connection."

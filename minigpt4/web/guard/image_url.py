@@ -20,6 +20,7 @@ MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
 STANDARD = bytes.maketrans(b"-_", b"+/")  # base64's alphabet for URLs -> the standard one
 COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
+WEB = re.compile(r"(?i)https?://")
 ALIEN = re.compile(r"(?![\w+/=%<>-])[!-~]")  # such as from a second “data:”, or Python's b'…'
 
 
@@ -43,6 +44,11 @@ class ImageUrls:
         url = url.strip()
         if url[:5].lower() == "data:":
             return await run_in_threadpool(self._decode, url)
+        if not WEB.match(url):  # perhaps a whole file in base64
+            raise UserError(
+                "An image_url must begin with data:, http:// or https://: put "
+                "data:image/jpeg;base64, before a picture in base64."
+            )
         return await self._fetch(url)
 
     def _decode(self, url: str) -> bytes:
@@ -112,7 +118,7 @@ class ImageUrls:
     def _check(self, address: httpx.URL) -> None:
         """UserError unless the address is allowed. httpx asks exactly the URL checked here."""
         if address.scheme not in ("http", "https"):
-            raise UserError("An image_url must begin with data:, http:// or https://.")
+            raise UserError("The picture's address redirects elsewhere: send a data: URL.")
         if not self.hosts:
             raise UserError(
                 "This server fetches no pictures from the web: send them as data: URLs."
