@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 @dataclass(frozen=True)
 class Example:
     """picture: its file's name. seed: chosen by reading the answers that mini gives with it
-    (weights of 2026-11-30). caption: what the picture shows."""
+    (weights of 2026-12-01). caption: what the picture shows."""
 
     picture: str
     question: str
@@ -38,8 +38,8 @@ EXAMPLES = {
         3,
         "A tower of the Summer Palace in Beijing",
     ),
-    "story": Example("cat", "Tell a short story about this cat.", 4, "The cat Chelsea"),
-    "entitle": Example("dahlia", "Suggest a title for this picture.", 3, "A dahlia"),
+    "story": Example("cat", "Tell a short story about this cat.", 11, "The cat Chelsea"),
+    "entitle": Example("dahlia", "Suggest a title for this picture.", 2, "A dahlia"),
     "advertisement": Example(
         "coffee", "Write an advertisement for this product.", 1, "A cup of coffee"
     ),
