@@ -316,6 +316,7 @@ PART = "messages[0].content[1].image_url.url"  # the picture in a `question`
         (400, "messages", "characters", says("x" * 200_001)),
         (400, PART, "fetches no pictures", image("http://127.0.0.1:9/a.png")),
         (400, PART, "must begin with data:", image("file:///etc/passwd")),
+        (400, PART, "is base64 alone", image("iVBORw0KGgo" + "A" * 100_000)),
         (400, PART, "must read data:", image("data:image/png,abc")),
         (400, PART, "base64 has a “*” in it", image("data:image/png;base64,****")),
         (400, PART, "not a picture", image("data:image/png;base64,AAAA")),

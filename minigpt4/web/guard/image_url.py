@@ -20,6 +20,7 @@ MEGABYTE = 2**20
 BLANKS = string.whitespace.encode()
 STANDARD = bytes.maketrans(b"-_", b"+/")  # base64's alphabet for URLs -> the standard one
 COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
+BARE = re.compile("/9j/|iVBORw0KGgo|R0lGOD|UklGR")  # how pictures begin in base64
 ALIEN = re.compile(r"(?![\w+/=%<>-])[!-~]")  # such as from a second “data:”, or Python's b'…'
 
 
@@ -43,6 +44,8 @@ class ImageUrls:
         url = url.strip()
         if url[:5].lower() == "data:":
             return await run_in_threadpool(self._decode, url)
+        if BARE.match(url):
+            raise UserError("The picture is base64 alone: put “data:image/jpeg;base64,” before it.")
         return await self._fetch(url)
 
     def _decode(self, url: str) -> bytes:
