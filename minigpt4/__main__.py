@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # so that characters the terminal lacks are replaced
             stream.reconfigure(errors="replace")
     try:
+        _check_folder()
         options = _parser().parse_args(arguments)
         check_integers(HUB_INTEGERS)
         if sys.stdout is None and options.run in (_ask, _chat) and not getattr(options, "out", ""):
@@ -77,6 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"minigpt4: {_sentence_for(error, written)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_folder() -> None:
+    """UserError if the current folder was deleted: the libraries cannot be loaded there."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("The current folder is gone: change to another one.") from None
 
 
 def _sentence_for(error: OSError, written: str | None) -> str:

@@ -268,6 +268,16 @@ def test_paths_in_the_terminal_as_people_write_them(tmp_path, monkeypatch, capsy
         assert said in capsys.readouterr().err
 
 
+def test_a_folder_that_was_deleted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["ask", "/a.png", "What?"]) == 2
+    assert capsys.readouterr().err == (
+        "minigpt4: The current folder is gone: change to another one.\n"
+    )
+
+
 def test_closed_outputs(monkeypatch, capsys):
     """Python has None for them: what is printed to it goes to the other one."""
     monkeypatch.setattr("sys.stdout", None)

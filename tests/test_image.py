@@ -248,6 +248,16 @@ def test_palette_with_degrees_of_transparency():
     assert_colour(load(encoded(image, "PNG", transparency=b"\x80\xff")), (127,) * 3, tolerance=1)
 
 
+def test_white_alone_is_shown_on_black():
+    logo = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    empty = load(encoded(logo, "PNG"))
+    assert_colour(empty, WHITE)
+    logo.paste(WHITE, (0, 0, 4, 8))
+    picture = load(encoded(logo, "PNG"))
+    assert_colour(picture, WHITE, at=(1, 1))
+    assert_colour(picture, (0, 0, 0), at=(6, 1))
+
+
 # Depth and colour spaces
 
 
@@ -278,6 +288,33 @@ def test_sixteen_bits_are_scaled(format, kind):
 def test_wide_grey_is_scaled_by_its_own_range(values, expected):
     picture = load(encoded(Image.fromarray(values), "TIFF"))
     assert np.abs(pixels(picture)[0, :, 1] - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("<u2", "I;16"), ("<f4", "F")])
+def test_deep_grey_whose_zero_is_white(kind, mode):
+    """As scanners and X-ray machines write it."""
+    values = np.array([[0, 32896, 65535]], kind)
+    image = Image.frombytes(mode, (3, 1), values.tobytes())
+    data = encoded(image, "TIFF", tiffinfo={262: 0})
+    assert np.abs(pixels(load(data))[0, :, 1] - [255, 127, 0]).max() <= 1
+
+
+def test_numbers_of_32_bits_without_a_sign():
+    values = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
+    data = encoded(Image.frombytes("I", (3, 1), values.tobytes()), "TIFF")
+    signed, unsigned = (struct.pack("<HHII", 339, 3, 1, sign) for sign in (2, 1))
+    data = data.replace(signed, unsigned)
+    assert np.abs(pixels(load(data))[0, :, 1] - [0, 128, 255]).max() <= 1
+
+
+def test_colours_of_a_palette_in_the_lower_8_bits():
+    image = quarters().quantize(4)
+    data = encoded(image, "TIFF")
+    wide = Image.open(io.BytesIO(data)).tag_v2[320]
+    narrow = [colour // 256 for colour in wide]
+    numbers = struct.Struct(f"<{len(wide)}H")
+    data = data.replace(numbers.pack(*wide), numbers.pack(*narrow))
+    assert_colour(load(data), RED, 3, at=(8, 8))
 
 
 @pytest.mark.parametrize(("format", "tolerance"), [("JPEG", 3), ("TIFF", 0)])
@@ -424,6 +461,11 @@ def test_text_bomb_is_refused():
             "a picture that was read as text",
         ),
         (b"\xff\xd8\xff\xe0".decode("latin-1").encode(), "a picture that was read as text"),
+        (b"\x1f\x8b\x08\0", "a compressed file"),
+        (b"II*\0\x10\0\0\0CR\2\0", "a TIFF file of an unusual kind, or a camera's raw file"),
+        (b"IIRO\x08\0\0\0", "a camera's raw file"),
+        (b'{"error": "not found"}', "a text, such as an error message"),
+        (b"<?xml version='1.0'?><Error/>", "a text, such as an error message"),
         (b"P6 2 2 255\n" + bytes(12), "damaged, or not a picture of a known format"),
         (b"just some text", "damaged, or not a picture of a known format"),
         (b"\0\0\0\x1cftypheic\0\0", "damaged, or not a picture of a known format"),

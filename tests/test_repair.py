@@ -9,7 +9,7 @@ from PIL import Image
 
 from minigpt4.model import image_file
 from minigpt4.model.image import load
-from tests.test_image import encoded, noise, pixels, png, quarters, refusal
+from tests.test_image import RED, assert_colour, encoded, noise, pixels, png, quarters, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
 
@@ -69,6 +69,14 @@ def test_a_thumbnail_in_the_exif_does_not_hide_that_scans_are_missing():
     assert load(data[:-2]).rgb.size == (320, 240)
 
 
+def test_an_index_of_pictures_that_are_not_there():
+    """Phones write it; the first picture is sound."""
+    data = encoded(quarters(), "MPO", save_all=True, append_images=[quarters()], quality=95)
+    count = b"\x01\xb0\x04\x00\x01\x00\x00\x00"  # the tag, its type and one number of it
+    assert count + b"\x02" in data
+    assert_colour(load(data.replace(count + b"\x02", count + b"\x07")), RED, 8, at=(8, 8))
+
+
 def with_chunk(data: bytes, kind: bytes, body: bytes, before: bytes, wrong: bool) -> bytes:
     checksum = zlib.crc32(kind + body) ^ wrong
     chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
@@ -83,6 +91,17 @@ def with_chunk(data: bytes, kind: bytes, body: bytes, before: bytes, wrong: bool
 def test_wrong_checksums_beside_the_picture(before, kind, body):
     sound = encoded(quarters(), "PNG")
     damaged = with_chunk(sound, kind, body, before, wrong=True)
+    assert (pixels(load(damaged)) == pixels(load(sound))).all()
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [(b"iCCP", b"x" * 50), (b"iCCP", b"x\0\1"), (b"zTXt", b"x\0\1"), (b"pHYs", b"1")],
+)
+def test_unreadable_chunks_beside_the_picture(before, kind, body):
+    sound = encoded(quarters(), "PNG")
+    damaged = with_chunk(sound, kind, body, before, wrong=False)
     assert (pixels(load(damaged)) == pixels(load(sound))).all()
 
 

@@ -86,6 +86,11 @@ def test_json_lines(folder):
         ("c.jsonl", '{"file_name": "a.jpg"},\n{}', "Line 1 .* by itself: correct it at column 23"),
         (
             "c.jsonl",
+            '{"question_id": 1, "image": "a.jpg", "text": "A dog?", "label": "no"}\n',
+            "without a caption .line 1",
+        ),
+        (
+            "c.jsonl",
             '{"file_name": "a.jpg", "captions": [7]}\n',
             "caption that is not text .line 1",
         ),
@@ -128,6 +133,9 @@ def test_quotes_and_columns_that_are_no_mistakes(folder):
         ("", 'a.jpg,"A dog, wet" ', "A dog, wet"),
         ("", 'a.jpg,"A dog" ', "A dog"),
         ("", 'a.jpg,"A dog,\nwet" ', "A dog,\nwet"),
+        ("", 'a.jpg, "A dog, wet"', "A dog, wet"),
+        (",n", '"a.jpg", "A dog" , 5', "A dog"),
+        (",n", 'a.jpg, "Stop" sign,"5, 6"', '"Stop" sign'),
         (",n", 'a.jpg,"A ""big"" dog" ,5', 'A "big" dog'),
         ("", '"a.jpg","A dog, and a "cat" here"', 'A dog, and a cat" here"'),
         ("", 'a.jpg\t"Stop" sign on the road', '"Stop" sign on the road'),

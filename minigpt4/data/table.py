@@ -245,14 +245,15 @@ def _csv_lines(path: Path, text: str, mark: str, skipped: int) -> Iterator[tuple
 def _cells(record: list[str], mark: str, lenient: list[str], columns: int) -> list[str]:
     """The cells of a record's lines. csv.Error for several lines that are not strictly CSV.
 
-    Blanks after a closing quote do not count. A text such as “"Stop" sign” has its own quotes if
-    the line then has a cell for each column; otherwise the `lenient` cells remain.
+    Blanks before an opening quote and after a closing one do not count. A text such as “"Stop"
+    sign” has its own quotes if the line then has a cell for each column; otherwise the `lenient`
+    cells remain.
     """
     blanks = " " if mark == "\t" else " \t"
     closing = re.compile(rf'"[{blanks}]+(?={re.escape(mark)}|$)')
     for lines in (record, (closing.sub('"', line) for line in record)):
         with suppress(csv.Error):
-            return next(csv.reader(lines, delimiter=mark, strict=True))
+            return next(csv.reader(lines, delimiter=mark, strict=True, skipinitialspace=True))
     if len(record) > 1:
         raise csv.Error
     plain = next(csv.reader(record, delimiter=mark, quoting=csv.QUOTE_NONE))
@@ -318,6 +319,9 @@ def texts_of_row(row: Row, cells: bool = False) -> tuple[tuple[Text, ...], tuple
     check_record(row)
     if (turns := turns_of(row)) is not None:
         return texts_of(row, turns), ()
+    asks = row.get("question_id") is not None and "answer_id" not in row
+    if asks and not any(row.get(name) for name in INSTRUCTION):
+        row = {**row, "question": row.get("text"), "text": None}  # as in LLaVA's files of questions
     questions, _ = choose_captions((row.get(name) for name in INSTRUCTION), cells)
     more, _ = choose_captions([row.get("input")], cells)
     found, reason = choose_captions(fields_of(row), cells or not questions)

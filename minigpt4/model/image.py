@@ -41,6 +41,10 @@ _OTHER_KINDS = {
     rb"\x00\x00\x01\x00": "an icon file",
     rb"\x00\x00\x00\x0c(jP  |JXL )|\xff[\x4f\x0a]": "a JPEG 2000 or JPEG XL picture",
     rb"PK\x03\x04": "a ZIP archive or an office document",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!": "a compressed file",
+    rb"(II|MM)(\*\0|\0\*)": "a TIFF file of an unusual kind, or a camera's raw file",
+    rb"FUJIFILMCCD|II(R[OS]|U\0)": "a camera's raw file",
+    rb"(\xef\xbb\xbf)?\s*(<\?xml|[\[{]\s*[\"{])": "a text, such as an error message of a website",
     rb"data:image/|/9j/|iVBORw0KGgo|R0lGOD|UklGR": "text in base64, not decoded yet",
     # As UTF-8 or as Latin-1.
     rb"(\xef\xbf\xbd){2}|\xef\xbf\xbdPNG|\xc3\xbf\xc3\x98|\xc2\x89PNG": "a picture that "

@@ -11,13 +11,15 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import IO, BinaryIO, Literal
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, ImagePalette, TiffImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngStream
 
 MAX_PIXELS = 40_000_000  # after decoding
 MAX_HEIC_PIXELS = 50_000_000  # of a HEIC file, which is then halved: phones' have 48 million
@@ -36,17 +38,20 @@ MAX_RLE_WIDTH = 65_535  # of a BMP file; four bytes may skip 255 rows, even if i
 MOST_MISSING = 0.05  # share of the pixels that may be missing in a file that was cut short
 LITTLE_USED = 0.25  # pictures that use a smaller share of the range of 16 bits are stretched
 OUTLIERS = 0.1  # percent of the darkest and of the brightest pixels, which are ignored
+NEAR_WHITE = 250  # nothing brighter can be seen on white
 MAX_PROFILE = 4_000_000  # bytes; a printer's profile has two or three million
 STRIPE = 64  # rows processed together
 
-# MPO has no entry of its own: Pillow's JPEG opener recognises it. AVIF comes before HEIF because
-# both claim files of the brand "mif1", and only AVIF's opener lets the other try when it fails.
-_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
+# AVIF comes before HEIF because both claim files of the brand "mif1", and only AVIF's opener lets
+# the other try when it fails.
+_FORMATS = ["PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]  # beside JPEG: see `_open`
 _SHOWN_IN_PART = ("PNG", "GIF", "BMP", "TIFF")  # Pillow keeps the part that it could decode
 _TYPE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of TIFF's types
 _TYPES_OF_BYTES = (1, 2, 7)  # TIFF types that Pillow keeps as bytes, without a Python object each
 _TABLES = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.COLORMAP)
-_PNG, _END_OF_JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_COMPRESSED, _ANIMATION = (b"iCCP", b"iTXt", b"zTXt"), (b"acTL", b"fcTL", b"fdAT")
+_JPEG, _END_OF_JPEG = b"\xff\xd8\xff", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # others occur within compressed data
 _UNDECODED = 128  # libjpeg's grey for pixels without data
 _BAND = 8  # rows of a JPEG block
@@ -86,9 +91,15 @@ def opened(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
 def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
     if head.startswith(_PNG):
         file = _without_damaged_chunks(file)
-    image = Image.open(file, formats=_FORMATS)
+    if head.startswith(_JPEG):
+        # Image.open also reads an MPO file's index of further pictures, and fails if it is damaged.
+        file.seek(0)
+        image: ImageFile.ImageFile = JpegImageFile(file)
+    else:
+        image = Image.open(file, formats=_FORMATS)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _have_libtiff_read(image)
+        _scale_palette(image)
     pixels = image.width * image.height
     if pixels <= MAX_PIXELS:
         return image
@@ -96,7 +107,7 @@ def _open(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
         if pixels <= MAX_HEIC_PIXELS:
             return image
         raise TooManyPixels(MAX_HEIC_PIXELS)
-    if image.format not in ("JPEG", "MPO"):
+    if image.format != "JPEG":
         raise TooManyPixels
     file.seek(0)
     scans = list(_jpeg_kinds(file)).count(0xDA)
@@ -120,6 +131,14 @@ def _have_libtiff_read(image: TiffImagePlugin.TiffImageFile) -> None:
         image.use_load_libtiff = True
 
 
+def _scale_palette(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Colours of 16 bits that all fit into 8 have 8, as libtiff reads them: Pillow makes them
+    black."""
+    colours = image.tag_v2.get(TiffImagePlugin.COLORMAP, ()) if image.mode == "P" else ()
+    if colours and max(colours) < 256:
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+
+
 def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
     """The decoded picture, a large HEIC one at half its size. In most formats, the end of the file
     may be missing, with up to `MOST_MISSING` of the pixels."""
@@ -130,7 +149,7 @@ def decoded(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
     except OSError:
         if image.format in _SHOWN_IN_PART:
             return _beginning(image, file)
-        if image.format not in ("JPEG", "MPO"):
+        if image.format != "JPEG":
             raise
     file.seek(0)
     data = file.read()
@@ -199,7 +218,7 @@ def _gif_blocks(file: BinaryIO) -> Iterator[int]:
 # A file's first bytes -> (function that lists its parts, their limit, costly kinds, their limit).
 _PARTS = {
     b"\xff\xd8\xff": (_jpeg_kinds, MAX_SEGMENTS, (0xDA,), MAX_SCANS),
-    b"\x89PNG": (_png_chunks, MAX_PARTS, (b"iCCP", b"iTXt", b"zTXt"), MAX_COMPRESSED),
+    b"\x89PNG": (_png_chunks, MAX_PARTS, _COMPRESSED, MAX_COMPRESSED),
     b"GIF8": (_gif_blocks, MAX_PARTS, (0xFE,), MAX_COMMENTS),
 }
 
@@ -257,7 +276,7 @@ def _check_work(image: ImageFile.ImageFile) -> None:
 
 
 def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
-    """A PNG file without the ancillary chunks whose checksum is wrong, as libpng reads it.
+    """A PNG file without the ancillary chunks that libpng ignores: of wrong checksum or content.
 
     The file itself if there are none. A chunk of the picture itself is never left out.
     """
@@ -269,7 +288,8 @@ def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
             file.seek(length + 4, io.SEEK_CUR)
             continue
         body, checksum = file.read(length), file.read(4)
-        if len(checksum) == 4 and zlib.crc32(head[4:] + body) != int.from_bytes(checksum, "big"):
+        wrong = zlib.crc32(head[4:] + body) != int.from_bytes(checksum, "big")
+        if len(checksum) == 4 and (wrong or not _is_readable(head[4:], body)):
             damaged.append((start, file.tell()))
     file.seek(0)
     if not damaged:
@@ -279,6 +299,21 @@ def _without_damaged_chunks(file: BinaryIO) -> BinaryIO:
         kept.append(data[place:start])
         place = end
     return io.BytesIO(b"".join([*kept, data[place:]]))
+
+
+def _is_readable(kind: bytes, body: bytes) -> bool:
+    """Whether Pillow can read an ancillary chunk of a PNG file, or skips its kind."""
+    if kind in _ANIMATION:  # these depend on each other
+        return True
+    try:
+        PngStream(io.BytesIO(body)).call(kind, 0, len(body))
+    except AttributeError:  # a kind that Pillow does not know
+        return True
+    except ValueError:  # of compressed data: there are too many, and the picture is to be refused
+        return kind in _COMPRESSED
+    except Exception:  # it raises nearly anything
+        return False
+    return True
 
 
 def _beginning(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image:
@@ -341,7 +376,7 @@ def _missing_share(image: Image.Image) -> float:
     return missing / (image.width * image.height)
 
 
-# --- colours: decoded pixels -> upright 8-bit sRGB on white ------------------------------------
+# --- colours: decoded pixels -> upright 8-bit sRGB without transparency --------------------------
 
 
 def upright_rgb(image: Image.Image, original: Image.Image, deep: bool) -> Image.Image:
@@ -349,7 +384,7 @@ def upright_rgb(image: Image.Image, original: Image.Image, deep: bool) -> Image.
 
     original: has the EXIF data; deep: its file has 16 bits a channel.
     """
-    eight = _eight_bit(_brightened(image) if deep else image)
+    eight = _eight_bit(_brightened(image) if deep else image, getattr(original, "tag_v2", {}))
     return _upright(_on_white(eight), original)
 
 
@@ -361,13 +396,16 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     return rgb
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _eight_bit(image: Image.Image, tags: Mapping[int, object]) -> Image.Image:
     """A deep grey picture scaled to 8 bits. 16 bits are scaled from their full range, or from the
     range in use if that is small, as with thermal cameras and 12-bit sensors; other depths always
-    from the range in use."""
+    from the range in use. tags: of a TIFF file."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
+    if image.mode == "I" and tags and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
+        values = values.view(np.uint32)  # Pillow makes large numbers negative
+    negative = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # 0 is white
     stripes = [values[top : top + STRIPE] for top in range(0, len(values), STRIPE)]
     low, high = _used_range(values)
     if image.mode not in ("I", "F"):
@@ -379,7 +417,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
             low, high = min(low, 0.0), max(high, 1.0)
     eight = np.empty(values.shape, np.uint8)
     for place, stripe in enumerate(stripes):  # in stripes: numpy's copies take 8 bytes a number
-        scaled = np.nan_to_num(np.interp(stripe, (low, high), (0, 255)))
+        scaled = np.nan_to_num(np.interp(stripe, (low, high), (255, 0) if negative else (0, 255)))
         eight[place * STRIPE : (place + 1) * STRIPE] = np.rint(scaled)
     grey = Image.fromarray(eight)
     grey.info["icc_profile"] = image.info.get("icc_profile")
@@ -423,9 +461,13 @@ def _brightened(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """The picture on white; on black if all that is not transparent in it is white."""
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    white = Image.new("RGB", image.size, "white")
-    white.paste(_srgb(image), mask=alpha)
+    rgb, white = _srgb(image), Image.new("RGB", image.size, "white")
+    white.paste(rgb, mask=alpha)
+    if alpha and alpha.getextrema()[1] and np.min(white.getextrema()) >= NEAR_WHITE:
+        white.paste("black", (0, 0, *image.size))
+        white.paste(rgb, mask=alpha)
     return white
 
 
