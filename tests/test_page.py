@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from playwright.sync_api import Page, expect
 
+from minigpt4.web.page import turns
 from minigpt4.web.page.feedback import Feedback
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.page.session import Session
@@ -647,6 +648,28 @@ def test_what_comes_right_after_sending_or_undo_stays(visit, engine, photo):
     done(page)
     expect(questions(page).last).to_have_text("Count them.")
     expect(box(page)).to_have_value("More.")
+
+
+def test_what_is_typed_stays_if_the_box_is_emptied_late(visit, engine, photo, monkeypatch):
+    """The update that empties the box is lost, as when a busy browser applies several at once."""
+    box_update = turns.box
+    monkeypatch.setattr(turns, "box", lambda answering, **_: box_update(answering))
+    page, engine.word_seconds = visit(), 0.2
+    attach(page, photo)
+    say(page, "Hello?")
+    expect(page.locator("#box .stop-button")).to_be_visible()
+    page.keyboard.type(" And what else?")
+    done(page)
+    expect(box(page)).to_have_value("And what else?")
+    expect(page.locator("#box .thumbnail-wrapper")).to_have_count(0)
+    monkeypatch.undo()
+
+    say(page, "Hello?")
+    expect(box(page)).to_have_value("")
+    page.keyboard.type("Hello?")  # the same again, for later
+    done(page)
+    page.wait_for_timeout(500)
+    expect(box(page)).to_have_value("Hello?")
 
 
 def test_nothing_else_is_asked_until_a_question_is_accepted(visit, monkeypatch, tmp_path):

@@ -65,6 +65,8 @@ LOADED_JS = "() => { minigpt4.chats.loaded(); }"
 SHOWN_JS = "(...inputs) => [...inputs.slice(0, -1), minigpt4.chats.current]"
 # Sets also the question's text to that at the moment of sending: Gradio reads the box later.
 ASK_JS = f"(box, ...inputs) => [minigpt4.asSent(box), ...({SHOWN_JS})(...inputs)]"
+# Null if the box has been emptied since sending.
+EMPTY_JS = "(box, session) => [minigpt4.unaccepted() ? minigpt4.asSent(box) : null, session]"
 ENDED_JS = "() => { minigpt4.ended(); }"
 SETTINGS_JS = "() => [minigpt4.settings.begin(), null]"
 # New chats get the visitor's own system prompt, not that of the conversation shown before.
@@ -191,8 +193,8 @@ class ChatPage:
         box.stop(turns.stop, session, None, queue=False, **EVENT)  # never waits behind others
         events.append(chatbot.undo(turns.undo, [box, session, named], shown, **event_of_turn))
         events.append(side.facts.select(turns.version, [session, named], shown, **event_of_turn))
-        events[0].then(None, None, None, js=ENDED_JS)
-        events[0].then(turns.empty, [box, session], box, **NEXT)
+        emptied = events[0].then(turns.empty, [box, session], box, js=EMPTY_JS, **NEXT)
+        emptied.then(None, None, None, js=ENDED_JS)
         for event in events:
             event.then(side.record, session, [side.keeper, side.facts], **NEXT)
             event.then(renew, session, session, **NEXT)

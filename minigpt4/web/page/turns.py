@@ -64,11 +64,11 @@ class Turns:
             async for step in steps:
                 yield step
 
-    def empty(self, value: dict, session: Session) -> dict:
-        """Empty the box again after the turn: a busy browser may apply all updates of a turn at
-        once, and then loses the update that empties the box."""
+    def empty(self, value: dict | None, session: Session) -> dict:
+        """Empty the box after the turn if it still has its value at sending: a busy browser may
+        apply all updates of a turn at once, and then loses the update that empties the box."""
         sent, session.sent = session.sent, None
-        if not sent or value["text"] != sent["text"] or not {*sent["files"]} <= {*value["files"]}:
+        if not sent or not value or value["text"] != sent["text"]:
             return gr.skip()
         later = [path for path in value["files"] if path not in sent["files"]]
         return gr.update(value={"text": "", "files": later})
