@@ -444,6 +444,13 @@ def test_a_folder_of_data_is_read(tmp_path):
     with pytest.raises(UserError):
         small_run.read(tmp_path / "coco")
 
+    line = {"key": described.key, "task": ["How is it made?", "1. Boil it."]}
+    (tmp_path / "texts.jsonl").write_text(json.dumps(line))
+    written = small_run.read(tmp_path)["described-0"][0]
+    changes = {"example": written.example, "task": ("How is it made?", "1. Boil it.")}
+    assert written == replace(described, **changes, written=True)
+    assert (described.group, written.group) == ("described", "written")
+
 
 def test_further_texts_about_pictures_are_learned(tmp_path, capsys):
     (tmp_path / "stage1").mkdir()
@@ -465,8 +472,8 @@ def test_further_texts_about_pictures_are_learned(tmp_path, capsys):
         in capsys.readouterr().err
     )
     written, *others = found["train-0"]
-    assert [p.source for p in [*others, *found["val-0"]]] == ["flickr"] * 3
-    assert (written.source, written.captions) == ("written", first.captions)
+    assert [p.group for p in [*others, *found["val-0"]]] == ["flickr"] * 3
+    assert (written.group, written.captions) == ("written", first.captions)
     drawn = Mixture(Things()).draw(written, random.Random(0))
     answers = {text.turns[-1][1] for text in drawn}
     assert {"A dog runs. It is fast.", "A dog runs.", "Run, dog!"} < answers

@@ -84,20 +84,24 @@ class TrainingPicture:
     """A picture and the texts of people and machines about it."""
 
     example: Example
-    # "described" or "captioned" (COCO), "flickr", "written" (of these two, with texts from a file),
-    # "named", "instructed" or "drawn"
-    source: str
+    source: str  # "described" or "captioned" (COCO), "flickr", "named", "instructed" or "drawn"
     captions: tuple[str, ...] = ()
     description: str = ""
     pairs: tuple[Turn, ...] = ()
     task: Turn | None = None
     statements: tuple[tuple[str, bool], ...] = ()
     knowledge: tuple[Turn, ...] = ()
+    written: bool = False  # has texts from `with_texts`
     things: frozenset[int] = field(default=frozenset(), compare=False)  # of Things, that texts name
 
     @property
     def key(self) -> str:
         return self.example.key
+
+    @property
+    def group(self) -> str:
+        """What a step's shares of the pictures go by: the source, or "written"."""
+        return "written" if self.written else self.source
 
     @property
     def held_out(self) -> bool:
@@ -253,10 +257,11 @@ def is_for_validation(name: str) -> bool:
 def with_texts(
     sets: dict[str, list[TrainingPicture]], file: Path
 ) -> dict[str, list[TrainingPicture]]:
-    """The data sets, with further texts about pictures that have people's captions.
+    """The data sets, with further texts about COCO's and Flickr8k's pictures.
 
-    file: JSON lines of a picture's "key" and "description", "questions" or "task", as in a shard.
-    Pictures kept for validation stay as they are. UserError for texts of unknown form.
+    file: JSON lines of a picture's "key" and "description", "questions" or "task", as in a shard,
+    which replace its own. Pictures kept for validation stay as they are. UserError for texts of
+    unknown form.
     """
     texts = {}
     for number, record in parse_jsonl(file, read_text(file), "key"):
@@ -274,12 +279,18 @@ def with_texts(
         texts[key] = record
 
     def told(picture: TrainingPicture) -> TrainingPicture:
-        if picture.source not in ("captioned", "flickr") or picture.held_out:
+        if picture.source not in ("captioned", "flickr", "described") or picture.held_out:
             return picture
         if (record := texts.pop(picture.key, None)) is None:
             return picture
-        written = _picture(picture.example, record)
-        return replace(written, source="written", knowledge=picture.knowledge)
+        new = _picture(picture.example, record)
+        return replace(
+            picture,
+            description=new.description or picture.description,
+            pairs=new.pairs or picture.pairs,
+            task=new.task or picture.task,
+            written=True,
+        )
 
     found = {
         name: pictures if is_for_validation(name) else list(map(told, pictures))
@@ -334,7 +345,6 @@ class Mixture:
         parts: dict[str, Callable] = {
             "captioned": self._captioned,
             "flickr": self._captioned,
-            "written": self._written,
             "described": self._described,
             "named": self._named,
             "instructed": self._instructed,
@@ -367,10 +377,7 @@ class Mixture:
         # The same question for all captions, so that they share their prompt.
         asked = "What is this?" if draw.random() < _WHAT else draw.choice(self.short)
         found = [Answered(((asked, c.strip()),), BRIEF, "caption") for c in captions]
-        return found + self._ordinary(picture, draw) + self._known(picture)
-
-    def _written(self, picture: TrainingPicture, draw: random.Random) -> list[Answered]:
-        found = self._captioned(picture, draw)
+        found += self._ordinary(picture, draw) + self._known(picture)
         if picture.description:
             detail = (draw.choice(self.detailed), picture.description)
             found.append(Answered((detail,), LONG, "description"))

@@ -59,7 +59,7 @@ class SmallRecipe:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     average: float = 0.98
-    max_answer_tokens: int = 110
+    max_answer_tokens: int = 220  # a recipe
     without_words: float = 0.2
     sampled: float = 0.5
     others: int = 11

@@ -15,7 +15,7 @@ from minigpt4.training.packing import Learned
 from minigpt4.training.selfcritical import CiderReward, check_count, compared, sample_answers
 from minigpt4.training.vocabulary import Vocabulary
 
-PEOPLES = ("flickr", "captioned", "written")  # sources whose captions several people wrote
+PEOPLES = ("flickr", "captioned")  # sources whose captions several people wrote
 
 
 class Reward:

@@ -355,9 +355,9 @@ def divided(
     data: DataSets, words: Found
 ) -> tuple[dict[str, TrainingSource], dict[str, TrainingSource]]:
     """(sources to learn from, sources for validation): name -> its pictures of all data sets."""
-    parts: dict[tuple[bool, str], list[int]] = {}
+    parts: dict[tuple[bool, str], list[int]] = {}  # (kept, group)
     for row, picture in enumerate(data.pictures):
-        parts.setdefault((data.kept[row], picture.source), []).append(row)
+        parts.setdefault((data.kept[row], picture.group), []).append(row)
     made: tuple[dict, dict] = ({}, {})
     for (kept, source), rows in parts.items():
         made[kept][source] = _source(data, words, rows)
