@@ -75,9 +75,9 @@ static void rms_norm(const Model *m, const float *x, const float *weight, float 
     vec squares = splat(0);
     for (int i = 0; i < m->hidden_width; i += LANES)
         squares = fma_(load(x + i), load(x + i), squares);
-    const vec scale = splat(1.0f / sqrtf(sum(squares) / m->hidden + m->norm_eps));
+    const float scale = 1.0f / sqrtf(sum(squares) / m->hidden + m->norm_eps);
     for (int i = 0; i < m->hidden_width; i += LANES)
-        store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+        store(out + i, load(x + i) * scale * load(weight + i));
 }
 
 static void prepare_rows(const Worker *w, const float *x, int width, const float *norm,
@@ -126,7 +126,7 @@ static void embed_row(const Worker *w, int row) {
     float *x = w->pool->x + (size_t)row * m->hidden_width;
     const int token = b->tokens[row];
     if (token >= 0) {
-        unpack(&m->embedding, token, x);
+        minigpt4_unpack(&m->embedding, token, x);
         return;
     }
     memcpy(x, b->embeds + (size_t)(-1 - token) * m->hidden, m->hidden * sizeof *x);
@@ -230,7 +230,7 @@ static void add_product(Worker *w, const Matrix *matrix, Input *input) {
         for (int i = 0; i < input->rows; i++) {
             float *x = pool->x + (size_t)i * width + from * PANEL;
             for (int r = 0; r < PANEL; r += LANES)
-                store(x + r, add(load(x + r), load(w->own->products + i * PANEL + r)));
+                store(x + r, load(x + r) + load(w->own->products + i * PANEL + r));
         }
         done(w, 1, panels);
     }
@@ -246,8 +246,8 @@ static void gate_block(const Worker *w, const Layer *layer, int block, const Act
     multiply(&layer->up, block, input, rows, ups, w->own->tile);
     for (int k = 0; k < rows * PANEL; k += LANES) {
         const vec g = load(gates + k);
-        const vec silu = divide(g, add(exp_(mul(g, splat(-1))), splat(1)));
-        store(gates + k, mul(silu, load(ups + k)));
+        const vec silu = g / (exp_(-g) + 1.0f);
+        store(gates + k, silu * load(ups + k));
     }
     for (int i = 0; i < rows; i++)
         round_block(gates + i * PANEL, w->pool->inner + (size_t)i * blocks + block);
@@ -334,24 +334,8 @@ static void *work(void *argument) {
 
 // The bytes of a matrix.
 size_t minigpt4_matrix_bytes(const Matrix *m) {
-    const size_t panels = m->rows / PANEL;
-    if (m->kind == F32) return panels * panel_bytes(F32, m->columns);
-    if (m->kind == F16) return panels * panel_bytes(F16, m->columns);
-    return panels * panel_bytes(m->kind, m->columns);
+    return m->rows / PANEL * panel_bytes(m->kind, m->columns);
 }
-
-// `rows` rows in GGUF's order, of `file_columns` weights, -> rows of m from `to` on.
-void minigpt4_pack(const Matrix *m, const uint8_t *from, int file_columns, int to, int rows) {
-    pack(m, from, file_columns, to, rows);
-}
-
-// `count` finite numbers -> blocks of `kind`; returns 1 for a kind that cannot be written.
-int minigpt4_quantize(int kind, const float *x, size_t count, uint8_t *out) {
-    return quantize(kind, x, count, out);
-}
-
-// Row `row` of m as floats [columns].
-void minigpt4_unpack(const Matrix *m, int row, float *out) { unpack(m, row, out); }
 
 // out [rows, matrix rows] = x [rows, columns] . m: what the layers compute, for tests.
 int minigpt4_multiply(const Matrix *m, const float *x, int rows, float *out) {
