@@ -31,6 +31,7 @@ from minigpt4.weights.encoder import make_int8
 from minigpt4.weights.gguf import INDEX
 from minigpt4.weights.load import find_weights, load_model
 from tests.parity_case import ParityCase
+from tests.test_convert import quiet
 
 ROOT = Path(__file__).parent.parent
 CASE = ROOT / "tests" / "parity" / "vicuna_qformer_a"
@@ -201,6 +202,13 @@ def cut(name: str, keep: float) -> Callable[[Path], None]:
     return damage
 
 
+def refusal(**places: str) -> str:
+    with pytest.raises(UserError) as raised:
+        answer(**places)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -231,15 +239,13 @@ def cut(name: str, keep: float) -> Callable[[Path], None]:
 )
 def test_damaged_blocks(converted, damage):
     damage(converted / "vicuna-7b-llm" / "int4")
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "4-bit" in str(raised.value)
+    assert "4-bit" in refusal()
 
 
 @pytest.fixture
 def converted(weights) -> Path:
     config = configs.get_model("vicuna-7b")
-    make_blocks(config, weights / "vicuna-7b-llm", quantize, 1, lambda line, passing=False: None)
+    make_blocks(config, weights / "vicuna-7b-llm", quantize, 1, quiet)
     return weights
 
 
@@ -262,9 +268,7 @@ def converted(weights) -> Path:
 )
 def test_absurd_configurations(weights, changes):
     change(weights / "vicuna-7b-llm" / "config.json", **changes)
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "vicuna-7b-llm" in str(raised.value)
+    assert "vicuna-7b-llm" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -282,9 +286,7 @@ def test_absurd_configurations(weights, changes):
 )
 def test_damaged_16_bit_files(weights, damage):
     damage(weights / "vicuna-7b-llm")
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "vicuna-7b-llm" in str(raised.value)
+    assert "vicuna-7b-llm" in refusal()
 
 
 def save_index(llm: Path, content: object) -> None:
@@ -318,9 +320,7 @@ def vision_with(**tensors: torch.Tensor) -> Callable[[Path], None]:
 )
 def test_damaged_vision(converted, damage):
     damage(converted)
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "eva_vit_g.pth" in str(raised.value)
+    assert "eva_vit_g.pth" in refusal()
 
 
 @pytest.mark.parametrize("place", [4, 8, 16, 24, 40, 100, 400])
@@ -332,16 +332,10 @@ def test_damaged_gguf_files(converted, tmp_path, place, value):
     with own.open("r+b") as file:
         file.seek(place)
         file.write(struct.pack("<Q", value))
-    with pytest.raises(UserError) as raised:
-        answer(llm=str(own))
-    assert "\n" not in str(raised.value) and "own.gguf" in str(raised.value)
+    assert "own.gguf" in refusal(llm=str(own))
 
 
 # --- the encoder in int8 --------------------------------------------------------------------------
-
-
-def quiet(line: str, passing: bool = False) -> None:
-    pass
 
 
 def test_the_encoder_in_int8(weights, monkeypatch):
