@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from tests.block_llama import (
     block_llama,
     tiny_chat_model,
 )
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=20)
@@ -87,17 +87,8 @@ def alone(model, asked: Request) -> list[int]:
         engine.close()
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    """Does it come true within two seconds?"""
-    for _ in range(200):
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def settled(engine: Engine) -> bool:
-    """Nothing runs, and every block is available again (within two seconds)."""
+    """Nothing runs, and every block is available again, soon."""
 
     def is_settled() -> bool:
         cache = engine._scheduler.cache

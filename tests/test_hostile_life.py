@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -15,6 +14,7 @@ from PIL import Image
 
 from tests.api_case import data_url, free_port, page_event, picture_file, question
 from tests.test_image import encoded
+from tests.waiting import responds, wait_for
 
 ROOT = Path(__file__).parent.parent
 # Python runs this first: whatever is not on this machine cannot be reached, and is written down.
@@ -68,16 +68,9 @@ class Server:
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
-        end = time.monotonic() + 120
-        while not self._ready():
-            assert time.monotonic() < end and self.process.poll() is None
-            time.sleep(0.2)
-
-    def _ready(self) -> bool:
-        try:
-            return httpx.get(self.address + "/readyz", timeout=20).status_code == 200
-        except httpx.TransportError:
-            return False
+        ready = self.address + "/readyz"
+        wait_for(lambda: responds(ready) or self.process.poll() is not None, 120)
+        assert self.process.poll() is None
 
     def ask(self, text: str, *urls: str, **settings) -> dict:
         body = {"messages": [question(text, *urls)], "temperature": 0, "max_tokens": 8, **settings}

@@ -20,8 +20,8 @@ from tests.page_case import (
     download_as,
     questions,
     say,
-    wait_for,
 )
+from tests.waiting import wait_for
 
 NAME = "<img src=x onerror=window.stolen=1>"
 # What was written must never become one of these.

@@ -33,8 +33,8 @@ from tests.page_case import (
     say,
     served,
     status,
-    wait_for,
 )
+from tests.waiting import wait_for
 
 TEXTS = Path(__file__).parent.parent / "minigpt4" / "web" / "page" / "texts"
 DRAG = """() => {

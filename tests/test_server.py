@@ -52,8 +52,8 @@ from tests.api_case import (
     served,
     tiny_engine,
 )
-from tests.page_case import wait_for
 from tests.parity_case import ParityCase
+from tests.waiting import responds, wait_for
 
 OTHER = "llama2_patch_concat"
 ROOT = Path(__file__).parent.parent
@@ -603,10 +603,7 @@ def test_the_real_server_and_its_end():
     try:
         assert server.stdout.readline() == f"Open {address}\n"
         assert httpx.get(address + "/healthz", timeout=20).status_code == 200
-        end = time.monotonic() + 60  # the page is there before the model
-        while httpx.get(address + "/readyz", timeout=20).status_code == 503:
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        wait_for(lambda: responds(address + "/readyz"), 60)  # the page is there before the model
         idle, since = http.client.HTTPConnection("127.0.0.1", port, timeout=20), time.monotonic()
         idle.request("GET", "/healthz")
         idle.getresponse().read()

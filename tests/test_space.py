@@ -2,9 +2,7 @@
 
 import os
 import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -12,6 +10,7 @@ import pytest
 from huggingface_hub import SpaceHardware, metadata_load
 
 from tests.api_case import free_port
+from tests.waiting import program
 
 ROOT = Path(__file__).parent.parent
 COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
@@ -95,34 +94,16 @@ def test_the_start_on_cpu_basic(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(tmp_path),
     }
-    with open(tmp_path / "log", "w+") as log:
-        command = [sys.executable, "app.py"]
-        program = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 180
-            while not answers(f"{address}/readyz"):
-                log.seek(0)
-                assert program.poll() is None and time.monotonic() < end, log.read()
-                time.sleep(0.3)
-            assert "MiniGPT-4" in httpx.get(address).text
-            messages = [{"role": "user", "content": "Hello!"}]
-            body = {"messages": messages, "max_tokens": 5}
-            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
-            assert reply.json()["model"] == "nano"
-            assert reply.json()["choices"][0]["message"]["content"]
-        finally:
-            program.terminate()
-            assert program.wait(60) == 0
-        log.seek(0)
-        said = log.read()
-        # Gradio's hot reloading ends in a thread of its own where `spaces`, which a Space has, is
-        # not installed.
-        known = said.count("RuntimeError: `spaces` package is required")
-        assert said.count("Traceback") == known, said
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=15).status_code == 200
-    except httpx.HTTPError:
-        return False
+    log, command = tmp_path / "log", [sys.executable, "app.py"]
+    with program(command, address, log, cwd=ROOT, env=environment):
+        assert "MiniGPT-4" in httpx.get(address).text
+        messages = [{"role": "user", "content": "Hello!"}]
+        body = {"messages": messages, "max_tokens": 5}
+        reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
+        assert reply.json()["model"] == "nano"
+        assert reply.json()["choices"][0]["message"]["content"]
+    said = log.read_text()
+    # Gradio's hot reloading ends in a thread of its own where `spaces`, which a Space has, is not
+    # installed.
+    known = said.count("RuntimeError: `spaces` package is required")
+    assert said.count("Traceback") == known, said

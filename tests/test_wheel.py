@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from importlib import machinery, util
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.api_case import free_port
+from tests.waiting import program
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "minigpt4" / "web" / "page" / "examples" / "tower.jpg"
@@ -92,29 +92,12 @@ def test_the_page(installed, environment, tmp_path):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "minigpt4", "serve", "--model", "nano", "--port", str(port)]
-    with open(tmp_path / "log", "w+") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 180
-            while not _answers(f"{address}/readyz"):
-                log.seek(0)
-                assert server.poll() is None and time.monotonic() < end, log.read()
-                time.sleep(0.3)
-            assert "MiniGPT-4" in httpx.get(address, timeout=30).text
-            assert EXAMPLE.name in httpx.get(f"{address}/config", timeout=30).text
-            body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
-            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
-            assert reply.json()["choices"][0]["message"]["content"]
-        finally:
-            server.terminate()
-            assert server.wait(60) == 0
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=15).status_code == 200
-    except httpx.HTTPError:
-        return False
+    with program(command, address, tmp_path / "log", cwd=tmp_path, env=environment):
+        assert "MiniGPT-4" in httpx.get(address, timeout=30).text
+        assert EXAMPLE.name in httpx.get(f"{address}/config", timeout=30).text
+        body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
+        reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
+        assert reply.json()["choices"][0]["message"]["content"]
 
 
 def test_everything_in_the_package_is_imported_from_there(installed, environment, tmp_path):

@@ -36,8 +36,8 @@ def program(command: Sequence[str], address: str, log: Path, **settings) -> Iter
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, **settings)
     try:
-        wait_for(lambda: responds(f"{address}/readyz") or process.poll() is not None, 180)
-        assert process.poll() is None, log.read_text()
+        ready = until(lambda: responds(f"{address}/readyz") or process.poll() is not None, 180)
+        assert ready and process.poll() is None, log.read_text()
         yield
     finally:
         process.terminate()
