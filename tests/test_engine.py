@@ -821,7 +821,7 @@ def test_a_probe_that_comes_while_another_is_admitted(engine, monkeypatch):
     probing = threading.Thread(target=lambda: healthy.append(engine.health(2.0)))
 
     def meanwhile(state):
-        if not state.probe:
+        if not state.stream.probe:
             probing.start()
             time.sleep(0.1)
         return real(state)
