@@ -88,8 +88,7 @@ def test_a_probability_is_the_models_own(address, engine):
     (answer,) = (
         client(address).decisions.create(model=MODEL, input="Hello.", questions=[question]).answers
     )
-    asked = Conversation()
-    asked.add_question("Hello.")
+    asked = Conversation.asking("Hello.")
     asked.add_question("There is a sky.\nIs this true? Answer with Yes or No.")
     sampling = Sampling(temperature=0, max_new_tokens=1, repetition_penalty=1.0)
     width = engine.model.config and len(engine.model.tokenizer)

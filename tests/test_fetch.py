@@ -73,8 +73,7 @@ def options(**changes) -> argparse.Namespace:
 
 def answer(model, case: ParityCase) -> str:
     engine = Engine(model)
-    conversation = Conversation()
-    conversation.add_question("What is this?", [image.load(case.image_paths[0])])
+    conversation = Conversation.asking("What is this?", [image.load(case.image_paths[0])])
     sampling = Sampling(temperature=0, max_new_tokens=12)
     text = "".join(ask(engine, conversation, sampling))
     engine.close()

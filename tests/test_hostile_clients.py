@@ -839,8 +839,7 @@ def test_thirty_two_at_once_over_http(address, engine, monkeypatch):
     other = Engine(engine.model)
     sampling = default_sampling(engine.model.config, temperature=0, max_new_tokens=8)
     for text, content, (said, logprobs) in zip(texts, pictures, together, strict=True):
-        conversation = chat.Conversation()
-        conversation.add_question(text, [image.load(content)])
+        conversation = chat.Conversation.asking(text, [image.load(content)])
         alone = chat.ask(other, conversation, sampling, logprobs=True)
         assert "".join(alone) == said and logprobs == pytest.approx(alone.logprobs, abs=1e-3)
     other.close()

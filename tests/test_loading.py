@@ -377,8 +377,7 @@ def test_what_comes_before_the_question_is_read_ahead(converted):
     pictures = [image.load(path) for path in ParityCase(CASE).image_paths[:1]]
     engine = start.open_engine(options(), quiet, 8)
     read_ahead(engine, Conversation(), pictures)
-    conversation = Conversation()
-    conversation.add_question("What is this?", pictures)
+    conversation = Conversation.asking("What is this?", pictures)
     stream = ask(engine, conversation, Sampling(temperature=0, max_new_tokens=8))
     ours = "".join(stream)
     left = stream.stats.prompt_tokens - stream.stats.reused_tokens

@@ -51,9 +51,7 @@ def words(text: str) -> set[str]:
 
 
 def answer(engine, question: str, *pictures, sampling: Sampling = GREEDY) -> str:
-    conversation = Conversation()
-    conversation.add_question(question, pictures)
-    return "".join(ask(engine, conversation, sampling))
+    return "".join(ask(engine, Conversation.asking(question, pictures), sampling))
 
 
 def test_it_sees(engine, photo, animal):
@@ -67,8 +65,7 @@ def test_it_sees(engine, photo, animal):
 
 
 def test_a_conversation_goes_on(engine, photo):
-    conversation = Conversation()
-    conversation.add_question("Describe this image briefly.", [image.load(photo)])
+    conversation = Conversation.asking("Describe this image briefly.", [image.load(photo)])
     conversation.add_answer("".join(ask(engine, conversation, GREEDY)))
     conversation.add_question("Write a short poem about this image.")
     second = ask(engine, conversation, GREEDY)

@@ -365,8 +365,7 @@ def test_nano_goes_on_where_a_server_was_killed(capsys):
     try:
         for url in processes:
             wait_for(lambda url=url: _answers(url), 60)
-        asked = Conversation()
-        asked.add_question("Describe this image in detail.", [image.load(str(BEAST))])
+        asked = Conversation.asking("Describe this image in detail.", [image.load(str(BEAST))])
         expected = ask(whole, asked, GREEDY)
         "".join(expected)
         assert "".join(ask(engine, asked, GREEDY)) == expected.text

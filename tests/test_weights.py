@@ -289,8 +289,7 @@ def test_together_as_alone(case, computing_type):
     sampling = Sampling(temperature=0, max_new_tokens=4)
 
     def first(text: str) -> float:
-        conversation = Conversation()
-        conversation.add_question(text, [image.load(case.image_paths[0])])
+        conversation = Conversation.asking(text, [image.load(case.image_paths[0])])
         answer = ask(engine, conversation, sampling, logprobs=True)
         "".join(answer)
         return answer.logprobs[0]

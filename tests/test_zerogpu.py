@@ -29,8 +29,7 @@ engine = zerogpu.open_engine(options)
 said = {"model": options.model, "quantize": options.quantize, "here": zerogpu.is_here()}
 
 def begin(count):
-    conversation = Conversation()
-    conversation.add_question("What is this?", [image.load(case.image_paths[0])])
+    conversation = Conversation.asking("What is this?", [image.load(case.image_paths[0])])
     return ask(engine, conversation, Sampling(temperature=0, max_new_tokens=count), logprobs=True)
 
 async def read(answer):

@@ -422,8 +422,7 @@ def taught(things: Sequence[Thing], model: str, file: Path) -> dict[str, str]:
     sampling = Sampling(temperature=0.3, max_new_tokens=130, seed=1)
 
     def write(item):
-        conversation = Conversation()
-        conversation.add_question(TASKS[item[0]][0].format(item[2]))
+        conversation = Conversation.asking(TASKS[item[0]][0].format(item[2]))
         completion = yield ask(engine, conversation, sampling)
         return completion
 
