@@ -20,7 +20,7 @@ from minigpt4.engine import Engine
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.server import Server
 from tests.parity_case import ParityCase
-from tests.waiting import until
+from tests.running import until
 
 MODEL = "vicuna_qformer_a"
 web = httpx.Client(timeout=120)  # one for all: making one takes longer than asking

@@ -13,7 +13,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.decoding import Decoders
-from tests.waiting import wait_for
+from tests.running import wait_for
 
 
 def picture_file(colour: str = "teal", side: int = 60) -> bytes:

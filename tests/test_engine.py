@@ -2,8 +2,6 @@
 
 import asyncio
 import hashlib
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +29,7 @@ from tests.block_llama import (
     block_llama,
     tiny_chat_model,
 )
-from tests.waiting import until
+from tests.running import python, until
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=20)
@@ -784,8 +782,7 @@ def test_a_program_that_ends_amid_an_answer_ends_cleanly(tmp_path):
         "streams = [engine.submit(t.request(i, 40, sampling=sampling)) for i in range(9)];"
         "next(streams[8]); sys.exit(3)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
+    python("-c", code, status=3)
 
 
 def test_health_is_a_real_token_and_waits_for_nobody(model, monkeypatch):

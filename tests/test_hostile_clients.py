@@ -52,7 +52,7 @@ from tests.api_case import (
     saved,
     web,
 )
-from tests.waiting import until, wait_for
+from tests.running import until, wait_for
 
 FILE = {"meta": {"_type": "gradio.FileData"}}
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from tests.api_case import data_url, free_port, page_event, picture_file, question
+from tests.running import python, responds, wait_for
 from tests.test_image import encoded
-from tests.waiting import responds, wait_for
 
 ROOT = Path(__file__).parent.parent
 # Python runs this first: whatever is not on this machine cannot be reached, and is written down.
@@ -114,16 +114,10 @@ def test_an_error_that_cannot_be_logged(server):
 
 def test_weights_cannot_be_fetched_without_a_network(server, tmp_path):
     """One sentence, soon."""
-    done = subprocess.run(
-        [sys.executable, "-m", "minigpt4", "download", "vicuna-7b"],
-        cwd=ROOT,
-        env={**server._environment, "MINIGPT4_WEIGHTS": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    variables = server._environment | {"MINIGPT4_WEIGHTS": str(tmp_path)}
+    done = python("-m", "minigpt4", "download", "vicuna-7b", status=2, seconds=120, **variables)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("minigpt4: ") and last.endswith(".")
+    assert last.startswith("minigpt4: ") and last.endswith(".")
     assert "Traceback" not in done.stderr
     server.asked_for.unlink()
 

@@ -21,7 +21,7 @@ from tests.page_case import (
     questions,
     say,
 )
-from tests.waiting import wait_for
+from tests.running import wait_for
 
 NAME = "<img src=x onerror=window.stolen=1>"
 # What was written must never become one of these.

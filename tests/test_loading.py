@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from minigpt4.weights.encoder import make_int8
 from minigpt4.weights.gguf import INDEX
 from minigpt4.weights.load import find_weights, load_model
 from tests.parity_case import ParityCase
+from tests.running import python
 from tests.test_convert import quiet
 
 ROOT = Path(__file__).parent.parent
@@ -151,14 +151,7 @@ for quantize in sys.argv[1:]:
 def test_libraries_are_quiet(weights):
     """Only this program's own lines reach the terminal, whatever reads and runs the model."""
     kinds = ["none", "int8", "int4"]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *kinds],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python("-c", RUN, *kinds, PYTHONPATH=str(ROOT))
     assert len(done.stdout.splitlines()) == len(kinds)
     own = "Loading vicuna-7b …", "Converting ", "The 4-bit model ", "Compiling "
     assert [line for line in done.stderr.splitlines() if not line.startswith(own)] == []

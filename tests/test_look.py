@@ -28,7 +28,7 @@ from tests.page_case import (
     say,
     status,
 )
-from tests.waiting import wait_for
+from tests.running import wait_for
 
 PASTE = """(text) => {
     const clipboardData = new DataTransfer();

@@ -32,7 +32,7 @@ from tests.page_case import (
     say,
     status,
 )
-from tests.waiting import wait_for
+from tests.running import wait_for
 
 
 def test_a_picture_is_encoded_while_its_question_is_typed(visit, engine, photo):

@@ -34,7 +34,7 @@ from tests.page_case import (
     served,
     status,
 )
-from tests.waiting import wait_for
+from tests.running import wait_for
 
 TEXTS = Path(__file__).parent.parent / "minigpt4" / "web" / "page" / "texts"
 DRAG = """() => {

@@ -31,8 +31,8 @@ from minigpt4.weights.llm import TokenEmbedding
 from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import at_rest, free_port
 from tests.parity_case import ParityCase
+from tests.running import wait_for
 from tests.vllm_server import PARITY, Model, Served, Server
-from tests.waiting import wait_for
 
 ROOT = Path(__file__).parent.parent
 CASE = "vicuna_qformer_a"

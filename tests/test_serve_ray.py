@@ -24,7 +24,7 @@ from minigpt4.model import image
 from minigpt4.start import quantize_of
 from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import client, data_url, free_port, question
-from tests.waiting import responds, wait_for
+from tests.running import responds, wait_for
 
 ROOT = Path(__file__).parent.parent
 BEAST = (resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg").read_bytes()

@@ -1,8 +1,6 @@
 """The repository as a Hugging Face Space: the README's front matter, and the start there."""
 
-import os
 import re
-import sys
 from pathlib import Path
 
 import httpx
@@ -10,7 +8,7 @@ import pytest
 from huggingface_hub import SpaceHardware, metadata_load
 
 from tests.api_case import free_port
-from tests.waiting import program
+from tests.running import server
 
 ROOT = Path(__file__).parent.parent
 COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
@@ -81,7 +79,7 @@ def test_the_start_on_cpu_basic(tmp_path):
     """With a Space's environment the page comes up where the Space looks for it, and answers."""
     port = free_port()
     address = f"http://127.0.0.2:{port}"
-    environment = os.environ | {
+    environment = {
         "SYSTEM": "spaces",
         "MINIGPT4_MODEL": "nano",
         "SPACE_ID": "someone/minigpt4",
@@ -94,8 +92,8 @@ def test_the_start_on_cpu_basic(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(tmp_path),
     }
-    log, command = tmp_path / "log", [sys.executable, "app.py"]
-    with program(command, address, log, cwd=ROOT, env=environment):
+    log = tmp_path / "log"
+    with server("app.py", address=address, log=log, **environment):
         assert "MiniGPT-4" in httpx.get(address).text
         messages = [{"role": "user", "content": "Hello!"}]
         body = {"messages": messages, "max_tokens": 5}

@@ -34,7 +34,7 @@ from tests.page_case import (
     starting,
     status,
 )
-from tests.waiting import wait_for
+from tests.running import wait_for
 
 # What a reloaded page still listened to, and what Gradio's client makes of its last parts.
 LEFT = "AbortError|Connection errored out|reading 'content'"

@@ -12,8 +12,8 @@ from minigpt4.web.page import answers as page_answers
 from minigpt4.web.page import transcript
 from tests.fake_engine import FakeAnswer
 from tests.page_case import WIDE, answers, ask, attach, box, done, picture, questions, say
+from tests.running import wait_for
 from tests.test_store import LEFT, new_chat, titles
-from tests.waiting import wait_for
 
 
 @pytest.fixture
