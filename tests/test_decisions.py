@@ -13,14 +13,7 @@ from minigpt4.engine import Sampling
 from minigpt4.web.api import routes
 from minigpt4.web.api.decisions import first_tokens, read_decisions
 from minigpt4.web.api.errors import ApiError
-from tests.api_case import (
-    MODEL,
-    address_fixture,
-    client,
-    data_url,
-    engine_fixture,
-    picture_file,
-)
+from tests.api_case import MODEL, address_fixture, client, data_url, engine_fixture, picture_file
 
 engine, address = engine_fixture(), address_fixture()
 ABOUT = [

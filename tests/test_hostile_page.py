@@ -11,16 +11,7 @@ from playwright.sync_api import Page, expect
 from minigpt4.web.page import render
 from minigpt4.web.page.transcript import FORMAT, VERSION
 from tests.fake_engine import ATTACKS
-from tests.page_case import (
-    WIDE,
-    answers,
-    ask,
-    box,
-    done,
-    download_as,
-    questions,
-    say,
-)
+from tests.page_case import WIDE, answers, ask, box, done, download_as, questions, say
 from tests.running import wait_for
 
 NAME = "<img src=x onerror=window.stolen=1>"

@@ -316,12 +316,7 @@ def test_phone_in_the_dark(visit, photo):
 
 @pytest.mark.parametrize(
     ("scheme", "language", "size"),
-    [
-        ("light", "en", WIDE),
-        ("dark", "de", WIDE),
-        ("light", "zh-CN", PHONE),
-        ("dark", "es", PHONE),
-    ],
+    [("light", "en", WIDE), ("dark", "de", WIDE), ("light", "zh-CN", PHONE), ("dark", "es", PHONE)],
     ids=["English", "dark, German", "Chinese, on a phone", "dark, Spanish, on a phone"],
 )
 def test_accessibility(visit, photo, scheme, language, size):

@@ -346,11 +346,7 @@ def compose(
 
 
 def texts(
-    things: Sequence[Thing],
-    names: Sequence[str],
-    scene: Scene,
-    absent: Thing,
-    draw: random.Random,
+    things: Sequence[Thing], names: Sequence[str], scene: Scene, absent: Thing, draw: random.Random
 ) -> dict:
     """Captions, a description, questions and answers."""
     are = "are" if len(things) > 1 or things[0].plural else "is"

@@ -43,11 +43,7 @@ ENDPOINT = (
         needs=("url",),
     ),
     Option(
-        "refiner",
-        "Model to use there.",
-        metavar="NAME",
-        variable="OPENAI_MODEL",
-        needs=("url",),
+        "refiner", "Model to use there.", metavar="NAME", variable="OPENAI_MODEL", needs=("url",)
     ),
     Option("together", "Maximum number of requests at once.", 4, integer(1), "N"),
     Option(

@@ -58,11 +58,7 @@ from minigpt4.weights.transfer import Progress, in_words
 CHUNK = 2**20  # weights quantized at once by a thread
 _ALIGNMENT = 32  # of a tensor in a GGUF file
 
-_OUTER = {
-    EMBEDDING: "token_embd.weight",
-    NORM: "output_norm.weight",
-    HEAD: "output.weight",
-}
+_OUTER = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 
 
 def blocks_folder(llm: Path) -> Path:
