@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from minigpt4.config import MODELS, ModelConfig
@@ -190,11 +191,18 @@ class _Handler(Handler):
 
 
 @contextmanager
-def hub_server() -> Iterator[Hub]:
-    """A hub with nothing on it yet."""
+def hub_server(folder: Path, monkeypatch) -> Iterator[Hub]:
+    """A hub with nothing on it yet, to which the client speaks; its cache and token's place are in
+    the folder."""
     hub = Hub()
     with listening(type("Handler", (_Handler,), {"hub": hub})) as server:
         hub.address = server.url
+        url = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder / "weights"))
         yield hub
 
 

@@ -17,16 +17,11 @@ from minigpt4.evaluation.rating_page import read_ratings
 from minigpt4.evaluation.suite import SUITE, read_suite
 from minigpt4.model import image
 from minigpt4.remote.endpoint import Endpoint
-from tests.evaluation_case import run, use_tiny_model
+from tests.evaluation_case import run
 from tests.http_case import Handler, listening
 from tests.training_case import jpeg, picture
 
 ABILITIES = ["--experiment", "abilities"]
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    use_tiny_model(monkeypatch)
 
 
 @pytest.fixture
