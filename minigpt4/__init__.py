@@ -104,9 +104,7 @@ class Model:
         return self.chat(pictures).stream(question, **sampling)
 
     def chat(
-        self,
-        pictures: PictureSource | Sequence[PictureSource] = (),
-        system: str | None = None,
+        self, pictures: PictureSource | Sequence[PictureSource] = (), system: str | None = None
     ) -> "Chat":
         """A new conversation, whose first question shows these pictures.
 

@@ -5,8 +5,7 @@ asked for it, and is sent the `Completion` when the answer has ended. It may the
 return a result:
 
     def describe(path):
-        conversation = Conversation()
-        conversation.add_question("What is in this picture?", [image.load(path)])
+        conversation = Conversation.asking("What is in this picture?", [image.load(path)])
         completion = yield ask(engine, conversation, sampling)
         return completion.text
 
@@ -155,8 +154,7 @@ class Batch(Generic[BatchEngine]):
 
         def dialogue(numbered: tuple[int, PictureQuestion]) -> Dialogue:
             number, question = numbered
-            conversation = Conversation()
-            conversation.add_question(question.instruction, [image.load(question.read())])
+            conversation = Conversation.asking(question.instruction, [image.load(question.read())])
             own = sampling
             if next_seeds and sampling.seed is not None:
                 own = replace(sampling, seed=sampling.seed + number)

@@ -187,9 +187,7 @@ _QFORMER = Source(
     megabytes=433,
     mirrors=(
         Source(
-            "hub",
-            _BLIP2_HUB,
-            tensors=("qformer.", "query_tokens", "vision_model.post_layernorm."),
+            "hub", _BLIP2_HUB, tensors=("qformer.", "query_tokens", "vision_model.post_layernorm.")
         ),
     ),
 )

@@ -40,6 +40,13 @@ class Conversation:
     system: str | None = None  # None: the template's own
     template: Template | None = None  # None: the model's own
 
+    @classmethod
+    def asking(cls, text: str, pictures: Sequence[Picture] = ()) -> "Conversation":
+        """A conversation that begins with this question."""
+        conversation = cls()
+        conversation.add_question(text, pictures)
+        return conversation
+
     def add_question(self, text: str, pictures: Sequence[Picture] = ()) -> None:
         """Append a user's message: its pictures, then its text."""
         text = text.strip()

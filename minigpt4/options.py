@@ -358,9 +358,7 @@ DTYPE = Option(
 DEVICE = Option("device", "Device: auto, cpu, cuda or cuda:N.", "auto", metavar="NAME")
 PLACES = (
     Option(
-        "projection",
-        "Trained projection; with --model auto it selects the model.",
-        metavar="PLACE",
+        "projection", "Trained projection; with --model auto it selects the model.", metavar="PLACE"
     ),
     Option("vision", "Visual encoder.", metavar="PLACE"),
     Option("qformer", "BLIP-2's Q-Former.", metavar="PLACE"),

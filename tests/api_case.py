@@ -20,6 +20,7 @@ from minigpt4.engine import Engine
 from minigpt4.web.page.page import build_page, serve
 from minigpt4.web.server import Server
 from tests.parity_case import ParityCase
+from tests.running import until
 
 MODEL = "vicuna_qformer_a"
 web = httpx.Client(timeout=120)  # one for all: making one takes longer than asking
@@ -163,9 +164,4 @@ def saved(address: str, events: dict[str, int], session: str, state=None) -> str
 
 
 def at_rest(engine: Engine, seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while engine.running or engine.waiting:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
+    return until(lambda: not (engine.running or engine.waiting), seconds)

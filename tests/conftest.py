@@ -71,6 +71,23 @@ def weights(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+# Evaluations: a tiny model and a few captioned pictures.
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    from tests.evaluation_case import use_tiny_model
+
+    use_tiny_model(monkeypatch)
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    from tests.training_case import write_shard
+
+    return write_shard(tmp_path / "train-00000.tar", 3)
+
+
 # The page: a server with an engine that answers the same each time, a browser, visitors.
 
 

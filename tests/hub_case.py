@@ -4,19 +4,19 @@ published repositories at tiny sizes on it."""
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from minigpt4.config import MODELS, ModelConfig
 from minigpt4.weights.checkpoint import eva_tensors, qformer_tensors, read_checkpoint
+from tests.http_case import Handler, listening
 from tests.parity_case import ParityCase
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -48,11 +48,8 @@ class Hub:
         return [where for _, asked, where in found if asked == name]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: Hub
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -122,12 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(repository, [json.loads(line) for line in body.splitlines()])
             answer = {"success": True, "commitOid": COMMIT}
             answer["commitUrl"] = f"{self.hub.address}/{repository}/commit/{COMMIT}"
-        self._send(json.dumps(answer).encode())
+        self.reply(200, answer)
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.hub.large[hashlib.sha256(content).hexdigest()] = content
-        self._send(b"{}")
+        self.reply(200, {})
 
     def _commit(self, repository: str, lines: list[dict]) -> None:
         for line in lines:
@@ -152,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not names:
             return self._refuse(401, "RepoNotFound")
         siblings = [{"rfilename": name} for name in names]
-        self._send(json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
+        self.reply(200, {"id": repository, "sha": COMMIT, "siblings": siblings})
 
     def _content(self, key: str, body: bool) -> None:
         name = key.removeprefix("cdn/")
@@ -192,26 +189,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _send(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
 
 @contextmanager
-def hub_server() -> Iterator[Hub]:
-    """A hub with nothing on it yet."""
+def hub_server(folder: Path, monkeypatch) -> Iterator[Hub]:
+    """A hub with nothing on it yet, to which the client speaks; its cache and token's place are in
+    the folder."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with listening(type("Handler", (_Handler,), {"hub": hub})) as server:
+        hub.address = server.url
+        url = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setenv("MINIGPT4_WEIGHTS", str(folder / "weights"))
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def publish(hub: Hub, scratch: Path) -> ParityCase:

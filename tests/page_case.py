@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -218,10 +217,3 @@ def inside(part: Locator, whole: Locator) -> bool:
     )
     right, bottom = outer[0] + outer[2], outer[1] + outer[3]
     return x >= outer[0] and y >= outer[1] and x + width <= right and y + height <= bottom
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + SECONDS / 1000
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)

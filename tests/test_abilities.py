@@ -3,10 +3,8 @@
 import base64
 import json
 import re
-import threading
 from collections import Counter
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -19,15 +17,11 @@ from minigpt4.evaluation.rating_page import read_ratings
 from minigpt4.evaluation.suite import SUITE, read_suite
 from minigpt4.model import image
 from minigpt4.remote.endpoint import Endpoint
-from tests.evaluation_case import run, use_tiny_model
+from tests.evaluation_case import run
+from tests.http_case import Handler, listening
 from tests.training_case import jpeg, picture
 
 ABILITIES = ["--experiment", "abilities"]
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    use_tiny_model(monkeypatch)
 
 
 @pytest.fixture
@@ -63,9 +57,9 @@ def judge_server(
     last is what the server answers instead."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Judge(Handler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            body = self.read_json()
             asked.append((self.path, self.headers["authorization"], body))
             if always:
                 return self.reply(200, always[-1])
@@ -85,25 +79,11 @@ def judge_server(
             about = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge"}
             self.reply(200, about | {"choices": [choice]})
 
-        def reply(self, code: int, record: object) -> None:
-            content = json.dumps(record).encode()
-            self.send_response(code)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(content)))
-            self.send_header("retry-after-ms", "5")
-            self.end_headers()
-            self.wfile.write(content)
+        def reply(self, status: int, content: object) -> None:
+            super().reply(status, content, retry_after_ms="5")
 
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(Judge) as server:
+        yield f"{server.url}/v1", asked
 
 
 def test_the_project_s_own_suite():
@@ -252,24 +232,18 @@ def test_a_judge_that_takes_no_temperature(suite, theirs, tmp_path, monkeypatch)
 def test_an_address_that_is_no_judge_s(suite, theirs, capsys):
     """A web page at it, as where /v1 was forgotten, or none that can be asked."""
 
-    class Page(BaseHTTPRequestHandler):
+    class Page(Handler):
         def do_POST(self) -> None:
             self.send_response(200)
             self.send_header("content-type", "text/html")
             self.end_headers()
             self.wfile.write(b"<html>Welcome</html>")
 
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     options = [suite, *ABILITIES, "--reuse", "--answers", theirs, "--judge-model", "j"]
-    for url, said in ((f"http://127.0.0.1:{server.server_port}", "/v1"), ("http://h:x/v1", "PORT")):
-        assert main(["evaluate", *map(str, [*options, "--judge", url])]) == 2
-        assert said in capsys.readouterr().err
-    server.shutdown()
-    server.server_close()
+    with listening(Page) as server:
+        for url, said in ((server.url, "/v1"), ("http://h:x/v1", "PORT")):
+            assert main(["evaluate", *map(str, [*options, "--judge", url])]) == 2
+            assert said in capsys.readouterr().err
 
 
 def test_stored_answers_say_whose_they_are_and_how_they_were_sampled(

@@ -62,8 +62,7 @@ class _Shrunk:
 
 
 def test_an_answer_streams_and_is_the_same_again(engine, pictures):
-    conversation = Conversation()
-    conversation.add_question("Describe this image.", pictures[:1])
+    conversation = Conversation.asking("Describe this image.", pictures[:1])
     first, second = (ask(engine, conversation, GREEDY) for _ in range(2))
     pieces = list(first)
     assert len(pieces) > 1 and "".join(pieces) == first.text == "".join(second)
@@ -72,8 +71,7 @@ def test_an_answer_streams_and_is_the_same_again(engine, pictures):
 
 
 def test_seeds_reproduce_draws(engine, pictures):
-    conversation = Conversation()
-    conversation.add_question("Describe this image.", pictures[:1])
+    conversation = Conversation.asking("Describe this image.", pictures[:1])
     drawn = [
         "".join(ask(engine, conversation, Sampling(seed=seed, max_new_tokens=12)))
         for seed in (1, 1, 2)
@@ -82,17 +80,13 @@ def test_seeds_reproduce_draws(engine, pictures):
 
 
 def test_other_pictures_other_answers(engine, pictures):
-    answers = []
-    for picture in pictures[:2]:
-        conversation = Conversation()
-        conversation.add_question("Describe this image.", [picture])
-        answers.append("".join(ask(engine, conversation, GREEDY)))
-    assert answers[0] != answers[1]
+    asked = [Conversation.asking("Describe this image.", [picture]) for picture in pictures[:2]]
+    first, second = ("".join(ask(engine, one, GREEDY)) for one in asked)
+    assert first != second
 
 
 def test_closing_ends_the_request(engine, pictures):
-    conversation = Conversation()
-    conversation.add_question("Describe this image.", pictures[:1])
+    conversation = Conversation.asking("Describe this image.", pictures[:1])
     answer = ask(engine, conversation, replace(GREEDY, max_new_tokens=500))
     next(iter(answer))
     answer.close()
@@ -134,8 +128,7 @@ def test_much_text_is_refused_before_it_is_counted(engine, monkeypatch):
 
 
 def test_a_question_too_long_alone_is_refused(engine, pictures):
-    conversation = Conversation()
-    conversation.add_question("word " * 2000, pictures[:1])
+    conversation = Conversation.asking("word " * 2000, pictures[:1])
     with pytest.raises(UserError, match="too long"):
         ask(engine, conversation, GREEDY)
 
@@ -179,8 +172,7 @@ def test_senseless_parameters_are_refused(wrong):
 
 def test_a_beam_search_can_be_stopped_and_lets_others_in(engine, pictures):
     """While a long search runs in another thread, a short answer comes and the search is ended."""
-    conversation = Conversation()
-    conversation.add_question("Describe this image.", pictures[:1])
+    conversation = Conversation.asking("Describe this image.", pictures[:1])
     search = ask(engine, conversation, Sampling(num_beams=8, max_new_tokens=1500))
     with ThreadPoolExecutor() as pool:
         result = pool.submit(lambda: "".join(search))
@@ -311,11 +303,7 @@ def test_pictures_are_encoded_while_the_user_types(tmp_path, monkeypatch):
 
 def test_two_answers_at_once_are_as_alone(engine, pictures):
     """Two streams read in turn give what each gives alone."""
-    conversations = []
-    for picture in pictures[:2]:
-        conversation = Conversation()
-        conversation.add_question("Describe this image.", [picture])
-        conversations.append(conversation)
+    conversations = [Conversation.asking("Describe this image.", [one]) for one in pictures[:2]]
     alone = ["".join(ask(engine, c, GREEDY)) for c in conversations]
     streams = [iter(ask(engine, c, GREEDY)) for c in conversations]
     together = ["", ""]

@@ -139,8 +139,7 @@ def test_a_question_without_content_says_nothing_unless_it_is_the_last(address):
 
 def test_an_answer_that_is_the_last_message_is_continued(address, engine):
     """As the page's Continue does it."""
-    begun = Conversation()
-    begun.add_question("Hello?")
+    begun = Conversation.asking("Hello?")
     begun.add_answer("The box is")
     sampling = Sampling(temperature=0, max_new_tokens=6, repetition_penalty=1.0)
     continued = "".join(ask(engine, begun, sampling))

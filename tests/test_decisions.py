@@ -13,14 +13,7 @@ from minigpt4.engine import Sampling
 from minigpt4.web.api import routes
 from minigpt4.web.api.decisions import first_tokens, read_decisions
 from minigpt4.web.api.errors import ApiError
-from tests.api_case import (
-    MODEL,
-    address_fixture,
-    client,
-    data_url,
-    engine_fixture,
-    picture_file,
-)
+from tests.api_case import MODEL, address_fixture, client, data_url, engine_fixture, picture_file
 
 engine, address = engine_fixture(), address_fixture()
 ABOUT = [
@@ -88,8 +81,7 @@ def test_a_probability_is_the_models_own(address, engine):
     (answer,) = (
         client(address).decisions.create(model=MODEL, input="Hello.", questions=[question]).answers
     )
-    asked = Conversation()
-    asked.add_question("Hello.")
+    asked = Conversation.asking("Hello.")
     asked.add_question("There is a sky.\nIs this true? Answer with Yes or No.")
     sampling = Sampling(temperature=0, max_new_tokens=1, repetition_penalty=1.0)
     width = engine.model.config and len(engine.model.tokenizer)

@@ -3,8 +3,6 @@
 import os
 import platform
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from minigpt4.engine.sampling import Sampler, Sampling, penalize
 from minigpt4.engine.scheduler import Rows
 from minigpt4.engine.torch_decoder import TorchDecoder
 from tests.block_llama import CONTEXT, HIDDEN, VOCABULARY, as_transformers, block_llama
+from tests.running import python
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
 ROOT = Path(__file__).parent.parent
@@ -206,11 +205,9 @@ def test_the_plain_c_of_other_processors(llama, tmp_path):
         " for bits in (16, 8)];"
         f"np.save({str(tmp_path / 'plain.npy')!r}, found)"
     )
-    environment = os.environ | {
-        "CC": f"{os.environ.get('CC', 'cc')} -mno-avx2" if platform.machine() == "x86_64" else "cc",
-        "XDG_CACHE_HOME": str(tmp_path),
-    }
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    compiler = os.environ.get("CC", "cc")
+    compiler = f"{compiler} -mno-avx2" if platform.machine() == "x86_64" else "cc"
+    python("-c", code, CC=compiler, XDG_CACHE_HOME=str(tmp_path))
     for found, bits in zip(np.load(tmp_path / "plain.npy"), (16, 8), strict=True):
         expected = whole(NativeDecoder(llama, CONTEXT, 4, threads=2, kv_bits=bits), ids, [0, 1])
         assert np.abs(found - expected).max() < 0.02 * expected.std()

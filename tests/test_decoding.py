@@ -4,7 +4,6 @@ import io
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -14,6 +13,7 @@ from minigpt4.errors import UserError
 from minigpt4.model import image
 from minigpt4.web.guard import decoding
 from minigpt4.web.guard.decoding import Decoders
+from tests.running import wait_for
 
 
 def picture_file(colour: str = "teal", side: int = 60) -> bytes:
@@ -168,10 +168,7 @@ def test_they_end_with_the_program():
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=picture_file(), stdout=subprocess.PIPE, check=True)
-    end = time.monotonic() + 10
-    while is_running(int(done.stdout)):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: not is_running(int(done.stdout)))
 
 
 def is_running(pid: int) -> bool:

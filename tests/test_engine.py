@@ -2,11 +2,8 @@
 
 import asyncio
 import hashlib
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +29,7 @@ from tests.block_llama import (
     block_llama,
     tiny_chat_model,
 )
+from tests.running import python, until
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=20)
@@ -87,17 +85,8 @@ def alone(model, asked: Request) -> list[int]:
         engine.close()
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    """Does it come true within two seconds?"""
-    for _ in range(200):
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def settled(engine: Engine) -> bool:
-    """Nothing runs, and every block is available again (within two seconds)."""
+    """Nothing runs, and every block is available again, soon."""
 
     def is_settled() -> bool:
         cache = engine._scheduler.cache
@@ -793,8 +782,7 @@ def test_a_program_that_ends_amid_an_answer_ends_cleanly(tmp_path):
         "streams = [engine.submit(t.request(i, 40, sampling=sampling)) for i in range(9)];"
         "next(streams[8]); sys.exit(3)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
+    python("-c", code, status=3)
 
 
 def test_health_is_a_real_token_and_waits_for_nobody(model, monkeypatch):
@@ -830,7 +818,7 @@ def test_a_probe_that_comes_while_another_is_admitted(engine, monkeypatch):
     probing = threading.Thread(target=lambda: healthy.append(engine.health(2.0)))
 
     def meanwhile(state):
-        if not state.probe:
+        if not state.stream.probe:
             probing.start()
             time.sleep(0.1)
         return real(state)

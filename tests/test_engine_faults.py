@@ -19,7 +19,8 @@ from minigpt4.engine.torch_decoder import TorchDecoder
 from minigpt4.errors import UserError, out_of_memory
 from minigpt4.options import from_mapping
 from tests.block_llama import CONTEXT, as_transformers, block_llama, tiny_chat_model
-from tests.test_engine import BRIEF, GREEDY, picture, request, settled, until
+from tests.running import until
+from tests.test_engine import BRIEF, GREEDY, picture, request, settled
 
 GPU = torch.device("cuda", 1)
 

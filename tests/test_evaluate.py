@@ -16,19 +16,9 @@ from minigpt4.evaluation import captions, chair, pope, report, stages
 from minigpt4.evaluation.metrics import sentences
 from minigpt4.evaluation.objects import ObjectList
 from minigpt4.weights.checkpoint import read_projection, save_projection
-from tests.evaluation_case import run, use_tiny_model
+from tests.evaluation_case import run
 from tests.parity_case import ParityCase
 from tests.training_case import PARITY, jpeg, picture, write_captioned, write_shard
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    use_tiny_model(monkeypatch)
-
-
-@pytest.fixture
-def shard(tmp_path):
-    return write_shard(tmp_path / "train-00000.tar", 3)
 
 
 @pytest.fixture

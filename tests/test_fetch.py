@@ -45,21 +45,15 @@ BLIP2 = "Salesforce/blip2-flan-t5-xxl"
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub with the published files; the client speaks to it, and nothing is fetched yet."""
-    with hub_server() as hub:
+    with hub_server(tmp_path, monkeypatch) as hub:
         scratch = tmp_path / "scratch"
         scratch.mkdir()
         hub.case = publish(hub, scratch)
         hub.config = tiny_vicuna(hub.case, hub)
         hub.folder = tmp_path / "weights"
         monkeypatch.setitem(configs.MODELS, "vicuna-7b", hub.config)
-        monkeypatch.setenv("MINIGPT4_WEIGHTS", str(hub.folder))
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        url = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
         monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
         monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
@@ -73,8 +67,7 @@ def options(**changes) -> argparse.Namespace:
 
 def answer(model, case: ParityCase) -> str:
     engine = Engine(model)
-    conversation = Conversation()
-    conversation.add_question("What is this?", [image.load(case.image_paths[0])])
+    conversation = Conversation.asking("What is this?", [image.load(case.image_paths[0])])
     sampling = Sampling(temperature=0, max_new_tokens=12)
     text = "".join(ask(engine, conversation, sampling))
     engine.close()

@@ -1,15 +1,13 @@
 """A short run of each coverage-guided fuzzer; a long one: python -m benchmarks.fuzz."""
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from benchmarks import fuzz
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,18 +18,10 @@ ROOT = Path(__file__).parent.parent
 def test_a_few_seconds(target, tmp_path):
     """No input ends it, and it is guided: coverage is seen, and inputs are kept for it."""
     before = {path: path.read_bytes() for path in (fuzz.CORPUS / target).iterdir()}
-    command = [sys.executable, "-m", "benchmarks.fuzz", target, "--seconds", "3"]
     found, temporary = tmp_path / "found", tmp_path / "temporary"
     found.mkdir(), temporary.mkdir()
-    done = subprocess.run(
-        [*command, "--found", str(found)],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(temporary)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    options = [target, "--seconds", "3", "--found", str(found)]
+    done = python("-m", "benchmarks.fuzz", *options, TMPDIR=str(temporary))
     said = done.stdout + done.stderr
     runs = int(re.search(r"Done (\d+) runs", said)[1])
     assert runs > len(before) and re.search(r"cov: [1-9]\d+", said)

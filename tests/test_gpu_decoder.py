@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ from tests.block_llama import VOCABULARY, as_transformers, block_llama, tiny_cha
 pytest.importorskip("triton", reason="Triton is not installed: it needs Linux on x86-64")
 from minigpt4.engine.gpu import choose, kernels, sampling  # noqa: E402
 from minigpt4.engine.gpu.decoder import GpuDecoder  # noqa: E402
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 BLOCKS, CONTEXT, CPU = 16, 64, torch.device("cpu")
@@ -280,9 +279,7 @@ def test_conversations_are_the_eager_decoders(llm):
 def test_the_benchmark_runs(tmp_path):
     """Every phase, tiny and on the CPU; the results are complete, and none failed."""
     out = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-m", "benchmarks.gpu", "--tiny", "--json", str(out))
     results = json.loads(out.read_text())
     assert not [name for name in results if name.endswith("_failed")], results
     assert results["decoder"] == "PyTorch" and results["steps_relative_error"] < 1e-4

@@ -1,8 +1,5 @@
 """The GPU's kernels in Triton's interpreter against PyTorch, and compiled without a GPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from minigpt4.weights.int8 import Int8Weight, quantize_rows
 
 pytest.importorskip("triton", reason="Triton is not installed: it needs Linux on x86-64")
 from minigpt4.engine.gpu import kernels  # noqa: E402
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,10 +160,8 @@ def test_attention(heads, kv_heads, head_dim, kv_bits):
 def test_compiles_without_a_gpu(capability, tmp_path):
     """At the shapes of a 7B model: no spills, at most 168 registers a thread, so that three blocks
     of 128 threads fit on a multiprocessor, and at most 64 KB of shared memory."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.gpu_compile", str(capability)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = python("-m", "tests.gpu_compile", str(capability), **variables)
     if done.stdout.startswith("skip"):
         pytest.skip(done.stdout)
     lines = [line.split() for line in done.stdout.splitlines()]

@@ -3,11 +3,8 @@
 import ast
 import asyncio
 import logging
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from minigpt4.web.page.session import Session
 from tests.api_case import SETTINGS, page_event, page_events
 from tests.fake_engine import LONG, FakeAnswer, FakeEngine
 from tests.page_case import picture, served
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 # In an interpreter of its own: here the patches may have been applied already.
@@ -62,9 +60,7 @@ def test_gradio_still_has_what_is_replaced():
     assigned = [a.targets[0] for f in functions for a in f.body if isinstance(a, ast.Assign)]
     names = [ast.unparse(target) for target in assigned if isinstance(target, ast.Attribute)]
     assert len(names) > 10
-    code = COMPARE.replace("NAMES", repr(names))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", COMPARE.replace("NAMES", repr(names)))
 
 
 def test_gradio_is_imported_whatever_proxies_and_certificates_there_are():
@@ -75,8 +71,7 @@ def test_gradio_is_imported_whatever_proxies_and_certificates_there_are():
         "no_proxy": "[::1]",
         "SSL_CERT_FILE": "/nowhere",
     }
-    environment = {**os.environ, **wrong}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+    python("-c", code, **wrong)
 
 
 def test_variables_that_are_no_integers(monkeypatch, capsys):
@@ -96,8 +91,8 @@ def test_variables_that_are_no_integers(monkeypatch, capsys):
             check_integers(names)
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("GRADIO_NUM_PORTS", "")
-    done = subprocess.run([sys.executable, "app.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    done = python("app.py", status=2)
+    assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("app.py: Environment variable GRADIO_NUM_PORTS must be")
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")
     for main in (run.main, __main__.main):
@@ -162,8 +157,7 @@ def test_gradio_is_imported_without_its_stubs():
     code = (
         "import minigpt4.web, gradio; print(gradio.component_meta.create_or_modify_pyi.__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "minigpt4.web", done.stderr
+    assert python("-c", code).stdout.strip() == "minigpt4.web"
     source = Path(component_meta.__file__).read_text(encoding="utf-8")
     assert "def create_or_modify_pyi(" in source and source.count("create_or_modify_pyi(") == 2
 

@@ -52,6 +52,7 @@ from tests.api_case import (
     saved,
     web,
 )
+from tests.running import until, wait_for
 
 FILE = {"meta": {"_type": "gradio.FileData"}}
 
@@ -323,13 +324,6 @@ def stop(address, events, session: str) -> None:
     """As the page's button does it."""
     sent = {"data": [None], "fn_index": events["stop"], "session_hash": session}
     assert web.post(address + "/gradio_api/run/predict", json=sent).status_code == 200
-
-
-def wait_for(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 PRIVATE = "the file of another"
@@ -661,10 +655,7 @@ def test_a_storm_of_connections(address):
 
     with ThreadPoolExecutor(30) as pool:
         list(pool.map(come_and_go, range(300)))
-    end = time.monotonic() + 20
-    while psutil.Process().num_fds() > handles + 10:
-        assert time.monotonic() < end, "connections are left"
-        time.sleep(0.1)
+    wait_for(lambda: psutil.Process().num_fds() <= handles + 10)  # no connections are left
 
 
 @pytest.mark.trust(
@@ -828,9 +819,7 @@ def test_thirty_two_at_once_over_http(address, engine, monkeypatch):
     real, before, at_once = engine.decoder.forward, engine.totals.requests, []
 
     def once_all_are_there(rows):
-        end = time.monotonic() + 30
-        while engine.totals.requests < before + 32 and time.monotonic() < end:
-            time.sleep(0.01)
+        until(lambda: engine.totals.requests >= before + 32)
         at_once.append(len(rows.tables))
         return real(rows)
 
@@ -850,8 +839,7 @@ def test_thirty_two_at_once_over_http(address, engine, monkeypatch):
     other = Engine(engine.model)
     sampling = default_sampling(engine.model.config, temperature=0, max_new_tokens=8)
     for text, content, (said, logprobs) in zip(texts, pictures, together, strict=True):
-        conversation = chat.Conversation()
-        conversation.add_question(text, [image.load(content)])
+        conversation = chat.Conversation.asking(text, [image.load(content)])
         alone = chat.ask(other, conversation, sampling, logprobs=True)
         assert "".join(alone) == said and logprobs == pytest.approx(alone.logprobs, abs=1e-3)
     other.close()

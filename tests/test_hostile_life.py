@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.api_case import data_url, free_port, page_event, picture_file, question
+from tests.running import python, responds, wait_for
 from tests.test_image import encoded
 
 ROOT = Path(__file__).parent.parent
@@ -68,16 +68,9 @@ class Server:
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
-        end = time.monotonic() + 120
-        while not self._ready():
-            assert time.monotonic() < end and self.process.poll() is None
-            time.sleep(0.2)
-
-    def _ready(self) -> bool:
-        try:
-            return httpx.get(self.address + "/readyz", timeout=20).status_code == 200
-        except httpx.TransportError:
-            return False
+        ready = self.address + "/readyz"
+        wait_for(lambda: responds(ready) or self.process.poll() is not None, 120)
+        assert self.process.poll() is None
 
     def ask(self, text: str, *urls: str, **settings) -> dict:
         body = {"messages": [question(text, *urls)], "temperature": 0, "max_tokens": 8, **settings}
@@ -121,16 +114,10 @@ def test_an_error_that_cannot_be_logged(server):
 
 def test_weights_cannot_be_fetched_without_a_network(server, tmp_path):
     """One sentence, soon."""
-    done = subprocess.run(
-        [sys.executable, "-m", "minigpt4", "download", "vicuna-7b"],
-        cwd=ROOT,
-        env={**server._environment, "MINIGPT4_WEIGHTS": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    variables = server._environment | {"MINIGPT4_WEIGHTS": str(tmp_path)}
+    done = python("-m", "minigpt4", "download", "vicuna-7b", status=2, seconds=120, **variables)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("minigpt4: ") and last.endswith(".")
+    assert last.startswith("minigpt4: ") and last.endswith(".")
     assert "Traceback" not in done.stderr
     server.asked_for.unlink()
 

@@ -11,17 +11,8 @@ from playwright.sync_api import Page, expect
 from minigpt4.web.page import render
 from minigpt4.web.page.transcript import FORMAT, VERSION
 from tests.fake_engine import ATTACKS
-from tests.page_case import (
-    WIDE,
-    answers,
-    ask,
-    box,
-    done,
-    download_as,
-    questions,
-    say,
-    wait_for,
-)
+from tests.page_case import WIDE, answers, ask, box, done, download_as, questions, say
+from tests.running import wait_for
 
 NAME = "<img src=x onerror=window.stolen=1>"
 # What was written must never become one of these.

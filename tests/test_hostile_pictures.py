@@ -5,7 +5,6 @@ import gc
 import io
 import os
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 from minigpt4.errors import UserError
 from minigpt4.model import image, image_file
 from minigpt4.model.image import Picture, fitted, load, packed, smaller
+from tests.running import python
 from tests.test_image import (
     FORMATS,
     RED,
@@ -48,11 +48,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 def in_new_process(code: str) -> str:
     """What `code` prints, in a process whose memory is its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python("-c", code, seconds=240).stdout
 
 
 # --- size --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import re
 import threading
 import tracemalloc
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -14,11 +13,12 @@ from minigpt4.errors import UserError
 from minigpt4.web.guard import image_url
 from minigpt4.web.guard.image_url import ImageUrls, TooLarge
 from tests.api_case import data_url, picture_file
+from tests.http_case import Handler, listening
 
 PICTURE = picture_file()
 
 
-class Host(BaseHTTPRequestHandler):
+class Host(Handler):
     """/picture.png, /large, /slow, /missing, /gzip and other codings; /to?URL redirects."""
 
     def do_GET(self):  # noqa: N802 - the library's name
@@ -39,21 +39,14 @@ class Host(BaseHTTPRequestHandler):
             for _ in range(300 if path == "/large" else 1):
                 self.wfile.write(PICTURE if path != "/large" else b"\0" * 10_000)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def host():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    server.asked, server.ended = [], threading.Event()
-    server.name = f"127.0.0.1:{server.server_port}"
-    server.url = f"http://{server.name}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.ended.set()
-    server.shutdown()
-    server.server_close()
+    with listening(Host) as server:
+        server.asked, server.ended = [], threading.Event()
+        server.name = f"127.0.0.1:{server.server_port}"
+        yield server
+        server.ended.set()
 
 
 def read(urls: ImageUrls, url: str) -> bytes:

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +14,7 @@ import minigpt4
 from minigpt4 import conversation
 from minigpt4.errors import UserError
 from minigpt4.model import image
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 BEAST = str(resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg")
@@ -33,7 +31,7 @@ def model():
 
 def test_importing_the_package_imports_no_torch():
     code = "import sys, minigpt4; sys.exit(bool({'torch', 'numpy', 'PIL'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    python("-c", code)
 
 
 def test_ask_and_stream(model):
@@ -207,13 +205,6 @@ def test_the_notebook(monkeypatch, tmp_path):
     long, short = "--steps 8 --batch-size 5", "--steps 2 --batch-size 2"
     assert long in code
     script.write_text(code.replace(long, short), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python(str(script), cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (tmp_path / "run" / "nano.safetensors").exists()
     assert len(done.stdout.splitlines()) >= 5

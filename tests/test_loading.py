@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,8 @@ from minigpt4.weights.encoder import make_int8
 from minigpt4.weights.gguf import INDEX
 from minigpt4.weights.load import find_weights, load_model
 from tests.parity_case import ParityCase
+from tests.running import python
+from tests.test_convert import quiet
 
 ROOT = Path(__file__).parent.parent
 CASE = ROOT / "tests" / "parity" / "vicuna_qformer_a"
@@ -150,14 +151,7 @@ for quantize in sys.argv[1:]:
 def test_libraries_are_quiet(weights):
     """Only this program's own lines reach the terminal, whatever reads and runs the model."""
     kinds = ["none", "int8", "int4"]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *kinds],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python("-c", RUN, *kinds, PYTHONPATH=str(ROOT))
     assert len(done.stdout.splitlines()) == len(kinds)
     own = "Loading vicuna-7b …", "Converting ", "The 4-bit model ", "Compiling "
     assert [line for line in done.stderr.splitlines() if not line.startswith(own)] == []
@@ -201,6 +195,13 @@ def cut(name: str, keep: float) -> Callable[[Path], None]:
     return damage
 
 
+def refusal(**places: str) -> str:
+    with pytest.raises(UserError) as raised:
+        answer(**places)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -231,15 +232,13 @@ def cut(name: str, keep: float) -> Callable[[Path], None]:
 )
 def test_damaged_blocks(converted, damage):
     damage(converted / "vicuna-7b-llm" / "int4")
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "4-bit" in str(raised.value)
+    assert "4-bit" in refusal()
 
 
 @pytest.fixture
 def converted(weights) -> Path:
     config = configs.get_model("vicuna-7b")
-    make_blocks(config, weights / "vicuna-7b-llm", quantize, 1, lambda line, passing=False: None)
+    make_blocks(config, weights / "vicuna-7b-llm", quantize, 1, quiet)
     return weights
 
 
@@ -262,9 +261,7 @@ def converted(weights) -> Path:
 )
 def test_absurd_configurations(weights, changes):
     change(weights / "vicuna-7b-llm" / "config.json", **changes)
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "vicuna-7b-llm" in str(raised.value)
+    assert "vicuna-7b-llm" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -282,9 +279,7 @@ def test_absurd_configurations(weights, changes):
 )
 def test_damaged_16_bit_files(weights, damage):
     damage(weights / "vicuna-7b-llm")
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "vicuna-7b-llm" in str(raised.value)
+    assert "vicuna-7b-llm" in refusal()
 
 
 def save_index(llm: Path, content: object) -> None:
@@ -318,9 +313,7 @@ def vision_with(**tensors: torch.Tensor) -> Callable[[Path], None]:
 )
 def test_damaged_vision(converted, damage):
     damage(converted)
-    with pytest.raises(UserError) as raised:
-        answer()
-    assert "\n" not in str(raised.value) and "eva_vit_g.pth" in str(raised.value)
+    assert "eva_vit_g.pth" in refusal()
 
 
 @pytest.mark.parametrize("place", [4, 8, 16, 24, 40, 100, 400])
@@ -332,16 +325,10 @@ def test_damaged_gguf_files(converted, tmp_path, place, value):
     with own.open("r+b") as file:
         file.seek(place)
         file.write(struct.pack("<Q", value))
-    with pytest.raises(UserError) as raised:
-        answer(llm=str(own))
-    assert "\n" not in str(raised.value) and "own.gguf" in str(raised.value)
+    assert "own.gguf" in refusal(llm=str(own))
 
 
 # --- the encoder in int8 --------------------------------------------------------------------------
-
-
-def quiet(line: str, passing: bool = False) -> None:
-    pass
 
 
 def test_the_encoder_in_int8(weights, monkeypatch):
@@ -383,8 +370,7 @@ def test_what_comes_before_the_question_is_read_ahead(converted):
     pictures = [image.load(path) for path in ParityCase(CASE).image_paths[:1]]
     engine = start.open_engine(options(), quiet, 8)
     read_ahead(engine, Conversation(), pictures)
-    conversation = Conversation()
-    conversation.add_question("What is this?", pictures)
+    conversation = Conversation.asking("What is this?", pictures)
     stream = ask(engine, conversation, Sampling(temperature=0, max_new_tokens=8))
     ours = "".join(stream)
     left = stream.stats.prompt_tokens - stream.stats.reused_tokens

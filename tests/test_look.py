@@ -27,8 +27,8 @@ from tests.page_case import (
     questions,
     say,
     status,
-    wait_for,
 )
+from tests.running import wait_for
 
 PASTE = """(text) => {
     const clipboardData = new DataTransfer();

@@ -60,8 +60,7 @@ def test_the_first_sentence(text, sentence):
 
 def test_titles_say_what_is_in_the_picture():
     picture = a_picture("titled")
-    conversation = Conversation()
-    conversation.add_question("Describe this image in detail.", [picture])
+    conversation = Conversation.asking("Describe this image in detail.", [picture])
     assert title(conversation) == "Describe this image in detail."
     conversation.add_answer("The image shows a boat on a lake. It is small.")
     assert title(conversation) == "A boat on a lake"
@@ -75,12 +74,10 @@ def test_titles_say_what_is_in_the_picture():
         "Beschreibe dieses Bild",
         "描述这张图片。",
     ):
-        of_any = Conversation()
-        of_any.add_question(asked, [picture])
+        of_any = Conversation.asking(asked, [picture])
         assert title(of_any) == "A boat", asked
 
-    telling = Conversation()
-    telling.add_question("What is unusual about this image?", [picture])
+    telling = Conversation.asking("What is unusual about this image?", [picture])
     telling.add_answer("It sails in the sand.")
     assert title(telling) == "What is unusual about this image?"
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +18,7 @@ from minigpt4.errors import UserError, out_of_memory
 from minigpt4.weights import memory
 from minigpt4.weights.gguf import BlockLlama
 from minigpt4.weights.load import WeightFiles
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 CASES = ROOT / "tests" / "parity"
@@ -82,8 +81,7 @@ def test_a_limit_on_the_address_space():
         "memory._control_groups = lambda: iter([]);"
         "print(free_memory(), free_memory(10**9))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    free, beside = map(int, out.stdout.split())
+    free, beside = map(int, python("-c", code).stdout.split())
     assert 1 * GB < free < 20 * GB and abs(free - beside - GB) < 10**8
 
 

@@ -1,8 +1,5 @@
 """Caption scores against recorded results of the Java reference; the rules for failed answers."""
 
-import subprocess
-import sys
-
 import pytest
 
 from minigpt4.evaluation.metrics import (
@@ -12,6 +9,7 @@ from minigpt4.evaluation.metrics import (
     is_repetitive,
     ptb_tokens,
 )
+from tests.running import python
 
 # Expected: pycocoevalcap 1.2's PTBTokenizer (Java, Stanford CoreNLP 3.4.1) on these sentences.
 TOKENISED = [
@@ -221,5 +219,4 @@ def test_import_is_light():
         "import sys, minigpt4.evaluation.metrics;"
         "print([m for m in ('torch', 'numpy', 'pycocoevalcap') if m in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert python("-c", code).stdout.strip() == "[]"

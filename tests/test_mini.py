@@ -45,9 +45,7 @@ def cheetah():
 
 
 def answer(engine, question: str, *pictures, tokens: int = 60) -> str:
-    conversation = Conversation()
-    conversation.add_question(question, pictures)
-    return "".join(ask(engine, conversation, greedy(tokens)))
+    return "".join(ask(engine, Conversation.asking(question, pictures), greedy(tokens)))
 
 
 def test_it_finds_words(engine, admiral, cheetah):

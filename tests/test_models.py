@@ -133,8 +133,7 @@ def test_an_encoder_as_the_page_adds_it(bridge, features, shape, monkeypatch, tm
     model = load_model(mine, files, seed=0)
     assert set(load.projection_tensors(model)) == {"weight", "bias"}
     engine = Engine(model)
-    conversation = Conversation()
-    conversation.add_question("What is this?", [image.load(case.image_paths[0])])
+    conversation = Conversation.asking("What is this?", [image.load(case.image_paths[0])])
     answer = ask(engine, conversation, Sampling(temperature=0, max_new_tokens=4))
     assert "".join(answer) or answer.stats.tokens
     engine.close()

@@ -1,11 +1,8 @@
 """The embedded model end to end, with its real weights (fetched by `make setup`'s download)."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -20,6 +17,7 @@ from minigpt4.conversation import Conversation, ask
 from minigpt4.engine import Engine, Sampling
 from minigpt4.model import image
 from minigpt4.weights.load import find_weights, load_model
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0.0, max_new_tokens=60)
@@ -51,9 +49,7 @@ def words(text: str) -> set[str]:
 
 
 def answer(engine, question: str, *pictures, sampling: Sampling = GREEDY) -> str:
-    conversation = Conversation()
-    conversation.add_question(question, pictures)
-    return "".join(ask(engine, conversation, sampling))
+    return "".join(ask(engine, Conversation.asking(question, pictures), sampling))
 
 
 def test_it_sees(engine, photo, animal):
@@ -67,8 +63,7 @@ def test_it_sees(engine, photo, animal):
 
 
 def test_a_conversation_goes_on(engine, photo):
-    conversation = Conversation()
-    conversation.add_question("Describe this image briefly.", [image.load(photo)])
+    conversation = Conversation.asking("Describe this image briefly.", [image.load(photo)])
     conversation.add_answer("".join(ask(engine, conversation, GREEDY)))
     conversation.add_question("Write a short poem about this image.")
     second = ask(engine, conversation, GREEDY)
@@ -91,23 +86,15 @@ def test_quantized(quantize, engine, photo):
     assert len(rough & exact) >= 2, (rough, exact)
 
 
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
-
-
 def test_ask_on_the_command_line(photo, tmp_path):
-    done = run(
-        "-m", "minigpt4", "ask", str(photo), "What is this?", "--model", "nano", "--seed", "1"
-    )
-    assert done.returncode == 0, done.stderr
+    asked = ["ask", str(photo), "What is this?", "--model", "nano", "--seed", "1"]
+    done = python("-m", "minigpt4", *asked)
     assert len(done.stdout.split()) > 2 and "<|" not in done.stdout
     # A folder: good and bad files, one JSON line each.
     (tmp_path / "bad.png").write_text("no picture")
     out = tmp_path / "answers.jsonl"
     asked = ["ask", str(tmp_path), "What is this?", "--model", "nano", "--out", str(out)]
-    done = run("-m", "minigpt4", *asked)
-    assert done.returncode == 0, done.stderr
+    python("-m", "minigpt4", *asked)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [("answer" in r, "error" in r) for r in records] == [(False, True), (True, False)]
 
@@ -115,8 +102,7 @@ def test_ask_on_the_command_line(photo, tmp_path):
 def test_chat_on_the_command_line(photo):
     lines = "What is this?\n/image missing.jpg\nAnd where?\n/new\n/quit\n"
     options = ["--model", "nano", "--max-new-tokens", "12"]
-    done = run("-m", "minigpt4", "chat", str(photo), *options, input=lines)
-    assert done.returncode == 0, done.stderr
+    done = python("-m", "minigpt4", "chat", str(photo), *options, said=lines)
     assert done.stdout.count("> ") >= 4 and "missing.jpg" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -149,10 +135,8 @@ def test_evaluate_and_train_on_the_command_line(tmp_path):
     shard = write_shard(tmp_path / "train-00000.tar", 4)
     short = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
     one, two = tmp_path / "one", tmp_path / "two"
-    done = run(
-        "-m", "minigpt4", "train", "--stage", "1", "--data", str(shard), "--out", str(one), *short
-    )
-    assert done.returncode == 0, done.stderr[-1000:]
+    options = ["--stage", "1", "--data", str(shard), "--out", str(one)]
+    python("-m", "minigpt4", "train", *options, *short)
     data = write_descriptions(tmp_path / "described", 4)
     options = ["--init", str(one / "nano.safetensors"), "--replay", str(shard), "--out", str(two)]
     assert main(["train", "--stage", "2", "--data", str(data), *options, *short]) == 0
@@ -168,7 +152,7 @@ def test_evaluate_and_train_on_the_command_line(tmp_path):
 def test_an_answer_takes_450_megabytes(photo):
     """At the peak, load included, beyond PyTorch: with CUDA's libraries, that alone takes 680."""
     # Each thread has buffers of its own, and by default there are as many as cores.
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
+    variables = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
     code = (
         "import sys, torch; from minigpt4.__main__ import main;"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]);"
@@ -176,6 +160,5 @@ def test_an_answer_takes_450_megabytes(photo):
         f"main(['ask', {str(photo)!r}, 'What is this?', '--model', 'nano', '--device', 'cpu']);"
         "print(peak() - before, file=sys.stderr)"
     )
-    done = run("-c", code, env=environment)
-    taken = int(done.stderr.split()[-1])  # KiB
+    taken = int(python("-c", code, **variables).stderr.split()[-1])  # KiB
     assert taken < 450_000, f"{taken / 1e3:.0f} MB"

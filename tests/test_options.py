@@ -1,8 +1,6 @@
 """Options: read alike from the command line, the environment and Ray's NAME=VALUE."""
 
 import argparse
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from minigpt4.errors import UserError
 from minigpt4.options import SAMPLING, Option, Parser, integer, number, one_of, secret, switch
 from minigpt4.start import given_sampling
 from minigpt4.training.options import GROUPS
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 DECLARED = (
@@ -182,7 +181,7 @@ def test_help_imports_nothing_heavy():
     seconds: dict[str, list[float]] = {code: [], "pass": []}
     for program in [*seconds] * 3:  # the quickest counts: others use this machine as well
         started = time.perf_counter()
-        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+        python("-c", program)
         seconds[program].append(time.perf_counter() - started)
     assert min(seconds[code]) < 30 * min(seconds["pass"])  # Python alone; 5 to 15 times here
 

@@ -31,8 +31,8 @@ from tests.page_case import (
     questions,
     say,
     status,
-    wait_for,
 )
+from tests.running import wait_for
 
 
 def test_a_picture_is_encoded_while_its_question_is_typed(visit, engine, photo):

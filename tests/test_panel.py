@@ -33,8 +33,8 @@ from tests.page_case import (
     say,
     served,
     status,
-    wait_for,
 )
+from tests.running import wait_for
 
 TEXTS = Path(__file__).parent.parent / "minigpt4" / "web" / "page" / "texts"
 DRAG = """() => {
@@ -316,12 +316,7 @@ def test_phone_in_the_dark(visit, photo):
 
 @pytest.mark.parametrize(
     ("scheme", "language", "size"),
-    [
-        ("light", "en", WIDE),
-        ("dark", "de", WIDE),
-        ("light", "zh-CN", PHONE),
-        ("dark", "es", PHONE),
-    ],
+    [("light", "en", WIDE), ("dark", "de", WIDE), ("light", "zh-CN", PHONE), ("dark", "es", PHONE)],
     ids=["English", "dark, German", "Chinese, on a phone", "dark, Spanish, on a phone"],
 )
 def test_accessibility(visit, photo, scheme, language, size):

@@ -17,21 +17,11 @@ from minigpt4.evaluation.objects import Mentions, ObjectList
 from minigpt4.evaluation.pope import WAYS, PopeAnswer, beginnings, make_questions, scores
 from minigpt4.evaluation.report import interval
 from minigpt4.model import image
-from tests.evaluation_case import run, use_tiny_model
+from tests.evaluation_case import run
 from tests.parity_case import ParityCase
-from tests.training_case import PARITY, jpeg, picture, write_shard
+from tests.training_case import PARITY, jpeg, picture
 
 OBJECTS = ObjectList()
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    use_tiny_model(monkeypatch)
-
-
-@pytest.fixture
-def shard(tmp_path):
-    return write_shard(tmp_path / "train-00000.tar", 3)
 
 
 def mentioned(*captions: str) -> tuple[set[str], set[str]]:

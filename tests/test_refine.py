@@ -1,10 +1,7 @@
 """curate refine: against this project's own endpoint, against one with moods, and locally."""
 
-import json
 import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -14,6 +11,7 @@ from minigpt4.curation import filters
 from minigpt4.curation.records import read_records, write_records
 from minigpt4.curation.refine import estimate, tidy, useless
 from tests.api_case import MODEL, served, tiny_engine
+from tests.http_case import Handler, listening
 
 TWICE = "A dog runs on the grass. It is brown. A dog runs on the grass. Behind it is a"
 MENDED = "A dog runs on the grass. It is brown."
@@ -75,11 +73,11 @@ class Endpoint:
         return 200, common | {"choices": [choice], "usage": usage}
 
     def handler(endpoint):
-        class Handler(BaseHTTPRequestHandler):
+        class Own(Handler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.read_json()
                 with endpoint.lock:
                     endpoint.bodies.append(body)
                     endpoint.times.append(time.monotonic())
@@ -90,28 +88,10 @@ class Endpoint:
                 status, answer = endpoint.answer(body)
                 with endpoint.lock:
                     endpoint.at_once -= 1
-                content = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                if status == 429:
-                    self.send_header("Retry-After", endpoint.retry_after)
-                self.end_headers()
-                self.wfile.write(content)
+                more = {"Retry_After": endpoint.retry_after} if status == 429 else {}
+                self.reply(status, answer, **more)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
-
-
-@contextmanager
-def listening(endpoint: Endpoint):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), endpoint.handler())
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+        return Own
 
 
 @pytest.fixture
@@ -122,12 +102,12 @@ def endpoint():
 @pytest.fixture
 def refine(endpoint, given, tmp_path):
     """Runs the command against the endpoint; (exit status, what was written)."""
-    with listening(endpoint) as url:
+    with listening(endpoint.handler()) as server:
 
         def run(*options: str):
             out = tmp_path / "refined.jsonl"
             command = ["curate", "refine", str(given), "--out", str(out)]
-            status = main([*command, "--url", url, "--refiner", "mender", *options])
+            status = main([*command, "--url", f"{server.url}/v1", "--refiner", "mender", *options])
             return status, read_records(out) if out.exists() else {}
 
         yield run

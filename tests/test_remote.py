@@ -31,6 +31,7 @@ from minigpt4.weights.llm import TokenEmbedding
 from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import at_rest, free_port
 from tests.parity_case import ParityCase
+from tests.running import wait_for
 from tests.vllm_server import PARITY, Model, Served, Server
 
 ROOT = Path(__file__).parent.parent
@@ -67,10 +68,7 @@ def server(served):
     server.bodies.clear()
     server.answered = server.cancelled = 0
     yield server
-    end = time.monotonic() + 10
-    while server.running:
-        assert time.monotonic() < end, "a completion went on though nobody reads it"
-        time.sleep(0.01)
+    wait_for(lambda: not server.running)  # no completion goes on that nobody reads
 
 
 @pytest.fixture
@@ -93,13 +91,6 @@ def request(count: int = 12, **sampling) -> Request:
     prompt.add_tokens([1, 5, 9, 30])
     settings = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": count}
     return Request(prompt, {}, Sampling(**settings | sampling))
-
-
-def until(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # --- what is loaded and what is sent -------------------------------------------------------------
@@ -211,7 +202,7 @@ def test_closing_a_stream_ends_the_request_there(remote, server):
     assert len([token for token, _ in zip(stream, range(3), strict=False)]) == 3
     stream.close()
     assert [*stream] == [] and stream.stop_reason == "closed"
-    until(lambda: server.cancelled == 1 and not server.running)
+    wait_for(lambda: server.cancelled == 1 and not server.running)
     assert server.answered == 0 and at_rest(remote)
 
 
@@ -219,7 +210,7 @@ def test_the_queue_has_places_and_an_end(model, served, server):
     engine = RemoteEngine(model, VllmServers(model, [served.url]), max_running=1, max_waiting=1)
     server.pace = 0.05
     first, second = engine.submit(request(500)), None
-    until(lambda: engine.running == 1)
+    wait_for(lambda: engine.running == 1)
     second = engine.submit(request(2))
     assert second.position == 1 and first.position == 0
     for refused in (lambda: engine.submit(request()), engine.refuse_if_full):
@@ -258,7 +249,7 @@ def test_who_leaves_the_queue_makes_room(model, served, server):
     engine = RemoteEngine(model, VllmServers(model, [served.url]), max_running=1, max_waiting=2)
     server.pace = 0.05
     first = engine.submit(request(500))
-    until(lambda: engine.running == 1)
+    wait_for(lambda: engine.running == 1)
     left, second = engine.submit(request()), engine.submit(request(2))
     left.close()
     assert second.position == 1 and engine.waiting == 1
@@ -373,9 +364,8 @@ def test_nano_goes_on_where_a_server_was_killed(capsys):
     engine = RemoteEngine(model, backend)
     try:
         for url in processes:
-            until(lambda url=url: _answers(url), 60)
-        asked = Conversation()
-        asked.add_question("Describe this image in detail.", [image.load(str(BEAST))])
+            wait_for(lambda url=url: _answers(url), 60)
+        asked = Conversation.asking("Describe this image in detail.", [image.load(str(BEAST))])
         expected = ask(whole, asked, GREEDY)
         "".join(expected)
         assert "".join(ask(engine, asked, GREEDY)) == expected.text

@@ -128,10 +128,7 @@ def test_a_phones_jpeg_is_decoded_smaller(size, expected):
 
 @pytest.mark.parametrize(
     ("options", "size", "limit"),
-    [
-        ({}, (16_400, 12_300), "200"),
-        ({"progressive": True}, (8200, 8000), "64"),
-    ],
+    [({}, (16_400, 12_300), "200"), ({"progressive": True}, (8200, 8000), "64")],
 )
 def test_larger_jpegs_are_refused_before_decoding(options, size, limit):
     data = bytearray(encoded(quarters(), "JPEG", **options))

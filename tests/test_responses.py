@@ -9,14 +9,7 @@ from pydantic import BaseModel
 
 from minigpt4.config import get_model
 from minigpt4.web.api.responses import read_response
-from tests.api_case import (
-    MODEL,
-    address_fixture,
-    client,
-    data_url,
-    engine_fixture,
-    picture_file,
-)
+from tests.api_case import MODEL, address_fixture, client, data_url, engine_fixture, picture_file
 
 engine, address = engine_fixture(), address_fixture("--max-upload-mb", "1")
 URL = data_url(picture_file())

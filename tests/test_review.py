@@ -12,7 +12,8 @@ from minigpt4.curation.review import Review
 from minigpt4.curation.review_page import ReviewPage, serve
 from minigpt4.errors import UserError
 from tests.api_case import free_port
-from tests.page_case import SECONDS, wait_for
+from tests.page_case import SECONDS
+from tests.running import wait_for
 from tests.training_case import picture, room_for
 
 

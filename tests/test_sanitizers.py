@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from minigpt4.engine.kernels.build import library
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -28,12 +28,10 @@ def sanitizer_library() -> str:
 
 @pytest.mark.skipif(library() is None, reason="no C compiler: install gcc")
 def test_no_access_outside_and_nothing_undefined(tmp_path):
-    environment = os.environ | {
+    variables = {
         "LD_PRELOAD": sanitizer_library(),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory until the end
         "CC": f"{os.environ.get('CC', 'cc')} {FLAGS}",
         "XDG_CACHE_HOME": str(tmp_path),
     }
-    command = [sys.executable, "-m", "tests.sanitized_kernels", "checked"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
+    assert "done" in python("-m", "tests.sanitized_kernels", "checked", **variables).stdout

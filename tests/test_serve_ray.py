@@ -24,6 +24,7 @@ from minigpt4.model import image
 from minigpt4.start import quantize_of
 from minigpt4.weights.load import find_weights, load_model
 from tests.api_case import client, data_url, free_port, question
+from tests.running import responds, wait_for
 
 ROOT = Path(__file__).parent.parent
 BEAST = (resources.files("gradio") / "media_assets" / "images" / "cheetah1.jpg").read_bytes()
@@ -35,13 +36,6 @@ OPTIONS = {
     "target": 2,
     "upscale_seconds": 0.5,
 }
-
-
-def until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that in time"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +70,7 @@ def address(tmp_path_factory):
             stderr=subprocess.STDOUT,
         )
         try:
-            until(lambda: _ready(address) or process.poll() is not None, 300)
+            wait_for(lambda: responds(address + "/readyz") or process.poll() is not None, 300)
             assert process.poll() is None, (folder / "log").read_text()[-2000:]
             yield address
         finally:
@@ -87,13 +81,6 @@ def address(tmp_path_factory):
                 for one in left:
                     one.kill()
             process.wait()
-
-
-def _ready(address: str) -> bool:
-    try:
-        return httpx.get(address + "/readyz", timeout=10).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def replicas() -> list[psutil.Process]:
@@ -130,8 +117,7 @@ def test_an_answer_equals_a_local_one(address):
     files = find_weights(config)
     quantize = quantize_of("auto", config, torch.device("cpu"))
     engine = Engine(load_model(config, files, quantize=quantize))
-    asked = Conversation()
-    asked.add_question("Describe this image in detail.", [image.load(BEAST)])
+    asked = Conversation.asking("Describe this image in detail.", [image.load(BEAST)])
     sampling = Sampling(temperature=0.0, repetition_penalty=1.1, max_new_tokens=40)
     here = "".join(ask(engine, asked, sampling))
     engine.close()
@@ -165,7 +151,7 @@ def metrics(address: str) -> str:
 
 def test_a_conversation_stays_with_its_replica(address):
     """Which knows what was computed before; by chance all ten would be rare with two of them."""
-    until(lambda: _settled(), 120)
+    wait_for(_settled, 120)
     for i in range(10):
         first = question(f"What is {i}, and what are {i} things that people like?")
         answer = ask_there(address, first).choices[0].message.content
@@ -200,12 +186,12 @@ def test_an_answer_goes_on_where_its_replica_was_killed(address):
     own.wait(10)
     rest = [text_of(piece) for piece in pieces]
     assert text + "".join(rest) == whole and len(rest) > 20
-    until(lambda: len(replicas()) == 2, 120)  # Ray starts another one
+    wait_for(lambda: len(replicas()) == 2, 120)  # Ray starts another one
     assert own.pid not in {p.pid for p in replicas()}
 
 
 def test_closing_a_stream_ends_the_work(address):
-    until(lambda: _settled(), 120)
+    wait_for(_settled, 120)
     stream = ask_there(address, question("Write a very long story."), stream=True, tokens=1500)
     pieces = iter(stream)
     for _ in range(5):

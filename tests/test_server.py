@@ -52,8 +52,8 @@ from tests.api_case import (
     served,
     tiny_engine,
 )
-from tests.page_case import wait_for
 from tests.parity_case import ParityCase
+from tests.running import python, responds, wait_for
 
 OTHER = "llama2_patch_concat"
 ROOT = Path(__file__).parent.parent
@@ -557,9 +557,7 @@ sys.meta_path.insert(0, Press())
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_path("{path}", run_name="__main__")
 """
-    root = Path(app.__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True)
-    assert (done.returncode, done.stderr) == (130, b"")
+    assert python("-c", program, status=130).stderr == ""
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
@@ -583,8 +581,8 @@ page.serve = Mock(return_value="x")
 page.launch(Mock(), options([]), Loading(load), Server(list, options([])))
 raise SystemExit(77)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert (run.returncode, run.stdout, run.stderr) == (status, "Open x\n", "")
+    run = python("-c", program, status=status)
+    assert (run.stdout, run.stderr) == ("Open x\n", "")
 
 
 @pytest.mark.trust("Faults", "SIGTERM while streaming")
@@ -603,10 +601,7 @@ def test_the_real_server_and_its_end():
     try:
         assert server.stdout.readline() == f"Open {address}\n"
         assert httpx.get(address + "/healthz", timeout=20).status_code == 200
-        end = time.monotonic() + 60  # the page is there before the model
-        while httpx.get(address + "/readyz", timeout=20).status_code == 503:
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        wait_for(lambda: responds(address + "/readyz"), 60)  # the page is there before the model
         idle, since = http.client.HTTPConnection("127.0.0.1", port, timeout=20), time.monotonic()
         idle.request("GET", "/healthz")
         idle.getresponse().read()

@@ -24,14 +24,8 @@ NAME = "someone/red-boxes"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    with hub_server() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        url = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub_server(tmp_path, monkeypatch) as hub:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a storage of its own
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("MINIGPT4_WEIGHTS", str(tmp_path / "weights"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 

@@ -668,10 +668,7 @@ def test_a_run_with_a_reward_ends_as_one_that_was_not_stopped(model, pictures, t
     records = []
     for out, parts in ((tmp_path / "whole", (3,)), (tmp_path / "parts", (2, 3))):
         for steps in parts:
-            rewards = [
-                CaptionReward(pictures, 3),
-                DescriptionReward(pictures, ["dog", "bench"], 2),
-            ]
+            rewards = [CaptionReward(pictures, 3), DescriptionReward(pictures, ["dog", "bench"], 2)]
             run = trainer(model, pictures, out, steps, rewards)
             run.run()
         records.append([json.loads(line) for line in (out / "log.jsonl").open()])

@@ -1,10 +1,6 @@
 """The repository as a Hugging Face Space: the README's front matter, and the start there."""
 
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -12,6 +8,7 @@ import pytest
 from huggingface_hub import SpaceHardware, metadata_load
 
 from tests.api_case import free_port
+from tests.running import server
 
 ROOT = Path(__file__).parent.parent
 COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
@@ -82,7 +79,7 @@ def test_the_start_on_cpu_basic(tmp_path):
     """With a Space's environment the page comes up where the Space looks for it, and answers."""
     port = free_port()
     address = f"http://127.0.0.2:{port}"
-    environment = os.environ | {
+    environment = {
         "SYSTEM": "spaces",
         "MINIGPT4_MODEL": "nano",
         "SPACE_ID": "someone/minigpt4",
@@ -95,34 +92,16 @@ def test_the_start_on_cpu_basic(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(tmp_path),
     }
-    with open(tmp_path / "log", "w+") as log:
-        command = [sys.executable, "app.py"]
-        program = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 180
-            while not answers(f"{address}/readyz"):
-                log.seek(0)
-                assert program.poll() is None and time.monotonic() < end, log.read()
-                time.sleep(0.3)
-            assert "MiniGPT-4" in httpx.get(address).text
-            messages = [{"role": "user", "content": "Hello!"}]
-            body = {"messages": messages, "max_tokens": 5}
-            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
-            assert reply.json()["model"] == "nano"
-            assert reply.json()["choices"][0]["message"]["content"]
-        finally:
-            program.terminate()
-            assert program.wait(60) == 0
-        log.seek(0)
-        said = log.read()
-        # Gradio's hot reloading ends in a thread of its own where `spaces`, which a Space has, is
-        # not installed.
-        known = said.count("RuntimeError: `spaces` package is required")
-        assert said.count("Traceback") == known, said
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=15).status_code == 200
-    except httpx.HTTPError:
-        return False
+    log = tmp_path / "log"
+    with server("app.py", address=address, log=log, **environment):
+        assert "MiniGPT-4" in httpx.get(address).text
+        messages = [{"role": "user", "content": "Hello!"}]
+        body = {"messages": messages, "max_tokens": 5}
+        reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
+        assert reply.json()["model"] == "nano"
+        assert reply.json()["choices"][0]["message"]["content"]
+    said = log.read_text()
+    # Gradio's hot reloading ends in a thread of its own where `spaces`, which a Space has, is not
+    # installed.
+    known = said.count("RuntimeError: `spaces` package is required")
+    assert said.count("Traceback") == known, said

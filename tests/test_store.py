@@ -33,8 +33,8 @@ from tests.page_case import (
     say,
     starting,
     status,
-    wait_for,
 )
+from tests.running import wait_for
 
 # What a reloaded page still listened to, and what Gradio's client makes of its last parts.
 LEFT = "AbortError|Connection errored out|reading 'content'"

@@ -11,7 +11,8 @@ from playwright.sync_api import Page, expect
 from minigpt4.web.page import answers as page_answers
 from minigpt4.web.page import transcript
 from tests.fake_engine import FakeAnswer
-from tests.page_case import WIDE, answers, ask, attach, box, done, picture, questions, say, wait_for
+from tests.page_case import WIDE, answers, ask, attach, box, done, picture, questions, say
+from tests.running import wait_for
 from tests.test_store import LEFT, new_chat, titles
 
 

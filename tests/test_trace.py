@@ -1,8 +1,6 @@
 """The README's trace and map: true to the code, and short."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from minigpt4.config import get_model
 from minigpt4.engine.kernels.build import library
 from minigpt4.errors import UserError
 from minigpt4.weights.load import download_weights
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,12 +34,9 @@ def test_the_readme_shows_this_trace():
         pytest.skip(f"mini's weights are not available: {error}")
     # In a program of its own: a profile hook slows down everything.
     code = "from tools.trace import trace; print(trace())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    found = python("-c", code).stdout.splitlines()[1:]
     shown = block("Trace")
     models = shown.index("")
-    found = done.stdout.splitlines()[1:]
     assert found[:models] == shown[:models]
     # In web/, several threads are at work.
     assert files_in(found[models:]) == files_in(shown[models:])

@@ -27,12 +27,7 @@ from minigpt4.data import files
 from minigpt4.data.datasets import read_captioned
 from minigpt4.errors import UserError
 from minigpt4.training import questions
-from minigpt4.training.batches import (
-    batches,
-    mixed_batches,
-    published_caption,
-    random_resized_crop,
-)
+from minigpt4.training.batches import batches, mixed_batches, published_caption, random_resized_crop
 from minigpt4.training.extended import ExtendedRecipe, ExtendedTrainer
 from minigpt4.training.features import Features, fingerprint
 from minigpt4.training.run import schedule_of

@@ -227,11 +227,7 @@ def test_loading_is_said(warnings):
     for error, said, shown in (
         (UserError("There is no model."), "There is no model", "模型无法加载。.*There is no model"),
         (short, "memory is free", "模型无法加载。.*memory is free"),
-        (
-            OSError("I/O error"),
-            "The model could not be loaded: the server",
-            "服务器日志",
-        ),
+        (OSError("I/O error"), "The model could not be loaded: the server", "服务器日志"),
     ):
 
         def fail(report, error=error):

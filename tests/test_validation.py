@@ -24,14 +24,7 @@ from minigpt4.training.trainer import Recipe, recompute_activations
 from minigpt4.training.validation import Validation, dashboards, watch
 from minigpt4.weights.checkpoint import read_projection
 from tests.test_training import PROMPTED, make
-from tests.training_case import (
-    SCHEDULE,
-    jpeg,
-    picture,
-    tiny_model,
-    write_captioned,
-    write_shard,
-)
+from tests.training_case import SCHEDULE, jpeg, picture, tiny_model, write_captioned, write_shard
 
 
 @pytest.fixture

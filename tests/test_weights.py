@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from minigpt4.weights.gguf import INDEX
 from minigpt4.weights.llm import choose_dtype, load_llm
 from minigpt4.weights.load import find_weights, load_model, refuse_unloaded
 from tests.parity_case import ParityCase
+from tests.running import python
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -289,8 +288,7 @@ def test_together_as_alone(case, computing_type):
     sampling = Sampling(temperature=0, max_new_tokens=4)
 
     def first(text: str) -> float:
-        conversation = Conversation()
-        conversation.add_question(text, [image.load(case.image_paths[0])])
+        conversation = Conversation.asking(text, [image.load(case.image_paths[0])])
         answer = ask(engine, conversation, sampling, logprobs=True)
         "".join(answer)
         return answer.logprobs[0]
@@ -363,18 +361,15 @@ def test_an_installed_package_brings_its_projections(tmp_path):
         "print(s.weights_folder(), s.locate(nano, 'projection'), s.locate(nano, 'llm'),"
         "s.locate(nano, 'projection', 'nano-stage1.safetensors'), s.missing(nano, {}), sep='\\n')"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "MINIGPT4_WEIGHTS"}
-    environment |= {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
-    )
+    variables = {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = python("-c", code, cwd=tmp_path, MINIGPT4_WEIGHTS="", **variables)
     assert done.stdout.splitlines() == [
         str(tmp_path / "cache" / "minigpt4" / "weights"),
         str(projections / "nano.safetensors"),
         "None",
         str(projections / "nano-stage1.safetensors"),
         "['vision', 'llm']",
-    ], done.stderr
+    ]
 
 
 def test_a_folder_of_ones_own_comes_first(monkeypatch, tmp_path):

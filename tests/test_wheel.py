@@ -1,11 +1,8 @@
 """The package as people install it: a wheel, in an empty folder, far from the checkout."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-import time
 import zipfile
 from importlib import machinery, util
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.api_case import free_port
+from tests.running import python, server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "minigpt4" / "web" / "page" / "examples" / "tower.jpg"
@@ -35,7 +33,7 @@ def wheel(tmp_path_factory) -> Path:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     build = ["wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(out), str(source)]
-    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+    python("-m", "pip", *build)
     return next(out.glob("*.whl"))
 
 
@@ -43,7 +41,7 @@ def wheel(tmp_path_factory) -> Path:
 def installed(wheel, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("installed")
     install = ["install", "--no-deps", "--no-compile", "--quiet", "--target", str(target)]
-    subprocess.run([sys.executable, "-m", "pip", *install, str(wheel)], check=True)
+    python("-m", "pip", *install, str(wheel))
     return target
 
 
@@ -58,7 +56,7 @@ def environment(installed, tmp_path_factory) -> dict[str, str]:
         (downloaded / name).symlink_to(ROOT / "weights" / name)
     offline = {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     places = {"PYTHONPATH": str(installed), "MINIGPT4_WEIGHTS": str(downloaded)}
-    return os.environ | offline | places
+    return offline | places
 
 
 def test_the_wheel_holds_all_that_is_committed(wheel):
@@ -71,8 +69,7 @@ def test_the_wheel_holds_all_that_is_committed(wheel):
 
 def test_ask(installed, environment, tmp_path):
     """With the trained projection: the same answer as in the checkout."""
-    script = [sys.executable, str(installed / "bin" / "minigpt4")]
-    module = [sys.executable, "-m", "minigpt4"]
+    script, module = [str(installed / "bin" / "minigpt4")], ["-m", "minigpt4"]
     question = ["ask", str(EXAMPLE), "What is this?", "--model", "nano", "--temperature", "0"]
     question += ["--max-new-tokens", "16"]
     answers = []
@@ -80,41 +77,20 @@ def test_ask(installed, environment, tmp_path):
         (script, tmp_path, environment),
         (module, ROOT, environment | {"PYTHONPATH": "", "PYTHONSAFEPATH": ""}),
     ):
-        done = subprocess.run(
-            [*command, *question], cwd=folder, env=settings, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        answers.append(done.stdout)
+        answers.append(python(*command, *question, cwd=folder, **settings).stdout)
     assert answers[0] == answers[1] and len(answers[0].split()) > 2
 
 
 def test_the_page(installed, environment, tmp_path):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "minigpt4", "serve", "--model", "nano", "--port", str(port)]
-    with open(tmp_path / "log", "w+") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 180
-            while not _answers(f"{address}/readyz"):
-                log.seek(0)
-                assert server.poll() is None and time.monotonic() < end, log.read()
-                time.sleep(0.3)
-            assert "MiniGPT-4" in httpx.get(address, timeout=30).text
-            assert EXAMPLE.name in httpx.get(f"{address}/config", timeout=30).text
-            body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
-            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
-            assert reply.json()["choices"][0]["message"]["content"]
-        finally:
-            server.terminate()
-            assert server.wait(60) == 0
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=15).status_code == 200
-    except httpx.HTTPError:
-        return False
+    command = ["-m", "minigpt4", "serve", "--model", "nano", "--port", str(port)]
+    with server(*command, address=address, log=tmp_path / "log", cwd=tmp_path, **environment):
+        assert "MiniGPT-4" in httpx.get(address, timeout=30).text
+        assert EXAMPLE.name in httpx.get(f"{address}/config", timeout=30).text
+        body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
+        reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
+        assert reply.json()["choices"][0]["message"]["content"]
 
 
 def test_everything_in_the_package_is_imported_from_there(installed, environment, tmp_path):
@@ -125,10 +101,7 @@ def test_everything_in_the_package_is_imported_from_there(installed, environment
         "from minigpt4.evaluation.suite import SUITE\n"
         "print(json.dumps([light, minigpt4.__file__, prompt_lines('describe.txt'), str(SUITE)]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-c", code, cwd=tmp_path, **environment)
     light, file, prompts, suite = json.loads(done.stdout)
     assert light and prompts
     assert Path(file).is_relative_to(installed) and Path(suite).is_relative_to(installed)

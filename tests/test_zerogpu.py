@@ -1,10 +1,9 @@
 """ZeroGPU's simple path, with a stand-in for `spaces`: a real Space was not at hand."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.running import python
 
 ROOT = Path(__file__).parent.parent
 # In a program of its own: the process that forks must not have computed with many threads before.
@@ -29,8 +28,7 @@ engine = zerogpu.open_engine(options)
 said = {"model": options.model, "quantize": options.quantize, "here": zerogpu.is_here()}
 
 def begin(count):
-    conversation = Conversation()
-    conversation.add_question("What is this?", [image.load(case.image_paths[0])])
+    conversation = Conversation.asking("What is this?", [image.load(case.image_paths[0])])
     return ask(engine, conversation, Sampling(temperature=0, max_new_tokens=count), logprobs=True)
 
 async def read(answer):
@@ -84,20 +82,12 @@ print(json.dumps(said))
 
 
 def test_answers_with_a_lent_gpu():
-    environment = os.environ | {
+    variables = {
         "PYTHONPATH": f"{ROOT / 'tests' / 'zero_gpu'}:{ROOT}",
         "OMP_NUM_THREADS": "1",
         "SPACES_ZERO_GPU": "true",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = python("-c", PROGRAM, **variables)
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["here"] and said["model"] == "vicuna-7b" and said["quantize"] == "none"
     assert said["first"] == said["async"] == said["plain"] != ""

@@ -346,11 +346,7 @@ def compose(
 
 
 def texts(
-    things: Sequence[Thing],
-    names: Sequence[str],
-    scene: Scene,
-    absent: Thing,
-    draw: random.Random,
+    things: Sequence[Thing], names: Sequence[str], scene: Scene, absent: Thing, draw: random.Random
 ) -> dict:
     """Captions, a description, questions and answers."""
     are = "are" if len(things) > 1 or things[0].plural else "is"
@@ -422,8 +418,7 @@ def taught(things: Sequence[Thing], model: str, file: Path) -> dict[str, str]:
     sampling = Sampling(temperature=0.3, max_new_tokens=130, seed=1)
 
     def write(item):
-        conversation = Conversation()
-        conversation.add_question(TASKS[item[0]][0].format(item[2]))
+        conversation = Conversation.asking(TASKS[item[0]][0].format(item[2]))
         completion = yield ask(engine, conversation, sampling)
         return completion
 

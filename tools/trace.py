@@ -82,8 +82,7 @@ def trace_model(tracer: Trace, engine: Engine, photo: bytes) -> tuple[list[str],
         picture = image.load(photo)
         engine.encode(picture)
     with tracer.files() as turn:
-        conversation = Conversation()
-        conversation.add_question(QUESTION, [picture])
+        conversation = Conversation.asking(QUESTION, [picture])
         for _piece in ask(engine, conversation, sampling):
             pass
     return upload, turn

@@ -260,11 +260,7 @@ class User:
                 return None
             meta = {"_type": "gradio.FileData"}
             files = [{"path": uploaded.json()[0], "orig_name": "picture.png", "meta": meta}]
-        data = [
-            {"text": question, "files": files},
-            None,
-            *self._settings(400 if stop else TOKENS),
-        ]
+        data = [{"text": question, "files": files}, None, *self._settings(400 if stop else TOKENS)]
         event = await self._join(session, "ask", data)
         stopping = None
         if stop:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from minigpt4.config import DEFAULT_MODEL
 from minigpt4.curation.filters import Thresholds
@@ -43,11 +43,7 @@ ENDPOINT = (
         needs=("url",),
     ),
     Option(
-        "refiner",
-        "Model to use there.",
-        metavar="NAME",
-        variable="OPENAI_MODEL",
-        needs=("url",),
+        "refiner", "Model to use there.", metavar="NAME", variable="OPENAI_MODEL", needs=("url",)
     ),
     Option("together", "Maximum number of requests at once.", 4, integer(1), "N"),
     Option(
@@ -73,13 +69,11 @@ ENDPOINT = (
     ),
     Option("estimate", "Print the estimate and stop.", False, switch),
 )
-LOCAL = (
-    Option(
-        "local",
-        "Refine with the model below on this machine. The default if no endpoint is given.",
-        False,
-        switch,
-    ),
+LOCAL = Option(
+    "local",
+    "Refine with the model below on this machine. The default if no endpoint is given.",
+    False,
+    switch,
 )
 RULES = {
     "min_words": "Minimum number of words.",
@@ -110,80 +104,47 @@ MOVED = Option(
 )
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
+def add_commands(parser: Parser) -> None:
     """generate | refine | filter | review | merge | export"""
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP", description=STEPS)
-    for add in (_generate, _refine, _filter, _review, _merge, _export):
-        step = add(steps)
-        step.set_defaults(run=_runner(add.__name__.strip("_")))
 
+    def add(name: str, what: str, *options: Option, reads: str = "") -> Parser:
+        step = steps.add_parser(name, help=what)
+        step.set_defaults(run=_run)
+        if reads:
+            step.add_argument("file", metavar="FILE", help=f"JSON lines written by {reads}.")
+        step.add(options, prefix=PREFIX)
+        return step
 
-def _runner(name: str) -> Callable[[argparse.Namespace], None]:
-    def run(options: argparse.Namespace) -> None:
-        from minigpt4.curation import run
-
-        getattr(run, name)(options)
-
-    return run
-
-
-def _generate(steps) -> Parser:
-    step = steps.add_parser("generate", help="1. describe each picture with a model of stage 1")
-    step.add_argument("pictures", help="A folder, or shards (a path, a glob, {00000..00007}).")
-    step.add((_out("An interrupted run resumes."), *GENERATE), prefix=PREFIX)
-    add_model_options(step, DEFAULT_MODEL)
-    add_sampling_options(step)
-    return step
-
-
-def _refine(steps) -> Parser:
-    step = steps.add_parser("refine", help="2. correct the descriptions with a language model")
-    _add_file(step, "written by `generate`")
-    step.add((_out("An interrupted run resumes."), *LOCAL), prefix=PREFIX)
-    step.add(ENDPOINT, "OpenAI-compatible endpoint", PREFIX)
-    add_model_options(step, DEFAULT_MODEL)
-    return step
-
-
-def _filter(steps) -> Parser:
-    step = steps.add_parser("filter", help="3. mark descriptions that break a rule")
-    _add_file(step, "written by `generate` or `refine`")
-    step.add((_out("Overwritten."), *FILTER), prefix=PREFIX)
-    return step
-
-
-def _review(steps) -> Parser:
-    step = steps.add_parser("review", help="4. keep, edit or drop each description, on a page")
-    _add_file(step, "written by `filter`")
-    step.add(
-        (_out("One for each reviewer; a review can be resumed."), *REVIEW, MOVED), prefix=PREFIX
-    )
-    return step
-
-
-def _merge(steps) -> Parser:
-    step = steps.add_parser("merge", help="5. combine reviews and measure their agreement")
-    step.add_argument("reviews", nargs="+", metavar="FILE", help="Files written by `review`.")
+    out, resumed = _out(), _out("An interrupted run resumes.")
+    what = "1. describe each picture with a model of stage 1"
+    generate = add("generate", what, resumed, *GENERATE)
+    generate.add_argument("pictures", help="A folder, or shards (a path, a glob, {00000..00007}).")
+    add_model_options(generate, DEFAULT_MODEL)
+    add_sampling_options(generate)
+    what = "2. correct the descriptions with a language model"
+    refine = add("refine", what, resumed, LOCAL, reads="`generate`")
+    refine.add(ENDPOINT, "OpenAI-compatible endpoint", PREFIX)
+    add_model_options(refine, DEFAULT_MODEL)
+    what = "3. mark descriptions that break a rule"
+    add("filter", what, _out("Overwritten."), *FILTER, reads="`generate` or `refine`")
+    what = "4. keep, edit or drop each description, on a page"
+    own = _out("One for each reviewer; a review can be resumed.")
+    add("review", what, own, *REVIEW, MOVED, reads="`filter`")
     agreement = Option("json", "Write the agreement to this file.", metavar="FILE")
-    step.add((_out(), agreement), prefix=PREFIX)
-    return step
+    merge = add("merge", "5. combine reviews and measure their agreement", out, agreement)
+    merge.add_argument("reviews", nargs="+", metavar="FILE", help="Files written by `review`.")
+    what = "6. write filter_cap.json and image/ for train --stage 2"
+    folder = replace(out, help="Folder to write.", metavar="FOLDER")
+    add("export", what, folder, MOVED, reads="`filter`, `review` or `merge`")
 
 
-def _export(steps) -> Parser:
-    step = steps.add_parser(
-        "export", help="6. write filter_cap.json and image/ for train --stage 2"
-    )
-    _add_file(step, "written by `filter`, `review` or `merge`")
-    out = Option("out", "Folder to write.", None, a_name, "FOLDER", required=True)
-    step.add((out, MOVED), prefix=PREFIX)
-    return step
+def _run(options: argparse.Namespace) -> None:
+    from minigpt4.curation import run
 
-
-def _add_file(step: argparse.ArgumentParser, what: str) -> None:
-    step.add_argument("file", metavar="FILE", help=f"JSON lines {what}.")
+    getattr(run, options.step)(options)
 
 
 def _out(note: str = "") -> Option:
-    return Option(
-        "out", f"JSON lines to write. {note}".strip(), None, a_name, "FILE", required=True
-    )
+    text = f"JSON lines to write. {note}".strip()
+    return Option("out", text, None, a_name, "FILE", required=True)

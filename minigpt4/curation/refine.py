@@ -46,9 +46,7 @@ class LocalRefiner:
         self.name = name_of(engine)
 
     def __call__(self, request: str, max_tokens: int) -> Completion:
-        conversation = Conversation()
-        conversation.add_question(request)
-        return complete(ask(self._engine, conversation, greedy(max_tokens)))
+        return complete(ask(self._engine, Conversation.asking(request), greedy(max_tokens)))
 
 
 class EndpointRefiner(Endpoint):

@@ -25,11 +25,7 @@ class Review:
     """
 
     def __init__(
-        self,
-        items: Sequence[dict],
-        records: Records,
-        reviewer: str,
-        pictures: str | None = None,
+        self, items: Sequence[dict], records: Records, reviewer: str, pictures: str | None = None
     ) -> None:
         if not items:
             raise UserError("There is nothing to review: the file contains no description to keep.")

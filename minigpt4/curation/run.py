@@ -80,10 +80,7 @@ def _check_described(
         elif changed:
             flag, value = changed[0].replace("_", "-"), generator.options[changed[0]]
             what = f"with “--{flag}” {found[changed[0]]}, but now it is {value}"
-        if what:
-            raise UserError(
-                f"{out} contains descriptions {what}: choose another file with “--out”."
-            )
+        _refuse_others(what, out)
     for file in files:
         picture = described.get(file.image_id, {}).get("picture", file.picture)
         if not is_same(picture, file.picture):
@@ -91,6 +88,11 @@ def _check_described(
                 f"“{file.image_id}” in {out} is {picture}, but here it is {file.picture}: rename "
                 "the new file, or choose another file with “--out”."
             )
+
+
+def _refuse_others(what: str, out: str) -> None:
+    if what:
+        raise UserError(f"{out} contains descriptions {what}: choose another file with “--out”.")
 
 
 def _report_generated(records: list[dict], out: str) -> None:
@@ -143,16 +145,12 @@ def refine(options: argparse.Namespace) -> None:
 
 def _check_refiner(record: dict, name: str, instruction: str, out: str) -> None:
     """UserError if a record was refined by another model or with another prompt."""
+    what = ""
     if record.get("refiner", name) != name:
-        raise UserError(
-            f"{out} contains descriptions refined by {record['refiner']}, but this is {name}: "
-            "choose another file with “--out”."
-        )
-    if record.get("refine_prompt", instruction) != instruction:
-        raise UserError(
-            f"{out} contains descriptions refined before prompts/refine.txt was changed: choose "
-            "another file with “--out”."
-        )
+        what = f"refined by {record['refiner']}, but this is {name}"
+    elif record.get("refine_prompt", instruction) != instruction:
+        what = "refined before prompts/refine.txt was changed"
+    _refuse_others(what, out)
 
 
 def _report_estimate(found, options: argparse.Namespace) -> None:

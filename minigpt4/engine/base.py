@@ -163,8 +163,17 @@ class AnyEngine(ABC):
         waiting = self._waiting
         self._waiting = deque(state for state in waiting if not state.stream.stop_reason)
         for state in waiting:
-            if state.stream.stop_reason and not state.probe:
-                self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
+            if state.stream.stop_reason:
+                self._count(state.stream)
+
+    def _count(self, stream: Stream) -> None:
+        """Add an answer that has ended to the statistics."""
+        if not stream.probe:
+            self.totals.add_answer(stream.stats, stream.stop_reason)
+
+    def _fail(self, stream: Stream, error: UserError) -> None:
+        if stream._end("error", error) and not stream.probe:
+            self.totals.add_error(error.kind)
 
     def _position(self, stream: Stream) -> int:
         """Place in the queue, from 1; 0 if it is not in the queue."""

@@ -169,7 +169,8 @@ class Engine(AnyEngine):
                 "or use fewer beams.",
                 "too_long",
             )
-        state = RequestState(request, Stream(self._position, len(request.prompt)), limit, probe)
+        stream = Stream(self._position, len(request.prompt), probe)
+        state = RequestState(request, stream, limit)
         with self._lock:
             if probe:
                 self._refuse_if_ending()
@@ -221,14 +222,13 @@ class Engine(AnyEngine):
         self._running = [state for state in self._running if not state.stream.stop_reason]
         for state in ended:
             self._scheduler.finish(state)
-            if not state.probe:
-                self.totals.add_answer(state.stream.stats, state.stream.stop_reason)
+            self._count(state.stream)
 
     def _admit(self) -> None:
         """Admit requests, first come first served, while there are places and blocks. A request
         that waits for a picture does not delay others."""
         for state in [state for state in self._waiting if self._take_pictures(state)]:
-            full = len(self._running) >= self.max_running and not state.probe
+            full = len(self._running) >= self.max_running and not state.stream.probe
             if full or not self._scheduler.admit(state):
                 return
             self._waiting.remove(state)
@@ -236,7 +236,7 @@ class Engine(AnyEngine):
             stats = state.stream.stats
             stats.seconds_waiting = state.stream._seconds()
             stats.reused_tokens = state.sequences[0].computed
-            if not state.probe:
+            if not state.stream.probe:
                 self.totals.add(
                     prompt_tokens=stats.prompt_tokens, reused_tokens=stats.reused_tokens
                 )
@@ -252,7 +252,7 @@ class Engine(AnyEngine):
         for future in state.pictures.values():
             error = future.exception()
             if isinstance(error, UserError):
-                self._fail(state, error)
+                self._fail(state.stream, error)
                 return False
         if state.pictures:
             state.embeds = {key: one.result().embeds for key, one in state.pictures.items()}
@@ -314,7 +314,7 @@ class Engine(AnyEngine):
         elif short and len(chunks) == 1 and chunks[0].count > 1:
             self._run([Chunk(chunks[0].state, chunks[0].sequence, chunks[0].count // 2)])
         else:
-            self._fail(groups[0][0], failure(sentence))
+            self._fail(groups[0][0].stream, failure(sentence))
 
     # --- postprocess ---------------------------------------------------------------------------
 
@@ -328,9 +328,11 @@ class Engine(AnyEngine):
                 if found:
                     self._choose(state, found)
             except UserError as error:  # from the request's constraint
-                self._fail(state, error)
+                self._fail(state.stream, error)
             except Exception as error:
-                self._fail(state, failure(self._note_failure(error, "while choosing a token")))
+                self._fail(
+                    state.stream, failure(self._note_failure(error, "while choosing a token"))
+                )
 
     def _choose(self, state: RequestState, found: list[np.ndarray | int]) -> None:
         """Decoder outputs for the request's sequences -> its next token (or its beams' tokens)."""
@@ -338,7 +340,7 @@ class Engine(AnyEngine):
             log.error("the model's logits are not finite")
             for sequence in state.sequences:  # no other conversation may continue from these
                 self._scheduler.cache.unregister(sequence.blocks)
-            self._fail(state, failure(BROKEN))
+            self._fail(state.stream, failure(BROKEN))
         elif state.search is not None:
             self._continue_beams(state, state.search, np.stack(found))
         else:
@@ -372,7 +374,7 @@ class Engine(AnyEngine):
         """Put a token into the stream, and end the stream if this is the last one."""
         stream = state.stream
         stream._put(token, logprob, top)
-        if not state.probe:
+        if not state.stream.probe:
             self.totals.add(tokens=1)
         if token in state.request.stop_ids:
             stream._end("stop")
@@ -405,16 +407,12 @@ class Engine(AnyEngine):
 
     # --- faults --------------------------------------------------------------------------------
 
-    def _fail(self, state: RequestState, error: UserError) -> None:
-        if state.stream._end("error", error) and not state.probe:
-            self.totals.add_error(error.kind)
-
     def _fail_all(self, sentence: str) -> None:
         with self._lock:
             states = [*self._waiting, *self._running]
             self._pictures.fail_all(failure(sentence))
         for state in states:
-            self._fail(state, failure(sentence))
+            self._fail(state.stream, failure(sentence))
 
     def _fail_pictures(self, sentence: str) -> None:
         """Give pictures that are not encoded yet, and the requests that wait for them, an error."""

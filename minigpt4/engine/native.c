@@ -51,20 +51,18 @@ typedef struct {
     int phase;
 } Worker;
 
-INLINE int grab(const Worker *w, int count, int step, int *from, int *to) {
-    if (!take(&w->pool->phases[w->phase], w->call, count, step, from)) return 0;
-    *to = *from + step < count ? *from + step : count;
-    return 1;
-}
-
-// Notes that `n` more of the phase's pieces are done.
-INLINE void done(const Worker *w, int n, int count) {
-    if (complete(&w->pool->phases[w->phase], n, count)) ring(&w->pool->bell);
-}
-
-static void finish(Worker *w, int count) {
-    if (w->pool->threads > 1) await(&w->pool->phases[w->phase], w->call, count, &w->pool->bell);
+// The next piece of the phase, `step` of `count` items; notes that the one before, [*from, *to), is
+// done. 0 once all pieces are, and the next phase begins.
+static int next(Worker *w, int count, int step, int *from, int *to) {
+    Phase *phase = &w->pool->phases[w->phase];
+    if (*to > *from && complete(phase, *to - *from, count)) ring(&w->pool->bell);
+    if (take(phase, w->call, count, step, from)) {
+        *to = *from + step < count ? *from + step : count;
+        return 1;
+    }
+    if (w->pool->threads > 1) await(phase, w->call, count, &w->pool->bell);
     w->phase++;
+    return 0;
 }
 
 INLINE size_t q_width(const Model *m) {
@@ -75,18 +73,9 @@ static void rms_norm(const Model *m, const float *x, const float *weight, float 
     vec squares = splat(0);
     for (int i = 0; i < m->hidden_width; i += LANES)
         squares = fma_(load(x + i), load(x + i), squares);
-    const vec scale = splat(1.0f / sqrtf(sum(squares) / m->hidden + m->norm_eps));
+    const float scale = 1.0f / sqrtf(sum(squares) / m->hidden + m->norm_eps);
     for (int i = 0; i < m->hidden_width; i += LANES)
-        store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
-}
-
-static void prepare_rows(const Worker *w, const float *x, int width, const float *norm,
-                         const int32_t *chosen, int from, int to, Activation *rounded) {
-    for (int i = from; i < to; i++) {
-        const float *row = x + (size_t)(chosen ? chosen[i] : i) * width;
-        if (norm) rms_norm(w->pool->model, row, norm, w->own->normed), row = w->own->normed;
-        round_row(row, width, rounded + (size_t)i * (width / BLOCK));
-    }
+        store(out + i, load(x + i) * scale * load(weight + i));
 }
 
 // The input of a product: rows of x, normalized if there is a norm, then rounded.
@@ -96,25 +85,30 @@ typedef struct {
     const Activation *rounded;
 } Input;
 
+static void prepare_rows(const Worker *w, const Input *input, int from, int to,
+                         Activation *rounded) {
+    const int32_t *chosen = input->chosen ? w->pool->batch->wanted : NULL;
+    const int width = input->width;
+    for (int i = from; i < to; i++) {
+        const float *row = input->x + (size_t)(chosen ? chosen[i] : i) * width;
+        if (input->norm)
+            rms_norm(w->pool->model, row, input->norm, w->own->normed), row = w->own->normed;
+        round_row(row, width, rounded + (size_t)i * (width / BLOCK));
+    }
+}
+
 // Many rows are prepared in a phase of their own, by all threads.
 static void share_preparation(Worker *w, Input *input) {
     if (input->rows <= FEW_ROWS) return;
-    int from, to;
-    while (grab(w, input->rows, 4, &from, &to)) {
-        prepare_rows(w, input->x, input->width, input->norm,
-                     input->chosen ? w->pool->batch->wanted : NULL, from, to, w->pool->rounded);
-        done(w, to - from, input->rows);
-    }
-    finish(w, input->rows);
+    for (int from = 0, to = 0; next(w, input->rows, 4, &from, &to);)
+        prepare_rows(w, input, from, to, w->pool->rounded);
     input->rounded = w->pool->rounded;
 }
 
 // Few rows are prepared by every thread that has taken a piece of the product.
 INLINE const Activation *prepared(const Worker *w, Input *input) {
     if (!input->rounded) {
-        prepare_rows(w, input->x, input->width, input->norm,
-                     input->chosen ? w->pool->batch->wanted : NULL, 0, input->rows,
-                     w->own->rounded);
+        prepare_rows(w, input, 0, input->rows, w->own->rounded);
         input->rounded = w->own->rounded;
     }
     return input->rounded;
@@ -126,7 +120,7 @@ static void embed_row(const Worker *w, int row) {
     float *x = w->pool->x + (size_t)row * m->hidden_width;
     const int token = b->tokens[row];
     if (token >= 0) {
-        unpack(&m->embedding, token, x);
+        minigpt4_unpack(&m->embedding, token, x);
         return;
     }
     memcpy(x, b->embeds + (size_t)(-1 - token) * m->hidden, m->hidden * sizeof *x);
@@ -135,12 +129,7 @@ static void embed_row(const Worker *w, int row) {
 
 static void embed(Worker *w) {
     const int rows = w->pool->rows;
-    int from, to;
-    while (grab(w, rows, 1, &from, &to)) {
-        embed_row(w, from);
-        done(w, 1, rows);
-    }
-    finish(w, rows);
+    for (int from = 0, to = 0; next(w, rows, 1, &from, &to);) embed_row(w, from);
 }
 
 // One head of queries, keys or values of all rows. Queries and keys are rotated by their positions;
@@ -173,12 +162,8 @@ static void project(Worker *w, int l) {
     Input input = {w->pool->x, m->layer[l].attention_norm, m->hidden_width, w->pool->rows, 0, NULL};
     share_preparation(w, &input);
     const int heads = m->heads + 2 * m->kv_heads;
-    int from, to;
-    while (grab(w, heads, 1, &from, &to)) {
+    for (int from = 0, to = 0; next(w, heads, 1, &from, &to);)
         project_head(w, l, from, prepared(w, &input));
-        done(w, 1, heads);
-    }
-    finish(w, heads);
 }
 
 // Attention of one run of rows, for query heads from `head` on that share keys and values.
@@ -212,29 +197,22 @@ static void attend_phase(Worker *w, int l) {
     // Heads that share keys are one piece, if this makes enough pieces for all threads.
     const int heads = runs * m->kv_heads >= 2 * pool->threads ? group : 1;
     const int pieces = runs * (m->heads / heads);
-    int from, to;
-    while (grab(w, pieces, 1, &from, &to)) {
+    for (int from = 0, to = 0; next(w, pieces, 1, &from, &to);)
         attend_run(w, l, from % runs, from / runs * heads, heads);
-        done(w, 1, pieces);
-    }
-    finish(w, pieces);
 }
 
 // x += matrix . input
 static void add_product(Worker *w, const Matrix *matrix, Input *input) {
     Pool *pool = w->pool;
     const int width = pool->model->hidden_width, panels = matrix->rows / PANEL;
-    int from, to;
-    while (grab(w, panels, 1, &from, &to)) {
+    for (int from = 0, to = 0; next(w, panels, 1, &from, &to);) {
         multiply(matrix, from, prepared(w, input), input->rows, w->own->products, w->own->tile);
         for (int i = 0; i < input->rows; i++) {
             float *x = pool->x + (size_t)i * width + from * PANEL;
             for (int r = 0; r < PANEL; r += LANES)
-                store(x + r, add(load(x + r), load(w->own->products + i * PANEL + r)));
+                store(x + r, load(x + r) + load(w->own->products + i * PANEL + r));
         }
-        done(w, 1, panels);
     }
-    finish(w, panels);
 }
 
 // 32 columns of silu(gate . x) * (up . x), rounded
@@ -246,8 +224,8 @@ static void gate_block(const Worker *w, const Layer *layer, int block, const Act
     multiply(&layer->up, block, input, rows, ups, w->own->tile);
     for (int k = 0; k < rows * PANEL; k += LANES) {
         const vec g = load(gates + k);
-        const vec silu = divide(g, add(exp_(mul(g, splat(-1))), splat(1)));
-        store(gates + k, mul(silu, load(ups + k)));
+        const vec silu = g / (exp_(-g) + 1.0f);
+        store(gates + k, silu * load(ups + k));
     }
     for (int i = 0; i < rows; i++)
         round_block(gates + i * PANEL, w->pool->inner + (size_t)i * blocks + block);
@@ -258,12 +236,8 @@ static void gate(Worker *w, const Layer *layer) {
     Input input = {w->pool->x, layer->mlp_norm, m->hidden_width, w->pool->rows, 0, NULL};
     share_preparation(w, &input);
     const int blocks = m->inner_width / BLOCK;
-    int from, to;
-    while (grab(w, blocks, 1, &from, &to)) {
+    for (int from = 0, to = 0; next(w, blocks, 1, &from, &to);)
         gate_block(w, layer, from, prepared(w, &input), input.rows);
-        done(w, 1, blocks);
-    }
-    finish(w, blocks);
 }
 
 static void write_panel(const Worker *w, int panel, const Activation *input, int rows) {
@@ -280,12 +254,8 @@ static void write_logits(Worker *w, int rows) {
     Input input = {w->pool->x, m->final_norm, m->hidden_width, rows, 1, NULL};
     share_preparation(w, &input);
     const int panels = m->head.rows / PANEL;
-    int from, to;
-    while (grab(w, panels, 4, &from, &to)) {
+    for (int from = 0, to = 0; next(w, panels, 4, &from, &to);)
         for (int n = from; n < to; n++) write_panel(w, n, prepared(w, &input), rows);
-        done(w, to - from, panels);
-    }
-    finish(w, panels);
 }
 
 static void walk(Pool *pool, int id, uint32_t call) {
@@ -334,24 +304,8 @@ static void *work(void *argument) {
 
 // The bytes of a matrix.
 size_t minigpt4_matrix_bytes(const Matrix *m) {
-    const size_t panels = m->rows / PANEL;
-    if (m->kind == F32) return panels * panel_bytes(F32, m->columns);
-    if (m->kind == F16) return panels * panel_bytes(F16, m->columns);
-    return panels * panel_bytes(m->kind, m->columns);
+    return m->rows / PANEL * panel_bytes(m->kind, m->columns);
 }
-
-// `rows` rows in GGUF's order, of `file_columns` weights, -> rows of m from `to` on.
-void minigpt4_pack(const Matrix *m, const uint8_t *from, int file_columns, int to, int rows) {
-    pack(m, from, file_columns, to, rows);
-}
-
-// `count` finite numbers -> blocks of `kind`; returns 1 for a kind that cannot be written.
-int minigpt4_quantize(int kind, const float *x, size_t count, uint8_t *out) {
-    return quantize(kind, x, count, out);
-}
-
-// Row `row` of m as floats [columns].
-void minigpt4_unpack(const Matrix *m, int row, float *out) { unpack(m, row, out); }
 
 // out [rows, matrix rows] = x [rows, columns] . m: what the layers compute, for tests.
 int minigpt4_multiply(const Matrix *m, const float *x, int rows, float *out) {

@@ -80,10 +80,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        sampling: Sampling,
-        seen: tuple[int, ...] = (),
-        constraint: Constraint | None = None,
+        self, sampling: Sampling, seen: tuple[int, ...] = (), constraint: Constraint | None = None
     ) -> None:
         self.sampling = sampling
         self._constraint = constraint

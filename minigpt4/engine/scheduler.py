@@ -84,12 +84,11 @@ class Sequence:
 class RequestState:
     """A request in the engine: waiting, in prefill, or decoding.
 
-    limit: the maximum number of tokens of its answer; probe: tests the engine's health, does not
-    wait and is not counted.
+    limit: the maximum number of tokens of its answer.
     """
 
-    def __init__(self, request: Request, stream: Stream, limit: int, probe: bool = False) -> None:
-        self.request, self.stream, self.limit, self.probe = request, stream, limit, probe
+    def __init__(self, request: Request, stream: Stream, limit: int) -> None:
+        self.request, self.stream, self.limit = request, stream, limit
         self.sampler = Sampler(request.sampling, request.penalized, request.constraint)
         self.search: BeamSearch | None = None
         if request.sampling.num_beams > 1:
@@ -193,7 +192,7 @@ class Scheduler:
         prompt = state.request.prompt
         known = self.cache.match(prompt.keys[:-1])  # the last token's logits are needed
         needed = state.blocks_needed - len(known)
-        if not self.cache.reserve(needed, spare=0 if state.probe else PROBE_BLOCKS):
+        if not self.cache.reserve(needed, spare=0 if state.stream.probe else PROBE_BLOCKS):
             self.cache.free(known)
             return False
         state.reserved = needed

@@ -199,12 +199,15 @@ class Stream:
     stop_reason: "" until the end, then "stop" (a stop id), "length", "time", "closed" or "error";
     iterating raises the error, as a UserError. logprobs: of each token, if the request asks for
     them; top_logprobs: (id, log-probability) of each step's most likely tokens; watched:
-    log-probabilities of `Request.watched` as the first token. `close`, from any thread, ends the
-    request within one step of the engine.
+    log-probabilities of `Request.watched` as the first token; probe: tests the engine's health,
+    does not wait and is not counted. `close`, from any thread, ends the request within one step of
+    the engine.
     """
 
-    def __init__(self, position: Callable[["Stream"], int], prompt_tokens: int) -> None:
-        self._position = position
+    def __init__(
+        self, position: Callable[["Stream"], int], prompt_tokens: int, probe: bool = False
+    ) -> None:
+        self._position, self.probe = position, probe
         self._condition = threading.Condition()
         self._tokens: deque[int] = deque()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []

@@ -95,12 +95,7 @@ ABILITIES = (
     Option("review", "Write a page on which people judge the answers.", metavar="FILE.html"),
     Option("ratings", "Ratings saved by such a page. Repeatable.", metavar="FILE", many=True),
 )
-GROUPS = {
-    "": GENERAL,
-    "stages and abilities": STAGES,
-    "pope": POPE,
-    "abilities": ABILITIES,
-}
+GROUPS = {"": GENERAL, "stages and abilities": STAGES, "pope": POPE, "abilities": ABILITIES}
 
 # Options that only some experiments use; None stands for the scores.
 _ONLY: dict[str, set[str | None]] = {

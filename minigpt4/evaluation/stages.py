@@ -81,10 +81,7 @@ def first_stage(options: argparse.Namespace) -> str:
 
 
 def answer_requests(
-    batch: Batch,
-    examples: Sequence[Example],
-    requests: dict[str, str],
-    options: argparse.Namespace,
+    batch: Batch, examples: Sequence[Example], requests: dict[str, str], options: argparse.Namespace
 ) -> dict[str, dict[str, Completion]]:
     """Request -> key of the picture -> answer."""
     sampling = greedy(TOKENS)

@@ -96,7 +96,6 @@ class _RequestState:
     stream: RemoteStream
     limit: int
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
-    probe: bool = False
 
 
 class RemoteEngine(AnyEngine):
@@ -164,7 +163,7 @@ class RemoteEngine(AnyEngine):
         if self._loop.is_closed():
             return
         for state in states:
-            self._fail(state, failure(ENDING))
+            self._fail(state.stream, failure(ENDING))
         with contextlib.suppress(TimeoutError):
             self.call(self._end(), 5)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -210,13 +209,13 @@ class RemoteEngine(AnyEngine):
         except asyncio.CancelledError:
             stream._end("closed")
         except UserError as error:
-            self._fail(state, error)
+            self._fail(state.stream, error)
         except Exception:
             log.exception("while answering")
-            self._fail(state, failure(BROKEN))
+            self._fail(state.stream, failure(BROKEN))
         finally:
             self.totals.add(reused_tokens=stream.stats.reused_tokens)
-            self.totals.add_answer(stream.stats, stream.stop_reason)
+            self._count(stream)
             with self._lock:
                 self._running.discard(state)
             self._start_some()
@@ -259,7 +258,3 @@ class RemoteEngine(AnyEngine):
                 return
         if part.ended:
             stream._end(part.ended)
-
-    def _fail(self, state: _RequestState, error: UserError) -> None:
-        if state.stream._end("error", error):
-            self.totals.add_error(error.kind)

@@ -147,13 +147,9 @@ class ZeroEngine(AnyEngine):
                 events.close()
             if not stream.stop_reason:
                 self._fail(stream, UserError(f"{NO_GPU}.", "broken"))
-            self.totals.add_answer(stream.stats, stream.stop_reason)
+            self._count(stream)
             with self._lock:
                 self._running.remove(stream)
-
-    def _fail(self, stream: Stream, error: UserError) -> None:
-        if stream._end("error", error):
-            self.totals.add_error(error.kind)
 
     def health(self, seconds: float = 10.0) -> bool:
         """True until it drains: only an answer shows whether a GPU is available."""

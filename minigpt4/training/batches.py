@@ -73,12 +73,7 @@ def published_caption(caption: str, max_words: int = 50) -> str:
 
 
 def training_prompt(
-    model: MiniGPT4,
-    ref: ImageRef,
-    text: Text,
-    instructions: Sequence[str],
-    pick: float,
-    limit: int,
+    model: MiniGPT4, ref: ImageRef, text: Text, instructions: Sequence[str], pick: float, limit: int
 ) -> Prompt:
     """The training prompt of one text, cut at `limit` tokens.
 

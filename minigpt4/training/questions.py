@@ -9,11 +9,7 @@ from minigpt4.data.examples import Example, Text
 from minigpt4.data.files import prompt_lines
 from minigpt4.errors import UserError
 
-_WORDINGS = (
-    "Is there {} in the image?",
-    "Is there {} in this picture?",
-    "Can you see {} here?",
-)
+_WORDINGS = ("Is there {} in the image?", "Is there {} in this picture?", "Can you see {} here?")
 _PER_PICTURE = 3  # questions answered with yes, and as many answered with no
 _SHARE_COMMON = 0.7  # of absent things: drawn in proportion to captions; the rest evenly
 # Names of people overlap: "a person" may be a man or a girl.

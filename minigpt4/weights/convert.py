@@ -14,7 +14,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,11 +58,7 @@ from minigpt4.weights.transfer import Progress, in_words
 CHUNK = 2**20  # weights quantized at once by a thread
 _ALIGNMENT = 32  # of a tensor in a GGUF file
 
-_OUTER = {
-    EMBEDDING: "token_embd.weight",
-    NORM: "output_norm.weight",
-    HEAD: "output.weight",
-}
+_OUTER = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 
 
 def blocks_folder(llm: Path) -> Path:
@@ -189,14 +185,12 @@ def _convert_folder(
         check_is_no_delta(embedding, read_tensor(folder, NORM), folder, config)
         total = sum(shard.stat().st_size for shard in shards_of(folder))
         _check_space(target, sum(part.size for part in parts.values()), total, report)
-        progress = Progress(config.name, total, report, "Converting")
         path = target / f"{folder.name}-4bit.gguf"
-        try:
-            with progress.file(total) as count:
-                tensors = read_tensors(folder, count)
-                _write(path, tensors, sizes, parts, quantize, threads)
-        finally:
-            progress.close()
+        with (
+            closing(Progress(config.name, total, report, "Converting")) as progress,
+            progress.file(total) as count,
+        ):
+            _write(path, read_tensors(folder, count), sizes, parts, quantize, threads)
         tokenizer.save_pretrained(target)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         why = f"{error} is missing in config.json" if isinstance(error, KeyError) else error

@@ -4,7 +4,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,13 +117,10 @@ def _download(
             f"The weights of {config.name} take {in_words(total)}, and {folder} has "
             f"{in_words(free)} free: make room, or name another folder in MINIGPT4_WEIGHTS."
         )
-    progress = Progress(config.name, total, report)
-    try:
+    with closing(Progress(config.name, total, report)) as progress:
         for plan in plans:
             while not _carry_out(plan, folder / PARTS, progress):
                 plan = _next(config, plan, progress)
-    finally:
-        progress.close()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     text = "The weights of {name} are ready: {size} were fetched."
     report(Step("fetched", text, name=config.name, size=in_words(progress.done)))

@@ -5,6 +5,7 @@ with the int8 numbers themselves, which bfloat16 holds exactly.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -79,8 +80,8 @@ def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[s
     wanted = {n: t for n, t in encoder.state_dict().items() if not n.startswith(NORM)}
     check_tensors(wanted, tensors, vision, "EVA ViT-g")
     size = sum(tensors[name].nbytes for name in wanted)
-    progress = Progress(Step("encoder", "the visual encoder"), size, report, "Converting")
-    try:
+    what = Step("encoder", "the visual encoder")
+    with closing(Progress(what, size, report, "Converting")) as progress:
         for name in wanted:
             tensor, (owner, _, leaf) = tensors[name], name.rpartition(".")
             if owner in linears and leaf == "weight":
@@ -91,8 +92,6 @@ def _quantized(config: EvaViT, vision: Path, report: Report) -> Iterator[tuple[s
                 yield name, tensor.to(torch.float32, copy=True)
             forget(tensor)
             progress.add(tensor.nbytes)
-    finally:
-        progress.close()
 
 
 def load_int8_encoder(

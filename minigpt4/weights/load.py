@@ -238,11 +238,7 @@ def _read_projection(config: ModelConfig, files: WeightFiles, seed: int | None) 
 
 
 def _load_vision(
-    config: ModelConfig,
-    files: WeightFiles,
-    projected: dict,
-    dtype: torch.dtype,
-    count: Count,
+    config: ModelConfig, files: WeightFiles, projected: dict, dtype: torch.dtype, count: Count
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Encoder, bridge and projection in `dtype`, on the CPU."""
     with torch.device("meta"):

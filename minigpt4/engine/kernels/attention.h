@@ -113,7 +113,7 @@ INLINE void score(int count, int bits, const Model *m, const Batch *b, int layer
                     block_scales[c] = load_half(scales + d / BLOCK * PAGE + c * LANES);
             for (int c = 0; c < SPAN; c++) {
                 k[c] = load_kept(keys, d * PAGE + c * LANES, bits);
-                if (bits == 8) k[c] = mul(k[c], block_scales[c]);
+                if (bits == 8) k[c] *= block_scales[c];
             }
             for (int i = 0; i < count; i++) {
                 const vec x = splat(own->q[i * own->q_stride + d]);
@@ -122,7 +122,7 @@ INLINE void score(int count, int bits, const Model *m, const Batch *b, int layer
         }
         for (int i = 0; i < count; i++) {
             float *to = scores + (size_t)i * width + start;
-            for (int c = 0; c < SPAN; c++) store(to + c * LANES, mul(dots[i][c], splat(scale)));
+            for (int c = 0; c < SPAN; c++) store(to + c * LANES, dots[i][c] * scale);
             for (int t = own->first + i * own->step + 1; t < start + PAGE; t++)
                 if (t >= start) to[t - start] = -INFINITY;  // not yet, for this query
             for (int c = 0; c < SPAN; c++) most[i] = greater(most[i], load(to + c * LANES));
@@ -135,14 +135,14 @@ INLINE void score(int count, int bits, const Model *m, const Batch *b, int layer
 INLINE float weigh(float *scores, float highest, int limit, int last) {
     vec total = splat(0);
     for (int t = 0; t <= last; t += LANES) {
-        vec weights = exp_(add(load(scores + t), splat(-highest)));
+        vec weights = exp_(load(scores + t) - highest);
         store(scores + t, weights);
         if (t + LANES - 1 > limit) {
             for (int c = 0; c < LANES; c++)
                 if (t + c > limit) scores[t + c] = 0;
             weights = load(scores + t);
         }
-        total = add(total, weights);
+        total += weights;
     }
     return sum(total);
 }
@@ -167,8 +167,8 @@ INLINE void attend(int count, int bits, const Model *m, const Batch *b, int laye
                 const size_t at = (size_t)(t - start) * dim + d;
                 vec v0 = load_kept(v, at, bits), v1 = load_kept(v, at + LANES, bits);
                 if (bits == 8) {  // 2 * LANES are a block, or half of one
-                    const vec scale = splat(from_half(scales[at / BLOCK]));
-                    v0 = mul(v0, scale), v1 = mul(v1, scale);
+                    const float scale = from_half(scales[at / BLOCK]);
+                    v0 *= scale, v1 *= scale;
                 }
                 for (int i = 0; i < count; i++) {
                     const vec w = splat(scores[(size_t)i * width + t]);
@@ -178,8 +178,8 @@ INLINE void attend(int count, int bits, const Model *m, const Batch *b, int laye
             }
         }
         for (int i = 0; i < count; i++) {
-            store(own->out + i * own->out_stride + d, mul(mixed[i][0], splat(shares[i])));
-            store(own->out + i * own->out_stride + d + LANES, mul(mixed[i][1], splat(shares[i])));
+            store(own->out + i * own->out_stride + d, mixed[i][0] * shares[i]);
+            store(own->out + i * own->out_stride + d + LANES, mixed[i][1] * shares[i]);
         }
     }
 }

@@ -108,16 +108,16 @@ KERNEL ivec codes_of(int kind, const uint8_t *body, int row, int pair) {
     const uint8_t *high = body + scale_bytes(kind) + row * 4;
     const int t = pair % 4;
     ivec codes = iload(high + high_bytes(kind) + pair / 4 * PANEL * 4);
-    codes = t == 3 ? right16(codes, 12) : iand(right16(codes, 4 * t), isplat16(15));
+    codes = t == 3 ? right16(codes, 12) : right16(codes, 4 * t) & isplat16(15);
     if (has_high_bits(kind)) {
         const ivec bits = iload(high);
         const ivec moved = pair > 4 ? right16(bits, pair - 4) : left16(bits, 4 - pair);
-        codes = ior(codes, iand(moved, isplat16(16)));
+        codes |= moved & isplat16(16);
     } else if (kind == Q6_K) {
         const int place = 2 * (pair % 8);
         const ivec bits = iload(high + pair / 8 * PANEL * 4);
         const ivec moved = place > 4 ? right16(bits, place - 4) : left16(bits, 4 - place);
-        codes = ior(codes, iand(moved, isplat16(48)));
+        codes |= moved & isplat16(48);
     }
     return codes;
 }
@@ -136,13 +136,12 @@ INLINE Scales scales_of(int kind, Place place, int row) {
     const vec scale = load_half(header);
     if (kind == Q6_K) {
         const int8_t *each = (const int8_t *)place.body + row;
-        return (Scales){mul(scale, load_signed8(each)), mul(scale, load_signed8(each + PANEL))};
+        return (Scales){scale * load_signed8(each), scale * load_signed8(each + PANEL)};
     }
     const vec minimum = has_minimums(kind) ? load_half(header + PANEL) : scale;
     if (!is_k(kind)) return (Scales){scale, minimum};
     const uint8_t *each = place.body + row;
-    return (Scales){mul(scale, load_unsigned8(each)),
-                    mul(mul(minimum, load_unsigned8(each + PANEL)), splat(-1))};
+    return (Scales){scale * load_unsigned8(each), -(minimum * load_unsigned8(each + PANEL))};
 }
 
 // One panel's blocks from `first` on -> a tile.

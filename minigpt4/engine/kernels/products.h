@@ -20,8 +20,8 @@ INLINE void round_block(const float *x, Activation *to) {
     vec most = magnitude(load(x));
     for (int i = LANES; i < BLOCK; i += LANES) most = greater(most, magnitude(load(x + i)));
     const float highest = highest_of(most);
-    const vec inverse = splat(highest > 1e-30f ? MOST_CODE / highest : 0);
-    for (int i = 0; i < BLOCK; i += LANES) store_rounded(to->codes + i, mul(load(x + i), inverse));
+    const float inverse = highest > 1e-30f ? MOST_CODE / highest : 0;
+    for (int i = 0; i < BLOCK; i += LANES) store_rounded(to->codes + i, load(x + i) * inverse);
     for (int side = 0; side < 2; side++) {
         int32_t count = 0;
         for (int i = 0; i < BLOCK / 2; i++) count += to->codes[side * BLOCK / 2 + i];
@@ -44,14 +44,13 @@ INLINE void add_scaled(int kind, int count, const ivec dots[VECTORS][MOST_ROWS],
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
         const int32_t sum = has_halves(kind) ? x[i]->sums[part] : x[i]->sums[0] + x[i]->sums[1];
-        const vec scale = splat(x[i]->scale);
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++) {
             ivec dot = dots[v][i];
-            if (offset_of(kind)) dot = isub(dot, isplat(offset_of(kind) * sum));
+            if (offset_of(kind)) dot -= offset_of(kind) * sum;
             const vec own = part ? scales[v].second : scales[v].first;
             vec *to = &total[i][first + v];
-            *to = fma_(to_floats(dot), mul(own, scale), *to);
+            *to = fma_(to_floats(dot), own * x[i]->scale, *to);
             if (has_minimums(kind)) *to = fma_(scales[v].second, splat(x[i]->plus), *to);
         }
     }
@@ -78,7 +77,7 @@ KERNEL void panel_times(int kind, int count, const uint8_t *panel, int blocks, c
             for (int v = 0; v < VECTORS; v++) {
                 scales[v] = scales_of(kind, place, (first + v) * LANES);
 #pragma GCC unroll 4
-                for (int i = 0; i < MOST_ROWS; i++) dots[v][i] = izero();
+                for (int i = 0; i < MOST_ROWS; i++) dots[v][i] = (ivec){0};
             }
 #define STEP(pair)                                                                                \
     {                                                                                             \
@@ -94,7 +93,7 @@ KERNEL void panel_times(int kind, int count, const uint8_t *panel, int blocks, c
             if (has_halves(kind)) {
                 add_scaled(kind, count, dots, scales, each, 0, total, first);
 #pragma GCC unroll 4
-                for (int i = 0; i < MOST_ROWS; i++) dots[0][i] = dots[1][i] = izero();
+                for (int i = 0; i < MOST_ROWS; i++) dots[0][i] = dots[1][i] = (ivec){0};
             }
             LAST_PAIRS(STEP)
             add_scaled(kind, count, dots, scales, each, has_halves(kind), total, first);
@@ -180,15 +179,15 @@ static void multiply(const Matrix *m, int number, const Activation *x, int rows,
 #endif
 }
 
-// One row's weights.
-static void unpack(const Matrix *m, int row, float *out) {
+// Row `row` of m as floats [columns].
+void minigpt4_unpack(const Matrix *m, int row, float *out) {
     const uint8_t *panel = m->data + row / PANEL * panel_bytes(m->kind, m->columns);
     if (is_float(m->kind)) unpack_floats(m->kind, panel, m->columns, row % PANEL, out);
     else FOR_KIND(m->kind, unpack_row, panel, m->columns, row % PANEL, out);
 }
 
 // `rows` rows in GGUF's order, of `file_columns` weights, -> row `to` of m and the following.
-static void pack(const Matrix *m, const uint8_t *from, int file_columns, int to, int rows) {
+void minigpt4_pack(const Matrix *m, const uint8_t *from, int file_columns, int to, int rows) {
     const int size = m->kind == F32 ? 4 : 2;
     for (int row = to; row < to + rows; row++) {
         uint8_t *panel = (uint8_t *)m->data + row / PANEL * panel_bytes(m->kind, m->columns);

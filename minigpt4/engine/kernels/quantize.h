@@ -34,9 +34,9 @@ static Block block_of(const float *x, const float *weights, int most) {
     Block b = {.x = x, .weights = weights, .low = x[0], .high = x[0], .most = most};
     vec w = splat(0), wx = w, wxx = w;
     for (int i = 0; i < BLOCK; i += LANES) {
-        const vec product = mul(load(weights + i), load(x + i));
-        w = add(w, load(weights + i));
-        wx = add(wx, product);
+        const vec product = load(weights + i) * load(x + i);
+        w += load(weights + i);
+        wx += product;
         wxx = fma_(product, load(x + i), wxx);
     }
     for (int i = 1; i < BLOCK; i++) {
@@ -48,7 +48,7 @@ static Block block_of(const float *x, const float *weights, int most) {
 }
 
 INLINE vec codes_for(const Block *b, int i, float inverse, float minimum) {
-    const vec scaled = mul(add(load(b->x + i), splat(-minimum)), splat(inverse));
+    const vec scaled = (load(b->x + i) - minimum) * inverse;
     return smaller(greater(nearest(scaled), splat(0)), splat(b->most));
 }
 
@@ -56,8 +56,8 @@ INLINE vec codes_for(const Block *b, int i, float inverse, float minimum) {
 static Line refit(const Block *b, float inverse, float minimum, int no_plus) {
     vec wq_ = splat(0), wqq_ = wq_, wqx_ = wq_;
     for (int i = 0; i < BLOCK; i += LANES) {
-        const vec q = codes_for(b, i, inverse, minimum), weighted = mul(load(b->weights + i), q);
-        wq_ = add(wq_, weighted);
+        const vec q = codes_for(b, i, inverse, minimum), weighted = load(b->weights + i) * q;
+        wq_ += weighted;
         wqq_ = fma_(weighted, q, wqq_);
         wqx_ = fma_(weighted, load(b->x + i), wqx_);
     }
@@ -98,8 +98,8 @@ static float error_of(const Block *b, float scale, float minimum) {
     vec error = splat(0);
     for (int i = 0; i < BLOCK; i += LANES) {
         const vec q = codes_for(b, i, inverse, minimum);
-        const vec off = add(fma_(q, splat(scale), splat(minimum)), mul(load(b->x + i), splat(-1)));
-        error = fma_(mul(off, off), load(b->weights + i), error);
+        const vec off = fma_(q, splat(scale), splat(minimum)) - load(b->x + i);
+        error = fma_(off * off, load(b->weights + i), error);
     }
     return sum(error);
 }
@@ -178,12 +178,12 @@ static float fit_scale(const float *x, const float *weights) {
     for (int i = 0; i < HALF_BLOCK; i++) widest = fabsf(x[i]) > fabsf(widest) ? x[i] : widest;
     if (!widest) return 0;
     for (int step = -9; step <= 9; step++) {
-        const vec inverse = splat(-(32 + 0.1f * step) / widest);
+        const float inverse = -(32 + 0.1f * step) / widest;
         vec wqx_ = splat(0), wqq_ = splat(0);
         for (int i = 0; i < HALF_BLOCK; i += LANES) {
-            const vec rounded = nearest(mul(load(x + i), inverse));
+            const vec rounded = nearest(load(x + i) * inverse);
             const vec q = smaller(greater(rounded, splat(-32)), splat(31));
-            const vec weighted = mul(load(weights + i), q);
+            const vec weighted = load(weights + i) * q;
             wqx_ = fma_(weighted, load(x + i), wqx_);
             wqq_ = fma_(weighted, q, wqq_);
         }
@@ -234,7 +234,7 @@ static void quantize_q8_0(const float *x, uint8_t *out) {
 
 // `count` finite numbers, in whole blocks, -> blocks in GGUF's order. 1 if the kind cannot be
 // written.
-static int quantize(int kind, const float *x, size_t count, uint8_t *out) {
+int minigpt4_quantize(int kind, const float *x, size_t count, uint8_t *out) {
     const int size = is_k(kind) ? SUPER : BLOCK;
     for (size_t i = 0; i < count; i += size, x += size, out += file_bytes(kind)) {
         switch (kind) {

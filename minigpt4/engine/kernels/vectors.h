@@ -20,20 +20,34 @@ typedef uint16_t half;  // IEEE 754 binary16, as bits
 #include <immintrin.h>
 #endif
 
+// Operators of the compiler's vectors are the processor's own instructions.
 #if defined(MINIGPT4_AVX512)
 enum { LANES = 16 };
-typedef __m512 vec;
-typedef __m512i ivec;
-INLINE vec splat(float x) { return _mm512_set1_ps(x); }
-INLINE vec load(const float *p) { return _mm512_loadu_ps(p); }
-INLINE void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
-INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
-INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
-INLINE vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
+#else
+enum { LANES = 8 };
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t uvec16 __attribute__((vector_size(4 * LANES)));
+INLINE vec splat(float x) { return x - (vec){0}; }  // -0 stays -0
+INLINE vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE vec magnitude(vec a) { return (vec)((ivec)a & INT32_MAX); }
+
+INLINE ivec iload(const void *p) { ivec v; memcpy(&v, p, sizeof v); return v; }
+INLINE void istore(void *p, ivec v) { memcpy(p, &v, sizeof v); }
+INLINE ivec isplat(int32_t x) { return (ivec){0} + x; }
+INLINE ivec isplat16(int16_t x) { return (ivec)((uvec16){0} + (uint16_t)x); }
+INLINE ivec isub16(ivec a, ivec b) { return (ivec)((uvec16)a - (uvec16)b); }
+INLINE ivec right16(ivec a, int n) { return (ivec)((uvec16)a >> n); }
+INLINE ivec left16(ivec a, int n) { return (ivec)((uvec16)a << n); }
+INLINE vec to_floats(ivec a) { return __builtin_convertvector(a, vec); }
+
+#if defined(MINIGPT4_AVX512)
 INLINE vec fma_(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vec greater(vec a, vec b) { return _mm512_max_ps(a, b); }
 INLINE vec smaller(vec a, vec b) { return _mm512_min_ps(a, b); }
-INLINE vec magnitude(vec a) { return _mm512_abs_ps(a); }
 INLINE vec nearest(vec a) { return _mm512_roundscale_ps(a, 0); }
 INLINE float sum(vec v) { return _mm512_reduce_add_ps(v); }
 INLINE float highest_of(vec v) { return _mm512_reduce_max_ps(v); }
@@ -44,35 +58,21 @@ INLINE void store_half(half *p, vec v) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE vec times_power_of_2(vec a, vec n) { return _mm512_scalef_ps(a, n); }
-
-INLINE ivec izero(void) { return _mm512_setzero_si512(); }
-INLINE ivec iload(const void *p) { return _mm512_loadu_si512(p); }
-INLINE void istore(void *p, ivec v) { _mm512_storeu_si512(p, v); }
-INLINE ivec isplat(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE ivec isplat16(int16_t x) { return _mm512_set1_epi16(x); }
-INLINE ivec iand(ivec a, ivec b) { return _mm512_and_si512(a, b); }
-INLINE ivec ior(ivec a, ivec b) { return _mm512_or_si512(a, b); }
-INLINE ivec iadd(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
-INLINE ivec isub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
-INLINE ivec isub16(ivec a, ivec b) { return _mm512_sub_epi16(a, b); }
-#define right16(a, n) _mm512_srli_epi16(a, n)
-#define left16(a, n) _mm512_slli_epi16(a, n)
-INLINE vec to_floats(ivec a) { return _mm512_cvtepi32_ps(a); }
 INLINE vec load_unsigned8(const uint8_t *p) {
-    return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+    return to_floats((ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 INLINE vec load_signed8(const int8_t *p) {
-    return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+    return to_floats((ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 INLINE ivec load_signed8_as16(const int8_t *p) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    return (ivec)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 }
 // Adds to each lane of `sums` its two products of 16-bit integers.
 INLINE ivec dot2(ivec sums, ivec a, ivec b) {
 #if defined(__AVX512VNNI__)
-    return _mm512_dpwssd_epi32(sums, a, b);
+    return (ivec)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
 #else
-    return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+    return sums + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #endif
 }
 // Rounds to 16-bit integers.
@@ -81,19 +81,9 @@ INLINE void store_rounded(int16_t *p, vec a) {
 }
 
 #elif defined(MINIGPT4_AVX2)
-enum { LANES = 8 };
-typedef __m256 vec;
-typedef __m256i ivec;
-INLINE vec splat(float x) { return _mm256_set1_ps(x); }
-INLINE vec load(const float *p) { return _mm256_loadu_ps(p); }
-INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
-INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
-INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
-INLINE vec divide(vec a, vec b) { return _mm256_div_ps(a, b); }
 INLINE vec fma_(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vec greater(vec a, vec b) { return _mm256_max_ps(a, b); }
 INLINE vec smaller(vec a, vec b) { return _mm256_min_ps(a, b); }
-INLINE vec magnitude(vec a) { return _mm256_andnot_ps(splat(-0.0f), a); }
 INLINE vec nearest(vec a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -114,39 +104,24 @@ INLINE void store_half(half *p, vec v) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE vec times_power_of_2(vec a, vec n) {
-    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), power));
+    return (vec)((ivec)a + ((ivec)_mm256_cvtps_epi32(n) << 23));
 }
-
-INLINE ivec izero(void) { return _mm256_setzero_si256(); }
-INLINE ivec iload(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-INLINE void istore(void *p, ivec v) { _mm256_storeu_si256((__m256i *)p, v); }
-INLINE ivec isplat(int32_t x) { return _mm256_set1_epi32(x); }
-INLINE ivec isplat16(int16_t x) { return _mm256_set1_epi16(x); }
-INLINE ivec iand(ivec a, ivec b) { return _mm256_and_si256(a, b); }
-INLINE ivec ior(ivec a, ivec b) { return _mm256_or_si256(a, b); }
-INLINE ivec iadd(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
-INLINE ivec isub(ivec a, ivec b) { return _mm256_sub_epi32(a, b); }
-INLINE ivec isub16(ivec a, ivec b) { return _mm256_sub_epi16(a, b); }
-#define right16(a, n) _mm256_srli_epi16(a, n)
-#define left16(a, n) _mm256_slli_epi16(a, n)
-INLINE vec to_floats(ivec a) { return _mm256_cvtepi32_ps(a); }
 INLINE vec load_unsigned8(const uint8_t *p) {
-    return to_floats(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    return to_floats((ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 INLINE vec load_signed8(const int8_t *p) {
-    return to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    return to_floats((ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 INLINE ivec load_signed8_as16(const int8_t *p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
 }
 INLINE ivec dot2(ivec sums, ivec a, ivec b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(sums, a, b);
+    return (ivec)_mm256_dpwssd_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
 #elif defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(sums, a, b);
+    return (ivec)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
 #else
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+    return sums + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
 }
 INLINE void store_rounded(int16_t *p, vec a) {
@@ -156,23 +131,12 @@ INLINE void store_rounded(int16_t *p, vec a) {
 }
 
 #else
-enum { LANES = 8 };
-typedef float vec __attribute__((vector_size(32)));
-typedef int32_t ivec __attribute__((vector_size(32)));
-typedef uint16_t ivec16 __attribute__((vector_size(32)));
 #define EACH(type, body) \
     do { type r; for (int i = 0; i < LANES; i++) r[i] = (body); return r; } while (0)
 INLINE float half_to_float(half h) { _Float16 f; memcpy(&f, &h, 2); return (float)f; }
-INLINE vec splat(float x) { return (vec){0} + x; }
-INLINE vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
-INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-INLINE vec add(vec a, vec b) { return a + b; }
-INLINE vec mul(vec a, vec b) { return a * b; }
-INLINE vec divide(vec a, vec b) { return a / b; }
 INLINE vec fma_(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec greater(vec a, vec b) { EACH(vec, a[i] > b[i] ? a[i] : b[i]); }
 INLINE vec smaller(vec a, vec b) { EACH(vec, a[i] < b[i] ? a[i] : b[i]); }
-INLINE vec magnitude(vec a) { EACH(vec, fabsf(a[i])); }
 INLINE vec nearest(vec a) { EACH(vec, rintf(a[i])); }
 INLINE float sum(vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 INLINE float highest_of(vec v) {
@@ -185,29 +149,14 @@ INLINE void store_half(half *p, vec v) {
     for (int i = 0; i < LANES; i++) { _Float16 f = (_Float16)v[i]; memcpy(p + i, &f, 2); }
 }
 INLINE vec times_power_of_2(vec a, vec n) { EACH(vec, ldexpf(a[i], (int)n[i])); }
-
-INLINE ivec izero(void) { return (ivec){0}; }
-INLINE ivec iload(const void *p) { ivec v; memcpy(&v, p, sizeof v); return v; }
-INLINE void istore(void *p, ivec v) { memcpy(p, &v, sizeof v); }
-INLINE ivec isplat(int32_t x) { return (ivec){0} + x; }
-INLINE ivec isplat16(int16_t x) { return (ivec)((ivec16){0} + (uint16_t)x); }
-INLINE ivec iand(ivec a, ivec b) { return a & b; }
-INLINE ivec ior(ivec a, ivec b) { return a | b; }
-INLINE ivec iadd(ivec a, ivec b) { return a + b; }
-INLINE ivec isub(ivec a, ivec b) { return a - b; }
-INLINE ivec isub16(ivec a, ivec b) { return (ivec)((ivec16)a - (ivec16)b); }
-#define right16(a, n) ((ivec)((ivec16)(a) >> (n)))
-#define left16(a, n) ((ivec)((ivec16)(a) << (n)))
-INLINE vec to_floats(ivec a) { return __builtin_convertvector(a, vec); }
 INLINE vec load_unsigned8(const uint8_t *p) { EACH(vec, p[i]); }
 INLINE vec load_signed8(const int8_t *p) { EACH(vec, p[i]); }
 INLINE ivec load_signed8_as16(const int8_t *p) {
-    ivec16 v;
+    uvec16 v;
     for (int i = 0; i < 2 * LANES; i++) v[i] = (uint16_t)(int16_t)p[i];
     return (ivec)v;
 }
 // Each lane's lower and upper half, sign-extended (shifting left as unsigned: no overflow).
-typedef uint32_t uvec __attribute__((vector_size(32)));
 INLINE ivec lower(ivec a) { return (ivec)((uvec)a << 16) >> 16; }
 INLINE ivec upper(ivec a) { return a >> 16; }
 INLINE ivec dot2(ivec sums, ivec a, ivec b) {
@@ -250,7 +199,7 @@ INLINE float from_half(half h) {
 // e^x to 2 units in the last place: 2^n times a polynomial (Cephes) for the rest, |rest| < 0.35.
 INLINE vec exp_(vec x) {
     x = smaller(greater(x, splat(-87)), splat(88));
-    const vec n = nearest(mul(x, splat(1.44269504f)));
+    const vec n = nearest(x * 1.44269504f);
     vec r = fma_(n, splat(-0.693359375f), x);
     r = fma_(n, splat(2.12194440e-4f), r);
     vec p = splat(1.9875691500e-4f);
@@ -259,5 +208,5 @@ INLINE vec exp_(vec x) {
     p = fma_(p, r, splat(4.1665795894e-2f));
     p = fma_(p, r, splat(1.6666665459e-1f));
     p = fma_(p, r, splat(5.0000001201e-1f));
-    return times_power_of_2(fma_(p, mul(r, r), add(r, splat(1))), n);
+    return times_power_of_2(fma_(p, r * r, r + 1.0f), n);
 }

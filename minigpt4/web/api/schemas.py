@@ -173,10 +173,7 @@ UNSET = ", or -1 for the model's default"
 # The maximum length of an answer, which may exceed what fits. None and -1: as long as fits.
 MaxTokens = Annotated[
     int | None,
-    Field(
-        ge=1,
-        description="must be an integer of at least 1, or -1 for as many as fit.",
-    ),
+    Field(ge=1, description="must be an integer of at least 1, or -1 for as many as fit."),
     _accepting(int, -1, _most, None),
 ]
 

@@ -64,11 +64,7 @@ def facts(session: Session, request: gr.Request | None, detects: bool) -> dict:
             rows = [i for i, p in enumerate(places) if p == place]
             # A failed answer is not shown: its versions go to the page's remark at the end.
             row = rows[-1] if rows else len(render.messages(session, request)) - 1
-            versions[str(row)] = {
-                "place": place,
-                "number": fork.shown,
-                "count": len(fork.tails),
-            }
+            versions[str(row)] = {"place": place, "number": fork.shown, "count": len(fork.tails)}
     seen = render.objects(session) if detects else []
     objects = [[one._asdict() for one in found] for found in seen]
     mark = secrets.token_hex(4)

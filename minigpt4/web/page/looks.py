@@ -140,8 +140,7 @@ async def _caption(engine: "AnyEngine", picture: Picture, session: Session) -> s
     """One sentence; "" if somebody asked something meanwhile."""
     from minigpt4.engine import Sampling
 
-    conversation = Conversation()
-    conversation.add_question(engine.model.config.short_instruction, [picture])
+    conversation = Conversation.asking(engine.model.config.short_instruction, [picture])
     sampling = Sampling(temperature=0, max_new_tokens=CAPTION_TOKENS)
     answer = await start(engine, conversation, sampling)
     try:

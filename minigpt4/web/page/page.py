@@ -226,11 +226,7 @@ class ChatPage:
             side.recent.select(uploads.reopen, session, opened, **EVENT),
             # A file that is chosen while another is being opened is opened next.
             side.upload.upload(
-                uploads.open,
-                [side.upload, session],
-                opened,
-                trigger_mode="always_last",
-                **EVENT,
+                uploads.open, [side.upload, session], opened, trigger_mode="always_last", **EVENT
             ),
         )
         for event in events:
