@@ -387,6 +387,59 @@ def test_a_note_for_those_whose_language_the_model_does_not_speak(visit, photo):
     expect(visit().locator("#note")).to_have_text("Answers can be wrong.")
 
 
+def test_the_message_box_stays_where_it_is(visit, engine):
+    """From the question to the answer's end, although lines come and go below the box."""
+    page = visit(locale="de-DE", **PHONE)
+    expect(status(page).locator("[role=status]")).to_be_attached()
+    ask(page, "Hello?")
+    expect(status(page)).to_have_text("In diesem Chat ist kein Bild. Fügen Sie mit + eines hinzu.")
+    note, composer = page.locator("#note"), page.locator("#composer")
+    expect(note).to_be_hidden()  # the status takes its place
+    engine.word_seconds = 0.05
+    before = composer.bounding_box()
+    say(page, "A long one, please.")
+    expect(answers(page).last).to_contain_text("word3")
+    assert composer.bounding_box() == before
+    box(page).press("Escape")
+    done(page)
+    engine.word_seconds = 0.003
+    ask(page, "And a short one?")
+    expect(note).to_be_visible()
+    assert composer.bounding_box() == before
+    # Screen readers read a status only if its element was there, in sight, before.
+    assert status(page).evaluate("e => e.checkVisibility({ visibilityProperty: true })")
+    page.evaluate("minigpt4.notice('Here')")
+    edge = page.locator(".notice").bounding_box()
+    assert before["y"] - 20 <= edge["y"] + edge["height"] <= before["y"] - 10
+
+
+def test_notices_are_read_aloud(visit):
+    page = visit()
+    region = page.locator("body > [role=status]")
+    expect(region).to_have_text("")  # it is there before the first notice
+    page.evaluate("minigpt4.notice('Here')")
+    expect(region).to_have_text("Here")
+
+
+def test_the_arrow_down_lies_below_notices(visit):
+    page = visit(viewport={"width": 390, "height": 420})
+    ask(page, "A long one, please.")
+    down = page.get_by_role("button", name="Scroll down")
+
+    page.locator("#chat .bubble-wrap").hover()
+
+    def scrolled() -> bool:
+        page.mouse.wheel(0, -20)
+        return down.is_visible()
+
+    wait_for(scrolled)
+    edge = down.bounding_box()
+    middle = [edge["x"] + edge["width"] / 2, edge["y"] + edge["height"] / 2]
+    page.evaluate("minigpt4.notice('words '.repeat(20))")
+    at = "([x, y]) => Boolean(document.elementFromPoint(x, y).closest('.notice'))"
+    assert page.evaluate(at, middle)
+
+
 def test_notices_stand_above_the_message(visit, engine, photo):
     page = visit()
     attach(page, photo)
