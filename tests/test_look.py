@@ -508,9 +508,17 @@ def test_the_wait_is_shown_from_the_moment_of_sending(visit, engine):
     engine.ahead, engine.word_seconds = 0, 0.05
     expect(answers(page)).to_contain_text("The red")
     assert page.evaluate(dots) == []
+    page.evaluate(  # nor at its end
+        f"""() => {{
+            window.late = [];
+            new MutationObserver(() => window.late.push(...({dots})()))
+                .observe(document.body, {{ childList: true, subtree: true }});
+        }}"""
+    )
     buttons = page.locator("#chat .message-buttons-left")
     expect(buttons).to_be_hidden()  # each line would move them
     done(page)
+    assert page.evaluate("window.late") == []
     expect(buttons).to_be_visible()
 
 

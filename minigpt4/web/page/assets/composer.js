@@ -27,8 +27,8 @@
     input.click();
   };
 
-  // Three dots are shown from sending until the turn ends. A stop before the engine has accepted the
-  // question waits for that.
+  // `data-sending` is there from sending until the turn has ended; from when the engine has accepted the
+  // question, it is "accepted". A stop before that waits for it.
   let stopping = false;
   const stop = () => {
     const button = find("#box .stop-button");
@@ -36,7 +36,7 @@
     button?.click();
   };
   const sending = (now) => {
-    document.documentElement.toggleAttribute("data-sending", now);
+    if (now) root.dataset.sending = ""; else delete root.dataset.sending;
     stopping = false;
   };
   // When the engine accepts a question, the box is emptied; what was typed since sending is kept.
@@ -143,6 +143,7 @@
     if (notices.some(({ classList }) => classList.contains("error")) && !button) failed();
     // After this notice one can ask again at once, before the turn has ended.
     if (notices.some((notice) => notice.querySelector(".refused"))) forget();
+    if (button && root.dataset.sending === "") root.dataset.sending = "accepted";
     if (stopping && button) stop();
   }).observe(root, { childList: true, subtree: true });
 
