@@ -682,6 +682,12 @@ def test_fingers_hit_what_they_mean(visit, photo, state):
     page.wait_for_timeout(300)
     assert too_small(page) == []
     if state == "list":  # what was deleted there is brought back there
+        row = page.locator("#conversations li").last
+        height = row.bounding_box()["height"]
+        page.get_by_label("Rename: Hello?").click()
+        expect(row.get_by_role("button")).to_have_count(0)  # the name has the whole row
+        assert row.bounding_box()["height"] == height
+        page.keyboard.press("Escape")
         page.get_by_label("Delete: Hello?").click()
         page.get_by_role("button", name="Undo", exact=True).last.click()
         expect(page.get_by_label("Delete: Hello?")).to_be_visible()

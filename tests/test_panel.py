@@ -243,7 +243,7 @@ def test_the_list_while_an_answer_is_given(visit, engine):
     expect(questions(page)).to_contain_text(["First?"])
     expect(title).to_contain_text(["The other", "First?"])
 
-    page.get_by_label("Rename: First?").click()
+    page.get_by_label("Rename: The other").click()
     page.get_by_label("Delete: First?").click()
     expect(row).to_have_count(1)
 
