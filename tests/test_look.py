@@ -382,7 +382,7 @@ def test_a_note_for_those_whose_language_the_model_does_not_speak(visit, photo):
     page = visit(locale="de-DE")
     expect(page.locator("#note")).to_contain_text(note)
     attach(page, photo)
-    expect(page.locator("#status")).to_contain_text("Bild")
+    expect(page.locator("#status")).to_have_text("Bereit: Stellen Sie Ihre Frage.")
     expect(page.locator("#note")).to_contain_text(note)  # until the question is sent
     expect(visit().locator("#note")).to_have_text("Answers can be wrong.")
 

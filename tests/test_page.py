@@ -40,11 +40,11 @@ def test_a_picture_is_encoded_while_its_question_is_typed(visit, engine, photo):
     before = len(engine.pictures)
     attach(page, photo)
     wait_for(lambda: len(engine.pictures) == before + 1)
-    expect(status(page)).to_contain_text("The picture is ready")
+    expect(status(page)).to_have_text("Ready: ask away.")
     page.locator("#box .delete-button").click()
     expect(status(page)).to_have_text("")  # nothing is ready any more
     attach(page, photo.rename(photo.with_name("again.png")))
-    expect(status(page)).to_contain_text("The picture is ready")
+    expect(status(page)).to_have_text("Ready: ask away.")
     ask(page, "Describe this image in detail.")
     thumbnail = page.get_by_test_id("user").locator("img")
     wait_for(lambda: thumbnail.evaluate("image => image.naturalWidth") == 320)

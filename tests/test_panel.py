@@ -287,6 +287,11 @@ def test_chinese(visit):
     expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
     german = visit(locale="de-DE")
     expect(german.get_by_role("button", name="Neuer Chat")).to_be_visible()
+    ask(german, "Hallo?")
+    expect(figures(german)).to_contain_text(re.compile(r"In \d+,\d s beantwortet.*nach\d+,\d\d s"))
+    labels = """[...document.querySelectorAll("#model strong")].map((label) => label.offsetWidth)"""
+    german.get_by_role("button", name="Einstellungen").click()
+    assert len(set(german.evaluate(labels))) == 1  # the values stand below one another
 
 
 def test_phone_in_the_dark(visit, photo):
