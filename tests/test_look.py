@@ -307,8 +307,10 @@ def test_shortcuts_and_their_list(visit):
     page.keyboard.press("Escape")
     expect(edited).to_have_count(0)
     expect(box(page)).to_be_focused()
+    page.get_by_role("button", name="Settings").focus()
     page.keyboard.press("Control+Shift+O")
     expect(answers(page)).to_have_count(0)
+    expect(box(page)).to_be_focused()
 
 
 def test_an_answer_is_read_aloud(visit):

@@ -189,6 +189,7 @@ def test_conversations_stay_in_the_browser(visit, photo):
     expect(kept).to_have_count(2)
     expect(kept.last).to_contain_text("My meadow")
     page.get_by_role("button", name="New chat").click()
+    expect(box(page)).to_be_focused()
     expect(answers(page)).to_have_count(0)
     ask(page, "Bye?")
     expect(kept).to_have_count(3)
