@@ -535,6 +535,10 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     pictures = page.locator("#chat .image-frame img")
     expect(pictures).to_have_count(3)
     assert pictures.last.bounding_box()["y"] == pictures.first.bounding_box()["y"]
+    bubble = page.locator("#chat .user-row .message:not(.component)")
+    colour = bubble.evaluate("e => getComputedStyle(e).backgroundColor")
+    for tile in page.locator("#chat .component").all():  # seen until its picture has come
+        expect(tile).to_have_css("background-color", colour)
     expect(page.get_by_role("group", name="You")).to_have_count(1)  # for screen readers
     expect(page.locator("#chat [role=log]")).to_match_aria_snapshot(
         """

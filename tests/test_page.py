@@ -223,6 +223,9 @@ def test_camera(visit):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")  # the menu's second entry
     expect(page.get_by_role("dialog", name="Camera")).to_be_visible()
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.locator("#camera").bounding_box()["x"] >= 12
+    page.set_viewport_size(WIDE["viewport"])
     page.keyboard.press("Escape")
     expect(page.locator("#camera")).to_have_count(0)
     ask(page, "Count them.")
