@@ -307,8 +307,10 @@ def test_shortcuts_and_their_list(visit):
     page.keyboard.press("Escape")
     expect(edited).to_have_count(0)
     expect(box(page)).to_be_focused()
+    page.get_by_role("button", name="Settings").focus()
     page.keyboard.press("Control+Shift+O")
     expect(answers(page)).to_have_count(0)
+    expect(box(page)).to_be_focused()
 
 
 def test_an_answer_is_read_aloud(visit):
@@ -382,9 +384,62 @@ def test_a_note_for_those_whose_language_the_model_does_not_speak(visit, photo):
     page = visit(locale="de-DE")
     expect(page.locator("#note")).to_contain_text(note)
     attach(page, photo)
-    expect(page.locator("#status")).to_contain_text("Bild")
+    expect(page.locator("#status")).to_have_text("Bereit: Stellen Sie Ihre Frage.")
     expect(page.locator("#note")).to_contain_text(note)  # until the question is sent
     expect(visit().locator("#note")).to_have_text("Answers can be wrong.")
+
+
+def test_the_message_box_stays_where_it_is(visit, engine):
+    """From the question to the answer's end, although lines come and go below the box."""
+    page = visit(locale="de-DE", **PHONE)
+    expect(status(page).locator("[role=status]")).to_be_attached()
+    ask(page, "Hello?")
+    expect(status(page)).to_have_text("In diesem Chat ist kein Bild. Fügen Sie mit + eines hinzu.")
+    note, composer = page.locator("#note"), page.locator("#composer")
+    expect(note).to_be_hidden()  # the status takes its place
+    engine.word_seconds = 0.05
+    before = composer.bounding_box()
+    say(page, "A long one, please.")
+    expect(answers(page).last).to_contain_text("word3")
+    assert composer.bounding_box() == before
+    box(page).press("Escape")
+    done(page)
+    engine.word_seconds = 0.003
+    ask(page, "And a short one?")
+    expect(note).to_be_visible()
+    assert composer.bounding_box() == before
+    # Screen readers read a status only if its element was there, in sight, before.
+    assert status(page).evaluate("e => e.checkVisibility({ visibilityProperty: true })")
+    page.evaluate("minigpt4.notice('Here')")
+    edge = page.locator(".notice").bounding_box()
+    assert before["y"] - 20 <= edge["y"] + edge["height"] <= before["y"] - 10
+
+
+def test_notices_are_read_aloud(visit):
+    page = visit()
+    region = page.locator("body > [role=status]")
+    expect(region).to_have_text("")  # it is there before the first notice
+    page.evaluate("minigpt4.notice('Here')")
+    expect(region).to_have_text("Here")
+
+
+def test_the_arrow_down_lies_below_notices(visit):
+    page = visit(viewport={"width": 390, "height": 420})
+    ask(page, "A long one, please.")
+    down = page.get_by_role("button", name="Scroll down")
+
+    page.locator("#chat .bubble-wrap").hover()
+
+    def scrolled() -> bool:
+        page.mouse.wheel(0, -20)
+        return down.is_visible()
+
+    wait_for(scrolled)
+    edge = down.bounding_box()
+    middle = [edge["x"] + edge["width"] / 2, edge["y"] + edge["height"] / 2]
+    page.evaluate("minigpt4.notice('words '.repeat(20))")
+    at = "([x, y]) => Boolean(document.elementFromPoint(x, y).closest('.notice'))"
+    assert page.evaluate(at, middle)
 
 
 def test_notices_stand_above_the_message(visit, engine, photo):
@@ -455,9 +510,17 @@ def test_the_wait_is_shown_from_the_moment_of_sending(visit, engine):
     engine.ahead, engine.word_seconds = 0, 0.05
     expect(answers(page)).to_contain_text("The red")
     assert page.evaluate(dots) == []
+    page.evaluate(  # nor at its end
+        f"""() => {{
+            window.late = [];
+            new MutationObserver(() => window.late.push(...({dots})()))
+                .observe(document.body, {{ childList: true, subtree: true }});
+        }}"""
+    )
     buttons = page.locator("#chat .message-buttons-left")
     expect(buttons).to_be_hidden()  # each line would move them
     done(page)
+    assert page.evaluate("window.late") == []
     expect(buttons).to_be_visible()
 
 
@@ -472,6 +535,10 @@ def test_pictures_are_one_grid_with_names_and_a_window(visit, tmp_path):
     pictures = page.locator("#chat .image-frame img")
     expect(pictures).to_have_count(3)
     assert pictures.last.bounding_box()["y"] == pictures.first.bounding_box()["y"]
+    bubble = page.locator("#chat .user-row .message:not(.component)")
+    colour = bubble.evaluate("e => getComputedStyle(e).backgroundColor")
+    for tile in page.locator("#chat .component").all():  # seen until its picture has come
+        expect(tile).to_have_css("background-color", colour)
     expect(page.get_by_role("group", name="You")).to_have_count(1)  # for screen readers
     expect(page.locator("#chat [role=log]")).to_match_aria_snapshot(
         """
@@ -621,6 +688,12 @@ def test_fingers_hit_what_they_mean(visit, photo, state):
     page.wait_for_timeout(300)
     assert too_small(page) == []
     if state == "list":  # what was deleted there is brought back there
+        row = page.locator("#conversations li").last
+        height = row.bounding_box()["height"]
+        page.get_by_label("Rename: Hello?").click()
+        expect(row.get_by_role("button")).to_have_count(0)  # the name has the whole row
+        assert row.bounding_box()["height"] == height
+        page.keyboard.press("Escape")
         page.get_by_label("Delete: Hello?").click()
         page.get_by_role("button", name="Undo", exact=True).last.click()
         expect(page.get_by_label("Delete: Hello?")).to_be_visible()

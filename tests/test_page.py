@@ -40,11 +40,11 @@ def test_a_picture_is_encoded_while_its_question_is_typed(visit, engine, photo):
     before = len(engine.pictures)
     attach(page, photo)
     wait_for(lambda: len(engine.pictures) == before + 1)
-    expect(status(page)).to_contain_text("The picture is ready")
+    expect(status(page)).to_have_text("Ready: ask away.")
     page.locator("#box .delete-button").click()
     expect(status(page)).to_have_text("")  # nothing is ready any more
     attach(page, photo.rename(photo.with_name("again.png")))
-    expect(status(page)).to_contain_text("The picture is ready")
+    expect(status(page)).to_have_text("Ready: ask away.")
     ask(page, "Describe this image in detail.")
     thumbnail = page.get_by_test_id("user").locator("img")
     wait_for(lambda: thumbnail.evaluate("image => image.naturalWidth") == 320)
@@ -223,6 +223,9 @@ def test_camera(visit):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")  # the menu's second entry
     expect(page.get_by_role("dialog", name="Camera")).to_be_visible()
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.locator("#camera").bounding_box()["x"] >= 12
+    page.set_viewport_size(WIDE["viewport"])
     page.keyboard.press("Escape")
     expect(page.locator("#camera")).to_have_count(0)
     ask(page, "Count them.")

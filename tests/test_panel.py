@@ -189,6 +189,7 @@ def test_conversations_stay_in_the_browser(visit, photo):
     expect(kept).to_have_count(2)
     expect(kept.last).to_contain_text("My meadow")
     page.get_by_role("button", name="New chat").click()
+    expect(box(page)).to_be_focused()
     expect(answers(page)).to_have_count(0)
     ask(page, "Bye?")
     expect(kept).to_have_count(3)
@@ -243,7 +244,7 @@ def test_the_list_while_an_answer_is_given(visit, engine):
     expect(questions(page)).to_contain_text(["First?"])
     expect(title).to_contain_text(["The other", "First?"])
 
-    page.get_by_label("Rename: First?").click()
+    page.get_by_label("Rename: The other").click()
     page.get_by_label("Delete: First?").click()
     expect(row).to_have_count(1)
 
@@ -287,6 +288,11 @@ def test_chinese(visit):
     expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
     german = visit(locale="de-DE")
     expect(german.get_by_role("button", name="Neuer Chat")).to_be_visible()
+    ask(german, "Hallo?")
+    expect(figures(german)).to_contain_text(re.compile(r"In \d+,\d s beantwortet.*nach\d+,\d\d s"))
+    labels = """[...document.querySelectorAll("#model strong")].map((label) => label.offsetWidth)"""
+    german.get_by_role("button", name="Einstellungen").click()
+    assert len(set(german.evaluate(labels))) == 1  # the values stand below one another
 
 
 def test_phone_in_the_dark(visit, photo):

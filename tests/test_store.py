@@ -526,10 +526,11 @@ def test_retry_and_edit_keep_what_was_there(visit):
     page.get_by_role("button", name="Retry").click()
     expect(answers(page)).not_to_have_text(first)
     expect(versions).to_have_text("2/2")
-    previous.click()
+    previous.press("Enter")
     expect(answers(page)).to_have_text(first)
     expect(versions).to_have_text("1/2")
     expect(previous).to_be_disabled()
+    expect(page.get_by_role("button", name="Next version")).to_be_focused()
     ask(page, "Count them.")
 
     page.get_by_role("button", name="Edit").first.click()

@@ -73,14 +73,19 @@ def facts(session: Session, request: gr.Request | None, detects: bool) -> dict:
 
 def _facts(stats: "Stats", request: gr.Request | None) -> dict:
     """A sentence, and pairs of a name and a figure."""
+
+    def number(value: float, digits: int) -> str:
+        return f"{value:.{digits}f}".replace(".", translate("decimal_sign", request))
+
+    speed = stats.tokens_per_s
     figures = [
         ("tokens", f"{stats.tokens}"),
-        ("speed", f"{stats.tokens_per_s:.3g}"),
-        ("first", f"{stats.seconds_to_first:.2f} s"),
+        ("speed", number(speed, 1 if speed >= 10 else 2)),
+        ("first", f"{number(stats.seconds_to_first, 2)} s"),
         ("prompt", f"{stats.prompt_tokens}"),
         ("reused", f"{stats.reused_tokens}"),
     ]
     return {
-        "line": translate("took", request, seconds=f"{stats.seconds:.1f}"),
+        "line": translate("took", request, seconds=number(stats.seconds, 1)),
         "figures": [(translate(f"figure_{name}", request), value) for name, value in figures],
     }

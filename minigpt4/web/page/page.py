@@ -167,8 +167,9 @@ class ChatPage:
                 autofocus=True,
             )
         opening = "" if self._known_when_built else '<span data-say="opening"></span>'
-        self._status = gr.HTML(opening, elem_id="status", js_on_load=LIVE, **PLAIN)
-        self._note = fragment("note", "", elem_id="note")
+        with gr.Column(elem_id="lines", min_width=0):
+            self._status = gr.HTML(opening, elem_id="status", js_on_load=LIVE, **PLAIN)
+            self._note = fragment("note", "", elem_id="note")
         self._refused = gr.JSON(visible=False)  # paths of files
         self._captions = gr.HTML(html_template="", js_on_load=CAPTIONS_JS, elem_classes="unseen")
 

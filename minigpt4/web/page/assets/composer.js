@@ -1,6 +1,7 @@
 // The message box: what can be sent, where pictures come from, and the wait for an answer.
 (() => {
   const { say, find, button, make, makeDialog, showDialog, beforeSending, isNotice } = window.minigpt4;
+  const root = document.documentElement;
 
   const early = []; // pictures that were pasted or dropped before the message box was there
   const attach = (files) => {
@@ -26,16 +27,16 @@
     input.click();
   };
 
-  // Three dots are shown from sending until the turn ends. A stop before the engine has accepted the
-  // question waits for that.
+  // `data-sending` is there from sending until the turn has ended; from when the engine has accepted the
+  // question, it is "accepted". A stop before that waits for it.
   let stopping = false;
   const stop = () => {
     const button = find("#box .stop-button");
-    stopping = !button && document.documentElement.hasAttribute("data-sending");
+    stopping = !button && root.hasAttribute("data-sending");
     button?.click();
   };
   const sending = (now) => {
-    document.documentElement.toggleAttribute("data-sending", now);
+    if (now) root.dataset.sending = ""; else delete root.dataset.sending;
     stopping = false;
   };
   // When the engine accepts a question, the box is emptied; what was typed since sending is kept.
@@ -91,16 +92,15 @@
     if (field) undoing = { before: field.value, now: field.value };
   }, true);
   document.addEventListener("beforeinput", undone, true);
-  // Notices stand above the message box, however high it is.
-  const height = new ResizeObserver(([{ target }]) => {
-    document.documentElement.style.setProperty("--composer", `${target.offsetHeight}px`);
+  // Notices stand above the message box, however high it and the lines below it are.
+  const height = new ResizeObserver((changes) => {
+    for (const { target } of changes) root.style.setProperty(`--${target.id}`, `${target.offsetHeight}px`);
   });
   const isEmpty = () => !find("#box textarea")?.value.trim() && !find("#box .thumbnail-wrapper");
   const update = () => {
     if (early.length && find("#box input[type=file]")) attach(early.splice(0));
-    const composer = find("#composer");
-    if (composer && !composer.measured) {
-      height.observe(Object.assign(composer, { measured: true }));
+    for (const part of document.querySelectorAll("#composer, #lines")) {
+      if (!part.measured) height.observe(Object.assign(part, { measured: true }));
     }
     const button = find("#box .submit-button"), empty = isEmpty();
     if (button && button.disabled !== empty) button.disabled = empty;
@@ -143,8 +143,9 @@
     if (notices.some(({ classList }) => classList.contains("error")) && !button) failed();
     // After this notice one can ask again at once, before the turn has ended.
     if (notices.some((notice) => notice.querySelector(".refused"))) forget();
+    if (button && root.dataset.sending === "") root.dataset.sending = "accepted";
     if (stopping && button) stop();
-  }).observe(document.documentElement, { childList: true, subtree: true });
+  }).observe(root, { childList: true, subtree: true });
 
   // The camera, which is on as soon as its window is open.
   const camera = () => {

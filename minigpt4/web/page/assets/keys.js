@@ -31,6 +31,7 @@
     if (command && event.shiftKey && key.toLowerCase() === "o") {
       act();
       find("#new-chat")?.click();
+      find("#box textarea")?.focus();
     } else if (key === "ArrowUp" && target.matches?.("#box textarea") && !target.value) {
       const edit = [...document.querySelectorAll("#chat button:has(.feather-edit-2)")].at(-1);
       if (edit) { act(); edit.click(); }

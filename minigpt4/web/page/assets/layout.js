@@ -43,17 +43,19 @@
     menu.querySelector("[role=menuitem]").focus();
   };
 
-  document.addEventListener("click", ({ target, detail }) => {
+  document.addEventListener("click", ({ target, detail, isTrusted }) => {
     const button = target.closest("[aria-haspopup=menu]");
     if (detail > 1 && (button || target.closest("[data-drawer]:not(html)"))) return; // a double click
     const opened = find(".menu:not([hidden])");
     if (opened) close(opened, target.closest(".menu") || button);
     if (button && button !== opened?.previousElementSibling) open(button);
     const toggle = target.closest("[data-drawer]:not(html)");
-    const name = document.documentElement.dataset.drawer;
+    const name = document.documentElement.dataset.drawer, begun = target.closest("#new-chat");
     if (toggle) drawer(name === toggle.dataset.drawer ? "" : toggle.dataset.drawer);
     else if (target.closest("[data-close]")) drawer("");
-    else if (target.closest("#new-chat") || (name === "rail" && !target.closest("#rail, .notice"))) drawer("");
+    else if (begun || (name === "rail" && !target.closest("#rail, .notice"))) drawer("");
+    // Who begins a chat writes next. On a phone, the keyboard would cover the examples.
+    if (begun && isTrusted && matchMedia("(hover: hover)").matches) find("#box textarea").focus();
   });
 
   document.addEventListener("keydown", (event) => {

@@ -29,7 +29,6 @@ const makeRow = (chat, today) => {
   }, title);
   pin.classList.toggle("pinned", Boolean(chat.pinned));
   const rename = button("rename", "rename", () => {
-    if (!open.isConnected) return;
     const input = make("input", { value: title, ariaLabel: say("rename") });
     let done = false;
     const finish = (keep, byKey) => {
@@ -48,13 +47,13 @@ const makeRow = (chat, today) => {
       finish(event.key === "Enter", true);
     });
     input.addEventListener("blur", () => finish(true));
+    input.addEventListener("mousedown", (event) => {
+      if (event.detail > 1) event.preventDefault(); // of a double click on the button that was here
+    }, { once: true });
     open.replaceWith(input);
     input.focus();
     input.select();
   }, title);
-  rename.addEventListener("mousedown", (event) => {
-    if (!open.isConnected) event.preventDefault(); // the field keeps the focus
-  });
   const discard = button("delete", "delete", () => chats.remove([chat.id]), title);
   const item = make("li", {}, picture, open, rename, discard, pin);
   item.dataset.id = chat.id;
