@@ -53,7 +53,7 @@ WITHOUT_REFUSED = (
     "(refused, box) => refused?.length ? minigpt4.draft.keep({...box, files: box.files.filter("
     "(file) => !refused.includes(file.path))}) : {__type__: 'update'}"
 )
-# Clears the status "The picture is ready" when the last picture leaves the box.
+# Clears the status "Ready: ask away." when the last picture leaves the box.
 CHANGED_JS = (
     "(box, status) => [minigpt4.draft.changed(box), box?.files?.length || "
     "status !== minigpt4.say('looked') ? {__type__: 'update'} : '']"
