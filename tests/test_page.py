@@ -66,6 +66,7 @@ def test_an_answer_without_a_picture_says_so(visit, photo):
     say(page, "What is this?")
     done(page)
     expect(status(page)).to_have_text("")
+    visit.expected("AbortError|Connection errored out")  # what the reloaded page listened to
 
 
 def test_words_appear_one_after_another(visit, engine):
