@@ -663,14 +663,17 @@ def test_what_is_typed_stays_if_the_box_is_emptied_late(visit, engine, photo, mo
     say(page, "Hello?")
     expect(page.locator("#box .stop-button")).to_be_visible()
     page.keyboard.type(" And what else?")
+    engine.word_seconds = 0.01
     done(page)
     expect(box(page)).to_have_value("And what else?")
     expect(page.locator("#box .thumbnail-wrapper")).to_have_count(0)
     monkeypatch.undo()
 
+    engine.word_seconds = 0.2
     say(page, "Hello?")
     expect(box(page)).to_have_value("")
     page.keyboard.type("Hello?")  # the same again, for later
+    engine.word_seconds = 0.01
     done(page)
     page.wait_for_timeout(500)
     expect(box(page)).to_have_value("Hello?")
